@@ -1,0 +1,1 @@
+"""Operators of the C++ extension ``memattn._C``, registered with PyTorch."""

@@ -1,0 +1,122 @@
+"""Argument checks: every message names the argument, what it must be and what it got."""
+
+import weakref
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def must(name: str, requirement: str, got: Any, error: type[Exception] = ValueError) -> NoReturn:
+    """Raise ``<name> must <requirement>, got <got>``."""
+    raise error(f"{name} must {requirement}, got {got}")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        must(name, "be a tensor", type(value).__name__, TypeError)
+
+
+def check_rank(name: str, tensor: Tensor, dims: str) -> None:
+    """Raise unless ``tensor`` has one axis for each of the ``dims``, such as ``"B H T D"``."""
+    names = dims.split()
+    if tensor.dim() != len(names):
+        must(name, f"have {len(names)} axes [{', '.join(names)}]", f"shape {list(tensor.shape)}")
+
+
+def check_shape(name: str, tensor: Tensor, **dims: int | None) -> None:
+    """Raise unless the shape is the given one; ``None`` allows any size of that axis."""
+    shape = list(tensor.shape)
+    if len(shape) == len(dims) and all(
+        want is None or want == got for want, got in zip(dims.values(), shape, strict=True)
+    ):
+        return
+    wanted = ", ".join(dim if want is None else f"{dim}={want}" for dim, want in dims.items())
+    must(name, f"have shape [{wanted}]", shape)
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` has a floating dtype that the operators take."""
+    if tensor.dtype not in FLOATS:
+        must(name, "have dtype float16, bfloat16, float32 or float64", tensor.dtype)
+
+
+def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless ``tensor`` has the dtype and the device of ``other``."""
+    if tensor.dtype != other.dtype:
+        must(name, f"have the dtype of {other_name}, {other.dtype}", tensor.dtype)
+    if tensor.device != other.device:
+        must(name, f"be on the device of {other_name}, {other.device}", tensor.device)
+
+
+def check_int(name: str, value: Any, minimum: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        must(name, "be an integer", type(value).__name__, TypeError)
+    if value < minimum:
+        must(name, f"be at least {minimum}", value)
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        must(name, "be True or False", type(value).__name__, TypeError)
+
+
+def check_scale(scale: Any, head_dim: int) -> float:
+    """Return the scale, ``1/sqrt(head_dim)`` for None."""
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
+        must("scale", "be a number or None", type(scale).__name__, TypeError)
+    if not 0.0 < scale < float("inf"):
+        must("scale", "be positive and finite", scale)
+    return float(scale)
+
+
+def check_pair(name_a: str, a: Tensor | None, name_b: str, b: Tensor | None) -> None:
+    """Raise unless both tensors are given, or neither."""
+    if (a is None) != (b is None):
+        missing, given = (name_a, name_b) if a is None else (name_b, name_a)
+        must(missing, f"be given together with {given}", "None")
+
+
+def check_heads(query: Tensor, key: Tensor) -> None:
+    """Raise unless the number of key heads divides the number of query heads."""
+    H, Hkv = query.shape[1], key.shape[1]
+    if Hkv == 0 or H % Hkv:
+        must("key", f"have a number of heads that divides those of query, H={H}", f"Hkv={Hkv}")
+
+
+def check_int32_vector(name: str, value: Any, like: Tensor) -> None:
+    """Raise unless ``value`` is an int32 vector on the device of ``like``."""
+    check_tensor(name, value)
+    if value.dtype != torch.int32:
+        must(name, "have dtype torch.int32", value.dtype)
+    check_rank(name, value, "n")
+    if value.device != like.device:
+        must(name, f"be on the device of query, {like.device}", value.device)
+
+
+_checked_values: weakref.WeakKeyDictionary[Tensor, tuple] = weakref.WeakKeyDictionary()
+
+
+def values_to_check(tensor: Tensor, *context: Any) -> list[int] | None:
+    """The values of a small index tensor, or None where they cannot or need not be read.
+
+    Reading a CUDA tensor waits for the device, so each tensor is read once for each ``context``
+    (and again after it was written to), and never while a graph is captured or traced.
+    """
+    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
+        return None
+    if tensor.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        stamp = (tensor._version, *context)
+        if _checked_values.get(tensor) == stamp:
+            return None
+        _checked_values[tensor] = stamp
+    return tensor.tolist()

@@ -1,0 +1,82 @@
+"""Which backend computes an operator."""
+
+import importlib.util
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from memattn.ops._checks import must
+
+Backend = Literal["triton", "cpp", "reference"]
+BACKENDS = ("auto", "triton", "cpp", "reference")
+BUILD_CPP = "pip install --no-build-isolation --force-reinstall --no-deps memattn"
+
+
+@cache
+def cpp_is_built() -> bool:
+    """Whether the C++ extension is there and loads beside this torch."""
+    if importlib.util.find_spec("memattn._C") is None:
+        return False
+    try:
+        importlib.import_module("memattn._C")
+    except ImportError:
+        return False
+    return True
+
+
+@cache
+def triton_is_installed() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def triton_is_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def resolve_backend(backend: str, query: Tensor) -> Backend:
+    """The backend that runs: ``auto`` looks at device, dtype and installation, never at sizes."""
+    if not isinstance(backend, str):
+        must("backend", f"be one of {', '.join(BACKENDS)}", type(backend).__name__, TypeError)
+    match backend:
+        case "auto":
+            if query.dtype == torch.float64:
+                return "reference"
+            if query.is_cuda and triton_is_installed():
+                return "triton"
+            if query.device.type == "cpu" and cpp_is_built():
+                return "cpp"
+            return "reference"
+        case "reference":
+            return "reference"
+        case "triton":
+            if not triton_is_installed():
+                raise ImportError('backend "triton" is not installed; run `pip install triton`')
+            if query.dtype == torch.float64:
+                _lacks("triton", "dtype", "float16, bfloat16 or float32", query.dtype)
+            if not query.is_cuda and not triton_is_interpreted():
+                _lacks("triton", "device", "cuda (or TRITON_INTERPRET=1 set)", query.device)
+            return "triton"
+        case "cpp":
+            if not cpp_is_built():
+                raise ImportError(f'backend "cpp" is not built; run `{BUILD_CPP}`')
+            if query.dtype == torch.float64:
+                _lacks("cpp", "dtype", "float16, bfloat16 or float32", query.dtype)
+            if query.device.type != "cpu":
+                _lacks("cpp", "device", "cpu", query.device)
+            return "cpp"
+    must("backend", f"be one of {', '.join(BACKENDS)}", repr(backend))
+
+
+def _lacks(backend: str, what: str, requirement: str, got: object) -> None:
+    """Raise NotImplementedError for an input that this backend cannot take."""
+    raise NotImplementedError(
+        f'query must have {what} {requirement} for backend "{backend}", got {got}; '
+        'backend "reference" takes it'
+    )

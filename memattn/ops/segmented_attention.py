@@ -1,0 +1,240 @@
+"""Segmented sliding-window attention with persistent and memory keys."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memattn.ops._checks import (
+    check_bool,
+    check_floating,
+    check_heads,
+    check_int,
+    check_int32_vector,
+    check_like,
+    check_pair,
+    check_rank,
+    check_scale,
+    check_shape,
+    check_tensor,
+    must,
+    values_to_check,
+)
+from memattn.ops._dispatch import resolve_backend
+
+
+class AttentionOutput(NamedTuple):
+    """Attention output and the natural log-sum-exp of its scores."""
+
+    out: Tensor  # [B, H, T, Dv], the dtype of the inputs
+    lse: Tensor  # [B, H, T], float32 (float64 for float64 inputs)
+
+
+def segmented_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    segment_len: int | None = None,
+    window_size: int | None = None,
+    is_causal: bool = True,
+    persistent_key: Tensor | None = None,
+    persistent_value: Tensor | None = None,
+    memory_key: Tensor | None = None,
+    memory_value: Tensor | None = None,
+    memory_is_causal: bool = False,
+    cu_seqlens: Tensor | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    query_offset: int = 0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> AttentionOutput:
+    """Attend within segments and a sliding window, and to persistent and memory keys.
+
+    ``softmax(Q K^T * scale) V`` in one softmax over the keys that a query may see. The query at
+    position ``i`` sees the token key at position ``j`` when ``j <= i`` (or ``is_causal=False``)
+    and one of these holds:
+
+    - same segment: ``i // segment_len == j // segment_len``;
+    - within the window: ``j > i - window_size`` and ``j < i + window_size``; a window of W is W
+      keys with the query's own, if causal;
+    - neither ``segment_len`` nor ``window_size`` is given.
+
+    It also sees every persistent key, and the memory keys of its own segment: all ``M``, or with
+    ``memory_is_causal`` only rows ``<= i mod segment_len``. A query that sees nothing gives
+    ``out = 0``, ``lse = -inf`` and zero gradients. NaN in a key or value that no query sees does
+    not reach the output.
+
+    Args:
+        query: ``[B, H, T, D]``, float16, bfloat16, float32 or float64; any strides.
+        key: ``[B, Hkv, S, D]``, where ``Hkv`` divides ``H`` (grouped-query attention).
+        value: ``[B, Hkv, S, Dv]``.
+        segment_len: Tokens in a segment, at least 1.
+        window_size: Keys in the window, the query's own included, at least 1.
+        is_causal: Whether a query sees only keys at or before its own position.
+        persistent_key: ``[Hkv, P, D]``, keys that all queries of all sequences see.
+        persistent_value: ``[Hkv, P, Dv]``.
+        memory_key: ``[B, Hkv, n_segments, M, D]``, needs ``segment_len``. ``n_segments`` covers
+            all segments of the queries; with ``cu_seqlens``, the segments of all documents in
+            order.
+        memory_value: ``[B, Hkv, n_segments, M, Dv]``.
+        memory_is_causal: Whether a query sees only the memory rows up to its place in the
+            segment. Needs ``M == segment_len``.
+        cu_seqlens: int32 ``[n+1]``, the rising bounds ``0 ... S`` of ``n`` packed documents, with
+            ``B = 1``. Positions, segments and windows restart in each document.
+        seq_start: int32 ``[B]``. Rows and keys before it are empty, and positions count from it.
+            Negative where the sequence began before the first key given, as in a trimmed cache.
+        seq_end: int32 ``[B]``. Rows and keys at or after it are empty.
+        query_offset: Position of the first query among the keys; ``S - T`` in cached decoding.
+        scale: Factor of the scores; None means ``1/sqrt(D)``.
+        backend: ``"auto"`` (Triton for CUDA tensors, C++ for CPU tensors, the reference for
+            float64 and where the extension is not built), ``"triton"``, ``"cpp"`` or
+            ``"reference"``. A named backend never falls back.
+
+    Returns:
+        ``out [B, H, T, Dv]`` in the dtype of ``query`` and ``lse [B, H, T]``.
+
+    Raises:
+        TypeError: If an argument has the wrong Python type.
+        ValueError: If a shape, dtype, device or value does not fit, or ``backend`` is unknown.
+        NotImplementedError: If a named backend lacks the dtype, device or head dimension.
+        ImportError: If a named backend is not installed.
+
+    Note:
+        Differentiable once in all floating inputs, through ``out`` and ``lse``. Source: Behrouz et
+        al., Titans (2025), section 4.1, https://arxiv.org/abs/2501.00663. Differs: causal inside
+        the segment, window and segment may be joined, and the published code's window of W + 1
+        keys is W keys here.
+    """
+    tensors = [
+        ("query", query),
+        ("key", key),
+        ("value", value),
+        ("persistent_key", persistent_key),
+        ("persistent_value", persistent_value),
+        ("memory_key", memory_key),
+        ("memory_value", memory_value),
+    ]
+    for name, tensor in tensors:
+        if tensor is not None or name in ("query", "key", "value"):
+            check_tensor(name, tensor)
+    check_rank("query", query, "B H T D")
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value, persistent_key, persistent_value, memory_key, memory_value = (
+            autocast(tensor) for _, tensor in tensors
+        )
+    B, _, T, D = query.shape
+    check_floating("query", query)
+    check_rank("key", key, "B Hkv S D")
+    Hkv, S = key.shape[1:3]
+    check_shape("key", key, B=B, Hkv=None, S=None, D=D)
+    check_heads(query, key)
+    check_shape("value", value, B=B, Hkv=Hkv, S=S, Dv=None)
+    Dv = value.shape[-1]
+    check_like("key", key, "query", query)
+    check_like("value", value, "query", query)
+    if segment_len is not None:
+        check_int("segment_len", segment_len, 1)
+    if window_size is not None:
+        check_int("window_size", window_size, 1)
+    check_int("query_offset", query_offset, 0)
+    check_bool("is_causal", is_causal)
+    check_bool("memory_is_causal", memory_is_causal)
+
+    check_pair("persistent_key", persistent_key, "persistent_value", persistent_value)
+    if persistent_key is not None and persistent_value is not None:
+        check_shape("persistent_key", persistent_key, Hkv=Hkv, P=None, D=D)
+        check_shape("persistent_value", persistent_value, Hkv=Hkv, P=persistent_key.shape[1], Dv=Dv)
+        check_like("persistent_key", persistent_key, "query", query)
+        check_like("persistent_value", persistent_value, "query", query)
+    check_pair("memory_key", memory_key, "memory_value", memory_value)
+    if memory_key is not None and memory_value is not None:
+        if segment_len is None:
+            must("segment_len", "be given together with memory_key", "None")
+        check_rank("memory_key", memory_key, "B Hkv n_segments M D")
+        N, M = memory_key.shape[2:4]
+        check_shape("memory_key", memory_key, B=B, Hkv=Hkv, n_segments=None, M=None, D=D)
+        check_shape("memory_value", memory_value, B=B, Hkv=Hkv, n_segments=N, M=M, Dv=Dv)
+        check_like("memory_key", memory_key, "query", query)
+        check_like("memory_value", memory_value, "query", query)
+        if memory_is_causal and M != segment_len:
+            must("memory_key", f"have M={segment_len} rows (memory_is_causal)", f"M={M}")
+    elif memory_is_causal:
+        must("memory_key", "be given with memory_is_causal=True", "None")
+    _check_sequences(
+        query, S, cu_seqlens, seq_start, seq_end, query_offset, segment_len, memory_key
+    )
+
+    args = (
+        *(query, key, value, persistent_key, persistent_value, memory_key, memory_value),
+        *(cu_seqlens, seq_start, seq_end, segment_len, window_size),
+        *(is_causal, memory_is_causal, query_offset, check_scale(scale, D)),
+    )
+    match resolve_backend(backend, query):
+        case "triton":
+            from memattn_kernels.segmented_attention import segmented_attention as impl
+        case "cpp":
+            from memattn.cpp.segmented_attention import segmented_attention as impl
+        case "reference":
+            from memattn.reference.segmented_attention import segmented_attention as impl
+    return AttentionOutput(*impl(*args))
+
+
+def autocast(tensor: Tensor | None) -> Tensor | None:
+    """The tensor in the dtype of the autocast that is on; float64 and integers stay."""
+    if tensor is None or tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _check_sequences(
+    query: Tensor,
+    S: int,
+    cu_seqlens: Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    query_offset: int,
+    segment_len: int | None,
+    memory_key: Tensor | None,
+) -> None:
+    """Check the bounds of sequences and documents, and that every segment has its memory."""
+    B, _, T, _ = query.shape
+    n_segments = 0
+    if cu_seqlens is not None:
+        check_int32_vector("cu_seqlens", cu_seqlens, query)
+        if B != 1:
+            must("query", "have B=1 with cu_seqlens", f"B={B}")
+        if seq_start is not None or seq_end is not None:
+            name = "seq_end" if seq_start is None else "seq_start"
+            must(name, "be None with cu_seqlens", "a tensor")
+        if cu_seqlens.numel() < 2:
+            must("cu_seqlens", "have at least 2 entries", cu_seqlens.numel())
+        if query_offset + T > S:
+            must("query_offset", f"be at most S - T = {S - T} with cu_seqlens", query_offset)
+        bounds = values_to_check(cu_seqlens, S, segment_len, memory_key is None)
+        if bounds is not None:
+            if bounds[0] != 0 or bounds[-1] != S:
+                must("cu_seqlens", f"begin with 0 and end with S={S}", bounds)
+            if any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+                must("cu_seqlens", "rise", bounds)
+            if segment_len is not None:
+                lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+                n_segments = sum(-(-length // segment_len) for length in lengths)
+    elif segment_len is not None:
+        n_segments = -(-(query_offset + T) // segment_len)
+    for name, bound in (("seq_start", seq_start), ("seq_end", seq_end)):
+        if bound is not None:
+            check_int32_vector(name, bound, query)
+            check_shape(name, bound, B=B)
+    starts = [0] * B if seq_start is None else values_to_check(seq_start, "start")
+    if seq_end is not None and starts is not None:
+        ends = values_to_check(seq_end, "end")
+        for start, end in zip(starts, ends or starts, strict=True):
+            if end < start:
+                must("seq_end", f"be at least seq_start={start}", end)
+    if memory_key is not None and segment_len is not None:
+        if starts and min(starts) < 0:
+            n_segments = -(-(query_offset + T - min(starts)) // segment_len)
+        if memory_key.shape[2] < n_segments:
+            must("memory_key", f"have at least n_segments={n_segments}", memory_key.shape[2])

@@ -1,0 +1,136 @@
+"""Input factories and the error rule, for tests and benchmarks alike."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def assert_within_budget(name: str, actual: Tensor, low: Tensor, high: Tensor) -> None:
+    """Assert that ``actual`` errs at most twice as much as plain PyTorch in the same dtype.
+
+    Args:
+        name: What is compared, for the message.
+        actual: The result under test.
+        low: The same from plain PyTorch in the dtype of ``actual``.
+        high: The same in float64. The budget is twice the largest error of ``low`` plus one
+            rounding step of the output's dtype at the largest value. NaN fails, and infinities
+            must match.
+    """
+    assert actual.shape == high.shape, f"{name}: shape {actual.shape}, not {high.shape}"
+    assert actual.dtype == low.dtype, f"{name}: dtype {actual.dtype}, not {low.dtype}"
+    if high.numel() == 0:
+        return
+    actual64, low64, high = (t.detach().to("cpu", torch.float64) for t in (actual, low, high))
+    assert not actual64.isnan().any(), f"{name}: NaN"
+    infinite = high.isinf()
+    assert torch.equal(actual64[infinite], high[infinite]), f"{name}: infinities differ"
+    actual64, low64, high = (t.masked_fill(infinite, 0.0) for t in (actual64, low64, high))
+    error = (actual64 - high).abs().max().item()
+    step = torch.finfo(actual.dtype).eps * high.abs().max().item()
+    budget = 2.0 * (low64 - high).abs().max().item() + step
+    assert error <= budget, f"{name}: error {error:.3e} over the budget {budget:.3e}"
+
+
+def run_with_gradients(
+    function: Callable[..., Any],
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Outputs of ``function(**tensors, **options)`` and the gradients of its floating inputs.
+
+    The cotangents are random but fixed by ``seed``, the same for every dtype and device. A row
+    whose log-sum-exp is -inf gets a zero cotangent for it.
+
+    Args:
+        function: An operator that returns a NamedTuple of tensors.
+        tensors: Inputs by name; floating ones get a gradient.
+        options: Further arguments.
+        dtype: Cast floating inputs to this dtype first.
+        seed: Seed of the cotangents.
+
+    Returns:
+        Outputs by field name, gradients by ``d_<input>``.
+    """
+    leaves = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            tensor = tensor.detach().to(dtype or tensor.dtype).requires_grad_()
+        leaves[name] = tensor
+    outputs = function(**leaves, **options)._asdict()
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = []
+    for out in outputs.values():
+        cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        # rounded once, so that every dtype gets the same values
+        cotangent = cotangent.to(torch.bfloat16).to(out.device, out.dtype)
+        cotangents.append(torch.where(out.detach().isfinite(), cotangent, 0.0))
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    grads = torch.autograd.grad(
+        list(outputs.values()), list(wanted.values()), cotangents, allow_unused=True
+    )
+    results = {name: out.detach() for name, out in outputs.items()}
+    for name, leaf, grad in zip(wanted, wanted.values(), grads, strict=True):
+        results[f"d_{name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return results
+
+
+def make_segmented_inputs(
+    *,
+    B: int = 2,
+    H: int = 4,
+    Hkv: int = 2,
+    T: int = 37,
+    S: int | None = None,
+    D: int = 16,
+    Dv: int | None = None,
+    P: int = 0,
+    M: int = 0,
+    segment_len: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    n_segments: int | None = None,
+) -> dict[str, Tensor]:
+    """Random inputs of ``segmented_attention``; values are exact in bfloat16.
+
+    ``P`` persistent and ``M`` memory keys are left out where 0. ``n_segments`` defaults to what
+    ``segment_len`` needs for ``S`` keys.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(torch.bfloat16).to(device, dtype)
+
+    S, Dv = T if S is None else S, D if Dv is None else Dv
+    tensors = {
+        "query": draw(B, H, T, D),
+        "key": draw(B, Hkv, S, D),
+        "value": draw(B, Hkv, S, Dv),
+    }
+    if P:
+        tensors |= {"persistent_key": draw(Hkv, P, D), "persistent_value": draw(Hkv, P, Dv)}
+    if M:
+        assert segment_len is not None
+        N = -(-S // segment_len) if n_segments is None else n_segments
+        tensors |= {
+            "memory_key": draw(B, Hkv, N, M, D),
+            "memory_value": draw(B, Hkv, N, M, Dv),
+        }
+    return tensors
+
+
+def assert_results_within_budget(
+    actual: dict[str, Tensor],
+    low: dict[str, Tensor],
+    high: dict[str, Tensor],
+    names: Iterable[str] | None = None,
+) -> None:
+    """``assert_within_budget`` for every result that ``run_with_gradients`` returned."""
+    assert actual.keys() == low.keys() == high.keys()
+    for name in names or high:
+        assert_within_budget(name, actual[name], low[name], high[name])
