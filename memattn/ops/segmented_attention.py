@@ -158,7 +158,7 @@ def segmented_attention(
         check_shape("memory_value", memory_value, B=B, Hkv=Hkv, n_segments=N, M=M, Dv=Dv)
         check_like("memory_key", memory_key, "query", query)
         check_like("memory_value", memory_value, "query", query)
-        if memory_is_causal and M != segment_len:
+        if memory_is_causal and segment_len != M:
             must("memory_key", f"have M={segment_len} rows (memory_is_causal)", f"M={M}")
     elif memory_is_causal:
         must("memory_key", "be given with memory_is_causal=True", "None")
