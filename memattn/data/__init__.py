@@ -1,0 +1,25 @@
+"""Corpora, tokenizers and batches."""
+
+from memattn.data.batches import Batches, PackedBatches, PaddedBatches
+from memattn.data.corpora import CORPORA, Corpus, fetch_corpus, get_corpus, is_cached
+from memattn.data.documents import Document, Split, load_documents, split_documents
+from memattn.data.tokenizer import Tokens, load_tokenizer, tokenize_documents, train_tokenizer
+
+__all__ = [
+    "CORPORA",
+    "Batches",
+    "Corpus",
+    "Document",
+    "PackedBatches",
+    "PaddedBatches",
+    "Split",
+    "Tokens",
+    "fetch_corpus",
+    "get_corpus",
+    "is_cached",
+    "load_documents",
+    "load_tokenizer",
+    "split_documents",
+    "tokenize_documents",
+    "train_tokenizer",
+]

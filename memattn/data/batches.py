@@ -1,0 +1,208 @@
+"""Batches: pure functions of (tokens, seed, index), so that a position is all there is to resume.
+
+Training reads an endless stream in which each epoch has every token once, in an order drawn from
+``(seed, epoch)``. Batch ``i`` of all processes together is a fixed piece of that stream, cut by
+rank: n processes see what one process with n times the batch size sees.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memattn.data.tokenizer import Tokens
+from memattn.ops._checks import check_int, must
+
+IGNORE = -100  # the label that transformers' losses leave out
+
+Batch = dict[str, Tensor]
+
+
+class Batches(ABC):
+    """An endless iterator over the batches of one process, which can be resumed anywhere.
+
+    Args:
+        tokens: A tokenized corpus.
+        batch_size: Rows of one process.
+        seq_len: Tokens in a row.
+        seed: Seed of the order of the documents.
+        shuffle: Whether the order is drawn; else it is that of ``tokens`` in every epoch.
+        rank: Index of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If a size is below 1, or ``rank`` is not below ``world_size``.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        check_int("batch_size", batch_size, 1)
+        check_int("seq_len", seq_len, 2)
+        check_int("world_size", world_size, 1)
+        check_int("rank", rank, 0)
+        if rank >= world_size:
+            must("rank", f"be below world_size={world_size}", rank)
+        self.tokens, self.seq_len = tokens, seq_len
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.rank, self.world_size = rank, world_size
+        self.position = 0  # rows that all processes have seen
+        self._orders = lru_cache(maxsize=2)(self._draw_order)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        start, self.position = self.position, self.position + self.world_size * self.batch_size
+        return self._rows(self._share(start), range(start, self.position), endless=True)
+
+    def one_epoch(self) -> Iterator[Batch]:
+        """The batches of one epoch, in the order of ``tokens`` where ``shuffle`` is False.
+
+        Every process gets as many. The last batch may be short, and a process for which nothing
+        is left gets a row without labels, since all must take part in collective operations.
+        """
+        step = self.world_size * self.batch_size
+        for start in range(0, self.num_rows, step):
+            rows_of_all = range(start, min(start + step, self.num_rows))
+            share = self._share(start)
+            rows = range(share.start, min(share.stop, self.num_rows))
+            if rows:
+                yield self._rows(rows, rows_of_all, endless=False)
+            else:
+                batch = self._rows(range(1), range(1), endless=False)
+                batch["labels"].fill_(IGNORE)
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: rows that all processes have seen."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a position, also with another number of processes."""
+        check_int("position", state["position"], 0)
+        self.position = state["position"]
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """Rows in an epoch."""
+
+    @abstractmethod
+    def _rows(self, rows: range, rows_of_all: range, *, endless: bool) -> Batch:
+        """Rows of the stream, of which ``rows_of_all`` are for all ranks; the first epoch or all."""
+
+    @abstractmethod
+    def _draw_order(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Order of the units of an epoch, and their cumulative lengths."""
+
+    def _share(self, start: int) -> range:
+        """The rows of this process, where those of all begin at ``start``."""
+        first = start + self.rank * self.batch_size
+        return range(first, first + self.batch_size)
+
+    def _permutation(self, n: int, epoch: int) -> Tensor:
+        """A permutation drawn from ``(seed, epoch)``."""
+        if not self.shuffle:
+            return torch.arange(n)
+        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        return torch.randperm(n, generator=generator)
+
+
+class PackedBatches(Batches):
+    """Rows of documents one after another, all in one row ``[1, batch_size * seq_len]``.
+
+    ``cu_seqlens`` (int32) has the bounds of the pieces: a document ends one, and so does a row of
+    ``seq_len`` tokens; what is left of the document opens the next row as a new piece. Each batch
+    has the same number of tokens, and an epoch every token once: the stream goes on with the next
+    epoch in mid-row. The first label of a piece is -100.
+    """
+
+    @property
+    def num_rows(self) -> int:
+        return -(-len(self.tokens.ids) // self.seq_len)
+
+    def _rows(self, rows: range, rows_of_all: range, *, endless: bool) -> Batch:
+        n = len(self.tokens.ids)
+        start, stop = rows.start * self.seq_len, rows.stop * self.seq_len
+        if not endless:
+            stop = min(stop, n)
+        pieces: list[Tensor] = []
+        bounds = set(range(0, stop - start, self.seq_len)) | {stop - start}
+        at = start
+        while at < stop:
+            order, ends = self._orders(at // n)
+            place = int(torch.searchsorted(ends, at % n, right=True))
+            left = int(ends[place]) - at % n  # tokens of the document from here on
+            first = int(self.tokens.bounds[int(order[place]) + 1]) - left
+            length = min(left, stop - at)
+            pieces.append(self.tokens.ids[first : first + length])
+            at += length
+            bounds.add(at - start)
+        ids = torch.cat(pieces).long()
+        cu_seqlens = torch.tensor(sorted(bounds), dtype=torch.int32)
+        labels = ids.clone()
+        labels[cu_seqlens[:-1].long()] = IGNORE
+        return {"input_ids": ids[None], "labels": labels[None], "cu_seqlens": cu_seqlens}
+
+    def _draw_order(self, epoch: int) -> tuple[Tensor, Tensor]:
+        lengths = self.tokens.bounds.diff()
+        order = self._permutation(len(lengths), epoch)
+        return order, lengths[order].cumsum(0)
+
+
+class PaddedBatches(Batches):
+    """One piece of a document in each row, padded on the right to the longest of all ranks.
+
+    A document longer than ``seq_len`` tokens is cut into pieces; an epoch has every piece once.
+    ``attention_mask`` is 1 on tokens; the first label of a row and those of padding are -100.
+
+    Args:
+        pad_token_id: Token that fills rows.
+    """
+
+    def __init__(self, tokens: Tokens, *, pad_token_id: int, **options: Any):
+        super().__init__(tokens, **options)
+        self.pad_token_id = pad_token_id
+        begins, lengths = [], []
+        for begin, end in zip(tokens.bounds[:-1].tolist(), tokens.bounds[1:].tolist(), strict=True):
+            begins += range(begin, end, self.seq_len)
+            lengths += [min(self.seq_len, end - at) for at in range(begin, end, self.seq_len)]
+        self._begins, self._lengths = torch.tensor(begins), torch.tensor(lengths)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._begins)
+
+    def _rows(self, rows: range, rows_of_all: range, *, endless: bool) -> Batch:
+        width = max(int(self._lengths[self._piece(index)]) for index in rows_of_all)
+        ids = torch.full((len(rows), width), self.pad_token_id)
+        labels = torch.full_like(ids, IGNORE)
+        attention_mask = torch.zeros_like(ids)
+        for row, index in enumerate(rows):
+            piece = self._piece(index)
+            begin, length = int(self._begins[piece]), int(self._lengths[piece])
+            ids[row, :length] = self.tokens.ids[begin : begin + length]
+            labels[row, 1:length] = ids[row, 1:length]
+            attention_mask[row, :length] = 1
+        return {"input_ids": ids, "labels": labels, "attention_mask": attention_mask}
+
+    def _piece(self, index: int) -> int:
+        """Piece at a row of the stream."""
+        order, _ = self._orders(index // self.num_rows)
+        return int(order[index % self.num_rows])
+
+    def _draw_order(self, epoch: int) -> tuple[Tensor, Tensor]:
+        order = self._permutation(self.num_rows, epoch)
+        return order, self._lengths[order].cumsum(0)

