@@ -1,0 +1,445 @@
+"""The state of sequences between calls: keys and values that later tokens see, and positions."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from memattn.models.config import MemAttnConfig
+from memattn.models.padding import BLOCK, block_bounds, check_mask
+from memattn.ops._checks import check_shape, check_tensor, must
+
+OPEN = 1 << 62  # the end of a row that may still grow
+SEQUENCES = ("key", "value")  # the tensors of a layer with one entry per token, on axis 2
+FORMAT = "memattn-cache-1"
+
+
+class SequenceBounds(NamedTuple):
+    """Where sequences begin and end, in columns of the keys of a layer; None means everywhere."""
+
+    seq_start: Tensor | None  # int32 [B]
+    seq_end: Tensor | None  # int32 [B]
+
+
+class MemAttnCacheLayer(CacheLayerMixin):
+    """The state of one layer: tensors by name, with the batch on axis 0 of each.
+
+    Args:
+        segment_len: Segment length of the layer's attention, or None.
+        window_size: Window of the layer's attention, or None.
+    """
+
+    is_sliding = False
+
+    def __init__(self, segment_len: int | None = None, window_size: int | None = None) -> None:
+        self.segment_len = segment_len
+        self.window_size = window_size
+        self.state: dict[str, Tensor] = {}
+        self.position = 0  # columns seen so far, set by the cache
+        self.keep = 0  # newest keys that later tokens can see, set by the cache
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Kept keys ``[B, Hkv, S, D]``, or None before the first call."""
+        return self.state.get("key")
+
+    @property
+    def values(self) -> Tensor | None:
+        """Kept values ``[B, Hkv, S, Dv]``, or None before the first call."""
+        return self.state.get("value")
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the layer holds keys."""
+        return "key" in self.state
+
+    @property
+    def kept(self) -> int:
+        """Number of keys that the layer holds."""
+        return self.state["key"].shape[2] if self.state else 0
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values, and return them behind those kept; then drop the unseen ones."""
+        if self.state:
+            key_states = torch.cat([self.state["key"], key_states], dim=2)
+            value_states = torch.cat([self.state["value"], value_states], dim=2)
+        self.state["key"], self.state["value"] = key_states, value_states
+        self.trim()
+        return key_states, value_states
+
+    def trim(self) -> None:
+        """Drop the keys that no later token can see, and the memory they take."""
+        drop = self.kept - self.keep
+        if drop > 0:
+            for name in SEQUENCES:
+                self.state[name] = self.state[name][:, :, drop:].clone()
+
+    def visible_from(self, position: int, start: Tensor, end: Tensor) -> int:
+        """First column that a token at column ``position`` or later can see in any row."""
+        length = position - start  # of the sequence of each row, in tokens
+        first = start
+        if self.segment_len is not None or self.window_size is not None:
+            near = [torch.full_like(start, position)]
+            if self.segment_len is not None:
+                near.append(start + length // self.segment_len * self.segment_len)
+            if self.window_size is not None:
+                near.append(torch.full_like(start, position - self.window_size + 1))
+            first = torch.stack(near).amin(0).maximum(start)
+        return int(torch.where(end == OPEN, first, position).min())
+
+    def get_seq_length(self) -> int:
+        """Columns seen so far, kept or not."""
+        return self.position
+
+    def get_max_length(self) -> int:
+        """-1: there is no longest sequence."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys that the next call sees, and the column of the first of them."""
+        return self.kept + query_length, self.position - self.kept
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Start with keys of length 0, of the shape and dtype of those given."""
+        self.state["key"], self.state["value"] = key_states[:, :, :0], value_states[:, :, :0]
+
+
+class MemAttnCache(Cache):
+    """Everything that a batch of sequences carries from one call to the next.
+
+    Each layer keeps the keys that later tokens can see: all for causal attention, and at most
+    ``max(segment_len, window_size)`` for segmented attention. Rows may be padded on either side;
+    a row that was padded on the right has ended, and only ``reset`` lets it begin anew. It works
+    with ``generate()``, beam search included.
+
+    Args:
+        config: Configuration of the model that fills it.
+
+    Attributes:
+        position: Columns seen so far, padding included; the column of the next token.
+        seq_start: int64 ``[B]`` on the CPU, the column where each row's sequence begins, or None
+            before the first call.
+        seq_end: int64 ``[B]`` on the CPU, the column where it ended, if it has.
+
+    Example:
+        >>> cache = MemAttnCache(model.config)
+        >>> for chunk in input_ids.split(128, dim=1):
+        ...     logits = model(chunk, past_key_values=cache).logits
+    """
+
+    layers: list[MemAttnCacheLayer]
+
+    def __init__(self, config: MemAttnConfig) -> None:
+        part = config.attention
+        self._setup([(part.segment_len, part.window_size)] * config.num_hidden_layers)
+
+    def _setup(self, spans: Sequence[tuple[int | None, int | None]]) -> None:
+        super().__init__(layers=[MemAttnCacheLayer(*span) for span in spans])
+        self.position = 0
+        self.seq_start: Tensor | None = None
+        self.seq_end: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, or -1 before the first call."""
+        return -1 if self.seq_start is None else self.seq_start.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the state of all layers in bytes."""
+        return sum(
+            t.numel() * t.element_size() for layer in self.layers for t in layer.state.values()
+        )
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: dropped keys cannot come back."""
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen so far, the same for all layers."""
+        return self.position
+
+    def append_columns(
+        self,
+        batch_size: int,
+        num_columns: int,
+        attention_mask: Tensor | None,
+        device: torch.device,
+    ) -> list[SequenceBounds]:
+        """Move on by ``num_columns`` tokens and return the bounds that each layer needs.
+
+        Called once at the beginning of a forward pass; each layer's ``update`` then appends its
+        keys.
+
+        Args:
+            batch_size: Rows of the batch, the same at every call.
+            num_columns: New tokens in each row.
+            attention_mask: ``[B, num_columns]``, or ``[B, position + num_columns]`` with all
+                columns so far; None means no padding.
+            device: Where the bounds are needed.
+
+        Raises:
+            ValueError: If the batch size changed, a row's ones are not one contiguous block, or
+                the mask contradicts what the cache has seen.
+        """
+        B, T, p = batch_size, num_columns, self.position
+        if self.seq_start is None or self.seq_end is None:
+            self.seq_start = torch.zeros(B, dtype=torch.long)
+            self.seq_end = torch.full((B,), OPEN)
+        if self.batch_size != B:
+            must("past_key_values", f"have the batch size of the input, {B}", self.batch_size)
+        first, last = torch.zeros(B, dtype=torch.long), torch.full((B,), T)
+        if attention_mask is not None:
+            check_mask(attention_mask, B, (T, p + T))
+            if attention_mask.shape[1] != T:
+                self._check_past(attention_mask[:, :p])
+            first, last = (bound.cpu() for bound in block_bounds(attention_mask[:, -T:]))
+
+        started, empty = self.seq_start < p, first == last
+        broken = started & ~empty & ((self.seq_end != OPEN) | (first != 0))
+        if broken.any():
+            row = int(broken.nonzero()[0, 0])
+            must("attention_mask", BLOCK, f"tokens behind padding in row {row}")
+        # a row without tokens ends if it had begun, and else begins later; a row ends before T
+        # columns are over, or stays open
+        start = torch.where(started, self.seq_start, p + first)
+        end = torch.where(started & empty, self.seq_end.clamp(max=p), self.seq_end)
+        end = torch.where(~empty & (last < T), p + last, end)
+        self.seq_start, self.seq_end, self.position = start, end, p + T
+
+        known: dict[tuple, SequenceBounds] = {}  # most layers are alike
+        bounds = []
+        for layer in self.layers:
+            kind = (layer.kept, layer.segment_len, layer.window_size)
+            if kind not in known:
+                known[kind] = self._bounds(layer, T, device)
+            bounds.append(known[kind])
+        self._mark_visible()
+        return bounds
+
+    def _check_past(self, past_mask: Tensor) -> None:
+        """Raise unless the mask of the columns seen so far is the one that was seen."""
+        assert self.seq_start is not None and self.seq_end is not None
+        columns = torch.arange(self.position)
+        seen = (columns >= self.seq_start[:, None]) & (columns < self.seq_end[:, None])
+        if not torch.equal(past_mask.cpu() != 0, seen):
+            row = int((past_mask.cpu() != seen).any(1).nonzero()[0, 0])
+            must(
+                "attention_mask",
+                "agree with the past_key_values on earlier columns",
+                f"others in row {row}",
+            )
+
+    def _bounds(self, layer: MemAttnCacheLayer, T: int, device: torch.device) -> SequenceBounds:
+        """The rows' bounds in columns of the layer's keys, with the ``T`` new ones at the end."""
+        assert self.seq_start is not None and self.seq_end is not None
+        S = layer.kept + T
+        first_column = self.position - S
+        start = (self.seq_start - first_column).to(torch.int32)
+        end = (self.seq_end - first_column).clamp(max=S).to(torch.int32)
+        whole = not start.any() if layer.segment_len is not None else not (start > 0).any()
+        return SequenceBounds(
+            None if whole else start.to(device), None if (end == S).all() else end.to(device)
+        )
+
+    def _mark_visible(self) -> None:
+        """Tell each layer how many of the newest keys later tokens can see."""
+        assert self.seq_start is not None and self.seq_end is not None
+        for layer in self.layers:
+            first = layer.visible_from(self.position, self.seq_start, self.seq_end)
+            layer.position = self.position
+            layer.keep = self.position - first
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values to a layer, after ``append_columns``."""
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Let sequences begin anew.
+
+        Args:
+            mask: bool ``[B]``, True for the rows that restart with the next token; the other rows
+                go on. None empties the cache, which then takes any batch size.
+        """
+        if mask is None:
+            spans = [(layer.segment_len, layer.window_size) for layer in self.layers]
+            self._setup(spans)
+            return
+        check_tensor("mask", mask)
+        if self.seq_start is None or self.seq_end is None:
+            must("mask", "be None for an empty cache", "a tensor")
+        if mask.dtype != torch.bool:
+            must("mask", "have dtype torch.bool", mask.dtype)
+        check_shape("mask", mask, B=self.batch_size)
+        mask = mask.cpu()
+        self.seq_start = self.seq_start.masked_fill(mask, self.position)
+        self.seq_end = self.seq_end.masked_fill(mask, OPEN)
+        self._trim()
+
+    def _trim(self) -> None:
+        """Drop what no later token can see, after rows changed."""
+        if self.seq_start is not None:
+            self._mark_visible()
+            for layer in self.layers:
+                if layer.state:
+                    layer.trim()
+
+    def _map(self, function: Any) -> "MemAttnCache":
+        """A cache of the same kind with ``function`` applied to every tensor of every layer."""
+        other = object.__new__(MemAttnCache)
+        other._setup([(layer.segment_len, layer.window_size) for layer in self.layers])
+        other.position, other.seq_start, other.seq_end = self.position, self.seq_start, self.seq_end
+        for new, layer in zip(other.layers, self.layers, strict=True):
+            new.state = {name: function(tensor) for name, tensor in layer.state.items()}
+            new.position, new.keep = layer.position, layer.keep
+        return other
+
+    def detach(self) -> "MemAttnCache":
+        """The same state without its autograd graph; it shares memory with this cache."""
+        return self._map(Tensor.detach)
+
+    def _select(self, rows: Tensor) -> "MemAttnCache":
+        """A cache with the given rows of this one, in the given order."""
+        other = self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        if self.seq_start is not None and self.seq_end is not None:
+            other.seq_start = self.seq_start[rows.cpu()]
+            other.seq_end = self.seq_end[rows.cpu()]
+        other._trim()
+        return other
+
+    def split(self, sizes: int | Sequence[int]) -> list["MemAttnCache"]:
+        """Split the batch into caches of ``sizes`` rows each, as ``torch.split`` does."""
+        if self.seq_start is None:
+            must("cache", "hold sequences to be split", "an empty cache")
+        rows = torch.arange(self.batch_size)
+        parts = rows.split(sizes if isinstance(sizes, int) else list(sizes))
+        return [self._select(part) for part in parts]
+
+    @classmethod
+    def merge(cls, caches: Sequence["MemAttnCache"]) -> "MemAttnCache":
+        """Join the rows of caches of the same model into one batch, whatever their lengths.
+
+        Raises:
+            ValueError: If there is none, one is empty, or the layers differ.
+        """
+        if not caches:
+            must("caches", "hold at least one cache", "none")
+        spans = [(layer.segment_len, layer.window_size) for layer in caches[0].layers]
+        position = max(cache.position for cache in caches)
+        merged = object.__new__(cls)
+        merged._setup(spans)
+        starts, ends = [], []
+        for cache in caches:
+            if cache.seq_start is None or cache.seq_end is None:
+                must("caches", "hold sequences", "an empty cache")
+            if [(layer.segment_len, layer.window_size) for layer in cache.layers] != spans:
+                must("caches", "have the same layers", "others")
+            # the newest columns are aligned, so that shorter rows are padded on the left
+            shift = position - cache.position
+            starts.append(cache.seq_start + shift)
+            ends.append(torch.where(cache.seq_end == OPEN, OPEN, cache.seq_end + shift))
+        merged.position, merged.seq_start, merged.seq_end = (
+            position,
+            torch.cat(starts),
+            torch.cat(ends),
+        )
+        for i, layer in enumerate(merged.layers):
+            parts = [cache.layers[i] for cache in caches]
+            kept = max(part.kept for part in parts)
+            for name in parts[0].state:
+                tensors = [part.state[name] for part in parts]
+                if name in SEQUENCES:
+                    tensors = [F.pad(t, (0, 0, kept - t.shape[2], 0)) for t in tensors]
+                layer.state[name] = torch.cat(tensors)
+        merged._trim()
+        return merged
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the rows by those that ``beam_idx [B]`` names, in place."""
+        self.__dict__.update(self._select(beam_idx).__dict__)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows that ``indices`` names, in place."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times, in place."""
+        self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not supported: dropped keys cannot come back."""
+        raise NotImplementedError("MemAttnCache cannot be cropped; keys that it dropped are gone")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to one safetensors file, whole or not at all.
+
+        Args:
+            path: File to write; an earlier one is replaced at the end.
+
+        Raises:
+            ValueError: If the cache is empty.
+        """
+        if self.seq_start is None or self.seq_end is None:
+            must("cache", "hold sequences to be saved", "an empty cache")
+        tensors = {"seq_start": self.seq_start, "seq_end": self.seq_end}
+        for i, layer in enumerate(self.layers):
+            tensors |= {f"layers.{i}.{name}": t for name, t in layer.state.items()}
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        spans = [(layer.segment_len, layer.window_size) for layer in self.layers]
+        metadata = {"format": FORMAT, "position": str(self.position), "spans": json.dumps(spans)}
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], device: str | torch.device = "cpu"
+    ) -> "MemAttnCache":
+        """Read a cache that ``save`` wrote.
+
+        Args:
+            path: The file.
+            device: Where to put the state of the layers.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged or no saved cache.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path must be a file, got {path}")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"path must be a saved MemAttnCache, got {path} ({error})") from error
+        if metadata.get("format") != FORMAT:
+            must("path", f"be a saved MemAttnCache of format {FORMAT}", metadata.get("format"))
+        cache = object.__new__(cls)
+        cache._setup([tuple(span) for span in json.loads(metadata["spans"])])
+        cache.position = int(metadata["position"])
+        cache.seq_start = tensors.pop("seq_start").cpu()
+        cache.seq_end = tensors.pop("seq_end").cpu()
+        for name, tensor in tensors.items():
+            _, i, key = name.split(".", 2)
+            cache.layers[int(i)].state[key] = tensor
+        cache._mark_visible()
+        return cache

@@ -1,0 +1,30 @@
+"""Feed-forward layers."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memattn.ops._checks import check_int
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``, without biases.
+
+    Args:
+        hidden_size: Features of the input and the output, ``E``.
+        intermediate_size: Features between them.
+
+    Note:
+        Source: Shazeer (2020), https://arxiv.org/abs/2002.05202.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        check_int("hidden_size", hidden_size, 1)
+        check_int("intermediate_size", intermediate_size, 1)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map ``[..., E]`` to ``[..., E]``."""
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

@@ -1,0 +1,89 @@
+"""Rotary position embedding, with positions that count from where a sequence starts."""
+
+import torch
+from torch import Tensor, nn
+
+from memattn.ops._checks import check_int, must
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines that rotate queries and keys by their position.
+
+    Pair ``d`` of ``head_dim / 2`` turns by ``position * theta ** (-2 d / head_dim)``. Angles are
+    computed at each call, in float32 or wider: there is no buffer that a cast to bfloat16 would
+    round.
+
+    Args:
+        head_dim: Features of a head, ``D``; even.
+        theta: Base of the frequencies.
+
+    Raises:
+        ValueError: If ``head_dim`` is odd or ``theta`` is not positive.
+
+    Note:
+        Source: Su et al. (2021), https://arxiv.org/abs/2104.09864. As in Llama, feature ``d`` is
+        paired with ``d + D/2`` and not with its neighbour.
+    """
+
+    def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        check_int("head_dim", head_dim, 2)
+        if head_dim % 2:
+            must("head_dim", "be even", head_dim)
+        if not theta > 0:
+            must("theta", "be positive", theta)
+        self.head_dim = head_dim
+        self.theta = theta
+
+    def forward(
+        self, positions: Tensor, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[B or 1, 1, T, D/2]`` for integer ``positions [B or 1, T]``.
+
+        They are float64 if ``dtype``, that of the hidden states, is float64, and else float32.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
+        exponent = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=wide)
+        frequency = self.theta ** (-exponent / self.head_dim)
+        angle = positions[:, None, :, None].to(wide) * frequency
+        return angle.cos(), angle.sin()
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, theta={self.theta}"
+
+
+def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``states [B, H, T, D]`` by ``cos`` and ``sin``; rounded once, to the dtype it had."""
+    first, second = states.chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(states.dtype)
+
+
+def sequence_positions(
+    hidden_states: Tensor,
+    *,
+    offset: int = 0,
+    seq_start: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Positions of ``hidden_states [B, T, E]`` in their sequences, as the operators count them.
+
+    Args:
+        hidden_states: ``[B, T, E]``; only its shape and device are read.
+        offset: Column of the first row, counted like ``seq_start``: the keys already cached.
+        seq_start: int32 ``[B]``, columns where the sequences start. Rows before it, which are
+            padding, get negative positions.
+        cu_seqlens: int32 ``[n+1]``, bounds of packed documents; positions restart in each.
+
+    Returns:
+        int64 ``[B, T]``, or ``[1, T]`` without ``seq_start``.
+    """
+    T, device = hidden_states.shape[1], hidden_states.device
+    columns = torch.arange(offset, offset + T, device=device)[None]  # [1, T]
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.long()
+        document = torch.searchsorted(bounds[1:], columns, right=True)
+        return columns - bounds[document.clamp(max=bounds.numel() - 2)]
+    if seq_start is not None:
+        return columns - seq_start.long()[:, None]
+    return columns

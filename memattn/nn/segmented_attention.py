@@ -1,0 +1,146 @@
+"""Segmented attention as a drop-in multi-head attention layer."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from memattn.nn.rotary import apply_rotary
+from memattn.ops import segmented_attention
+from memattn.ops._checks import check_int, check_rank, must
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of earlier calls; ``memattn.models.MemAttnCache`` holds one per layer."""
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Append ``[B, Hkv, T, D]`` and return the kept ones with them, ``[B, Hkv, S, D]``."""
+        ...
+
+
+class SegmentedAttention(nn.Module):
+    """Causal multi-head attention within segments, a sliding window and persistent tokens.
+
+    Without ``segment_len`` and ``window_size`` it is plain causal attention. Persistent keys and
+    values are parameters, which every query sees; they start small, so that the layer starts
+    close to one without them. They carry no position, while queries may be rotated.
+
+    Args:
+        hidden_size: Features of the hidden states, ``E``.
+        num_heads: Query heads, ``H``.
+        num_kv_heads: Key and value heads, ``Hkv``, a divisor of ``num_heads``; None means equal.
+        head_dim: Features of a head, ``D``; None means ``hidden_size / num_heads``.
+        segment_len: Tokens in a segment, ``L``; None means no segments.
+        window_size: Keys in the sliding window, the query's own included; None means no window.
+        num_persistent_tokens: Persistent keys, ``P``.
+        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+
+    Raises:
+        ValueError: If heads do not divide or a size is below its minimum.
+
+    Example:
+        >>> attention = SegmentedAttention(hidden_size=64, num_heads=4, segment_len=16)
+        >>> x = torch.randn(2, 50, 64)
+        >>> attention(x).shape
+        torch.Size([2, 50, 64])
+        >>> rotary = RotaryEmbedding(attention.head_dim)
+        >>> attention(x, rotary=rotary(sequence_positions(x))).shape
+        torch.Size([2, 50, 64])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        segment_len: int | None = None,
+        window_size: int | None = None,
+        num_persistent_tokens: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_int("hidden_size", hidden_size, 1)
+        check_int("num_heads", num_heads, 1)
+        if head_dim is None:
+            if hidden_size % num_heads:
+                must("hidden_size", f"be divisible by num_heads={num_heads}", hidden_size)
+            head_dim = hidden_size // num_heads
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_int("head_dim", head_dim, 1)
+        check_int("num_kv_heads", num_kv_heads, 1)
+        if num_heads % num_kv_heads:
+            must("num_kv_heads", f"divide num_heads={num_heads}", num_kv_heads)
+        for name, value in (("segment_len", segment_len), ("window_size", window_size)):
+            if value is not None:
+                check_int(name, value, 1)
+        check_int("num_persistent_tokens", num_persistent_tokens, 0)
+        self.head_dim = head_dim
+        self.segment_len = segment_len
+        self.window_size = window_size
+        self.num_persistent_tokens = num_persistent_tokens
+        self.backend = backend
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        if num_persistent_tokens:
+            shape = (num_kv_heads, num_persistent_tokens, head_dim)
+            self.persistent_key = nn.Parameter(torch.empty(shape))
+            self.persistent_value = nn.Parameter(torch.empty(shape))
+            nn.init.normal_(self.persistent_key, std=0.02)
+            nn.init.normal_(self.persistent_value, std=0.02)
+        else:
+            self.register_parameter("persistent_key", None)
+            self.register_parameter("persistent_value", None)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_start: Tensor | None = None,
+        seq_end: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Attend over ``hidden_states [B, T, E]`` and return ``[B, T, E]``.
+
+        Args:
+            hidden_states: ``[B, T, E]``.
+            rotary: Cosines and sines of a ``RotaryEmbedding``; None means no rotation.
+            cu_seqlens: int32 ``[n+1]``, bounds of packed documents, with ``B = 1``.
+            seq_start: int32 ``[B]``, the first column of each sequence, counted from the first
+                key, cached keys included.
+            seq_end: int32 ``[B]``, the column after the last one, counted like ``seq_start``.
+            cache: Keys and values of earlier calls, extended by those of this one.
+        """
+        check_rank("hidden_states", hidden_states, "B T E")
+        query, key, value = (
+            proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if rotary is not None:
+            query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        if cache is not None:
+            key, value = cache.update(key, value)
+        out = segmented_attention(
+            query,
+            key,
+            value,
+            segment_len=self.segment_len,
+            window_size=self.window_size,
+            persistent_key=self.persistent_key,
+            persistent_value=self.persistent_value,
+            cu_seqlens=cu_seqlens,
+            seq_start=seq_start,
+            seq_end=seq_end,
+            query_offset=key.shape[2] - query.shape[2],
+            backend=self.backend,
+        ).out
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        sizes = f"segment_len={self.segment_len}, window_size={self.window_size}"
+        return f"{sizes}, num_persistent_tokens={self.num_persistent_tokens}"
