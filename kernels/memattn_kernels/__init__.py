@@ -1,0 +1,1 @@
+"""Triton kernels of memattn: tensors in, tensors out, no models."""

@@ -1,0 +1,166 @@
+"""What the attention kernels share: tile ranges, loads, the online softmax, launch helpers.
+
+Every operator describes what a row may see as one interval ``[lo, hi)`` of columns for each *key
+source* (tokens, a parameter table, memory tokens). A tile of rows then walks the columns from the
+smallest ``lo`` to the largest ``hi``, and only columns that some row does not see need a mask.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+LOG2E = 1.4426950408889634  # log2(e)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)  # ln(2)
+NO_END: tl.constexpr = tl.constexpr(2**31 - 1)  # the end of a sequence that is not cut short
+
+# largest row stride for which the offsets inside a tile surely fit 32 bits
+MAX_ROW_STRIDE = 2**22
+# lengths above this mean "everything"; sums with a position stay below 2**31
+MAX_LENGTH = 2**30
+
+
+@triton.jit
+def load_tile(ptr, row, stride, end, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+              BLOCK_WIDTH: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Rows ``row ... row + BLOCK - 1``, zero from row ``end`` on if MASKED, and past WIDTH."""
+    offs_r = tl.arange(0, BLOCK)[:, None]
+    offs_w = tl.arange(0, BLOCK_WIDTH)[None, :]
+    # the tile's own offset in 64 bits, those inside the tile in 32
+    ptrs = ptr + tl.cast(row, tl.int64) * stride + (offs_r * stride + offs_w)
+    if MASKED and WIDTH < BLOCK_WIDTH:
+        return tl.load(ptrs, mask=(row + offs_r < end) & (offs_w < WIDTH), other=0.0)
+    elif MASKED:
+        return tl.load(ptrs, mask=row + offs_r < end, other=0.0)
+    elif WIDTH < BLOCK_WIDTH:
+        return tl.load(ptrs, mask=offs_w < WIDTH, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(ptr, row, stride, end, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+               BLOCK_WIDTH: tl.constexpr):  # fmt: skip
+    """Write the rows before ``end`` in the dtype of ``ptr``."""
+    offs_r = tl.arange(0, BLOCK)[:, None]
+    offs_w = tl.arange(0, BLOCK_WIDTH)[None, :]
+    ptrs = ptr + tl.cast(row, tl.int64) * stride + (offs_r * stride + offs_w)
+    mask = (row + offs_r < end) & (offs_w < WIDTH)
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tile_ranges(lo, hi, valid, BLOCK: tl.constexpr):
+    """Columns that a tile of rows walks, in steps of BLOCK.
+
+    Row ``r`` sees columns ``[lo[r], hi[r])``; rows that are not ``valid`` count for nothing.
+
+    Returns:
+        ``first, full_first, full_last, last``: columns ``[full_first, full_last)`` are whole tiles
+        that every valid row sees, ``[first, full_first)`` and ``[full_last, last)`` need a mask,
+        and a column outside ``[first, last)`` is seen by no row.
+    """
+    sees = valid & (lo < hi)
+    first = tl.min(tl.where(sees, lo, NO_END))
+    last = tl.max(tl.where(sees, hi, 0))
+    first = tl.minimum(first, last)
+    # a valid row that sees nothing makes this range empty
+    full_lo = tl.max(tl.where(valid, lo, 0))
+    full_hi = tl.minimum(tl.min(tl.where(valid, hi, NO_END)), last)
+    full_first = first + tl.cdiv(tl.maximum(full_lo - first, 0), BLOCK) * BLOCK
+    full_first = tl.minimum(full_first, first + tl.cdiv(last - first, BLOCK) * BLOCK)
+    full_last = full_first + tl.maximum(full_hi - full_first, 0) // BLOCK * BLOCK
+    return first, full_first, full_last, last
+
+
+@triton.jit
+def partial_tile(index, first, full_first, full_last, BLOCK: tl.constexpr):
+    """First column of the ``index``-th tile that needs a mask: before the whole tiles, or after."""
+    n_before = (full_first - first) // BLOCK
+    return tl.where(index < n_before, first + index * BLOCK, full_last + (index - n_before) * BLOCK)
+
+
+@triton.jit
+def n_partial_tiles(first, full_first, full_last, last, BLOCK: tl.constexpr):
+    """How many tiles need a mask."""
+    return (full_first - first) // BLOCK + tl.cdiv(tl.maximum(last - full_last, 0), BLOCK)
+
+
+@triton.jit
+def online_softmax_step(acc, l_i, m_i, scores, v, scale):
+    """Add one tile of keys to the running softmax.
+
+    Args:
+        acc: Sum of ``exp2(scale * score - m_i) * value``, ``[BLOCK_M, BLOCK_DV]``.
+        l_i: Sum of the weights, ``[BLOCK_M]``.
+        m_i: Largest ``scale * score`` so far, ``-inf`` before the first key, ``[BLOCK_M]``.
+        scores: ``[BLOCK_M, BLOCK_N]``, ``-inf`` where a row does not see the key.
+        v: ``[BLOCK_N, BLOCK_DV]``, finite where no row sees the key.
+        scale: Positive; with ``log2(e)`` in it, as weights are powers of two.
+    """
+    m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
+    # finite for a row without a key so far: -inf - -inf is NaN
+    m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - m_safe)
+    p = tl.exp2(scores * scale - m_safe[:, None])
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, l_i, m_new
+
+
+@triton.jit
+def finish_softmax(acc, l_i, m_i, valid):
+    """Output and natural log-sum-exp of the running softmax; 0 and -inf for a row without keys."""
+    empty = (l_i == 0.0) | (valid == 0)
+    safe = tl.where(empty, 1.0, l_i)
+    out = tl.where(empty[:, None], 0.0, acc / safe[:, None])
+    lse = tl.where(empty, -float("inf"), (m_i + tl.log2(safe)) * LN2)
+    return out, lse
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return bool(knobs.runtime.interpret)
+
+
+def rows_ready(tensor: Tensor) -> Tensor:
+    """The tensor itself if kernels can read its rows, else a contiguous copy.
+
+    Rows must have adjacent elements and lie near enough for 32-bit offsets inside a tile.
+    """
+    if tensor.stride(-1) == 1 and tensor.stride(-2) <= MAX_ROW_STRIDE:
+        return tensor
+    return tensor.contiguous()
+
+
+def empty_rows(like: Tensor, width: int) -> Tensor:
+    """Uninitialised ``[B, H, T, width]`` with heads and tokens in the memory order of ``like``."""
+    B, H, T, _ = like.shape
+    if like.stride(1) < like.stride(2):
+        return like.new_empty(B, T, H, width).transpose(1, 2)
+    return like.new_empty(B, H, T, width)
+
+
+def block_width(width: int) -> int:
+    """The power of two, at least 16, that a row of this width is padded to in a tile."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def block_length(block: int, length: int) -> int:
+    """The tile length: ``block``, less where ``length`` rows are all there is."""
+    return min(block, block_width(length))
+
+
+def check_head_dim(name: str, width: int) -> None:
+    """Raise NotImplementedError for a head dimension that no tile holds."""
+    if width > 256:
+        raise NotImplementedError(
+            f'{name} must have a head dimension of at most 256 for backend "triton", got {width}; '
+            'backend "reference" takes it'
+        )
+
+
+def device_guard(tensor: Tensor) -> torch.cuda.device_of:
+    """Launch on the device of ``tensor``."""
+    return torch.cuda.device_of(tensor)

@@ -1,0 +1,132 @@
+"""Tile lengths and launch options, pinned per architecture: nothing is timed at import or call.
+
+One JSON file per architecture stands beside this file (``sm_90.json``). ``memattn bench --retune``
+writes such a file for the card at hand, and ``load`` puts it in the place of the shipped one. A
+card without a file of its own takes that of its nearest older relative.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from memattn_kernels._common import is_interpreted
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+WIDTHS = (64, 128, 256)
+DTYPE_CLASSES = ("half", "float")
+OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+# at most this many queries run as "decode", on tiles of 16 queries
+DECODE_LENGTH = 16
+# small tiles, so that small tests cross their borders
+INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 1}
+
+_loaded: dict[str, dict] = {}
+
+
+def lookup(kernel: str, tensor: Tensor, width: int) -> dict[str, int]:
+    """The configuration of a kernel.
+
+    Args:
+        kernel: Name of the kernel, such as ``"segmented_attention_fwd"``.
+        tensor: An input; its device and dtype choose the table.
+        width: The largest padded head dimension.
+
+    Returns:
+        ``BLOCK_M``, ``BLOCK_N``, ``num_warps`` and ``num_stages``.
+    """
+    if is_interpreted():
+        return INTERPRETED
+    return table(architecture(tensor.device))[kernel][_bucket(width)][dtype_class(tensor.dtype)]
+
+
+def dtype_class(dtype: torch.dtype) -> str:
+    """``"float"`` for float32, which runs without tensor cores, or ``"half"``."""
+    return "float" if dtype == torch.float32 else "half"
+
+
+def _bucket(width: int) -> str:
+    return str(next(limit for limit in WIDTHS if width <= limit))
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The architecture whose table serves this card: its own, or the nearest older one's."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    name = f"sm_{major}{minor}"
+    if name in _loaded:
+        return name
+    if (major, minor) == (9, 0):
+        return "sm_90"
+    # consumer Blackwell (sm_120) has the shared memory of Ampere's consumer cards
+    return "sm_100" if major in (10, 11) else "sm_80"
+
+
+def table(name: str) -> dict:
+    """The table of an architecture: kernel, head dimension and dtype class to a configuration."""
+    if name not in _loaded:
+        _loaded[name] = read(Path(__file__).with_name(f"{name}.json"))
+    return _loaded[name]
+
+
+def read(path: str | Path) -> dict:
+    """Read and check a table.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a table of configurations; the message names the entry.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be a JSON file, got an error: {error}") from error
+    kernels = content.get("kernels") if isinstance(content, dict) else None
+    if not isinstance(kernels, dict):
+        raise ValueError(f'{path} must hold an object "kernels", got {type(kernels).__name__}')
+    for kernel, widths in kernels.items():
+        for width in map(str, WIDTHS):
+            for kind in DTYPE_CLASSES:
+                entry = f"{path}: {kernel}, {width}, {kind}"
+                _check(entry, widths.get(width, {}).get(kind))
+    return kernels
+
+
+def _check(entry: str, config: object) -> None:
+    """Raise ValueError unless this is a configuration that a kernel can be launched with."""
+    if not isinstance(config, dict) or sorted(config) != sorted(OPTIONS):
+        raise ValueError(f"{entry} must have {', '.join(OPTIONS)}, got {config}")
+    for option, value in config.items():
+        power = isinstance(value, int) and value > 0 and value & (value - 1) == 0
+        if option == "num_stages":
+            power = isinstance(value, int) and value > 0
+        if not power or (option.startswith("BLOCK") and value < 16):
+            raise ValueError(f"{entry}: {option} must be a size that Triton takes, got {value}")
+
+
+def load(path: str | Path) -> str:
+    """Use a table that ``memattn bench --retune`` wrote, in this process.
+
+    Args:
+        path: The JSON file.
+
+    Returns:
+        The architecture that the table is for.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a complete table.
+    """
+    kernels = read(path)
+    name = json.loads(Path(path).read_text()).get("architecture")
+    if not isinstance(name, str):
+        raise ValueError(f'{path} must name its "architecture", got {name}')
+    missing = sorted(table("sm_80").keys() - kernels.keys())
+    if missing:
+        raise ValueError(f"{path} must have an entry for {missing[0]}, got {sorted(kernels)}")
+    _loaded[name] = kernels
+    architecture.cache_clear()
+    return name
