@@ -101,7 +101,7 @@ class Batches(ABC):
 
     @abstractmethod
     def _rows(self, rows: range, rows_of_all: range, *, endless: bool) -> Batch:
-        """Rows of the stream, of which ``rows_of_all`` are for all ranks; the first epoch or all."""
+        """Rows of the stream, part of the ``rows_of_all`` ranks; or of one epoch."""
 
     @abstractmethod
     def _draw_order(self, epoch: int) -> tuple[Tensor, Tensor]:

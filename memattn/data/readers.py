@@ -22,9 +22,8 @@ def read_wiki(archive: Path) -> Iterator[Document]:
     with zipfile.ZipFile(archive) as wheel:
         raw = wheel.read("exllamav2/conversion/standard_cal_data/wiki.utf8").decode("utf-8")
     raw = raw.replace("\r\n", "\n")
-    for match in re.finditer(
-        r'<doc id="\d+" url="[^"]*" title="([^"]*)">\n(.*?)\n</doc>', raw, re.S
-    ):
+    article = r'<doc id="\d+" url="[^"]*" title="([^"]*)">\n(.*?)\n</doc>'
+    for match in re.finditer(article, raw, re.S):
         title, text = match.groups()
         if len(text.split()) >= _MIN_WORDS:
             yield Document(title=html.unescape(title), text=text.strip())
