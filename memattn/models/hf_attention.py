@@ -1,1 +1,194 @@
-def register_hf_attention(): ...
+"""Segmented attention inside pretrained Hugging Face decoders.
+
+``import memattn.models`` registers the implementation ``"memattn_segmented"``; then
+
+    model.set_attn_implementation("memattn_segmented")
+
+replaces the attention of Llama, Qwen2, Qwen3 and other decoders built on transformers'
+``AttentionInterface``, without touching their weights. Their configuration may hold two more
+fields, which are read at every call:
+
+- ``memattn_segment_len``: tokens in a segment, or None;
+- ``memattn_window_size``: keys in the sliding window, the query's own included, or None.
+
+A query sees its own segment and the window. With neither, attention is what it was. A layer with
+a ``sliding_window`` of its own keeps that, and the two fields apply to the other layers.
+
+Padding reaches the kernel as the bounds of each row's sequence and packed documents as
+``cu_seqlens``: no mask of T x S elements exists at any time.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+
+from memattn.models.padding import block_bounds, check_mask
+from memattn.ops import segmented_attention
+from memattn.ops._checks import check_int
+
+NAME = "memattn_segmented"
+
+
+def register_hf_attention() -> None:
+    """Register ``"memattn_segmented"`` with transformers; importing ``memattn.models`` does it."""
+    AttentionInterface.register(NAME, hf_segmented_attention)
+    AttentionMaskInterface.register(NAME, hf_sequence_bounds)
+
+
+def hf_sequence_bounds(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    config: PreTrainedConfig | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function that transformers calls once for each kind of layer.
+
+    Returns:
+        What the attention function gets as ``attention_mask``: int32 ``[2, B]``, the start and end
+        of each row's sequence in columns of the keys; int32 ``[n+1]``, the bounds of packed
+        documents; or None, where all columns are one sequence.
+
+    Raises:
+        ValueError: If a row of the mask is not one block of ones, or its length does not fit.
+        NotImplementedError: For custom, blockwise, chunked and bidirectional masks, for several
+            packed rows and for static caches.
+    """
+    if getattr(config, "attention_chunk_size", None) is not None:
+        _lacks("config.attention_chunk_size", "be None", "set memattn_segment_len instead")
+    if not getattr(config, "is_causal", True):
+        _lacks("config.is_causal", "be True")
+    if use_vmap:
+        _lacks("mask_function", "be causal, without functions joined to it")
+    if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
+        _lacks("past_key_values", "be a dynamic cache, whose last key is that of the last query")
+    if attention_mask is not None:
+        check_mask(attention_mask, batch_size, (kv_offset + kv_length,))
+        start, end = block_bounds(attention_mask)
+        if torch.compiler.is_compiling() or start.any() or (end != attention_mask.shape[1]).any():
+            return _bounds(start - kv_offset, end - kv_offset)
+    elif not allow_is_causal_skip and mask_function is not None:
+        return _packed_bounds(mask_function, batch_size, q_length, device)
+    if kv_offset:
+        # a trimmed cache: segments count from before the first key
+        start = torch.full((batch_size,), -kv_offset, device=device)
+        return _bounds(start, start + kv_offset + kv_length)
+    return None
+
+
+def hf_segmented_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in every layer.
+
+    Args:
+        module: The attention layer; its ``config`` holds the two fields described above.
+        query: ``[B, H, T, D]``, rotated.
+        key: ``[B, Hkv, S, D]``, cached keys included.
+        value: ``[B, Hkv, S, Dv]``.
+        attention_mask: What ``hf_sequence_bounds`` returned.
+        scaling: Factor of the scores; None means ``1/sqrt(D)``.
+        dropout: Must be 0.
+        sliding_window: The layer's own window.
+        is_causal: Must not be False.
+
+    Returns:
+        ``[B, T, H, Dv]``, and None for the attention weights.
+
+    Raises:
+        NotImplementedError: For dropout, soft caps, sinks, other masks and bidirectional attention.
+    """
+    if dropout:
+        _lacks("attention_dropout", "be 0 in training", f"got {dropout}")
+    for name in ("softcap", "s_aux", "position_bias", "head_mask"):
+        if kwargs.get(name) is not None:
+            _lacks(name, "be None")
+    if is_causal is False or not getattr(module, "is_causal", True):
+        _lacks("is_causal", "be True")
+    seq_start = seq_end = cu_seqlens = None
+    if attention_mask is not None:
+        if attention_mask.dtype != torch.int32 or attention_mask.dim() > 2:
+            got = f"got {attention_mask.dtype} {list(attention_mask.shape)}"
+            _lacks("attention_mask", "be a padding mask [B, S]", got)
+        if attention_mask.dim() == 1:
+            cu_seqlens = attention_mask
+        else:
+            seq_start, seq_end = attention_mask.unbind()
+    elif kwargs.get("cu_seq_lens_q") is not None:
+        cu_seqlens = kwargs["cu_seq_lens_q"]
+    segment_len, window_size = _spans(module, sliding_window)
+    out = segmented_attention(
+        query,
+        key,
+        value,
+        segment_len=segment_len,
+        window_size=window_size,
+        cu_seqlens=cu_seqlens,
+        seq_start=seq_start,
+        seq_end=seq_end,
+        query_offset=key.shape[2] - query.shape[2],
+        scale=scaling,
+    ).out
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _spans(module: nn.Module, sliding_window: int | None) -> tuple[int | None, int | None]:
+    """Segment length and window of a layer."""
+    if sliding_window is not None:
+        return None, sliding_window
+    spans = []
+    for name in ("memattn_segment_len", "memattn_window_size"):
+        span = getattr(getattr(module, "config", None), name, None)
+        if span is not None:
+            check_int(f"config.{name}", span, 1)
+        spans.append(span)
+    return spans[0], spans[1]
+
+
+def _bounds(start: Tensor, end: Tensor) -> Tensor:
+    """Starts and ends as one int32 tensor ``[2, B]``."""
+    return torch.stack([start, end]).to(torch.int32)
+
+
+def _packed_bounds(
+    mask_function: Callable[..., Tensor], B: int, T: int, device: torch.device | str
+) -> Tensor | None:
+    """``cu_seqlens`` of a row of packed documents, read off the mask function; None for one."""
+    row = torch.arange(B, device=device)[:, None]
+    head = torch.zeros((), dtype=torch.long, device=device)
+    before = torch.arange(T - 1, device=device)[None]
+    if mask_function(row, head, before, before + 1).any():
+        _lacks("mask_function", "be causal, without blocks that see ahead")
+    begins = ~mask_function(row, head, before + 1, before).expand(B, -1)  # [B, T-1]
+    if not begins.any():
+        return None
+    if B > 1:
+        _lacks("position_ids", "pack documents into one row", f"got {B} rows")
+    inner = begins[0].nonzero()[:, 0] + 1
+    ends = [torch.zeros_like(inner[:1]), inner, torch.full_like(inner[:1], T)]
+    return torch.cat(ends).to(torch.int32)
+
+
+def _lacks(name: str, requirement: str, detail: str = "") -> None:
+    """Raise NotImplementedError for what this implementation lacks and eager attention has."""
+    message = f'{name} must {requirement} with attn_implementation="{NAME}"'
+    raise NotImplementedError(f'{message}{", " if detail else ""}{detail}; "eager" takes it')
