@@ -1,10 +1,59 @@
 """Attention with tasks, foresight, segments and memory.
 
-Importing ``memattn`` loads torch only; Triton, transformers and the command line load on first use.
+Importing ``memattn`` loads nothing: torch loads on the first use of an operator or a module, and
+Triton, transformers and the command line on the first use of theirs.
 """
 
-from memattn.ops import AttentionOutput, segmented_attention
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memattn.models import (
+        AttentionConfig,
+        MemAttnCache,
+        MemAttnConfig,
+        MemAttnForCausalLM,
+        MemAttnModel,
+    )
+    from memattn.nn import RotaryEmbedding, SegmentedAttention
+    from memattn.ops import AttentionOutput, segmented_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["AttentionOutput", "__version__", "segmented_attention"]
+__all__ = [
+    "AttentionConfig",
+    "AttentionOutput",
+    "MemAttnCache",
+    "MemAttnConfig",
+    "MemAttnForCausalLM",
+    "MemAttnModel",
+    "RotaryEmbedding",
+    "SegmentedAttention",
+    "__version__",
+    "segmented_attention",
+]
+
+_HOMES = {
+    "memattn.ops": ("AttentionOutput", "segmented_attention"),
+    "memattn.nn": ("RotaryEmbedding", "SegmentedAttention"),
+    "memattn.models": (
+        "AttentionConfig",
+        "MemAttnCache",
+        "MemAttnConfig",
+        "MemAttnForCausalLM",
+        "MemAttnModel",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is asked for, so that ``memattn --help`` answers at once."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module 'memattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not."""
+    return sorted(__all__)

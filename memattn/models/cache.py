@@ -48,12 +48,12 @@ class MemAttnCacheLayer(CacheLayerMixin):
         self.keep = 0  # newest keys that later tokens can see, set by the cache
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Kept keys ``[B, Hkv, S, D]``, or None before the first call."""
         return self.state.get("key")
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Kept values ``[B, Hkv, S, Dv]``, or None before the first call."""
         return self.state.get("value")
 

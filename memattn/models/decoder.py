@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, initialization
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from memattn.models.cache import MemAttnCache, SequenceBounds
 from memattn.models.config import MemAttnConfig
@@ -102,33 +103,39 @@ class MemAttnModel(MemAttnPreTrainedModel):
             raise NotImplementedError(
                 "output_attentions must be False, got True; fused attention keeps no weights"
             )
-        if inputs_embeds is None:
+        hidden_states: Tensor
+        if inputs_embeds is not None:
+            check_rank("inputs_embeds", inputs_embeds, "B T E")
+            hidden_states = inputs_embeds
+        else:
             assert input_ids is not None
             check_rank("input_ids", input_ids, "B T")
-            inputs_embeds = self.embed_tokens(input_ids)
-        check_rank("inputs_embeds", inputs_embeds, "B T E")
-        B, T, _ = inputs_embeds.shape
+            hidden_states = self.embed_tokens(input_ids)
+        B, T, _ = hidden_states.shape
         cache = self._choose_cache(past_key_values, use_cache, cu_seqlens)
 
         offset = 0 if cache is None else cache.position
         seq_start = None  # in columns since the cache began
         if cache is not None:
-            bounds = cache.append_columns(B, T, attention_mask, inputs_embeds.device)
+            bounds = cache.append_columns(B, T, attention_mask, hidden_states.device)
             if cache.seq_start is not None and cache.seq_start.any():
-                seq_start = cache.seq_start.to(inputs_embeds.device)
+                seq_start = cache.seq_start.to(hidden_states.device)
         else:
             bound = _mask_bounds(attention_mask, B, T, cu_seqlens)
             bounds, seq_start = [bound] * len(self.layers), bound.seq_start
         positions = sequence_positions(
-            inputs_embeds, offset=offset, seq_start=seq_start, cu_seqlens=cu_seqlens
+            hidden_states, offset=offset, seq_start=seq_start, cu_seqlens=cu_seqlens
         )
         if position_ids is not None:
             _check_positions(position_ids, positions, attention_mask)
-        rotary = self.rotary(positions, inputs_embeds.dtype)
+        rotary = self.rotary(positions, hidden_states.dtype)
 
-        hidden_states = inputs_embeds
-        all_hidden_states = [hidden_states]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        all_hidden_states: list[Tensor] = []
         for i, (layer, bound) in enumerate(zip(self.layers, bounds, strict=True)):
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
             hidden_states = layer(
                 hidden_states,
                 rotary=rotary,
@@ -137,14 +144,11 @@ class MemAttnModel(MemAttnPreTrainedModel):
                 seq_end=bound.seq_end,
                 cache=None if cache is None else cache.layers[i],
             )
-            all_hidden_states.append(hidden_states)
-        hidden_states = all_hidden_states[-1] = self.norm(hidden_states)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=cache,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
         )
 
     def _choose_cache(
@@ -270,14 +274,22 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
-    ) -> None:
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> bool:
         """Let ``generate()`` begin with a ``MemAttnCache`` instead of a ``DynamicCache``."""
         kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic"):
+        if kind is not None:
             must("cache_implementation", "be None", repr(kind))
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = MemAttnCache(self.config)
+        return super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
 
 
 def _mask_bounds(
