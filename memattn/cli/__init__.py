@@ -1,0 +1,5 @@
+"""The command line: one file for each subcommand, built when it is called."""
+
+from memattn.cli._main import main
+
+__all__ = ["main"]
