@@ -2,5 +2,6 @@
 
 from memattn.evaluate._report import AuditReport, AuditRow
 from memattn.evaluate.audit import audit
+from memattn.evaluate.perplexity import Perplexity, perplexity
 
-__all__ = ["AuditReport", "AuditRow", "audit"]
+__all__ = ["AuditReport", "AuditRow", "Perplexity", "audit", "perplexity"]
