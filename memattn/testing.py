@@ -95,16 +95,18 @@ def make_segmented_inputs(
     device: str = "cpu",
     seed: int = 0,
     n_segments: int | None = None,
+    seed_device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Random inputs of ``segmented_attention``; values are exact in bfloat16.
 
     ``P`` persistent and ``M`` memory keys are left out where 0. ``n_segments`` defaults to what
-    ``segment_len`` needs for ``S`` keys.
+    ``segment_len`` needs for ``S`` keys. Values drawn on another ``seed_device`` differ.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(seed_device).manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(torch.bfloat16).to(device, dtype)
+        values = torch.randn(*shape, generator=generator, device=seed_device)
+        return values.to(torch.bfloat16).to(device, dtype)
 
     S, Dv = T if S is None else S, D if Dv is None else Dv
     tensors = {

@@ -1,0 +1,1 @@
+"""Benchmarks: operators beside their peers, held against the roofs of the machine."""

@@ -1,0 +1,214 @@
+"""Bars: what an operator must reach, each measured and compared in one run."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from memattn.bench.case import Case
+from memattn.bench.engine import OURS, Row, roof_key
+from memattn.bench.roofline import Roofs, work_of
+from memattn.bench.timing import Timing
+
+Sweep = tuple[tuple[Case, ...], str]  # cases to compare with each other, and the direction
+
+
+@dataclass
+class Found:
+    """What a suite has measured."""
+
+    rows: dict[tuple[Case, str, str], Row] = field(default_factory=dict)
+    roofs: dict[tuple[str, torch.dtype], Roofs] = field(default_factory=dict)
+    times: dict[Sweep, list[Timing]] = field(default_factory=dict)
+    peaks: dict[Sweep, list[int | None]] = field(default_factory=dict)
+
+    def ours(self, case: Case, direction: str) -> Row:
+        return self.rows[case, direction, OURS]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar(ABC):
+    """A requirement on one number. ``target`` is the goal; ``must``, where given, the least."""
+
+    case: Case
+    direction: str
+    target: float
+    must: float | None = None
+
+    unit: ClassVar[str]
+    at_most: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.label()}, {self.direction}"
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Peers that have to be measured."""
+        return ()
+
+    @property
+    def times(self) -> Sweep | None:
+        """Cases that have to be timed together."""
+        return None
+
+    @property
+    def memory(self) -> Sweep | None:
+        """Cases whose peak memory has to be measured."""
+        return None
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """Directions that have to be measured."""
+        return (self.direction,)
+
+    @abstractmethod
+    def reached(self, found: Found) -> float | None:
+        """The number, or None where something it needs could not be measured."""
+
+    def holds(self, value: float, limit: float) -> bool:
+        return value <= limit if self.at_most else value >= limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedBar(Bar):
+    """At least so many times faster than the fastest of some peers."""
+
+    against: tuple[str, ...]
+
+    unit: ClassVar[str] = "x"
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}: speed over {' or '.join(self.against)}"
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        return self.against
+
+    def reached(self, found: Found) -> float | None:
+        rows = [found.rows.get((self.case, self.direction, name)) for name in self.against]
+        ratios = [row.speedup.median for row in rows if row is not None and row.speedup]
+        return min(ratios, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateBar(Bar):
+    """At least so many useful TFLOP/s."""
+
+    unit: ClassVar[str] = " TFLOP/s"
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}: useful rate"
+
+    def reached(self, found: Found) -> float | None:
+        timing = found.ours(self.case, self.direction).timing
+        if timing is None:
+            return None
+        return work_of(self.case.work(), self.direction).flops / timing.median / 1e12
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoofBar(Bar):
+    """At least so many percent of the measured roof, whichever rules."""
+
+    unit: ClassVar[str] = " %"
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}: share of the roof"
+
+    def reached(self, found: Found) -> float | None:
+        timing = found.ours(self.case, self.direction).timing
+        if timing is None:
+            return None
+        roofs = found.roofs[roof_key(self.case)]
+        return 100 * roofs.seconds(work_of(self.case.work(), self.direction)) / timing.median
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackwardBar(Bar):
+    """The backward takes at most so many times as long as the forward."""
+
+    direction: str = "backward"
+
+    unit: ClassVar[str] = "x"
+    at_most: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.label()}: time of backward over forward"
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return ("forward", "backward")
+
+    def reached(self, found: Found) -> float | None:
+        forward, backward = (found.ours(self.case, d).timing for d in self.directions)
+        if forward is None or backward is None:
+            return None
+        return backward.median / forward.median
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepBar(Bar):
+    """A bar over several lengths of one case."""
+
+    lengths: tuple[int, ...]
+
+    at_most: ClassVar[bool] = True
+    unit: ClassVar[str] = "x"
+
+    @property
+    def sweep(self) -> Sweep:
+        return tuple(self.case.resized(T) for T in self.lengths), self.direction
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return ()
+
+    def span(self) -> str:
+        return f"T={self.lengths[0]}..{self.lengths[-1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatTimeBar(SweepBar):
+    """Slowest over fastest time per token over the lengths."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.label(T=self.span())}, {self.direction}: spread of time per token"
+
+    @property
+    def times(self) -> Sweep:
+        return self.sweep
+
+    def reached(self, found: Found) -> float | None:
+        timings = found.times.get(self.sweep)
+        if timings is None:
+            return None
+        cases, _ = self.sweep
+        costs = [t.median / case.tokens() for case, t in zip(cases, timings, strict=True)]
+        return max(costs) / min(costs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearMemoryBar(SweepBar):
+    """Peak bytes per token of the longest over those of the shortest."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.label(T=self.span())}, {self.direction}: growth of memory per token"
+
+    @property
+    def memory(self) -> Sweep:
+        return self.sweep
+
+    def reached(self, found: Found) -> float | None:
+        peaks = found.peaks.get(self.sweep)
+        if peaks is None or not peaks[0] or peaks[-1] is None:
+            return None
+        cases, _ = self.sweep
+        return peaks[-1] / cases[-1].tokens() / (peaks[0] / cases[0].tokens())

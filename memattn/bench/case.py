@@ -1,0 +1,136 @@
+"""What the benchmark engine needs to know of an operator.
+
+An operator joins by one file, ``memattn/bench/<operator>.py``, named as its file in
+``memattn.ops``. The file defines a subclass of ``Case`` and ends with ``CASE = <that class>``.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import memattn.bench
+import memattn.ops
+from memattn.bench.roofline import Work
+from memattn.ops._checks import check_int, must
+
+if TYPE_CHECKING:
+    from memattn.bench.bars import Bar
+
+# from named inputs to the output; differentiable in the inputs
+Forward = Callable[[dict[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another way to compute a case: how to build it, and what it stores that grows as T^2."""
+
+    build: Callable[[], Forward]  # called once, outside the timing: masks, compilation
+    score_bytes: int = 0
+    compiled: bool = False  # takes seconds to build; left out of quick runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(ABC):
+    """One shape of one operator.
+
+    Fields of type int, but for ``T`` and ``seed``, are the sizes that a user may set
+    (``shape={"H": 8}``).
+    """
+
+    operator: ClassVar[str]
+    kinds: ClassVar[dict[str, str]]  # name: one line that says what it is
+    quick_kinds: ClassVar[tuple[str, ...]]  # those of a quick run
+    cuda_sizes: ClassVar[dict[str, int]]  # what differs from the fields' defaults on CUDA
+
+    kind: str
+    T: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    seed: int = 0
+
+    @abstractmethod
+    def inputs(self) -> dict[str, Tensor]:
+        """Random inputs. Floating ones get gradients."""
+
+    @abstractmethod
+    def subject(self, backend: str) -> Forward:
+        """Our operator with this backend."""
+
+    @abstractmethod
+    def definition(self, rows: slice) -> Forward:
+        """The reference, for these query rows only: ``[B, H, rows, Dv]``."""
+
+    @abstractmethod
+    def peers(self) -> dict[str, Peer]:
+        """Others that compute exactly the same from the same inputs."""
+
+    @abstractmethod
+    def work(self) -> dict[str, Work]:
+        """Useful work, by ``"forward"`` and ``"backward"``."""
+
+    @abstractmethod
+    def label(self, T: str | None = None) -> str:
+        """Short text for tables: the kind and the sizes that matter; ``T`` replaces the length."""
+
+    @abstractmethod
+    def tokens(self) -> int:
+        """Query positions in the batch."""
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes of this case by name."""
+        return {name: getattr(self, name) for name in self.size_names()}
+
+    def resized(self, T: int) -> "Case":
+        """The same case at another length."""
+        return replace(self, T=T)
+
+    @classmethod
+    def bars(cls, suite: str) -> "Sequence[Bar]":
+        """What this operator must reach in a suite of bars."""
+        return ()
+
+    @classmethod
+    def size_names(cls) -> tuple[str, ...]:
+        """Names of the sizes that a user may set."""
+        return tuple(
+            field.name
+            for field in fields(cls)
+            if field.type in (int, int | None) and field.name not in ("T", "seed")
+        )
+
+    @classmethod
+    def check_kind(cls, kind: str) -> None:
+        """Raise ValueError unless this operator has that kind of case."""
+        if kind not in cls.kinds:
+            must("cases", f"be from {', '.join(cls.kinds)} for {cls.operator}", kind)
+
+    @classmethod
+    def check_sizes(cls, shape: Mapping[str, Any]) -> None:
+        """Raise unless every entry is a size of this operator, an integer of at least 1."""
+        for name, value in shape.items():
+            if name not in cls.size_names():
+                must("shape", f"have names from {', '.join(cls.size_names())}", name)
+            check_int(f"shape[{name}]", value, 1)
+
+
+def operators() -> dict[str, type[Case]]:
+    """The operators that can be measured, by name."""
+    here, ops = (
+        {module.name for module in pkgutil.iter_modules(package.__path__)}
+        for package in (memattn.bench, memattn.ops)
+    )
+    return {
+        name: importlib.import_module(f"memattn.bench.{name}").CASE for name in sorted(here & ops)
+    }
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        must(name, f"be one of {', '.join(choices)}", repr(value))

@@ -1,0 +1,228 @@
+"""Measure one case: peers are checked, then all competitors are timed in turn."""
+
+import gc
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from memattn.bench.case import Case, Forward, Peer
+from memattn.bench.gate import Oracle, check_peer, check_subject
+from memattn.bench.memory import MemoryJob, call_of, cpu_peaks, cuda_peak
+from memattn.bench.roofline import Roofs, measure_roofs
+from memattn.bench.timing import Timing, interleave, speedup
+from memattn.ops._dispatch import resolve_backend
+
+DIRECTIONS = ("forward", "backward", "forward+backward")
+OURS = "memattn"
+
+
+@dataclass
+class Row:
+    """One competitor on one case in one direction."""
+
+    case: Case
+    direction: str
+    competitor: str
+    timing: Timing | None = None
+    reason: str | None = None  # why there is no timing
+    speedup: Timing | None = None  # of ours over this one, round by round
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure, and what is too large for a competitor."""
+
+    seconds: float = 0.5  # for each competitor and direction
+    min_rounds: int = 5
+    max_score_bytes: int = 1 << 30
+    compiled: bool = True  # whether to build what must be compiled
+
+
+@dataclass
+class Competitor:
+    """A function, or the reasons why there is none, by direction."""
+
+    name: str
+    forward: Forward | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def refusal(case: Case, backend: str, effort: Effort) -> str | None:
+    """Why our operator cannot be measured here, if so: no device, or a reference too large."""
+    if "cuda" in case.device and not torch.cuda.is_available():
+        return "not measured: no CUDA device"
+    query = torch.empty(0, dtype=case.dtype, device=case.device)
+    if resolve_backend(backend, query) != "reference":
+        return None
+    return _too_large(case.peers()["naive"], effort)
+
+
+def _too_large(peer: Peer, effort: Effort) -> str | None:
+    if peer.score_bytes <= effort.max_score_bytes:
+        return None
+    return f"not run: would store {peer.score_bytes / 2**30:.1f} GiB of scores or masks"
+
+
+def check_all(
+    cases: Mapping[Case, Iterable[str]],
+    backend: str,
+    effort: Effort,
+    step: Callable[[str], None],
+) -> None:
+    """Check our operator on all cases, in their directions, before anything is timed.
+
+    Raises:
+        WrongResultError: If it does not keep the error budget.
+    """
+    for case, directions in cases.items():
+        step(f"checking {case.label()}")
+        if refusal(case, backend, effort) is None:
+            check_subject(case, backend, gradients=any(d != "forward" for d in directions))
+
+
+def measure_case(
+    case: Case,
+    *,
+    backend: str,
+    directions: Sequence[str] = DIRECTIONS,
+    peers: Sequence[str] | None = None,
+    effort: Effort,
+) -> list[Row]:
+    """Time our operator and its peers on one case. Our operator must have passed ``check_all``.
+
+    Args:
+        case: What to compute.
+        backend: Backend of our operator.
+        directions: From ``DIRECTIONS``.
+        peers: Names of peers, or None for all that the case has.
+        effort: How long to measure.
+
+    Returns:
+        One row for each direction and competitor, ours first.
+    """
+    reason = refusal(case, backend, effort)
+    if reason is not None:
+        return [Row(case, direction, OURS, reason=reason) for direction in directions]
+    competitors = [Competitor(OURS, case.subject(backend))]
+    wanted = {n: peer for n, peer in case.peers().items() if peers is None or n in peers}
+    if wanted:
+        oracle = Oracle(case, gradients=any(d != "forward" for d in directions))
+        for name, peer in wanted.items():
+            competitors.append(_admit(oracle, name, peer, directions, effort))
+        del oracle
+    rows = []
+    for direction in directions:
+        rows += _time_direction(case, direction, competitors, effort)
+    return rows
+
+
+def measure_together(
+    cases: Mapping[int, Case], *, backend: str, direction: str, effort: Effort
+) -> dict[int, Timing]:
+    """Time our operator on several cases in turn, so that their times can be compared."""
+    calls = {
+        str(key): call_of(case, case.subject(backend), direction) for key, case in cases.items()
+    }
+    device = next(iter(cases.values())).device
+    timings = interleave(calls, device=device, seconds=effort.seconds, min_rounds=effort.min_rounds)
+    return {key: timings[str(key)] for key in cases}
+
+
+def _admit(
+    oracle: Oracle, name: str, peer: Peer, directions: Sequence[str], effort: Effort
+) -> Competitor:
+    """Build a peer and check its results; say why where that fails."""
+    competitor = Competitor(name)
+    reason = None
+    if peer.compiled and not effort.compiled:
+        reason = "not run: takes long to compile"
+    else:
+        reason = _too_large(peer, effort)
+    if reason is None:
+        needs = {direction: direction != "forward" for direction in directions}
+        for gradients in sorted(set(needs.values())):
+            problem = _try_peer(oracle, competitor, peer, gradients)
+            if problem is not None:
+                competitor.reasons |= {d: problem for d in needs if needs[d] >= gradients}
+                break
+    else:
+        competitor.reasons = dict.fromkeys(directions, reason)
+    return competitor
+
+
+def _try_peer(oracle: Oracle, competitor: Competitor, peer: Peer, gradients: bool) -> str | None:
+    """Check a peer, and return what is wrong with it, if anything."""
+    with warnings.catch_warnings(record=True) as caught:
+        # PyTorch tells by warnings why a backend refuses
+        warnings.simplefilter("always")
+        try:
+            if competitor.forward is None:
+                competitor.forward = peer.build()
+            check_peer(oracle, competitor.forward, gradients=gradients)
+        except Exception as error:  # a peer may fail in any way; the row says how
+            texts = [str(error), *(str(warning.message) for warning in caught)]
+            lines = [text.strip().splitlines()[0] for text in texts if text.strip()]
+            return "not available: " + "; ".join(dict.fromkeys(lines))[:300]
+    return None
+
+
+def _time_direction(
+    case: Case, direction: str, competitors: Sequence[Competitor], effort: Effort
+) -> list[Row]:
+    rows = {c.name: Row(case, direction, c.name) for c in competitors}
+    calls = {}
+    for competitor in competitors:
+        if direction in competitor.reasons:
+            rows[competitor.name].reason = competitor.reasons[direction]
+        else:
+            assert competitor.forward is not None
+            calls[competitor.name] = call_of(case, competitor.forward, direction)
+    timings = interleave(
+        calls, device=case.device, seconds=effort.seconds, min_rounds=effort.min_rounds
+    )
+    for name, timing in timings.items():
+        rows[name].timing = timing
+        if name != OURS:
+            rows[name].speedup = speedup(timings[OURS], timing)
+        if "cuda" in case.device and direction != "backward":
+            rows[name].peak_bytes = cuda_peak(calls[name], case.device)
+    del calls
+    gc.collect()
+    return list(rows.values())
+
+
+def add_cpu_memory(rows: Sequence[Row], backend: str) -> None:
+    """Fill in the peaks of the rows that ran on the CPU, all in one fresh process.
+
+    Backward alone has none: what it needs is kept by the forward. A compiled peer has none
+    either: it would be compiled again.
+    """
+    jobs: list[tuple[Row, MemoryJob]] = []
+    for row in rows:
+        if row.timing is None or row.direction == "backward" or row.case.device != "cpu":
+            continue
+        if row.competitor == OURS:
+            jobs.append((row, MemoryJob(row.case, row.direction, backend=backend)))
+        elif not row.case.peers()[row.competitor].compiled:
+            jobs.append((row, MemoryJob(row.case, row.direction, peer=row.competitor)))
+    peaks = cpu_peaks([job for _, job in jobs])
+    for (row, _), peak in zip(jobs, peaks, strict=True):
+        row.peak_bytes = peak
+
+
+def roof_key(case: Case) -> tuple[str, torch.dtype]:
+    """What decides the roofs of a case."""
+    return case.device, case.dtype
+
+
+def add_roofs(
+    roofs: dict[tuple[str, torch.dtype], Roofs], rows: Iterable[Row], effort: Effort
+) -> None:
+    """Measure the roofs that the timed rows need and that are not there yet."""
+    for row in rows:
+        key = roof_key(row.case)
+        if row.timing is not None and key not in roofs:
+            roofs[key] = measure_roofs(*key, seconds=effort.seconds)

@@ -1,0 +1,135 @@
+"""Nothing is timed before it is right: results against the definition in float64."""
+
+import torch
+from torch import Tensor
+
+from memattn.bench.case import Case, Forward
+from memattn.testing import assert_within_budget
+
+ROWS = 32  # rows in one slice of a long case
+SMALL_T = 160  # up to here, every row is checked
+
+
+class WrongResultError(RuntimeError):
+    """Something computed another thing than the definition; its speed means nothing."""
+
+
+def leaves_of(inputs: dict[str, Tensor], *, gradients: bool) -> dict[str, Tensor]:
+    """The inputs detached, floating ones with gradients on if asked."""
+    return {
+        name: tensor.detach().requires_grad_(gradients and tensor.is_floating_point())
+        for name, tensor in inputs.items()
+    }
+
+
+class Oracle:
+    """What a case must give: sampled rows of the output, gradients if asked.
+
+    All rows of a short case; of a long one slices, with a cotangent that is zero elsewhere, so
+    that the definition never needs all of T x T.
+    """
+
+    def __init__(self, case: Case, *, gradients: bool) -> None:
+        self.case, self.gradients = case, gradients
+        self.rows = sampled_rows(case.T, case.seed)
+        inputs = case.inputs()
+        self.low = self._definition(inputs)
+        self.high = self._definition(
+            {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+        )
+
+    def results(self, forward: Forward, *, gradients: bool) -> dict[str, Tensor]:
+        """The same of some other function."""
+
+        def rows(leaves: dict[str, Tensor]) -> Tensor:
+            out = forward(leaves)
+            return torch.cat([out[:, :, part] for part in self.rows], 2)
+
+        return _results(rows, self.case.inputs(), gradients, seed=0, slices=self.rows)
+
+    def _definition(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        # slice by slice: the graphs of all at once would not fit beside a long case
+        total: dict[str, Tensor] = {}
+        for seed, part in enumerate(self.rows):
+            results = _results(
+                self.case.definition(part), inputs, self.gradients, seed=seed, slices=[part]
+            )
+            outs = [total.pop("out"), results["out"]] if total else [results["out"]]
+            for name in results:
+                if name in total:
+                    results[name] += total[name]
+            total = results | {"out": torch.cat(outs, 2)}
+        return total
+
+
+def check_subject(case: Case, backend: str, *, gradients: bool) -> None:
+    """Raise WrongResultError unless our operator keeps the error budget of the tests.
+
+    It is checked on every row at a small length, then at the length of the case.
+
+    Args:
+        case: What is computed.
+        backend: Backend of our operator.
+        gradients: Whether to check the gradients too.
+    """
+    small = case.resized(min(case.T, SMALL_T))
+    for part in (small,) if small == case else (small, case):
+        oracle = Oracle(part, gradients=gradients)
+        actual = oracle.results(part.subject(backend), gradients=gradients)
+        for name, high in oracle.high.items():
+            where = f"{case.operator}, {part.label()}: {name}"
+            try:
+                assert_within_budget(where, actual[name], oracle.low[name], high)
+            except AssertionError as error:
+                raise WrongResultError(str(error)) from error
+
+
+def check_peer(oracle: Oracle, forward: Forward, *, gradients: bool) -> None:
+    """Raise WrongResultError unless a peer computes the same thing, with its own precision.
+
+    Peers may approximate exponentials, so the bound only tells another mask from rounding.
+    """
+    loose = 1e-4 if oracle.case.dtype == torch.float32 else 2e-2
+    for name, result in oracle.results(forward, gradients=gradients).items():
+        high = oracle.high[name]
+        error, rounding = (
+            (x.double() - high).abs().max().item() for x in (result, oracle.low[name])
+        )
+        bound = max(loose * high.abs().max().item(), 8 * rounding)
+        if not error <= bound:  # NaN fails
+            raise WrongResultError(f"error of {name} is {error:.1e}, over {bound:.1e}")
+
+
+def sampled_rows(T: int, seed: int) -> list[slice]:
+    """All rows where they are few, else the first, the last and up to two slices between."""
+    if T <= SMALL_T:
+        return [slice(0, T)]
+    generator = torch.Generator().manual_seed(seed)
+    middle = torch.randint(ROWS, T - 2 * ROWS + 1, (2,), generator=generator).tolist()
+    starts = [0]
+    for start in [*sorted(middle), T - ROWS]:
+        if start >= starts[-1] + ROWS:
+            starts.append(start)
+    return [slice(start, start + ROWS) for start in starts]
+
+
+def _results(
+    forward: Forward, inputs: dict[str, Tensor], gradients: bool, *, seed: int, slices: list[slice]
+) -> dict[str, Tensor]:
+    """Output and gradients; the cotangent of a slice depends on its number only."""
+    leaves = leaves_of(inputs, gradients=gradients)
+    with torch.set_grad_enabled(gradients):
+        out = forward(leaves)
+    results = {"out": out.detach()}
+    if gradients:
+        wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        parts = []
+        for number, part in enumerate(slices, seed):
+            generator = torch.Generator().manual_seed(number)
+            shape = (*out.shape[:2], part.stop - part.start, out.shape[3])
+            parts.append(torch.randn(shape, generator=generator))
+        # exact in every dtype
+        d_out = torch.cat(parts, 2).to(torch.bfloat16).to(out)
+        grads = torch.autograd.grad(out, list(wanted.values()), d_out)
+        results |= {f"d_{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    return results

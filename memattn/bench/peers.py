@@ -1,0 +1,74 @@
+"""The other ways to compute attention that ours is measured beside.
+
+Each takes query, key, value and a mask as PyTorch wants it. A backend that cannot run a case
+raises when it is first called, and the engine reports that reason.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+_SDPA_ON_CPU = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+_SDPA_ON_CUDA = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def sdpa_backends(device: str) -> dict[str, SDPBackend]:
+    """The backends of PyTorch's scaled_dot_product_attention on this device, by short name."""
+    return _SDPA_ON_CUDA if torch.device(device).type == "cuda" else _SDPA_ON_CPU
+
+
+def sdpa(backend: SDPBackend, *, mask: Tensor | None = None, is_causal: bool = False) -> Attention:
+    """PyTorch's scaled_dot_product_attention with one backend.
+
+    Args:
+        backend: The only backend allowed; the call raises where it cannot run.
+        mask: Boolean ``[T, S]``, True where attention is allowed.
+        is_causal: Let the backend know of the triangle instead.
+    """
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        with sdpa_kernel([backend]):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
+            )
+
+    return attention
+
+
+def flex(mask_mod: MaskMod | None, T: int, S: int, device: str) -> Attention:
+    """Compiled FlexAttention under a block mask made from ``mask_mod(b, h, q_idx, kv_idx)``."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    # one case after another: without this the third shape falls back to a slower, general kernel
+    torch.compiler.reset()
+    block_mask = None
+    if mask_mod is not None:
+        # compiled on CUDA, where masks are long: else it stores T x S integers on the way
+        create = torch.compile(create_block_mask) if "cuda" in device else create_block_mask
+        block_mask = create(mask_mod, None, None, T, S, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # the backward is timed many times over one graph, so its buffers must stay
+        with torch._functorch.config.patch(donated_buffer=False):
+            return compiled(
+                query,
+                key,
+                value,
+                block_mask=block_mask,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+
+    return attention

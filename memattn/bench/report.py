@@ -1,0 +1,274 @@
+"""What a run leaves behind: records for JSON, tables, a plot over T."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memattn.bench.engine import Row
+from memattn.bench.roofline import Roofs, work_of
+from memattn.bench.timing import Timing
+
+COLUMNS = ("case", "direction", "competitor", "median", "20-80 %", "useful", "roof", "GB/s")
+COLUMNS = (*COLUMNS, "speed-up", "peak memory")
+
+
+def machine(seed: int) -> dict[str, Any]:
+    """The device, the versions and the state that the numbers belong to."""
+    cuda = torch.cuda.is_available()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if cuda:
+        import triton
+
+        versions |= {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": {
+            "name": _cpu_name(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "versions": versions,
+        "seed": seed,
+    }
+
+
+def timing_record(timing: Timing) -> dict[str, float]:
+    """Median and spread of a timing, for JSON."""
+    return {
+        "median": timing.median,
+        "min": timing.fastest,
+        "q20": timing.q20,
+        "q80": timing.q80,
+        "samples": len(timing.samples),
+    }
+
+
+def row_record(row: Row, roofs: Roofs | None) -> dict[str, Any]:
+    """One row for JSON: seconds, rates of useful work, share of the roof, peak memory."""
+    case = row.case
+    record: dict[str, Any] = {
+        "operator": case.operator,
+        "case": case.kind,
+        "label": case.label(),
+        "T": case.T,
+        "tokens": case.tokens(),
+        "sizes": case.sizes(),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "device": case.device,
+        "direction": row.direction,
+        "competitor": row.competitor,
+        "reason": row.reason,
+        "seconds": None,
+        "peak_bytes": row.peak_bytes,
+    }
+    if row.timing is not None:
+        work = work_of(case.work(), row.direction)
+        seconds = row.timing.median
+        record |= {
+            "seconds": timing_record(row.timing),
+            "memattn_speedup": None if row.speedup is None else timing_record(row.speedup),
+            "useful_flops": work.flops,
+            "flops_per_second": work.flops / seconds,
+            "bytes_per_second": work.bytes / seconds,
+        }
+        if roofs is not None:
+            record |= {
+                "roof_share": roofs.seconds(work) / seconds,
+                "roof_share_without_overlap": roofs.seconds_without_overlap(work) / seconds,
+            }
+    return record
+
+
+def row_cells(record: Mapping[str, Any]) -> list[str]:
+    """The row of the table for one record."""
+    cells = [record["label"], record["direction"], record["competitor"]]
+    seconds = record["seconds"]
+    if seconds is None:
+        return [*cells, str(record["reason"])]
+    flops = record["flops_per_second"]
+    speedup, peak = record["memattn_speedup"], record["peak_bytes"]
+    roof = record.get("roof_share")
+    return [
+        *cells,
+        f"{1e3 * seconds['median']:.3g} ms",
+        f"{1e3 * seconds['q20']:.3g}-{1e3 * seconds['q80']:.3g}",
+        f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s",
+        "" if roof is None else f"{100 * roof:.0f} %",
+        f"{record['bytes_per_second'] / 1e9:.3g}",
+        "" if speedup is None else f"{speedup['median']:.2f}x",
+        "" if peak is None else f"{peak / 2**20:.1f} MiB",
+    ]
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: by rich where it is installed, else in plain columns."""
+    rows = [[*row, *[""] * (len(columns) - len(row))] for row in rows]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+        lines = [columns, ["-" * width for width in widths], *rows]
+        text = "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+        sys.stdout.write(f"\n{title}\n{text}\n")
+        return
+    grid = Table(title=title, title_justify="left", box=None, header_style="bold")
+    for name in columns:
+        grid.add_column(name, no_wrap=True)
+    for row in rows:
+        grid.add_row(*row)
+    # cells cut to the width of a narrow terminal or a pipe would lose numbers
+    console = Console()
+    console.width = max(console.width, 160)
+    console.print(grid, crop=False)
+
+
+def say(text: str) -> None:
+    """Print a line."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def print_rows(title: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table of measured rows, and below it what was not measured and why."""
+    timed = [record for record in records if record["seconds"] is not None]
+    if timed:
+        table(title, COLUMNS, [row_cells(record) for record in timed])
+    missing: dict[str, list[str]] = {}
+    for record in records:
+        if record["seconds"] is None:
+            line = f"{record['competitor']} on {record['device']}: {record['reason']}"
+            missing.setdefault(line, []).append(f"{record['label']}, {record['direction']}")
+    for line, rows in missing.items():
+        say(f"{line} ({rows[0] if len(rows) == 1 else f'{len(rows)} rows'})")
+
+
+def print_machine(record: Mapping[str, Any]) -> None:
+    """Print what the numbers belong to: roofs, devices, versions."""
+    for roof in record["roofs"]:
+        say(
+            f"roofs measured on {roof['device']}, {roof['dtype']}: "
+            f"product {roof['matmul_flops'] / 1e9:.4g} GFLOP/s, "
+            f"copy {roof['copy_bytes'] / 1e9:.3g} GB/s, exp {roof['exps'] / 1e9:.3g} G/s"
+        )
+    machine = record["machine"]
+    cpu, versions = machine["cpu"], machine["versions"]
+    say(
+        f"{machine['date']}; {machine['gpu'] or 'no GPU'}; "
+        f"{cpu['name']}, {cpu['threads']} threads, {cpu['capability']}; "
+        + ", ".join(f"{k} {v}" for k, v in versions.items())
+    )
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """Show how far a run is, on a terminal only; yields a function that begins the next step."""
+    if not sys.stderr.isatty() or find_spec("rich") is None:
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        begun = iter(range(total + 1))
+        yield lambda text: bar.update(task, description=text, completed=next(begun, total))
+
+
+def roof_records(roofs: Mapping[tuple[str, torch.dtype], Roofs]) -> list[dict[str, Any]]:
+    """The measured roofs for JSON."""
+    return [
+        {"device": device, "dtype": str(dtype).removeprefix("torch."), **asdict(roof)}
+        for (device, dtype), roof in roofs.items()
+    ]
+
+
+def save_json(record: Mapping[str, Any], path: Path) -> None:
+    """Write the record; the file is complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def plot(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw time per token and peak memory over T, one line for each competitor.
+
+    Args:
+        records: Rows of one case, several T and directions.
+        path: The PNG file to write.
+        title: Text over the figure.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    timed = [record for record in records if record["seconds"] is not None]
+    directions = list(dict.fromkeys(record["direction"] for record in timed))
+    names = list(dict.fromkeys(record["competitor"] for record in timed))
+    panels: list[tuple[str, str, list[Any]]] = [
+        (f"{direction}: µs per token", direction, timed) for direction in directions
+    ]
+    panels += [
+        (f"{direction}: peak memory, MiB", direction, [r for r in timed if r["peak_bytes"]])
+        for direction in directions
+        if any(r["peak_bytes"] for r in timed if r["direction"] == direction)
+    ]
+    if not panels:
+        return
+    figure = Figure(figsize=(3.6 * len(panels), 3.6), layout="constrained")
+    for number, (text, direction, rows) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for index, name in enumerate(names):
+            own = [r for r in rows if (r["direction"], r["competitor"]) == (direction, name)]
+            points = sorted(own, key=lambda r: r["T"])
+            lengths = [r["T"] for r in points]
+            style: dict[str, Any] = {"color": f"C{index}", "label": name, "marker": "o", "ms": 3}
+            style["linewidth"] = 2.2 if name == names[0] else 1.1
+            if "memory" in text:
+                axes.plot(lengths, [r["peak_bytes"] / 2**20 for r in points], **style)
+                continue
+            middle, low, high = (
+                [1e6 * r["seconds"][key] / r["tokens"] for r in points]
+                for key in ("median", "q20", "q80")
+            )
+            axes.plot(lengths, middle, **style)
+            axes.fill_between(lengths, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
+        axes.set(xscale="log", yscale="log", xlabel="T", title=text)
+        ticks = sorted({r["T"] for r in rows})
+        axes.set_xticks(ticks, [str(T) for T in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=150, format="png")
+    os.replace(partial, path)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

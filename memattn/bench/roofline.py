@@ -1,0 +1,141 @@
+"""Useful work of an operator, and the roofs of the machine it is held against.
+
+    T_min = max(flops / matmul rate, exps / exp rate, bytes / copy rate)
+
+Work counts allowed (query, key) pairs only; what a kernel computes beside them is its own loss.
+The roofs are measured in the same run, with PyTorch, never looked up.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memattn.bench.timing import interleave
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations, exponentials and bytes that a computation cannot avoid."""
+
+    flops: int
+    exps: int
+    bytes: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.exps + other.exps, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """Measured rates of the machine, per second."""
+
+    matmul_flops: float
+    exps: float
+    copy_bytes: float  # read and written
+
+    def seconds(self, work: Work) -> float:
+        """The shortest time for ``work``, everything overlapped."""
+        return max(
+            work.flops / self.matmul_flops, work.exps / self.exps, work.bytes / self.copy_bytes
+        )
+
+    def seconds_without_overlap(self, work: Work) -> float:
+        """The same where exponentials do not run beside the products."""
+        compute = work.flops / self.matmul_flops + work.exps / self.exps
+        return max(compute, work.bytes / self.copy_bytes)
+
+
+def work_of(work: dict[str, Work], direction: str) -> Work:
+    """The work of ``"forward"``, ``"backward"`` or ``"forward+backward"``."""
+    first, *rest = (work[part] for part in direction.split("+"))
+    return sum(rest, first)
+
+
+def attention_work(
+    *,
+    pairs: int,
+    rows: int,
+    keys: int,
+    head_dim: int,
+    value_dim: int,
+    element_size: int,
+) -> dict[str, Work]:
+    """Useful work of softmax attention, by ``"forward"`` and ``"backward"``.
+
+    Args:
+        pairs: Allowed (query, key) pairs, summed over batch and query heads.
+        rows: Queries, summed over batch and query heads.
+        keys: Keys of all sources, summed over batch (where they differ) and key heads.
+        head_dim: D.
+        value_dim: Dv.
+        element_size: Bytes of one element of the inputs.
+
+    Returns:
+        Forward: 2 products a pair; reads q, k, v, writes out and lse. Backward: 5 products a
+        pair, as in a single pass; reads q, k, v, out, d_out, lse and delta, writes d_q, d_k, d_v.
+    """
+    D, Dv, e = head_dim, value_dim, element_size
+    return {
+        "forward": Work(
+            flops=2 * pairs * (D + Dv),
+            exps=pairs,
+            bytes=e * (rows + keys) * (D + Dv) + 4 * rows,
+        ),
+        "backward": Work(
+            flops=2 * pairs * (3 * D + 2 * Dv),
+            exps=pairs,
+            bytes=2 * e * (rows + keys) * (D + Dv) + 8 * rows,
+        ),
+    }
+
+
+def measure_roofs(device: str, dtype: torch.dtype, *, seconds: float = 1.0) -> Roofs:
+    """Measure the roofs that hold for inputs of ``dtype`` on ``device``.
+
+    The product is a square one: float32 on the CPU, where our kernels compute in float32 for
+    every dtype, and ``dtype`` on CUDA. The copy is of a buffer far larger than the caches. The
+    exponential is PyTorch's on a block that stays in the cache, on CUDA a kernel of nothing else.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: Dtype of the inputs.
+        seconds: Time to spend, roughly, on each roof.
+    """
+    on_cuda = torch.device(device).type == "cuda"
+    generator = torch.Generator(device).manual_seed(0)
+    matmul_dtype = dtype if on_cuda else torch.float32
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+
+    def product(n: int) -> float:
+        a, b = draw(n, n).to(matmul_dtype), draw(n, n).to(matmul_dtype)
+        return 2 * n**3 / _seconds(lambda: a @ b, device, seconds)
+
+    def copy(n: int) -> float:
+        source = draw(n)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, seconds)
+
+    return Roofs(
+        matmul_flops=product(8192 if on_cuda else 1536),
+        exps=_exp_rate(device, draw(1 << 16), seconds),
+        copy_bytes=copy((1 << 28) if on_cuda else (1 << 25)),
+    )
+
+
+def _exp_rate(device: str, block: Tensor, seconds: float) -> float:
+    """Exponentials per second."""
+    if torch.device(device).type == "cuda":
+        from memattn.bench.exp_roof import count_exps, run_exps
+
+        return count_exps(device) / _seconds(lambda: run_exps(device), device, seconds)
+    out = torch.empty_like(block)
+    return block.numel() / _seconds(lambda: torch.exp(block, out=out), device, seconds)
+
+
+def _seconds(function: Callable[[], object], device: str, seconds: float) -> float:
+    """Seconds of a call, one of the faster: a disturbed roof would flatter what stands below."""
+    return interleave({"": function}, device=device, seconds=seconds)[""].q20

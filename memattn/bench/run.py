@@ -1,0 +1,233 @@
+"""Run benchmarks: check, measure, print, save. Everything printed was measured by this run."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memattn.bench import report
+from memattn.bench.case import Case, check_choice, operators
+from memattn.bench.engine import (
+    DIRECTIONS,
+    Effort,
+    Row,
+    add_cpu_memory,
+    add_roofs,
+    check_all,
+    measure_case,
+    roof_key,
+)
+from memattn.bench.roofline import Roofs
+from memattn.bench.suite import SUITES, run_suite
+from memattn.ops._checks import check_int, must
+from memattn.ops._dispatch import BACKENDS
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEVICES = ("auto", "cpu", "cuda")
+LENGTHS = {"cpu": (1024, 2048, 4096), "cuda": (2048, 8192, 32768)}
+QUICK_LENGTHS = {"cpu": (256, 512), "cuda": (2048, 4096)}
+
+
+def run(
+    names: Sequence[str] | None = None,
+    *,
+    kinds: Sequence[str] | None = None,
+    seq_lens: Sequence[int] | None = None,
+    shape: Mapping[str, int] | None = None,
+    directions: Sequence[str] | None = None,
+    peers: Sequence[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str = "auto",
+    quick: bool = False,
+    suite: str | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measure operators beside their peers, print tables, and save JSON and plots.
+
+    Each operator is first checked against its definition in float64, on every case that will be
+    measured; if one is wrong nothing of that operator is printed. Peers are checked too, and a
+    peer that is wrong or cannot run says so in its row.
+
+    Args:
+        names: Operators; None for all.
+        kinds: Kinds of cases, such as ``"causal"``; None for all, or for a few where ``quick``.
+        seq_lens: Lengths T to measure at.
+        shape: Sizes that differ from the defaults, such as ``{"H": 16, "window_size": 512}``.
+        directions: From ``forward``, ``backward``, ``forward+backward``.
+        peers: Names of peers, such as ``"sdpa flash"``; None for all, empty for none.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``: CUDA where there is one.
+        dtype: ``"float32"``, ``"float16"``, ``"bfloat16"``, or ``"auto"``: float32 on the CPU,
+            bfloat16 on CUDA.
+        backend: Backend of our operators.
+        quick: Small sizes, fewer samples, nothing that must be compiled: under a minute.
+        suite: ``"cpu-bars"`` or ``"gpu-bars"``: measure what those bars need and print for each
+            what was reached. Excludes the choice of kinds, lengths, shape, directions and peers.
+        seed: Seed of the inputs.
+        out: Folder for ``bench.json`` and the plots; None writes nothing.
+
+    Returns:
+        The record that ``bench.json`` holds.
+
+    Raises:
+        WrongResultError: If one of our operators is wrong.
+        ValueError: If an argument is not one of the above, or does not fit the operator.
+    """
+    classes = _choose(names)
+    check_choice("device", device, DEVICES)
+    check_choice("dtype", dtype, ("auto", *DTYPES))
+    check_choice("backend", backend, BACKENDS)
+    check_int("seed", seed, 0)
+    chosen = {
+        "kinds": kinds,
+        "seq_lens": seq_lens,
+        "shape": shape,
+        "directions": directions,
+        "peers": peers,
+    }
+    effort = Effort(seconds=0.1, min_rounds=3, compiled=False) if quick else Effort()
+    if torch.cuda.is_available():
+        effort = replace(effort, max_score_bytes=8 << 30)
+    if suite is not None:
+        check_choice("suite", suite, tuple(SUITES))
+        for name, value in {**chosen, "quick": quick or None}.items():
+            if value is not None:
+                must(name, "be left out with suite", value)
+        record = run_suite(suite, classes, backend, seed, replace(effort, seconds=1.0))
+    else:
+        for direction in directions or ():
+            check_choice("directions", direction, DIRECTIONS)
+        default = ("forward", "backward") if quick else DIRECTIONS
+        cases = _cases(classes, kinds, seq_lens, shape or {}, device, dtype, quick, seed)
+        record = _run_cases(cases, directions or default, peers, backend, seed, effort)
+    if out is not None:
+        save(record, Path(out))
+    return record
+
+
+def save(record: Mapping[str, Any], folder: Path) -> None:
+    """Write ``bench.json``, and one plot for each case that was measured at several lengths."""
+    report.save_json(record, folder / "bench.json")
+    report.say(f"wrote {folder / 'bench.json'}")
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    for row in record["rows"]:
+        groups.setdefault((row["operator"], row["case"], row["device"]), []).append(row)
+    if groups and find_spec("matplotlib") is None:
+        report.say("no plots: matplotlib is not installed")
+        return
+    for (operator, kind, device), rows in groups.items():
+        if len({row["T"] for row in rows if row["seconds"] is not None}) > 1:
+            name = record["machine"]["gpu" if device == "cuda" else "cpu"]
+            name = name if isinstance(name, str) else f"{name['name']}, {name['threads']} threads"
+            path = folder / f"{operator}-{kind}.png"
+            report.plot(rows, path, f"{operator}, {kind}, {rows[0]['dtype']}, {name}")
+            report.say(f"wrote {path}")
+
+
+def parse_shape(entries: Iterable[str]) -> dict[str, int]:
+    """Sizes from texts such as ``"H=16"``.
+
+    Raises:
+        ValueError: If a text is not NAME=INTEGER.
+    """
+    shape = {}
+    for entry in entries:
+        name, _, value = entry.partition("=")
+        if not name or not value.isdecimal():
+            must("shape", "be NAME=INTEGER", repr(entry))
+        shape[name] = int(value)
+    return shape
+
+
+def _choose(names: Sequence[str] | None) -> list[type[Case]]:
+    known = operators()
+    for name in names or ():
+        check_choice("operators", name, tuple(known))
+    return [known[name] for name in dict.fromkeys(names or known)]
+
+
+def _cases(
+    classes: Sequence[type[Case]],
+    kinds: Sequence[str] | None,
+    seq_lens: Sequence[int] | None,
+    shape: Mapping[str, int],
+    device: str,
+    dtype: str,
+    quick: bool,
+    seed: int,
+) -> list[Case]:
+    """The cases asked for; those of a device that is not there come too, and will say so."""
+    for T in seq_lens or ():
+        check_int("seq_lens", T, 1)
+    devices = (
+        [device] if device != "auto" else ["cuda"] if torch.cuda.is_available() else DEVICES[1:]
+    )
+    cases: list[Case] = []
+    for cls in classes:
+        cls.check_sizes(shape)
+        for kind in kinds or ():
+            cls.check_kind(kind)
+        for place in devices:
+            sizes = {**(cls.cuda_sizes if place == "cuda" else {}), **shape}
+            lengths = seq_lens or (QUICK_LENGTHS if quick else LENGTHS)[place]
+            if place == "cuda" and not torch.cuda.is_available():
+                lengths = lengths[:1]
+            auto = torch.bfloat16 if place == "cuda" else torch.float32
+            cases += [
+                cls(
+                    kind=kind,
+                    T=T,
+                    dtype=DTYPES.get(dtype, auto),
+                    device=place,
+                    seed=seed,
+                    **sizes,
+                )
+                for kind in kinds or (cls.quick_kinds if quick else cls.kinds)
+                for T in lengths
+            ]
+    return cases
+
+
+def _run_cases(
+    cases: Sequence[Case],
+    directions: Sequence[str],
+    peers: Sequence[str] | None,
+    backend: str,
+    seed: int,
+    effort: Effort,
+) -> dict[str, Any]:
+    """Measure operator by operator; print each once all of it is measured."""
+    if peers is not None:
+        known = dict.fromkeys(name for case in cases for name in case.peers())
+        for peer in peers:
+            check_choice("peers", peer, tuple(known))
+    roofs: dict[tuple[str, torch.dtype], Roofs] = {}
+    records = []
+    for operator in dict.fromkeys(case.operator for case in cases):
+        own = [case for case in cases if case.operator == operator]
+        rows: list[Row] = []
+        with report.progress(2 * len(own) + 1) as step:
+            check_all(dict.fromkeys(own, directions), backend, effort, step)
+            for case in own:
+                step(case.label())
+                rows += measure_case(
+                    case, backend=backend, directions=directions, peers=peers, effort=effort
+                )
+            step("memory and roofs")
+            add_cpu_memory(rows, backend)
+            add_roofs(roofs, rows, effort)
+        own_records = [report.row_record(row, roofs.get(roof_key(row.case))) for row in rows]
+        report.print_rows(operator, own_records)
+        records += own_records
+    record = {
+        "machine": report.machine(seed),
+        "backend": backend,
+        "roofs": report.roof_records(roofs),
+        "rows": records,
+    }
+    report.print_machine(record)
+    return record

@@ -1,0 +1,377 @@
+"""Cases of segmented attention: its useful pairs, its peers with the same mask."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from memattn.bench.bars import (
+    BackwardBar,
+    Bar,
+    FlatTimeBar,
+    LinearMemoryBar,
+    RateBar,
+    RoofBar,
+    SpeedBar,
+)
+from memattn.bench.case import Case, Forward, Peer
+from memattn.bench.peers import Attention, MaskMod, flex, sdpa, sdpa_backends
+from memattn.bench.roofline import Work, attention_work
+from memattn.ops import segmented_attention
+from memattn.testing import make_segmented_inputs
+
+_SEGMENTED = ("segment", "blocks", "mac", "union")
+_WINDOWED = ("window", "union")
+
+
+def segmented_pairs(
+    T: int,
+    *,
+    S: int | None = None,
+    segment_len: int | None = None,
+    window_size: int | None = None,
+    is_causal: bool = True,
+    num_persistent: int = 0,
+    num_memory: int = 0,
+    memory_is_causal: bool = False,
+    query_offset: int = 0,
+) -> int:
+    """Allowed (query, key) pairs of one head of one sequence, exactly, in O(T).
+
+    Args:
+        T: Queries, at the positions ``query_offset`` and on.
+        S: Token keys; ``query_offset + T`` by default.
+        segment_len: As in ``memattn.ops.segmented_attention``, like the rest.
+        window_size: Keys in the window.
+        is_causal: Whether later keys are hidden.
+        num_persistent: Persistent keys.
+        num_memory: Memory keys of a segment.
+        memory_is_causal: Whether a query sees memory rows up to its place in the segment only.
+        query_offset: Position of the first query.
+    """
+    S = query_offset + T if S is None else S
+    i = torch.arange(query_offset, query_offset + T)
+    # segment and window both hold position i, so their union is one range of keys
+    if segment_len is None and window_size is None:
+        first, end = torch.zeros_like(i), torch.full_like(i, S)
+    else:
+        first, end = i + 1, i
+        if segment_len is not None:
+            start = i - i % segment_len
+            first, end = torch.minimum(first, start), torch.maximum(end, start + segment_len)
+        if window_size is not None:
+            first = torch.minimum(first, i - window_size + 1)
+            end = torch.maximum(end, i + window_size)
+    if is_causal:
+        end = torch.minimum(end, i + 1)
+    tokens = (end.clamp(max=S) - first.clamp(min=0)).clamp(min=0)
+    memory = torch.full_like(i, num_memory)
+    if memory_is_causal and segment_len is not None:
+        memory = i % segment_len + 1
+    return int((tokens + memory).sum()) + num_persistent * T
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentedCase(Case):
+    """One shape of segmented attention."""
+
+    operator: ClassVar[str] = "segmented_attention"
+    kinds: ClassVar[dict[str, str]] = {
+        "dense": "every key",
+        "causal": "every earlier key",
+        "window": "the last window_size keys",
+        "segment": "earlier keys of the segment",
+        "blocks": "every key of the segment",
+        "mac": "segment, persistent and memory keys: memory as context",
+        "union": "segment or window, persistent and memory keys",
+        "packed": "causal, within each of several documents",
+    }
+    quick_kinds: ClassVar[tuple[str, ...]] = ("causal", "window", "mac")
+    cuda_sizes: ClassVar[dict[str, int]] = {
+        "B": 2,
+        "H": 32,
+        "D": 128,
+        "window_size": 1024,
+        "segment_len": 512,
+    }
+
+    B: int = 1
+    H: int = 8
+    Hkv: int | None = None  # None: as many as H
+    D: int = 64
+    window_size: int = 256
+    segment_len: int = 256
+    P: int = 16
+    M: int = 16
+    documents: int = 8
+
+    @property
+    def key_heads(self) -> int:
+        return self.H if self.Hkv is None else self.Hkv
+
+    @property
+    def has_context(self) -> bool:
+        """Whether there are persistent and memory keys."""
+        return self.kind in ("mac", "union")
+
+    def lengths(self) -> list[int]:
+        """Lengths of the documents: drawn at random, none longer than twice the mean."""
+        if self.kind != "packed":
+            return [self.T]
+        generator = torch.Generator().manual_seed(self.seed)
+        shares = 0.5 + 1.5 * torch.rand(min(self.documents, self.T), generator=generator)
+        bounds = (shares.cumsum(0) / shares.sum() * self.T).round().int().tolist()
+        bounds[-1] = self.T
+        return [b - a for a, b in zip([0, *bounds], bounds, strict=False)]
+
+    def mask_options(self) -> dict[str, Any]:
+        """Arguments of the operator that say who sees whom."""
+        return {
+            "is_causal": self.kind not in ("dense", "blocks"),
+            "segment_len": self.segment_len if self.kind in _SEGMENTED else None,
+            "window_size": self.window_size if self.kind in _WINDOWED else None,
+        }
+
+    def options(self) -> dict[str, Any]:
+        """All options of the operator."""
+        if self.kind != "packed":
+            return self.mask_options()
+        bounds = torch.tensor([0, *self.lengths()], device=self.device).cumsum(0)
+        return self.mask_options() | {"cu_seqlens": bounds.int()}
+
+    def inputs(self) -> dict[str, Tensor]:
+        return make_segmented_inputs(
+            B=1 if self.kind == "packed" else self.B,
+            H=self.H,
+            Hkv=self.key_heads,
+            T=self.T,
+            D=self.D,
+            P=self.P if self.has_context else 0,
+            M=self.M if self.has_context else 0,
+            segment_len=self.segment_len,
+            dtype=self.dtype,
+            device=self.device,
+            seed=self.seed,
+            seed_device=self.device,
+        )
+
+    def subject(self, backend: str) -> Forward:
+        options = self.options()
+        return lambda inputs: segmented_attention(**inputs, **options, backend=backend).out
+
+    def definition(self, rows: slice) -> Forward:
+        options = self.options() | {"query_offset": rows.start, "backend": "reference"}
+
+        def forward(inputs: dict[str, Tensor]) -> Tensor:
+            query = inputs["query"][:, :, rows]
+            return segmented_attention(**(inputs | {"query": query}), **options).out
+
+        return forward
+
+    def label(self, T: str | None = None) -> str:
+        sizes = [f"T={self.T}" if T is None else T]
+        if self.kind in _WINDOWED:
+            sizes.append(f"W={self.window_size}")
+        if self.kind in _SEGMENTED:
+            sizes.append(f"L={self.segment_len}")
+        if self.has_context:
+            sizes.append(f"P={self.P} M={self.M}")
+        return " ".join([self.kind, *sizes, f"D={self.D}"])
+
+    def tokens(self) -> int:
+        return self.T * (1 if self.kind == "packed" else self.B)
+
+    def pairs(self) -> int:
+        """Allowed pairs of one head, summed over the batch."""
+        context = {"num_persistent": self.P, "num_memory": self.M} if self.has_context else {}
+        pairs = sum(
+            segmented_pairs(length, **self.mask_options(), **context) for length in self.lengths()
+        )
+        return pairs * (1 if self.kind == "packed" else self.B)
+
+    def work(self) -> dict[str, Work]:
+        batch = 1 if self.kind == "packed" else self.B
+        keys = batch * self.T
+        if self.has_context:
+            keys += batch * self.M * -(-self.T // self.segment_len) + self.P
+        return attention_work(
+            pairs=self.H * self.pairs(),
+            rows=batch * self.H * self.T,
+            keys=self.key_heads * keys,
+            head_dim=self.D,
+            value_dim=self.D,
+            element_size=self.dtype.itemsize,
+        )
+
+    def peers(self) -> dict[str, Peer]:
+        S = self.num_keys()
+        scores = self.H * self.T * S * self.dtype.itemsize
+        scores *= 1 if self.kind == "packed" else self.B
+        peers = {}
+        for name, backend in sdpa_backends(self.device).items():
+            peers[f"sdpa {name}"] = Peer(
+                partial(self._sdpa, backend),
+                # the math backend stores scores, the others at most the mask in the input's dtype
+                scores if name == "math" else self._dense_mask_bytes(S),
+            )
+            if self.kind in ("segment", "blocks") and self.T % self.segment_len == 0:
+                folded = partial(sdpa, backend, is_causal=self.kind == "segment")
+                stored = scores * self.segment_len // self.T if name == "math" else 0
+                peers[f"sdpa {name}, folded"] = Peer(partial(self._folded, folded), stored)
+        # the CPU builds the block mask from a dense one
+        stored = 0 if "cuda" in self.device else 8 * self.T * S
+        peers["flex"] = Peer(self._flex, stored, compiled=True)
+        peers["naive"] = Peer(partial(self.subject, "reference"), scores)
+        return peers
+
+    def num_keys(self) -> int:
+        """Keys of all sources of one sequence."""
+        if not self.has_context:
+            return self.T
+        return self.P + self.M * -(-self.T // self.segment_len) + self.T
+
+    def _dense_mask_bytes(self, S: int) -> int:
+        return 0 if self.kind in ("dense", "causal") else self.T * S * (1 + self.dtype.itemsize)
+
+    def _sdpa(self, backend: Any) -> Forward:
+        if self.kind in ("dense", "causal"):
+            return self._joined(sdpa(backend, is_causal=self.kind == "causal"))
+        i = torch.arange(self.T, device=self.device)[:, None]
+        j = torch.arange(self.num_keys(), device=self.device)[None, :]
+        return self._joined(sdpa(backend, mask=self.mask_mod()(i, i, i, j)))
+
+    def _flex(self) -> Forward:
+        mask_mod = None if self.kind == "dense" else self.mask_mod()
+        return self._joined(flex(mask_mod, self.T, self.num_keys(), self.device))
+
+    def _folded(self, attention: Any) -> Forward:
+        """Segments as rows of the batch: what one may do by hand where they are all there is."""
+        inner: Attention = attention()
+
+        def fold(x: Tensor) -> Tensor:
+            x = x.unflatten(2, (-1, self.segment_len)).transpose(1, 2)
+            return x.flatten(0, 1)  # [B * n_segments, H, L, D]
+
+        def forward(inputs: dict[str, Tensor]) -> Tensor:
+            out = inner(*(fold(inputs[name]) for name in ("query", "key", "value")))
+            return out.unflatten(0, (self.B, -1)).transpose(1, 2).flatten(2, 3)
+
+        return forward
+
+    def _joined(self, attention: Attention) -> Forward:
+        """One attention call over the keys of all sources in a row, as its users must write it."""
+
+        def forward(inputs: dict[str, Tensor]) -> Tensor:
+            key, value = inputs["key"], inputs["value"]
+            if self.has_context:
+                batch = [self.B, -1, -1, -1]
+                key, value = (
+                    torch.cat(
+                        [
+                            inputs[f"persistent_{name}"].expand(batch),
+                            inputs[f"memory_{name}"].flatten(2, 3),
+                            inputs[name],
+                        ],
+                        dim=2,
+                    )
+                    for name in ("key", "value")
+                )
+            return attention(inputs["query"], key, value)
+
+        return forward
+
+    def mask_mod(self) -> MaskMod:
+        """Which key a query sees, over the keys of all sources in a row, by index."""
+        options = self.mask_options()
+        L, W, is_causal = options["segment_len"], options["window_size"], options["is_causal"]
+        lengths = torch.tensor(self.lengths(), device=self.device)
+        documents = torch.arange(lengths.numel(), device=self.device).repeat_interleave(lengths)
+        P = self.P if self.has_context else 0
+        M = self.M if self.has_context else 0
+        first_token = self.num_keys() - self.T
+
+        def token_mask(i: Tensor, j: Tensor) -> Tensor:
+            allowed = documents[i] == documents[j] if len(lengths) > 1 else j >= 0
+            if is_causal:
+                allowed = allowed & (j <= i)
+            if L is not None and W is not None:
+                return allowed & ((i // L == j // L) | (j > i - W))
+            if L is not None:
+                return allowed & (i // L == j // L)
+            return allowed if W is None else allowed & (j > i - W)
+
+        def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            if not first_token:
+                return token_mask(i, j)
+            memory = (j >= P) & (j < first_token) & ((j - P) // M == i // L)
+            return (j < P) | memory | ((j >= first_token) & token_mask(i, j - first_token))
+
+        return mask
+
+    @classmethod
+    def bars(cls, suite: str) -> list[Bar]:
+        return {"cpu-bars": _cpu_bars, "gpu-bars": _gpu_bars}[suite]()
+
+
+def _cpu_bars() -> list[Bar]:
+    bars: list[Bar] = []
+    window = SegmentedCase(kind="window", T=4096, window_size=256)
+    for direction in ("forward", "backward"):
+        for kind in ("causal", "dense"):
+            case = SegmentedCase(kind=kind, T=2048)
+            bars.append(
+                SpeedBar(case=case, direction=direction, target=1.2, against=("sdpa flash",))
+            )
+        masked = ("sdpa flash", "sdpa math")
+        bars.append(SpeedBar(case=window, direction=direction, target=10.0, against=masked))
+    bars.append(SpeedBar(case=window, direction="forward", target=2.0, against=("flex",)))
+    lengths = (2048, 4096, 8192, 16384, 32768)
+    for direction in ("forward", "backward"):
+        # rows before the window is full see less: at T=2048 alone that is 6 %
+        bars.append(FlatTimeBar(case=window, direction=direction, target=1.15, lengths=lengths))
+    for direction in ("forward", "forward+backward"):
+        bars.append(LinearMemoryBar(case=window, direction=direction, target=1.1, lengths=lengths))
+    return bars
+
+
+def _gpu_bars() -> list[Bar]:
+    on_gpu = partial(SegmentedCase, device="cuda", dtype=torch.bfloat16, H=32)
+    bars: list[Bar] = []
+    rates = {128: ((520, 450), (380, 300)), 64: ((430, 370), (330, 270))}
+    for D, (forward, backward) in rates.items():
+        for kind in ("dense", "causal"):
+            case = on_gpu(kind=kind, T=8192, B=4, D=D)
+            bars += [
+                RateBar(case=case, direction="forward", target=forward[0], must=forward[1]),
+                RateBar(case=case, direction="backward", target=backward[0], must=backward[1]),
+                SpeedBar(case=case, direction="forward", target=1.0, against=("flex",)),
+                SpeedBar(case=case, direction="backward", target=1.25, must=1.0, against=("flex",)),
+            ]
+    for D in (64, 128):
+        short = on_gpu(kind="mac", T=8192, D=D, segment_len=512)
+        long = short.resized(65536)
+        for case in (short, long):
+            bars += [
+                RoofBar(case=case, direction="forward", target=75),
+                RoofBar(case=case, direction="backward", target=55),
+                BackwardBar(case=case, target=3.0),
+            ]
+        lengths = (8192, 16384, 32768, 65536)
+        bars += [
+            SpeedBar(case=short, direction="forward", target=1.1, against=("flex",)),
+            SpeedBar(case=short, direction="backward", target=1.5, must=1.1, against=("flex",)),
+            FlatTimeBar(case=short, direction="forward", target=1.1, lengths=lengths),
+            FlatTimeBar(case=short, direction="backward", target=1.1, lengths=lengths),
+        ]
+    window = on_gpu(kind="window", T=16384, D=128, window_size=2048)
+    blocks = on_gpu(kind="blocks", T=16384, D=128, segment_len=2048)
+    return [
+        *bars,
+        RateBar(case=window, direction="forward", target=362, must=270),
+        RateBar(case=blocks, direction="forward", target=580),
+    ]
+
+
+CASE = SegmentedCase

@@ -1,0 +1,164 @@
+"""Suites: measure what the bars of all operators need, once, and say what was reached."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from memattn.bench import report
+from memattn.bench.bars import Bar, Found, Sweep
+from memattn.bench.case import Case
+from memattn.bench.engine import (
+    OURS,
+    Effort,
+    Row,
+    add_roofs,
+    check_all,
+    measure_case,
+    measure_together,
+    refusal,
+    roof_key,
+)
+from memattn.bench.memory import MemoryJob, call_of, cpu_peaks, cuda_peak
+
+SUITES = ("cpu-bars", "gpu-bars")
+
+
+def run_suite(
+    suite: str, classes: Sequence[type[Case]], backend: str, seed: int, effort: Effort
+) -> dict[str, Any]:
+    """Measure, print and return the record of a suite; see ``memattn.bench.run``."""
+    bars = [bar for cls in classes for bar in cls.bars(suite)]
+    cases: dict[tuple[Case, str], list[str]] = {}  # peers of a case in a direction
+    for bar in bars:
+        for direction in bar.directions:
+            cases.setdefault((bar.case, direction), []).extend(bar.peers)
+    times = list(dict.fromkeys(bar.times for bar in bars if bar.times))
+    memory = list(dict.fromkeys(bar.memory for bar in bars if bar.memory))
+    checks: dict[Case, list[str]] = {}
+    for case, direction in cases:
+        checks.setdefault(case, []).append(direction)
+    for sweep, direction in [*times, *memory]:
+        for case in sweep:
+            checks.setdefault(case, []).append(direction)
+
+    found = Found()
+    rows: list[Row] = []
+    with report.progress(len(checks) + len(cases) + len(times) + len(memory)) as step:
+        check_all(checks, backend, effort, step)
+        for (case, direction), peers in cases.items():
+            step(f"{case.label()}, {direction}")
+            rows += measure_case(
+                case, backend=backend, directions=[direction], peers=peers, effort=effort
+            )
+        found.rows = {(row.case, row.direction, row.competitor): row for row in rows}
+        for sweep, direction in times:
+            step(f"{sweep[0].kind} at {len(sweep)} lengths, {direction}")
+            if _possible(sweep, backend, effort):
+                found.times[sweep, direction] = measure_together(
+                    sweep, backend=backend, direction=direction, effort=effort
+                )
+        for sweep, direction in memory:
+            step(f"{sweep[0].kind} at {len(sweep)} lengths, {direction}, memory")
+            if _possible(sweep, backend, effort):
+                found.peaks[sweep, direction] = _peaks(sweep, direction, backend)
+        add_roofs(found.roofs, rows, effort)
+
+    record = {
+        "machine": report.machine(seed),
+        "backend": backend,
+        "suite": suite,
+        "roofs": report.roof_records(found.roofs),
+        "rows": [report.row_record(row, found.roofs.get(roof_key(row.case))) for row in rows],
+        "sweeps": _sweep_records(found),
+        "bars": [_bar_record(bar, found, backend, effort) for bar in bars],
+    }
+    report.print_rows(suite, record["rows"])
+    _print_bars(record["bars"])
+    report.print_machine(record)
+    return record
+
+
+def _possible(sweep: Sequence[Case], backend: str, effort: Effort) -> bool:
+    return all(refusal(case, backend, effort) is None for case in sweep)
+
+
+def _peaks(sweep: Sequence[Case], direction: str, backend: str) -> list[int | None]:
+    if "cuda" not in sweep[0].device:
+        return cpu_peaks([MemoryJob(case, direction, backend=backend) for case in sweep])
+    return [
+        cuda_peak(call_of(case, case.subject(backend), direction), case.device) for case in sweep
+    ]
+
+
+def _sweep_records(found: Found) -> list[dict[str, Any]]:
+    """Times and peaks over the lengths, for JSON."""
+    sweeps: dict[Sweep, None] = dict.fromkeys([*found.times, *found.peaks])
+    records = []
+    for sweep in sweeps:
+        cases, direction = sweep
+        timings, peaks = found.times.get(sweep), found.peaks.get(sweep)
+        for index, case in enumerate(cases):
+            records.append(
+                {
+                    "operator": case.operator,
+                    "label": case.label(),
+                    "T": case.T,
+                    "tokens": case.tokens(),
+                    "direction": direction,
+                    "seconds": None if timings is None else report.timing_record(timings[index]),
+                    "peak_bytes": None if peaks is None else peaks[index],
+                }
+            )
+    return records
+
+
+def _bar_record(bar: Bar, found: Found, backend: str, effort: Effort) -> dict[str, Any]:
+    reached = bar.reached(found)
+    record: dict[str, Any] = {
+        "bar": bar.name,
+        "operator": bar.case.operator,
+        "device": bar.case.device,
+        "unit": bar.unit.strip(),
+        "at_most": bar.at_most,
+        "target": bar.target,
+        "must": bar.must,
+        "reached": reached,
+        "met": None if reached is None else bar.holds(reached, bar.target),
+        "met_must": None,
+        "reason": None,
+    }
+    if reached is None:
+        record["reason"] = _reason(bar, found, backend, effort)
+    elif bar.must is not None:
+        record["met_must"] = bar.holds(reached, bar.must)
+    return record
+
+
+def _reason(bar: Bar, found: Found, backend: str, effort: Effort) -> str:
+    """Why a bar could not be measured."""
+    needed = [*(bar.times or ((), ""))[0], *(bar.memory or ((), ""))[0], bar.case]
+    for case in needed:
+        reason = refusal(case, backend, effort)
+        if reason is not None:
+            return reason
+    names = [OURS, *bar.peers]
+    rows = [found.rows.get((bar.case, bar.direction, name)) for name in names]
+    return "; ".join(f"{r.competitor}: {r.reason}" for r in rows if r and r.reason) or (
+        "not measured: this system does not tell the memory of a process"
+    )
+
+
+def _print_bars(bars: Sequence[dict[str, Any]]) -> None:
+    rows = []
+    for bar in bars:
+        sign, unit = "<=" if bar["at_most"] else ">=", bar["unit"]
+        limit = f"{sign} {bar['target']:g} {unit}"
+        if bar["must"] is not None:
+            limit += f" (at least {bar['must']:g})"
+        if bar["met"] is None:
+            rows.append([bar["bar"], limit, "", bar["reason"]])
+            continue
+        verdict = "met" if bar["met"] else "MISSED"
+        if bar["met_must"] and not bar["met"]:
+            verdict = "missed, the least is met"
+        rows.append([bar["bar"], limit, f"{bar['reached']:.3g} {unit}", verdict])
+    report.table("bars", ("bar", "required", "reached", ""), rows)
