@@ -1,0 +1,28 @@
+"""Training on accelerate: configuration, one loop, checkpoints that resume bit for bit."""
+
+from typing import TYPE_CHECKING, Any
+
+from memattn.train.config import DataConfig, ModelConfig, TrainConfig, TrainingConfig, load_config
+
+if TYPE_CHECKING:
+    from memattn.train.loop import NonFiniteError, TrainResult, train
+
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "NonFiniteError",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingConfig",
+    "load_config",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # the loop imports transformers and accelerate, which reading a configuration must not
+    if name in ("NonFiniteError", "TrainResult", "train"):
+        from memattn.train import loop
+
+        return getattr(loop, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

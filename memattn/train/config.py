@@ -1,0 +1,218 @@
+"""What a training run is: frozen dataclasses, and the same written down as YAML."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from memattn.ops._checks import check_bool, check_int, must
+
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = ("no", "fp16", "bf16")
+STRATEGIES = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model to train: a preset with new weights, or a pretrained model.
+
+    Attributes:
+        preset: Name of a preset of ``memattn.models.PRESETS``, such as ``vanilla``.
+        options: Keywords of the preset: sizes, and what the preset itself takes.
+        model_path: Folder or hub name of a Hugging Face causal language model to go on training.
+            Exactly one of ``preset`` and ``model_path`` is given.
+    """
+
+    preset: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    model_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.preset is None) == (self.model_path is None):
+            got = "neither" if self.preset is None else "both"
+            must("model", "have exactly one of preset and model_path", got)
+        if self.model_path is not None and self.options:
+            must("model.options", "be empty with model_path", self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text, and how it is cut into rows.
+
+    Attributes:
+        dataset_name: A corpus (``memattn data --list``), a file, a folder or a Hugging Face
+            dataset ``owner/name``; or a list of them.
+        dataset_subset: Configuration of a Hugging Face dataset.
+        dataset_split: Split of a Hugging Face dataset; None means ``train``.
+        text_field: Field with the text, in a Hugging Face dataset and in ``.jsonl`` files.
+        document_separator: Text that separates the documents of one text file.
+        held_out: Share of the documents that only evaluation sees; 0 for none.
+        split_seed: Seed of the choice of held-out documents.
+        tokenizer: ``bpe`` (trained on the training documents), ``bytes``, or a folder or hub
+            name. None means ``bpe`` for a preset, and that of the model for ``model_path``.
+        vocab_size: Entries of a trained tokenizer, None means 4096. Only for ``bpe``.
+        seq_len: Tokens in a row.
+        packed: Whether documents are packed without padding; else a row is one piece of a
+            document, padded. Models without ``cu_seqlens`` need padding.
+        cache_dir: Folder for fetched corpora, tokenizers and tokens.
+    """
+
+    dataset_name: str | list[str] = "wiki"
+    dataset_subset: str | None = None
+    dataset_split: str | None = None
+    text_field: str = "text"
+    document_separator: str | None = None
+    held_out: float = 0.05
+    split_seed: int = 0
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+    seq_len: int = 512
+    packed: bool = True
+    cache_dir: str = "~/.cache/memattn"
+
+    def __post_init__(self) -> None:
+        if not self.dataset_name:
+            must("data.dataset_name", "not be empty", repr(self.dataset_name))
+        if not 0.0 <= self.held_out < 1.0:
+            must("data.held_out", "be in [0, 1)", self.held_out)
+        check_int("data.split_seed", self.split_seed, 0)
+        check_int("data.seq_len", self.seq_len, 2)
+        check_bool("data.packed", self.packed)
+        if self.vocab_size is not None:
+            check_int("data.vocab_size", self.vocab_size, 259)
+            if self.tokenizer not in (None, "bpe"):
+                must("data.vocab_size", f"be None with tokenizer {self.tokenizer}", self.vocab_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimisation, and what is written while it runs.
+
+    Attributes:
+        output_dir: Folder of the run.
+        max_steps: Optimizer steps.
+        batch_size: Rows of one process in one forward pass.
+        gradient_accumulation_steps: Forward passes in one optimizer step.
+        base_model_lr: Highest learning rate.
+        memory_lr: That of memory parameters, such as persistent tokens; None means the same.
+        lr_scheduler: ``cosine`` or ``linear`` decay to 0, or ``constant``, each after the warm-up.
+        warmup_steps: Steps in which the learning rate rises from 0.
+        weight_decay: Decay of weight matrices; norms, biases, embeddings and tables have none.
+        adam_beta1: Decay of AdamW's first moment.
+        adam_beta2: Decay of AdamW's second moment.
+        max_grad_norm: Gradients are scaled down to this norm; None means never.
+        label_smoothing: Share of each target that is spread over the vocabulary, in training.
+        mixed_precision: ``no``, ``bf16``, or ``fp16`` (CUDA only).
+        gradient_checkpointing: Whether activations are computed again in the backward pass.
+        distributed_strategy: ``ddp`` (whole model in each process) or ``fsdp`` (FSDP2, sharded);
+            read when started by ``accelerate launch`` with several processes.
+        cpu: Whether to train on the CPU where there is a GPU.
+        seed: Seed of new weights, dropout and the order of the documents.
+        log_steps: Steps from one row of metrics to the next.
+        eval_steps: Steps from one held-out evaluation to the next; None means only at the end.
+        save_steps: Steps from one checkpoint to the next; None means only at the end.
+        keep_checkpoints: How many checkpoints to keep, the newest ones.
+    """
+
+    output_dir: str = "runs/train"
+    max_steps: int = 1000
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    base_model_lr: float = 1e-3
+    memory_lr: float | None = None
+    lr_scheduler: str = "cosine"
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float | None = 1.0
+    label_smoothing: float = 0.0
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    distributed_strategy: str = "ddp"
+    cpu: bool = False
+    seed: int = 0
+    log_steps: int = 1
+    eval_steps: int | None = None
+    save_steps: int | None = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            must("training.output_dir", "not be empty", repr(self.output_dir))
+        counts = ("max_steps", "batch_size", "gradient_accumulation_steps", "log_steps")
+        for name in (*counts, "keep_checkpoints"):
+            check_int(f"training.{name}", getattr(self, name), 1)
+        for name in ("eval_steps", "save_steps"):
+            if getattr(self, name) is not None:
+                check_int(f"training.{name}", getattr(self, name), 1)
+        for name in ("warmup_steps", "seed"):
+            check_int(f"training.{name}", getattr(self, name), 0)
+        for name in ("base_model_lr", "memory_lr", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < float("inf"):
+                must(f"training.{name}", "be positive and finite", value)
+        if not 0.0 <= self.weight_decay < float("inf"):
+            must("training.weight_decay", "be at least 0 and finite", self.weight_decay)
+        for name in ("label_smoothing", "adam_beta1", "adam_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                must(f"training.{name}", "be in [0, 1)", getattr(self, name))
+        for name in ("gradient_checkpointing", "cpu"):
+            check_bool(f"training.{name}", getattr(self, name))
+        for name, known in (
+            ("lr_scheduler", SCHEDULES),
+            ("mixed_precision", PRECISIONS),
+            ("distributed_strategy", STRATEGIES),
+        ):
+            if getattr(self, name) not in known:
+                must(f"training.{name}", f"be one of {', '.join(known)}", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        model: The model.
+        data: The text.
+        training: Optimisation and output.
+    """
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain values."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML, which ``load_config`` reads."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Read a YAML file with the fields of ``TrainConfig``.
+
+    Args:
+        path: The file. Fields that it leaves out have their default.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no YAML, or a field is unknown or wrong.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"config must be a file that exists, got {path}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig)
+    try:
+        return TrainConfig(**vars(parser.instantiate_classes(parser.parse_path(path))))
+    except ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config must have valid fields, got {path}: {reason}") from error

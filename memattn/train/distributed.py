@@ -1,0 +1,113 @@
+"""What differs between one process and several: sharding, gathering, errors of the first rank."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from memattn.ops._checks import must
+from memattn.train.config import TrainingConfig
+
+
+def prepare_model(accelerator: Accelerator, model: nn.Module, config: TrainingConfig) -> nn.Module:
+    """Move the model to the device, and wrap it for several processes.
+
+    ``fsdp`` shards each block, as named by transformers' ``_no_split_modules``, and the rest as
+    one unit. Weights stay in float32, and are gathered in the dtype of ``mixed_precision``.
+
+    Raises:
+        NotImplementedError: For fp16 with fsdp, whose loss scaling is per process.
+        ValueError: If accelerate was told to wrap the model itself.
+    """
+    if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise ValueError(
+            "training.distributed_strategy must choose how the model is distributed, "
+            f"got {accelerator.distributed_type} from accelerate launch"
+        )
+    if config.distributed_strategy == "fsdp" and accelerator.num_processes > 1:
+        if config.mixed_precision == "fp16":
+            must("training.mixed_precision", "be bf16 or no with fsdp", "fp16", NotImplementedError)
+        _shard(model.to(accelerator.device), config)
+        return accelerator.prepare_model(model, evaluation_mode=True)  # no DDP around it
+    return accelerator.prepare_model(model)
+
+
+def _shard(model: nn.Module, config: TrainingConfig) -> None:
+    """Shard the parameters over all processes, block by block."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy()
+    if config.mixed_precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def without_sync(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager:
+    """Backward passes that leave gradients unreduced, before the last one of a step."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        return _unsynced_fsdp(model)
+    return accelerator.no_sync(model)
+
+
+class _unsynced_fsdp(AbstractContextManager):
+    """``no_sync`` of FSDP2."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.model.set_requires_gradient_sync(False)
+
+    def __exit__(self, *error: object) -> None:
+        self.model.set_requires_gradient_sync(True)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on the CPU; all processes must call it."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor on the device of ``like``, sharded as it is."""
+    if isinstance(like, DTensor) and tensor.shape == like.shape:
+        # each process read the same file: nothing has to be sent
+        return distribute_tensor(
+            tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
+    return tensor.to(like.device)
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> None:
+    """Run an action in the first process; if it fails, all processes raise OSError.
+
+    Raises:
+        OSError: With the message of the failure, in every process.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    failure: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except OSError as error:
+            if accelerator.num_processes == 1:
+                raise
+            failure = [str(error)]
+    if accelerator.num_processes > 1 and broadcast_object_list(failure)[0] is not None:
+        raise OSError(failure[0])
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers, each once (tied weights under their first name)."""
+    yield from model.named_parameters()
+    saved = model.state_dict(keep_vars=True)
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)

@@ -1,0 +1,366 @@
+"""The training loop."""
+
+import math
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from memattn.data._files import replacing, write_text
+from memattn.data.batches import IGNORE, Batch, Batches
+from memattn.ops._checks import must
+from memattn.train.checkpoint import (
+    Checkpointer,
+    TrainState,
+    gather_model,
+    latest_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    save_model,
+)
+from memattn.train.config import TrainConfig
+from memattn.train.distributed import on_main_process, prepare_model, without_sync
+from memattn.train.interrupt import StopRequest
+from memattn.train.metrics import MetricsLog
+from memattn.train.optim import make_optimizer, make_scheduler, smoothing_loss
+from memattn.train.progress import TrainProgress
+from memattn.train.setup import build_model, make_batches, prepare_data
+
+# what may differ between a run and its resumption
+_FREE = {
+    "model": set(),
+    "data": {"cache_dir"},
+    "training": {
+        *("output_dir", "max_steps", "log_steps", "eval_steps", "save_steps", "keep_checkpoints"),
+        *("gradient_checkpointing", "distributed_strategy", "cpu"),
+        *("batch_size", "gradient_accumulation_steps"),  # their product is compared
+    },
+}
+
+
+class NonFiniteError(ValueError):
+    """The loss or the norm of the gradient is NaN or infinite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a finished run gives.
+
+    Attributes:
+        output_dir: Folder of the run.
+        model_dir: Folder of the trained model, for ``from_pretrained``.
+        checkpoint: The last checkpoint.
+        step: Optimizer steps.
+        tokens: Tokens seen, padding not counted.
+        loss: Training loss of the last step.
+        eval_loss: Held-out loss at the end, in nats per token; None where nothing is held out.
+        seconds: Time spent, evaluation included, over all resumptions.
+        tokens_per_second: Training speed of this call, evaluation not counted; 0.0 where no step
+            was left to do.
+    """
+
+    output_dir: Path
+    model_dir: Path
+    checkpoint: Path
+    step: int
+    tokens: int
+    loss: float
+    eval_loss: float | None
+    seconds: float
+    tokens_per_second: float
+
+
+def train(
+    config: TrainConfig, *, resume: bool | str | Path = False, progress: bool = True
+) -> TrainResult:
+    """Train a causal language model.
+
+    The run folder gets ``config.yaml``, ``metrics.csv``, ``tensorboard/`` (where it is installed),
+    ``checkpoints/step-<N>/`` and, at the end, ``model/``. Each optimizer step minimises the mean
+    over all target tokens of all its batches and processes. Started by ``accelerate launch``, each
+    process calls this.
+
+    Args:
+        config: The run.
+        resume: True continues from the newest checkpoint in the run folder, or starts where there
+            is none; a path continues from that checkpoint. A run that was interrupted at any
+            moment and resumed has the losses and weights of one that was not, bit for bit, where
+            the operations of the device are deterministic, as on the CPU.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Where the results are, and the last numbers.
+
+    Raises:
+        ValueError: If the configuration does not fit the data or the model, the run folder has a
+            run already, a checkpoint is damaged, or what is resumed is another run.
+        NonFiniteError: If the loss or the gradient is not finite; names the last good checkpoint.
+        KeyboardInterrupt: After SIGINT or SIGTERM, once a checkpoint is written.
+        FileNotFoundError, ImportError, OSError: If something is missing, or the disk is full.
+    """
+    options = config.training
+    # accelerate keeps one state for a process, and a second run in it may differ
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=options.cpu)
+    if options.mixed_precision == "fp16" and accelerator.device.type != "cuda":
+        must("training.mixed_precision", "be no or bf16 without CUDA", "fp16")
+    folder = Path(options.output_dir)
+    start = _find_start(folder, resume)
+    global_batch = (
+        options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
+    )
+    if start is not None:
+        _check_same_run(start, config, global_batch)
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
+
+    set_seed(options.seed)
+    with accelerator.main_process_first():
+        corpus = prepare_data(config)
+    model: Any = build_model(config.model, corpus.tokenizer)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    make = {"model": model, "tokenizer": corpus.tokenizer}
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    batches = make_batches(config, corpus.train, shuffle=True, **make, **ranks)
+    held_out = None
+    if corpus.held_out is not None:
+        held_out = make_batches(config, corpus.held_out, shuffle=False, **make, **ranks)
+    wrapped = prepare_model(accelerator, model, options)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    plain_optimizer = make_optimizer(model, options)
+    scheduler = make_scheduler(plain_optimizer, options)
+    optimizer: Any = accelerator.prepare_optimizer(plain_optimizer)
+    checkpoints = Checkpointer(
+        accelerator=accelerator,
+        model=model,
+        optimizer=plain_optimizer,
+        scheduler=scheduler,
+        tokenizer=corpus.tokenizer,
+        config={**config.to_dict(), "global_batch": global_batch},
+        folder=folder / "checkpoints",
+        keep=options.keep_checkpoints,
+    )
+    state = TrainState()
+    if start is not None:
+        state = checkpoints.load(start)
+        batches.load_state_dict({"position": state.position})
+    saved = start if start is not None and start.parent == checkpoints.folder else None
+    on_main_process(accelerator, lambda: _open_run(folder, config, saved, state.step))
+
+    log = MetricsLog(folder, step=state.step, active=accelerator.is_main_process)
+    bar = TrainProgress(options.max_steps, active=progress and accelerator.is_main_process)
+    began, trained, trained_seconds = time.perf_counter() - state.seconds, 0, 0.0
+    try:
+        with StopRequest() as stop, bar:
+            while state.step < options.max_steps:
+                step_began = time.perf_counter()
+                step = state.step + 1
+                micro = [next(batches) for _ in range(options.gradient_accumulation_steps)]
+                counts = _count(accelerator, micro, stop.received)
+                if counts.stop:
+                    if saved is None or saved.name != f"step-{state.step}":
+                        saved = checkpoints.save(state)
+                    raise KeyboardInterrupt(
+                        f"stopped after step {state.step}; resume from {saved} with --resume true"
+                    )
+
+                wrapped.train()
+                loss = torch.zeros((), device=accelerator.device)
+                for i, batch in enumerate(micro):
+                    last = i == len(micro) - 1
+                    with nullcontext() if last else without_sync(accelerator, wrapped):
+                        part = _loss(wrapped, batch, accelerator.device, options.label_smoothing)
+                        part = part * (_num_targets(batch) / counts.targets)
+                        # gradients are averaged over processes, the loss is their sum
+                        accelerator.backward(part * accelerator.num_processes)
+                    loss += part.detach()
+                grad_norm = accelerator.clip_grad_norm_(
+                    parameters, options.max_grad_norm or math.inf
+                )
+                row = {
+                    "loss": _reduce(accelerator, loss).item(),
+                    "grad_norm": _value(grad_norm),
+                    "learning_rate": scheduler.get_last_lr()[0],
+                }
+                _check_finite(row, step, accelerator.scaler is not None, checkpoints.folder)
+                optimizer.step()
+                if not optimizer.step_was_skipped:
+                    scheduler.step()
+                optimizer.zero_grad()
+
+                now = time.perf_counter()
+                trained, trained_seconds = (
+                    trained + counts.tokens,
+                    trained_seconds + now - step_began,
+                )
+                row["tokens_per_second"] = counts.tokens / (now - step_began)
+                state.step, state.loss = step, row["loss"]
+                state.tokens += counts.tokens
+                state.position = batches.position
+                state.seconds = now - began
+                bar.update(step, row["loss"], trained / trained_seconds)
+
+                done = step == options.max_steps
+                if done or step % options.log_steps == 0:
+                    log.write(step=step, tokens=state.tokens, seconds=state.seconds, **row)
+                if held_out is not None and (done or _due(step, options.eval_steps)):
+                    state.eval_loss = held_out_loss(accelerator, wrapped, held_out)
+                    state.seconds = time.perf_counter() - began
+                    log.write(
+                        step=step,
+                        tokens=state.tokens,
+                        eval_loss=state.eval_loss,
+                        seconds=state.seconds,
+                    )
+                if done or _due(step, options.save_steps):
+                    saved = checkpoints.save(state)
+    finally:
+        log.close()
+
+    tensors = gather_model(model)
+    on_main_process(
+        accelerator, lambda: _save_result(folder / "model", model, corpus.tokenizer, tensors)
+    )
+    assert saved is not None and state.loss is not None
+    return TrainResult(
+        output_dir=folder,
+        model_dir=folder / "model",
+        checkpoint=saved,
+        step=state.step,
+        tokens=state.tokens,
+        loss=state.loss,
+        eval_loss=state.eval_loss,
+        seconds=state.seconds,
+        tokens_per_second=trained / trained_seconds if trained else 0.0,
+    )
+
+
+@torch.no_grad()
+def held_out_loss(accelerator: Accelerator, model: Any, batches: Batches) -> float:
+    """Mean cross-entropy over the targets of one epoch, without smoothing or other losses."""
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    for batch in batches.one_epoch():
+        inputs = {name: value.to(accelerator.device) for name, value in batch.items()}
+        labels = inputs.pop("labels")[:, 1:]
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        losses = cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        total += torch.stack([losses.double(), (labels != IGNORE).sum().double()])
+    loss, count = _reduce(accelerator, total).tolist()
+    return loss / count if count else math.nan
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Of one step, over all processes."""
+
+    targets: int
+    tokens: int
+    stop: bool
+
+
+def _count(accelerator: Accelerator, micro: list[Batch], stop: bool) -> _Counts:
+    """Targets and tokens of the step, and whether any process was asked to stop."""
+    targets = sum(map(_num_targets, micro))
+    tokens = sum(int(b.get("attention_mask", torch.ones_like(b["input_ids"])).sum()) for b in micro)
+    own = torch.tensor([targets, tokens, int(stop)], device=accelerator.device)
+    targets, tokens, stops = _reduce(accelerator, own).tolist()
+    return _Counts(targets=max(targets, 1), tokens=tokens, stop=stops > 0)
+
+
+def _num_targets(batch: Batch) -> int:
+    """Targets of a batch, whose first label in a row is always left out."""
+    return int((batch["labels"] != IGNORE).sum())
+
+
+def _loss(model: Any, batch: Batch, device: torch.device, label_smoothing: float) -> Tensor:
+    """Mean loss over the targets of a batch."""
+    inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    output = model(**inputs, use_cache=False)
+    if _num_targets(batch) == 0:
+        return output.logits.sum() * 0.0  # the mean over nothing is NaN
+    if label_smoothing:
+        return output.loss + smoothing_loss(output.logits, inputs["labels"], label_smoothing)
+    return output.loss
+
+
+def _reduce(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """Sum over processes."""
+    reduced = accelerator.reduce(tensor, "sum")
+    assert isinstance(reduced, Tensor)
+    return reduced
+
+
+def _value(grad_norm: Any) -> float:
+    """The norm as a number; that of sharded gradients is itself sharded."""
+    return (grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm).item()
+
+
+def _check_finite(row: dict[str, float], step: int, scaled: bool, folder: Path) -> None:
+    """Raise before a step would ruin the weights; fp16's scaler skips overflowing gradients."""
+    for name in ("loss",) if scaled else ("loss", "grad_norm"):
+        if not math.isfinite(row[name]):
+            raise NonFiniteError(
+                f"{name} must be finite, got {row[name]} at step {step}; the last good checkpoint "
+                f"is {latest_checkpoint(folder) or 'none'}"
+            )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _find_start(folder: Path, resume: bool | str | Path) -> Path | None:
+    """The checkpoint to go on from, if any; an existing run is never overwritten."""
+    if not isinstance(resume, bool):
+        return Path(resume)
+    if resume:
+        return latest_checkpoint(folder / "checkpoints")
+    if (folder / "metrics.csv").exists() or list_checkpoints(folder / "checkpoints"):
+        must("training.output_dir", "be a new folder, or resume be true", f"{folder} with a run")
+    return None
+
+
+def _check_same_run(checkpoint: Path, config: TrainConfig, global_batch: int) -> None:
+    """Raise unless the checkpoint is of a run that differs in nothing that matters."""
+    before = read_checkpoint(checkpoint)["config"]
+    if before["global_batch"] != global_batch:
+        must(
+            "rows in a step (batch_size * gradient_accumulation_steps * processes)",
+            f"be {before['global_batch']} as in {checkpoint}",
+            global_batch,
+        )
+    for section, fields in config.to_dict().items():
+        for name, value in fields.items():
+            if name not in _FREE[section] and before[section].get(name) != value:
+                must(
+                    f"{section}.{name}", f"be {before[section].get(name)} as in {checkpoint}", value
+                )
+
+
+def _open_run(folder: Path, config: TrainConfig, start: Path | None, step: int) -> None:
+    """Make the run folder; checkpoints after the one resumed from are set aside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", config.to_yaml())
+    for checkpoint in list_checkpoints(folder / "checkpoints"):
+        if start is not None and int(checkpoint.name.removeprefix("step-")) > step:
+            checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.abandoned"))
+    for leftover in (folder / "checkpoints").glob(".step-*.tmp"):  # of a run killed while saving
+        shutil.rmtree(leftover)
+
+
+def _save_result(folder: Path, model: Any, tokenizer: Any, tensors: dict[str, Tensor]) -> None:
+    """Write the trained model, in one step."""
+    with replacing(folder) as temporary:
+        save_model(model, tokenizer, tensors, temporary)
