@@ -11,14 +11,17 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-LOG2E = 1.4426950408889634  # log2(e)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)  # ln(2)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # log2(e)
 NO_END: tl.constexpr = tl.constexpr(2**31 - 1)  # the end of a sequence that is not cut short
 
 # largest row stride for which the offsets inside a tile surely fit 32 bits
 MAX_ROW_STRIDE = 2**22
 # lengths above this mean "everything"; sums with a position stay below 2**31
 MAX_LENGTH = 2**30
+
+
+# whether kernels run in Triton's interpreter, on CPU tensors; settled when a kernel is defined
+IS_INTERPRETED = bool(knobs.runtime.interpret)
 
 
 @triton.jit
@@ -88,40 +91,62 @@ def n_partial_tiles(first, full_first, full_last, last, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def exponent_factor(dtype: tl.constexpr):
+    """What turns a natural exponent into that of ``power``, for inputs of this dtype."""
+    return 1.0 if dtype == tl.float32 else LOG2E
+
+
+@triton.jit
+def power(x, dtype: tl.constexpr):
+    """``exp(x)`` for float32 inputs, else ``exp2(x)``.
+
+    Powers of two save a multiplication for each score, but ``log2(e)`` in the scale costs a
+    rounding of the exponent, which float32 results would show.
+    """
+    return tl.exp(x) if dtype == tl.float32 else tl.exp2(x)
+
+
+@triton.jit
 def online_softmax_step(acc, l_i, m_i, scores, v, scale):
     """Add one tile of keys to the running softmax.
 
     Args:
-        acc: Sum of ``exp2(scale * score - m_i) * value``, ``[BLOCK_M, BLOCK_DV]``.
+        acc: Sum of ``power(scale * score - m_i) * value``, ``[BLOCK_M, BLOCK_DV]``.
         l_i: Sum of the weights, ``[BLOCK_M]``.
         m_i: Largest ``scale * score`` so far, ``-inf`` before the first key, ``[BLOCK_M]``.
         scores: ``[BLOCK_M, BLOCK_N]``, ``-inf`` where a row does not see the key.
         v: ``[BLOCK_N, BLOCK_DV]``, finite where no row sees the key.
-        scale: Positive; with ``log2(e)`` in it, as weights are powers of two.
+        scale: Positive, with ``exponent_factor`` in it.
     """
     m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
     # finite for a row without a key so far: -inf - -inf is NaN
     m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-    alpha = tl.exp2(m_i - m_safe)
-    p = tl.exp2(scores * scale - m_safe[:, None])
+    alpha = power(m_i - m_safe, v.dtype)
+    p = power(scores * scale - m_safe[:, None], v.dtype)
     l_i = l_i * alpha + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return acc, l_i, m_new
 
 
 @triton.jit
-def finish_softmax(acc, l_i, m_i, valid):
-    """Output and natural log-sum-exp of the running softmax; 0 and -inf for a row without keys."""
+def finish_softmax(acc, l_i, m_i, valid, dtype: tl.constexpr):
+    """Output and natural log-sum-exp of the running softmax; 0 and -inf for a row without keys.
+
+    Returns:
+        ``out, lse, residual``: the residual is what float32 rounds off ``lse``, for a backward of
+        float32 inputs, whose weights ``exp(score - lse - residual)`` are then as good as those of
+        the forward.
+    """
     empty = (l_i == 0.0) | (valid == 0)
     safe = tl.where(empty, 1.0, l_i)
     out = tl.where(empty[:, None], 0.0, acc / safe[:, None])
-    lse = tl.where(empty, -float("inf"), (m_i + tl.log2(safe)) * LN2)
-    return out, lse
-
-
-def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return bool(knobs.runtime.interpret)
+    m_i = tl.where(empty, 0.0, m_i / exponent_factor(dtype))
+    log_l = tl.log(safe)
+    lse = m_i + log_l
+    # exact: the error of a sum of two floats is a float
+    m_part = lse - log_l
+    residual = (m_i - m_part) + (log_l - (lse - m_part))
+    return out, tl.where(empty, -float("inf"), lse), residual
 
 
 def rows_ready(tensor: Tensor) -> Tensor:

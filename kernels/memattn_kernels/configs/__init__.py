@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memattn_kernels._common import is_interpreted
+from memattn_kernels._common import IS_INTERPRETED
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (64, 128, 256)
@@ -37,7 +37,7 @@ def lookup(kernel: str, tensor: Tensor, width: int) -> dict[str, int]:
     Returns:
         ``BLOCK_M``, ``BLOCK_N``, ``num_warps`` and ``num_stages``.
     """
-    if is_interpreted():
+    if IS_INTERPRETED:
         return INTERPRETED
     return table(architecture(tensor.device))[kernel][_bucket(width)][dtype_class(tensor.dtype)]
 

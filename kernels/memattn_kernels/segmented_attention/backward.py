@@ -17,14 +17,15 @@ from torch import Tensor
 
 from memattn_kernels import configs
 from memattn_kernels._common import (
-    LOG2E,
     NO_END,
     block_length,
     device_guard,
     empty_rows,
+    exponent_factor,
     load_tile,
     n_partial_tiles,
     partial_tile,
+    power,
     rows_ready,
     store_tile,
     tile_ranges,
@@ -51,14 +52,17 @@ N_PARTIALS = 512
 
 
 @triton.jit
-def _dq_tile(dq, q, do, lse, delta, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-             D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_DV: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """One tile of keys from column ``n``; ``lse`` in powers of two."""
+def _dq_tile(dq, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last,
+             scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """One tile of keys from column ``n``; ``scale`` and ``lse`` with ``exponent_factor``."""
     k = load_tile(k_ptr, n, stride_k, last, D, BLOCK_N, BLOCK_D, MASKED)
     v = load_tile(v_ptr, n, stride_v, last, DV, BLOCK_N, BLOCK_DV, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    p = tl.exp2(scores * scale - lse[:, None])
+    x = scores * scale - lse[:, None]
+    if q.dtype == tl.float32:
+        x -= residual[:, None]
+    p = power(x, q.dtype)
     ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
     if MASKED:
         offs_n = (n + tl.arange(0, BLOCK_N))[None, :]
@@ -67,9 +71,10 @@ def _dq_tile(dq, q, do, lse, delta, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi,
 
 
 @triton.jit
-def _dq_source(dq, q, do, lse, delta, k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid, scale,
-               D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-               BLOCK_DV: tl.constexpr, HAS_WHOLE_TILES: tl.constexpr):  # fmt: skip
+def _dq_source(dq, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid,
+               scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+               HAS_WHOLE_TILES: tl.constexpr):  # fmt: skip
     """All keys of one source that the tile of queries sees."""
     first, full_first, full_last, last = tile_ranges(lo, hi, valid, BLOCK_N)
     if not HAS_WHOLE_TILES:
@@ -78,21 +83,22 @@ def _dq_source(dq, q, do, lse, delta, k_ptr, v_ptr, stride_k, stride_v, lo, hi, 
     for index in range(n_partial_tiles(first, full_first, full_last, last, BLOCK_N)):
         n = partial_tile(index, first, full_first, full_last, BLOCK_N)
         dq = _dq_tile(
-            dq, q, do, lse, delta, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+            dq, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v,
+            n, lo, hi, last, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
         )  # fmt: skip
     if HAS_WHOLE_TILES:
         for n in range(full_first, full_last, BLOCK_N):
             dq = _dq_tile(
-                dq, q, do, lse, delta, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+                dq, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v,
+                n, lo, hi, last, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
             )  # fmt: skip
     return dq
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _segmented_attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, mk_ptr, mv_ptr, o_ptr, lse_ptr, do_ptr, dlse_ptr,
+    q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, mk_ptr, mv_ptr, o_ptr, lse_ptr, residual_ptr,
+    do_ptr, dlse_ptr,
     documents_ptr, seq_start_ptr, seq_end_ptr,  # bounds of sequences, or None
     dq_ptr, delta_ptr,  # outputs
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
@@ -133,33 +139,37 @@ def _segmented_attention_bwd_dq_kernel(
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
     tl.store(delta_ptr + row, delta, mask=mask_m)
-    lse = tl.load(lse_ptr + row, mask=mask_m, other=0.0) * LOG2E
+    lse = tl.load(lse_ptr + row, mask=mask_m, other=0.0) * exponent_factor(q.dtype)
+    residual = lse
+    if q.dtype == tl.float32:
+        residual = tl.load(residual_ptr + row, mask=mask_m, other=0.0)
+    exponent_scale = scale * exponent_factor(q.dtype)
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
     if pk_ptr is not None:
         lo = tl.zeros([BLOCK_M], dtype=tl.int32)
         dq = _dq_source(
-            dq, q, do, lse, delta, pk_ptr + h_kv * stride_pkh, pv_ptr + h_kv * stride_pvh,
-            stride_pkt, stride_pvt, lo, lo + P, valid, scale,
+            dq, q, do, lse, residual, delta, pk_ptr + h_kv * stride_pkh, pv_ptr + h_kv * stride_pvh,
+            stride_pkt, stride_pvt, lo, lo + P, valid, exponent_scale,
             D, DV, BLOCK_NP, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
     if mk_ptr is not None:
         lo, hi = memory_of_query(i, start, first_segment, n_memory, L, M, MEMORY_IS_CAUSAL)
         dq = _dq_source(
-            dq, q, do, lse, delta, mk_ptr + b * stride_mkb + h_kv * stride_mkh,
+            dq, q, do, lse, residual, delta, mk_ptr + b * stride_mkb + h_kv * stride_mkh,
             mv_ptr + b * stride_mvb + h_kv * stride_mvh, stride_mkt, stride_mvt,
-            lo, hi, valid, scale, D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, False,
+            lo, hi, valid, exponent_scale, D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
     lo, hi = tokens_of_query(i, start, end, S, L, W, IS_CAUSAL)
     dq = _dq_source(
-        dq, q, do, lse, delta, k_ptr + b * stride_kb + h_kv * stride_kh,
+        dq, q, do, lse, residual, delta, k_ptr + b * stride_kb + h_kv * stride_kh,
         v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt,
-        lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        lo, hi, valid, exponent_scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
     )  # fmt: skip
 
     # a row without keys, and its NaN, ends here
     valid &= lse > -float("inf")
-    dq = tl.where(valid[:, None], dq * (scale / LOG2E), 0.0)
+    dq = tl.where(valid[:, None], dq * scale, 0.0)
     dq_ptr += b * stride_dqb + h * stride_dqh
     store_tile(dq_ptr, t, stride_dqt, T, dq, D, BLOCK_M, BLOCK_D)
 
@@ -195,17 +205,22 @@ def _queries_of_key(offs_n, b, part, documents_ptr, segments_ptr, seq_start_ptr,
 
 
 @triton.jit
-def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_q, stride_do, t, lo, hi,
-               last, scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
-               BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """One tile of queries from row ``t``. Scores are transposed: keys by queries."""
+def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr,
+               stride_q, stride_do, t, lo, hi, last, scale, D: tl.constexpr, DV: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+               MASKED: tl.constexpr):  # fmt: skip
+    """One tile of queries from row ``t``; scores are transposed: keys by queries."""
     offs_m = t + tl.arange(0, BLOCK_M)
     q = load_tile(q_ptr, t, stride_q, last, D, BLOCK_M, BLOCK_D, MASKED)
     do = load_tile(do_ptr, t, stride_do, last, DV, BLOCK_M, BLOCK_DV, MASKED)
-    lse = tl.load(lse_ptr + offs_m, mask=offs_m < last, other=0.0) * LOG2E
+    lse = tl.load(lse_ptr + offs_m, mask=offs_m < last, other=0.0) * exponent_factor(q.dtype)
     delta = tl.load(delta_ptr + offs_m, mask=offs_m < last, other=0.0)
 
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+    x = scores * scale - lse[None, :]
+    if q.dtype == tl.float32:
+        x -= tl.load(residual_ptr + offs_m, mask=offs_m < last, other=0.0)[None, :]
+    p = power(x, q.dtype)
     if MASKED:
         p = tl.where((offs_m[None, :] >= lo[:, None]) & (offs_m[None, :] < hi[:, None]), p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
@@ -216,7 +231,7 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_q, stride
 
 @triton.jit(do_not_specialize=("T", "S", "n_keys", "chunk", "L", "W", "query_offset", "n_parts"))
 def _segmented_attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr,
     documents_ptr, segments_ptr, seq_start_ptr, seq_end_ptr,  # bounds of sequences, or None
     dk_ptr, dv_ptr,  # outputs
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
@@ -261,29 +276,33 @@ def _segmented_attention_bwd_dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
 
+    exponent_scale = scale * exponent_factor(k.dtype)
     for g in range(G):
         h = h_kv * G + g
         head_q_ptr = q_ptr + b * stride_qb + h * stride_qh
         head_do_ptr = do_ptr + b * stride_dob + h * stride_doh
         head_lse_ptr = lse_ptr + (b * H + h) * T
+        head_residual_ptr = lse_ptr
+        if k.dtype == tl.float32:
+            head_residual_ptr = residual_ptr + (b * H + h) * T
         head_delta_ptr = delta_ptr + (b * H + h) * T
         for index in range(n_partial_tiles(first, full_first, full_last, last, BLOCK_M)):
             t = partial_tile(index, first, full_first, full_last, BLOCK_M)
             dk, dv = _dkdv_tile(
-                dk, dv, k, v, head_q_ptr, head_do_ptr, head_lse_ptr, head_delta_ptr,
-                stride_qt, stride_dot, t, lo, hi, last, scale,
+                dk, dv, k, v, head_q_ptr, head_do_ptr, head_lse_ptr, head_residual_ptr,
+                head_delta_ptr, stride_qt, stride_dot, t, lo, hi, last, exponent_scale,
                 D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, True,
             )  # fmt: skip
         for t in range(full_first, full_last, BLOCK_M):
             dk, dv = _dkdv_tile(
-                dk, dv, k, v, head_q_ptr, head_do_ptr, head_lse_ptr, head_delta_ptr,
-                stride_qt, stride_dot, t, lo, hi, last, scale,
+                dk, dv, k, v, head_q_ptr, head_do_ptr, head_lse_ptr, head_residual_ptr,
+                head_delta_ptr, stride_qt, stride_dot, t, lo, hi, last, exponent_scale,
                 D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, False,
             )  # fmt: skip
 
     # a key that no query may see, and its NaN, ends here
     valid &= lo < hi
-    dk = tl.where(valid[:, None], dk * (scale / LOG2E), 0.0)
+    dk = tl.where(valid[:, None], dk * scale, 0.0)
     dv = tl.where(valid[:, None], dv, 0.0)
     dk_ptr += out_b * stride_dkb + h_kv * stride_dkh
     store_tile(dk_ptr, row, stride_dkt, end, dk, D, BLOCK_N, BLOCK_D)
@@ -297,6 +316,7 @@ def segmented_attention_backward_op(
     d_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    residual: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -324,6 +344,7 @@ def segmented_attention_backward_op(
     delta = torch.empty_like(lse)
     inputs = kernel_inputs(*tensors, *bounds, segment_len, window_size, query_offset, scale)
     cotangents = rows("do", d_out, "bht") | {"lse_ptr": lse, "delta_ptr": delta}
+    cotangents["residual_ptr"] = residual if residual.numel() else None
 
     with device_guard(query):
         if lse.numel():
@@ -408,7 +429,7 @@ def _empty_gradients(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | 
 
 
 @segmented_attention_backward_op.register_fake
-def _(d_out, d_lse, out, lse, query, key, value, pk, pv, mk, mv, *rest):
+def _(d_out, d_lse, out, lse, residual, query, key, value, pk, pv, mk, mv, *rest):
     return _empty_gradients(query, key, value, pk, pv, mk, mv)
 
 
@@ -419,11 +440,11 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, d_out: Tensor | None, d_lse: Tensor | None) -> tuple:
+def _backward(ctx, d_out: Tensor | None, d_lse: Tensor | None, _) -> tuple:
     """One gradient or None for each argument of the forward operator."""
     tensors = ctx.saved_tensors
     grads = segmented_attention_backward_op(d_out, d_lse, *tensors, *ctx.options)
-    given = zip(grads, tensors[2:], strict=False)
+    given = zip(grads, tensors[3:], strict=False)
     return *(None if t is None else grad for grad, t in given), *(None,) * 9
 
 

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from memattn_kernels import configs
 from memattn_kernels._common import (
-    LOG2E,
+    IS_INTERPRETED,
     MAX_LENGTH,
     block_length,
     block_width,
     check_head_dim,
     device_guard,
     empty_rows,
+    exponent_factor,
     finish_softmax,
-    is_interpreted,
     load_tile,
     n_partial_tiles,
     online_softmax_step,
@@ -83,7 +83,7 @@ def _attend(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid, s
 def _segmented_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, mk_ptr, mv_ptr,  # inputs
     documents_ptr, seq_start_ptr, seq_end_ptr,  # bounds of sequences, or None
-    o_ptr, lse_ptr,  # outputs
+    o_ptr, lse_ptr, residual_ptr,  # outputs
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_pkh, stride_pkt, stride_pvh, stride_pvt,
     stride_mkb, stride_mkh, stride_mkt, stride_mvb, stride_mvh, stride_mvt,
@@ -110,6 +110,7 @@ def _segmented_attention_fwd_kernel(
     start, end, first_segment = sequence_of(i, b, documents_ptr, seq_start_ptr, seq_end_ptr, S)
     valid = (offs_m < T) & (i >= start) & (i < end)
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, t, stride_qt, T, D, BLOCK_M, BLOCK_D, True)
+    scale *= exponent_factor(q.dtype)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
@@ -135,10 +136,13 @@ def _segmented_attention_fwd_kernel(
         lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
     )  # fmt: skip
 
-    out, lse = finish_softmax(acc, l_i, m_i, valid)
+    out, lse, residual = finish_softmax(acc, l_i, m_i, valid, q.dtype)
     o_ptr += b * stride_ob + h * stride_oh
     store_tile(o_ptr, t, stride_ot, T, out, DV, BLOCK_M, BLOCK_DV)
-    tl.store(lse_ptr + (b * H + h) * T + offs_m, lse, mask=offs_m < T)
+    row = (b * H + h) * T + offs_m
+    tl.store(lse_ptr + row, lse, mask=offs_m < T)
+    if residual_ptr is not None:
+        tl.store(residual_ptr + row, residual, mask=offs_m < T)
 
 
 def kernel_inputs(
@@ -189,7 +193,7 @@ def kernel_inputs(
         L=None if segment_len is None else min(segment_len, MAX_LENGTH),
         W=None if window_size is None else min(window_size, MAX_LENGTH),
         query_offset=query_offset,
-        scale=scale * LOG2E,
+        scale=scale,
         D=D,
         DV=value.shape[-1],
         BLOCK_D=block_width(D),
@@ -225,11 +229,11 @@ def segmented_attention_op(
     memory_is_causal: bool,
     query_offset: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel."""
-    out, lse = _empty_outputs(query, value)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``out``, ``lse`` and, for float32 inputs, what float32 rounds off ``lse`` (else size 0)."""
+    out, lse, residual = _empty_outputs(query, value)
     if lse.numel() == 0:
-        return out, lse
+        return out, lse, residual
     inputs = kernel_inputs(
         *(query, key, value, persistent_key, persistent_value, memory_key, memory_value),
         *(cu_seqlens, seq_start, seq_end, segment_len, window_size, query_offset, scale),
@@ -243,10 +247,11 @@ def segmented_attention_op(
             **tiles,
             **rows("o", out, "bht"),
             lse_ptr=lse,
+            residual_ptr=residual if residual.numel() else None,
             IS_CAUSAL=is_causal,
             MEMORY_IS_CAUSAL=memory_is_causal,
         )
-    return out, lse
+    return out, lse, residual
 
 
 @segmented_attention_op.register_fake
@@ -254,10 +259,11 @@ def _(query, key, value, *rest):
     return _empty_outputs(query, value)
 
 
-def _empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised ``out`` and ``lse``."""
+def _empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised ``out``, ``lse`` and residual."""
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    return empty_rows(query, value.shape[-1]), lse
+    residual = torch.empty_like(lse) if query.dtype == torch.float32 else lse.new_empty(0)
+    return empty_rows(query, value.shape[-1]), lse, residual
 
 
 def row_tiles(kernel: str, query: Tensor, inputs: dict) -> dict:
@@ -298,10 +304,10 @@ def segmented_attention(
     check_head_dim("value", value.shape[-1])
     tensors = [query, key, value, persistent_key, persistent_value, memory_key, memory_value]
     dtype = query.dtype
-    if dtype == torch.bfloat16 and is_interpreted():
+    if dtype == torch.bfloat16 and IS_INTERPRETED:
         # the interpreter computes bfloat16 wrongly
         tensors = [None if t is None else t.float() for t in tensors]
-    out, lse = segmented_attention_op(
+    out, lse, _ = segmented_attention_op(
         *(*tensors, cu_seqlens, seq_start, seq_end, segment_len, window_size),
         *(is_causal, memory_is_causal, query_offset, scale),
     )

@@ -1,0 +1,280 @@
+"""Compile every shipped configuration ahead of time, without a GPU, and say what it needs.
+
+``python -m memattn_kernels.aot`` prints a table of registers, spilled bytes, shared memory and
+tensor-core instructions for each kernel, head dimension, dtype and architecture. Every variant is
+compiled in a process of its own, as a compiler that aborts takes its process with it.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from memattn_kernels import configs
+from memattn_kernels._common import IS_INTERPRETED, block_length, block_width
+from memattn_kernels.segmented_attention import backward, forward
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# bytes of shared memory that one program may have
+SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)")
+INT32_POINTERS = ("documents_ptr", "segments_ptr", "seq_start_ptr", "seq_end_ptr")
+FLOAT32_POINTERS = ("lse_ptr", "residual_ptr", "delta_ptr", "dlse_ptr")
+TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+# persistent and memory keys in a variant: the smallest tile
+N_EXTRA = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One kernel for one architecture, head dimension and dtype."""
+
+    kernel: str  # a name in the tables of ``configs``
+    source: str  # the key source of a key-stationary kernel, else ""
+    arch: str
+    head_dim: int
+    dtype: str
+    config: dict = field(hash=False)
+
+    @property
+    def name(self) -> str:
+        """A short name, such as ``sm_90-segmented_attention_fwd-64-bfloat16``."""
+        kernel = f"{self.kernel}-{self.source}" if self.source else self.kernel
+        return f"{self.arch}-{kernel}-{self.head_dim}-{self.dtype}"
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What the compiler made of a variant; ``error`` is None if it compiled."""
+
+    error: str | None = None
+    registers: int = 0
+    spilled: int = 0  # bytes of stack for one thread
+    shared: int = 0  # bytes for one program
+    tensor_cores: dict[str, int] = field(default_factory=dict)  # instructions by name
+
+
+def variants(
+    archs: tuple[str, ...] = configs.ARCHITECTURES,
+    widths: tuple[int, ...] = configs.WIDTHS,
+    dtypes: tuple[str, ...] = ("bfloat16", "float32"),
+) -> Iterator[Variant]:
+    """Every shipped configuration: with all sources of keys, segment, window and bounds."""
+    for arch in archs:
+        for kernel, entries in configs.table(arch).items():
+            sources = ("token", "persistent", "memory") if kernel.endswith("dkdv") else ("",)
+            for source in sources:
+                for width in widths:
+                    for dtype in dtypes:
+                        kind = "float" if dtype == "float32" else "half"
+                        yield Variant(
+                            kernel=kernel,
+                            source=source,
+                            arch=arch,
+                            head_dim=width,
+                            dtype=dtype,
+                            config=entries[str(width)][kind],
+                        )
+
+
+def compile_variant(variant: Variant) -> triton.compiler.CompiledKernel:
+    """Compile one variant for its architecture; no GPU is needed.
+
+    Raises:
+        RuntimeError: If this process runs Triton's interpreter.
+    """
+    if IS_INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET must be unset to compile kernels, got 1")
+    kernel, constants = _kernel_and_constants(variant)
+    types, attributes = {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants:
+            types[name] = "constexpr"
+            continue
+        types[name] = _argument_type(name, variant)
+        aligned = name.endswith("_ptr") or (name.startswith("stride") and variant.head_dim >= 16)
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {name: variant.config[name] for name in ("num_warps", "num_stages")}
+    source = ASTSource(kernel, types, constants, attributes)
+    return triton.compile(source, target=TARGETS[variant.arch], options=options)
+
+
+def _kernel_and_constants(variant: Variant) -> tuple[triton.JITFunction, dict]:
+    """The kernel function and its compile-time arguments."""
+    config, width = variant.config, block_width(variant.head_dim)
+    constants = {
+        "D": variant.head_dim,
+        "DV": variant.head_dim,
+        "BLOCK_D": width,
+        "BLOCK_DV": width,
+        "BLOCK_M": config["BLOCK_M"],
+        "BLOCK_N": config["BLOCK_N"],
+        "IS_CAUSAL": True,
+    }
+    if variant.dtype != "float32":
+        constants["residual_ptr"] = None
+    if variant.source:
+        if variant.source != "token":
+            constants["BLOCK_N"] = block_length(config["BLOCK_N"], N_EXTRA)
+        constants |= {"SOURCE": variant.source, "documents_ptr": None, "segments_ptr": None}
+        return backward._segmented_attention_bwd_dkdv_kernel, constants
+    extra = block_length(config["BLOCK_N"], N_EXTRA)
+    constants |= {"BLOCK_NP": extra, "BLOCK_NM": extra, "MEMORY_IS_CAUSAL": True}
+    constants |= {"documents_ptr": None}
+    if variant.kernel.endswith("bwd_dq"):
+        return backward._segmented_attention_bwd_dq_kernel, constants
+    return forward._segmented_attention_fwd_kernel, constants
+
+
+def _argument_type(name: str, variant: Variant) -> str:
+    """The type of a run-time argument, by its name."""
+    if name in INT32_POINTERS:
+        return "*i32"
+    partial_sum = variant.source == "persistent" and name in ("dk_ptr", "dv_ptr")
+    if name in FLOAT32_POINTERS or partial_sum:
+        return "*fp32"
+    if name.endswith("_ptr"):
+        return "*" + TRITON_TYPES[variant.dtype]
+    return "fp32" if name == "scale" else "i32"
+
+
+def inspect(variant: Variant) -> Report:
+    """Compile a variant and read registers, spills, shared memory and instructions."""
+    compiled = compile_variant(variant)
+    text = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+    counts: dict[str, int] = {}
+    for instruction in TENSOR_CORES.findall(text):
+        counts[instruction] = counts.get(instruction, 0) + 1
+    if "cubin" in compiled.asm:
+        registers, spilled = _cubin_usage(compiled.asm["cubin"])
+    else:
+        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
+        spilled = int(re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text)[0])
+    return Report(
+        registers=registers,
+        spilled=spilled,
+        shared=compiled.metadata.shared,
+        tensor_cores=counts,
+    )
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of one thread, from the tool in Triton's wheel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    usage = re.findall(r"REG:(\d+) STACK:(\d+)", text)
+    return int(usage[-1][0]), int(usage[-1][1])
+
+
+def _work(connection: Connection, variant: Variant) -> None:
+    """Send the report of one variant, from a process of its own."""
+    try:
+        report = inspect(variant)
+    except Exception as error:  # whatever the compiler raises belongs into the report
+        report = Report(error=f"{type(error).__name__}: {error}".splitlines()[0])
+    connection.send(report)
+
+
+def inspect_all(
+    chosen: list[Variant],
+    n_jobs: int = 2,
+    on_report: Callable[[Variant, Report], None] = lambda variant, report: None,
+) -> dict[str, Report]:
+    """Inspect variants in ``n_jobs`` processes at a time.
+
+    Args:
+        chosen: The variants.
+        n_jobs: Processes at a time.
+        on_report: Called with each variant as it is done.
+
+    Returns:
+        The reports by the variants' names, in their order.
+    """
+    context = multiprocessing.get_context("fork")  # torch and Triton are loaded once
+    reports: dict[str, Report] = {variant.name: Report() for variant in chosen}
+    waiting, running = list(reversed(chosen)), {}
+    while waiting or running:
+        while waiting and len(running) < n_jobs:
+            variant = waiting.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(sender, variant))
+            process.start()
+            sender.close()
+            running[receiver] = variant, process
+        for receiver in wait(list(running)):
+            variant, process = running.pop(receiver)
+            try:
+                report = receiver.recv()
+            except EOFError:
+                process.join()
+                report = Report(error=f"the compiler aborted with exit code {process.exitcode}")
+            process.join()
+            receiver.close()
+            reports[variant.name] = report
+            on_report(variant, report)
+    return reports
+
+
+def markdown(chosen: list[Variant], reports: dict[str, Report]) -> str:
+    """A table of the reports."""
+    lines = [
+        "| architecture | kernel | D | dtype | tile | warps | stages | registers | spilled B "
+        "| shared B | tensor cores |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for variant in chosen:
+        report, config = reports[variant.name], variant.config
+        kernel = f"{variant.kernel} {variant.source}".strip()
+        head = f"| {variant.arch} | {kernel} | {variant.head_dim} | {variant.dtype} "
+        head += f"| {config['BLOCK_M']} x {config['BLOCK_N']} | {config['num_warps']} "
+        head += f"| {config['num_stages']} "
+        counts = ", ".join(f"{n} {name}" for name, n in report.tensor_cores.items()) or "none"
+        tail = f"| {report.registers} | {report.spilled} | {report.shared} | {counts} |"
+        lines.append(head + (tail if report.error is None else f"| {report.error} | | | |"))
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table; write it as JSON too if asked."""
+    parser = argparse.ArgumentParser(prog="python -m memattn_kernels.aot", description=__doc__)
+    parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--head-dim", nargs="+", type=int, default=list(configs.WIDTHS))
+    parser.add_argument(
+        "--dtype", nargs="+", choices=list(TRITON_TYPES), default=["bfloat16", "float32"]
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--json", type=Path, help="write the reports to this file")
+    args = parser.parse_args(argv)
+    chosen = list(variants(tuple(args.arch), tuple(args.head_dim), tuple(args.dtype)))
+    reports = inspect_all(chosen, args.jobs)
+    if args.json:
+        content = [asdict(v) | asdict(reports[v.name]) | {"name": v.name} for v in chosen]
+        args.json.write_text(json.dumps(content, indent=1))
+    sys.stdout.write(markdown(chosen, reports))
+
+
+if __name__ == "__main__":
+    main()
