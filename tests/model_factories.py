@@ -1,0 +1,73 @@
+"""Tiny models with random weights, for the tests of models."""
+
+import torch
+from torch import Tensor, nn
+
+from memattn.models import MemAttnConfig, MemAttnForCausalLM
+
+VOCAB = 53
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=40,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+# name: preset, its options
+SYSTEMS = {
+    "vanilla": (MemAttnConfig.vanilla, {}),
+    "segments": (
+        MemAttnConfig.segmented,
+        dict(segment_len=5, window_size=None, num_persistent_tokens=0),
+    ),
+    "window": (
+        MemAttnConfig.segmented,
+        dict(segment_len=None, window_size=4, num_persistent_tokens=3),
+    ),
+    "both": (
+        MemAttnConfig.segmented,
+        dict(segment_len=7, window_size=4, num_persistent_tokens=2),
+    ),
+}
+
+
+def make_config(system: str = "both", **sizes) -> MemAttnConfig:
+    """The configuration of a tiny model."""
+    preset, options = SYSTEMS[system]
+    return preset(**options | SIZES | sizes)
+
+
+def make_model(system: str = "both", dtype: torch.dtype = torch.float64, **sizes):
+    """A tiny model whose every parameter is random, so that no zero or one hides a leak."""
+    torch.manual_seed(0)
+    model = MemAttnForCausalLM(make_config(system, **sizes)).to(dtype).eval()
+    return perturb(model)
+
+
+def perturb(model: nn.Module) -> nn.Module:
+    """Add noise to every parameter."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += 0.2 * noise.to(parameter.dtype)
+    return model
+
+
+def make_tokens(B: int = 2, T: int = 23, seed: int = 0) -> Tensor:
+    """Random tokens ``[B, T]`` without special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (B, T), generator=generator)
+
+
+def pad_left(rows: list[Tensor], T: int) -> tuple[Tensor, Tensor]:
+    """Rows of tokens padded on the left to ``[B, T]``, and their mask."""
+    tokens = torch.zeros(len(rows), T, dtype=torch.long)
+    mask = torch.zeros(len(rows), T, dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, T - len(row) :], mask[i, T - len(row) :] = row, 1
+    return tokens, mask

@@ -1,0 +1,432 @@
+"""The decoder: exactness by perturbation, packing, padding, gradients, saving, configuration."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from model_factories import SYSTEMS, VOCAB, make_config, make_model, make_tokens, pad_left
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
+
+from memattn.models import (
+    PRESETS,
+    AttentionConfig,
+    MemAttnConfig,
+    MemAttnForCausalLM,
+    MemAttnModel,
+    register_preset,
+)
+
+EXACT = dict(rtol=0, atol=1e-12)
+
+
+@pytest.fixture(params=SYSTEMS)
+def system(request):
+    return request.param
+
+
+@torch.no_grad()
+def logits_of(model, tokens, **inputs):
+    return model(tokens, use_cache=False, **inputs).logits
+
+
+def test_shapes(system):
+    model = make_model(system)
+    output = model(make_tokens(T=11), labels=make_tokens(T=11), output_hidden_states=True)
+    assert output.logits.shape == (2, 11, VOCAB)
+    assert output.loss.shape == ()
+    assert len(output.hidden_states) == 3
+    assert all(states.shape == (2, 11, 32) for states in output.hidden_states)
+    assert output.past_key_values.position == 11
+    assert model(make_tokens(T=11), use_cache=False).past_key_values is None
+    assert isinstance(model(make_tokens(), return_dict=False), tuple)
+
+
+def test_later_tokens_do_not_change_earlier_logits(system):
+    model, tokens = make_model(system), make_tokens()
+    before = logits_of(model, tokens)
+    for t in (1, 7, 22):
+        changed = tokens.clone()
+        changed[:, t:] = make_tokens(seed=1)[:, t:]
+        after = logits_of(model, changed)
+        assert torch.equal(before[:, :t], after[:, :t])
+        assert not torch.equal(before[:, t:], after[:, t:])
+
+
+def test_rows_do_not_change_each_other(system):
+    model, tokens = make_model(system), make_tokens()
+    changed = torch.cat([tokens[:1], make_tokens(seed=1)[1:]])
+    assert torch.equal(logits_of(model, tokens)[0], logits_of(model, changed)[0])
+
+
+def test_segments_and_windows_end_what_a_token_sees():
+    tokens = make_tokens()
+    changed = tokens.clone()
+    changed[:, 0] = (tokens[:, 0] + 1) % VOCAB
+    model = make_model("segments", num_hidden_layers=1)
+    same = (logits_of(model, tokens) == logits_of(model, changed)).all(-1).all(0)
+    assert same.tolist() == [False] * 5 + [True] * 18
+    model = make_model("window", num_hidden_layers=1)
+    same = (logits_of(model, tokens) == logits_of(model, changed)).all(-1).all(0)
+    assert same.tolist() == [False] * 4 + [True] * 19
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_changes_nothing(system, side):
+    model, tokens = make_model(system), make_tokens(T=13)
+    left, right = dict(left=(6, 0), right=(0, 6), both=(2, 4))[side]
+    padded = torch.nn.functional.pad(tokens, (left, right))
+    mask = torch.nn.functional.pad(torch.ones_like(tokens), (left, right))
+    rows = slice(left, left + 13)
+    expected = logits_of(model, tokens)
+    actual = logits_of(model, padded, attention_mask=mask)[:, rows]
+    torch.testing.assert_close(actual, expected, **EXACT)
+    # what stands in the padding is never read
+    padded = torch.where(mask == 1, padded, make_tokens(T=19, seed=5))
+    assert torch.equal(logits_of(model, padded, attention_mask=mask)[:, rows], actual)
+    assert torch.equal(logits_of(model, padded, attention_mask=mask.bool())[:, rows], actual)
+
+
+def test_packed_documents_equal_separate_ones(system):
+    model, lengths = make_model(system), [1, 13, 8, 5]
+    tokens = make_tokens(B=1, T=sum(lengths))
+    cu_seqlens = torch.tensor([0, 1, 14, 22, 27], dtype=torch.int32)
+    packed = model(tokens, cu_seqlens=cu_seqlens)
+    assert packed.past_key_values is None
+    for part, expected in zip(
+        tokens.split(lengths, 1), packed.logits.split(lengths, 1), strict=True
+    ):
+        torch.testing.assert_close(logits_of(model, part), expected, **EXACT)
+
+
+def test_position_ids_may_say_what_the_model_counts(system):
+    model = make_model(system)
+    tokens, mask = pad_left([make_tokens()[0, :9], make_tokens()[1, :5]], 9)
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    expected = logits_of(model, tokens, attention_mask=mask)
+    actual = logits_of(model, tokens, attention_mask=mask, position_ids=positions)
+    assert torch.equal(actual, expected)
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    model(tokens[:1], cu_seqlens=cu_seqlens, position_ids=positions)
+    with pytest.raises(ValueError, match="position_ids must count from the start of each sequence"):
+        model(tokens[:1], position_ids=positions)
+
+
+def test_long_segments_are_vanilla_attention():
+    vanilla, tokens = make_model("vanilla"), make_tokens()
+    for options in (dict(segment_len=23), dict(window_size=23)):
+        config = make_config("vanilla")
+        config.attention = AttentionConfig(kind="segmented", **options)
+        model = MemAttnForCausalLM(config).double().eval()
+        model.load_state_dict(vanilla.state_dict())  # weights for weights
+        assert torch.equal(logits_of(model, tokens), logits_of(vanilla, tokens))
+
+
+def test_every_parameter_receives_a_gradient(system):
+    torch.manual_seed(0)
+    model = MemAttnForCausalLM(make_config(system))  # as initialised, in float32
+    tokens = make_tokens()
+    model(tokens, labels=tokens).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+    assert abs(model(tokens, labels=tokens).loss.item() - torch.tensor(float(VOCAB)).log()) < 0.2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_equal_gradients(use_reentrant):
+    tokens, mask = pad_left([make_tokens()[0], make_tokens()[1, :9]], 23)
+    grads = []
+    for checkpointing in (False, True):
+        model = make_model("both").train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(tokens, attention_mask=mask, labels=tokens).loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    with pytest.raises(ValueError, match="use_cache must not be True with gradient checkpointing"):
+        model(tokens, use_cache=True)
+
+
+def test_loss_is_the_shifted_cross_entropy():
+    model, tokens = make_model(), make_tokens()
+    labels = tokens.clone()
+    labels[:, 4] = -100
+    logits = logits_of(model, tokens)[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, labels=labels).loss, losses / 42)
+        accumulated = model(tokens, labels=labels, num_items_in_batch=torch.tensor(100)).loss
+    torch.testing.assert_close(accumulated, losses / 100)
+
+
+def test_logits_to_keep():
+    model, tokens = make_model(), make_tokens()
+    logits = logits_of(model, tokens)
+    torch.testing.assert_close(logits_of(model, tokens, logits_to_keep=3), logits[:, -3:], **EXACT)
+    kept = torch.tensor([0, 5])
+    torch.testing.assert_close(
+        logits_of(model, tokens, logits_to_keep=kept), logits[:, kept], **EXACT
+    )
+
+
+def test_inputs_embeds_equal_tokens():
+    model, tokens = make_model(), make_tokens()
+    embeds = model.get_input_embeddings()(tokens)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load(tmp_path, system, tied):
+    model, tokens = make_model(system, torch.float32, tie_word_embeddings=tied), make_tokens()
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == {"model.safetensors"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is MemAttnForCausalLM
+    assert loaded.config.to_dict() | {"_name_or_path": ""} == model.config.to_dict()
+    assert loaded.config.attention == model.config.attention
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    # bit for bit once weights lie in memory alike: matrix products depend on alignment
+    again = make_model(system, torch.float32, tie_word_embeddings=tied)
+    again.load_state_dict(loaded.state_dict())
+    assert torch.equal(logits_of(again, tokens), logits_of(model, tokens))
+    body = AutoModel.from_pretrained(tmp_path)
+    assert type(body) is MemAttnModel
+    torch.testing.assert_close(
+        body(tokens).last_hidden_state, model.model(tokens).last_hidden_state
+    )
+
+
+def test_resize_token_embeddings():
+    model = make_model()
+    model.resize_token_embeddings(64, mean_resizing=False)
+    assert model.config.vocab_size == 64
+    assert model(torch.full((1, 3), 63)).logits.shape == (1, 3, 64)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_bfloat16_and_autocast():
+    tokens = make_tokens()
+    expected = logits_of(make_model(), tokens)
+    model = make_model(dtype=torch.bfloat16)
+    assert logits_of(model, tokens).dtype == torch.bfloat16
+    error = (logits_of(model, tokens).double() - expected).abs().max() / expected.abs().max()
+    assert error < 0.05
+    model = make_model(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert model.model.layers[0].attention.persistent_key.grad.any()
+
+
+def test_compiles_as_one_graph():
+    model = make_model(dtype=torch.float32).train()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    tokens, mask = pad_left([make_tokens()[0], make_tokens()[1, :9]], 23)
+    torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)
+    actual = compiled(tokens, attention_mask=mask).logits[mask == 1]
+    torch.testing.assert_close(actual, model(tokens, attention_mask=mask).logits[mask == 1])
+
+
+def test_config_survives_json():
+    config = make_config("both", rope_theta=123.0, rms_norm_eps=1e-5)
+    again = MemAttnConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.attention == AttentionConfig(
+        kind="segmented", segment_len=7, window_size=4, num_persistent_tokens=2
+    )
+    assert again.rope_parameters == {"rope_type": "default", "rope_theta": 123.0}
+    assert again.to_dict() == config.to_dict()
+    assert type(AutoConfig.for_model("memattn")) is MemAttnConfig
+
+
+def test_config_derives_what_is_not_given():
+    config = MemAttnConfig(hidden_size=96, num_attention_heads=6)
+    assert (config.num_key_value_heads, config.head_dim, config.intermediate_size) == (6, 16, 256)
+
+
+def test_rope_theta_reaches_the_model():
+    tokens = make_tokens()
+    outputs = [logits_of(make_model(rope_theta=theta), tokens) for theta in (1e2, 1e4)]
+    assert not torch.equal(*outputs)
+
+
+def test_initial_weights_follow_initializer_range():
+    torch.manual_seed(0)
+    model = MemAttnForCausalLM(make_config("window", initializer_range=0.5))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            error = abs(parameter.std().item() / 0.5 - 1)
+            assert error < 4 / (2 * parameter.numel()) ** 0.5, name  # four standard errors
+
+
+def test_presets_are_a_registry():
+    assert list(PRESETS)[:2] == ["vanilla", "segmented"]
+    with pytest.raises(ValueError, match="name must not be one of vanilla, segmented"):
+        register_preset("vanilla", MemAttnConfig.vanilla)
+    register_preset("wide", lambda **sizes: MemAttnConfig.segmented(window_size=999, **sizes))
+    try:
+        assert PRESETS["wide"](vocab_size=9).attention.window_size == 999
+    finally:
+        del PRESETS["wide"]
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: AttentionConfig(kind="full"), ValueError, "attention.kind must be one of causal"),
+        (lambda: AttentionConfig(segment_len=4), ValueError, "attention.segment_len must be None"),
+        (lambda: AttentionConfig(kind="segmented"), ValueError, "segment_len must be given"),
+        (
+            lambda: AttentionConfig(kind="segmented", window_size=0),
+            ValueError,
+            "attention.window_size must be at least 1, got 0",
+        ),
+        (lambda: AttentionConfig(backend="x"), ValueError, "attention.backend must be one of auto"),
+        (
+            lambda: AttentionConfig(num_persistent_tokens=-1),
+            ValueError,
+            "attention.num_persistent_tokens must be at least 0",
+        ),
+        (lambda: MemAttnConfig(attention=3), TypeError, "attention must be an AttentionConfig"),
+        (
+            lambda: MemAttnConfig(segment_len=4),
+            TypeError,
+            "segment_len must be given as a field of attention, got 4",
+        ),
+        (
+            lambda: MemAttnConfig.vanilla(hiden_size=4),
+            TypeError,
+            "hiden_size must be a field of MemAttnConfig, got 4",
+        ),
+        (lambda: make_config(vocab_size=0), ValueError, "vocab_size must be at least 1, got 0"),
+        (lambda: make_config(num_key_value_heads=3), ValueError, "num_key_value_heads must divide"),
+        (lambda: make_config(hidden_size=30), ValueError, "hidden_size must be divisible by"),
+        (lambda: make_config(head_dim=7), ValueError, "head_dim must be even, got 7"),
+        (lambda: make_config(rms_norm_eps=0.0), ValueError, "rms_norm_eps must be positive"),
+        (lambda: make_config(rope_theta=-1.0), ValueError, "rope_theta must be positive, got -1.0"),
+        (
+            lambda: make_config(rope_parameters={"rope_type": "linear", "factor": 2.0}),
+            ValueError,
+            'rope_parameters must have rope_type "default", got linear',
+        ),
+    ],
+)
+def test_config_error_messages(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+TOKENS = make_tokens(T=4)
+
+
+@pytest.mark.parametrize(
+    "inputs, error, message",
+    [
+        (dict(), ValueError, "input_ids must be given, or inputs_embeds, but not both"),
+        (dict(input_ids=TOKENS[0]), ValueError, "input_ids must have 2 axes"),
+        (
+            dict(input_ids=TOKENS, attention_mask=torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])),
+            ValueError,
+            r"attention_mask must be 0 or 1, with one contiguous block of ones in each row, "
+            r"got \[1, 0, 1, 1\] in row 0",
+        ),
+        (
+            dict(input_ids=TOKENS, attention_mask=torch.tensor([[1, 1, 1, 1], [2, 1, 1, 1]])),
+            ValueError,
+            r"attention_mask must be 0 or 1.*got \[2, 1, 1, 1\] in row 1",
+        ),
+        (
+            dict(input_ids=TOKENS, attention_mask=torch.ones(2, 1, 4, 4)),
+            ValueError,
+            r"attention_mask must have shape \[B=2, 4\], got \[2, 1, 4, 4\]",
+        ),
+        (
+            dict(input_ids=TOKENS, cu_seqlens=torch.tensor([0, 4], dtype=torch.int32)),
+            ValueError,
+            "query must have B=1 with cu_seqlens",
+        ),
+        (
+            dict(
+                input_ids=TOKENS[:1],
+                cu_seqlens=torch.tensor([0, 4], dtype=torch.int32),
+                attention_mask=torch.ones(1, 4),
+            ),
+            ValueError,
+            "attention_mask must be None with cu_seqlens",
+        ),
+        (
+            dict(
+                input_ids=TOKENS[:1],
+                cu_seqlens=torch.tensor([0, 4], dtype=torch.int32),
+                use_cache=True,
+            ),
+            ValueError,
+            "use_cache must not be True with cu_seqlens",
+        ),
+        (
+            dict(input_ids=TOKENS, past_key_values=StaticCache(make_config(), max_cache_len=8)),
+            TypeError,
+            "past_key_values must be a MemAttnCache, got StaticCache",
+        ),
+        (
+            dict(input_ids=TOKENS, labels=TOKENS[:, :3]),
+            ValueError,
+            r"labels must have shape \[2, 4\], got \[2, 3\]",
+        ),
+        (
+            dict(input_ids=TOKENS, position_ids=TOKENS[:, :3]),
+            ValueError,
+            r"position_ids must have shape \[B, T=4\], got \[2, 3\]",
+        ),
+        (
+            dict(input_ids=TOKENS, output_attentions=True),
+            NotImplementedError,
+            "output_attentions must be False, got True",
+        ),
+    ],
+)
+def test_model_error_messages(inputs, error, message):
+    with pytest.raises(error, match=message):
+        make_model()(**inputs)
+
+
+def test_attention_is_not_replaced_by_transformers(caplog):
+    model = make_model()
+    before = logits_of(model, TOKENS)
+    with pytest.raises(ValueError, match="does not support an attention implementation"):
+        AutoModelForCausalLM.from_config(make_config(), attn_implementation="sdpa")
+    model.set_attn_implementation("sdpa")  # transformers warns, and changes nothing
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(logits_of(model, TOKENS), before)
+
+
+def test_public_names_load_on_first_use():
+    code = """
+import sys
+sys.modules["transformers"] = sys.modules["triton"] = None
+import memattn
+assert "torch" not in sys.modules and "MemAttnConfig" in dir(memattn)
+attention = memattn.SegmentedAttention(8, 2)
+import torch
+assert attention(torch.zeros(1, 3, 8)).shape == (1, 3, 8)
+try:
+    memattn.MemAttnConfig
+except ImportError:
+    pass
+else:
+    raise AssertionError("transformers was not needed")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="module 'memattn' has no attribute 'nothing'"):
+        import memattn
+
+        memattn.nothing  # noqa: B018
