@@ -193,29 +193,28 @@ class MemAttnCache(Cache):
                 the mask contradicts what the cache has seen.
         """
         B, T, p = batch_size, num_columns, self.position
-        if self.seq_start is None or self.seq_end is None:
-            self.seq_start = torch.zeros(B, dtype=torch.long)
-            self.seq_end = torch.full((B,), OPEN)
-        if self.batch_size != B:
+        start = torch.zeros(B, dtype=torch.long) if self.seq_start is None else self.seq_start
+        end = torch.full((B,), OPEN) if self.seq_end is None else self.seq_end
+        if start.shape[0] != B:
             must("past_key_values", f"have the batch size of the input, {B}", self.batch_size)
         first, last = torch.zeros(B, dtype=torch.long), torch.full((B,), T)
         if attention_mask is not None:
             check_mask(attention_mask, B, (T, p + T))
             if attention_mask.shape[1] != T:
-                self._check_past(attention_mask[:, :p])
+                _check_past(attention_mask[:, :p].cpu(), start, end)
             first, last = (bound.cpu() for bound in block_bounds(attention_mask[:, -T:]))
 
-        started, empty = self.seq_start < p, first == last
-        broken = started & ~empty & ((self.seq_end != OPEN) | (first != 0))
+        started, empty = start < p, first == last
+        broken = started & ~empty & ((end != OPEN) | (first != 0))
         if broken.any():
             row = int(broken.nonzero()[0, 0])
             must("attention_mask", BLOCK, f"tokens behind padding in row {row}")
-        # a row without tokens ends if it had begun, and else begins later; a row ends before T
-        # columns are over, or stays open
-        start = torch.where(started, self.seq_start, p + first)
-        end = torch.where(started & empty, self.seq_end.clamp(max=p), self.seq_end)
-        end = torch.where(~empty & (last < T), p + last, end)
-        self.seq_start, self.seq_end, self.position = start, end, p + T
+        # a row without tokens ends if it had begun, and else begins later; one whose tokens stop
+        # before the last column ends there
+        self.seq_start = torch.where(started, start, p + first)
+        end = torch.where(started & empty, end.clamp(max=p), end)
+        self.seq_end = torch.where(~empty & (last < T), p + last, end)
+        self.position = p + T
 
         known: dict[tuple, SequenceBounds] = {}  # most layers are alike
         bounds = []
@@ -226,19 +225,6 @@ class MemAttnCache(Cache):
             bounds.append(known[kind])
         self._mark_visible()
         return bounds
-
-    def _check_past(self, past_mask: Tensor) -> None:
-        """Raise unless the mask of the columns seen so far is the one that was seen."""
-        assert self.seq_start is not None and self.seq_end is not None
-        columns = torch.arange(self.position)
-        seen = (columns >= self.seq_start[:, None]) & (columns < self.seq_end[:, None])
-        if not torch.equal(past_mask.cpu() != 0, seen):
-            row = int((past_mask.cpu() != seen).any(1).nonzero()[0, 0])
-            must(
-                "attention_mask",
-                "agree with the past_key_values on earlier columns",
-                f"others in row {row}",
-            )
 
     def _bounds(self, layer: MemAttnCacheLayer, T: int, device: torch.device) -> SequenceBounds:
         """The rows' bounds in columns of the layer's keys, with the ``T`` new ones at the end."""
@@ -443,3 +429,14 @@ class MemAttnCache(Cache):
             cache.layers[int(i)].state[key] = tensor
         cache._mark_visible()
         return cache
+
+
+def _check_past(past_mask: Tensor, start: Tensor, end: Tensor) -> None:
+    """Raise unless the mask of earlier columns is the one that was seen."""
+    columns = torch.arange(past_mask.shape[1])
+    seen = (columns >= start[:, None]) & (columns < end[:, None])
+    wrong = (past_mask != seen).any(1)
+    if wrong.any():
+        row = int(wrong.nonzero()[0, 0])
+        requirement = "agree with the past_key_values on earlier columns"
+        must("attention_mask", requirement, f"others in row {row}")

@@ -1,0 +1,367 @@
+"""The cache: decoding and splitting equal one pass, generation, and everything done to rows."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_factories import SYSTEMS, make_config, make_model, make_tokens, pad_left
+
+from memattn.models import MemAttnCache
+
+EXACT = dict(rtol=0, atol=1e-12)
+GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
+
+
+@pytest.fixture(params=SYSTEMS)
+def system(request):
+    return request.param
+
+
+def logits_of(model, tokens, mask=None):
+    """Logits of one pass without a cache."""
+    with torch.no_grad():
+        return model(tokens, attention_mask=mask, use_cache=False).logits
+
+
+@torch.no_grad()
+def run_pieces(model, tokens, sizes, mask=None, cache=None, full_mask=False):
+    """Logits of the same tokens given piece by piece, and the cache."""
+    cache = MemAttnCache(model.config) if cache is None else cache
+    outputs, begin = [], 0
+    for piece in tokens.split(sizes, 1):
+        end = begin + piece.shape[1]
+        piece_mask = None if mask is None else mask[:, 0 if full_mask else begin : end]
+        outputs.append(model(piece, attention_mask=piece_mask, past_key_values=cache).logits)
+        begin = end
+    return torch.cat(outputs, 1), cache
+
+
+def test_prefill_then_decoding_equals_one_pass(system):
+    model, tokens = make_model(system), make_tokens()
+    actual, cache = run_pieces(model, tokens, [9] + [1] * 14)
+    torch.testing.assert_close(actual, logits_of(model, tokens), **EXACT)
+    assert cache.position == cache.get_seq_length() == 23
+    assert cache.batch_size == 2
+
+
+def test_pieces_of_random_sizes_equal_one_pass(system):
+    model, draw = make_model(system), random.Random(0)
+    for seed in range(6):
+        T = draw.randint(1, 40)
+        cuts = sorted(draw.randint(0, T) for _ in range(draw.randint(0, 6)))
+        sizes = [b - a for a, b in zip([0, *cuts], [*cuts, T], strict=True) if b > a]
+        tokens = make_tokens(B=3, T=T, seed=seed)
+        begin = torch.tensor([draw.randint(0, T - 1) for _ in range(3)])[:, None]
+        end = torch.tensor([draw.randint(int(b) + 1, T) for b in begin])[:, None]
+        columns = torch.arange(T)
+        mask = ((columns >= begin) & (columns < end)).long()
+        expected = logits_of(model, tokens, mask)
+        for full_mask in (False, True):
+            actual, _ = run_pieces(model, tokens, sizes, mask, full_mask=full_mask)
+            kept = mask == 1
+            torch.testing.assert_close(actual[kept], expected[kept], **EXACT)
+
+
+def test_state_is_bounded_by_segment_and_window():
+    model = make_model("both")  # segments of 7, a window of 4
+    cache = MemAttnCache(model.config)
+    sizes = []
+    for t in range(60):
+        run_pieces(model, make_tokens(T=1, seed=t), [1], cache=cache)
+        layer = cache.layers[0]
+        # the current segment, or 3 keys of the window, whatever is longer
+        assert layer.kept == min(t + 1, max((t + 1) % 7, 3))
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for layer in cache.layers for t in layer.state.values()}  # fmt: skip
+        assert sum(held.values()) == cache.nbytes
+        sizes.append(cache.nbytes)
+    row = 2 * 2 * 2 * 8 * 8  # B, Hkv, key and value, D, bytes
+    assert max(sizes) == 2 * row * 6  # two layers, at most 6 keys
+    # a long prefill leaves no more behind
+    _, cache = run_pieces(model, make_tokens(T=200), [200])
+    assert cache.nbytes == 2 * row * max(200 % 7, 3)
+    assert cache.layers[0].keys.untyped_storage().nbytes() == row // 2 * max(200 % 7, 3)
+    _, cache = run_pieces(make_model("vanilla"), make_tokens(T=200), [200])
+    assert cache.nbytes == 2 * row * 200
+
+
+def test_left_padded_rows_drop_their_own_past():
+    model = make_model("segments")  # segments of 5
+    tokens, mask = pad_left([make_tokens()[0, :10], make_tokens()[1, :9]], 10)
+    _, cache = run_pieces(model, tokens, [10], mask)
+    assert cache.seq_start.tolist() == [0, 1]
+    assert cache.layers[0].kept == 4  # row 0 begins a segment; row 1 is 4 tokens into its second
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generation_equals_uncached_generation(system, num_beams):
+    model = make_model(system)
+    tokens, mask = pad_left([make_tokens()[0, :9], make_tokens()[1, :4]], 9)
+    options = GREEDY | dict(num_beams=num_beams)
+    cached = model.generate(tokens, attention_mask=mask, **options)
+    uncached = model.generate(tokens, attention_mask=mask, use_cache=False, **options)
+    assert torch.equal(cached, uncached)
+    for row, length in ((0, 9), (1, 4)):
+        alone = model.generate(tokens[row : row + 1, 9 - length :], **options)
+        assert torch.equal(cached[row, 9 - length :], alone[0])
+
+
+def test_sampling_and_chunked_prefill(system):
+    model, tokens = make_model(system), make_tokens()
+    tokens[0, :6] = 0
+    mask = (tokens != 0).long()
+    outputs = []
+    for options in (dict(), dict(prefill_chunk_size=5), dict(use_cache=False)):
+        torch.manual_seed(0)
+        sampled = model.generate(
+            tokens, attention_mask=mask, do_sample=True, max_new_tokens=12, **options
+        )
+        outputs.append(sampled)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_generation_continues_from_a_given_cache(system):
+    model, tokens = make_model(system), make_tokens()
+    whole = model.generate(tokens, **GREEDY)
+    _, cache = run_pieces(model, tokens[:, :20], [20])
+    assert torch.equal(model.generate(tokens, past_key_values=cache, **GREEDY), whole)
+    assert cache.position == 34
+    output = model.generate(tokens, return_dict_in_generate=True, **GREEDY)
+    assert isinstance(output.past_key_values, MemAttnCache)
+
+
+def test_save_and_load(tmp_path, system):
+    model = make_model(system)
+    tokens, mask = pad_left([make_tokens()[0], make_tokens()[1, :17]], 23)
+    _, cache = run_pieces(model, tokens[:, :18], [18], mask[:, :18])
+    cache.save(tmp_path / "state.safetensors")
+    loaded = MemAttnCache.load(tmp_path / "state.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+    assert (loaded.position, loaded.nbytes) == (18, cache.nbytes)
+    for layer, expected in zip(loaded.layers, cache.layers, strict=True):
+        for name, tensor in expected.state.items():
+            assert torch.equal(layer.state[name], tensor)
+    rest = [tokens[:, 18:], [5], mask[:, 18:]]
+    expected, _ = run_pieces(model, *rest, cache=cache)
+    actual, _ = run_pieces(model, *rest, cache=loaded)
+    torch.testing.assert_close(actual, expected, **EXACT)
+    whole = logits_of(model, tokens, mask)[:, 18:]
+    torch.testing.assert_close(actual, whole, **EXACT)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    model, path = make_model(), tmp_path / "state.safetensors"
+    _, cache = run_pieces(model, make_tokens(), [23])
+    cache.save(path)
+    before = path.read_bytes()
+
+    def fill_the_disk(tensors, filename, metadata):
+        with open(filename, "wb") as file:
+            file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("memattn.models.cache.save_file", fill_the_disk)
+    with pytest.raises(OSError, match="no space left"):
+        cache.save(path)
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(FileNotFoundError, match="path must be a file, got .*state.safetensors"):
+        MemAttnCache.load(path)
+    _, cache = run_pieces(make_model(), make_tokens(), [23])
+    cache.save(path)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="path must be a saved MemAttnCache, got .*state"):
+        MemAttnCache.load(path)
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="path must be a saved MemAttnCache of format"):
+        MemAttnCache.load(tmp_path / "model.safetensors")
+
+
+def test_reset_rows_begin_anew(system):
+    model, tokens = make_model(system), make_tokens(T=30)
+    _, cache = run_pieces(model, tokens[:, :13], [13])
+    cache.reset(torch.tensor([False, True]))
+    actual, cache = run_pieces(model, tokens[:, 13:], [2, 9, 6], cache=cache)
+    expected = logits_of(model, tokens)[0, 13:], logits_of(model, tokens[1:, 13:])[0]
+    torch.testing.assert_close(actual, torch.stack(expected), **EXACT)
+    cache.reset()
+    assert (cache.position, cache.batch_size, cache.nbytes) == (0, -1, 0)
+    actual, _ = run_pieces(model, tokens[:1], [30], cache=cache)
+    torch.testing.assert_close(actual, logits_of(model, tokens[:1]), **EXACT)
+
+
+def test_reset_reopens_a_row_that_ended():
+    model, tokens = make_model(), make_tokens(T=12)
+    mask = torch.ones(2, 8)
+    mask[1, 5:] = 0
+    _, cache = run_pieces(model, tokens[:, :8], [8], mask)
+    with pytest.raises(ValueError, match="one contiguous block.*tokens behind padding in row 1"):
+        model(tokens[:, 8:], past_key_values=cache)
+    assert cache.position == 8  # what failed left no trace
+    cache.reset(torch.tensor([False, True]))
+    actual, _ = run_pieces(model, tokens[:, 8:], [4], cache=cache)
+    torch.testing.assert_close(actual[0], logits_of(model, tokens)[0, 8:], **EXACT)
+    torch.testing.assert_close(actual[1:], logits_of(model, tokens[1:, 8:]), **EXACT)
+
+
+def test_split_merge_and_reorder(system):
+    model = make_model(system)
+    lengths = [17, 4, 9]
+    rows = [make_tokens(B=1, T=25, seed=i)[0] for i in range(3)]
+    caches = [
+        run_pieces(model, row[None, :length], [length])[1]
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+    merged = MemAttnCache.merge(caches)
+    assert (merged.batch_size, merged.position) == (3, 17)
+    assert merged.seq_start.tolist() == [0, 13, 8]
+    nexts = torch.stack([row[n : n + 8] for row, n in zip(rows, lengths, strict=True)])
+    expected = torch.cat(
+        [logits_of(model, row[None, : n + 8])[:, n:] for row, n in zip(rows, lengths, strict=True)]
+    )
+
+    merged.reorder_cache(torch.tensor([2, 0, 1]))
+    actual, merged = run_pieces(model, nexts[[2, 0, 1]], [3, 5], cache=merged)
+    torch.testing.assert_close(actual, expected[[2, 0, 1]], **EXACT)
+
+    first, second = MemAttnCache.merge(caches).split([1, 2])
+    assert (first.batch_size, second.batch_size) == (1, 2)
+    for part, picked in ((first, slice(0, 1)), (second, slice(1, 3))):
+        actual, _ = run_pieces(model, nexts[picked], [8], cache=part)
+        torch.testing.assert_close(actual, expected[picked], **EXACT)
+
+    repeated = MemAttnCache.merge(caches)
+    repeated.batch_repeat_interleave(2)
+    repeated.batch_select_indices(torch.tensor([1, 2, 5]))
+    actual, _ = run_pieces(model, nexts, [8], cache=repeated)
+    torch.testing.assert_close(actual, expected, **EXACT)
+
+
+def test_detach_cuts_the_graph_but_keeps_the_values():
+    model, tokens = make_model().train(), make_tokens()
+    output = model(tokens[:, :12], use_cache=True)
+    cache = output.past_key_values
+    assert cache.layers[0].keys.requires_grad
+    detached = cache.detach()
+    assert not any(t.requires_grad for layer in detached.layers for t in layer.state.values())
+    logits = model(tokens[:, 12:], past_key_values=detached).logits
+    torch.testing.assert_close(logits, logits_of(model, tokens)[:, 12:], **EXACT)
+    logits.sum().backward()
+    # through the cache that was not detached, gradients flow to both pieces and equal one pass
+    whole = [p.detach().clone() for p in _grads(model, lambda: model(tokens).logits[:, 12:])]
+
+    def two_pieces():
+        cache = model(tokens[:, :12], use_cache=True).past_key_values
+        return model(tokens[:, 12:], past_key_values=cache).logits
+
+    for grad, expected in zip(_grads(model, two_pieces), whole, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-10)
+
+
+def _grads(model, function):
+    return torch.autograd.grad(function().square().sum(), list(model.parameters()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    segment_len=st.none() | st.integers(1, 9),
+    window_size=st.none() | st.integers(1, 9),
+    starts=st.lists(st.integers(0, 12), min_size=1, max_size=3),
+    position=st.integers(12, 30),
+)
+def test_what_is_kept_is_exactly_what_can_be_seen(segment_len, window_size, starts, position):
+    layer = MemAttnCache(make_config()).layers[0]
+    layer.segment_len, layer.window_size = segment_len, window_size
+    end = torch.full((len(starts),), 1 << 62)
+    first = layer.visible_from(position, torch.tensor(starts), end)
+
+    def sees(start, i, j):
+        if segment_len is None and window_size is None:
+            return j >= start
+        same = segment_len is not None and (i - start) // segment_len == (j - start) // segment_len
+        near = window_size is not None and j > i - window_size
+        return j >= start and (same or near)
+
+    later = range(position, position + 12)
+    seen = [j for j in range(position) for s in starts for i in later if sees(s, i, j)]
+    assert first == min(seen, default=position)
+
+
+@pytest.mark.parametrize(
+    "use, error, message",
+    [
+        (
+            lambda model, cache: model(make_tokens(B=3), past_key_values=cache),
+            ValueError,
+            "past_key_values must have the batch size of the input, 3, got 2",
+        ),
+        (
+            lambda model, cache: model(
+                make_tokens(T=2), past_key_values=cache, attention_mask=torch.ones(2, 7)
+            ),
+            ValueError,
+            r"attention_mask must have shape \[B=2, 2\] or \[B=2, 25\], got \[2, 7\]",
+        ),
+        (
+            lambda model, cache: model(
+                make_tokens(T=1),
+                past_key_values=cache,
+                attention_mask=torch.cat([torch.zeros(2, 3), torch.ones(2, 21)], 1),
+            ),
+            ValueError,
+            "attention_mask must agree with the past_key_values on earlier columns",
+        ),
+        (
+            lambda model, cache: model(
+                make_tokens(B=1),
+                past_key_values=cache,
+                cu_seqlens=torch.tensor([0, 23], dtype=torch.int32),
+            ),
+            ValueError,
+            "past_key_values must be None with cu_seqlens, got MemAttnCache",
+        ),
+        (
+            lambda model, cache: model.generate(
+                make_tokens(), cache_implementation="static", max_new_tokens=1
+            ),
+            ValueError,
+            "cache_implementation must be None, got 'static'",
+        ),
+        (
+            lambda model, cache: cache.reset(torch.ones(3, dtype=torch.bool)),
+            ValueError,
+            "mask must",
+        ),
+        (lambda model, cache: cache.reset(torch.ones(2)), ValueError, "mask must have dtype"),
+        (lambda model, cache: cache.reset([True]), TypeError, "mask must be a tensor, got list"),
+        (lambda model, cache: cache.crop(-1), NotImplementedError, "cannot be cropped"),
+        (
+            lambda model, cache: MemAttnCache(model.config).save("never.safetensors"),
+            ValueError,
+            "cache must hold sequences to be saved, got an empty cache",
+        ),
+        (
+            lambda model, cache: MemAttnCache(model.config).split(1),
+            ValueError,
+            "cache must hold sequences to be split, got an empty cache",
+        ),
+        (lambda model, cache: MemAttnCache.merge([]), ValueError, "caches must hold at least one"),
+        (
+            lambda model, cache: MemAttnCache.merge([cache, MemAttnCache(model.config)]),
+            ValueError,
+            "caches must hold sequences, got an empty cache",
+        ),
+    ],
+)
+def test_error_messages(use, error, message):
+    model = make_model()
+    _, cache = run_pieces(model, make_tokens(), [23])
+    with pytest.raises(error, match=message):
+        use(model, cache)
