@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def data(
-    names: list[str] | None = None,
+    names: tuple[str, ...] = (),
     cache_dir: Path = Path("~/.cache/memattn"),
     list: bool = False,
 ) -> int:
