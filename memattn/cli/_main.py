@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("memattn", f"command must be one of {', '.join(COMMANDS)}, got {name}")
     try:
         return _run(name, arguments)
-    except KeyboardInterrupt:
-        sys.stderr.write(f"memattn {name}: interrupted\n")
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"memattn {name}: interrupted{': ' * bool(stop.args)}{_one_line(stop)}\n")
         return 130
     except BrokenPipeError:
         # the reader of a pipe, such as head, has left; nothing more can be written
@@ -72,7 +72,11 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def _help() -> str:
     """The help of the program, from the first line of each subcommand's docstring."""
-    lines = ["usage: memattn COMMAND ...", "", "Attention with tasks, foresight, segments and memory."]
+    lines = [
+        "usage: memattn COMMAND ...",
+        "",
+        "Attention with tasks, foresight, segments and memory.",
+    ]
     lines += ["", "commands:"]
     lines += [f"  {name:<10}{_summary(name)}" for name in COMMANDS]
     lines += ["", "options:", "  -h, --help     this help; memattn COMMAND --help for a command's"]

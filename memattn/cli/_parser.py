@@ -13,24 +13,30 @@ def build_parser(
 ) -> tuple[ArgumentParser, Callable[[Namespace], dict[str, Any]]]:
     """The parser of a subcommand, and what turns its values into the function's arguments.
 
-    An argument without a default is positional, a list without a default takes one value or more,
-    a bool is ``--name`` or ``--no_name``, and everything else is jsonargparse's own. ``--config``
-    reads values from a YAML file.
+    An argument without a default is positional, and so is a list or tuple that comes first: it
+    takes one value or more, or any number where it has a default. A bool is ``--name`` or ``--no_name``, and
+    everything else is jsonargparse's own. ``--config`` reads values from a YAML file.
     """
     docstring = parse_docstring(inspect.getdoc(function) or "")
-    description = "\n\n".join(filter(None, [docstring.short_description, docstring.long_description]))
+    description = "\n\n".join(
+        filter(None, [docstring.short_description, docstring.long_description])
+    )
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with values of the options.")
     helps = {param.arg_name: param.description or "" for param in docstring.params}
     hints = get_type_hints(function)
     own: set[str | int] = set()
-    for name, parameter in inspect.signature(function).parameters.items():
+    for i, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
         required = parameter.default is inspect.Parameter.empty
-        if required and get_origin(hints[name]) is list:
+        item = _item_type(hints[name])
+        if item is not None and (required or i == 0):
             own.add(name)
-            (item,) = get_args(hints[name])
             parser.add_argument(
-                name, nargs="+", type=item, metavar=_singular(name), help=helps.get(name)
+                name,
+                nargs="+" if required else "*",
+                type=item,
+                metavar=name.removesuffix("s").upper(),
+                help=helps.get(name),
             )
         elif hints[name] is bool and not required:
             own.add(name)
@@ -43,8 +49,10 @@ def build_parser(
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=own)
 
     def build(values: Namespace) -> dict[str, Any]:
-        instantiated = parser.instantiate_classes(values)
-        return {name: instantiated[name] for name in inspect.signature(function).parameters}
+        given = parser.instantiate_classes(values)
+        names = inspect.signature(function).parameters
+        # positional values cannot have a default in the parser, so theirs is that of the function
+        return {name: given[name] for name in names if not (name in own and given[name] is None)}
 
     return parser, build
 
@@ -62,5 +70,6 @@ def normalise(arguments: list[str]) -> list[str]:
     return changed
 
 
-def _singular(name: str) -> str:
-    return name.removesuffix("s").upper()
+def _item_type(hint: Any) -> type | None:
+    """``X`` for ``list[X]`` and ``tuple[X, ...]``, else None."""
+    return get_args(hint)[0] if get_origin(hint) in (list, tuple) else None

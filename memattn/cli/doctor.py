@@ -152,12 +152,10 @@ def _choices() -> "Table":
 
     from memattn.ops._dispatch import resolve_backend
 
-    dtypes = {"cpu": (torch.float32, torch.bfloat16, torch.float64)}
-    if torch.cuda.is_available():
-        dtypes["cuda"] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     table = _table('what backend="auto" picks', "tensors", "backend", "why")
-    for device, kinds in dtypes.items():
-        for dtype in kinds:
+    for device in devices:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             picked = resolve_backend("auto", torch.empty(0, device=device, dtype=dtype))
             name = str(dtype).removeprefix("torch.")
             table.add_row(f"{device} {name}", picked, _why(device, dtype == torch.float64, picked))

@@ -159,6 +159,7 @@ class _Auditor:
 
     def future_leak(self) -> Iterator[Finding]:
         cuts = sorted({*self.edges, *self.draw(1, self.seq_len, 6)})
+        one = {"input_ids": self.ids}
         for case in ("one later token", "all later tokens"):
             changes = []
             for cut in cuts:
@@ -166,7 +167,7 @@ class _Auditor:
                 if case == "one later token":
                     changed = self.position == cut
                 other = torch.where(changed, self.other, self.ids)
-                changes.append(({"input_ids": self.ids}, {"input_ids": other}, self.position < cut))
+                changes.append((one, {"input_ids": other}, self.position < cut))
             yield self.exact(case, changes)
 
     def batch_coupling(self) -> Iterator[Finding]:
@@ -174,9 +175,9 @@ class _Auditor:
         kept = torch.eye(len(self.ids), dtype=torch.bool, device=self.ids.device)
         kept = kept[:, :, None].expand(-1, *self.ids.shape)
         changed = [torch.where(row, self.ids, self.other) for row in kept]
+        one = {"input_ids": self.ids}
         changes = [
-            ({"input_ids": self.ids}, {"input_ids": other}, row)
-            for other, row in zip(changed, kept, strict=True)
+            (one, {"input_ids": other}, row) for other, row in zip(changed, kept, strict=True)
         ]
         yield self.exact("content of other rows", changes)
         if not self.probe.takes("attention_mask"):
@@ -184,10 +185,10 @@ class _Auditor:
             return
         for side in ("left", "right"):
             real, changes = self.real(self.lengths, side), []
+            one = {"input_ids": self.ids, "attention_mask": real.long()}
             for b, row in enumerate(kept):
                 # every batch has padding, so that both runs take the same path
                 lengths = [n if i == b else n // 2 for i, n in enumerate(self.lengths)]
-                one = {"input_ids": self.ids, "attention_mask": real.long()}
                 mask = self.real(lengths, side).long()
                 changes.append((one, {"input_ids": changed[b], "attention_mask": mask}, row & real))
             yield self.exact(f"padding of other rows, {side}", changes)
@@ -261,9 +262,11 @@ class _Auditor:
 
     def exact(self, case: str, changes: list[tuple[dict, dict, Tensor]]) -> Finding:
         """The largest absolute difference over all ``(one, other, compared)``, which must be 0."""
-        worst, where = 0.0, ""
+        worst, where, logits, ran = 0.0, "", self.ids, None
         for one, other, compared in changes:
-            difference = _difference(self.probe(**one)[0], self.probe(**other)[0]).amax(-1)
+            if ran is not one:  # most changes start from the same run
+                ran, logits = one, self.probe(**one)[0]
+            difference = _difference(logits, self.probe(**other)[0]).amax(-1)
             difference = difference.masked_fill(~compared, 0.0)
             worst = max(worst, difference.max().item())
             if worst > 0.0 and not where:

@@ -165,11 +165,10 @@ def _shifted(batches: Iterable[dict[str, Tensor]]) -> Iterator[Batch]:
 
 def _window(model: nn.Module, context_len: int | None, stride: int | None) -> tuple[int, int]:
     """The checked window and stride."""
+    longest: int | None
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if context_len is None:
-        context_len = min(longest or 1024, 1024)
-    if stride is None:
-        stride = context_len
+    context_len = context_len if context_len is not None else min(longest or 1024, 1024)
+    stride = stride if stride is not None else context_len
     if context_len < 1:
         raise ValueError(f"context_len must be at least 1, got {context_len}")
     if not 1 <= stride <= context_len:

@@ -1,0 +1,65 @@
+"""``memattn generate``."""
+
+
+def generate(
+    model: str,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    seed: int = 0,
+    device: str | None = None,
+) -> int:
+    """Continue a text.
+
+    Tokens are drawn one by one with the model's cache and written as they come, until the model
+    ends the text or there are enough.
+
+    Args:
+        model: A folder with a saved model and its tokenizer, or a run folder.
+        prompt: The text to continue; a lone dash reads it from the standard input.
+        max_new_tokens: Tokens to add at most.
+        temperature: Sharpness of the draw: 0 always takes the likeliest token.
+        top_k: Draw from so many likeliest tokens; 0 from all.
+        top_p: Draw from the likeliest tokens that hold this share of the probability.
+        seed: Seed of the draw.
+        device: Where to run, such as cpu or cuda; by default CUDA where there is one.
+    """
+    import sys
+
+    import torch
+    from transformers import TextStreamer
+
+    from memattn.cli._models import load_model, load_model_tokenizer
+
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be at least 0, got {top_k}")
+    tokenizer = load_model_tokenizer(model)
+    loaded = load_model(model, device)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = torch.tensor([first + tokenizer(text, add_special_tokens=False)["input_ids"]])
+    if ids.numel() == 0:
+        raise ValueError("prompt must have at least one token, got none")
+    sampling = {"do_sample": False}
+    if temperature > 0.0:
+        sampling = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        loaded.generate(
+            ids.to(loaded.device),
+            attention_mask=torch.ones_like(ids).to(loaded.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            **sampling,
+        )
+    return 0

@@ -1,0 +1,108 @@
+"""Loss curves, drawn without a display."""
+
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+AXES = {"tokens": "tokens", "seconds": "seconds", "step": "optimizer steps"}
+FORMATS = (".png", ".svg", ".pdf")
+# Okabe and Ito (2008): distinct in every common kind of colour blindness
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+
+
+def plot_curves(
+    runs: Mapping[str, Rows], path: str | Path, *, x: str = "tokens", title: str = ""
+) -> None:
+    """Draw the loss of runs into one picture.
+
+    Args:
+        runs: Rows of ``metrics.csv`` by the name of the run. Training losses are smoothed over
+            their last rows (the raw ones stand faintly behind); held-out losses are points.
+        path: Picture to write, ``.png``, ``.svg`` or ``.pdf``; it is whole or absent.
+        x: ``"tokens"``, ``"seconds"`` or ``"step"``.
+        title: Heading.
+
+    Raises:
+        ValueError: If there is nothing to draw, or ``x`` or the format is unknown.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise ValueError(f"path must end in {', '.join(FORMATS)}, got {path}")
+    figure = Figure(figsize=(8.0, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    draw_curves(axes, runs, x=x)
+    axes.set_title(title)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=160, format=path.suffix[1:])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.getvalue())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def draw_curves(axes: Axes, runs: Mapping[str, Rows], *, x: str = "tokens") -> None:
+    """Draw the loss of runs into a pair of axes; see ``plot_curves``."""
+    if x not in AXES:
+        raise ValueError(f"x must be one of {', '.join(AXES)}, got {x!r}")
+    drawn = 0
+    for i, (name, rows) in enumerate(runs.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        train = _points(rows, x, "loss")
+        held_out = _points(rows, x, "eval_loss")
+        if train:
+            axes.plot(*zip(*train, strict=True), color=colour, alpha=0.2, linewidth=0.8)
+            axes.plot(*zip(*_smooth(train), strict=True), color=colour, linewidth=1.8, label=name)
+        if held_out:
+            label = f"{name}, held out" if train else name
+            axes.plot(
+                *zip(*held_out, strict=True), color=colour, label=label, linestyle="--", marker="o"
+            )
+        drawn += len(train) + len(held_out)
+    if not drawn:
+        raise ValueError(
+            f"runs must have losses to draw, got none in {', '.join(runs) or 'no run'}"
+        )
+    axes.set_xlabel(AXES[x])
+    axes.set_ylabel("loss (nats per token)")
+    if x != "step":
+        axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def _points(rows: Rows, x: str, y: str) -> list[tuple[float, float]]:
+    """Points of one column; rows without it, and losses that are not finite, are left out."""
+    points = [(row.get(x), row.get(y)) for row in rows]
+    return [(a, b) for a, b in points if a is not None and b is not None and math.isfinite(b)]
+
+
+def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Running mean that forgets over a twentieth of the rows, without bias at the start."""
+    decay = 1.0 - 1.0 / max(1.0, len(points) / 20.0)
+    total = weight = 0.0
+    smoothed = []
+    for a, b in points:
+        total, weight = decay * total + b, decay * weight + 1.0
+        smoothed.append((a, total / weight))
+    return smoothed
+
+
+def _short(value: float) -> str:
+    """1500000 as 1.5M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
