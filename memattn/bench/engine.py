@@ -120,15 +120,19 @@ def measure_case(
 
 
 def measure_together(
-    cases: Mapping[int, Case], *, backend: str, direction: str, effort: Effort
-) -> dict[int, Timing]:
+    cases: Sequence[Case], *, backend: str, direction: str, effort: Effort
+) -> list[Timing]:
     """Time our operator on several cases in turn, so that their times can be compared."""
     calls = {
-        str(key): call_of(case, case.subject(backend), direction) for key, case in cases.items()
+        str(index): call_of(case, case.subject(backend), direction)
+        for index, case in enumerate(cases)
     }
-    device = next(iter(cases.values())).device
-    timings = interleave(calls, device=device, seconds=effort.seconds, min_rounds=effort.min_rounds)
-    return {key: timings[str(key)] for key in cases}
+    device = cases[0].device
+    return list(
+        interleave(
+            calls, device=device, seconds=effort.seconds, min_rounds=effort.min_rounds
+        ).values()
+    )
 
 
 def _admit(

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK, _STEPS = 1024, 512
+_BLOCK, _STEPS = tl.constexpr(1024), tl.constexpr(512)
 
 
 @triton.jit
@@ -25,11 +25,11 @@ def _programs(device: str) -> int:
 
 def count_exps(device: str) -> int:
     """Exponentials in one call of ``run_exps``."""
-    return _programs(device) * _BLOCK * _STEPS
+    return _programs(device) * _BLOCK.value * _STEPS.value
 
 
 def run_exps(device: str) -> torch.Tensor:
     """Run the kernel; returns its last values, one for each lane."""
-    out = torch.empty(_programs(device) * _BLOCK, device=device)
+    out = torch.empty(_programs(device) * _BLOCK.value, device=device)
     _exp_kernel[(_programs(device),)](out, STEPS=_STEPS, BLOCK=_BLOCK)
     return out

@@ -49,6 +49,7 @@ def sdpa(backend: SDPBackend, *, mask: Tensor | None = None, is_causal: bool = F
 
 def flex(mask_mod: MaskMod | None, T: int, S: int, device: str) -> Attention:
     """Compiled FlexAttention under a block mask made from ``mask_mod(b, h, q_idx, kv_idx)``."""
+    from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     # one case after another: without this the third shape falls back to a slower, general kernel
@@ -62,7 +63,7 @@ def flex(mask_mod: MaskMod | None, T: int, S: int, device: str) -> Attention:
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # the backward is timed many times over one graph, so its buffers must stay
-        with torch._functorch.config.patch(donated_buffer=False):
+        with config.patch(donated_buffer=False):
             return compiled(
                 query,
                 key,

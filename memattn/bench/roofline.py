@@ -121,7 +121,7 @@ def measure_roofs(device: str, dtype: torch.dtype, *, seconds: float = 1.0) -> R
 
     return Roofs(
         matmul_flops=product(8192 if on_cuda else 1536),
-        exps=_exp_rate(device, draw(1 << 16), seconds),
+        exps=_exp_rate(device, draw(1 << 20), seconds),
         copy_bytes=copy((1 << 28) if on_cuda else (1 << 25)),
     )
 

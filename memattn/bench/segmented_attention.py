@@ -185,9 +185,10 @@ class SegmentedCase(Case):
 
     def pairs(self) -> int:
         """Allowed pairs of one head, summed over the batch."""
-        context = {"num_persistent": self.P, "num_memory": self.M} if self.has_context else {}
+        P, M = (self.P, self.M) if self.has_context else (0, 0)
         pairs = sum(
-            segmented_pairs(length, **self.mask_options(), **context) for length in self.lengths()
+            segmented_pairs(length, num_persistent=P, num_memory=M, **self.mask_options())
+            for length in self.lengths()
         )
         return pairs * (1 if self.kind == "packed" else self.B)
 
@@ -288,8 +289,7 @@ class SegmentedCase(Case):
         L, W, is_causal = options["segment_len"], options["window_size"], options["is_causal"]
         lengths = torch.tensor(self.lengths(), device=self.device)
         documents = torch.arange(lengths.numel(), device=self.device).repeat_interleave(lengths)
-        P = self.P if self.has_context else 0
-        M = self.M if self.has_context else 0
+        P, M = (self.P, self.M) if self.has_context else (0, 0)
         first_token = self.num_keys() - self.T
 
         def token_mask(i: Tensor, j: Tensor) -> Tensor:
