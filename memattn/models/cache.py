@@ -12,14 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from memattn.models.cache_layer import OPEN, SEQUENCES, MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
 from memattn.models.padding import BLOCK, block_bounds, check_mask
 from memattn.ops._checks import check_shape, check_tensor, must
 
-OPEN = 1 << 62  # the end of a row that may still grow
-SEQUENCES = ("key", "value")  # the tensors of a layer with one entry per token, on axis 2
 FORMAT = "memattn-cache-1"
 
 
@@ -28,89 +27,6 @@ class SequenceBounds(NamedTuple):
 
     seq_start: Tensor | None  # int32 [B]
     seq_end: Tensor | None  # int32 [B]
-
-
-class MemAttnCacheLayer(CacheLayerMixin):
-    """The state of one layer: tensors by name, with the batch on axis 0 of each.
-
-    Args:
-        segment_len: Segment length of the layer's attention, or None.
-        window_size: Window of the layer's attention, or None.
-    """
-
-    is_sliding = False
-
-    def __init__(self, segment_len: int | None = None, window_size: int | None = None) -> None:
-        self.segment_len = segment_len
-        self.window_size = window_size
-        self.state: dict[str, Tensor] = {}
-        self.position = 0  # columns seen so far, set by the cache
-        self.keep = 0  # newest keys that later tokens can see, set by the cache
-
-    @property
-    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Kept keys ``[B, Hkv, S, D]``, or None before the first call."""
-        return self.state.get("key")
-
-    @property
-    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Kept values ``[B, Hkv, S, Dv]``, or None before the first call."""
-        return self.state.get("value")
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether the layer holds keys."""
-        return "key" in self.state
-
-    @property
-    def kept(self) -> int:
-        """Number of keys that the layer holds."""
-        return self.state["key"].shape[2] if self.state else 0
-
-    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values, and return them behind those kept; then drop the unseen ones."""
-        if self.state:
-            key_states = torch.cat([self.state["key"], key_states], dim=2)
-            value_states = torch.cat([self.state["value"], value_states], dim=2)
-        self.state["key"], self.state["value"] = key_states, value_states
-        self.trim()
-        return key_states, value_states
-
-    def trim(self) -> None:
-        """Drop the keys that no later token can see, and the memory they take."""
-        drop = self.kept - self.keep
-        if drop > 0:
-            for name in SEQUENCES:
-                self.state[name] = self.state[name][:, :, drop:].clone()
-
-    def visible_from(self, position: int, start: Tensor, end: Tensor) -> int:
-        """First column that a token at column ``position`` or later can see in any row."""
-        length = position - start  # of the sequence of each row, in tokens
-        first = start
-        if self.segment_len is not None or self.window_size is not None:
-            near = [torch.full_like(start, position)]
-            if self.segment_len is not None:
-                near.append(start + length // self.segment_len * self.segment_len)
-            if self.window_size is not None:
-                near.append(torch.full_like(start, position - self.window_size + 1))
-            first = torch.stack(near).amin(0).maximum(start)
-        return int(torch.where(end == OPEN, first, position).min())
-
-    def get_seq_length(self) -> int:
-        """Columns seen so far, kept or not."""
-        return self.position
-
-    def get_max_length(self) -> int:
-        """-1: there is no longest sequence."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of keys that the next call sees, and the column of the first of them."""
-        return self.kept + query_length, self.position - self.kept
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Start with keys of length 0, of the shape and dtype of those given."""
-        self.state["key"], self.state["value"] = key_states[:, :, :0], value_states[:, :, :0]
 
 
 class MemAttnCache(Cache):
@@ -241,10 +157,13 @@ class MemAttnCache(Cache):
     def _mark_visible(self) -> None:
         """Tell each layer how many of the newest keys later tokens can see."""
         assert self.seq_start is not None and self.seq_end is not None
+        first: dict[tuple, int] = {}
         for layer in self.layers:
-            first = layer.visible_from(self.position, self.seq_start, self.seq_end)
+            kind = (layer.segment_len, layer.window_size)
+            if kind not in first:
+                first[kind] = layer.visible_from(self.position, self.seq_start, self.seq_end)
             layer.position = self.position
-            layer.keep = self.position - first
+            layer.keep = self.position - first[kind]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -1,0 +1,285 @@
+"""memattn_segmented inside transformers' own Qwen2, Qwen3 and Llama."""
+
+import pytest
+import torch
+from model_factories import VOCAB, make_tokens, pad_left, perturb
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    StaticCache,
+)
+
+from memattn.models.hf_attention import hf_segmented_attention, hf_sequence_bounds
+
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=40,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+MIXED = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
+CONFIGS = {
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen2-sliding": lambda: Qwen2Config(**SIZES, **MIXED),  # the second of two layers
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
+    "llama": lambda: LlamaConfig(**SIZES),
+}
+GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
+EXACT = dict(rtol=0, atol=1e-10)
+
+
+@pytest.fixture(params=CONFIGS)
+def name(request):
+    return request.param
+
+
+def make_model(name, dtype=torch.float64, implementation="memattn_segmented", **fields):
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    for field, value in fields.items():
+        setattr(config, field, value)
+    model = perturb(AutoModelForCausalLM.from_config(config).to(dtype).eval())
+    model.set_attn_implementation(implementation)
+    assert model.config._attn_implementation == implementation
+    return model
+
+
+def make_padded(side, T=23):
+    tokens = make_tokens(B=3, T=T)
+    columns = torch.arange(T)
+    begin = torch.tensor([0, 6, 1] if "left" in side else [0, 0, 0])[:, None]
+    end = torch.tensor([T, T - 5, T - 1] if "right" in side else [T, T, T])[:, None]
+    mask = ((columns >= begin) & (columns < end)).long()
+    return tokens * mask, mask
+
+
+def dense_mask(mask, segment_len, window_size, dtype):
+    """The additive mask ``[B, 1, T, T]`` of the same definition, for eager attention."""
+    start = mask.argmax(1)[:, None, None]
+    i, j = torch.arange(mask.shape[1])[:, None], torch.arange(mask.shape[1])
+    near = torch.zeros(len(mask), *[mask.shape[1]] * 2, dtype=torch.bool)
+    if segment_len is not None:
+        near |= (i - start) // segment_len == (j - start) // segment_len
+    if window_size is not None:
+        near |= j > i - window_size
+    allowed = near & (j <= i) & (mask[:, None, :] == 1)
+    return torch.where(allowed, 0.0, -1e9)[:, None].to(dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", [None, "left", "right", "left and right"])
+def test_logits_equal_those_of_sdpa(name, side):
+    tokens, mask = make_padded(side or "")
+    inputs = dict(input_ids=tokens) | (dict(attention_mask=mask) if side else {})
+    actual = make_model(name)(**inputs).logits[mask == 1]
+    expected = make_model(name, implementation="sdpa")(**inputs).logits[mask == 1]
+    torch.testing.assert_close(actual, expected, **EXACT)
+    # float32: rounding, as between two implementations of transformers' own
+    results = [
+        make_model(name, torch.float32, implementation)(**inputs).logits[mask == 1].double()
+        for implementation in ("memattn_segmented", "sdpa", "eager")
+    ]
+    error, *others = ((result - expected).abs().max() for result in results)
+    assert error <= 2 * max(others) + 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["", "left", "left and right"])
+@pytest.mark.parametrize("spans", [(7, None), (None, 4), (7, 4)], ids=str)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama"])
+def test_segments_and_windows(name, spans, side):
+    tokens, mask = make_padded(side)
+    fields = dict(memattn_segment_len=spans[0], memattn_window_size=spans[1])
+    actual = make_model(name, **fields)(tokens, attention_mask=mask).logits[mask == 1]
+    dense = dense_mask(mask, *spans, torch.float64)
+    expected = make_model(name, implementation="sdpa")(tokens, attention_mask=dense).logits
+    torch.testing.assert_close(actual, expected[mask == 1], **EXACT)
+    whole = make_model(name)(tokens, attention_mask=mask).logits[mask == 1]
+    assert (actual - whole).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_long_segments_change_nothing(name):
+    tokens, mask = make_padded("left")
+    expected = make_model(name)(tokens, attention_mask=mask).logits
+    for fields in (dict(memattn_segment_len=23), dict(memattn_window_size=23)):
+        actual = make_model(name, **fields)(tokens, attention_mask=mask).logits
+        torch.testing.assert_close(actual, expected, **EXACT)
+
+
+def test_fields_are_saved_with_the_model(tmp_path):
+    model = make_model("llama", torch.float32, memattn_segment_len=7)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="memattn_segmented")
+    tokens = make_tokens()
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+    loaded.config.memattn_segment_len = None
+    assert not torch.allclose(loaded(tokens).logits, model(tokens).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generation_equals_eager(name, num_beams):
+    tokens, mask = pad_left([make_tokens()[0, :9], make_tokens()[1, :4]], 9)
+    options = GREEDY | dict(attention_mask=mask, num_beams=num_beams)
+    # in float64, padding makes eager attention NaN: its softmax is in float32
+    model = make_model(name, torch.float32)
+    expected = make_model(name, torch.float32, "eager").generate(tokens, **options)
+    assert torch.equal(model.generate(tokens, **options), expected)
+    assert torch.equal(model.generate(tokens, prefill_chunk_size=4, **options), expected)
+
+
+def test_segmented_generation_equals_uncached(name):
+    model = make_model(name, memattn_segment_len=6, memattn_window_size=3)
+    tokens, mask = pad_left([make_tokens()[0, :9], make_tokens()[1, :4]], 9)
+    options = GREEDY | dict(attention_mask=mask)
+    uncached = model.generate(tokens, use_cache=False, **options)
+    assert torch.equal(model.generate(tokens, **options), uncached)
+    alone = model.generate(tokens[1:, 5:], **GREEDY)
+    assert torch.equal(uncached[1:, 5:], alone)
+
+
+def test_training_step_and_gradient_checkpointing(name):
+    tokens, mask = make_padded("left and right")
+    labels = tokens.masked_fill(mask == 0, -100)
+    results = []
+    for implementation, checkpointing in (
+        ("sdpa", False),
+        ("memattn_segmented", False),
+        ("memattn_segmented", True),
+    ):
+        model = make_model(name, implementation=implementation).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(tokens, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+    for sdpa, ours, again in zip(*results, strict=True):
+        torch.testing.assert_close(ours, sdpa, rtol=1e-6, atol=1e-8)
+        assert torch.equal(ours, again)
+
+
+@torch.no_grad()
+def test_packed_documents_equal_separate_ones(name):
+    model = make_model(name, memattn_segment_len=6)
+    lengths = [4, 1, 11, 7]
+    tokens = make_tokens(B=1)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(tokens, position_ids=positions, use_cache=False).logits
+    alone = torch.cat([model(part).logits for part in tokens.split(lengths, 1)], 1)
+    torch.testing.assert_close(packed, alone, **EXACT)
+    # as collators for flash attention describe the same
+    cu_seqlens = torch.tensor([0, 4, 5, 16, 23], dtype=torch.int32)
+    flash = model(
+        tokens,
+        position_ids=positions,
+        cu_seq_lens_q=cu_seqlens,
+        cu_seq_lens_k=cu_seqlens,
+        max_length_q=11,
+        max_length_k=11,
+        use_cache=False,
+    ).logits
+    assert torch.equal(flash, packed)
+
+
+@torch.no_grad()
+def test_compiles():
+    model = make_model("llama", torch.float32, memattn_segment_len=6)
+    tokens, mask = make_padded("left")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    actual = compiled(tokens, attention_mask=mask, use_cache=False).logits[mask == 1]
+    expected = model(tokens, attention_mask=mask, use_cache=False).logits[mask == 1]
+    torch.testing.assert_close(actual, expected)
+
+
+def run_with_dropout():
+    make_model("llama", attention_dropout=0.1).train()(make_tokens())
+
+
+def run_with_static_cache():
+    model = make_model("llama", torch.float32)
+    model(make_tokens(), past_key_values=StaticCache(model.config, max_cache_len=32))
+
+
+def run_packed_rows():
+    positions = torch.tensor([[0, 1, 0, 1]] * 2)
+    make_model("llama")(make_tokens(T=4), position_ids=positions, use_cache=False)
+
+
+def run_dense_mask():
+    make_model("llama")(make_tokens(T=4), attention_mask=torch.zeros(2, 1, 4, 4).double())
+
+
+def run_with_hole():
+    make_model("llama")(make_tokens(T=4), attention_mask=torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]))
+
+
+def run_short_mask():
+    model = make_model("llama")
+    cache = model(make_tokens(T=4)).past_key_values
+    model(make_tokens(T=1), past_key_values=cache, attention_mask=torch.ones(2, 1))
+
+
+def run_bidirectional():
+    make_model("llama", is_causal=False)(make_tokens())
+
+
+def call(**options):
+    states = torch.zeros(1, 2, 3, 8)
+    hf_segmented_attention(torch.nn.Module(), states, states, states, None, **options)
+
+
+def bounds(**options):
+    hf_sequence_bounds(1, 3, 3, **options)
+
+
+class Chunked:
+    attention_chunk_size = 8
+
+
+@pytest.mark.parametrize(
+    "use, error, message",
+    [
+        (run_with_dropout, NotImplementedError, "attention_dropout must be 0 in training"),
+        (run_with_static_cache, NotImplementedError, "past_key_values must be a dynamic cache"),
+        (run_packed_rows, NotImplementedError, "position_ids must pack documents into one row"),
+        (run_dense_mask, NotImplementedError, r"attention_mask must be a padding mask \[B, S\]"),
+        (run_with_hole, ValueError, r"attention_mask must be 0 or 1.*contiguous.*in row 0"),
+        (run_short_mask, ValueError, r"attention_mask must have shape \[B=2, 5\], got \[2, 1\]"),
+        (run_bidirectional, NotImplementedError, "is_causal must be True"),
+        (
+            lambda: make_model("llama", memattn_segment_len=0)(make_tokens()),
+            ValueError,
+            "config.memattn_segment_len must be at least 1, got 0",
+        ),
+        (
+            lambda: make_model("llama", memattn_window_size=2.5)(make_tokens()),
+            TypeError,
+            "config.memattn_window_size must be an integer, got float",
+        ),
+        (lambda: call(softcap=30.0), NotImplementedError, "softcap must be None"),
+        (lambda: call(s_aux=torch.zeros(2)), NotImplementedError, "s_aux must be None"),
+        (lambda: call(is_causal=False), NotImplementedError, "is_causal must be True"),
+        (lambda: bounds(use_vmap=True), NotImplementedError, "mask_function must be causal"),
+        (
+            lambda: bounds(config=Chunked()),
+            NotImplementedError,
+            "config.attention_chunk_size must be None .* set memattn_segment_len instead",
+        ),
+        (
+            lambda: bounds(
+                mask_function=lambda b, h, q, kv: (kv <= q) | (b >= 0), allow_is_causal_skip=False
+            ),
+            NotImplementedError,
+            "mask_function must be causal, without blocks that see ahead",
+        ),
+    ],
+)
+def test_unsupported_uses_are_refused(use, error, message):
+    with pytest.raises(error, match=message):
+        use()
