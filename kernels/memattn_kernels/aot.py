@@ -35,7 +35,7 @@ TARGETS = {
 SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)")
 INT32_POINTERS = ("documents_ptr", "segments_ptr", "seq_start_ptr", "seq_end_ptr")
-FLOAT32_POINTERS = ("lse_ptr", "residual_ptr", "delta_ptr", "dlse_ptr")
+FLOAT32_POINTERS = ("lse_ptr", "scaled_lse_ptr", "residual_ptr", "delta_ptr", "dlse_ptr")
 TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 # persistent and memory keys in a variant: the smallest tile
 N_EXTRA = 16

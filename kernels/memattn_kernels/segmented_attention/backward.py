@@ -6,7 +6,7 @@ With P the softmax's weights, delta = rowsum(out * d_out) - d_lse and dS = P * (
     d_key = scale * dS^T Q        one program per tile of keys,
     d_value = P^T d_out           which loops over the query heads of its group
 
-The query-stationary kernel also writes delta. A persistent key is seen by all queries of the batch:
+A persistent key is seen by all queries of the batch:
 its programs each take a chunk of queries and write a partial sum, added up in a fixed order.
 """
 
@@ -49,6 +49,8 @@ from memattn_kernels.segmented_attention.intervals import (
 # this many partial sums, which fill any card
 MIN_CHUNK = 1024
 N_PARTIALS = 512
+# the longest tile of queries
+MAX_BLOCK = 256
 
 
 @triton.jit
@@ -100,7 +102,7 @@ def _segmented_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, mk_ptr, mv_ptr, o_ptr, lse_ptr, residual_ptr,
     do_ptr, dlse_ptr,
     documents_ptr, seq_start_ptr, seq_end_ptr,  # bounds of sequences, or None
-    dq_ptr, delta_ptr,  # outputs
+    dq_ptr, scaled_lse_ptr, delta_ptr,  # outputs
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_pkh, stride_pkt, stride_pvh, stride_pvt,
     stride_mkb, stride_mkh, stride_mkt, stride_mvb, stride_mvh, stride_mvt,
@@ -111,7 +113,10 @@ def _segmented_attention_bwd_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NP: tl.constexpr,
     BLOCK_NM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (cdiv(T, BLOCK_M) * B * H,). One program computes BLOCK_M rows of d_query and delta."""
+    """Grid: (cdiv(T, BLOCK_M) * B * H,). One program computes BLOCK_M rows of d_query.
+
+    It also writes delta, and lse with ``exponent_factor`` in it, for the key-stationary kernel.
+    """
     n_tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
     pid_m = pid % n_tiles
@@ -140,6 +145,7 @@ def _segmented_attention_bwd_dq_kernel(
         delta -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
     tl.store(delta_ptr + row, delta, mask=mask_m)
     lse = tl.load(lse_ptr + row, mask=mask_m, other=0.0) * exponent_factor(q.dtype)
+    tl.store(scaled_lse_ptr + row, lse, mask=mask_m)
     residual = lse
     if q.dtype == tl.float32:
         residual = tl.load(residual_ptr + row, mask=mask_m, other=0.0)
@@ -209,29 +215,37 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr,
                stride_q, stride_do, t, lo, hi, last, scale, D: tl.constexpr, DV: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                MASKED: tl.constexpr):  # fmt: skip
-    """One tile of queries from row ``t``; scores are transposed: keys by queries."""
-    offs_m = t + tl.arange(0, BLOCK_M)
+    """One tile of queries from row ``t``; scores are transposed: keys by queries.
+
+    ``lse`` and ``scale`` have ``exponent_factor`` in them.
+    """
+    columns = tl.arange(0, BLOCK_M)
+    offs_m = t + columns
     q = load_tile(q_ptr, t, stride_q, last, D, BLOCK_M, BLOCK_D, MASKED)
     do = load_tile(do_ptr, t, stride_do, last, DV, BLOCK_M, BLOCK_DV, MASKED)
-    lse = tl.load(lse_ptr + offs_m, mask=offs_m < last, other=0.0) * exponent_factor(q.dtype)
-    delta = tl.load(delta_ptr + offs_m, mask=offs_m < last, other=0.0)
+    # padded by a tile, so no mask; pointer plus scalar first, which leaves one address for a thread
+    lse = tl.load(lse_ptr + t + columns)
+    delta = tl.load(delta_ptr + t + columns)
 
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")
     x = scores * scale - lse[None, :]
     if q.dtype == tl.float32:
-        x -= tl.load(residual_ptr + offs_m, mask=offs_m < last, other=0.0)[None, :]
+        x -= tl.load(residual_ptr + t + columns, mask=offs_m < last, other=0.0)[None, :]
     p = power(x, q.dtype)
+    mask = (offs_m[None, :] >= lo[:, None]) & (offs_m[None, :] < hi[:, None])
     if MASKED:
-        p = tl.where((offs_m[None, :] >= lo[:, None]) & (offs_m[None, :] < hi[:, None]), p, 0.0)
+        p = tl.where(mask, p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+    if MASKED:  # delta may be NaN where p is 0
+        ds = tl.where(mask, ds, 0.0)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
 @triton.jit(do_not_specialize=("T", "S", "n_keys", "chunk", "L", "W", "query_offset", "n_parts"))
 def _segmented_attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, scaled_lse_ptr, residual_ptr, delta_ptr,
     documents_ptr, segments_ptr, seq_start_ptr, seq_end_ptr,  # bounds of sequences, or None
     dk_ptr, dv_ptr,  # outputs
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
@@ -281,8 +295,8 @@ def _segmented_attention_bwd_dkdv_kernel(
         h = h_kv * G + g
         head_q_ptr = q_ptr + b * stride_qb + h * stride_qh
         head_do_ptr = do_ptr + b * stride_dob + h * stride_doh
-        head_lse_ptr = lse_ptr + (b * H + h) * T
-        head_residual_ptr = lse_ptr
+        head_lse_ptr = scaled_lse_ptr + (b * H + h) * T
+        head_residual_ptr = scaled_lse_ptr
         if k.dtype == tl.float32:
             head_residual_ptr = residual_ptr + (b * H + h) * T
         head_delta_ptr = delta_ptr + (b * H + h) * T
@@ -341,10 +355,15 @@ def segmented_attention_backward_op(
     B, H, T, D = query.shape
     d_out = torch.zeros_like(out) if d_out is None else rows_ready(d_out)
     d_lse = None if d_lse is None else d_lse.contiguous()
-    delta = torch.empty_like(lse)
+    # the key-stationary kernel reads whole tiles of these
+    scaled_lse = lse.new_empty(lse.numel() + MAX_BLOCK)
+    delta = torch.empty_like(scaled_lse)
     inputs = kernel_inputs(*tensors, *bounds, segment_len, window_size, query_offset, scale)
-    cotangents = rows("do", d_out, "bht") | {"lse_ptr": lse, "delta_ptr": delta}
-    cotangents["residual_ptr"] = residual if residual.numel() else None
+    cotangents = rows("do", d_out, "bht") | {
+        "scaled_lse_ptr": scaled_lse,
+        "delta_ptr": delta,
+        "residual_ptr": residual if residual.numel() else None,
+    }
 
     with device_guard(query):
         if lse.numel():
@@ -355,6 +374,7 @@ def segmented_attention_backward_op(
                 **cotangents,
                 **rows("o", rows_ready(out), "bht"),
                 **rows("dq", d_query, "bht"),
+                lse_ptr=lse,
                 dlse_ptr=d_lse,
                 IS_CAUSAL=is_causal,
                 MEMORY_IS_CAUSAL=memory_is_causal,
