@@ -14,8 +14,8 @@ def build_parser(
     """The parser of a subcommand, and what turns its values into the function's arguments.
 
     An argument without a default is positional, and so is a list or tuple that comes first: it
-    takes one value or more, or any number where it has a default. A bool is ``--name`` or ``--no_name``, and
-    everything else is jsonargparse's own. ``--config`` reads values from a YAML file.
+    takes one value or more, or any number where it has a default. A bool is
+    ``--name`` or ``--no_name``, and everything else is jsonargparse's own. ``--config`` reads values from a YAML file.
     """
     docstring = parse_docstring(inspect.getdoc(function) or "")
     description = "\n\n".join(
@@ -38,6 +38,17 @@ def build_parser(
                 metavar=name.removesuffix("s").upper(),
                 help=helps.get(name),
             )
+        elif parameter.default == () and get_origin(hints[name]) is tuple:
+            item = get_args(hints[name])[0]
+            if own:
+                parser.add_argument(
+                    f"--{name}", nargs="+", type=item, default=(), help=helps.get(name)
+                )
+            else:
+                parser.add_argument(
+                    name, nargs="*", type=item, metavar=_singular(name), help=helps.get(name)
+                )
+            own.add(name)
         elif hints[name] is bool and not required:
             own.add(name)
             parser.add_argument(
