@@ -14,8 +14,9 @@ def build_parser(
     """The parser of a subcommand, and what turns its values into the function's arguments.
 
     An argument without a default is positional, and so is a list or tuple that comes first: it
-    takes one value or more, or any number where it has a default. A bool is
-    ``--name`` or ``--no_name``, and everything else is jsonargparse's own. ``--config`` reads values from a YAML file.
+    takes one value or more, or any number where it has a default. A bool is ``--name`` or
+    ``--no_name``, and everything else is jsonargparse's own. ``--config`` reads values from a
+    YAML file.
     """
     docstring = parse_docstring(inspect.getdoc(function) or "")
     description = "\n\n".join(
@@ -38,17 +39,14 @@ def build_parser(
                 metavar=name.removesuffix("s").upper(),
                 help=helps.get(name),
             )
-        elif parameter.default == () and get_origin(hints[name]) is tuple:
-            item = get_args(hints[name])[0]
-            if own:
-                parser.add_argument(
-                    f"--{name}", nargs="+", type=item, default=(), help=helps.get(name)
-                )
-            else:
-                parser.add_argument(
-                    name, nargs="*", type=item, metavar=_singular(name), help=helps.get(name)
-                )
+            if not required:
+                parser.required_args.discard(name)  # jsonargparse would say so in the help
+        elif item is not None and parameter.default == ():
+            # several values in the manner of argparse, not one YAML list
             own.add(name)
+            parser.add_argument(
+                f"--{name}", nargs="+", type=item, default=(), help=helps.get(name)
+            )
         elif hints[name] is bool and not required:
             own.add(name)
             parser.add_argument(
@@ -60,7 +58,7 @@ def build_parser(
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=own)
 
     def build(values: Namespace) -> dict[str, Any]:
-        given = parser.instantiate_classes(values)
+        given = parser.instantiate(values)
         names = inspect.signature(function).parameters
         # positional values cannot have a default in the parser, so theirs is that of the function
         return {name: given[name] for name in names if not (name in own and given[name] is None)}
