@@ -1,6 +1,7 @@
 """Benchmarks: work counted right, nothing wrong is timed, nothing is printed unmeasured."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -33,6 +34,15 @@ from memattn.testing import make_segmented_inputs
 ROOT = Path(__file__).parents[1]
 QUICK = Effort(seconds=0.0, min_rounds=3, compiled=False)
 SMALL = {"B": 2, "H": 4, "Hkv": 2, "D": 16, "window_size": 9, "segment_len": 16, "P": 3, "M": 5}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These sizes are too small for two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def small(kind: str, T: int = 48, **sizes) -> SegmentedCase:
@@ -326,7 +336,7 @@ def test_run_writes_records_and_plots(capsys, tmp_path):
         seconds = row["seconds"]
         assert seconds["min"] <= seconds["q20"] <= seconds["median"] <= seconds["q80"]
         assert row["flops_per_second"] == pytest.approx(row["useful_flops"] / seconds["median"])
-        assert row["roof_share"] >= row["roof_share_without_overlap"] * 0.999 > 0
+        assert 0 < row["roof_share"] <= row["roof_share_without_overlap"]
 
 
 def test_cells_of_a_row():
@@ -407,6 +417,7 @@ def bars_of_one_case() -> list:
 
 def test_suite_measures_its_bars(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(SegmentedCase, "bars", classmethod(lambda cls, suite: bars_of_one_case()))
+    monkeypatch.setattr(run, "SUITE_SECONDS", 0.0)
     record = run.run(suite="cpu-bars", backend="reference", out=tmp_path)
     reached = [bar["reached"] for bar in record["bars"]]
     if not Path("/proc/self/clear_refs").exists():
@@ -475,6 +486,11 @@ def test_gpu_bars_without_a_gpu_are_not_measured(capsys):
 # front doors
 
 
+def in_new_process(command: list[str]) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 def test_runs_where_only_torch_is_installed():
     code = """
 import sys
@@ -484,7 +500,7 @@ from memattn.bench.__main__ import main
 options = ["--quick", "--kinds", "causal", "--seq_lens", "16", "--shape", "H=1", "D=8"]
 sys.exit(main([*options, "--device", "cpu", "--backend", "reference", "--directions", "forward"]))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = in_new_process([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
     assert "causal T=16 D=8" in done.stdout
 
@@ -505,6 +521,6 @@ def test_command_line(capsys):
 def test_pytest_benchmarks_run():
     command = [sys.executable, "-m", "pytest", "bench/", "-q", "--benchmark-disable", "-x"]
     command += ["-k", "mac and backward and flash", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = in_new_process(command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout

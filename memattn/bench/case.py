@@ -108,7 +108,7 @@ class Case(ABC):
     def check_kind(cls, kind: str) -> None:
         """Raise ValueError unless this operator has that kind of case."""
         if kind not in cls.kinds:
-            must("cases", f"be from {', '.join(cls.kinds)} for {cls.operator}", kind)
+            must("kinds", f"be from {', '.join(cls.kinds)} for {cls.operator}", kind)
 
     @classmethod
     def check_sizes(cls, shape: Mapping[str, Any]) -> None:

@@ -120,7 +120,7 @@ def measure_roofs(device: str, dtype: torch.dtype, *, seconds: float = 1.0) -> R
         return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, seconds)
 
     return Roofs(
-        matmul_flops=product(8192 if on_cuda else 1536),
+        matmul_flops=product(8192 if on_cuda else 1024),
         exps=_exp_rate(device, draw(1 << 20), seconds),
         copy_bytes=copy((1 << 28) if on_cuda else (1 << 25)),
     )

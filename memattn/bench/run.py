@@ -28,6 +28,7 @@ from memattn.ops._dispatch import BACKENDS
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda")
 LENGTHS = {"cpu": (1024, 2048, 4096), "cuda": (2048, 8192, 32768)}
+SUITE_SECONDS = 1.0  # for each competitor and direction of a bar
 QUICK_LENGTHS = {"cpu": (256, 512), "cuda": (2048, 4096)}
 
 
@@ -97,7 +98,7 @@ def run(
         for name, value in {**chosen, "quick": quick or None}.items():
             if value is not None:
                 must(name, "be left out with suite", value)
-        record = run_suite(suite, classes, backend, seed, replace(effort, seconds=1.0))
+        record = run_suite(suite, classes, backend, seed, replace(effort, seconds=SUITE_SECONDS))
     else:
         for direction in directions or ():
             check_choice("directions", direction, DIRECTIONS)
