@@ -71,3 +71,11 @@ def pad_left(rows: list[Tensor], T: int) -> tuple[Tensor, Tensor]:
     for i, row in enumerate(rows):
         tokens[i, T - len(row) :], mask[i, T - len(row) :] = row, 1
     return tokens, mask
+
+
+def enable_checkpointing(model: nn.Module, **options) -> None:
+    """Turn activation checkpointing on, by the name that the installed transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options or None)
+    else:
+        model.gradient_checkpointing_enable(options or None)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_factories import VOCAB, make_tokens, pad_left, perturb
+from model_factories import VOCAB, enable_checkpointing, make_tokens, pad_left, perturb
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -156,7 +156,7 @@ def test_training_step_and_gradient_checkpointing(name):
     ):
         model = make_model(name, implementation=implementation).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         model(tokens, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
         results.append([parameter.grad for parameter in model.parameters()])
     for sdpa, ours, again in zip(*results, strict=True):

@@ -1,12 +1,22 @@
 """The decoder: exactness by perturbation, packing, padding, gradients, saving, configuration."""
 
+import doctest
+import importlib
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from model_factories import SYSTEMS, VOCAB, make_config, make_model, make_tokens, pad_left
+from model_factories import (
+    SYSTEMS,
+    VOCAB,
+    enable_checkpointing,
+    make_config,
+    make_model,
+    make_tokens,
+    pad_left,
+)
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
 
 from memattn.models import (
@@ -17,6 +27,7 @@ from memattn.models import (
     MemAttnModel,
     register_preset,
 )
+from memattn.nn import RotaryEmbedding, sequence_positions
 
 EXACT = dict(rtol=0, atol=1e-12)
 
@@ -43,8 +54,9 @@ def test_shapes(system):
     assert isinstance(model(make_tokens(), return_dict=False), tuple)
 
 
-def test_later_tokens_do_not_change_earlier_logits(system):
-    model, tokens = make_model(system), make_tokens()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_later_tokens_do_not_change_earlier_logits(system, dtype):
+    model, tokens = make_model(system, dtype), make_tokens()
     before = logits_of(model, tokens)
     for t in (1, 7, 22):
         changed = tokens.clone()
@@ -54,8 +66,9 @@ def test_later_tokens_do_not_change_earlier_logits(system):
         assert not torch.equal(before[:, t:], after[:, t:])
 
 
-def test_rows_do_not_change_each_other(system):
-    model, tokens = make_model(system), make_tokens()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_rows_do_not_change_each_other(system, dtype):
+    model, tokens = make_model(system, dtype), make_tokens()
     changed = torch.cat([tokens[:1], make_tokens(seed=1)[1:]])
     assert torch.equal(logits_of(model, tokens)[0], logits_of(model, changed)[0])
 
@@ -142,7 +155,7 @@ def test_gradient_checkpointing_gives_equal_gradients(use_reentrant):
     for checkpointing in (False, True):
         model = make_model("both").train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(model, use_reentrant=use_reentrant)
         model(tokens, attention_mask=mask, labels=tokens).loss.backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -201,6 +214,52 @@ def test_save_and_load(tmp_path, system, tied):
     torch.testing.assert_close(
         body(tokens).last_hidden_state, model.model(tokens).last_hidden_state
     )
+
+
+def test_attention_may_be_replaced_when_loading(tmp_path):
+    model, tokens = make_model("vanilla"), make_tokens()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attention=dict(kind="segmented", segment_len=5), dtype=torch.float64
+    )
+    assert loaded.config.attention == AttentionConfig(kind="segmented", segment_len=5)
+    torch.testing.assert_close(logits_of(loaded, tokens)[:, :5], logits_of(model, tokens)[:, :5])
+    assert not torch.allclose(logits_of(loaded, tokens), logits_of(model, tokens), atol=1e-3)
+
+
+# peft asks transformers by an old name
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_lora_trains_and_generates():
+    peft = pytest.importorskip("peft")
+    tokens = make_tokens()
+    adapter = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_model(), adapter)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained and all("lora" in name for name in trained)
+    assert model.eval().generate(input_ids=tokens, max_new_tokens=3).shape[1] > 23
+
+
+def test_blocks_are_what_sharding_wraps():
+    model = make_model()
+    assert {type(layer).__name__ for layer in model.model.layers} == set(model._no_split_modules)
+
+
+@pytest.mark.parametrize(
+    "module", ["nn.segmented_attention", "models.decoder", "models.cache"], ids=str
+)
+def test_docstring_examples_run(module):
+    model = make_model()
+    names = dict(
+        torch=torch,
+        RotaryEmbedding=RotaryEmbedding,
+        sequence_positions=sequence_positions,
+        model=model,
+        input_ids=make_tokens(T=150),
+    )
+    module = importlib.import_module(f"memattn.{module}")
+    results = doctest.testmod(module, extraglobs=names)
+    assert results.failed == 0 and results.attempted > 0
 
 
 def test_resize_token_embeddings():

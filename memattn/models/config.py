@@ -144,6 +144,13 @@ class MemAttnConfig(PreTrainedConfig):
         }
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read the values of ``to_dict``; ``attention`` may be replaced by a keyword, as a dict."""
+        if "attention" in kwargs:
+            config_dict = config_dict | {"attention": kwargs.pop("attention")}
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def vanilla(cls, **sizes: Any) -> "MemAttnConfig":
         """A plain causal decoder; ``sizes`` are further fields."""
         return cls(attention=AttentionConfig(), **cls._check_sizes(sizes))

@@ -176,8 +176,8 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
         config: Sizes and parts of the model.
 
     Example:
-        >>> config = MemAttnConfig.segmented(segment_len=64, window_size=64, vocab_size=256)
-        >>> model = MemAttnForCausalLM(config)
+        >>> sizes = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = MemAttnForCausalLM(MemAttnConfig.segmented(segment_len=64, **sizes))
         >>> input_ids = torch.randint(256, (2, 100))
         >>> model(input_ids, labels=input_ids).loss.backward()
         >>> tokens = model.eval().generate(input_ids, max_new_tokens=20, do_sample=False)
