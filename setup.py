@@ -14,7 +14,6 @@ from setuptools import find_packages, setup
 
 # torch 2.11, as TORCH_TARGET_VERSION wants it: 0xMMmmpp0000000000
 TORCH_ABI = "0x020b000000000000"
-PYTHON_ABI = "0x030a0000"  # Python 3.10
 
 
 def cpp_extension() -> dict:
@@ -56,8 +55,8 @@ def cpp_extension() -> dict:
         sorted(glob("csrc/*.cpp")),
         include_dirs=["csrc"],
         depends=sorted(glob("csrc/*.h")),
-        define_macros=[("TORCH_TARGET_VERSION", TORCH_ABI), ("Py_LIMITED_API", PYTHON_ABI)],
-        extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-g0"],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_ABI)],
+        extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-g0"],
         py_limited_api=True,
     )
     return {

@@ -1,7 +1,7 @@
 """Which backend computes an operator."""
 
+import importlib
 import importlib.util
-from functools import cache
 from typing import Literal
 
 import torch
@@ -14,25 +14,32 @@ BACKENDS = ("auto", "triton", "cpp", "reference")
 BUILD_CPP = "pip install --no-build-isolation --force-reinstall --no-deps memattn"
 
 
-@cache
-def cpp_is_built() -> bool:
-    """Whether the C++ extension is there and loads beside this torch."""
-    if importlib.util.find_spec("memattn._C") is None:
+def _loads(module: str) -> bool:
+    """Whether a module of the extension is there and loads beside this torch."""
+    if importlib.util.find_spec(module) is None:
         return False
     try:
-        importlib.import_module("memattn._C")
+        importlib.import_module(module)
     except ImportError:
         return False
     return True
 
 
-@cache
+# looked up once, at import: torch.compile traces through the functions below
+_CPP_IS_BUILT = _loads("memattn._C")
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def cpp_is_built() -> bool:
+    """Whether the C++ extension is there and loads beside this torch."""
+    return _CPP_IS_BUILT
+
+
 def triton_is_installed() -> bool:
     """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_IS_INSTALLED
 
 
-@cache
 def triton_is_interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
     from triton import knobs

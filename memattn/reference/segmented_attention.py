@@ -77,8 +77,8 @@ def masked_attention(
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention under a boolean mask ``[B or 1, H or 1, T, S]``, with its lse.
 
-    A row without a key gives ``out = 0``, ``lse = -inf`` and no gradient. A key that no row sees
-    may hold NaN.
+    A row without a key gives ``out = 0``, ``lse = -inf`` and no gradient. Such a row, and a key
+    that no row sees, may hold NaN.
     """
     H, Hkv = query.shape[1], key.shape[1]
     B = query.shape[0]
@@ -87,6 +87,7 @@ def masked_attention(
     value = value.repeat_interleave(H // Hkv, 1).masked_fill(~seen, 0.0)
     mask = mask.expand(B, H, -1, -1)
     empty = ~mask.any(-1, keepdim=True)
+    query = query.masked_fill(empty, 0.0)
     scores = (query @ key.mT) * scale
     scores = scores.masked_fill(~mask & ~empty, -torch.inf).masked_fill(empty, 0.0)
     weights = scores.softmax(-1).masked_fill(empty, 0.0)

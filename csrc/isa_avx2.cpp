@@ -1,0 +1,38 @@
+// Tile kernels for AVX2 with FMA and F16C: eight-float vectors.
+#if defined(__x86_64__)
+#include <cstdint>
+#include <immintrin.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "kernels.h"
+
+#define MEMATTN_VL 8
+#define MEMATTN_REGISTERS 16
+#define MEMATTN_FMA(a, b, c) (vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
+#define MEMATTN_FMA1(a, b, c) __builtin_fmaf(a, b, c)
+#define MEMATTN_F16C
+
+// after the headers, so that no function shared with other files gets these instructions
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace memattn::avx2 {
+#include "tile_engine.h"
+#include "segmented_attention_tile.h"
+}  // namespace memattn::avx2
+
+namespace memattn {
+const Kernels& avx2_kernels() {
+  static constexpr Kernels table = avx2::make_kernels("avx2");
+  return table;
+}
+}  // namespace memattn
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

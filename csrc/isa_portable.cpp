@@ -1,0 +1,23 @@
+// Tile kernels for any processor: four-float vectors, lowered by the compiler.
+#include <cstdint>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "kernels.h"
+
+#define MEMATTN_VL 4
+#define MEMATTN_REGISTERS 16
+#define MEMATTN_FMA(a, b, c) ((a) * (b) + (c))
+#define MEMATTN_FMA1(a, b, c) ((a) * (b) + (c))
+
+namespace memattn::portable {
+#include "tile_engine.h"
+#include "segmented_attention_tile.h"
+}  // namespace memattn::portable
+
+namespace memattn {
+const Kernels& portable_kernels() {
+  static constexpr Kernels table = portable::make_kernels("portable");
+  return table;
+}
+}  // namespace memattn

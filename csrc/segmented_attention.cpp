@@ -1,0 +1,425 @@
+// Segmented attention on the CPU: index sets, tiles, threads. The arithmetic is in
+// segmented_attention_tile.h, the definition in memattn/reference/segmented_attention.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace memattn {
+namespace {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalInt = std::optional<int64_t>;
+using torch::headeronly::ScalarType;
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    default: STD_TORCH_CHECK(false, "memattn_cpp takes float32, float16 and bfloat16 tensors");
+  }
+  return Dtype::float32;
+}
+
+View view_of(const Tensor& t) {
+  View view;
+  view.data = t.data_ptr();
+  view.dtype = dtype_of(t);
+  for (int64_t i = 0; i < t.dim(); ++i) view.stride[i] = t.stride(i);
+  return view;
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like, ScalarType dtype) {
+  return torch::stable::new_empty(like, std::vector<int64_t>(sizes), dtype);
+}
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float, Free>;
+
+Buffer buffer(int64_t floats) {
+  const size_t bytes = (static_cast<size_t>(floats) * 4 + 127) / 64 * 64;
+  auto* p = static_cast<float*>(std::aligned_alloc(64, bytes));
+  STD_TORCH_CHECK(p != nullptr, "memattn_cpp could not allocate ", bytes, " bytes");
+  return Buffer(p);
+}
+
+// Runs work(i, thread's state) for i in [0, n), handed out one by one: tiles differ in cost.
+template <class State, class Work>
+void parallel_work(int64_t n, State make_state, Work work) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), n);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      auto state = make_state();
+      for (int64_t i; (i = next.fetch_add(1)) < n;) work(i, state);
+    }
+  });
+}
+
+// One document: tokens [start, end), whose first segment has this index among all segments.
+struct Document {
+  int64_t start, end, first_segment;
+};
+
+struct Inputs {
+  SegmentedArgs args;
+  std::vector<RowRange> rows;
+};
+
+RowRange row_range(const SegmentedArgs& a, int64_t i, const Document& doc, OptionalInt segment_len,
+                   OptionalInt window_size, bool is_causal, bool memory_is_causal) {
+  RowRange r{0, 0, 0, 0, 0};
+  if (i < doc.start || i >= doc.end) return r;
+  int64_t lo = doc.start, hi = doc.end;
+  if (segment_len || window_size) {
+    lo = hi = i;
+    if (segment_len) {
+      lo = i - (i - doc.start) % *segment_len;
+      hi = lo + *segment_len;
+    }
+    if (window_size) {
+      const int64_t w = std::min<int64_t>(*window_size, INT32_MAX);
+      lo = std::min(lo, i - w + 1);
+      hi = std::max(hi, i + w);
+    }
+  }
+  if (is_causal) hi = i + 1;
+  lo = std::max({lo, doc.start, int64_t{0}});
+  hi = std::min({hi, doc.end, a.S});
+  if (lo < hi) r.lo = static_cast<int32_t>(lo), r.hi = static_cast<int32_t>(hi);
+  r.persistent = static_cast<int32_t>(a.P);
+  if (a.M) {
+    r.segment = static_cast<int32_t>(doc.first_segment + (i - doc.start) / *segment_len);
+    r.memory = static_cast<int32_t>(
+        memory_is_causal ? std::min(a.M, (i - doc.start) % *segment_len + 1) : a.M);
+  }
+  return r;
+}
+
+// What every query sees; refuses anything that would read outside a tensor.
+std::vector<RowRange> row_ranges(SegmentedArgs& a, int64_t n_segments, const OptionalTensor& cu_seqlens,
+                                 const OptionalTensor& seq_start, const OptionalTensor& seq_end,
+                                 OptionalInt segment_len, OptionalInt window_size, bool is_causal,
+                                 bool memory_is_causal, int64_t query_offset) {
+  STD_TORCH_CHECK(a.S < INT32_MAX && a.T < INT32_MAX, "memattn_cpp takes lengths below 2^31");
+  auto ints = [](const Tensor& t) {
+    const auto* p = static_cast<const int32_t*>(t.data_ptr());
+    std::vector<int64_t> values(t.numel());
+    for (int64_t i = 0; i < t.numel(); ++i) values[i] = p[i * t.stride(0)];
+    return values;
+  };
+  const bool alike = !seq_start && !seq_end;
+  const int64_t sequences = alike ? std::min<int64_t>(a.B, 1) : a.B;
+  const auto starts = seq_start ? ints(*seq_start) : std::vector<int64_t>(a.B, 0);
+  const auto ends = seq_end ? ints(*seq_end) : std::vector<int64_t>(a.B, INT32_MAX);
+  std::vector<RowRange> rows(sequences * a.T);
+  for (int64_t b = 0; b < sequences; ++b) {
+    std::vector<Document> documents;
+    if (cu_seqlens) {
+      const auto bounds = ints(*cu_seqlens);
+      int64_t segments = 0;
+      for (size_t d = 0; d + 1 < bounds.size(); ++d) {
+        STD_TORCH_CHECK(bounds[d] >= 0 && bounds[d] <= bounds[d + 1], "cu_seqlens must rise");
+        documents.push_back({bounds[d], bounds[d + 1], segments});
+        if (segment_len) segments += (bounds[d + 1] - bounds[d] + *segment_len - 1) / *segment_len;
+      }
+    } else {
+      documents.push_back({starts[b], ends[b], 0});
+    }
+    size_t d = 0;
+    for (int64_t t = 0; t < a.T; ++t) {
+      const int64_t i = t + query_offset;
+      while (d + 1 < documents.size() && i >= documents[d].end) ++d;
+      RowRange& r = rows[b * a.T + t];
+      r = row_range(a, i, documents[d], segment_len, window_size, is_causal, memory_is_causal);
+      STD_TORCH_CHECK(!r.memory || r.segment < n_segments, "memory_key must have at least n_segments=",
+                      r.segment + 1, ", got ", n_segments);
+    }
+  }
+  a.rows_stride = alike ? 0 : a.T;
+  return rows;
+}
+
+Inputs make_inputs(const Tensor& query, const Tensor& key, const Tensor& value,
+                   const OptionalTensor& persistent_key, const OptionalTensor& persistent_value,
+                   const OptionalTensor& memory_key, const OptionalTensor& memory_value,
+                   const OptionalTensor& cu_seqlens, const OptionalTensor& seq_start,
+                   const OptionalTensor& seq_end, OptionalInt segment_len, OptionalInt window_size,
+                   bool is_causal, bool memory_is_causal, int64_t query_offset, double scale) {
+  Inputs in;
+  SegmentedArgs& a = in.args;
+  a = SegmentedArgs{};
+  a.B = query.size(0), a.H = query.size(1), a.T = query.size(2), a.D = query.size(3);
+  a.Hkv = key.size(1), a.S = key.size(2), a.Dv = value.size(3);
+  a.scale = scale;
+  a.query = view_of(query), a.key = view_of(key), a.value = view_of(value);
+  if (persistent_key) {
+    a.P = persistent_key->size(1);
+    a.persistent_key = view_of(*persistent_key), a.persistent_value = view_of(*persistent_value);
+  }
+  int64_t n_segments = 0;
+  if (memory_key) {
+    n_segments = memory_key->size(2), a.M = memory_key->size(3);
+    a.memory_key = view_of(*memory_key), a.memory_value = view_of(*memory_value);
+  }
+  in.rows = row_ranges(a, n_segments, cu_seqlens, seq_start, seq_end, segment_len, window_size,
+                       is_causal, memory_is_causal, query_offset);
+  a.rows = in.rows.data();
+  return in;
+}
+
+// Tiles of queries [t_begin, t_end) of key head (b, hkv). Short sequences share a tile among the
+// query heads of the group.
+std::vector<Tile> make_tiles(const SegmentedArgs& a, int64_t b, int64_t hkv, int64_t t_begin,
+                             int64_t t_end) {
+  const int64_t G = a.H / a.Hkv, rows = kernels().tile_rows;
+  const int64_t heads = std::clamp<int64_t>(rows / std::max<int64_t>(a.T, 1), 1, G);
+  std::vector<Tile> tiles;
+  for (int64_t t = t_begin; t < t_end; t += rows)
+    for (int64_t g = 0; g < G; g += heads)
+      tiles.push_back({b, hkv, hkv * G + g, hkv * G + std::min(g + heads, G), t,
+                       std::min(t + rows, t_end)});
+  return tiles;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(
+    Tensor query, Tensor key, Tensor value, OptionalTensor persistent_key,
+    OptionalTensor persistent_value, OptionalTensor memory_key, OptionalTensor memory_value,
+    OptionalTensor cu_seqlens, OptionalTensor seq_start, OptionalTensor seq_end,
+    OptionalInt segment_len, OptionalInt window_size, bool is_causal, bool memory_is_causal,
+    int64_t query_offset, double scale) {
+  Inputs in = make_inputs(query, key, value, persistent_key, persistent_value, memory_key,
+                          memory_value, cu_seqlens, seq_start, seq_end, segment_len, window_size,
+                          is_causal, memory_is_causal, query_offset, scale);
+  SegmentedArgs& a = in.args;
+  Tensor out = empty({a.B, a.H, a.T, a.Dv}, query, query.scalar_type());
+  Tensor lse = empty({a.B, a.H, a.T}, query, ScalarType::Float);
+  Tensor lse_low = empty({a.B, a.H, a.T}, query, ScalarType::Float);
+  a.out = view_of(out);
+  a.lse = static_cast<float*>(lse.data_ptr());
+  a.lse_low = static_cast<float*>(lse_low.data_ptr());
+  std::vector<Tile> tiles;
+  for (int64_t b = 0; b < a.B; ++b)
+    for (int64_t hkv = 0; hkv < a.Hkv; ++hkv) {
+      const auto more = make_tiles(a, b, hkv, 0, a.T);
+      tiles.insert(tiles.end(), more.begin(), more.end());
+    }
+  const Kernels& k = kernels();
+  parallel_work(
+      tiles.size(), [&] { return buffer(k.forward_scratch(a)); },
+      [&](int64_t i, Buffer& scratch) { k.segmented_forward(a, tiles[i], scratch.get()); });
+  return {out, lse, lse_low};
+}
+
+// The queries [t_begin, t_end) of key head (b, hkv), with the keys and segments that they reach.
+struct Chunk {
+  int64_t b, hkv, t_begin, t_end;
+  int64_t key_begin = 0, key_end = 0, segment_begin = 0, segment_end = 0;
+  Buffer sums;
+  SegmentedGrads grads{};
+};
+
+// Splits the queries of one sequence into `n` chunks of about equal work.
+std::vector<int64_t> split_rows(const SegmentedArgs& a, int64_t b, int64_t n) {
+  const RowRange* rows = a.rows + b * a.rows_stride;
+  double work = 0;
+  for (int64_t t = 0; t < a.T; ++t) work += rows[t].hi - rows[t].lo + rows[t].persistent + rows[t].memory + 1;
+  std::vector<int64_t> bounds{0};
+  double done = 0;
+  for (int64_t t = 0; t < a.T; ++t) {
+    done += rows[t].hi - rows[t].lo + rows[t].persistent + rows[t].memory + 1;
+    if (done >= work * bounds.size() / n && static_cast<int64_t>(bounds.size()) < n && t + 1 < a.T)
+      bounds.push_back(t + 1);
+  }
+  bounds.push_back(a.T);
+  return bounds;
+}
+
+void reach(const SegmentedArgs& a, Chunk& c) {
+  const RowRange* rows = a.rows + c.b * a.rows_stride;
+  int64_t lo = a.S, hi = 0, s0 = INT32_MAX, s1 = 0;
+  for (int64_t t = c.t_begin; t < c.t_end; ++t) {
+    if (rows[t].lo < rows[t].hi)
+      lo = std::min<int64_t>(lo, rows[t].lo), hi = std::max<int64_t>(hi, rows[t].hi);
+    if (rows[t].memory)
+      s0 = std::min<int64_t>(s0, rows[t].segment), s1 = std::max<int64_t>(s1, rows[t].segment + 1);
+  }
+  if (lo < hi) c.key_begin = lo, c.key_end = hi;
+  if (s0 < s1) c.segment_begin = s0, c.segment_end = s1;
+}
+
+// Writes to `to` (rows at `offset`) `factor` times the sum of the parts' rows; 0 where none reaches.
+struct Part {
+  const float* data;
+  int64_t begin, end;
+};
+
+void store_sum(const View& to, int64_t offset, int64_t n, int64_t width, int64_t ld,
+               float factor, const std::vector<Part>& parts) {
+  const int64_t row_stride = width;  // gradients are contiguous
+  std::vector<float> row(width);
+  for (int64_t j = 0; j < n; ++j) {
+    std::fill(row.begin(), row.end(), 0.0f);
+    for (const Part& part : parts)
+      if (j >= part.begin && j < part.end)
+        for (int64_t d = 0; d < width; ++d) row[d] += part.data[(j - part.begin) * ld + d];
+    for (float& x : row) x *= factor;
+    const int64_t at = offset + j * row_stride;
+    for (int64_t d = 0; d < width; ++d) switch (to.dtype) {
+        case Dtype::float32: static_cast<float*>(to.data)[at + d] = row[d]; break;
+        case Dtype::float16:
+          static_cast<uint16_t*>(to.data)[at + d] = torch::headeronly::Half(row[d]).x;
+          break;
+        default: static_cast<uint16_t*>(to.data)[at + d] = torch::headeronly::BFloat16(row[d]).x;
+      }
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, Tensor lse_low, Tensor query, Tensor key,
+    Tensor value, OptionalTensor persistent_key, OptionalTensor persistent_value, OptionalTensor memory_key,
+    OptionalTensor memory_value, OptionalTensor cu_seqlens, OptionalTensor seq_start,
+    OptionalTensor seq_end, OptionalInt segment_len, OptionalInt window_size, bool is_causal,
+    bool memory_is_causal, int64_t query_offset, double scale) {
+  Inputs in = make_inputs(query, key, value, persistent_key, persistent_value, memory_key,
+                          memory_value, cu_seqlens, seq_start, seq_end, segment_len, window_size,
+                          is_causal, memory_is_causal, query_offset, scale);
+  SegmentedArgs& a = in.args;
+  const ScalarType dtype = query.scalar_type();
+  const int64_t n_segments = memory_key ? memory_key->size(2) : 0;
+  const int64_t P = a.P, M = a.M, D = a.D, Dv = a.Dv;
+  Tensor d_query = empty({a.B, a.H, a.T, D}, query, dtype);
+  Tensor d_key = empty({a.B, a.Hkv, a.S, D}, query, dtype);
+  Tensor d_value = empty({a.B, a.Hkv, a.S, Dv}, query, dtype);
+  Tensor d_pk = empty({persistent_key ? a.Hkv : 0, P, D}, query, dtype);
+  Tensor d_pv = empty({persistent_key ? a.Hkv : 0, P, Dv}, query, dtype);
+  Tensor d_mk = empty({memory_key ? a.B : 0, a.Hkv, n_segments, M, D}, query, dtype);
+  Tensor d_mv = empty({memory_key ? a.B : 0, a.Hkv, n_segments, M, Dv}, query, dtype);
+  out = torch::stable::contiguous(out), lse = torch::stable::contiguous(lse);
+  d_lse = torch::stable::contiguous(d_lse), lse_low = torch::stable::contiguous(lse_low);
+  a.out = view_of(out), a.d_out = view_of(d_out), a.d_query = view_of(d_query);
+  a.lse = static_cast<float*>(lse.data_ptr());
+  a.lse_low = static_cast<float*>(lse_low.data_ptr());
+  a.d_lse = static_cast<const float*>(d_lse.data_ptr());
+
+  const float factor = static_cast<float>(scale);
+  const Kernels& k = kernels();
+  const int64_t ldk = (D + k.lanes - 1) / k.lanes * k.lanes;
+  const int64_t ldv = (Dv + k.lanes - 1) / k.lanes * k.lanes;
+  // one owner for each (sequence, key head); split further only where that leaves threads idle
+  const int64_t threads = torch::stable::get_num_threads(), owners = a.B * a.Hkv;
+  const bool even = owners >= 4 * threads || (owners && owners % threads == 0);
+  const int64_t split = even || !owners ? 1 : std::min<int64_t>((2 * threads + owners - 1) / owners, 8);
+  std::vector<Chunk> chunks;
+  std::vector<size_t> first_chunk;
+  for (int64_t b = 0; b < a.B; ++b) {
+    const auto bounds = split_rows(a, b, split);
+    for (int64_t hkv = 0; hkv < a.Hkv; ++hkv) {
+      first_chunk.push_back(chunks.size());
+      for (size_t c = 0; c + 1 < bounds.size(); ++c) {
+        Chunk chunk{b, hkv, bounds[c], bounds[c + 1]};
+        reach(a, chunk);
+        chunks.push_back(std::move(chunk));
+      }
+    }
+  }
+  first_chunk.push_back(chunks.size());
+
+  auto store_owner = [&](int64_t owner) {
+    const int64_t b = owner / a.Hkv, hkv = owner % a.Hkv;
+    std::vector<Part> dk, dv, dmk, dmv;
+    for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c) {
+      const Chunk& ch = chunks[c];
+      const int64_t s0 = ch.segment_begin * M, s1 = ch.segment_end * M;
+      dk.push_back({ch.grads.d_key, ch.key_begin, ch.key_end});
+      dv.push_back({ch.grads.d_value, ch.key_begin, ch.key_end});
+      dmk.push_back({ch.grads.d_memory_key, s0, s1});
+      dmv.push_back({ch.grads.d_memory_value, s0, s1});
+    }
+    store_sum(view_of(d_key), (b * a.Hkv + hkv) * a.S * D, a.S, D, ldk, factor, dk);
+    store_sum(view_of(d_value), (b * a.Hkv + hkv) * a.S * Dv, a.S, Dv, ldv, 1.0f, dv);
+    if (M) {
+      const int64_t n = n_segments * M;
+      store_sum(view_of(d_mk), (b * a.Hkv + hkv) * n * D, n, D, ldk, factor, dmk);
+      store_sum(view_of(d_mv), (b * a.Hkv + hkv) * n * Dv, n, Dv, ldv, 1.0f, dmv);
+    }
+  };
+
+  // persistent sums stay until the end, since every sequence adds to them
+  Buffer persistent = buffer(chunks.size() * P * (ldk + ldv));
+  const int64_t persistent_size = P * (ldk + ldv);
+  parallel_work(
+      chunks.size(), [&] { return buffer(k.backward_scratch(a)); },
+      [&](int64_t i, Buffer& scratch) {
+        Chunk& c = chunks[i];
+        const int64_t keys = c.key_end - c.key_begin;
+        const int64_t memories = (c.segment_end - c.segment_begin) * M;
+        const int64_t floats = (keys + memories) * (ldk + ldv);
+        c.sums = buffer(floats);
+        std::fill_n(c.sums.get(), floats, 0.0f);
+        SegmentedGrads& g = c.grads;
+        g.d_key = c.sums.get(), g.d_value = g.d_key + keys * ldk, g.key_begin = c.key_begin;
+        g.d_memory_key = g.d_value + keys * ldv;
+        g.d_memory_value = g.d_memory_key + memories * ldk;
+        g.segment_begin = c.segment_begin;
+        g.d_persistent_key = persistent.get() + i * persistent_size;
+        g.d_persistent_value = g.d_persistent_key + P * ldk;
+        std::fill_n(g.d_persistent_key, persistent_size, 0.0f);
+        for (const Tile& tile : make_tiles(a, c.b, c.hkv, c.t_begin, c.t_end))
+          k.segmented_backward(a, tile, g, scratch.get());
+        if (split == 1) {
+          store_owner(i);
+          c.sums.reset();
+        }
+      });
+  if (split > 1)
+    parallel_work(owners, [] { return 0; }, [&](int64_t owner, int) { store_owner(owner); });
+  if (P)
+    for (int64_t hkv = 0; hkv < a.Hkv; ++hkv) {
+      std::vector<Part> dk, dv;
+      for (const Chunk& c : chunks)
+        if (c.hkv == hkv) {
+          dk.push_back({c.grads.d_persistent_key, 0, P});
+          dv.push_back({c.grads.d_persistent_value, 0, P});
+        }
+      store_sum(view_of(d_pk), hkv * P * D, P, D, ldk, factor, dk);
+      store_sum(view_of(d_pv), hkv * P * Dv, P, Dv, ldv, 1.0f, dv);
+    }
+  return {d_query, d_key, d_value, d_pk, d_pv, d_mk, d_mv};
+}
+
+}  // namespace
+}  // namespace memattn
+
+#define MEMATTN_INPUTS                                                                             \
+  "Tensor query, Tensor key, Tensor value, Tensor? persistent_key, Tensor? persistent_value, "     \
+  "Tensor? memory_key, Tensor? memory_value, Tensor? cu_seqlens, Tensor? seq_start, "              \
+  "Tensor? seq_end, int? segment_len, int? window_size, bool is_causal, bool memory_is_causal, "   \
+  "int query_offset, float scale"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) {
+  m.def("segmented_attention(" MEMATTN_INPUTS ") -> (Tensor out, Tensor lse, Tensor lse_low)");
+  m.def("segmented_attention_backward(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, Tensor lse_low, "
+        MEMATTN_INPUTS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(memattn_cpp, CPU, m) {
+  m.impl("segmented_attention", TORCH_BOX(&memattn::forward));
+  m.impl("segmented_attention_backward", TORCH_BOX(&memattn::backward));
+}

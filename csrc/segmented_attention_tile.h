@@ -1,0 +1,468 @@
+// Segmented attention, one tile of queries at a time, forward and backward.
+//
+// Included once per instruction set after tile_engine.h. A tile walks its key sources (tokens,
+// persistent keys, the memory of its segments) in blocks; every source tells each query the
+// interval of its keys, so one mask serves all. Derivation: docs/segmented_attention.md.
+
+constexpr int64_t TILE_ROWS = 64;    // query rows of a tile; a multiple of every panel
+constexpr int64_t BLOCK_KEYS = 96;   // keys of a block; a multiple of the micro-tile rows
+constexpr double LOG2E = 1.4426950408889634;
+constexpr int64_t FEW_KEYS = 48;     // a tile with at most so many is cheap to go through twice
+constexpr float NO_SCORE = -1e30f;   // running maximum before the first key
+
+// Keys that one query lane may see, [lo, hi) counted in its source.
+struct Interval {
+  int32_t lo[TILE_ROWS], hi[TILE_ROWS];
+  // bounds over each panel: of the union, and of what all lanes see
+  int32_t any_lo[TILE_ROWS], any_hi[TILE_ROWS], all_lo[TILE_ROWS], all_hi[TILE_ROWS];
+  int32_t min_lo, max_hi;
+
+  void summarise(int64_t lanes, int64_t panel) {
+    min_lo = INT32_MAX, max_hi = INT32_MIN;
+    for (int64_t p = 0; p * panel < lanes; ++p) {
+      any_lo[p] = INT32_MAX, any_hi[p] = INT32_MIN, all_lo[p] = INT32_MIN, all_hi[p] = INT32_MAX;
+      for (int64_t i = p * panel; i < (p + 1) * panel; ++i) {
+        if (lo[i] < hi[i]) {
+          any_lo[p] = lo[i] < any_lo[p] ? lo[i] : any_lo[p];
+          any_hi[p] = hi[i] > any_hi[p] ? hi[i] : any_hi[p];
+        }
+        all_lo[p] = lo[i] > all_lo[p] ? lo[i] : all_lo[p];
+        all_hi[p] = hi[i] < all_hi[p] ? hi[i] : all_hi[p];
+      }
+      min_lo = any_lo[p] < min_lo ? any_lo[p] : min_lo;
+      max_hi = any_hi[p] > max_hi ? any_hi[p] : max_hi;
+    }
+  }
+};
+
+// A block of keys of one source, and where its gradients are summed.
+struct Block {
+  Rows key, value;
+  int64_t begin, n;  // keys [begin, begin + n) of the source
+  const Interval* seen;
+  float *d_key, *d_value;
+};
+
+// The queries of a tile, row r of lane r.
+struct TileRows {
+  int64_t n;       // rows
+  int64_t lanes;   // rounded up to whole panels
+  int64_t head[TILE_ROWS], t[TILE_ROWS];
+  const RowRange* range[TILE_ROWS];
+
+  TileRows(const SegmentedArgs& a, const Tile& tile, int64_t panel) {
+    n = 0;
+    for (int64_t h = tile.h0; h < tile.h1; ++h)
+      for (int64_t i = tile.t0; i < tile.t1; ++i, ++n) {
+        head[n] = h, t[n] = i;
+        range[n] = a.rows + tile.b * a.rows_stride + i;
+      }
+    lanes = round_up(n, panel);
+  }
+
+  bool empty(int64_t i) const {
+    const RowRange& r = *range[i];
+    return r.lo >= r.hi && !r.persistent && !r.memory;
+  }
+
+  // at most so many keys are seen by the rows together
+  int64_t keys() const {
+    int64_t lo = INT32_MAX, hi = 0, persistent = 0, memory = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      if (range[i]->lo < range[i]->hi) {
+        lo = range[i]->lo < lo ? range[i]->lo : lo;
+        hi = range[i]->hi > hi ? range[i]->hi : hi;
+      }
+      persistent = range[i]->persistent > persistent ? range[i]->persistent : persistent;
+      memory += range[i]->memory;
+    }
+    return (lo < hi ? hi - lo : 0) + persistent + memory;
+  }
+};
+
+static MEMATTN_INLINE int64_t at(const View& v, int64_t b, int64_t h, int64_t t) {
+  return b * v.stride[0] + h * v.stride[1] + t * v.stride[2];
+}
+
+// Calls visit(block) for every block of keys that some row of the tile sees.
+template <class Visit>
+static void for_each_block(const SegmentedArgs& a, const Tile& tile, const TileRows& rows,
+                           int64_t panel, const SegmentedGrads* grads, int64_t ldk, int64_t ldv,
+                           float* scratch, Visit visit) {
+  float* key_scratch = scratch;
+  float* value_scratch = scratch + BLOCK_KEYS * a.D;
+  Interval seen;
+  // lanes past the last row repeat it: they cost no mask, and nobody reads them
+  auto fill = [&](auto lo, auto hi) {
+    for (int64_t i = 0; i < rows.lanes; ++i) {
+      const RowRange& r = *rows.range[i < rows.n ? i : rows.n - 1];
+      seen.lo[i] = lo(r), seen.hi[i] = hi(r);
+    }
+    seen.summarise(rows.lanes, panel);
+  };
+  auto walk = [&](const View& key, int64_t key_at, const View& value, int64_t value_at,
+                  int64_t row, float* d_key, float* d_value, int64_t grads_begin) {
+    for (int64_t j = seen.min_lo; j < seen.max_hi; j += BLOCK_KEYS) {
+      const int64_t left = seen.max_hi - j;
+      const int64_t n = left < BLOCK_KEYS ? left : BLOCK_KEYS;
+      Block block;
+      block.key = float_rows(key, key_at + j * key.stride[row], key.stride[row],
+                             key.stride[row + 1], n, a.D, key_scratch);
+      block.value = float_rows(value, value_at + j * value.stride[row], value.stride[row],
+                               value.stride[row + 1], n, a.Dv, value_scratch);
+      block.begin = j, block.n = n, block.seen = &seen;
+      block.d_key = grads ? d_key + (j - grads_begin) * ldk : nullptr;
+      block.d_value = grads ? d_value + (j - grads_begin) * ldv : nullptr;
+      visit(block);
+    }
+  };
+
+  if (a.P) {
+    fill([](const RowRange&) { return 0; }, [](const RowRange& r) { return r.persistent; });
+    walk(a.persistent_key, tile.hkv * a.persistent_key.stride[0], a.persistent_value,
+         tile.hkv * a.persistent_value.stride[0], 1, grads ? grads->d_persistent_key : nullptr,
+         grads ? grads->d_persistent_value : nullptr, 0);
+  }
+  if (a.M) {
+    int32_t first = INT32_MAX, last = INT32_MIN;
+    for (int64_t i = 0; i < rows.n; ++i)
+      if (rows.range[i]->memory) {
+        first = rows.range[i]->segment < first ? rows.range[i]->segment : first;
+        last = rows.range[i]->segment > last ? rows.range[i]->segment : last;
+      }
+    for (int32_t s = first; s <= last; ++s) {
+      fill([](const RowRange&) { return 0; },
+           [s](const RowRange& r) { return r.segment == s ? r.memory : 0; });
+      const int64_t base = grads ? (s - grads->segment_begin) * a.M : 0;
+      walk(a.memory_key, at(a.memory_key, tile.b, tile.hkv, s), a.memory_value,
+           at(a.memory_value, tile.b, tile.hkv, s), 3,
+           grads ? grads->d_memory_key + base * ldk : nullptr,
+           grads ? grads->d_memory_value + base * ldv : nullptr, 0);
+    }
+  }
+  fill([](const RowRange& r) { return r.lo; }, [](const RowRange& r) { return r.hi; });
+  walk(a.key, at(a.key, tile.b, tile.hkv, 0), a.value, at(a.value, tile.b, tile.hkv, 0), 2,
+       grads ? grads->d_key : nullptr, grads ? grads->d_value : nullptr,
+       grads ? grads->key_begin : 0);
+}
+
+// Rows of `view`, transposed into panels [panel][width][lanes of a panel].
+static void load_panels(const View& view, const Tile& tile, const TileRows& rows, int64_t width,
+                        int64_t panel, float* row, float* to) {
+  for (int64_t i = 0; i < rows.lanes; ++i) {
+    float* lane = to + i / panel * width * panel + i % panel;
+    if (i >= rows.n || rows.empty(i)) {  // an empty row may hold anything
+      for (int64_t d = 0; d < width; ++d) lane[d * panel] = 0.0f;
+      continue;
+    }
+    load_row(view, at(view, tile.b, rows.head[i], rows.t[i]), view.stride[3], width, row);
+    for (int64_t d = 0; d < width; ++d) lane[d * panel] = row[d];
+  }
+}
+
+// Scores -inf outside the lanes' intervals; key j of the source in row j - first of `scores`.
+template <int NV>
+static void mask_panel(float* scores, const Interval& seen, int64_t p, int64_t first,
+                       int64_t last) {
+  constexpr int PANEL = NV * VL;
+  vi lo[NV], hi[NV];
+  for (int v = 0; v < NV; ++v) {
+    __builtin_memcpy(&lo[v], seen.lo + p * PANEL + v * VL, sizeof(vi));
+    __builtin_memcpy(&hi[v], seen.hi + p * PANEL + v * VL, sizeof(vi));
+  }
+  for (int64_t j = first; j < last; ++j) {
+    vf* s = (vf*)(scores + (j - first) * PANEL);
+    for (int v = 0; v < NV; ++v) {
+      const vi key = (int32_t)j - vi{};
+      s[v] = select((key >= lo[v]) & (key < hi[v]), s[v], broadcast(-__builtin_inff()));
+    }
+  }
+}
+
+// Keys of a block that some lane of panel p sees, and whether all lanes see all of them.
+struct Span {
+  int64_t first, last;
+  bool partial;
+  Span(const Block& block, int64_t p) {
+    const Interval& seen = *block.seen;
+    const int64_t end = block.begin + block.n;
+    first = block.begin > seen.any_lo[p] ? block.begin : seen.any_lo[p];
+    last = end < seen.any_hi[p] ? end : seen.any_hi[p];
+    partial = seen.all_lo[p] > first || seen.all_hi[p] < last;
+  }
+};
+
+// A number as the sum of two floats, so that a product with it rounds only once. The low part of a
+// factor is positive: a masked score stays -inf.
+struct Split {
+  float high, low;
+  explicit Split(double x) : high((float)x), low((float)(x - high)) {}
+  static Split factor(double x) {
+    Split split(x);
+    if (split.low < 0.0f) split = Split(x * (1 - 0x1p-24)), split.low = (float)(x - split.high);
+    if (split.low < 0x1p-126f) split.low = 0x1p-126f;
+    return split;
+  }
+};
+
+// Online softmax state of one panel: the maximum in units of log 2 as a sum of two floats, so that
+// the largest key has weight 1 exactly, and the sum of the weights.
+template <int NV>
+struct SoftmaxState {
+  vf high[NV], low[NV], sum[NV];
+};
+
+// Takes in one panel of scores [n][PANEL] without their scale, and turns them into weights in place.
+// `alpha` is the factor of what was summed before.
+template <int NV>
+static MEMATTN_INLINE void softmax_step(float* scores, int64_t n, Split scale2,
+                                        SoftmaxState<NV>* state, vf* alpha) {
+  vf top[NV], high[NV], low[NV], sum[NV];
+  for (int v = 0; v < NV; ++v) top[v] = broadcast(NO_SCORE), sum[v] = vf{};
+  for (int64_t j = 0; j < n; ++j)
+    for (int v = 0; v < NV; ++v) {
+      const vf s = ((const vf*)scores)[j * NV + v];
+      top[v] = select(s > top[v], s, top[v]);
+    }
+  for (int v = 0; v < NV; ++v) {
+    high[v] = top[v] * scale2.high;
+    low[v] = fma(top[v], scale2.low, fma(top[v], scale2.high, -high[v]));
+    const vi higher = high[v] > state->high[v];
+    high[v] = select(higher, high[v], state->high[v]);
+    low[v] = select(higher, low[v], state->low[v]);
+  }
+#pragma GCC unroll 2
+  for (int64_t j = 0; j < n; ++j)
+    for (int v = 0; v < NV; ++v) {
+      vf* s = (vf*)scores + j * NV + v;
+      *s = exp2_nonpositive(fma(*s, scale2.high, -high[v]) + fma(*s, scale2.low, -low[v]));
+      sum[v] += *s;
+    }
+  for (int v = 0; v < NV; ++v) {
+    alpha[v] = exp2_nonpositive((state->high[v] - high[v]) + (state->low[v] - low[v]));
+    state->sum[v] = fma(state->sum[v], alpha[v], sum[v]);
+    state->high[v] = high[v], state->low[v] = low[v];
+  }
+}
+
+template <int NV>
+static void forward_tile(const SegmentedArgs& a, const Tile& tile, float* scratch) {
+  constexpr int64_t PANEL = NV * VL;
+  const TileRows rows(a, tile, PANEL);
+  float* q = scratch;                             // [panel][D][PANEL]
+  float* acc = q + TILE_ROWS * a.D;               // [panel][Dv][PANEL]
+  float* scores = acc + TILE_ROWS * a.Dv;         // [BLOCK_KEYS][PANEL]
+  float* block_scratch = scores + BLOCK_KEYS * PANEL;  // [BLOCK_KEYS][D + Dv]
+  float* row = block_scratch + BLOCK_KEYS * (a.D + a.Dv);
+  const Split scale2 = Split::factor(a.scale * LOG2E);
+  load_panels(a.query, tile, rows, a.D, PANEL, row, q);
+  __builtin_memset(acc, 0, rows.lanes * a.Dv * 4);
+  SoftmaxState<NV> states[TILE_ROWS / PANEL];
+  for (auto& state : states)
+    for (int v = 0; v < NV; ++v)
+      state.high[v] = broadcast(NO_SCORE), state.low[v] = state.sum[v] = vf{};
+
+  for_each_block(a, tile, rows, PANEL, nullptr, 0, 0, block_scratch, [&](const Block& block) {
+    for (int64_t p = 0; p * PANEL < rows.lanes; ++p) {
+      const Span span(block, p);
+      const int64_t n = span.last - span.first, skip = span.first - block.begin;
+      if (n <= 0) continue;
+      dot_products<NV>(n, a.D, block.key.data + skip * block.key.stride, block.key.stride,
+                       q + p * a.D * PANEL, PANEL, scores, PANEL);
+      if (span.partial) mask_panel<NV>(scores, *block.seen, p, span.first, span.last);
+      vf alpha[NV];
+      softmax_step<NV>(scores, n, scale2, &states[p], alpha);
+      product<NV, Store::scale_add, false>(a.Dv, 1, n,
+                                           block.value.data + skip * block.value.stride,
+                                           block.value.stride, 0, scores, PANEL, 0,
+                                           acc + p * a.Dv * PANEL, PANEL, alpha);
+    }
+  });
+
+  for (int64_t i = 0; i < rows.n; ++i) {
+    const int64_t h = rows.head[i], t = rows.t[i], flat = (tile.b * a.H + h) * a.T + t;
+    const float* lane = acc + i / PANEL * a.Dv * PANEL + i % PANEL;
+    const SoftmaxState<NV>& state = states[i / PANEL];
+    const int64_t v = i % PANEL / VL, in_vector = i % VL;
+    const float sum = state.sum[v][in_vector];
+    const float norm = 1.0f / sum;
+    const int64_t to = at(a.out, tile.b, h, t);
+    for (int64_t d = 0; d < a.Dv; ++d)
+      store(a.out, to + d * a.out.stride[3], sum == 0.0f ? 0.0f : lane[d * PANEL] * norm);
+    const double top = (double)state.high[v][in_vector] + state.low[v][in_vector];
+    const Split lse((top + __builtin_log2((double)sum)) / LOG2E);
+    a.lse[flat] = sum == 0.0f ? -__builtin_inff() : lse.high;
+    a.lse_low[flat] = sum == 0.0f ? 0.0f : lse.low;
+  }
+}
+
+// d_accumulator[j, :] += sum over the panels' lanes of weights[j, lane] * rows[lane, :]. `first`
+// and `last` bound the panels that see a key of each group of rows.
+template <int NV>
+static void add_rows(const float* weights, const float* rows, int64_t width, float* to, int64_t ld,
+                     int64_t n, int64_t panels, const int64_t* span_first, const int64_t* span_last) {
+  constexpr int64_t PANEL = NV * VL;
+  constexpr int GROUP = 48;  // keys handled with one choice of panels
+  for (int64_t j = 0; j < n; j += GROUP) {
+    const int64_t rows_here = n - j < GROUP ? n - j : GROUP;
+    int64_t p0 = 0, p1 = panels;
+    while (p0 < p1 && (span_last[p0] <= j || span_first[p0] >= j + rows_here)) ++p0;
+    while (p1 > p0 && (span_last[p1 - 1] <= j || span_first[p1 - 1] >= j + rows_here)) --p1;
+    if (p0 == p1) continue;
+    int64_t d = 0;
+    const float* w = weights + p0 * BLOCK_KEYS * PANEL + j * PANEL;
+    for (; d + 2 * VL <= ld; d += 2 * VL)
+      product<2, Store::add, true>(rows_here, p1 - p0, PANEL, w, PANEL, BLOCK_KEYS * PANEL,
+                                   rows + p0 * PANEL * ld + d, ld, PANEL * ld, to + j * ld + d, ld,
+                                   nullptr);
+    for (; d < ld; d += VL)
+      product<1, Store::add, true>(rows_here, p1 - p0, PANEL, w, PANEL, BLOCK_KEYS * PANEL,
+                                   rows + p0 * PANEL * ld + d, ld, PANEL * ld, to + j * ld + d, ld,
+                                   nullptr);
+  }
+}
+
+template <int NV>
+static void backward_tile(const SegmentedArgs& a, const Tile& tile, const SegmentedGrads& grads,
+                          float* scratch) {
+  constexpr int64_t PANEL = NV * VL;
+  const TileRows rows(a, tile, PANEL);
+  const int64_t panels = rows.lanes / PANEL;
+  const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
+  auto take = [&scratch](int64_t n) { float* from = scratch; scratch += round_up(n, 16); return from; };
+  float* q = take(TILE_ROWS * a.D);        // [panel][D][PANEL]
+  float* d_out = take(TILE_ROWS * a.Dv);   // [panel][Dv][PANEL]
+  float* d_q = take(TILE_ROWS * a.D);      // [panel][D][PANEL]
+  float* q_rows = take(TILE_ROWS * ldk);   // [lanes][ldk]
+  float* d_out_rows = take(TILE_ROWS * ldv);
+  float* p_all = take(TILE_ROWS * BLOCK_KEYS);   // [panel][BLOCK_KEYS][PANEL]
+  float* ds_all = take(TILE_ROWS * BLOCK_KEYS);
+  float* lse_high = take(TILE_ROWS);  // in units of log 2
+  float* lse_low = take(TILE_ROWS);
+  float* delta = take(TILE_ROWS);
+  float* d_lse = take(TILE_ROWS);
+  float* row = take(a.D + a.Dv);
+  float* block_scratch = take(BLOCK_KEYS * (a.D + a.Dv));
+
+  const Split scale2 = Split::factor(a.scale * LOG2E);
+  load_panels(a.query, tile, rows, a.D, PANEL, row, q);
+  load_panels(a.d_out, tile, rows, a.Dv, PANEL, row, d_out);
+  __builtin_memset(d_q, 0, rows.lanes * a.D * 4);
+  __builtin_memset(q_rows, 0, rows.lanes * ldk * 4);
+  __builtin_memset(d_out_rows, 0, rows.lanes * ldv * 4);
+  // weight 0 everywhere for lanes without a row and rows without a key
+  for (int64_t i = 0; i < rows.lanes; ++i) lse_high[i] = -NO_SCORE, lse_low[i] = delta[i] = d_lse[i] = 0.0f;
+  for (int64_t i = 0; i < rows.n; ++i) {
+    if (rows.empty(i)) continue;
+    const int64_t h = rows.head[i], t = rows.t[i], flat = (tile.b * a.H + h) * a.T + t;
+    float* qr = q_rows + i * ldk;
+    load_row(a.query, at(a.query, tile.b, h, t), a.query.stride[3], a.D, qr);
+    float* gr = d_out_rows + i * ldv;
+    load_row(a.d_out, at(a.d_out, tile.b, h, t), a.d_out.stride[3], a.Dv, gr);
+    load_row(a.out, at(a.out, tile.b, h, t), a.out.stride[3], a.Dv, row);
+    // summed in the order of the products below: a row with one key gets gradient 0 exactly
+    delta[i] = dot_product(a.Dv, gr, row), d_lse[i] = a.d_lse[flat];
+    if (a.lse[flat] == -__builtin_inff()) continue;
+    const Split lse(((double)a.lse[flat] + a.lse_low[flat]) * LOG2E);
+    lse_high[i] = lse.high, lse_low[i] = lse.low;
+  }
+
+  // the weights of the keys [span.first, span.last) in panel p, and the gradients of these weights
+  auto weigh = [&](const Block& block, int64_t p, const Span& span, float* weights, float* dw) {
+    const int64_t n = span.last - span.first, skip = span.first - block.begin;
+    dot_products<NV>(n, a.D, block.key.data + skip * block.key.stride, block.key.stride,
+                     q + p * a.D * PANEL, PANEL, weights, PANEL);
+    if (span.partial) mask_panel<NV>(weights, *block.seen, p, span.first, span.last);
+    dot_products<NV>(n, a.Dv, block.value.data + skip * block.value.stride, block.value.stride,
+                     d_out + p * a.Dv * PANEL, PANEL, dw, PANEL);
+    const vf* high = (const vf*)(lse_high + p * PANEL);
+    const vf* low = (const vf*)(lse_low + p * PANEL);
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < n; ++j)
+      for (int v = 0; v < NV; ++v) {
+        vf* w = (vf*)weights + j * NV + v;
+        *w = exp2_nonpositive(fma(*w, scale2.high, -high[v]) + fma(*w, scale2.low, -low[v]));
+      }
+  };
+
+  // delta = sum over d of out * d_out = sum over keys of w * dw. With few keys the second form is
+  // cheap, and its rounding cancels against that of dw
+  if (rows.keys() <= FEW_KEYS) {
+    __builtin_memset(delta, 0, rows.lanes * 4);
+    for_each_block(a, tile, rows, PANEL, nullptr, 0, 0, block_scratch, [&](const Block& block) {
+      for (int64_t p = 0; p < panels; ++p) {
+        const Span span(block, p);
+        if (span.first >= span.last) continue;
+        weigh(block, p, span, p_all, ds_all);
+        for (int64_t j = 0; j < (span.last - span.first) * PANEL; ++j)
+          delta[p * PANEL + j % PANEL] =
+              MEMATTN_FMA1(p_all[j], ds_all[j], delta[p * PANEL + j % PANEL]);
+      }
+    });
+  }
+
+  for_each_block(a, tile, rows, PANEL, &grads, ldk, ldv, block_scratch, [&](const Block& block) {
+    int64_t first[TILE_ROWS], last[TILE_ROWS];
+    for (int64_t p = 0; p < panels; ++p) {
+      const Span span(block, p);
+      const int64_t n = span.last - span.first, skip = span.first - block.begin;
+      first[p] = n > 0 ? skip : 0, last[p] = n > 0 ? skip + n : 0;
+      float* weights = p_all + p * BLOCK_KEYS * PANEL;
+      float* ds = ds_all + p * BLOCK_KEYS * PANEL;
+      if (n < block.n) {  // keys that this panel does not see add nothing
+        __builtin_memset(weights, 0, first[p] * PANEL * 4);
+        __builtin_memset(ds, 0, first[p] * PANEL * 4);
+        __builtin_memset(weights + last[p] * PANEL, 0, (block.n - last[p]) * PANEL * 4);
+        __builtin_memset(ds + last[p] * PANEL, 0, (block.n - last[p]) * PANEL * 4);
+      }
+      if (n <= 0) continue;
+      weights += skip * PANEL, ds += skip * PANEL;
+      weigh(block, p, span, weights, ds);
+      const vf* mean = (const vf*)(delta + p * PANEL);
+      const vf* extra = (const vf*)(d_lse + p * PANEL);
+      for (int64_t j = 0; j < n; ++j)
+        for (int v = 0; v < NV; ++v) {
+          vf* s = (vf*)ds + j * NV + v;
+          *s = ((const vf*)weights)[j * NV + v] * ((*s - mean[v]) + extra[v]);
+        }
+      product<NV, Store::add, false>(a.D, 1, n, block.key.data + skip * block.key.stride,
+                                     block.key.stride, 0, ds, PANEL, 0, d_q + p * a.D * PANEL,
+                                     PANEL, nullptr);
+    }
+    add_rows<NV>(p_all, d_out_rows, a.Dv, block.d_value, ldv, block.n, panels, first, last);
+    add_rows<NV>(ds_all, q_rows, a.D, block.d_key, ldk, block.n, panels, first, last);
+  });
+
+  for (int64_t i = 0; i < rows.n; ++i) {
+    const float* lane = d_q + i / PANEL * a.D * PANEL + i % PANEL;
+    const int64_t to = at(a.d_query, tile.b, rows.head[i], rows.t[i]);
+    for (int64_t d = 0; d < a.D; ++d)
+      store(a.d_query, to + d * a.d_query.stride[3], (float)a.scale * lane[d * PANEL]);
+  }
+}
+
+static int64_t forward_scratch(const SegmentedArgs& a) {
+  return (TILE_ROWS + BLOCK_KEYS + 1) * (a.D + a.Dv) + BLOCK_KEYS * 2 * VL;
+}
+
+static int64_t backward_scratch(const SegmentedArgs& a) {
+  const int64_t wide = round_up(a.D, VL) + round_up(a.Dv, VL);
+  return (3 * TILE_ROWS + BLOCK_KEYS + 1) * wide + 2 * TILE_ROWS * BLOCK_KEYS + 4 * TILE_ROWS + 256;
+}
+
+static void segmented_forward(const SegmentedArgs& a, const Tile& tile, float* scratch) {
+  const int64_t n = (tile.h1 - tile.h0) * (tile.t1 - tile.t0);
+  n <= VL ? forward_tile<1>(a, tile, scratch) : forward_tile<2>(a, tile, scratch);
+}
+
+static void segmented_backward(const SegmentedArgs& a, const Tile& tile,
+                               const SegmentedGrads& grads, float* scratch) {
+  backward_tile<2>(a, tile, grads, scratch);
+}
+
+static constexpr Kernels make_kernels(const char* name) {
+  return {name,           VL,
+          TILE_ROWS,      forward_scratch,
+          backward_scratch, segmented_forward,
+          segmented_backward};
+}

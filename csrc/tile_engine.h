@@ -1,0 +1,215 @@
+// Tiles of attention in float32 vectors: products, exponentials, conversion.
+//
+// Included once per instruction set, inside its own namespace, after MEMATTN_VL (floats in a
+// vector), MEMATTN_REGISTERS (vector registers) and the fused a * b + c of vectors and scalars,
+// MEMATTN_FMA and MEMATTN_FMA1, are defined. Nothing else is fused (-ffp-contract=off), so that
+// the same number is rounded the same way wherever it is computed.
+//
+// Scores are held transposed, [keys][queries]: one vector lane is one query. So the row maximum,
+// the exponential, the sum and every mask are plain vertical operations, keys and values are read
+// in place, and only the queries of a tile are repacked. A panel is NV vectors of queries.
+
+typedef float vf __attribute__((vector_size(MEMATTN_VL * 4)));
+typedef int32_t vi __attribute__((vector_size(MEMATTN_VL * 4)));
+constexpr int VL = MEMATTN_VL;
+
+#define MEMATTN_INLINE inline __attribute__((always_inline))
+
+static MEMATTN_INLINE vf broadcast(float x) { return x - vf{}; }
+static MEMATTN_INLINE vf fma(vf a, vf b, vf c) { return MEMATTN_FMA(a, b, c); }
+static MEMATTN_INLINE vf fma(vf a, float b, vf c) { return fma(a, broadcast(b), c); }
+static MEMATTN_INLINE vf select(vi condition, vf a, vf b) { return condition ? a : b; }
+
+// 2^x for x <= 0, exactly 0 below -126.5; NaN stays NaN.
+static MEMATTN_INLINE vf exp2_nonpositive(vf x) {
+  x = select(x < -127.0f, broadcast(-127.0f), x);
+  const vf shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits now hold round(x)
+  const vf f = x - (shifted - 12582912.0f);
+  // minimax polynomial of 2^f on [-0.5, 0.5], relative error 1.9e-09
+  vf p = broadcast(0x1.41d332p-13f);
+  p = fma(p, f, broadcast(0x1.5f456ap-10f));
+  p = fma(p, f, broadcast(0x1.3b2dbcp-7f));
+  p = fma(p, f, broadcast(0x1.c6aed4p-5f));
+  p = fma(p, f, broadcast(0x1.ebfbdap-3f));
+  p = fma(p, f, broadcast(0x1.62e43p-1f));
+  p = fma(p, f, broadcast(0x1.0p+0f));
+  const vi exponent = ((vi)shifted + 127) << 23;
+  return p * (vf)exponent;
+}
+
+enum class Store { set, add, scale_add };
+
+// C[MR][NV vectors] (=, +=, or alpha * C +) sum over ko, k of A[m, ko, k] * B[ko, k, :].
+// A is contiguous along k (a_stride steps m) or along m (a_stride steps k). The sum starts from 0 and
+// meets C at the end: long sums are made of short ones, which keeps their rounding small.
+template <int MR, int NV, Store STORE, bool A_ALONG_K>
+static MEMATTN_INLINE void micro(int64_t KO, int64_t K, const float* A, int64_t a_stride,
+                                 int64_t a_ko, const float* B, int64_t ldb, int64_t b_ko, float* C,
+                                 int64_t ldc, const vf* alpha) {
+  vf acc[MR][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) acc[m][v] = vf{};
+  for (int64_t ko = 0; ko < KO; ++ko) {
+    const float* a = A + ko * a_ko;
+    const float* b = B + ko * b_ko;
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < K; ++k) {
+      vf bv[NV];
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) bv[v] = ((const vf*)b)[v];
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+        const vf av = broadcast(A_ALONG_K ? a[m * a_stride + k] : a[m]);
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) acc[m][v] = fma(av, bv[v], acc[m][v]);
+      }
+      b += ldb;
+      if (!A_ALONG_K) a += a_stride;
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      vf* c = (vf*)(C + m * ldc) + v;
+      if (STORE == Store::set) *c = acc[m][v];
+      if (STORE == Store::add) *c += acc[m][v];
+      if (STORE == Store::scale_add) *c = fma(*c, alpha[v], acc[m][v]);
+    }
+}
+
+// rows of C that fill the registers, with NV vectors each
+template <int NV>
+constexpr int micro_rows() {
+  return MEMATTN_REGISTERS >= 32 ? 12 : (NV == 2 ? 6 : 12);
+}
+
+// One panel of a product: C[M][NV vectors], the rows in the largest groups that fit.
+template <int NV, Store STORE, bool A_ALONG_K>
+static void product(int64_t M, int64_t KO, int64_t K, const float* A, int64_t a_stride,
+                    int64_t a_ko, const float* B, int64_t ldb, int64_t b_ko, float* C, int64_t ldc,
+                    const vf* alpha) {
+  constexpr int MR = micro_rows<NV>();
+  const int64_t a_row = A_ALONG_K ? a_stride : 1;
+  int64_t m = 0;
+#define MEMATTN_MICRO(R)                                                                        \
+  micro<R, NV, STORE, A_ALONG_K>(KO, K, A + m * a_row, a_stride, a_ko, B, ldb, b_ko, C + m * ldc, \
+                                 ldc, alpha);                                                   \
+  m += R
+  while (M - m >= MR) {
+    MEMATTN_MICRO(MR);
+  }
+  if (M - m >= 8) {
+    if constexpr (MR > 8) {
+      MEMATTN_MICRO(8);
+    }
+  }
+  if (M - m >= 4) {
+    MEMATTN_MICRO(4);
+  }
+  if (M - m >= 2) {
+    MEMATTN_MICRO(2);
+  }
+  if (M - m >= 1) {
+    MEMATTN_MICRO(1);
+  }
+#undef MEMATTN_MICRO
+}
+
+// One panel of dot products, C[M][NV vectors] = A[M][K] B[K], summed in runs of DOT_RUN: short sums
+// keep the rounding of scores and their gradients small.
+constexpr int64_t DOT_RUN = 32;
+
+template <int NV>
+static MEMATTN_INLINE void dot_products(int64_t M, int64_t K, const float* A, int64_t a_stride,
+                                        const float* B, int64_t ldb, float* C, int64_t ldc) {
+  product<NV, Store::set, true>(M, 1, K < DOT_RUN ? K : DOT_RUN, A, a_stride, 0, B, ldb, 0, C, ldc,
+                                nullptr);
+  for (int64_t k = DOT_RUN; k < K; k += DOT_RUN)
+    product<NV, Store::add, true>(M, 1, K - k < DOT_RUN ? K - k : DOT_RUN, A + k, a_stride, 0,
+                                  B + k * ldb, ldb, 0, C, ldc, nullptr);
+}
+
+// The same sum for one pair of rows, rounded the same way.
+static MEMATTN_INLINE float dot_product(int64_t n, const float* a, const float* b) {
+  float total = 0.0f;
+  for (int64_t begin = 0; begin < n; begin += DOT_RUN) {
+    float run = 0.0f;
+    for (int64_t k = begin; k < n && k < begin + DOT_RUN; ++k) run = MEMATTN_FMA1(a[k], b[k], run);
+    total += run;
+  }
+  return total;
+}
+
+// ---- conversion ----------------------------------------------------------------------------
+
+static MEMATTN_INLINE float half_to_float(uint16_t h) {
+  return (float)torch::headeronly::Half(h, torch::headeronly::Half::from_bits());
+}
+
+static MEMATTN_INLINE float bfloat16_to_float(uint16_t h) {
+  const uint32_t bits = (uint32_t)h << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+static MEMATTN_INLINE float load(const View& view, int64_t offset) {
+  switch (view.dtype) {
+    case Dtype::float32: return ((const float*)view.data)[offset];
+    case Dtype::float16: return half_to_float(((const uint16_t*)view.data)[offset]);
+    default: return bfloat16_to_float(((const uint16_t*)view.data)[offset]);
+  }
+}
+
+static MEMATTN_INLINE void store(const View& view, int64_t offset, float x) {
+  switch (view.dtype) {
+    case Dtype::float32: ((float*)view.data)[offset] = x; break;
+    case Dtype::float16: ((uint16_t*)view.data)[offset] = torch::headeronly::Half(x).x; break;
+    default: ((uint16_t*)view.data)[offset] = torch::headeronly::BFloat16(x).x;
+  }
+}
+
+// One row of `n` elements, `stride` apart, to contiguous float32.
+static void load_row(const View& view, int64_t offset, int64_t stride, int64_t n, float* to) {
+  if (view.dtype == Dtype::float32) {
+    const float* from = (const float*)view.data + offset;
+    if (stride == 1) __builtin_memcpy(to, from, n * 4);
+    else for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
+    return;
+  }
+  const uint16_t* from = (const uint16_t*)view.data + offset;
+  int64_t i = 0;
+  if (view.dtype == Dtype::bfloat16) {
+    if (stride == 1) for (; i < n; ++i) to[i] = bfloat16_to_float(from[i]);
+    for (; i < n; ++i) to[i] = bfloat16_to_float(from[i * stride]);
+    return;
+  }
+#if defined(MEMATTN_F16C)
+  if (stride == 1)
+    for (; i + 8 <= n; i += 8)
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+#endif
+  for (; i < n; ++i) to[i] = half_to_float(from[i * stride]);
+}
+
+// Rows [0, n) of a matrix as float32 with contiguous rows: in place where they are so already.
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+static Rows float_rows(const View& view, int64_t offset, int64_t row_stride, int64_t col_stride,
+                       int64_t n, int64_t width, float* scratch) {
+  if (view.dtype == Dtype::float32 && col_stride == 1)
+    return {(const float*)view.data + offset, row_stride};
+  for (int64_t r = 0; r < n; ++r)
+    load_row(view, offset + r * row_stride, col_stride, width, scratch + r * width);
+  return {scratch, width};
+}
+
+static MEMATTN_INLINE int64_t round_up(int64_t n, int64_t step) {
+  return (n + step - 1) / step * step;
+}
