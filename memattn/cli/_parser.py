@@ -39,14 +39,10 @@ def build_parser(
                 metavar=name.removesuffix("s").upper(),
                 help=helps.get(name),
             )
-            if not required:
-                parser.required_args.discard(name)  # jsonargparse would say so in the help
         elif item is not None and parameter.default == ():
             # several values in the manner of argparse, not one YAML list
             own.add(name)
-            parser.add_argument(
-                f"--{name}", nargs="+", type=item, default=(), help=helps.get(name)
-            )
+            parser.add_argument(f"--{name}", nargs="+", type=item, default=(), help=helps.get(name))
         elif hints[name] is bool and not required:
             own.add(name)
             parser.add_argument(

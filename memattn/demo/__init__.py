@@ -1,0 +1,5 @@
+"""The main job: every preset trained at equal tokens on real text, audited and compared."""
+
+from memattn.demo.run import DemoConfig, run_demo
+
+__all__ = ["DemoConfig", "run_demo"]

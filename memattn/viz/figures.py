@@ -1,0 +1,95 @@
+"""Pictures of what a model carries and what its tokens reach, and SVG for pages."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from memattn.viz.curves import COLOURS
+
+# stands for the colour of text, of which a light and a dark page each have their own
+INK = "#010203"
+
+
+def draw_state(axes: Axes, states: Mapping[str, Sequence[tuple[int, int]]]) -> None:
+    """Draw the bytes that a sequence carries over its tokens.
+
+    Args:
+        axes: Where to draw.
+        states: Points ``(tokens, bytes)`` by the name of the model.
+    """
+    for i, (name, points) in enumerate(states.items()):
+        tokens, sizes = zip(*points, strict=True)
+        mebibytes = [size / 2**20 for size in sizes]
+        axes.plot(tokens, mebibytes, color=COLOURS[i % len(COLOURS)], marker="o", label=name)
+    axes.set_xlabel("tokens decoded")
+    axes.set_ylabel("state of one sequence (MiB)")
+    axes.set_ylim(bottom=0.0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def draw_influence(
+    axes: Axes, changed: Sequence[int], log10: Sequence[Sequence[float | None]]
+) -> AxesImage:
+    """Draw how much a change of one token moves the logits at each position.
+
+    Args:
+        axes: Where to draw.
+        changed: Positions that were changed, evenly spaced.
+        log10: One row for each, the logarithm of the change over blocks of positions; None, where
+            nothing changed, is left blank.
+
+    Returns:
+        The image, for a colour bar.
+    """
+    values = np.array(log10, dtype=float)  # None becomes NaN
+    stride = changed[1] - changed[0] if len(changed) > 1 else 1
+    length = values.shape[1] * stride
+    colours = mpl.colormaps["viridis"].with_extremes(bad=(0.0, 0.0, 0.0, 0.0))
+    image = axes.imshow(
+        values.T,  # queries run down, keys run right, as in an attention matrix
+        cmap=colours,
+        extent=(0.0, changed[-1] + stride, length, 0.0),
+        interpolation="nearest",
+    )
+    axes.set_xlabel("token that is changed")
+    axes.set_ylabel("position whose logits move")
+    return image
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as SVG for an HTML page, whose text and axes take the colour of the page's text.
+
+    Axes, ticks and labels become ``currentColor`` and the background transparent, so that one
+    picture suits a light and a dark page. Identifiers are hashed from the content, the same for
+    the same figure.
+    """
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+        axes.tick_params(colors=INK, which="both")
+        for spine in axes.spines.values():
+            spine.set_edgecolor(INK)
+        texts: list[Any] = [axes.title, axes.xaxis.label, axes.yaxis.label]
+        legend = axes.get_legend()
+        if legend is not None:
+            texts += legend.get_texts()
+        for text in texts:
+            text.set_color(INK)
+    figure.set_facecolor("none")
+    content = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "memattn"}):
+        FigureCanvasSVG(figure)
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    svg = content.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    # a page scales it to the width that there is
+    return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", svg, count=1)
