@@ -42,14 +42,6 @@ def cpp_extension() -> dict:
                 for extension in self.extensions:
                     extension.optional = True
 
-        def copy_extensions_to_source(self) -> None:
-            built = [
-                e for e in self.extensions if os.path.exists(self.get_ext_fullpath(e.name))
-            ] or self.extensions
-            if all(os.path.exists(os.path.join(self.build_lib, self.get_ext_filename(e.name)))
-                   for e in built):  # fmt: skip
-                super().copy_extensions_to_source()
-
     extension = CppExtension(
         "memattn._C",
         sorted(glob("csrc/*.cpp")),
