@@ -244,6 +244,50 @@ def test_split_merge_and_reorder(system):
     torch.testing.assert_close(actual, expected, **EXACT)
 
 
+def test_cropped_columns_are_forgotten(system):
+    model, tokens = make_model(system), make_tokens(T=30)
+    mask = torch.ones(2, 30)
+    mask[0, :6] = 0
+    expected = logits_of(model, tokens, mask)
+    _, cache = run_pieces(model, tokens[:, :12], [12], mask[:, :12])
+    cache.activate_past_recording()
+    for begin, right, wrong in ((12, 3, 4), (15, 0, 9), (15, 5, 0), (20, 1, 7)):
+        end = begin + right
+        guess = torch.cat([tokens[:, begin:end], make_tokens(T=wrong, seed=7)], 1)
+        actual, _ = run_pieces(model, guess, [guess.shape[1]], cache=cache)
+        torch.testing.assert_close(actual[:, :right], expected[:, begin:end], **EXACT)
+        cache.crop(-wrong)
+        assert cache.position == end
+        assert cache.layers[0].kept == cache.layers[0].keep
+    actual, _ = run_pieces(model, tokens[:, 21:], [9], cache=cache)
+    torch.testing.assert_close(actual, expected[:, 21:], **EXACT)
+
+
+def test_crop_reopens_rows_and_undoes_padding():
+    model, tokens = make_model("vanilla"), make_tokens(T=12)
+    mask = torch.ones(2, 8)
+    mask[0, :7], mask[1, 5:] = 0, 0
+    cache = MemAttnCache(model.config)
+    cache.activate_past_recording()
+    run_pieces(model, tokens[:, :8], [8], mask, cache)
+    cache.crop(-4)
+    assert (cache.seq_start.tolist(), cache.position) == ([4, 0], 4)
+    actual, _ = run_pieces(model, tokens[:, 4:], [8], cache=cache)
+    torch.testing.assert_close(actual[0], logits_of(model, tokens[:1, 4:])[0], **EXACT)
+    torch.testing.assert_close(actual[1], logits_of(model, tokens)[1, 4:], **EXACT)
+
+
+def test_decoding_that_guesses_ahead_equals_greedy(system):
+    model, tokens = make_model(system), make_tokens(B=1, T=6).repeat(1, 4)
+    # transformers takes a pad token in the draft's input for padding
+    options = GREEDY | dict(suppress_tokens=[0])
+    expected = model.generate(tokens, **options)
+    assert torch.equal(model.generate(tokens, prompt_lookup_num_tokens=4, **options), expected)
+    for drafter in ("vanilla", "both"):
+        draft = make_model(drafter, num_hidden_layers=1)
+        assert torch.equal(model.generate(tokens, assistant_model=draft, **options), expected)
+
+
 def test_detach_cuts_the_graph_but_keeps_the_values():
     model, tokens = make_model().train(), make_tokens()
     output = model(tokens[:, :12], use_cache=True)
@@ -341,7 +385,9 @@ def test_what_is_kept_is_exactly_what_can_be_seen(segment_len, window_size, star
         ),
         (lambda model, cache: cache.reset(torch.ones(2)), ValueError, "mask must have dtype"),
         (lambda model, cache: cache.reset([True]), TypeError, "mask must be a tensor, got list"),
-        (lambda model, cache: cache.crop(-1), NotImplementedError, "cannot be cropped"),
+        (lambda model, cache: cache.crop(1), ValueError, "must be between -23 and 0, got 1"),
+        (lambda model, cache: cache.crop(-24), ValueError, "tokens_to_remove must be between"),
+        (lambda model, cache: cache.crop(-9), ValueError, "tokens_to_remove must leave what later"),
         (
             lambda model, cache: MemAttnCache(model.config).save("never.safetensors"),
             ValueError,

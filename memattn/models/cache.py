@@ -76,11 +76,6 @@ class MemAttnCache(Cache):
             t.numel() * t.element_size() for layer in self.layers for t in layer.state.values()
         )
 
-    @property
-    def is_croppable(self) -> bool:
-        """False: dropped keys cannot come back."""
-        return False
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen so far, the same for all layers."""
         return self.position
@@ -209,6 +204,7 @@ class MemAttnCache(Cache):
         for new, layer in zip(other.layers, self.layers, strict=True):
             new.state = {name: function(tensor) for name, tensor in layer.state.items()}
             new.position, new.keep = layer.position, layer.keep
+            new.record_past = layer.record_past
         return other
 
     def detach(self) -> "MemAttnCache":
@@ -283,9 +279,37 @@ class MemAttnCache(Cache):
         """Repeat each row ``repeats`` times, in place."""
         self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
 
+    def activate_past_recording(self) -> None:
+        """Keep the whole past from now on, until ``crop``: for decoding that guesses ahead."""
+        for layer in self.layers:
+            layer.record_past = True
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Not supported: dropped keys cannot come back."""
-        raise NotImplementedError("MemAttnCache cannot be cropped; keys that it dropped are gone")
+        """Forget the newest columns, and then what no later token can see.
+
+        Args:
+            tokens_to_remove: The number of columns, as transformers counts: 0 or negative.
+
+        Raises:
+            ValueError: If it is positive, more than there are, or a layer has dropped keys that
+                are needed again; call ``activate_past_recording`` before the columns are added.
+        """
+        position = self.position + tokens_to_remove
+        if not 0 <= position <= self.position:
+            must("tokens_to_remove", f"be between {-self.position} and 0", tokens_to_remove)
+        if self.seq_start is None or self.seq_end is None:
+            return
+        start = self.seq_start.clamp(max=position)
+        end = torch.where(self.seq_end < position, self.seq_end, OPEN)
+        for layer in self.layers:
+            oldest = self.position - layer.kept
+            if layer.visible_from(position, start, end) < oldest:
+                must("tokens_to_remove", "leave what later tokens see", tokens_to_remove)
+        self.seq_start, self.seq_end = start, end
+        removed, self.position = self.position - position, position
+        self._mark_visible()
+        for layer in self.layers:
+            layer.crop(removed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to one safetensors file, whole or not at all.

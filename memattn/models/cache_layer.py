@@ -24,6 +24,7 @@ class MemAttnCacheLayer(CacheLayerMixin):
         self.state: dict[str, Tensor] = {}
         self.position = 0  # columns seen so far, set by the cache
         self.keep = 0  # newest keys that later tokens can see, set by the cache
+        self.record_past = False  # keep also what no later token can see, until cropped
 
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -46,12 +47,16 @@ class MemAttnCacheLayer(CacheLayerMixin):
         return self.state["key"].shape[2] if self.state else 0
 
     def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values, and return them behind those kept; then drop the unseen ones."""
+        """Append keys and values, and return them behind those kept.
+
+        What no later token can see is then dropped, unless the past is recorded.
+        """
         if self.state:
             key_states = torch.cat([self.state["key"], key_states], dim=2)
             value_states = torch.cat([self.state["value"], value_states], dim=2)
         self.state["key"], self.state["value"] = key_states, value_states
-        self.trim()
+        if not self.record_past:
+            self.trim()
         return key_states, value_states
 
     def trim(self) -> None:
@@ -60,6 +65,13 @@ class MemAttnCacheLayer(CacheLayerMixin):
         if drop > 0:
             for name in SEQUENCES:
                 self.state[name] = self.state[name][:, :, drop:].clone()
+
+    def crop(self, num_columns: int) -> None:
+        """Remove the newest ``num_columns`` keys, and then what no later token can see."""
+        rest = self.kept - num_columns
+        for name in SEQUENCES:
+            self.state[name] = self.state[name][:, :, :rest]
+        self.trim()
 
     def visible_from(self, position: int, start: Tensor, end: Tensor) -> int:
         """First column that a token at column ``position`` or later can see in any row."""

@@ -286,7 +286,9 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
         if kind is not None:
             must("cache_implementation", "be None", repr(kind))
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = MemAttnCache(self.config)
+            model_kwargs["past_key_values"] = cache = MemAttnCache(self.config)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
         return super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
