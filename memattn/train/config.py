@@ -212,7 +212,7 @@ def load_config(path: str | Path) -> TrainConfig:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig)
     try:
-        return TrainConfig(**vars(parser.instantiate_classes(parser.parse_path(path))))
+        return TrainConfig(**vars(parser.instantiate(parser.parse_path(path))))
     except ArgumentError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"config must have valid fields, got {path}: {reason}") from error

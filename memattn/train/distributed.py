@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from memattn.ops._checks import must
@@ -38,8 +39,6 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, config: TrainingCo
 
 def _shard(model: nn.Module, config: TrainingConfig) -> None:
     """Shard the parameters over all processes, block by block."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     policy = MixedPrecisionPolicy()
     if config.mixed_precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -52,7 +51,7 @@ def _shard(model: nn.Module, config: TrainingConfig) -> None:
 
 def without_sync(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager:
     """Backward passes that leave gradients unreduced, before the last one of a step."""
-    if hasattr(model, "set_requires_gradient_sync"):
+    if isinstance(model, FSDPModule):
         return _unsynced_fsdp(model)
     return accelerator.no_sync(model)
 
@@ -68,6 +67,13 @@ class _unsynced_fsdp(AbstractContextManager):
 
     def __exit__(self, *error: object) -> None:
         self.model.set_requires_gradient_sync(True)
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the whole weights that a forward pass without a backward pass leaves gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

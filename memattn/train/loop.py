@@ -28,7 +28,7 @@ from memattn.train.checkpoint import (
     save_model,
 )
 from memattn.train.config import TrainConfig
-from memattn.train.distributed import on_main_process, prepare_model, without_sync
+from memattn.train.distributed import on_main_process, prepare_model, reshard, without_sync
 from memattn.train.interrupt import StopRequest
 from memattn.train.metrics import MetricsLog
 from memattn.train.optim import make_optimizer, make_scheduler, smoothing_loss
@@ -37,13 +37,12 @@ from memattn.train.setup import build_model, make_batches, prepare_data
 
 # what may differ between a run and its resumption
 _FREE = {
-    "model": set(),
-    "data": {"cache_dir"},
-    "training": {
-        *("output_dir", "max_steps", "log_steps", "eval_steps", "save_steps", "keep_checkpoints"),
-        *("gradient_checkpointing", "distributed_strategy", "cpu"),
-        *("batch_size", "gradient_accumulation_steps"),  # their product is compared
-    },
+    *("output_dir", "max_steps", "log_steps", "eval_steps", "save_steps", "keep_checkpoints"),
+    *("gradient_checkpointing", "distributed_strategy", "cpu", "cache_dir"),
+    *("batch_size", "gradient_accumulation_steps"),  # their product is compared
+    # what these say is in the tokens, which are compared
+    *("dataset_name", "dataset_subset", "dataset_split", "text_field", "document_separator"),
+    *("held_out", "split_seed", "tokenizer", "vocab_size"),
 }
 
 
@@ -110,24 +109,31 @@ def train(
     options = config.training
     # accelerate keeps one state for a process, and a second run in it may differ
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=options.cpu)
+    # several processes without a GPU must be told, or each would train alone
+    cpu = options.cpu or not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=cpu)
     if options.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         must("training.mixed_precision", "be no or bf16 without CUDA", "fp16")
     folder = Path(options.output_dir)
     start = _find_start(folder, resume)
-    global_batch = (
-        options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
-    )
-    if start is not None:
-        _check_same_run(start, config, global_batch)
-    accelerator.wait_for_everyone()  # all have looked before the first one writes
-
     set_seed(options.seed)
     with accelerator.main_process_first():
         corpus = prepare_data(config)
+    identity = {
+        **config.to_dict(),
+        "rows": options.batch_size
+        * options.gradient_accumulation_steps
+        * accelerator.num_processes,
+        "tokens": corpus.fingerprint,
+    }
+    if start is not None:
+        _check_same_run(start, identity)
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
     model: Any = build_model(config.model, corpus.tokenizer)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable  # its name in older transformers
+        enable({"use_reentrant": False})
     make = {"model": model, "tokenizer": corpus.tokenizer}
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batches = make_batches(config, corpus.train, shuffle=True, **make, **ranks)
@@ -145,7 +151,7 @@ def train(
         optimizer=plain_optimizer,
         scheduler=scheduler,
         tokenizer=corpus.tokenizer,
-        config={**config.to_dict(), "global_batch": global_batch},
+        config=identity,
         folder=folder / "checkpoints",
         keep=options.keep_checkpoints,
     )
@@ -257,6 +263,7 @@ def held_out_loss(accelerator: Accelerator, model: Any, batches: Batches) -> flo
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
         )
         total += torch.stack([losses.double(), (labels != IGNORE).sum().double()])
+    reshard(model)
     loss, count = _reduce(accelerator, total).tolist()
     return loss / count if count else math.nan
 
@@ -332,21 +339,19 @@ def _find_start(folder: Path, resume: bool | str | Path) -> Path | None:
     return None
 
 
-def _check_same_run(checkpoint: Path, config: TrainConfig, global_batch: int) -> None:
+def _check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
     """Raise unless the checkpoint is of a run that differs in nothing that matters."""
     before = read_checkpoint(checkpoint)["config"]
-    if before["global_batch"] != global_batch:
-        must(
-            "rows in a step (batch_size * gradient_accumulation_steps * processes)",
-            f"be {before['global_batch']} as in {checkpoint}",
-            global_batch,
-        )
-    for section, fields in config.to_dict().items():
-        for name, value in fields.items():
-            if name not in _FREE[section] and before[section].get(name) != value:
-                must(
-                    f"{section}.{name}", f"be {before[section].get(name)} as in {checkpoint}", value
-                )
+    if before["rows"] != identity["rows"]:
+        name = "batch_size * gradient_accumulation_steps * processes"
+        must(name, f"be {before['rows']} as in {checkpoint}", identity["rows"])
+    for section in ("model", "data", "training"):
+        for name, value in identity[section].items():
+            was = before[section].get(name)
+            if name not in _FREE and was != value:
+                must(f"{section}.{name}", f"be {was} as in {checkpoint}", value)
+    if before["tokens"] != identity["tokens"]:
+        must("data", f"give the training tokens of {checkpoint}", "other ones")
 
 
 def _open_run(folder: Path, config: TrainConfig, start: Path | None, step: int) -> None:

@@ -89,7 +89,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def _to_csv(rows: list[dict[str, Any]], *, header: bool = False) -> str:
     """Rows as text; floats with every digit, so that equal text means equal bits."""
     out = io.StringIO()
-    writer = csv.DictWriter[str](out, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(out, list[str](COLUMNS), lineterminator="\n")
     if header:
         writer.writeheader()
     writer.writerows(rows)

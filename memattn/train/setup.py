@@ -21,6 +21,13 @@ class Corpus(NamedTuple):
     train: Tokens
     held_out: Tokens | None
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the training tokens."""
+        digest = hashlib.sha256(self.train.bounds.numpy().data)
+        digest.update(self.train.ids.numpy().data)
+        return digest.hexdigest()
+
 
 def prepare_data(config: TrainConfig) -> Corpus:
     """Load, split and tokenize the documents of a configuration.
@@ -141,11 +148,8 @@ def make_batches(
     }
     if config.data.packed:
         if "cu_seqlens" not in inspect.signature(model.forward).parameters:
-            must(
-                "data.packed",
-                f"be False for {type(model).__name__}, which takes no cu_seqlens",
-                True,
-            )
+            name = type(model).__name__
+            must("data.packed", f"be false for {name}, which takes no cu_seqlens", "true")
         return PackedBatches(tokens, **options)
     if tokenizer.pad_token_id is None:
         must("data.tokenizer", "have a padding or end-of-text token for padded rows", "neither")

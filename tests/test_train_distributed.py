@@ -1,0 +1,108 @@
+"""Two processes on the CPU train as one with twice the rows does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from train_factories import columns, tiny_config
+
+from memattn.train import train
+from memattn.train.metrics import read_metrics
+
+ROOT = Path(__file__).parent
+CASES = {
+    "ddp": {},
+    "fsdp": {"distributed_strategy": "fsdp", "gradient_accumulation_steps": 2, "batch_size": 1},
+    "fsdp-bf16": {"distributed_strategy": "fsdp", "mixed_precision": "bf16"},
+    "ddp-padded": {"gradient_accumulation_steps": 2, "batch_size": 1},
+}
+
+
+def configure(folder: Path, name: str, **training):
+    options = {"batch_size": 2, "save_steps": 3, "max_steps": 5, "output_dir": str(folder / name)}
+    data = {"packed": "padded" not in name, "seq_len": 96 if "padded" in name else 32}
+    return tiny_config(folder, data=data, **{**options, **CASES[name], **training})
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> Path:
+    """The runs of all cases by two processes."""
+    folder = tmp_path_factory.mktemp("launched")
+    paths = []
+    for name in CASES:
+        paths.append(folder / f"{name}.yaml")
+        paths[-1].write_text(configure(folder, name).to_yaml())
+    again = configure(folder, "fsdp", output_dir=str(folder / "fsdp-again"))
+    (folder / "again.yaml").write_text(again.to_yaml())
+    paths.append(f"{folder / 'again.yaml'}={folder / 'fsdp' / 'checkpoints' / 'step-3'}")
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]  # so many CPUs, too
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*command, str(ROOT / "train_distributed.py"), *map(str, paths)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT.parent), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_weights_are_those_of_one_process(launched, name):
+    rows = CASES[name].get("batch_size", 2) * CASES[name].get("gradient_accumulation_steps", 1)
+    config = configure(
+        launched,
+        name,
+        batch_size=2 * rows,
+        gradient_accumulation_steps=1,
+        distributed_strategy="ddp",
+        output_dir=str(launched / f"{name}-1"),
+    )
+    single = train(config, progress=False)
+    metrics = [
+        read_metrics(folder / "metrics.csv") for folder in (launched / name, single.output_dir)
+    ]
+    exact, rounded = ("step", "tokens", "learning_rate"), ("loss", "eval_loss", "grad_norm")
+    assert columns(metrics[0], *exact) == columns(metrics[1], *exact)
+    tolerance = 2e-2 if "bf16" in name else 2e-5
+    for a, b in zip(*(columns(rows, *rounded) for rows in metrics), strict=True):
+        assert a == pytest.approx(b, abs=tolerance)
+    many, one = (
+        load_file(f / "model/model.safetensors") for f in (launched / name, launched / f"{name}-1")
+    )
+    assert many.keys() == one.keys()
+    for key in many:
+        assert many[key].shape == one[key].shape
+        # Adam divides by the gradient's size: rounding may turn a tiny gradient round
+        assert (many[key] - one[key]).abs().max() < 10 * tolerance
+
+
+def test_shards_resume_bit_for_bit(launched):
+    whole, again = (
+        read_metrics(launched / name / "metrics.csv") for name in ("fsdp", "fsdp-again")
+    )
+    exact = ("step", "loss", "eval_loss", "grad_norm")
+    assert columns(again, *exact) == columns(whole[3:], *exact)
+    a, b = (
+        load_file(launched / name / "model/model.safetensors") for name in ("fsdp", "fsdp-again")
+    )
+    assert all(a[name].equal(b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_one_process_goes_on_where_two_stopped(launched, name):
+    config = configure(launched, name, batch_size=4, gradient_accumulation_steps=1)
+    before = read_metrics(launched / name / "metrics.csv")
+    checkpoint = launched / name / "checkpoints/step-3"
+    result = train(config, resume=checkpoint, progress=False)
+    after = read_metrics(result.output_dir / "metrics.csv")
+    assert columns(after[:3], "loss") == columns(before[:3], "loss")
+    losses = (columns(rows, "loss", "eval_loss") for rows in (after, before))
+    for a, b in zip(*losses, strict=True):
+        assert a == pytest.approx(b, abs=2e-5)

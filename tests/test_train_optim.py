@@ -1,0 +1,92 @@
+"""Parameter groups, schedules and label smoothing."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from memattn.models import MemAttnConfig, MemAttnForCausalLM
+from memattn.train import TrainingConfig
+from memattn.train.optim import (
+    is_memory_parameter,
+    make_optimizer,
+    make_scheduler,
+    parameter_groups,
+    smoothing_loss,
+)
+
+
+def small_model() -> nn.Module:
+    return MemAttnForCausalLM(
+        MemAttnConfig.segmented(
+            vocab_size=17,
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+            num_persistent_tokens=3,
+        )
+    )
+
+
+def test_every_parameter_is_in_the_group_that_it_belongs_to():
+    model = small_model()
+    config = TrainingConfig(base_model_lr=1e-3, memory_lr=1e-4, weight_decay=0.1)
+    groups = parameter_groups(model, config)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    placed = {names[p]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert placed.keys() == set(names.values())
+    for name, parameter in model.named_parameters():
+        memory = "persistent" in name
+        decays = not memory and parameter.dim() == 2 and "embed" not in name
+        assert placed[name] == (1e-4 if memory else 1e-3, 0.1 if decays else 0.0), name
+    assert {rate for rate, _ in placed.values()} == {1e-3, 1e-4}
+    assert {decay for _, decay in placed.values()} == {0.1, 0.0}
+
+
+def test_frozen_parameters_are_left_out_and_no_group_is_empty():
+    model = small_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("persistent" in name)
+    groups = parameter_groups(model, TrainingConfig())
+    assert len(groups) == 1 and groups[0]["lr"] == TrainingConfig().base_model_lr
+
+
+def test_memory_parameters_are_known_by_name():
+    assert is_memory_parameter("layers.0.neural_memory.weight")
+    assert is_memory_parameter("layers.0.attn.persistent_key")
+    assert not is_memory_parameter("layers.0.attn.q_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "factors"),
+    [
+        ("constant", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]),
+        ("cosine", [0.0, 0.5] + [(1 + math.cos(math.pi * x / 4)) / 2 for x in range(5)]),
+    ],
+)
+def test_schedules(name, factors):
+    config = TrainingConfig(
+        lr_scheduler=name, warmup_steps=2, max_steps=6, base_model_lr=2e-3, memory_lr=1e-3
+    )
+    optimizer = make_optimizer(small_model(), config)
+    scheduler = make_scheduler(optimizer, config)
+    for factor in factors:
+        rates = sorted({group["lr"] for group in optimizer.param_groups} | {0.0})[1:]
+        assert rates == pytest.approx([1e-3 * factor, 2e-3 * factor] if factor else [])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_smoothing_is_that_of_cross_entropy():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 9, 7, generator=generator, dtype=torch.float64) * 3
+    labels = torch.randint(0, 7, (2, 9), generator=generator)
+    labels[0, 4:] = -100
+    rows, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    wanted = cross_entropy(rows, targets, label_smoothing=0.3)
+    actual = cross_entropy(rows, targets) + smoothing_loss(logits, labels, 0.3)
+    assert actual.item() == pytest.approx(wanted.item(), abs=1e-6)

@@ -1,0 +1,72 @@
+"""Small text, and runs on it that take a second."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from memattn.train import DataConfig, ModelConfig, TrainConfig, TrainingConfig
+
+_WORDS = ("the", "a", "of", "sea", "wind", "ship", "sails", "under", "over", "bright", "dark")
+
+
+def write_corpus(path: Path, documents: int = 24, words: int = 30) -> Path:
+    """A JSON Lines file of made sentences, all different."""
+    draw = random.Random(0)
+    rows = [
+        {"title": f"tale {i}", "text": f"{i} " + " ".join(draw.choices(_WORDS, k=words))}
+        for i in range(documents)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def tiny_config(
+    folder: Path,
+    *,
+    preset: str = "segmented",
+    data: dict[str, Any] | None = None,
+    **training: Any,
+) -> TrainConfig:
+    """A run of a model with some ten thousand parameters, in ``folder / "run"``."""
+    corpus = folder / "corpus.jsonl"
+    if not corpus.exists():
+        write_corpus(corpus)
+    options: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    if preset == "segmented":
+        options |= {"segment_len": 8, "window_size": 4}
+    return TrainConfig(
+        model=ModelConfig(preset=preset, options=options),
+        data=DataConfig(
+            **{
+                "dataset_name": str(corpus),
+                "tokenizer": "bytes",
+                "held_out": 0.1,
+                "seq_len": 32,
+                "cache_dir": str(folder / "cache"),
+                **(data or {}),
+            }
+        ),
+        training=TrainingConfig(
+            **{
+                "output_dir": str(folder / "run"),
+                "max_steps": 8,
+                "batch_size": 4,
+                "warmup_steps": 2,
+                "base_model_lr": 1e-2,
+                "save_steps": 3,
+                "cpu": True,
+                **training,
+            }
+        ),
+    )
+
+
+def columns(rows: list[dict[str, Any]], *names: str) -> list[tuple]:
+    """Those columns of metrics that do not depend on the clock."""
+    return [tuple(row[name] for name in names) for row in rows]
