@@ -461,7 +461,7 @@ def test_bars_ask_for_what_is_required():
     bars = {bar.name: bar.target for bar in SegmentedCase.bars("cpu-bars")}
     for direction in ("forward", "backward"):
         assert bars[f"causal T=2048 D=64, {direction}: speed over sdpa flash"] == 1.2
-        masked = f"window T=4096 W=256 D=64, {direction}: speed over sdpa flash or sdpa math"
+        masked = f"window T=4096 W=256 D=64, {direction}: speed over sdpa flash"
         assert bars[masked] == 10.0
         flat = f"window T=2048..32768 W=256 D=64, {direction}: spread of time per token"
         assert bars[flat] <= 1.15

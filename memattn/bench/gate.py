@@ -101,13 +101,13 @@ def check_peer(oracle: Oracle, forward: Forward, *, gradients: bool) -> None:
 
 
 def sampled_rows(T: int, seed: int) -> list[slice]:
-    """All rows where they are few, else the first, the last and up to two slices between."""
+    """All rows where they are few, else the first, the last and a slice between."""
     if T <= SMALL_T:
         return [slice(0, T)]
     generator = torch.Generator().manual_seed(seed)
-    middle = torch.randint(ROWS, T - 2 * ROWS + 1, (2,), generator=generator).tolist()
+    middle = torch.randint(ROWS, T - 2 * ROWS + 1, (1,), generator=generator).tolist()
     starts = [0]
-    for start in [*sorted(middle), T - ROWS]:
+    for start in [*middle, T - ROWS]:
         if start >= starts[-1] + ROWS:
             starts.append(start)
     return [slice(start, start + ROWS) for start in starts]

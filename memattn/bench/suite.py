@@ -27,15 +27,15 @@ def run_suite(
 ) -> dict[str, Any]:
     """Measure, print and return the record of a suite; see ``memattn.bench.run``."""
     bars = [bar for cls in classes for bar in cls.bars(suite)]
-    cases: dict[tuple[Case, str], list[str]] = {}  # peers of a case in a direction
+    checks: dict[Case, list[str]] = {}  # directions
+    peers: dict[Case, list[str]] = {}
     for bar in bars:
-        for direction in bar.directions:
-            cases.setdefault((bar.case, direction), []).extend(bar.peers)
+        if bar.directions:
+            checks.setdefault(bar.case, []).extend(bar.directions)
+            peers.setdefault(bar.case, []).extend(bar.peers)
+    cases = {case: list(dict.fromkeys(directions)) for case, directions in checks.items()}
     times = list(dict.fromkeys(bar.times for bar in bars if bar.times))
     memory = list(dict.fromkeys(bar.memory for bar in bars if bar.memory))
-    checks: dict[Case, list[str]] = {}
-    for case, direction in cases:
-        checks.setdefault(case, []).append(direction)
     for sweep, direction in [*times, *memory]:
         for case in sweep:
             checks.setdefault(case, []).append(direction)
@@ -44,10 +44,14 @@ def run_suite(
     rows: list[Row] = []
     with report.progress(len(checks) + len(cases) + len(times) + len(memory)) as step:
         check_all(checks, backend, effort, step)
-        for (case, direction), peers in cases.items():
-            step(f"{case.label()}, {direction}")
+        for case, directions in cases.items():
+            step(case.label())
             rows += measure_case(
-                case, backend=backend, directions=[direction], peers=peers, effort=effort
+                case,
+                backend=backend,
+                directions=directions,
+                peers=peers[case],
+                effort=effort,
             )
         found.rows = {(row.case, row.direction, row.competitor): row for row in rows}
         for sweep, direction in times:
