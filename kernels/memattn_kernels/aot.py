@@ -37,6 +37,7 @@ TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)")
 INT32_POINTERS = ("documents_ptr", "segments_ptr", "seq_start_ptr", "seq_end_ptr")
 FLOAT32_POINTERS = ("lse_ptr", "scaled_lse_ptr", "residual_ptr", "delta_ptr", "dlse_ptr")
 TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+SOURCES = ("token", "persistent", "memory")
 # persistent and memory keys in a variant: the smallest tile
 N_EXTRA = 16
 
@@ -74,12 +75,19 @@ def variants(
     archs: tuple[str, ...] = configs.ARCHITECTURES,
     widths: tuple[int, ...] = configs.WIDTHS,
     dtypes: tuple[str, ...] = ("bfloat16", "float32"),
+    sources: tuple[str, ...] = SOURCES,
 ) -> Iterator[Variant]:
-    """Every shipped configuration: with all sources of keys, segment, window and bounds."""
+    """Every shipped configuration: with all sources of keys, segment, window and bounds.
+
+    Args:
+        archs: Architectures of ``configs``.
+        widths: Head dimensions.
+        dtypes: Dtypes by name.
+        sources: For which sources of keys to compile the key-stationary kernels.
+    """
     for arch in archs:
         for kernel, entries in configs.table(arch).items():
-            sources = ("token", "persistent", "memory") if kernel.endswith("dkdv") else ("",)
-            for source in sources:
+            for source in sources if kernel.endswith("dkdv") else ("",):
                 for width in widths:
                     for dtype in dtypes:
                         kind = "float" if dtype == "float32" else "half"
@@ -265,10 +273,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", nargs="+", choices=list(TRITON_TYPES), default=["bfloat16", "float32"]
     )
+    parser.add_argument("--source", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     args = parser.parse_args(argv)
-    chosen = list(variants(tuple(args.arch), tuple(args.head_dim), tuple(args.dtype)))
+    filters = (args.arch, args.head_dim, args.dtype, args.source)
+    chosen = list(variants(*map(tuple, filters)))
     reports = inspect_all(chosen, args.jobs)
     if args.json:
         content = [asdict(v) | asdict(reports[v.name]) | {"name": v.name} for v in chosen]

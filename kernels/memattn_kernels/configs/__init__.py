@@ -2,7 +2,7 @@
 
 One JSON file per architecture stands beside this file (``sm_90.json``). ``memattn bench --retune``
 writes such a file for the card at hand, and ``load`` puts it in the place of the shipped one. A
-card without a file of its own takes that of its nearest older relative.
+card without a file of its own takes that of a relative.
 """
 
 import json
@@ -18,6 +18,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (64, 128, 256)
 DTYPE_CLASSES = ("half", "float")
 OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+MAX_BLOCK = 256
 # at most this many queries run as "decode", on tiles of 16 queries
 DECODE_LENGTH = 16
 # small tiles, so that small tests cross their borders
@@ -51,19 +52,24 @@ def _bucket(width: int) -> str:
     return str(next(limit for limit in WIDTHS if width <= limit))
 
 
+def device_architecture(device: torch.device) -> str:
+    """The name of the architecture of a card, such as ``"sm_90"`` or ``"gfx942"``."""
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
 @cache
 def architecture(device: torch.device) -> str:
-    """The architecture whose table serves this card: its own, or the nearest older one's."""
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    name = f"sm_{major}{minor}"
-    if name in _loaded:
+    """The architecture whose table serves this card: its own, or that of a relative."""
+    name = device_architecture(device)
+    if name in _loaded or name in ARCHITECTURES:
         return name
-    if (major, minor) == (9, 0):
-        return "sm_90"
-    # consumer Blackwell (sm_120) has the shared memory of Ampere's consumer cards
-    return "sm_100" if major in (10, 11) else "sm_80"
+    if name.startswith("gfx"):
+        return "gfx942"
+    # sm_103 is like sm_100; consumer cards have less shared memory, as sm_80
+    return "sm_100" if name.startswith("sm_10") else "sm_80"
 
 
 def table(name: str) -> dict:
@@ -100,11 +106,11 @@ def _check(entry: str, config: object) -> None:
     if not isinstance(config, dict) or sorted(config) != sorted(OPTIONS):
         raise ValueError(f"{entry} must have {', '.join(OPTIONS)}, got {config}")
     for option, value in config.items():
-        power = isinstance(value, int) and value > 0 and value & (value - 1) == 0
-        if option == "num_stages":
-            power = isinstance(value, int) and value > 0
-        if not power or (option.startswith("BLOCK") and value < 16):
-            raise ValueError(f"{entry}: {option} must be a size that Triton takes, got {value}")
+        low, high = (16, MAX_BLOCK) if option.startswith("BLOCK") else (1, 16)
+        power = option == "num_stages" or (isinstance(value, int) and value & (value - 1) == 0)
+        if not isinstance(value, int) or not power or not low <= value <= high:
+            kind = "an integer" if option == "num_stages" else "a power of two"
+            raise ValueError(f"{entry}: {option} must be {kind} in {low} ... {high}, got {value}")
 
 
 def load(path: str | Path) -> str:

@@ -49,8 +49,6 @@ from memattn_kernels.segmented_attention.intervals import (
 # this many partial sums, which fill any card
 MIN_CHUNK = 1024
 N_PARTIALS = 512
-# the longest tile of queries
-MAX_BLOCK = 256
 
 
 @triton.jit
@@ -356,7 +354,7 @@ def segmented_attention_backward_op(
     d_out = torch.zeros_like(out) if d_out is None else rows_ready(d_out)
     d_lse = None if d_lse is None else d_lse.contiguous()
     # the key-stationary kernel reads whole tiles of these
-    scaled_lse = lse.new_empty(lse.numel() + MAX_BLOCK)
+    scaled_lse = lse.new_empty(lse.numel() + configs.MAX_BLOCK)
     delta = torch.empty_like(scaled_lse)
     inputs = kernel_inputs(*tensors, *bounds, segment_len, window_size, query_offset, scale)
     cotangents = rows("do", d_out, "bht") | {
