@@ -5,6 +5,7 @@ Training reads an endless stream in which each epoch has every token once, in an
 rank: n processes see what one process with n times the batch size sees.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
@@ -116,7 +117,9 @@ class Batches(ABC):
         """A permutation drawn from ``(seed, epoch)``."""
         if not self.shuffle:
             return torch.arange(n)
-        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        # hashed, since the generator reads 32 bits of its seed
+        digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         return torch.randperm(n, generator=generator)
 
 

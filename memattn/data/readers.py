@@ -53,9 +53,10 @@ def strip_wiki_markup(text: str) -> str:
     for _ in range(6):  # templates nest
         text = re.sub(r"\{\{[^{}]*\}\}", "", text)
     text = re.sub(r"\{\|.*?\|\}", "", text, flags=re.S)
-    for _ in range(3):  # so do the captions of files
-        text = re.sub(r"\[\[(?:File|Image|Category|[a-z\-]{2,12}):[^\[\]]*\]\]", "", text)
-    text = re.sub(r"\[\[(?:[^|\]]*\|)?([^\]]*)\]\]", r"\1", text)
+    special = r"(?:File|Image|Category|[a-z\-]{2,12}):"
+    for _ in range(3):  # captions of files have links: the innermost ones first
+        text = re.sub(rf"\[\[{special}[^\[\]]*\]\]", "", text)
+        text = re.sub(rf"\[\[(?!{special})(?:[^|\[\]]*\|)?([^\[\]]*)\]\]", r"\1", text)
     text = re.sub(r"\[https?://\S+ ?([^\]]*)\]", r"\1", text)
     text = re.sub(r"<[^>]+>", "", re.sub(r"'{2,}", "", text))
     return re.sub(r"\n{3,}", "\n\n", text).strip()
