@@ -29,6 +29,7 @@ from memattn.bench.roofline import Roofs, Work, attention_work, measure_roofs, w
 from memattn.bench.segmented_attention import SegmentedCase, segmented_pairs
 from memattn.bench.timing import Timing, interleave, speedup
 from memattn.ops import segmented_attention
+from memattn.ops._dispatch import triton_is_interpreted
 from memattn.testing import make_segmented_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -516,6 +517,24 @@ def test_command_line(capsys):
     assert "sdpa" not in printed
     assert main(["bench", "attention"]) == 2
     assert "operators must be one of segmented_attention" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what is said without CUDA")
+def test_retune_needs_a_gpu(capsys, tmp_path):
+    assert __main__.main(["--retune", "--out", str(tmp_path / "out")]) == 2
+    assert "retune must have a CUDA device, got none" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_exponentials_of_the_roof_are_computed():
+    exp_roof = pytest.importorskip("memattn.bench.exp_roof")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not triton_is_interpreted():
+        pytest.skip("Triton's interpreter is off")
+    values = exp_roof.run_exps(device)
+    # the fixed point of exp2(-x)
+    torch.testing.assert_close(values, torch.full_like(values, 0.6411857445))
+    assert exp_roof.count_exps(device) == values.numel() * 512
 
 
 def test_pytest_benchmarks_run():

@@ -2,10 +2,15 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from memattn.bench.gate import WrongResultError
+from memattn.bench.report import say
 from memattn.bench.run import parse_shape, run
+from memattn.ops._checks import must
 
 EXAMPLES = """examples:
   bench --quick
@@ -27,14 +32,13 @@ def command(
 ) -> int:
     """Call ``memattn.bench.run`` with what a command line gives, where empty means not given.
 
+    ``retune`` does that instead, and writes ``<architecture>.json`` into ``out``.
+
     Returns:
         The exit code: 1 where one of our operators is wrong, and nothing of it was printed.
     """
     if retune:
-        from memattn.bench.retune import retune as renew
-
-        renew(out)
-        return 0
+        return _retune(Path(out or "."))
     if list(peers) == ["none"]:
         chosen: Sequence[str] | None = []
     else:
@@ -53,4 +57,19 @@ def command(
     except WrongResultError as error:
         sys.stderr.write(f"memattn bench: wrong result, nothing is printed: {error}\n")
         return 1
+    return 0
+
+
+def _retune(folder: Path) -> int:
+    """Time tile sizes on the card at hand, and write the table of the best."""
+    if not torch.cuda.is_available():
+        must("retune", "have a CUDA device", "none")
+    from memattn.bench.retune import retune
+    from memattn_kernels import configs
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    path = folder / f"{configs.architecture(device)}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    retune(path, on_trial=lambda trial, result: say(f"{trial}: {result}"))
+    say(f"wrote {path}")
     return 0
