@@ -98,7 +98,7 @@ CORPORA: dict[str, Corpus] = _registry(
     ),
     Corpus(
         name="enwiki-sample",
-        description="106 long English Wikipedia articles, markup stripped, 3.0 MB",
+        description="106 long English Wikipedia articles, markup stripped, 2.9 MB",
         licence="CC-BY-SA-4.0 (Wikipedia contributors)",
         source="Wikipedia, in the test data of gensim",
         package=Package(
