@@ -33,6 +33,7 @@ TARGETS = {
 }
 # bytes of shared memory that one program may have
 SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+TENSOR_MEMORY_LIMIT = 512
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)")
 INT32_POINTERS = ("documents_ptr", "segments_ptr", "seq_start_ptr", "seq_end_ptr")
 FLOAT32_POINTERS = ("lse_ptr", "scaled_lse_ptr", "residual_ptr", "delta_ptr", "dlse_ptr")
@@ -68,6 +69,7 @@ class Report:
     registers: int = 0
     spilled: int = 0  # bytes of stack for one thread
     shared: int = 0  # bytes for one program
+    tensor_memory: int = 0  # columns for one program, on sm_100
     tensor_cores: dict[str, int] = field(default_factory=dict)  # instructions by name
 
 
@@ -180,6 +182,7 @@ def inspect(variant: Variant) -> Report:
         registers=registers,
         spilled=spilled,
         shared=compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
         tensor_cores=counts,
     )
 

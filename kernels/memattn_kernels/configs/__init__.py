@@ -17,7 +17,7 @@ from memattn_kernels._common import IS_INTERPRETED
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (64, 128, 256)
 DTYPE_CLASSES = ("half", "float")
-OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+OPTIONS: tuple[str, ...] = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 MAX_BLOCK = 256
 # at most this many queries run as "decode", on tiles of 16 queries
 DECODE_LENGTH = 16

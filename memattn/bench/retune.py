@@ -1,0 +1,225 @@
+"""Time Triton's tile configurations on the GPU at hand and write the best as a table.
+
+The table has the form of those in ``memattn_kernels.configs``, whose ``load`` reads it. Every
+candidate is compiled and timed in a process of its own, as one that the compiler cannot take may
+abort it. A candidate counts only if outputs and gradients are within the error budget.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+Config = dict[str, int]
+DTYPES = {"half": "bfloat16", "float": "float32"}
+# a candidate that takes longer, with its compilation, is no candidate
+TIMEOUT_SECONDS = 300
+# BLOCK_M, BLOCK_N, num_warps, num_stages
+CANDIDATES = {
+    "half": {
+        "segmented_attention_fwd": [
+            (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3),
+            (64, 64, 4, 3), (64, 128, 4, 3), (128, 32, 8, 3), (64, 32, 4, 2),
+        ],
+        "segmented_attention_decode": [
+            (16, 64, 4, 3), (16, 128, 4, 3), (16, 128, 8, 3), (16, 64, 2, 3), (16, 32, 4, 3),
+        ],
+        "segmented_attention_bwd_dq": [
+            (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2),
+            (64, 32, 4, 2), (64, 128, 8, 2),
+        ],
+        "segmented_attention_bwd_dkdv": [
+            (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2),
+            (32, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2),
+        ],
+    },
+    "float": {
+        "segmented_attention_fwd": [(32, 32, 8, 1), (64, 16, 8, 1), (64, 32, 8, 2), (32, 16, 8, 1)],
+        "segmented_attention_decode": [(16, 32, 4, 1), (16, 32, 8, 1), (16, 64, 8, 1)],
+        "segmented_attention_bwd_dq": [(32, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)],
+        "segmented_attention_bwd_dkdv": [(32, 32, 4, 2), (32, 32, 8, 1), (32, 64, 8, 1)],
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate for one kernel, head dimension and dtype class."""
+
+    kernel: str
+    head_dim: int
+    kind: str
+    config: Config
+
+
+def retune(
+    path: str | Path,
+    *,
+    kernels: Sequence[str] | None = None,
+    head_dims: Sequence[int] = (64, 128, 256),
+    kinds: Sequence[str] = ("half", "float"),
+    on_trial: Callable[[Trial, float | str], None] = lambda trial, result: None,
+) -> dict[str, Any]:
+    """Time the candidates, and write a complete table of the best.
+
+    Args:
+        path: The JSON file to write; it appears only when the whole table is there.
+        kernels: Names of the kernels to tune; all others keep their present configuration.
+        head_dims: Padded head dimensions to tune, of 64, 128 and 256.
+        kinds: Dtype classes to tune, of ``"half"`` and ``"float"``.
+        on_trial: Called with each trial and its milliseconds, or why it is out.
+
+    Returns:
+        What was written: ``architecture``, ``device``, versions, ``kernels`` (the table) and
+        ``milliseconds`` of the best.
+
+    Raises:
+        RuntimeError: If there is no CUDA device.
+        ValueError: If a kernel, head dimension or dtype class is unknown.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("retune needs a CUDA device, and torch sees none")
+    import triton
+
+    from memattn_kernels import configs
+
+    known = CANDIDATES["half"]
+    for name, values, allowed in (
+        ("kernels", kernels or known, known),
+        ("head_dims", head_dims, configs.WIDTHS),
+        ("kinds", kinds, configs.DTYPE_CLASSES),
+    ):
+        for value in values:
+            if value not in allowed:
+                raise ValueError(f"{name} must be of {', '.join(map(str, allowed))}, got {value}")
+
+    present = configs.table(configs.architecture(torch.device("cuda", 0)))
+    table = json.loads(json.dumps(present))
+    milliseconds: dict[str, float] = {}
+    for kernel in kernels or known:
+        for width in head_dims:
+            for kind in kinds:
+                before = present[kernel][str(width)][kind]
+                best = choose(trials(kernel, width, kind, before), measure, on_trial)
+                if best is not None:
+                    table[kernel][str(width)][kind] = dict(best[0].config)
+                    milliseconds[f"{kernel}/{width}/{kind}"] = best[1]
+    content = {
+        "architecture": configs.device_architecture(torch.device("cuda", 0)),
+        "source": "measured by memattn bench --retune",
+        "device": torch.cuda.get_device_name(0),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "kernels": table,
+        "milliseconds": milliseconds,
+    }
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(unfinished, path)
+    return content
+
+
+def trials(kernel: str, head_dim: int, kind: str, present: Config) -> Iterator[Trial]:
+    """The present configuration, then every other candidate."""
+    from memattn_kernels.configs import OPTIONS
+
+    yield Trial(kernel, head_dim, kind, present)
+    for values in CANDIDATES[kind][kernel]:
+        config = dict(zip(OPTIONS, values, strict=True))
+        if config != present:
+            yield Trial(kernel, head_dim, kind, config)
+
+
+def choose(
+    candidates: Iterator[Trial],
+    measure: Callable[[Trial], float | str],
+    on_trial: Callable[[Trial, float | str], None],
+) -> tuple[Trial, float] | None:
+    """The fastest trial and its milliseconds, or None if none could be timed."""
+    best = None
+    for trial in candidates:
+        result = measure(trial)
+        on_trial(trial, result)
+        if isinstance(result, float) and (best is None or result < best[1]):
+            best = trial, result
+    return best
+
+
+def measure(trial: Trial) -> float | str:
+    """Milliseconds of a trial in a process of its own, or why it failed."""
+    command = [sys.executable, "-m", "memattn.bench.retune", json.dumps(asdict(trial))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"took more than {TIMEOUT_SECONDS} s"
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        return lines[-1] if lines else f"exit code {done.returncode}"
+    return float(done.stdout.split()[-1])
+
+
+def run_trial(trial: Trial) -> float:
+    """Check a candidate, then time it, in this process; milliseconds.
+
+    The work is a dense causal and a segmented pass with persistent keys. A backward kernel is
+    timed with its neighbours, whose configurations stay the same.
+    """
+    from triton.testing import do_bench
+
+    from memattn.ops import segmented_attention
+    from memattn.testing import (
+        assert_results_within_budget,
+        make_segmented_inputs,
+        run_with_gradients,
+    )
+    from memattn_kernels import configs
+
+    table = configs.table(configs.architecture(torch.device("cuda", 0)))
+    table[trial.kernel][str(trial.head_dim)][trial.kind] = trial.config
+    dtype = getattr(torch, DTYPES[trial.kind])
+    decode = trial.kernel.endswith("decode")
+    backward = "_bwd_" in trial.kernel
+    sizes: dict[str, Any] = {"D": trial.head_dim, "P": 16, "device": "cuda", "dtype": dtype}
+    segmented: dict[str, Any] = {"segment_len": 512, "window_size": 512}
+
+    small = make_segmented_inputs(T=7 if decode else 700, S=700, **sizes)
+    options = segmented | {"query_offset": 693 if decode else 0}
+    results = [
+        run_with_gradients(
+            segmented_attention, small, options | {"backend": backend}, dtype=precision
+        )
+        for backend, precision in (
+            ("triton", dtype),
+            ("reference", dtype),
+            ("reference", torch.float64),
+        )
+    ]
+    assert_results_within_budget(*results)
+
+    T, S = (1, 4096) if decode else (4096, 4096)
+    tensors = make_segmented_inputs(B=8 if decode else 2, H=16, Hkv=4, T=T, S=S, **sizes)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    total = 0.0
+    for options in ({}, segmented):
+        attend = partial(
+            segmented_attention, **leaves, **options, query_offset=S - T, backend="triton"
+        )
+        if backward:
+            out = attend().out
+            run = partial(torch.autograd.grad, out, [*leaves.values()], torch.ones_like(out), True)
+        else:
+            run = attend
+        total += cast(float, do_bench(run, return_mode="median"))
+    return total
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{run_trial(Trial(**json.loads(sys.argv[1])))}\n")
