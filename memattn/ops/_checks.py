@@ -1,10 +1,10 @@
 """Argument checks: every message names the argument, what it must be and what it got."""
 
-import weakref
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -101,7 +101,8 @@ def check_int32_vector(name: str, value: Any, like: Tensor) -> None:
         must(name, f"be on the device of query, {like.device}", value.device)
 
 
-_checked_values: weakref.WeakKeyDictionary[Tensor, tuple] = weakref.WeakKeyDictionary()
+# by identity: a plain WeakKeyDictionary would compare tensors with ==
+_checked_values = WeakTensorKeyDictionary()
 
 
 def values_to_check(tensor: Tensor, *context: Any) -> list[int] | None:
