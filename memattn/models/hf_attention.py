@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from memattn.models.padding import block_bounds, check_mask
@@ -132,7 +133,7 @@ def hf_segmented_attention(
         if attention_mask.dim() == 1:
             cu_seqlens = attention_mask
         else:
-            seq_start, seq_end = attention_mask.unbind()
+            seq_start, seq_end = _split_bounds(attention_mask)
     elif kwargs.get("cu_seq_lens_q") is not None:
         cu_seqlens = kwargs["cu_seq_lens_q"]
     segment_len, window_size = _spans(module, sliding_window)
@@ -167,6 +168,18 @@ def _spans(module: nn.Module, sliding_window: int | None) -> tuple[int | None, i
 def _bounds(start: Tensor, end: Tensor) -> Tensor:
     """Starts and ends as one int32 tensor ``[2, B]``."""
     return torch.stack([start, end]).to(torch.int32)
+
+
+_halves = WeakTensorKeyDictionary()
+
+
+def _split_bounds(bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Starts and ends again; the same tensors for every layer, so that they are checked once."""
+    if torch.compiler.is_compiling():
+        return bounds[0], bounds[1]
+    if bounds not in _halves:
+        _halves[bounds] = (bounds[0].clone(), bounds[1].clone())
+    return _halves[bounds]
 
 
 def _packed_bounds(

@@ -116,7 +116,8 @@ def values_to_check(tensor: Tensor, *context: Any) -> list[int] | None:
     if tensor.is_cuda:
         if torch.cuda.is_current_stream_capturing():
             return None
-        stamp = (tensor._version, *context)
+        version = 0 if tensor.is_inference() else tensor._version  # inference tensors have none
+        stamp = (version, *context)
         if _checked_values.get(tensor) == stamp:
             return None
         _checked_values[tensor] = stamp
