@@ -1,35 +1,78 @@
 // The Python module memattn._C, and the choice of instruction set at run time.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
 namespace memattn {
 
-const Kernels& kernels() {
-  static const Kernels& best = []() -> const Kernels& {
+namespace {
+
+struct Choice {
+  const char* name;
+  const Kernels& (*table)();
+  bool runs_here;
+};
+
+// Widest first.
+const std::vector<Choice>& choices() {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
-      return avx512_kernels();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_kernels();
+  __builtin_cpu_init();
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const bool avx512 =
+      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+  static const std::vector<Choice> all{{"avx512", avx512_kernels, avx512},
+                                       {"avx2", avx2_kernels, avx2},
+                                       {"portable", portable_kernels, true}};
+#else
+  static const std::vector<Choice> all{{"portable", portable_kernels, true}};
 #endif
-    return portable_kernels();
-  }();
-  return best;
+  return all;
+}
+
+const Kernels* widest() {
+  for (const Choice& choice : choices())
+    if (choice.runs_here) return &choice.table();
+  return &portable_kernels();
+}
+
+std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> table{widest()};
+  return table;
 }
 
 std::string cpu_capability() { return kernels().name; }
 
+void set_cpu_capability(std::string name) {
+  for (const Choice& choice : choices())
+    if (choice.runs_here && name == choice.name) {
+      current() = &choice.table();
+      return;
+    }
+  STD_TORCH_CHECK(false, "name must be an instruction set that this processor runs, got ", name);
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *current(); }
+
 }  // namespace memattn
 
-STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) { m.def("cpu_capability() -> str"); }
+// set_cpu_capability is for tests: it runs the kernels of a narrower instruction set.
+STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) {
+  m.def("cpu_capability() -> str");
+  m.def("set_cpu_capability(str name) -> ()");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(memattn_cpp, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&memattn::cpu_capability));
+  m.impl("set_cpu_capability", TORCH_BOX(&memattn::set_cpu_capability));
 }
 
 // Importing the module registers the operators; it has nothing else in it.

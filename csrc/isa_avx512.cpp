@@ -22,6 +22,7 @@
 
 namespace memattn::avx512 {
 #include "tile_engine.h"
+#include "attention_tile.h"
 #include "segmented_attention_tile.h"
 }  // namespace memattn::avx512
 

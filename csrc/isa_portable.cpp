@@ -12,6 +12,7 @@
 
 namespace memattn::portable {
 #include "tile_engine.h"
+#include "attention_tile.h"
 #include "segmented_attention_tile.h"
 }  // namespace memattn::portable
 

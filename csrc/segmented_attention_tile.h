@@ -1,47 +1,10 @@
 // Segmented attention, one tile of queries at a time, forward and backward.
 //
-// Included once per instruction set after tile_engine.h. A tile walks its key sources (tokens,
+// Included once per instruction set after attention_tile.h. A tile walks its key sources (tokens,
 // persistent keys, the memory of its segments) in blocks; every source tells each query the
 // interval of its keys, so one mask serves all. Derivation: docs/segmented_attention.md.
 
-constexpr int64_t TILE_ROWS = 64;    // query rows of a tile; a multiple of every panel
-constexpr int64_t BLOCK_KEYS = 96;   // keys of a block; a multiple of the micro-tile rows
-constexpr double LOG2E = 1.4426950408889634;
 constexpr int64_t FEW_KEYS = 48;     // a tile with at most so many is cheap to go through twice
-constexpr float NO_SCORE = -1e30f;   // running maximum before the first key
-
-// Keys that one query lane may see, [lo, hi) counted in its source.
-struct Interval {
-  int32_t lo[TILE_ROWS], hi[TILE_ROWS];
-  // bounds over each panel: of the union, and of what all lanes see
-  int32_t any_lo[TILE_ROWS], any_hi[TILE_ROWS], all_lo[TILE_ROWS], all_hi[TILE_ROWS];
-  int32_t min_lo, max_hi;
-
-  void summarise(int64_t lanes, int64_t panel) {
-    min_lo = INT32_MAX, max_hi = INT32_MIN;
-    for (int64_t p = 0; p * panel < lanes; ++p) {
-      any_lo[p] = INT32_MAX, any_hi[p] = INT32_MIN, all_lo[p] = INT32_MIN, all_hi[p] = INT32_MAX;
-      for (int64_t i = p * panel; i < (p + 1) * panel; ++i) {
-        if (lo[i] < hi[i]) {
-          any_lo[p] = lo[i] < any_lo[p] ? lo[i] : any_lo[p];
-          any_hi[p] = hi[i] > any_hi[p] ? hi[i] : any_hi[p];
-        }
-        all_lo[p] = lo[i] > all_lo[p] ? lo[i] : all_lo[p];
-        all_hi[p] = hi[i] < all_hi[p] ? hi[i] : all_hi[p];
-      }
-      min_lo = any_lo[p] < min_lo ? any_lo[p] : min_lo;
-      max_hi = any_hi[p] > max_hi ? any_hi[p] : max_hi;
-    }
-  }
-};
-
-// A block of keys of one source, and where its gradients are summed.
-struct Block {
-  Rows key, value;
-  int64_t begin, n;  // keys [begin, begin + n) of the source
-  const Interval* seen;
-  float *d_key, *d_value;
-};
 
 // The queries of a tile, row r of lane r.
 struct TileRows {
@@ -160,91 +123,6 @@ static void load_panels(const View& view, const Tile& tile, const TileRows& rows
   }
 }
 
-// Scores -inf outside the lanes' intervals; key j of the source in row j - first of `scores`.
-template <int NV>
-static void mask_panel(float* scores, const Interval& seen, int64_t p, int64_t first,
-                       int64_t last) {
-  constexpr int PANEL = NV * VL;
-  vi lo[NV], hi[NV];
-  for (int v = 0; v < NV; ++v) {
-    __builtin_memcpy(&lo[v], seen.lo + p * PANEL + v * VL, sizeof(vi));
-    __builtin_memcpy(&hi[v], seen.hi + p * PANEL + v * VL, sizeof(vi));
-  }
-  for (int64_t j = first; j < last; ++j) {
-    vf* s = (vf*)(scores + (j - first) * PANEL);
-    for (int v = 0; v < NV; ++v) {
-      const vi key = (int32_t)j - vi{};
-      s[v] = select((key >= lo[v]) & (key < hi[v]), s[v], broadcast(-__builtin_inff()));
-    }
-  }
-}
-
-// Keys of a block that some lane of panel p sees, and whether all lanes see all of them.
-struct Span {
-  int64_t first, last;
-  bool partial;
-  Span(const Block& block, int64_t p) {
-    const Interval& seen = *block.seen;
-    const int64_t end = block.begin + block.n;
-    first = block.begin > seen.any_lo[p] ? block.begin : seen.any_lo[p];
-    last = end < seen.any_hi[p] ? end : seen.any_hi[p];
-    partial = seen.all_lo[p] > first || seen.all_hi[p] < last;
-  }
-};
-
-// A number as the sum of two floats, so that a product with it rounds only once. The low part of a
-// factor is positive: a masked score stays -inf.
-struct Split {
-  float high, low;
-  explicit Split(double x) : high((float)x), low((float)(x - high)) {}
-  static Split factor(double x) {
-    Split split(x);
-    if (split.low < 0.0f) split = Split(x * (1 - 0x1p-24)), split.low = (float)(x - split.high);
-    if (split.low < 0x1p-126f) split.low = 0x1p-126f;
-    return split;
-  }
-};
-
-// Online softmax state of one panel: the maximum in units of log 2 as a sum of two floats, so that
-// the largest key has weight 1 exactly, and the sum of the weights.
-template <int NV>
-struct SoftmaxState {
-  vf high[NV], low[NV], sum[NV];
-};
-
-// Takes in one panel of scores [n][PANEL] without their scale, and turns them into weights in place.
-// `alpha` is the factor of what was summed before.
-template <int NV>
-static MEMATTN_INLINE void softmax_step(float* scores, int64_t n, Split scale2,
-                                        SoftmaxState<NV>* state, vf* alpha) {
-  vf top[NV], high[NV], low[NV], sum[NV];
-  for (int v = 0; v < NV; ++v) top[v] = broadcast(NO_SCORE), sum[v] = vf{};
-  for (int64_t j = 0; j < n; ++j)
-    for (int v = 0; v < NV; ++v) {
-      const vf s = ((const vf*)scores)[j * NV + v];
-      top[v] = select(s > top[v], s, top[v]);
-    }
-  for (int v = 0; v < NV; ++v) {
-    high[v] = top[v] * scale2.high;
-    low[v] = fma(top[v], scale2.low, fma(top[v], scale2.high, -high[v]));
-    const vi higher = high[v] > state->high[v];
-    high[v] = select(higher, high[v], state->high[v]);
-    low[v] = select(higher, low[v], state->low[v]);
-  }
-#pragma GCC unroll 2
-  for (int64_t j = 0; j < n; ++j)
-    for (int v = 0; v < NV; ++v) {
-      vf* s = (vf*)scores + j * NV + v;
-      *s = exp2_nonpositive(fma(*s, scale2.high, -high[v]) + fma(*s, scale2.low, -low[v]));
-      sum[v] += *s;
-    }
-  for (int v = 0; v < NV; ++v) {
-    alpha[v] = exp2_nonpositive((state->high[v] - high[v]) + (state->low[v] - low[v]));
-    state->sum[v] = fma(state->sum[v], alpha[v], sum[v]);
-    state->high[v] = high[v], state->low[v] = low[v];
-  }
-}
-
 template <int NV>
 static void forward_tile(const SegmentedArgs& a, const Tile& tile, float* scratch) {
   constexpr int64_t PANEL = NV * VL;
@@ -293,32 +171,6 @@ static void forward_tile(const SegmentedArgs& a, const Tile& tile, float* scratc
     const Split lse((top + __builtin_log2((double)sum)) / LOG2E);
     a.lse[flat] = sum == 0.0f ? -__builtin_inff() : lse.high;
     a.lse_low[flat] = sum == 0.0f ? 0.0f : lse.low;
-  }
-}
-
-// d_accumulator[j, :] += sum over the panels' lanes of weights[j, lane] * rows[lane, :]. `first`
-// and `last` bound the panels that see a key of each group of rows.
-template <int NV>
-static void add_rows(const float* weights, const float* rows, int64_t width, float* to, int64_t ld,
-                     int64_t n, int64_t panels, const int64_t* span_first, const int64_t* span_last) {
-  constexpr int64_t PANEL = NV * VL;
-  constexpr int GROUP = 48;  // keys handled with one choice of panels
-  for (int64_t j = 0; j < n; j += GROUP) {
-    const int64_t rows_here = n - j < GROUP ? n - j : GROUP;
-    int64_t p0 = 0, p1 = panels;
-    while (p0 < p1 && (span_last[p0] <= j || span_first[p0] >= j + rows_here)) ++p0;
-    while (p1 > p0 && (span_last[p1 - 1] <= j || span_first[p1 - 1] >= j + rows_here)) --p1;
-    if (p0 == p1) continue;
-    int64_t d = 0;
-    const float* w = weights + p0 * BLOCK_KEYS * PANEL + j * PANEL;
-    for (; d + 2 * VL <= ld; d += 2 * VL)
-      product<2, Store::add, true>(rows_here, p1 - p0, PANEL, w, PANEL, BLOCK_KEYS * PANEL,
-                                   rows + p0 * PANEL * ld + d, ld, PANEL * ld, to + j * ld + d, ld,
-                                   nullptr);
-    for (; d < ld; d += VL)
-      product<1, Store::add, true>(rows_here, p1 - p0, PANEL, w, PANEL, BLOCK_KEYS * PANEL,
-                                   rows + p0 * PANEL * ld + d, ld, PANEL * ld, to + j * ld + d, ld,
-                                   nullptr);
   }
 }
 

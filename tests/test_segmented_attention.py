@@ -13,6 +13,7 @@ from memattn.testing import (
     run_with_gradients,
 )
 
+pytestmark = pytest.mark.operator
 CUDA = torch.cuda.is_available()
 needs_cpp = pytest.mark.skipif(not cpp_is_built(), reason="the C++ extension is not built")
 needs_triton = pytest.mark.skipif(not triton_is_installed(), reason="Triton is not installed")
@@ -151,6 +152,31 @@ def test_cpp_matches_reference_at_awkward_lengths(T, options):
 def test_cpp_matches_reference_at_head_dim(D, dtype):
     tensors = make_segmented_inputs(B=1, H=2, Hkv=1, T=130, D=D, dtype=dtype)
     check_against_reference("cpp", tensors, dict(window_size=70))
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("dtype", DTYPES["cpp"], ids=str)
+def test_every_instruction_set_matches_reference(name, dtype):
+    ops = torch.ops.memattn_cpp
+    before = ops.cpu_capability()
+    if name == "avx512" and before != "avx512":
+        pytest.skip("this processor has no AVX-512")
+    ops.set_cpu_capability(name)
+    try:
+        assert ops.cpu_capability() == name
+        for case in ("one", "dense", "all-sources", "padded-left", "odd-head-dim", "decode"):
+            check_against_reference("cpp", *make_case(case, "cpp", dtype))
+        tensors = make_segmented_inputs(B=1, H=2, Hkv=1, T=150, D=72, dtype=dtype)
+        check_against_reference("cpp", tensors, dict(window_size=33))
+    finally:
+        ops.set_cpu_capability(before)
+
+
+@needs_cpp
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(RuntimeError, match="name must be an instruction set"):
+        torch.ops.memattn_cpp.set_cpu_capability("sse9")
 
 
 @pytest.mark.parametrize(

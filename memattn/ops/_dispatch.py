@@ -11,7 +11,7 @@ from memattn.ops._checks import must
 
 Backend = Literal["triton", "cpp", "reference"]
 BACKENDS = ("auto", "triton", "cpp", "reference")
-BUILD_CPP = "pip install --no-build-isolation --force-reinstall --no-deps memattn"
+BUILD_CPP = "pip install --no-build-isolation --no-deps --force-reinstall ."  # in the source folder
 
 
 def _loads(module: str) -> bool:

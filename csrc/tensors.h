@@ -1,0 +1,73 @@
+// Tensors, buffers and threads through LibTorch's stable ABI, for the operators' host code.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace memattn {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalInt = std::optional<int64_t>;
+using torch::headeronly::ScalarType;
+
+inline Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    default: STD_TORCH_CHECK(false, "memattn_cpp takes float32, float16 and bfloat16 tensors");
+  }
+  return Dtype::float32;
+}
+
+inline View view_of(const Tensor& t) {
+  View view;
+  view.data = t.data_ptr();
+  view.dtype = dtype_of(t);
+  for (int64_t i = 0; i < t.dim(); ++i) view.stride[i] = t.stride(i);
+  return view;
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like, ScalarType dtype) {
+  return torch::stable::new_empty(like, std::vector<int64_t>(sizes), dtype);
+}
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float, Free>;
+
+inline Buffer buffer(int64_t floats) {
+  const size_t bytes = (static_cast<size_t>(floats) * 4 + 127) / 64 * 64;
+  auto* p = static_cast<float*>(std::aligned_alloc(64, bytes));
+  STD_TORCH_CHECK(p != nullptr, "memattn_cpp could not allocate ", bytes, " bytes");
+  return Buffer(p);
+}
+
+// Runs work(i, thread's state) for i in [0, n), handed out one by one: tiles differ in cost.
+template <class State, class Work>
+void parallel_work(int64_t n, State make_state, Work work) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), n);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      auto state = make_state();
+      for (int64_t i; (i = next.fetch_add(1)) < n;) work(i, state);
+    }
+  });
+}
+
+}  // namespace memattn
