@@ -3,7 +3,7 @@
 
 def generate(
     model: str,
-    prompt: str,
+    prompt: str = "-",
     max_new_tokens: int = 200,
     temperature: float = 0.8,
     top_k: int = 0,
@@ -18,7 +18,7 @@ def generate(
 
     Args:
         model: A folder with a saved model and its tokenizer, or a run folder.
-        prompt: The text to continue; a lone dash reads it from the standard input.
+        prompt: The text to continue; by default the standard input.
         max_new_tokens: Tokens to add at most.
         temperature: Sharpness of the draw: 0 always takes the likeliest token.
         top_k: Draw from so many likeliest tokens; 0 from all.
