@@ -66,7 +66,7 @@ def test_yaml_is_the_dataclasses_written_down(tmp_path):
         ("data: {vocab_size: 300, tokenizer: bytes}", "vocab_size must be None with tokenizer byt"),
         (
             "model: {preset: vanilla, model_path: x}",
-            "model must have exactly one of preset and .*, got both",
+            "model must have exactly one of preset .*, got both",
         ),
         ("model: {preset: null}", "model must have exactly one of preset and .*, got neither"),
         ("training: [1", "Problems parsing config"),

@@ -97,7 +97,6 @@ def test_a_batch_without_targets_is_no_nan(tmp_path):
     assert result.eval_loss is None
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
 def test_a_loss_that_is_not_finite_stops_before_it_does_harm(tmp_path):
     config = tiny_config(tmp_path, base_model_lr=1e30, warmup_steps=3, save_steps=1)
     with pytest.raises(NonFiniteError, match="must be finite, got (nan|inf) at step") as error:

@@ -18,6 +18,7 @@ from train_factories import columns, tiny_config, write_corpus
 
 from memattn.cli import main
 from memattn.train import TrainResult, checkpoint, train
+from memattn.train.interrupt import StopRequest
 from memattn.train.metrics import MetricsLog, read_metrics
 
 ROOT = Path(__file__).parent
@@ -142,6 +143,23 @@ def test_a_signal_leaves_a_checkpoint_and_exit_code_130(
     shown = train(config, resume=True, progress=False)  # nothing is left to do
     assert shown.tokens_per_second == 0.0
     assert_same_run(shown, whole)
+
+
+def test_a_run_stopped_before_its_first_step_resumes(tmp_path, monkeypatch, whole):
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "__enter__", lambda self: setattr(self, "received", 1) or self)
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 0; resume from .*step-0"):
+            train(tiny_config(tmp_path), progress=False)
+    assert_same_run(train(tiny_config(tmp_path), resume=True, progress=False), whole)
+
+
+def test_a_finished_run_goes_on_in_another_folder(tmp_path, whole):
+    config = tiny_config(tmp_path, max_steps=8)
+    other = train(config, resume=whole.checkpoint, progress=False)
+    assert other.checkpoint == tmp_path / "run/checkpoints/step-8"
+    assert other.loss == whole.loss
+    a, b = (load_file(result.model_dir / "model.safetensors") for result in (other, whole))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture

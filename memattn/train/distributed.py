@@ -79,7 +79,7 @@ def reshard(model: nn.Module) -> None:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on the CPU; all processes must call it."""
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -111,24 +111,24 @@ def train(
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     # several processes without a GPU must be told, or each would train alone
     cpu = options.cpu or not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=cpu)
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        cpu=cpu,
+        # the loop weighs its batches itself, whatever accelerate launch was told
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
     if options.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         must("training.mixed_precision", "be no or bf16 without CUDA", "fp16")
     folder = Path(options.output_dir)
     start = _find_start(folder, resume)
-    set_seed(options.seed)
     with accelerator.main_process_first():
         corpus = prepare_data(config)
-    identity = {
-        **config.to_dict(),
-        "rows": options.batch_size
-        * options.gradient_accumulation_steps
-        * accelerator.num_processes,
-        "tokens": corpus.fingerprint,
-    }
+    rows = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
+    identity = {**config.to_dict(), "rows": rows, "tokens": corpus.fingerprint}
     if start is not None:
         _check_same_run(start, identity)
     accelerator.wait_for_everyone()  # all have looked before the first one writes
+    set_seed(options.seed)
     model: Any = build_model(config.model, corpus.tokenizer)
     if options.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -180,15 +180,9 @@ def train(
                     )
 
                 wrapped.train()
-                loss = torch.zeros((), device=accelerator.device)
-                for i, batch in enumerate(micro):
-                    last = i == len(micro) - 1
-                    with nullcontext() if last else without_sync(accelerator, wrapped):
-                        part = _loss(wrapped, batch, accelerator.device, options.label_smoothing)
-                        part = part * (_num_targets(batch) / counts.targets)
-                        # gradients are averaged over processes, the loss is their sum
-                        accelerator.backward(part * accelerator.num_processes)
-                    loss += part.detach()
+                loss = _backward(
+                    accelerator, wrapped, micro, counts.targets, options.label_smoothing
+                )
                 grad_norm = accelerator.clip_grad_norm_(
                     parameters, options.max_grad_norm or math.inf
                 )
@@ -204,10 +198,8 @@ def train(
                 optimizer.zero_grad()
 
                 now = time.perf_counter()
-                trained, trained_seconds = (
-                    trained + counts.tokens,
-                    trained_seconds + now - step_began,
-                )
+                trained += counts.tokens
+                trained_seconds += now - step_began
                 row["tokens_per_second"] = counts.tokens / (now - step_began)
                 state.step, state.loss = step, row["loss"]
                 state.tokens += counts.tokens
@@ -231,6 +223,8 @@ def train(
                     saved = checkpoints.save(state)
     finally:
         log.close()
+    if saved is None:  # a finished run that goes on in another folder
+        saved = checkpoints.save(state)
 
     tensors = gather_model(model)
     on_main_process(
@@ -289,6 +283,26 @@ def _count(accelerator: Accelerator, micro: list[Batch], stop: bool) -> _Counts:
 def _num_targets(batch: Batch) -> int:
     """Targets of a batch, whose first label in a row is always left out."""
     return int((batch["labels"] != IGNORE).sum())
+
+
+def _backward(
+    accelerator: Accelerator,
+    model: Any,
+    micro: list[Batch],
+    num_targets: int,
+    label_smoothing: float,
+) -> Tensor:
+    """Accumulate gradients of the mean over all targets; return this process's part of it."""
+    total = torch.zeros((), device=accelerator.device)
+    for i, batch in enumerate(micro):
+        last = i == len(micro) - 1
+        with nullcontext() if last else without_sync(accelerator, model):
+            loss = _loss(model, batch, accelerator.device, label_smoothing)
+            loss = loss * (_num_targets(batch) / num_targets)
+            # gradients are averaged over processes, the loss is their sum
+            accelerator.backward(loss * accelerator.num_processes)
+        total += loss.detach()
+    return total
 
 
 def _loss(model: Any, batch: Batch, device: torch.device, label_smoothing: float) -> Tensor:
