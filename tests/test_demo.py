@@ -101,7 +101,7 @@ def test_goes_on_after_an_interruption_and_trains_nothing_twice(config, console,
     }
     monkeypatch.setattr(demo_run, "measure_model", lambda folder, seed: dict(measured))
     monkeypatch.setattr(demo_run, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="in segmented; the same command goes on"):
         run_demo(config, console=console)
     plan = json.loads((demo_run.Path(config.out) / "plan.json").read_text())
     trained.append("-")

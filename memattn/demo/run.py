@@ -29,7 +29,7 @@ SIZES = dict(
     intermediate_size=512,
     max_position_embeddings=2048,
 )
-EVALUATIONS = 4  # of the held-out part in each run
+EVALUATIONS = 4  # of the held-out part in each run, where they are a fifth of its time or less
 MIN_STEPS = 10
 MAX_EPOCHS = 4.0  # more would show how well a text is learned by heart
 
@@ -65,8 +65,8 @@ class DemoConfig:
         if not 0.0 < self.minutes < float("inf"):
             raise ValueError(f"minutes must be positive and finite, got {self.minutes}")
 
-    def train_config(self, preset: str, steps: int) -> TrainConfig:
-        """The training run of one preset."""
+    def train_config(self, preset: str, steps: int = 1, evaluations: int = 1) -> TrainConfig:
+        """The training run of one preset, with so many held-out evaluations."""
         return TrainConfig(
             model=ModelConfig(preset=preset, options=self.sizes),
             data=DataConfig(
@@ -81,7 +81,7 @@ class DemoConfig:
                 batch_size=self.batch_size,
                 base_model_lr=3e-3,
                 warmup_steps=max(1, steps // 10),
-                eval_steps=max(1, -(-steps // EVALUATIONS)),
+                eval_steps=-(-steps // evaluations),
                 save_steps=max(1, -(-steps // 4)),
                 keep_checkpoints=1,
                 seed=self.seed,
@@ -130,10 +130,15 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
     page = write_page(out, report, curves)
     console.print(_table(report))
     console.print(
-        f"One seed, {plan['tokens']:,} tokens, a small model: differences in loss are no claim.",
-        f"\nPage: {page}   numbers: {out / 'results.json'}   curves: {out / 'curves.png'}",
+        f"One seed, {plan['tokens']:,} tokens, small models: differences in loss are no claim.",
         highlight=False,
     )
+    for what, path in (
+        ("page", page),
+        ("numbers", out / "results.json"),
+        ("curves", out / "curves.png"),
+    ):
+        console.print(f"{what:<8} {path}", highlight=False, soft_wrap=True)
     return page
 
 
@@ -153,7 +158,7 @@ def _plan(config: DemoConfig, out: Path, console: Console) -> dict[str, Any]:
         console.print(f"going on with the demo in {out}", highlight=False)
         return plan
     with console.status(f"fetching and tokenizing {config.corpus}"):
-        corpus = prepare_data(config.train_config(next(iter(PRESETS)), 1))
+        corpus = prepare_data(config.train_config(next(iter(PRESETS))))
     held_out = 0 if corpus.held_out is None else len(corpus.held_out.ids)
     console.print(
         f"{config.corpus}: {corpus.train.num_documents} documents, {len(corpus.train.ids):,} "
@@ -164,16 +169,19 @@ def _plan(config: DemoConfig, out: Path, console: Console) -> dict[str, Any]:
     seconds_per_token = {}
     for preset in PRESETS:
         with console.status(f"measuring the speed of {preset}"):
-            speed = measure_speed(config.train_config(preset, 1), corpus)
+            speed = measure_speed(config.train_config(preset), corpus)
         console.print(f"{preset}: about {speed:,.0f} tokens/s", highlight=False)
         seconds_per_token[preset] = 1.0 / speed
-    # the forward pass alone takes about a third of the time of a training step
-    budget = 60.0 * config.minutes / sum(seconds_per_token.values()) - EVALUATIONS * held_out / 3
+    # what fits, in tokens of each preset; a forward pass takes a third of a training step's time
+    budget = 60.0 * config.minutes / sum(seconds_per_token.values())
+    evaluations = max(1, min(EVALUATIONS, int(0.2 * budget / max(held_out / 3, 1))))
+    steps = int((budget - evaluations * held_out / 3) / step_tokens)
     longest = int(MAX_EPOCHS * len(corpus.train.ids) / step_tokens)
-    steps = max(MIN_STEPS, min(int(budget / step_tokens), longest))
+    steps = max(MIN_STEPS, min(steps, longest))
     plan = {
         "settings": settings,
         "steps": steps,
+        "evaluations": evaluations,
         "tokens": steps * step_tokens,
         "train_tokens": len(corpus.train.ids),
         "held_out_tokens": held_out,
@@ -194,7 +202,10 @@ def _result(
         return json.loads(file.read_text(encoding="utf-8"))
     steps = plan["steps"]
     console.print(f"{preset}: training on {plan['tokens']:,} tokens", highlight=False)
-    trained = train(config.train_config(preset, steps), resume=True)
+    try:
+        trained = train(config.train_config(preset, steps, plan["evaluations"]), resume=True)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"in {preset}; the same command goes on from there") from stop
     rows = read_metrics(folder / "metrics.csv")
     speeds = sorted(row["tokens_per_second"] for row in rows if row["tokens_per_second"])
     with console.status(f"auditing {preset}"):
