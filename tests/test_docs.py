@@ -1,0 +1,63 @@
+"""Every code block of the documentation runs."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "configs").glob("*.md"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Code blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.S | re.M)
+
+
+def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    """Run a command with this environment's memattn first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    env.pop("TRITON_INTERPRET", None)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def ids(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=ids)
+def test_python_blocks_run(page, tmp_path):
+    """The blocks of a page run one after the other in one process."""
+    script = tmp_path / "blocks.py"
+    script.write_text("\n".join(blocks(page, "python")))
+    result = run([sys.executable, str(script)], tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=ids)
+def test_commands_run(page, tmp_path):
+    """Commands run in a copy of the configurations; what make would run is only looked up."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
+        command = shlex.split(line, comments=True)
+        if not command:
+            continue
+        if command[0] == "make":
+            command, cwd = ["make", "--dry-run", *command[1:]], ROOT
+        else:
+            cwd = tmp_path
+        result = run(command, cwd)
+        assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{ids(page)}: {target}"
