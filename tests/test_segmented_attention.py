@@ -483,6 +483,16 @@ WRONG = {
             segment_len=4,
         ),
     ),
+    "memory_key must have at least n_segments=2, got 1": (
+        ValueError,
+        dict(
+            memory_key=torch.zeros(2, 2, 1, 4, 16),
+            memory_value=torch.zeros(2, 2, 1, 4, 16),
+            segment_len=4,
+            seq_start=torch.tensor([4, 6], dtype=torch.int32),
+            seq_end=torch.tensor([9, 9], dtype=torch.int32),
+        ),
+    ),
     "memory_key must have M=4 rows": (
         ValueError,
         dict(

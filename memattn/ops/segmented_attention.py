@@ -221,20 +221,23 @@ def _check_sequences(
             if segment_len is not None:
                 lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
                 n_segments = sum(-(-length // segment_len) for length in lengths)
-    elif segment_len is not None:
-        n_segments = -(-(query_offset + T) // segment_len)
     for name, bound in (("seq_start", seq_start), ("seq_end", seq_end)):
         if bound is not None:
             check_int32_vector(name, bound, query)
             check_shape(name, bound, B=B)
-    starts = [0] * B if seq_start is None else values_to_check(seq_start, "start")
-    if seq_end is not None and starts is not None:
-        ends = values_to_check(seq_end, "end")
-        for start, end in zip(starts, ends or starts, strict=True):
-            if end < start:
-                must("seq_end", f"be at least seq_start={start}", end)
-    if memory_key is not None and segment_len is not None:
-        if starts and min(starts) < 0:
-            n_segments = -(-(query_offset + T - min(starts)) // segment_len)
-        if memory_key.shape[2] < n_segments:
-            must("memory_key", f"have at least n_segments={n_segments}", memory_key.shape[2])
+    # reading bounds waits for a CUDA device, so only where something depends on them
+    end = query_offset + T
+    starts, ends = [0] * B, [end] * B
+    if seq_start is not None and (seq_end is not None or memory_key is not None):
+        starts = values_to_check(seq_start, end, memory_key is None)
+    if seq_end is not None:
+        ends = values_to_check(seq_end, end, memory_key is None)
+    if starts is None or ends is None:
+        return
+    for first, last in zip(starts, ends, strict=True):
+        if seq_end is not None and last < first:
+            must("seq_end", f"be at least seq_start={first}", last)
+        if segment_len is not None and cu_seqlens is None:
+            n_segments = max(n_segments, -(-(min(last, end) - first) // segment_len))
+    if memory_key is not None and memory_key.shape[2] < n_segments:
+        must("memory_key", f"have at least n_segments={n_segments}", memory_key.shape[2])

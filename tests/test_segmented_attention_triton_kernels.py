@@ -1,0 +1,258 @@
+"""segmented_attention in Triton: what the test file of all backends does not reach."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from memattn.bench import retune
+from memattn.ops import segmented_attention
+from memattn.testing import (
+    assert_results_within_budget,
+    make_segmented_inputs,
+    run_with_gradients,
+)
+from memattn_kernels import configs
+from memattn_kernels.segmented_attention import backward, segmented_attention_op
+from memattn_kernels.segmented_attention import segmented_attention as triton_attention
+
+SMALL = {"B": 1, "H": 2, "Hkv": 1}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check(tensors: dict[str, torch.Tensor], **options) -> dict[str, torch.Tensor]:
+    """Triton's results, within the error budget of the reference."""
+    low, high = (
+        run_with_gradients(
+            segmented_attention, tensors, options | {"backend": "reference"}, dtype=dtype
+        )
+        for dtype in (None, torch.float64)
+    )
+    actual = run_with_gradients(segmented_attention, tensors, options | {"backend": "triton"})
+    assert_results_within_budget(actual, low, high)
+    return actual
+
+
+def arguments(tensors: dict[str, torch.Tensor], window_size: int | None = None) -> tuple:
+    """Positional arguments of the kernels' own function, for causal attention."""
+    q, k, v = tensors["query"], tensors["key"], tensors["value"]
+    return (q, k, v, *(None,) * 8, window_size, True, False, 0, 0.25)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_writes_all_it_returns():
+    tensors = make_segmented_inputs(**SMALL, P=3, M=2, segment_len=16, device=DEVICE)
+    bounds = torch.tensor([35], dtype=torch.int32, device=DEVICE)
+    check(tensors, segment_len=16, window_size=5, seq_end=bounds)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("sizes", [dict(T=0, S=5), dict(T=5, S=0), dict(B=0, T=5)], ids=str)
+def test_empty_inputs(sizes: dict[str, int]):
+    check(make_segmented_inputs(**SMALL | sizes, P=2, device=DEVICE), window_size=3)
+
+
+def test_persistent_gradient_over_several_chunks(monkeypatch: pytest.MonkeyPatch):
+    tensors = make_segmented_inputs(**SMALL | {"B": 2}, T=21, P=3, device=DEVICE)
+    bounds = torch.tensor([0, 9], dtype=torch.int32, device=DEVICE)
+    whole = check(tensors, window_size=4, seq_start=bounds)
+    monkeypatch.setattr(backward, "MIN_CHUNK", 8)
+    parts = check(tensors, window_size=4, seq_start=bounds)
+    # added in another order
+    torch.testing.assert_close(parts["d_persistent_key"], whole["d_persistent_key"])
+    torch.testing.assert_close(parts["d_query"], whole["d_query"], rtol=0, atol=0)
+
+
+def test_lengths_near_the_largest_integer():
+    tensors = make_segmented_inputs(**SMALL, T=20, M=2, segment_len=20, n_segments=3, device=DEVICE)
+    check(tensors, segment_len=2**31 - 1, window_size=2**31 - 1)
+
+
+def test_any_strides_give_the_same_bits():
+    tensors = make_segmented_inputs(**SMALL | {"B": 2}, T=18, device=DEVICE)
+    tensors["value"] = tensors["value"][:1].expand(2, -1, -1, -1)
+    options = {"window_size": 7, "backend": "triton"}
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    expected = run_with_gradients(segmented_attention, plain, options)
+
+    def strided(**leaves: torch.Tensor):
+        # tokens before heads, rows with gaps, elements that are not adjacent
+        leaves["query"] = leaves["query"].transpose(1, 2).contiguous().transpose(1, 2)
+        leaves["key"] = torch.nn.functional.pad(leaves["key"], (3, 5))[..., 3:-5]
+        leaves["value"] = leaves["value"].mT.contiguous().mT
+        return segmented_attention(**leaves, **options)
+
+    for name, result in run_with_gradients(strided, tensors, {}).items():
+        assert torch.equal(result, expected[name]), name
+
+
+def test_output_has_the_memory_order_of_the_query():
+    tensors = make_segmented_inputs(**SMALL, T=5, D=16, Dv=24, device=DEVICE)
+    tensors["query"] = tensors["query"].transpose(1, 2).contiguous().transpose(1, 2)
+    out, _ = triton_attention(*arguments(tensors))
+    assert out.transpose(1, 2).is_contiguous() and not out.is_contiguous()
+
+
+def test_bfloat16_in_the_interpreter():
+    tensors = make_segmented_inputs(**SMALL, T=20, dtype=torch.bfloat16, device=DEVICE)
+    assert check(tensors, window_size=7)["out"].dtype == torch.bfloat16
+
+
+def test_opcheck():
+    tensors = make_segmented_inputs(**SMALL, T=6, device=DEVICE)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    torch.library.opcheck(segmented_attention_op, arguments(leaves, 3))
+
+
+def test_compiles_once_for_all_lengths():
+    function = torch.compile(triton_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for T in (9, 14):
+            args = arguments(make_segmented_inputs(**SMALL, T=T, device=DEVICE), 4)
+            for actual, expected in zip(function(*args), triton_attention(*args), strict=True):
+                assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["query", "value"])
+def test_names_the_argument_of_a_wide_head(name: str):
+    sizes = {"D": 257, "Dv": 16} if name == "query" else {"Dv": 257}
+    tensors = make_segmented_inputs(**SMALL, T=3, **sizes, device=DEVICE)
+    with pytest.raises(NotImplementedError, match=rf'^{name} must have .*257; backend "reference"'):
+        segmented_attention(**tensors, backend="triton")
+
+
+def test_second_derivative_is_refused():
+    tensors = make_segmented_inputs(**SMALL, T=3, device=DEVICE)
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    out = segmented_attention(*leaves, backend="triton").out
+    first = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="segmented_attention_backward"):
+        torch.autograd.grad(first[0].sum(), leaves)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradients_repeat_bit_for_bit(dtype: torch.dtype):
+    tensors = make_segmented_inputs(
+        T=1500, D=64, P=16, M=16, segment_len=256, dtype=dtype, device=DEVICE
+    )
+    options = {"segment_len": 256, "window_size": 128, "backend": "triton"}
+    first = run_with_gradients(segmented_attention, tensors, options)
+    for _ in range(100):
+        again = run_with_gradients(segmented_attention, tensors, options)
+        assert all(torch.equal(again[name], result) for name, result in first.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offsets_beyond_32_bits():
+    # the last sequence begins after 2**31 elements
+    tensors = make_segmented_inputs(B=1, H=4, Hkv=4, T=2048, D=128, dtype=torch.bfloat16)
+    expected = segmented_attention(
+        **{name: tensor.cuda() for name, tensor in tensors.items()},
+        window_size=256,
+        backend="triton",
+    )
+    many = {
+        name: torch.cat([torch.zeros_like(tensor).expand(2049, -1, -1, -1), tensor]).cuda()
+        for name, tensor in tensors.items()
+    }
+    actual = segmented_attention(**many, window_size=256, backend="triton")
+    assert torch.equal(actual.out[-1], expected.out[0])
+    assert torch.equal(actual.lse[-1], expected.lse[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_packed_documents_in_a_cuda_graph():
+    tensors = make_segmented_inputs(B=1, T=300, D=64, dtype=torch.bfloat16, device="cuda")
+    args = list(arguments(tensors, 64))
+    args[7] = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
+    expected = triton_attention(*args)[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = triton_attention(*args)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_shipped_tables_are_complete(arch: str):
+    assert configs.table(arch).keys() == retune.CANDIDATES["half"].keys()
+
+
+def changed_table(path: Path, **entry: object) -> Path:
+    """A copy of a shipped table, for another architecture, with one entry changed."""
+    content = {"architecture": "sm_00", "kernels": configs.table("sm_90")}
+    content = json.loads(json.dumps(content))
+    content["kernels"]["segmented_attention_fwd"]["64"]["half"] |= entry
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_table_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(configs, "_loaded", {})
+    path = changed_table(tmp_path / "table.json", BLOCK_M=32)
+    assert configs.load(path) == "sm_00"
+    assert configs.table("sm_00")["segmented_attention_fwd"]["64"]["half"]["BLOCK_M"] == 32
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"BLOCK_M": 48}, "BLOCK_M must be a power of two in 16 ... 256, got 48"),
+        ({"BLOCK_N": 8}, "BLOCK_N must be a power of two in 16 ... 256, got 8"),
+        ({"num_stages": "2"}, "num_stages must be an integer in 1 ... 16, got 2"),
+        ({"warps": 4}, "segmented_attention_fwd, 64, half must have BLOCK_M, BLOCK_N"),
+    ],
+)
+def test_names_the_wrong_entry_of_a_table(tmp_path: Path, entry: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        configs.read(changed_table(tmp_path / "table.json", **entry))
+
+
+def test_names_the_file_that_is_no_table(tmp_path: Path):
+    path = tmp_path / "table.json"
+    with pytest.raises(FileNotFoundError, match=r"table\.json"):
+        configs.load(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"table\.json must be a JSON file"):
+        configs.load(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match='must hold an object "kernels", got NoneType'):
+        configs.load(path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_retune_needs_a_gpu(tmp_path: Path):
+    with pytest.raises(RuntimeError, match="retune needs a CUDA device"):
+        retune.retune(tmp_path / "table.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_retune_chooses_the_fastest_that_runs():
+    present = configs.table("sm_90")["segmented_attention_fwd"]["128"]["half"]
+    trials = list(retune.trials("segmented_attention_fwd", 128, "half", present))
+    assert trials[0].config == present
+    assert all(trial.config != present for trial in trials[1:])
+    results = {1: 2.0, 2: 1.0, 3: 3.0}
+    seen = []
+    best = retune.choose(
+        iter(trials),
+        lambda trial: results.get(trials.index(trial), "out of shared memory"),
+        lambda trial, result: seen.append(result),
+    )
+    assert best == (trials[2], 1.0)
+    assert seen[:3] == ["out of shared memory", 2.0, 1.0] and len(seen) == len(trials)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_trial_that_fails_says_why():
+    result = retune.measure(retune.Trial("segmented_attention_fwd", 64, "half", {}))
+    assert isinstance(result, str) and "NVIDIA" in result
