@@ -15,7 +15,7 @@ STATE_LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048)
 PROMPT = "The city is"
 
 
-def measure_speed(config: TrainConfig, corpus: Corpus, steps: int = 3) -> float:
+def measure_speed(config: TrainConfig, corpus: Corpus, steps: int = 5) -> float:
     """Training speed of a preset, tokens/s: the median of a few steps after a first one."""
     device = _device()
     model = build_model(config.model, corpus.tokenizer).to(device).train()

@@ -56,7 +56,7 @@ class DemoConfig:
     corpus: str = "wiki"
     seed: int = 0
     seq_len: int = 512
-    batch_size: int = 4
+    batch_size: int = 1  # on so few tokens, more steps learn more than larger ones
     vocab_size: int = 4096
     sizes: dict[str, Any] = field(default_factory=lambda: dict(SIZES))
     cache_dir: str = "~/.cache/memattn"
