@@ -121,8 +121,10 @@ def segmented_attention(
             check_tensor(name, tensor)
     check_rank("query", query, "B H T D")
     if torch.is_autocast_enabled(query.device.type):
-        query, key, value, persistent_key, persistent_value, memory_key, memory_value = (
-            autocast(tensor) for _, tensor in tensors
+        query, key, value = autocast(query), autocast(key), autocast(value)
+        persistent_key, persistent_value, memory_key, memory_value = (
+            None if tensor is None else autocast(tensor)
+            for tensor in (persistent_key, persistent_value, memory_key, memory_value)
         )
     B, _, T, D = query.shape
     check_floating("query", query)
@@ -181,9 +183,9 @@ def segmented_attention(
     return AttentionOutput(*impl(*args))
 
 
-def autocast(tensor: Tensor | None) -> Tensor | None:
+def autocast(tensor: Tensor) -> Tensor:
     """The tensor in the dtype of the autocast that is on; float64 and integers stay."""
-    if tensor is None or tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
