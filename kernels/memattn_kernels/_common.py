@@ -69,10 +69,9 @@ def tile_ranges(lo, hi, valid, BLOCK: tl.constexpr):
     last = tl.max(tl.where(sees, hi, 0))
     first = tl.minimum(first, last)
     # a valid row that sees nothing makes this range empty
-    full_lo = tl.max(tl.where(valid, lo, 0))
+    full_lo = tl.minimum(tl.max(tl.where(valid, lo, 0)), last)
     full_hi = tl.minimum(tl.min(tl.where(valid, hi, NO_END)), last)
     full_first = first + tl.cdiv(tl.maximum(full_lo - first, 0), BLOCK) * BLOCK
-    full_first = tl.minimum(full_first, first + tl.cdiv(last - first, BLOCK) * BLOCK)
     full_last = full_first + tl.maximum(full_hi - full_first, 0) // BLOCK * BLOCK
     return first, full_first, full_last, last
 

@@ -1,13 +1,13 @@
 """Backward of segmented attention: no atomics, every gradient has one owner.
 
-With P the softmax's weights, delta = rowsum(out * d_out) - d_lse and dS = P * (d_out V^T - delta):
+With P the softmax's weights, dS = P * (d_out V^T - rowsum(out * d_out) + d_lse):
 
     d_query = scale * dS K        one program per tile of queries
     d_key = scale * dS^T Q        one program per tile of keys,
     d_value = P^T d_out           which loops over the query heads of its group
 
-A persistent key is seen by all queries of the batch:
-its programs each take a chunk of queries and write a partial sum, added up in a fixed order.
+A persistent key is seen by all queries of the batch: its programs each take a chunk of queries and
+write a partial sum, added up in a fixed order.
 """
 
 import torch
@@ -52,8 +52,8 @@ N_PARTIALS = 512
 
 
 @triton.jit
-def _dq_tile(dq, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last,
-             scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+def _dq_tile(dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi,
+             last, scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
              BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """One tile of keys from column ``n``; ``scale`` and ``lse`` with ``exponent_factor``."""
     k = load_tile(k_ptr, n, stride_k, last, D, BLOCK_N, BLOCK_D, MASKED)
@@ -66,13 +66,20 @@ def _dq_tile(dq, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v, 
     ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
     if MASKED:
         offs_n = (n + tl.arange(0, BLOCK_N))[None, :]
-        ds = tl.where((offs_n >= lo[:, None]) & (offs_n < hi[:, None]), ds, 0.0)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        mask = (offs_n >= lo[:, None]) & (offs_n < hi[:, None])
+        ds = tl.where(mask, ds, 0.0)
+    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    if q.dtype == tl.float32:
+        rest += tl.sum(ds, 1)
+        if MASKED:
+            p = tl.where(mask, p, 0.0)
+        pk = tl.dot(p, k, pk, input_precision="ieee")
+    return dq, pk, rest
 
 
 @triton.jit
-def _dq_source(dq, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid,
-               scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+def _dq_source(dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v, lo, hi,
+               valid, scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
                BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                HAS_WHOLE_TILES: tl.constexpr):  # fmt: skip
     """All keys of one source that the tile of queries sees."""
@@ -82,17 +89,17 @@ def _dq_source(dq, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v
         full_last = first
     for index in range(n_partial_tiles(first, full_first, full_last, last, BLOCK_N)):
         n = partial_tile(index, first, full_first, full_last, BLOCK_N)
-        dq = _dq_tile(
-            dq, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v,
+        dq, pk, rest = _dq_tile(
+            dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v,
             n, lo, hi, last, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
         )  # fmt: skip
     if HAS_WHOLE_TILES:
         for n in range(full_first, full_last, BLOCK_N):
-            dq = _dq_tile(
-                dq, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v,
+            dq, pk, rest = _dq_tile(
+                dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v,
                 n, lo, hi, last, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
             )  # fmt: skip
-    return dq
+    return dq, pk, rest
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -139,41 +146,53 @@ def _segmented_attention_bwd_dq_kernel(
     do = load_tile(do_ptr, t, stride_dot, T, DV, BLOCK_M, BLOCK_DV, True)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     row = (b * H + h) * T + offs_m
+    dlse = tl.zeros([BLOCK_M], dtype=tl.float32)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
-    tl.store(delta_ptr + row, delta, mask=mask_m)
+        dlse = tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
+    if q.dtype != tl.float32:
+        delta -= dlse
     lse = tl.load(lse_ptr + row, mask=mask_m, other=0.0) * exponent_factor(q.dtype)
+    has_keys = lse > -float("inf")
+    lse = tl.where(has_keys, lse, float("inf"))  # all weights 0
     tl.store(scaled_lse_ptr + row, lse, mask=mask_m)
     residual = lse
     if q.dtype == tl.float32:
         residual = tl.load(residual_ptr + row, mask=mask_m, other=0.0)
     exponent_scale = scale * exponent_factor(q.dtype)
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    # float32 results show the rounding of out and lse in delta, most where dS cancels (a row with
+    # one key): there dS without d_lse must sum to 0, so the rest of that sum corrects delta, and
+    # pk = P K corrects d_query
+    pk = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    rest = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     if pk_ptr is not None:
         lo = tl.zeros([BLOCK_M], dtype=tl.int32)
-        dq = _dq_source(
-            dq, q, do, lse, residual, delta, pk_ptr + h_kv * stride_pkh, pv_ptr + h_kv * stride_pvh,
-            stride_pkt, stride_pvt, lo, lo + P, valid, exponent_scale,
+        dq, pk, rest = _dq_source(
+            dq, pk, rest, q, do, lse, residual, delta, pk_ptr + h_kv * stride_pkh,
+            pv_ptr + h_kv * stride_pvh, stride_pkt, stride_pvt, lo, lo + P, valid, exponent_scale,
             D, DV, BLOCK_NP, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
     if mk_ptr is not None:
         lo, hi = memory_of_query(i, start, first_segment, n_memory, L, M, MEMORY_IS_CAUSAL)
-        dq = _dq_source(
-            dq, q, do, lse, residual, delta, mk_ptr + b * stride_mkb + h_kv * stride_mkh,
+        dq, pk, rest = _dq_source(
+            dq, pk, rest, q, do, lse, residual, delta, mk_ptr + b * stride_mkb + h_kv * stride_mkh,
             mv_ptr + b * stride_mvb + h_kv * stride_mvh, stride_mkt, stride_mvt,
             lo, hi, valid, exponent_scale, D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
     lo, hi = tokens_of_query(i, start, end, S, L, W, IS_CAUSAL)
-    dq = _dq_source(
-        dq, q, do, lse, residual, delta, k_ptr + b * stride_kb + h_kv * stride_kh,
+    dq, pk, rest = _dq_source(
+        dq, pk, rest, q, do, lse, residual, delta, k_ptr + b * stride_kb + h_kv * stride_kh,
         v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt,
         lo, hi, valid, exponent_scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
     )  # fmt: skip
 
+    if q.dtype == tl.float32:
+        dq += (dlse - rest)[:, None] * pk
+        delta += rest
+    tl.store(delta_ptr + row, delta, mask=mask_m)
     # a row without keys, and its NaN, ends here
-    valid &= lse > -float("inf")
-    dq = tl.where(valid[:, None], dq * scale, 0.0)
+    dq = tl.where((valid & has_keys)[:, None], dq * scale, 0.0)
     dq_ptr += b * stride_dqb + h * stride_dqh
     store_tile(dq_ptr, t, stride_dqt, T, dq, D, BLOCK_M, BLOCK_D)
 
@@ -209,7 +228,7 @@ def _queries_of_key(offs_n, b, part, documents_ptr, segments_ptr, seq_start_ptr,
 
 
 @triton.jit
-def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr,
+def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dlse_ptr,
                stride_q, stride_do, t, lo, hi, last, scale, D: tl.constexpr, DV: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                MASKED: tl.constexpr):  # fmt: skip
@@ -234,7 +253,10 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr,
     if MASKED:
         p = tl.where(mask, p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+    ds = tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :]
+    if q.dtype == tl.float32 and dlse_ptr is not None:
+        ds += tl.load(dlse_ptr + t + columns, mask=offs_m < last, other=0.0)[None, :]
+    ds *= p
     if MASKED:  # delta may be NaN where p is 0
         ds = tl.where(mask, ds, 0.0)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -243,7 +265,7 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr,
 
 @triton.jit(do_not_specialize=("T", "S", "n_keys", "chunk", "L", "W", "query_offset", "n_parts"))
 def _segmented_attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, scaled_lse_ptr, residual_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, scaled_lse_ptr, residual_ptr, delta_ptr, dlse_ptr,
     documents_ptr, segments_ptr, seq_start_ptr, seq_end_ptr,  # bounds of sequences, or None
     dk_ptr, dv_ptr,  # outputs
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
@@ -298,18 +320,21 @@ def _segmented_attention_bwd_dkdv_kernel(
         if k.dtype == tl.float32:
             head_residual_ptr = residual_ptr + (b * H + h) * T
         head_delta_ptr = delta_ptr + (b * H + h) * T
+        head_dlse_ptr = dlse_ptr
+        if dlse_ptr is not None:
+            head_dlse_ptr = dlse_ptr + (b * H + h) * T
         for index in range(n_partial_tiles(first, full_first, full_last, last, BLOCK_M)):
             t = partial_tile(index, first, full_first, full_last, BLOCK_M)
             dk, dv = _dkdv_tile(
                 dk, dv, k, v, head_q_ptr, head_do_ptr, head_lse_ptr, head_residual_ptr,
-                head_delta_ptr, stride_qt, stride_dot, t, lo, hi, last, exponent_scale,
-                D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, True,
+                head_delta_ptr, head_dlse_ptr, stride_qt, stride_dot, t, lo, hi, last,
+                exponent_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, True,
             )  # fmt: skip
         for t in range(full_first, full_last, BLOCK_M):
             dk, dv = _dkdv_tile(
                 dk, dv, k, v, head_q_ptr, head_do_ptr, head_lse_ptr, head_residual_ptr,
-                head_delta_ptr, stride_qt, stride_dot, t, lo, hi, last, exponent_scale,
-                D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, False,
+                head_delta_ptr, head_dlse_ptr, stride_qt, stride_dot, t, lo, hi, last,
+                exponent_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, False,
             )  # fmt: skip
 
     # a key that no query may see, and its NaN, ends here
@@ -360,7 +385,8 @@ def segmented_attention_backward_op(
     cotangents = rows("do", d_out, "bht") | {
         "scaled_lse_ptr": scaled_lse,
         "delta_ptr": delta,
-        "residual_ptr": residual if residual.numel() else None,
+        "dlse_ptr": d_lse,
+        "residual_ptr": residual if query.dtype == torch.float32 else None,
     }
 
     with device_guard(query):
@@ -373,7 +399,6 @@ def segmented_attention_backward_op(
                 **rows("o", rows_ready(out), "bht"),
                 **rows("dq", d_query, "bht"),
                 lse_ptr=lse,
-                dlse_ptr=d_lse,
                 IS_CAUSAL=is_causal,
                 MEMORY_IS_CAUSAL=memory_is_causal,
             )

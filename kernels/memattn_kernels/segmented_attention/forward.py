@@ -247,7 +247,7 @@ def segmented_attention_op(
             **tiles,
             **rows("o", out, "bht"),
             lse_ptr=lse,
-            residual_ptr=residual if residual.numel() else None,
+            residual_ptr=residual if query.dtype == torch.float32 else None,
             IS_CAUSAL=is_causal,
             MEMORY_IS_CAUSAL=memory_is_causal,
         )
