@@ -151,9 +151,9 @@ def _segmented_attention_bwd_dq_kernel(
         dlse = tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
     if q.dtype != tl.float32:
         delta -= dlse
+        tl.store(delta_ptr + row, delta, mask=mask_m)
     lse = tl.load(lse_ptr + row, mask=mask_m, other=0.0) * exponent_factor(q.dtype)
-    has_keys = lse > -float("inf")
-    lse = tl.where(has_keys, lse, float("inf"))  # all weights 0
+    lse = tl.where(lse > -float("inf"), lse, float("inf"))  # no keys: all weights 0
     tl.store(scaled_lse_ptr + row, lse, mask=mask_m)
     residual = lse
     if q.dtype == tl.float32:
@@ -189,10 +189,10 @@ def _segmented_attention_bwd_dq_kernel(
 
     if q.dtype == tl.float32:
         dq += (dlse - rest)[:, None] * pk
-        delta += rest
-    tl.store(delta_ptr + row, delta, mask=mask_m)
+        tl.store(delta_ptr + row, delta + rest, mask=mask_m)
     # a row without keys, and its NaN, ends here
-    dq = tl.where((valid & has_keys)[:, None], dq * scale, 0.0)
+    valid &= lse < float("inf")
+    dq = tl.where(valid[:, None], dq * scale, 0.0)
     dq_ptr += b * stride_dqb + h * stride_dqh
     store_tile(dq_ptr, t, stride_dqt, T, dq, D, BLOCK_M, BLOCK_D)
 
