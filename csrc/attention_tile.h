@@ -126,28 +126,30 @@ static MEMATTN_INLINE void softmax_step(float* scores, int64_t n, Split scale2,
   }
 }
 
-// d_accumulator[j, :] += sum over the panels' lanes of weights[j, lane] * rows[lane, :]. `first`
-// and `last` bound the panels that see a key of each group of rows.
+// to[j, :] += sum over the panels' lanes of weights[j, lane] * rows[lane, :]. `span_first` and
+// `span_last` bound the keys that each panel sees; at most `run` panels are summed in one go.
 template <int NV>
-static void add_rows(const float* weights, const float* rows, int64_t width, float* to, int64_t ld,
-                     int64_t n, int64_t panels, const int64_t* span_first, const int64_t* span_last) {
+static void add_rows(const float* weights, const float* rows, int64_t run, float* to, int64_t ld,
+                     int64_t n, int64_t panels, const int64_t* span_first,
+                     const int64_t* span_last) {
   constexpr int64_t PANEL = NV * VL;
-  constexpr int GROUP = 48;  // keys handled with one choice of panels
+  constexpr int64_t GROUP = 48;  // keys handled with one choice of panels
   for (int64_t j = 0; j < n; j += GROUP) {
     const int64_t rows_here = n - j < GROUP ? n - j : GROUP;
     int64_t p0 = 0, p1 = panels;
     while (p0 < p1 && (span_last[p0] <= j || span_first[p0] >= j + rows_here)) ++p0;
     while (p1 > p0 && (span_last[p1 - 1] <= j || span_first[p1 - 1] >= j + rows_here)) --p1;
-    if (p0 == p1) continue;
-    int64_t d = 0;
-    const float* w = weights + p0 * BLOCK_KEYS * PANEL + j * PANEL;
-    for (; d + 2 * VL <= ld; d += 2 * VL)
-      product<2, Store::add, true>(rows_here, p1 - p0, PANEL, w, PANEL, BLOCK_KEYS * PANEL,
-                                   rows + p0 * PANEL * ld + d, ld, PANEL * ld, to + j * ld + d, ld,
-                                   nullptr);
-    for (; d < ld; d += VL)
-      product<1, Store::add, true>(rows_here, p1 - p0, PANEL, w, PANEL, BLOCK_KEYS * PANEL,
-                                   rows + p0 * PANEL * ld + d, ld, PANEL * ld, to + j * ld + d, ld,
-                                   nullptr);
+    for (int64_t p = p0; p < p1; p += run) {
+      const int64_t n_panels = p1 - p < run ? p1 - p : run;
+      const float* w = weights + p * BLOCK_KEYS * PANEL + j * PANEL;
+      const float* r = rows + p * PANEL * ld;
+      int64_t d = 0;
+      for (; d + 2 * VL <= ld; d += 2 * VL)
+        product<2, Store::add, true>(rows_here, n_panels, PANEL, w, PANEL, BLOCK_KEYS * PANEL,
+                                     r + d, ld, PANEL * ld, to + j * ld + d, ld, nullptr);
+      for (; d < ld; d += VL)
+        product<1, Store::add, true>(rows_here, n_panels, PANEL, w, PANEL, BLOCK_KEYS * PANEL,
+                                     r + d, ld, PANEL * ld, to + j * ld + d, ld, nullptr);
+    }
   }
 }

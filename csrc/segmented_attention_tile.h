@@ -4,7 +4,10 @@
 // persistent keys, the memory of its segments) in blocks; every source tells each query the
 // interval of its keys, so one mask serves all. Derivation: docs/segmented_attention.md.
 
-constexpr int64_t FEW_KEYS = 48;     // a tile with at most so many is cheap to go through twice
+// In a tile that sees few keys no error averages out, and time matters little: it sums in shorter
+// runs and goes through its keys twice in the backward.
+constexpr int64_t FEW_KEYS = 64;
+constexpr int64_t FEW_KEYS_RUN = 8, MANY_KEYS_RUN = 32;
 
 // The queries of a tile, row r of lane r.
 struct TileRows {
@@ -133,6 +136,8 @@ static void forward_tile(const SegmentedArgs& a, const Tile& tile, float* scratc
   float* block_scratch = scores + BLOCK_KEYS * PANEL;  // [BLOCK_KEYS][D + Dv]
   float* row = block_scratch + BLOCK_KEYS * (a.D + a.Dv);
   const Split scale2 = Split::factor(a.scale * LOG2E);
+  const bool few = rows.keys() <= FEW_KEYS;
+  const int64_t run = few ? FEW_KEYS_RUN : MANY_KEYS_RUN;
   load_panels(a.query, tile, rows, a.D, PANEL, row, q);
   __builtin_memset(acc, 0, rows.lanes * a.Dv * 4);
   SoftmaxState<NV> states[TILE_ROWS / PANEL];
@@ -145,7 +150,7 @@ static void forward_tile(const SegmentedArgs& a, const Tile& tile, float* scratc
       const Span span(block, p);
       const int64_t n = span.last - span.first, skip = span.first - block.begin;
       if (n <= 0) continue;
-      dot_products<NV>(n, a.D, block.key.data + skip * block.key.stride, block.key.stride,
+      dot_products<NV>(n, a.D, run, block.key.data + skip * block.key.stride, block.key.stride,
                        q + p * a.D * PANEL, PANEL, scores, PANEL);
       if (span.partial) mask_panel<NV>(scores, *block.seen, p, span.first, span.last);
       vf alpha[NV];
@@ -197,6 +202,8 @@ static void backward_tile(const SegmentedArgs& a, const Tile& tile, const Segmen
   float* block_scratch = take(BLOCK_KEYS * (a.D + a.Dv));
 
   const Split scale2 = Split::factor(a.scale * LOG2E);
+  const bool few = rows.keys() <= FEW_KEYS;
+  const int64_t run = few ? FEW_KEYS_RUN : MANY_KEYS_RUN;
   load_panels(a.query, tile, rows, a.D, PANEL, row, q);
   load_panels(a.d_out, tile, rows, a.Dv, PANEL, row, d_out);
   __builtin_memset(d_q, 0, rows.lanes * a.D * 4);
@@ -213,7 +220,7 @@ static void backward_tile(const SegmentedArgs& a, const Tile& tile, const Segmen
     load_row(a.d_out, at(a.d_out, tile.b, h, t), a.d_out.stride[3], a.Dv, gr);
     load_row(a.out, at(a.out, tile.b, h, t), a.out.stride[3], a.Dv, row);
     // summed in the order of the products below: a row with one key gets gradient 0 exactly
-    delta[i] = dot_product(a.Dv, gr, row), d_lse[i] = a.d_lse[flat];
+    delta[i] = dot_product(a.Dv, run, gr, row), d_lse[i] = a.d_lse[flat];
     if (a.lse[flat] == -__builtin_inff()) continue;
     const Split lse(((double)a.lse[flat] + a.lse_low[flat]) * LOG2E);
     lse_high[i] = lse.high, lse_low[i] = lse.low;
@@ -222,10 +229,10 @@ static void backward_tile(const SegmentedArgs& a, const Tile& tile, const Segmen
   // the weights of the keys [span.first, span.last) in panel p, and the gradients of these weights
   auto weigh = [&](const Block& block, int64_t p, const Span& span, float* weights, float* dw) {
     const int64_t n = span.last - span.first, skip = span.first - block.begin;
-    dot_products<NV>(n, a.D, block.key.data + skip * block.key.stride, block.key.stride,
+    dot_products<NV>(n, a.D, run, block.key.data + skip * block.key.stride, block.key.stride,
                      q + p * a.D * PANEL, PANEL, weights, PANEL);
     if (span.partial) mask_panel<NV>(weights, *block.seen, p, span.first, span.last);
-    dot_products<NV>(n, a.Dv, block.value.data + skip * block.value.stride, block.value.stride,
+    dot_products<NV>(n, a.Dv, run, block.value.data + skip * block.value.stride, block.value.stride,
                      d_out + p * a.Dv * PANEL, PANEL, dw, PANEL);
     const vf* high = (const vf*)(lse_high + p * PANEL);
     const vf* low = (const vf*)(lse_low + p * PANEL);
@@ -239,7 +246,7 @@ static void backward_tile(const SegmentedArgs& a, const Tile& tile, const Segmen
 
   // delta = sum over d of out * d_out = sum over keys of w * dw. With few keys the second form is
   // cheap, and its rounding cancels against that of dw
-  if (rows.keys() <= FEW_KEYS) {
+  if (few) {
     __builtin_memset(delta, 0, rows.lanes * 4);
     for_each_block(a, tile, rows, PANEL, nullptr, 0, 0, block_scratch, [&](const Block& block) {
       for (int64_t p = 0; p < panels; ++p) {
@@ -281,8 +288,9 @@ static void backward_tile(const SegmentedArgs& a, const Tile& tile, const Segmen
                                      block.key.stride, 0, ds, PANEL, 0, d_q + p * a.D * PANEL,
                                      PANEL, nullptr);
     }
-    add_rows<NV>(p_all, d_out_rows, a.Dv, block.d_value, ldv, block.n, panels, first, last);
-    add_rows<NV>(ds_all, q_rows, a.D, block.d_key, ldk, block.n, panels, first, last);
+    const int64_t in_one = few ? 1 : panels;
+    add_rows<NV>(p_all, d_out_rows, in_one, block.d_value, ldv, block.n, panels, first, last);
+    add_rows<NV>(ds_all, q_rows, in_one, block.d_key, ldk, block.n, panels, first, last);
   });
 
   for (int64_t i = 0; i < rows.n; ++i) {

@@ -118,27 +118,26 @@ static void product(int64_t M, int64_t KO, int64_t K, const float* A, int64_t a_
 #undef MEMATTN_MICRO
 }
 
-// One panel of dot products, C[M][NV vectors] = A[M][K] B[K], summed in runs of DOT_RUN: short sums
-// keep the rounding of scores and their gradients small.
-constexpr int64_t DOT_RUN = 32;
-
+// One panel of dot products, C[M][NV vectors] = A[M][K] B[K], summed in runs of `run` terms: short
+// sums keep the rounding of scores and their gradients small.
 template <int NV>
-static MEMATTN_INLINE void dot_products(int64_t M, int64_t K, const float* A, int64_t a_stride,
-                                        const float* B, int64_t ldb, float* C, int64_t ldc) {
-  product<NV, Store::set, true>(M, 1, K < DOT_RUN ? K : DOT_RUN, A, a_stride, 0, B, ldb, 0, C, ldc,
+static MEMATTN_INLINE void dot_products(int64_t M, int64_t K, int64_t run, const float* A,
+                                        int64_t a_stride, const float* B, int64_t ldb, float* C,
+                                        int64_t ldc) {
+  product<NV, Store::set, true>(M, 1, K < run ? K : run, A, a_stride, 0, B, ldb, 0, C, ldc,
                                 nullptr);
-  for (int64_t k = DOT_RUN; k < K; k += DOT_RUN)
-    product<NV, Store::add, true>(M, 1, K - k < DOT_RUN ? K - k : DOT_RUN, A + k, a_stride, 0,
+  for (int64_t k = run; k < K; k += run)
+    product<NV, Store::add, true>(M, 1, K - k < run ? K - k : run, A + k, a_stride, 0,
                                   B + k * ldb, ldb, 0, C, ldc, nullptr);
 }
 
 // The same sum for one pair of rows, rounded the same way.
-static MEMATTN_INLINE float dot_product(int64_t n, const float* a, const float* b) {
+static MEMATTN_INLINE float dot_product(int64_t n, int64_t run, const float* a, const float* b) {
   float total = 0.0f;
-  for (int64_t begin = 0; begin < n; begin += DOT_RUN) {
-    float run = 0.0f;
-    for (int64_t k = begin; k < n && k < begin + DOT_RUN; ++k) run = MEMATTN_FMA1(a[k], b[k], run);
-    total += run;
+  for (int64_t begin = 0; begin < n; begin += run) {
+    float sum = 0.0f;
+    for (int64_t k = begin; k < n && k < begin + run; ++k) sum = MEMATTN_FMA1(a[k], b[k], sum);
+    total += sum;
   }
   return total;
 }

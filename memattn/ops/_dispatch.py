@@ -42,9 +42,9 @@ def triton_is_installed() -> bool:
 
 def triton_is_interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
-    from triton import knobs
+    from memattn_kernels._common import IS_INTERPRETED
 
-    return bool(knobs.runtime.interpret)
+    return IS_INTERPRETED
 
 
 def resolve_backend(backend: str, query: Tensor) -> Backend:
