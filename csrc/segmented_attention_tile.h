@@ -7,7 +7,7 @@
 // In a tile that sees few keys no error averages out, and time matters little: it sums in shorter
 // runs and goes through its keys twice in the backward.
 constexpr int64_t FEW_KEYS = 64;
-constexpr int64_t FEW_KEYS_RUN = 8, MANY_KEYS_RUN = 32;
+constexpr int64_t FEW_KEYS_RUN = 8, MANY_KEYS_RUN = 64;
 
 // The queries of a tile, row r of lane r.
 struct TileRows {

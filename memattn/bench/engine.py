@@ -147,11 +147,13 @@ def _admit(
         reason = _too_large(peer, effort)
     if reason is None:
         needs = {direction: direction != "forward" for direction in directions}
-        for gradients in sorted(set(needs.values())):
+        for gradients in sorted(set(needs.values()), reverse=True):
             problem = _try_peer(oracle, competitor, peer, gradients)
             if problem is not None:
                 competitor.reasons |= {d: problem for d in needs if needs[d] >= gradients}
-                break
+                # built anew for what is left: after a compilation that failed, PyTorch would run
+                # the same function without compiling it
+                competitor.forward = None
     else:
         competitor.reasons = dict.fromkeys(directions, reason)
     return competitor

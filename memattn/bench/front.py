@@ -68,7 +68,7 @@ def _retune(folder: Path) -> int:
     from memattn_kernels import configs
 
     device = torch.device("cuda", torch.cuda.current_device())
-    path = folder / f"{configs.architecture(device)}.json"
+    path = folder / f"{configs.device_architecture(device)}.json"
     folder.mkdir(parents=True, exist_ok=True)
     retune(path, on_trial=lambda trial, result: say(f"{trial}: {result}"))
     say(f"wrote {path}")
