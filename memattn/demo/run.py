@@ -52,7 +52,7 @@ class DemoConfig:
     """
 
     out: str = "runs/demo"
-    minutes: float = 4.0
+    minutes: float = 3.5
     corpus: str = "wiki"
     seed: int = 0
     seq_len: int = 512
