@@ -3,8 +3,8 @@
 ``python -m memattn_kernels.aot`` prints the same as a table.
 """
 
-import json
 import faulthandler
+import json
 import os
 import subprocess
 import sys

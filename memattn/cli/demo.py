@@ -3,7 +3,7 @@
 
 def demo(
     out: str = "runs/demo",
-    minutes: float = 3.5,
+    minutes: float = 3.0,
     corpus: str = "wiki",
     seed: int = 0,
     cache_dir: str = "~/.cache/memattn",

@@ -52,7 +52,7 @@ class DemoConfig:
     """
 
     out: str = "runs/demo"
-    minutes: float = 3.5
+    minutes: float = 3.0
     corpus: str = "wiki"
     seed: int = 0
     seq_len: int = 512
