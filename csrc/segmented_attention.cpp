@@ -302,17 +302,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   // persistent sums stay until the end, since every sequence adds to them
   Buffer persistent = buffer(chunks.size() * P * (ldk + ldv));
   const int64_t persistent_size = P * (ldk + ldv);
+  // an owner that is not split stores its sums at once, so its thread uses their memory again
+  struct State {
+    Buffer scratch, sums;
+    int64_t floats = 0;
+  };
   parallel_work(
-      chunks.size(), [&] { return buffer(k.backward_scratch(a)); },
-      [&](int64_t i, Buffer& scratch) {
+      chunks.size(), [&] { return State{buffer(k.backward_scratch(a)), nullptr}; },
+      [&](int64_t i, State& state) {
         Chunk& c = chunks[i];
         const int64_t keys = c.key_end - c.key_begin;
         const int64_t memories = (c.segment_end - c.segment_begin) * M;
         const int64_t floats = (keys + memories) * (ldk + ldv);
-        c.sums = buffer(floats);
-        std::fill_n(c.sums.get(), floats, 0.0f);
+        if (split > 1) {
+          c.sums = buffer(floats);
+        } else if (!state.sums || state.floats < floats) {
+          state.sums = buffer(floats), state.floats = floats;
+        }
+        float* sums = split > 1 ? c.sums.get() : state.sums.get();
+        std::fill_n(sums, floats, 0.0f);
         SegmentedGrads& g = c.grads;
-        g.d_key = c.sums.get(), g.d_value = g.d_key + keys * ldk, g.key_begin = c.key_begin;
+        g.d_key = sums, g.d_value = g.d_key + keys * ldk, g.key_begin = c.key_begin;
         g.d_memory_key = g.d_value + keys * ldv;
         g.d_memory_value = g.d_memory_key + memories * ldk;
         g.segment_begin = c.segment_begin;
@@ -320,11 +330,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         g.d_persistent_value = g.d_persistent_key + P * ldk;
         std::fill_n(g.d_persistent_key, persistent_size, 0.0f);
         for (const Tile& tile : make_tiles(a, c.b, c.hkv, c.t_begin, c.t_end))
-          k.segmented_backward(a, tile, g, scratch.get());
-        if (split == 1) {
-          store_owner(i);
-          c.sums.reset();
-        }
+          k.segmented_backward(a, tile, g, state.scratch.get());
+        if (split == 1) store_owner(i);
       });
   if (split > 1)
     parallel_work(owners, [] { return 0; }, [&](int64_t owner, int) { store_owner(owner); });
