@@ -202,15 +202,15 @@ void reach(const SegmentedArgs& a, Chunk& c) {
   if (s0 < s1) c.segment_begin = s0, c.segment_end = s1;
 }
 
-// Writes to `to` (rows at `offset`) `factor` times the sum of the parts' rows; 0 where none reaches.
+// Rows [begin, end) of a gradient, as one chunk of queries summed them.
 struct Part {
   const float* data;
   int64_t begin, end;
 };
 
+// Writes to `to` (rows at `offset`) `factor` times the sum of the parts' rows; 0 where none reaches.
 void store_sum(const View& to, int64_t offset, int64_t n, int64_t width, int64_t ld,
                float factor, const std::vector<Part>& parts) {
-  const int64_t row_stride = width;  // gradients are contiguous
   std::vector<float> row(width);
   for (int64_t j = 0; j < n; ++j) {
     std::fill(row.begin(), row.end(), 0.0f);
@@ -218,7 +218,7 @@ void store_sum(const View& to, int64_t offset, int64_t n, int64_t width, int64_t
       if (j >= part.begin && j < part.end)
         for (int64_t d = 0; d < width; ++d) row[d] += part.data[(j - part.begin) * ld + d];
     for (float& x : row) x *= factor;
-    const int64_t at = offset + j * row_stride;
+    const int64_t at = offset + j * width;  // gradients are contiguous
     for (int64_t d = 0; d < width; ++d) switch (to.dtype) {
         case Dtype::float32: static_cast<float*>(to.data)[at + d] = row[d]; break;
         case Dtype::float16:

@@ -382,11 +382,6 @@ class TestProperties:
         tensors, options = make_case("persistent", backend)
         expected = run_with_gradients(segmented_attention, tensors, {**options, "backend": backend})
 
-        def checkpointed(**kwargs):
-            return torch.utils.checkpoint.checkpoint(
-                segmented_attention, **kwargs, use_reentrant=False
-            )
-
         actual = run_with_gradients(
             lambda query, key, value, **kwargs: torch.utils.checkpoint.checkpoint(
                 segmented_attention, query, key, value, use_reentrant=False, **kwargs

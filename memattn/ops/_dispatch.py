@@ -11,7 +11,7 @@ from memattn.ops._checks import must
 
 Backend = Literal["triton", "cpp", "reference"]
 BACKENDS = ("auto", "triton", "cpp", "reference")
-BUILD_CPP = "pip install --no-build-isolation --no-deps --force-reinstall ."  # in the source folder
+BUILD_CPP = "pip install --no-build-isolation --no-deps --force-reinstall ."
 
 
 def _loads(module: str) -> bool:
@@ -72,7 +72,9 @@ def resolve_backend(backend: str, query: Tensor) -> Backend:
             return "triton"
         case "cpp":
             if not cpp_is_built():
-                raise ImportError(f'backend "cpp" is not built; run `{BUILD_CPP}`')
+                raise ImportError(
+                    f'backend "cpp" is not built; run `{BUILD_CPP}` in the source folder'
+                )
             if query.dtype == torch.float64:
                 _lacks("cpp", "dtype", "float16, bfloat16 or float32", query.dtype)
             if query.device.type != "cpu":
