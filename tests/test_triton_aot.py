@@ -14,10 +14,11 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from memattn_kernels import configs
+from memattn_kernels import aot, configs
 from memattn_kernels.aot import SHARED_LIMITS, TARGETS, TENSOR_MEMORY_LIMIT
 
 KERNELS = Path(configs.__file__).parents[2]
+TITLES = {kernel.title for kernel in aot.declared()}
 TENSOR_CORES = {
     "sm_80": {"mma.sync"},
     "sm_90": {"wgmma.mma_async", "mma.sync"},
@@ -43,11 +44,12 @@ def compile_ahead(folder: Path, *arguments: str) -> list[dict]:
 def half(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """All half-precision variants, with the small key sources at one head dimension."""
     folder = tmp_path_factory.mktemp("aot")
-    reports = compile_ahead(folder, "--dtype", "bfloat16", "--source", "token")
-    small = ("--dtype", "bfloat16", "--source", "persistent", "memory", "--head-dim", "128")
-    reports += [r for r in compile_ahead(folder, *small) if r["source"]]
+    small = ("*-persistent", "*-memory")
+    large = [title for title in TITLES if not title.endswith(("-persistent", "-memory"))]
+    reports = compile_ahead(folder, "--dtype", "bfloat16", "--kernel", *large)
+    reports += compile_ahead(folder, "--dtype", "bfloat16", "--head-dim", "128", "--kernel", *small)
     return reports + compile_ahead(
-        folder, "--dtype", "float16", "--source", "token", "--head-dim", "128", "--arch", "sm_90"
+        folder, "--dtype", "float16", "--head-dim", "128", "--arch", "sm_90", "--kernel", *large
     )
 
 
@@ -55,7 +57,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 def single(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """The float32 variants of one head dimension: they take long to compile."""
     folder = tmp_path_factory.mktemp("aot")
-    return compile_ahead(folder, "--dtype", "float32", "--source", "token", "--head-dim", "64")
+    return compile_ahead(folder, "--dtype", "float32", "--head-dim", "64")
 
 
 def check(report: dict) -> None:
@@ -73,7 +75,7 @@ def check(report: dict) -> None:
 def test_half_precision_compiles_to_tensor_cores(half: list[dict], arch: str):
     chosen = [report for report in half if report["arch"] == arch]
     kernels = {report["kernel"] for report in chosen}
-    assert kernels == configs.table(arch).keys()
+    assert kernels == TITLES
     for report in chosen:
         check(report)
         found = report["tensor_cores"].keys()
@@ -83,7 +85,7 @@ def test_half_precision_compiles_to_tensor_cores(half: list[dict], arch: str):
 @pytest.mark.slow
 def test_training_kernels_use_the_newest_tensor_cores(half: list[dict]):
     for report in half:
-        tiled = report["source"] in ("", "token") and not report["kernel"].endswith("decode")
+        tiled = not report["kernel"].endswith(("decode", "-persistent", "-memory"))
         if report["arch"] == "sm_90" and tiled and report["head_dim"] <= 128:
             assert "wgmma.mma_async" in report["tensor_cores"], report["name"]
 
@@ -92,14 +94,17 @@ def test_training_kernels_use_the_newest_tensor_cores(half: list[dict]):
 @pytest.mark.parametrize("arch", TARGETS)
 def test_float32_compiles(single: list[dict], arch: str):
     chosen = [report for report in single if report["arch"] == arch]
-    assert len(chosen) == len(configs.table(arch))
+    assert {report["kernel"] for report in chosen} == TITLES
     for report in chosen:
         check(report)
 
 
-def test_a_compiler_fault_is_reported(monkeypatch: pytest.MonkeyPatch):
-    from memattn_kernels import aot
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_every_table_has_every_kernel(arch: str):
+    assert configs.table(arch).keys() == {kernel.name for kernel in aot.declared()}
 
+
+def test_a_compiler_fault_is_reported(monkeypatch: pytest.MonkeyPatch):
     def fault(variant: aot.Variant) -> None:
         faulthandler.disable()  # the abort is meant: no trace in the test's output
         os.abort()

@@ -6,14 +6,18 @@ compiled in a process of its own, as a compiler that aborts takes its process wi
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -21,9 +25,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import memattn_kernels
 from memattn_kernels import configs
-from memattn_kernels._common import IS_INTERPRETED, block_length, block_width
-from memattn_kernels.segmented_attention import backward, forward
+from memattn_kernels._common import IS_INTERPRETED
+from memattn_kernels.aot_kernel import TRITON_TYPES, AotKernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,30 +40,22 @@ TARGETS = {
 SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TENSOR_MEMORY_LIMIT = 512
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)")
-INT32_POINTERS = ("documents_ptr", "segments_ptr", "seq_start_ptr", "seq_end_ptr")
-FLOAT32_POINTERS = ("lse_ptr", "scaled_lse_ptr", "residual_ptr", "delta_ptr", "dlse_ptr")
-TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-SOURCES = ("token", "persistent", "memory")
-# persistent and memory keys in a variant: the smallest tile
-N_EXTRA = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One kernel for one architecture, head dimension and dtype."""
 
-    kernel: str  # a name in the tables of ``configs``
-    source: str  # the key source of a key-stationary kernel, else ""
+    kernel: AotKernel
     arch: str
     head_dim: int
     dtype: str
-    config: dict = field(hash=False)
+    config: dict[str, int] = field(hash=False)
 
     @property
     def name(self) -> str:
         """A short name, such as ``sm_90-segmented_attention_fwd-64-bfloat16``."""
-        kernel = f"{self.kernel}-{self.source}" if self.source else self.kernel
-        return f"{self.arch}-{kernel}-{self.head_dim}-{self.dtype}"
+        return f"{self.arch}-{self.kernel.title}-{self.head_dim}-{self.dtype}"
 
 
 @dataclass(kw_only=True)
@@ -73,34 +70,39 @@ class Report:
     tensor_cores: dict[str, int] = field(default_factory=dict)  # instructions by name
 
 
+def declared() -> Iterator[AotKernel]:
+    """The kernels that every operator declares in its module ``aot_variants``."""
+    for package in pkgutil.iter_modules(memattn_kernels.__path__, "memattn_kernels."):
+        name = f"{package.name}.aot_variants"
+        if package.ispkg and find_spec(name) is not None:
+            yield from importlib.import_module(name).KERNELS
+
+
 def variants(
     archs: tuple[str, ...] = configs.ARCHITECTURES,
     widths: tuple[int, ...] = configs.WIDTHS,
     dtypes: tuple[str, ...] = ("bfloat16", "float32"),
-    sources: tuple[str, ...] = SOURCES,
+    kernels: tuple[str, ...] = ("*",),
 ) -> Iterator[Variant]:
-    """Every shipped configuration: with all sources of keys, segment, window and bounds.
+    """Every declared kernel with every shipped configuration.
 
     Args:
         archs: Architectures of ``configs``.
         widths: Head dimensions.
         dtypes: Dtypes by name.
-        sources: For which sources of keys to compile the key-stationary kernels.
+        kernels: Patterns of which a kernel's title must match one, such as ``"*_fwd"``.
     """
     for arch in archs:
-        for kernel, entries in configs.table(arch).items():
-            for source in sources if kernel.endswith("dkdv") else ("",):
-                for width in widths:
-                    for dtype in dtypes:
-                        kind = "float" if dtype == "float32" else "half"
-                        yield Variant(
-                            kernel=kernel,
-                            source=source,
-                            arch=arch,
-                            head_dim=width,
-                            dtype=dtype,
-                            config=entries[str(width)][kind],
-                        )
+        for kernel in declared():
+            if not any(fnmatchcase(kernel.title, pattern) for pattern in kernels):
+                continue
+            for width in widths:
+                for dtype in dtypes:
+                    kind = "float" if dtype == "float32" else "half"
+                    config = configs.table(arch)[kernel.name][str(width)][kind]
+                    yield Variant(
+                        kernel=kernel, arch=arch, head_dim=width, dtype=dtype, config=config
+                    )
 
 
 def compile_variant(variant: Variant) -> triton.compiler.CompiledKernel:
@@ -111,59 +113,19 @@ def compile_variant(variant: Variant) -> triton.compiler.CompiledKernel:
     """
     if IS_INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET must be unset to compile kernels, got 1")
-    kernel, constants = _kernel_and_constants(variant)
+    kernel = variant.kernel
+    constants = kernel.constants(variant.head_dim, variant.dtype, variant.config)
     types, attributes = {}, {}
-    for index, parameter in enumerate(kernel.params):
-        name = parameter.name
+    for index, name in enumerate(kernel.function.arg_names):
         if name in constants:
             types[name] = "constexpr"
             continue
-        types[name] = _argument_type(name, variant)
-        aligned = name.endswith("_ptr") or (name.startswith("stride") and variant.head_dim >= 16)
-        if aligned:
+        types[name] = kernel.argument_type(name, variant.dtype)
+        if name.endswith("_ptr") or (name.startswith("stride") and variant.head_dim >= 16):
             attributes[(index,)] = [["tt.divisibility", 16]]
     options = {name: variant.config[name] for name in ("num_warps", "num_stages")}
-    source = ASTSource(kernel, types, constants, attributes)
+    source = ASTSource(kernel.function, types, constants, attributes)
     return triton.compile(source, target=TARGETS[variant.arch], options=options)
-
-
-def _kernel_and_constants(variant: Variant) -> tuple[triton.JITFunction, dict]:
-    """The kernel function and its compile-time arguments."""
-    config, width = variant.config, block_width(variant.head_dim)
-    constants = {
-        "D": variant.head_dim,
-        "DV": variant.head_dim,
-        "BLOCK_D": width,
-        "BLOCK_DV": width,
-        "BLOCK_M": config["BLOCK_M"],
-        "BLOCK_N": config["BLOCK_N"],
-        "IS_CAUSAL": True,
-    }
-    if variant.dtype != "float32":
-        constants["residual_ptr"] = None
-    if variant.source:
-        if variant.source != "token":
-            constants["BLOCK_N"] = block_length(config["BLOCK_N"], N_EXTRA)
-        constants |= {"SOURCE": variant.source, "documents_ptr": None, "segments_ptr": None}
-        return backward._segmented_attention_bwd_dkdv_kernel, constants
-    extra = block_length(config["BLOCK_N"], N_EXTRA)
-    constants |= {"BLOCK_NP": extra, "BLOCK_NM": extra, "MEMORY_IS_CAUSAL": True}
-    constants |= {"documents_ptr": None}
-    if variant.kernel.endswith("bwd_dq"):
-        return backward._segmented_attention_bwd_dq_kernel, constants
-    return forward._segmented_attention_fwd_kernel, constants
-
-
-def _argument_type(name: str, variant: Variant) -> str:
-    """The type of a run-time argument, by its name."""
-    if name in INT32_POINTERS:
-        return "*i32"
-    partial_sum = variant.source == "persistent" and name in ("dk_ptr", "dv_ptr")
-    if name in FLOAT32_POINTERS or partial_sum:
-        return "*fp32"
-    if name.endswith("_ptr"):
-        return "*" + TRITON_TYPES[variant.dtype]
-    return "fp32" if name == "scale" else "i32"
 
 
 def inspect(variant: Variant) -> Report:
@@ -249,6 +211,18 @@ def inspect_all(
     return reports
 
 
+def describe(variant: Variant) -> dict:
+    """What a variant is, for a JSON file."""
+    return {
+        "name": variant.name,
+        "kernel": variant.kernel.title,
+        "arch": variant.arch,
+        "head_dim": variant.head_dim,
+        "dtype": variant.dtype,
+        "config": variant.config,
+    }
+
+
 def markdown(chosen: list[Variant], reports: dict[str, Report]) -> str:
     """A table of the reports."""
     lines = [
@@ -258,8 +232,7 @@ def markdown(chosen: list[Variant], reports: dict[str, Report]) -> str:
     ]
     for variant in chosen:
         report, config = reports[variant.name], variant.config
-        kernel = f"{variant.kernel} {variant.source}".strip()
-        head = f"| {variant.arch} | {kernel} | {variant.head_dim} | {variant.dtype} "
+        head = f"| {variant.arch} | {variant.kernel.title} | {variant.head_dim} | {variant.dtype} "
         head += f"| {config['BLOCK_M']} x {config['BLOCK_N']} | {config['num_warps']} "
         head += f"| {config['num_stages']} "
         counts = ", ".join(f"{n} {name}" for name, n in report.tensor_cores.items()) or "none"
@@ -276,15 +249,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", nargs="+", choices=list(TRITON_TYPES), default=["bfloat16", "float32"]
     )
-    parser.add_argument("--source", nargs="+", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--kernel", nargs="+", default=["*"], help="patterns, such as '*_fwd'")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     args = parser.parse_args(argv)
-    filters = (args.arch, args.head_dim, args.dtype, args.source)
+    filters = (args.arch, args.head_dim, args.dtype, args.kernel)
     chosen = list(variants(*map(tuple, filters)))
+    if not chosen:
+        parser.error(f"--kernel must match a kernel, got {' '.join(args.kernel)}")
     reports = inspect_all(chosen, args.jobs)
     if args.json:
-        content = [asdict(v) | asdict(reports[v.name]) | {"name": v.name} for v in chosen]
+        content = [describe(v) | asdict(reports[v.name]) for v in chosen]
         args.json.write_text(json.dumps(content, indent=1))
     sys.stdout.write(markdown(chosen, reports))
 
