@@ -84,11 +84,11 @@ def check_pair(name_a: str, a: Tensor | None, name_b: str, b: Tensor | None) -> 
         must(missing, f"be given together with {given}", "None")
 
 
-def check_heads(query: Tensor, key: Tensor) -> None:
-    """Raise unless the number of key heads divides the number of query heads."""
-    H, Hkv = query.shape[1], key.shape[1]
+def check_heads(query: Tensor, name: str, tensor: Tensor, dim: int = 1) -> None:
+    """Raise unless the heads of ``tensor``, its axis ``dim``, divide those of the query."""
+    H, Hkv = query.shape[1], tensor.shape[dim]
     if Hkv == 0 or H % Hkv:
-        must("key", f"have a number of heads that divides those of query, H={H}", f"Hkv={Hkv}")
+        must(name, f"have a number of heads that divides those of query, H={H}", f"Hkv={Hkv}")
 
 
 def check_int32_vector(name: str, value: Any, like: Tensor) -> None:

@@ -2,23 +2,23 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from memattn.ops._attention import (
+    autocast,
+    check_query_key_value,
+    check_tensors,
+    sequence_lengths,
+)
 from memattn.ops._checks import (
     check_bool,
-    check_floating,
-    check_heads,
     check_int,
-    check_int32_vector,
     check_like,
     check_pair,
     check_rank,
     check_scale,
     check_shape,
-    check_tensor,
     must,
-    values_to_check,
 )
 from memattn.ops._dispatch import resolve_backend
 
@@ -107,35 +107,22 @@ def segmented_attention(
         the segment, window and segment may be joined, and the published code's window of W + 1
         keys is W keys here.
     """
-    tensors = [
-        ("query", query),
-        ("key", key),
-        ("value", value),
-        ("persistent_key", persistent_key),
-        ("persistent_value", persistent_value),
-        ("memory_key", memory_key),
-        ("memory_value", memory_value),
-    ]
-    for name, tensor in tensors:
-        if tensor is not None or name in ("query", "key", "value"):
-            check_tensor(name, tensor)
-    check_rank("query", query, "B H T D")
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = autocast(query), autocast(key), autocast(value)
-        persistent_key, persistent_value, memory_key, memory_value = (
-            None if tensor is None else autocast(tensor)
-            for tensor in (persistent_key, persistent_value, memory_key, memory_value)
-        )
-    B, _, T, D = query.shape
-    check_floating("query", query)
-    check_rank("key", key, "B Hkv S D")
-    Hkv, S = key.shape[1:3]
-    check_shape("key", key, B=B, Hkv=None, S=None, D=D)
-    check_heads(query, key)
-    check_shape("value", value, B=B, Hkv=Hkv, S=S, Dv=None)
-    Dv = value.shape[-1]
-    check_like("key", key, "query", query)
-    check_like("value", value, "query", query)
+    check_tensors(
+        {"query": query, "key": key, "value": value},
+        {
+            "persistent_key": persistent_key,
+            "persistent_value": persistent_value,
+            "memory_key": memory_key,
+            "memory_value": memory_value,
+        },
+    )
+    query, key, value = map(autocast, (query, key, value))
+    persistent_key, persistent_value, memory_key, memory_value = map(
+        autocast, (persistent_key, persistent_value, memory_key, memory_value)
+    )
+    check_query_key_value(query, key, value)
+    B, _, _, D = query.shape
+    Hkv, S, Dv = *key.shape[1:3], value.shape[-1]
     if segment_len is not None:
         check_int("segment_len", segment_len, 1)
     if window_size is not None:
@@ -164,9 +151,15 @@ def segmented_attention(
             must("memory_key", f"have M={segment_len} rows (memory_is_causal)", f"M={M}")
     elif memory_is_causal:
         must("memory_key", "be given with memory_is_causal=True", "None")
-    _check_sequences(
-        query, S, cu_seqlens, seq_start, seq_end, query_offset, segment_len, memory_key
+    lengths = sequence_lengths(
+        *(query, S, cu_seqlens, seq_start, seq_end, query_offset),
+        wanted_for=None if memory_key is None else (segment_len, memory_key.shape[2]),
     )
+    if memory_key is not None and segment_len is not None and lengths is not None:
+        counts = [-(-max(length, 0) // segment_len) for length in lengths]
+        n_segments = max(counts, default=0) if cu_seqlens is None else sum(counts)
+        if memory_key.shape[2] < n_segments:
+            must("memory_key", f"have at least n_segments={n_segments}", memory_key.shape[2])
 
     args = (
         *(query, key, value, persistent_key, persistent_value, memory_key, memory_value),
@@ -181,65 +174,3 @@ def segmented_attention(
         case "reference":
             from memattn.reference.segmented_attention import segmented_attention as impl
     return AttentionOutput(*impl(*args))
-
-
-def autocast(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype of the autocast that is on; float64 and integers stay."""
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def _check_sequences(
-    query: Tensor,
-    S: int,
-    cu_seqlens: Tensor | None,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    query_offset: int,
-    segment_len: int | None,
-    memory_key: Tensor | None,
-) -> None:
-    """Check the bounds of sequences and documents, and that every segment has its memory."""
-    B, _, T, _ = query.shape
-    n_segments = 0
-    if cu_seqlens is not None:
-        check_int32_vector("cu_seqlens", cu_seqlens, query)
-        if B != 1:
-            must("query", "have B=1 with cu_seqlens", f"B={B}")
-        if seq_start is not None or seq_end is not None:
-            name = "seq_end" if seq_start is None else "seq_start"
-            must(name, "be None with cu_seqlens", "a tensor")
-        if cu_seqlens.numel() < 2:
-            must("cu_seqlens", "have at least 2 entries", cu_seqlens.numel())
-        if query_offset + T > S:
-            must("query_offset", f"be at most S - T = {S - T} with cu_seqlens", query_offset)
-        bounds = values_to_check(cu_seqlens, S, segment_len, memory_key is None)
-        if bounds is not None:
-            if bounds[0] != 0 or bounds[-1] != S:
-                must("cu_seqlens", f"begin with 0 and end with S={S}", bounds)
-            if any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
-                must("cu_seqlens", "rise", bounds)
-            if segment_len is not None:
-                lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-                n_segments = sum(-(-length // segment_len) for length in lengths)
-    for name, bound in (("seq_start", seq_start), ("seq_end", seq_end)):
-        if bound is not None:
-            check_int32_vector(name, bound, query)
-            check_shape(name, bound, B=B)
-    # reading bounds waits for a CUDA device, so only where something depends on them
-    end = query_offset + T
-    starts, ends = [0] * B, [end] * B
-    if seq_start is not None and (seq_end is not None or memory_key is not None):
-        starts = values_to_check(seq_start, end, memory_key is None)
-    if seq_end is not None:
-        ends = values_to_check(seq_end, end, memory_key is None)
-    if starts is None or ends is None:
-        return
-    for first, last in zip(starts, ends, strict=True):
-        if seq_end is not None and last < first:
-            must("seq_end", f"be at least seq_start={first}", last)
-        if segment_len is not None and cu_seqlens is None:
-            n_segments = max(n_segments, -(-(min(last, end) - first) // segment_len))
-    if memory_key is not None and memory_key.shape[2] < n_segments:
-        must("memory_key", f"have at least n_segments={n_segments}", memory_key.shape[2])
