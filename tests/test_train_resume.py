@@ -79,6 +79,17 @@ def faulty(tmp_path_factory) -> Faulty:
     return Faulty(folders, faults, json.loads(done.stdout), done.stderr)
 
 
+def test_a_paused_run_goes_on_bit_for_bit(whole, tmp_path):
+    config = tiny_config(tmp_path)
+    for stop_step in (1, 4, 4):  # the second 4 has nothing left to do
+        paused = train(config, resume=True, stop_step=stop_step, progress=False)
+        assert paused.step == stop_step and paused.eval_loss is None
+        assert paused.checkpoint.name == f"step-{stop_step}" and not paused.model_dir.exists()
+    assert_same_run(train(config, resume=True, stop_step=99, progress=False), whole)
+    with pytest.raises(ValueError, match="stop_step must be at least 1, got 0"):
+        train(config, resume=True, stop_step=0)
+
+
 @pytest.mark.parametrize("case", range(5))
 def test_a_killed_run_resumes_bit_for_bit(faulty, whole, case):
     assert faulty.codes[case] == -signal.SIGKILL, faulty.faults[case]

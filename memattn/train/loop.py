@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from memattn.data._files import replacing, write_text
 from memattn.data.batches import IGNORE, Batch, Batches
-from memattn.ops._checks import must
+from memattn.ops._checks import check_int, must
 from memattn.train.checkpoint import (
     Checkpointer,
     TrainState,
@@ -56,7 +56,7 @@ class TrainResult:
 
     Attributes:
         output_dir: Folder of the run.
-        model_dir: Folder of the trained model, for ``from_pretrained``.
+        model_dir: Folder of the trained model, for ``from_pretrained``; a paused run has none yet.
         checkpoint: The last checkpoint.
         step: Optimizer steps.
         tokens: Tokens seen, padding not counted.
@@ -79,7 +79,11 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, *, resume: bool | str | Path = False, progress: bool = True
+    config: TrainConfig,
+    *,
+    resume: bool | str | Path = False,
+    stop_step: int | None = None,
+    progress: bool = True,
 ) -> TrainResult:
     """Train a causal language model.
 
@@ -94,6 +98,8 @@ def train(
             is none; a path continues from that checkpoint. A run that was interrupted at any
             moment and resumed has the losses and weights of one that was not, bit for bit, where
             the operations of the device are deterministic, as on the CPU.
+        stop_step: Pause after this step, with a checkpoint and without ``model/``; learning rates
+            are those of the whole run, which ``resume`` goes on with. None runs to the end.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -117,6 +123,8 @@ def train(
         # the loop weighs its batches itself, whatever accelerate launch was told
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+    if stop_step is not None:
+        check_int("stop_step", stop_step, 1)
     if options.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         must("training.mixed_precision", "be no or bf16 without CUDA", "fp16")
     folder = Path(options.output_dir)
@@ -165,9 +173,10 @@ def train(
     log = MetricsLog(folder, step=state.step, active=accelerator.is_main_process)
     bar = TrainProgress(options.max_steps, active=progress and accelerator.is_main_process)
     began, trained, trained_seconds = time.perf_counter() - state.seconds, 0, 0.0
+    last = options.max_steps if stop_step is None else min(stop_step, options.max_steps)
     try:
         with StopRequest() as stop, bar:
-            while state.step < options.max_steps:
+            while state.step < last:
                 step_began = time.perf_counter()
                 step = state.step + 1
                 micro = [next(batches) for _ in range(options.gradient_accumulation_steps)]
@@ -219,17 +228,18 @@ def train(
                         eval_loss=state.eval_loss,
                         seconds=state.seconds,
                     )
-                if done or _due(step, options.save_steps):
+                if step == last or _due(step, options.save_steps):
                     saved = checkpoints.save(state)
     finally:
         log.close()
     if saved is None:  # a finished run that goes on in another folder
         saved = checkpoints.save(state)
 
-    tensors = gather_model(model)
-    on_main_process(
-        accelerator, lambda: _save_result(folder / "model", model, corpus.tokenizer, tensors)
-    )
+    if state.step >= options.max_steps:
+        tensors = gather_model(model)
+        on_main_process(
+            accelerator, lambda: _save_result(folder / "model", model, corpus.tokenizer, tensors)
+        )
     assert saved is not None and state.loss is not None
     return TrainResult(
         output_dir=folder,
