@@ -16,13 +16,22 @@ if TYPE_CHECKING:
         MemAttnModel,
     )
     from memattn.nn import RotaryEmbedding, SegmentedAttention
-    from memattn.ops import AttentionOutput, segmented_attention
+    from memattn.ops import (
+        AttentionOutput,
+        FutureAttentionLossOutput,
+        FutureAttentionOutput,
+        future_attention,
+        future_attention_loss,
+        segmented_attention,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionConfig",
     "AttentionOutput",
+    "FutureAttentionLossOutput",
+    "FutureAttentionOutput",
     "MemAttnCache",
     "MemAttnConfig",
     "MemAttnForCausalLM",
@@ -30,11 +39,20 @@ __all__ = [
     "RotaryEmbedding",
     "SegmentedAttention",
     "__version__",
+    "future_attention",
+    "future_attention_loss",
     "segmented_attention",
 ]
 
 _HOMES = {
-    "memattn.ops": ("AttentionOutput", "segmented_attention"),
+    "memattn.ops": (
+        "AttentionOutput",
+        "FutureAttentionLossOutput",
+        "FutureAttentionOutput",
+        "future_attention",
+        "future_attention_loss",
+        "segmented_attention",
+    ),
     "memattn.nn": ("RotaryEmbedding", "SegmentedAttention"),
     "memattn.models": (
         "AttentionConfig",

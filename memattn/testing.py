@@ -126,6 +126,43 @@ def make_segmented_inputs(
     return tensors
 
 
+def make_future_inputs(
+    *,
+    B: int = 2,
+    H: int = 4,
+    Hkv: int = 2,
+    Hf: int | None = None,
+    T: int = 37,
+    S: int | None = None,
+    D: int = 16,
+    Dv: int | None = None,
+    rows: int | None = None,
+    tables: int | None = None,
+    separate_query: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Random inputs of ``future_attention``; values are exact in bfloat16.
+
+    ``Hf`` heads of the table default to ``H``, its ``rows`` to ``S - 1``. With ``tables`` there are
+    so many tables, one for each sequence or document, instead of a shared one.
+    """
+    S, Dv = T if S is None else S, D if Dv is None else Dv
+    tensors = make_segmented_inputs(
+        B=B, H=H, Hkv=Hkv, T=T, S=S, D=D, Dv=Dv, dtype=dtype, device=device, seed=seed
+    )
+    shape = (*(() if tables is None else (tables,)), Hf or H, S - 1 if rows is None else rows)
+    generator = torch.Generator().manual_seed(seed + 1)
+    shapes = {"future_key": (*shape, D), "future_value": (*shape, Dv)}
+    if separate_query:
+        shapes["future_query"] = (B, H, T, D)
+    for name, wanted in shapes.items():
+        values = torch.randn(wanted, generator=generator).to(torch.bfloat16)
+        tensors[name] = values.to(device, dtype)
+    return tensors
+
+
 def assert_results_within_budget(
     actual: dict[str, Tensor],
     low: dict[str, Tensor],

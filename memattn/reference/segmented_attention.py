@@ -7,6 +7,8 @@ Keys stand in the order persistent, memory, tokens. Everything here follows the 
 import torch
 from torch import Tensor
 
+from memattn.reference._softmax import documents, hide_unseen, masked_softmax
+
 
 def segmented_attention(
     query: Tensor,
@@ -29,7 +31,7 @@ def segmented_attention(
     """Return ``out [B, H, T, Dv]`` and ``lse [B, H, T]`` of the explicit definition."""
     B, H, T, _ = query.shape
     Hkv, S = key.shape[1:3]
-    start, end, first_segment = _documents(query, S, cu_seqlens, seq_start, seq_end, segment_len)
+    start, end, first_segment = documents(query, cu_seqlens, seq_start, seq_end, segment_len)
     i = torch.arange(T, device=query.device)[:, None] + query_offset  # [T, 1]
     j = torch.arange(S, device=query.device)[None, :]  # [1, S]
 
@@ -67,52 +69,11 @@ def segmented_attention(
     masks.append(allowed)
     keys.append(key)
     values.append(value)
-    return masked_attention(
-        query, torch.cat(keys, 2), torch.cat(values, 2), torch.cat(masks, -1)[:, None], scale
+    mask = torch.cat(masks, -1)[:, None]  # [B or 1, 1, T, keys]
+    key, value = (
+        hide_unseen(torch.cat(tensors, 2).repeat_interleave(H // Hkv, 1), mask)
+        for tensors in (keys, values)
     )
-
-
-def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Grouped-query attention under a boolean mask ``[B or 1, H or 1, T, S]``, with its lse.
-
-    A row without a key gives ``out = 0``, ``lse = -inf`` and no gradient. Such a row, and a key
-    that no row sees, may hold NaN.
-    """
-    H, Hkv = query.shape[1], key.shape[1]
-    B = query.shape[0]
-    seen = mask.any(-2, keepdim=True).transpose(-1, -2)  # [B or 1, H or 1, S, 1]
-    key = key.repeat_interleave(H // Hkv, 1).masked_fill(~seen, 0.0)
-    value = value.repeat_interleave(H // Hkv, 1).masked_fill(~seen, 0.0)
-    mask = mask.expand(B, H, -1, -1)
-    empty = ~mask.any(-1, keepdim=True)
-    query = query.masked_fill(empty, 0.0)
-    scores = (query @ key.mT) * scale
-    scores = scores.masked_fill(~mask & ~empty, -torch.inf).masked_fill(empty, 0.0)
-    weights = scores.softmax(-1).masked_fill(empty, 0.0)
-    wide = scores if scores.dtype == torch.float64 else scores.float()
-    lse = wide.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
+    query = query.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # an empty row may hold anything
+    weights, lse = masked_softmax((query @ key.mT) * scale, mask)
     return weights @ value, lse
-
-
-def _documents(query, S, cu_seqlens, seq_start, seq_end, segment_len):
-    """Functions from positions [T, 1] to the start, end and first segment of their document."""
-    if cu_seqlens is not None:
-        cu = cu_seqlens.long()
-        lengths = cu[1:] - cu[:-1]
-        segments = (lengths + segment_len - 1) // segment_len if segment_len else lengths
-        first = torch.cat([segments.new_zeros(1), segments.cumsum(0)])
-
-        def document(i: Tensor) -> Tensor:
-            return torch.searchsorted(cu[1:], i, right=True).clamp(max=cu.numel() - 2)
-
-        return (
-            lambda i: cu[document(i)][None],
-            lambda i: cu[document(i) + 1][None],
-            lambda i: first[document(i)][None],
-        )
-    zero = torch.zeros(1, 1, 1, dtype=torch.long, device=query.device)
-    start = zero if seq_start is None else seq_start.long()[:, None, None]
-    end = zero + torch.iinfo(torch.int32).max if seq_end is None else seq_end.long()[:, None, None]
-    return (lambda i: start), (lambda i: end), (lambda i: zero)

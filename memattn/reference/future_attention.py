@@ -1,0 +1,151 @@
+"""Definition of future attention and its loss: explicit masks, scores and weights.
+
+Everything here follows the text of ``memattn.ops.future_attention`` literally. Keys stand in the
+order tokens, future rows; the bands are boolean matrices.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memattn.reference._softmax import documents, hide_unseen, masked_softmax
+
+
+class _Bands(NamedTuple):
+    """Which keys and rows a query sees."""
+
+    causal: Tensor  # [B or 1, 1, T, S], keys up to the query
+    ahead: Tensor  # [B or 1, 1, T, S], keys of the band after it
+    future: Tensor  # [B or 1, 1, T, R], rows of the table that stand for that band
+    whole: Tensor  # [B or 1, T], the band is not empty and does not leave the sequence
+
+
+def future_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    future_key: Tensor,
+    future_value: Tensor,
+    future_query: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    table_len: int,
+    by_distance: bool,
+    future_dim: int,
+    query_offset: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``out``, ``out_future`` ``[B, H, T, Dv]`` and ``lse [B, H, T]``.
+
+    ``future_key`` and ``future_value`` are ``[Hf, R, D]`` or ``[B, Hf, R, D]``. ``R`` is
+    ``table_len``, or a multiple of it: then each document has its own ``table_len`` rows.
+    """
+    bands = _bands(
+        *(query, key, future_key, cu_seqlens, seq_start, seq_end),
+        *(table_len, by_distance, future_dim, query_offset),
+    )
+    return _split_softmax(query, key, value, future_key, future_value, future_query, bands, scale)
+
+
+def future_attention_loss(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    future_key: Tensor,
+    future_value: Tensor,
+    future_query: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    table_len: int,
+    by_distance: bool,
+    future_dim: int,
+    query_offset: int,
+    scale: float,
+    loss_type: str,
+    detach_target: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``out [B, H, T, Dv]``, the scalar ``loss`` and ``lse [B, H, T]``."""
+    bands = _bands(
+        *(query, key, future_key, cu_seqlens, seq_start, seq_end),
+        *(table_len, by_distance, future_dim, query_offset),
+    )
+    out, out_future, lse = _split_softmax(
+        query, key, value, future_key, future_value, future_query, bands, scale
+    )
+    groups = query.shape[1] // key.shape[1]
+    both = bands.causal | bands.ahead
+    key, value = (hide_unseen(t.repeat_interleave(groups, 1), both) for t in (key, value))
+    query = query.masked_fill(~both.any(-1, keepdim=True), 0.0)
+    weights, _ = masked_softmax((query @ key.mT) * scale, both)
+    target = weights.masked_fill(~bands.ahead, 0.0) @ value
+    if detach_target:
+        target = target.detach()
+    if out.dtype != torch.float64:
+        out_future, target = out_future.float(), target.float()
+    if loss_type == "mse":
+        rows = (out_future - target).square().mean(-1)
+    else:
+        rows = (1.0 - torch.nn.functional.cosine_similarity(out_future, target, dim=-1)) / 2.0
+    whole = bands.whole[:, None].expand(rows.shape)
+    loss = rows.masked_fill(~whole, 0.0).sum() / whole.sum().clamp(min=1)
+    return out, loss, lse
+
+
+def _split_softmax(query, key, value, future_key, future_value, future_query, bands, scale):
+    """One softmax over the keys and the future rows, its two parts of the output and its lse."""
+    B, H, T, _ = query.shape
+    S = key.shape[2]
+    future_key, future_value = (t.expand(B, -1, -1, -1) for t in (future_key, future_value))
+    future_query = query if future_query is None else future_query
+    mask = torch.cat([bands.causal, bands.future], -1)
+    empty = ~mask.any(-1, keepdim=True)
+    query, future_query = (q.masked_fill(empty, 0.0) for q in (query, future_query))
+    key, value = (
+        hide_unseen(t.repeat_interleave(H // t.shape[1], 1), bands.causal) for t in (key, value)
+    )
+    future_key, future_value = (
+        hide_unseen(t.repeat_interleave(H // t.shape[1], 1), bands.future)
+        for t in (future_key, future_value)
+    )
+    scores = torch.cat([query @ key.mT, future_query @ future_key.mT], -1) * scale
+    weights, lse = masked_softmax(scores, mask)
+    out_future = weights[..., S:] @ future_value
+    return weights[..., :S] @ value + out_future, out_future, lse
+
+
+def _bands(
+    query,
+    key,
+    future_key,
+    cu_seqlens,
+    seq_start,
+    seq_end,
+    table_len,
+    by_distance,
+    future_dim,
+    query_offset,
+):
+    T, S, R = query.shape[2], key.shape[2], future_key.shape[-2]
+    start, end, number = documents(query, cu_seqlens, seq_start, seq_end)
+    i = torch.arange(T, device=query.device)[:, None] + query_offset  # [T, 1]
+    j = torch.arange(S, device=query.device)[None, :]  # [1, S]
+    row = torch.arange(R, device=query.device)[None, :]  # [1, R]
+    start, end, number = start(i), end(i), number(i)
+    inside = (i >= start) & (i < end)
+    position = i - start  # [B or 1, T, 1]
+    last = position + future_dim  # the last position of the band
+    if by_distance:
+        future = row % table_len < future_dim
+    else:
+        last = last.clamp(max=table_len)
+        future = (row % table_len + 1 > position) & (row % table_len + 1 <= last)
+    if table_len < R:
+        future = future & (row // table_len == number)
+    own = inside & (j >= start) & (j < end)
+    causal = own & (j <= i)
+    ahead = own & (j > i) & (j - start <= last)
+    whole = inside & (last > position) & (last < end.clamp(max=S) - start)
+    return _Bands(causal[:, None], ahead[:, None], (inside & future)[:, None], whole[..., 0])
