@@ -8,7 +8,9 @@ from functools import partial
 
 from memattn_kernels._common import block_length, block_width
 from memattn_kernels.aot_kernel import AotKernel
-from memattn_kernels.segmented_attention import backward, forward
+from memattn_kernels.segmented_attention.backward_dkdv import segmented_attention_bwd_dkdv_kernel
+from memattn_kernels.segmented_attention.backward_dq import segmented_attention_bwd_dq_kernel
+from memattn_kernels.segmented_attention.forward import segmented_attention_fwd_kernel
 
 # persistent and memory keys: the smallest tile
 N_EXTRA = 16
@@ -60,16 +62,16 @@ KERNELS = (
             types=TYPES,
         )
         for name, function in (
-            ("fwd", forward._segmented_attention_fwd_kernel),
-            ("decode", forward._segmented_attention_fwd_kernel),
-            ("bwd_dq", backward._segmented_attention_bwd_dq_kernel),
+            ("fwd", segmented_attention_fwd_kernel),
+            ("decode", segmented_attention_fwd_kernel),
+            ("bwd_dq", segmented_attention_bwd_dq_kernel),
         )
     ),
     *(
         AotKernel(
             name="segmented_attention_bwd_dkdv",
             part=source,
-            function=backward._segmented_attention_bwd_dkdv_kernel,
+            function=segmented_attention_bwd_dkdv_kernel,
             constants=partial(_key_constants, source),
             types=PERSISTENT_TYPES if source == "persistent" else TYPES,
         )

@@ -80,7 +80,7 @@ def _attend(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid, s
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
-def _segmented_attention_fwd_kernel(
+def segmented_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, mk_ptr, mv_ptr,  # inputs
     documents_ptr, seq_start_ptr, seq_end_ptr,  # bounds of sequences, or None
     o_ptr, lse_ptr, residual_ptr,  # outputs
@@ -242,7 +242,7 @@ def segmented_attention_op(
     kernel = "fwd" if T > configs.DECODE_LENGTH else "decode"
     tiles = row_tiles(f"segmented_attention_{kernel}", query, inputs)
     with device_guard(query):
-        _segmented_attention_fwd_kernel[(triton.cdiv(T, tiles["BLOCK_M"]) * B * H,)](
+        segmented_attention_fwd_kernel[(triton.cdiv(T, tiles["BLOCK_M"]) * B * H,)](
             **inputs,
             **tiles,
             **rows("o", out, "bht"),

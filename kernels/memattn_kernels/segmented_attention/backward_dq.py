@@ -1,0 +1,169 @@
+"""Query-stationary backward of segmented attention: one program per tile of queries.
+
+d_query = scale * dS K,  dS = P * (d_out V^T - rowsum(out * d_out) + d_lse)
+"""
+
+import triton
+import triton.language as tl
+
+from memattn_kernels._common import (
+    exponent_factor,
+    load_tile,
+    n_partial_tiles,
+    partial_tile,
+    power,
+    store_tile,
+    tile_ranges,
+)
+from memattn_kernels.segmented_attention.forward import RUNTIME_SIZES
+from memattn_kernels.segmented_attention.intervals import (
+    memory_of_query,
+    sequence_of,
+    tokens_of_query,
+)
+
+
+@triton.jit
+def _dq_tile(dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi,
+             last, scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """One tile of keys from column ``n``; ``scale`` and ``lse`` with ``exponent_factor``."""
+    k = load_tile(k_ptr, n, stride_k, last, D, BLOCK_N, BLOCK_D, MASKED)
+    v = load_tile(v_ptr, n, stride_v, last, DV, BLOCK_N, BLOCK_DV, MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    x = scores * scale - lse[:, None]
+    if q.dtype == tl.float32:
+        x -= residual[:, None]
+    p = power(x, q.dtype)
+    ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+    if MASKED:
+        offs_n = (n + tl.arange(0, BLOCK_N))[None, :]
+        mask = (offs_n >= lo[:, None]) & (offs_n < hi[:, None])
+        ds = tl.where(mask, ds, 0.0)
+    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    if q.dtype == tl.float32:
+        rest += tl.sum(ds, 1)
+        if MASKED:
+            p = tl.where(mask, p, 0.0)
+        pk = tl.dot(p, k, pk, input_precision="ieee")
+    return dq, pk, rest
+
+
+@triton.jit
+def _dq_source(dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v, lo, hi,
+               valid, scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+               HAS_WHOLE_TILES: tl.constexpr):  # fmt: skip
+    """All keys of one source that the tile of queries sees."""
+    first, full_first, full_last, last = tile_ranges(lo, hi, valid, BLOCK_N)
+    if not HAS_WHOLE_TILES:
+        full_first = first
+        full_last = first
+    for index in range(n_partial_tiles(first, full_first, full_last, last, BLOCK_N)):
+        n = partial_tile(index, first, full_first, full_last, BLOCK_N)
+        dq, pk, rest = _dq_tile(
+            dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v,
+            n, lo, hi, last, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        )  # fmt: skip
+    if HAS_WHOLE_TILES:
+        for n in range(full_first, full_last, BLOCK_N):
+            dq, pk, rest = _dq_tile(
+                dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v,
+                n, lo, hi, last, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+            )  # fmt: skip
+    return dq, pk, rest
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def segmented_attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, mk_ptr, mv_ptr, o_ptr, lse_ptr, residual_ptr,
+    do_ptr, dlse_ptr,
+    documents_ptr, seq_start_ptr, seq_end_ptr,  # bounds of sequences, or None
+    dq_ptr, scaled_lse_ptr, delta_ptr,  # outputs
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_pkh, stride_pkt, stride_pvh, stride_pvt,
+    stride_mkb, stride_mkh, stride_mkt, stride_mvb, stride_mvh, stride_mvt,
+    stride_ob, stride_oh, stride_ot, stride_dob, stride_doh, stride_dot,
+    stride_dqb, stride_dqh, stride_dqt,
+    H, G, T, S, P, M, n_memory, L, W, query_offset, scale,  # sizes
+    IS_CAUSAL: tl.constexpr, MEMORY_IS_CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NP: tl.constexpr,
+    BLOCK_NM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Grid: (cdiv(T, BLOCK_M) * B * H,). One program computes BLOCK_M rows of d_query.
+
+    It also writes delta, and lse with ``exponent_factor`` in it, for the key-stationary kernel.
+    """
+    n_tiles = tl.cdiv(T, BLOCK_M)
+    pid = tl.program_id(0)
+    pid_m = pid % n_tiles
+    if IS_CAUSAL:  # the longest rows first
+        pid_m = n_tiles - 1 - pid_m
+    b = (pid // n_tiles // H).to(tl.int64)
+    h = (pid // n_tiles % H).to(tl.int64)
+    h_kv = h // G
+
+    t = pid_m * BLOCK_M
+    offs_m = t + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < T
+    i = query_offset + offs_m
+    start, end, first_segment = sequence_of(i, b, documents_ptr, seq_start_ptr, seq_end_ptr, S)
+    valid = mask_m & (i >= start) & (i < end)
+
+    q_ptr += b * stride_qb + h * stride_qh
+    q = load_tile(q_ptr, t, stride_qt, T, D, BLOCK_M, BLOCK_D, True)
+    o_ptr += b * stride_ob + h * stride_oh
+    o = load_tile(o_ptr, t, stride_ot, T, DV, BLOCK_M, BLOCK_DV, True)
+    do_ptr += b * stride_dob + h * stride_doh
+    do = load_tile(do_ptr, t, stride_dot, T, DV, BLOCK_M, BLOCK_DV, True)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    row = (b * H + h) * T + offs_m
+    dlse = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if dlse_ptr is not None:
+        dlse = tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
+    if q.dtype != tl.float32:
+        delta -= dlse
+        tl.store(delta_ptr + row, delta, mask=mask_m)
+    lse = tl.load(lse_ptr + row, mask=mask_m, other=0.0) * exponent_factor(q.dtype)
+    lse = tl.where(lse > -float("inf"), lse, float("inf"))  # no keys: all weights 0
+    tl.store(scaled_lse_ptr + row, lse, mask=mask_m)
+    residual = lse
+    if q.dtype == tl.float32:
+        residual = tl.load(residual_ptr + row, mask=mask_m, other=0.0)
+    exponent_scale = scale * exponent_factor(q.dtype)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    # float32 results show the rounding of out and lse in delta, most where dS cancels (a row with
+    # one key): there dS without d_lse must sum to 0, so the rest of that sum corrects delta, and
+    # pk = P K corrects d_query
+    pk = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    rest = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    if pk_ptr is not None:
+        lo = tl.zeros([BLOCK_M], dtype=tl.int32)
+        dq, pk, rest = _dq_source(
+            dq, pk, rest, q, do, lse, residual, delta, pk_ptr + h_kv * stride_pkh,
+            pv_ptr + h_kv * stride_pvh, stride_pkt, stride_pvt, lo, lo + P, valid, exponent_scale,
+            D, DV, BLOCK_NP, BLOCK_D, BLOCK_DV, False,
+        )  # fmt: skip
+    if mk_ptr is not None:
+        lo, hi = memory_of_query(i, start, first_segment, n_memory, L, M, MEMORY_IS_CAUSAL)
+        dq, pk, rest = _dq_source(
+            dq, pk, rest, q, do, lse, residual, delta, mk_ptr + b * stride_mkb + h_kv * stride_mkh,
+            mv_ptr + b * stride_mvb + h_kv * stride_mvh, stride_mkt, stride_mvt,
+            lo, hi, valid, exponent_scale, D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, False,
+        )  # fmt: skip
+    lo, hi = tokens_of_query(i, start, end, S, L, W, IS_CAUSAL)
+    dq, pk, rest = _dq_source(
+        dq, pk, rest, q, do, lse, residual, delta, k_ptr + b * stride_kb + h_kv * stride_kh,
+        v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt,
+        lo, hi, valid, exponent_scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+    )  # fmt: skip
+
+    if q.dtype == tl.float32:
+        dq += (dlse - rest)[:, None] * pk
+        tl.store(delta_ptr + row, delta + rest, mask=mask_m)
+    # a row without keys, and its NaN, ends here
+    valid &= lse < float("inf")
+    dq = tl.where(valid[:, None], dq * scale, 0.0)
+    dq_ptr += b * stride_dqb + h * stride_dqh
+    store_tile(dq_ptr, t, stride_dqt, T, dq, D, BLOCK_M, BLOCK_D)
