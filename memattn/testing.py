@@ -142,6 +142,7 @@ def make_future_inputs(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
+    seed_device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Random inputs of ``future_attention``; values are exact in bfloat16.
 
@@ -150,15 +151,25 @@ def make_future_inputs(
     """
     S, Dv = T if S is None else S, D if Dv is None else Dv
     tensors = make_segmented_inputs(
-        B=B, H=H, Hkv=Hkv, T=T, S=S, D=D, Dv=Dv, dtype=dtype, device=device, seed=seed
+        B=B,
+        H=H,
+        Hkv=Hkv,
+        T=T,
+        S=S,
+        D=D,
+        Dv=Dv,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        seed_device=seed_device,
     )
     shape = (*(() if tables is None else (tables,)), Hf or H, S - 1 if rows is None else rows)
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator(seed_device).manual_seed(seed + 1)
     shapes = {"future_key": (*shape, D), "future_value": (*shape, Dv)}
     if separate_query:
         shapes["future_query"] = (B, H, T, D)
     for name, wanted in shapes.items():
-        values = torch.randn(wanted, generator=generator).to(torch.bfloat16)
+        values = torch.randn(wanted, generator=generator, device=seed_device).to(torch.bfloat16)
         tensors[name] = values.to(device, dtype)
     return tensors
 

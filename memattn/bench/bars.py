@@ -94,6 +94,39 @@ class SpeedBar(Bar):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CostBar(Bar):
+    """At most so many times the time that the work takes at the rate of a yardstick.
+
+    ``priced`` is the case whose work counts, where it is not that of ``case`` itself.
+    """
+
+    against: str
+    priced: Case | None = None
+
+    unit: ClassVar[str] = "x"
+    at_most: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}: time over that of the same work at the rate of {self.against}"
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        return (self.against,)
+
+    def reached(self, found: Found) -> float | None:
+        row = found.rows.get((self.case, self.direction, self.against))
+        yardstick = self.case.peers()[self.against].yardstick
+        if row is None or row.speedup is None or yardstick is None:
+            return None
+        ours, its = (
+            work_of(work, self.direction).flops
+            for work in ((self.priced or self.case).work(), yardstick)
+        )
+        return its / ours / row.speedup.median
+
+
+@dataclass(frozen=True, kw_only=True)
 class RateBar(Bar):
     """At least so many useful TFLOP/s."""
 

@@ -33,6 +33,9 @@ class Peer:
     build: Callable[[], Forward]  # called once, outside the timing: masks, compilation
     score_bytes: int = 0
     compiled: bool = False  # takes seconds to build; left out of quick runs
+    # its own work by direction, where it computes less than the case: a measure of time, whose
+    # results are not compared
+    yardstick: dict[str, Work] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +71,15 @@ class Case(ABC):
 
     @abstractmethod
     def peers(self) -> dict[str, Peer]:
-        """Others that compute exactly the same from the same inputs."""
+        """Others that compute the same from the same inputs, and yardsticks."""
 
     @abstractmethod
     def work(self) -> dict[str, Work]:
         """Useful work, by ``"forward"`` and ``"backward"``."""
+
+    def rows_are_independent(self) -> bool:
+        """Whether sampled rows of the output tell the gradients; a mean over all rows does not."""
+        return True
 
     @abstractmethod
     def label(self, T: str | None = None) -> str:

@@ -109,7 +109,8 @@ def measure_case(
     competitors = [Competitor(OURS, case.subject(backend))]
     wanted = {n: peer for n, peer in case.peers().items() if peers is None or n in peers}
     if wanted:
-        oracle = Oracle(case, gradients=any(d != "forward" for d in directions))
+        gradients = any(d != "forward" for d in directions) and case.rows_are_independent()
+        oracle = Oracle(case, gradients=gradients)
         for name, peer in wanted.items():
             competitors.append(_admit(oracle, name, peer, directions, effort))
         del oracle
@@ -167,7 +168,10 @@ def _try_peer(oracle: Oracle, competitor: Competitor, peer: Peer, gradients: boo
         try:
             if competitor.forward is None:
                 competitor.forward = peer.build()
-            check_peer(oracle, competitor.forward, gradients=gradients)
+            if peer.yardstick is None:
+                check_peer(oracle, competitor.forward, gradients=gradients)
+            else:
+                call_of(oracle.case, competitor.forward, "forward+backward")()
         except Exception as error:  # a peer may fail in any way; the row says how
             texts = [str(error), *(str(warning.message) for warning in caught)]
             lines = [text.strip().splitlines()[0] for text in texts if text.strip()]

@@ -65,7 +65,7 @@ class Oracle:
 def check_subject(case: Case, backend: str, *, gradients: bool) -> None:
     """Raise WrongResultError unless our operator keeps the error budget of the tests.
 
-    It is checked on every row at a small length, then at the length of the case.
+    It is checked on every row at a small length, then on sampled rows at the length of the case.
 
     Args:
         case: What is computed.
@@ -74,8 +74,9 @@ def check_subject(case: Case, backend: str, *, gradients: bool) -> None:
     """
     small = case.resized(min(case.T, SMALL_T))
     for part in (small,) if small == case else (small, case):
-        oracle = Oracle(part, gradients=gradients)
-        actual = oracle.results(part.subject(backend), gradients=gradients)
+        told = gradients and (part == small or part.rows_are_independent())
+        oracle = Oracle(part, gradients=told)
+        actual = oracle.results(part.subject(backend), gradients=told)
         for name, high in oracle.high.items():
             where = f"{case.operator}, {part.label()}: {name}"
             try:
@@ -90,6 +91,7 @@ def check_peer(oracle: Oracle, forward: Forward, *, gradients: bool) -> None:
     Peers may approximate exponentials, so the bound only tells another mask from rounding.
     """
     loose = 1e-4 if oracle.case.dtype == torch.float32 else 2e-2
+    gradients = gradients and oracle.gradients
     for name, result in oracle.results(forward, gradients=gradients).items():
         high = oracle.high[name]
         error, rounding = (
