@@ -9,7 +9,9 @@ from rich.console import Console
 from memattn.cli import main
 from memattn.demo import DemoConfig, run_demo
 from memattn.demo import run as demo_run
+from memattn.demo.plan import MAX_EPOCHS, STAGES, WARMUP_STEPS, Plan
 from memattn.models import PRESETS, MemAttnConfig
+from memattn.train.metrics import read_metrics
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa")
 
@@ -81,44 +83,129 @@ def test_trains_audits_and_reports_every_preset(config, console):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+MEASURED = {
+    "parameters": 1,
+    "audit": {"verdict": "all 0", "rows": []},
+    "state_bytes": [(1, 2)],
+    "influence": {"changed": [0, 1], "log10": [[0.0, 0.0], [None, 0.0]]},
+    "prompt": "a",
+    "sample": "b <&",
+}
+
+
 def test_goes_on_after_an_interruption_and_trains_nothing_twice(config, console, monkeypatch):
     trained, train = [], demo_run.train
 
-    def interrupted(run, **options):
-        if run.model.preset == "segmented" and len(trained) == 1:
+    def interrupted(run, *, stop_step, **options):
+        trained.append((run.model.preset, stop_step))
+        if len(trained) == 2:
             raise KeyboardInterrupt
-        trained.append(run.model.preset)
-        return train(run, **options)
+        return train(run, stop_step=stop_step, progress=False, **options)
 
     # what is measured is the other test's part
-    measured = {
-        "parameters": 1,
-        "audit": {"verdict": "all 0", "rows": []},
-        "state_bytes": [(1, 2)],
-        "influence": {"changed": [0, 1], "log10": [[0.0, 0.0], [None, 0.0]]},
-        "prompt": "a",
-        "sample": "b <&",
-    }
-    monkeypatch.setattr(demo_run, "measure_model", lambda folder, seed: dict(measured))
+    monkeypatch.setattr(demo_run, "measure_model", lambda folder, seed: dict(MEASURED))
     monkeypatch.setattr(demo_run, "train", interrupted)
     with pytest.raises(KeyboardInterrupt, match="in segmented; the same command goes on"):
         run_demo(config, console=console)
-    plan = json.loads((demo_run.Path(config.out) / "plan.json").read_text())
-    trained.append("-")
+    assert trained.pop() == ("segmented", WARMUP_STEPS)
+    trained.append(())
     run_demo(config, console=console)
-    assert trained == ["vanilla", "-", "segmented"]
+    assert trained.pop(1) == ()
+    # there was no time after the warm-up
+    stops = [WARMUP_STEPS, WARMUP_STEPS + 2]
+    assert trained == [(preset, stop) for stop in stops for preset in ("vanilla", "segmented")]
     # a system that lands later gets the same tokens
     monkeypatch.setitem(PRESETS, "late", MemAttnConfig.vanilla)
     page = run_demo(config, console=console)
     report = json.loads((page.parent / "results.json").read_text())
     assert "b &lt;&amp;" in page.read_text()
-    assert trained[3:] == ["late"]
-    assert {result["tokens"] for result in report["results"]} == {plan["tokens"]}
+    assert trained[4:] == [("late", stop) for stop in stops]
+    tokens = stops[-1] * config.batch_size * config.seq_len
+    assert {result["tokens"] for result in report["results"]} == {tokens}
     assert len(report["results"]) == 3
+    # and the same learning rates, though their number was not known in the warm-up
+    rates = [
+        [row["learning_rate"] for row in read_metrics(page.parent / name / "metrics.csv")]
+        for name in ("vanilla", "late")
+    ]
+    assert rates[0] == rates[1]
+    assert max(rate for rate in rates[0] if rate) == rates[0][WARMUP_STEPS]
 
     other = DemoConfig(**{**demo_run.asdict(config), "seed": 1})
     with pytest.raises(ValueError, match="out must be a new folder for another seed"):
         run_demo(other, console=console)
+    (page.parent / "plan.json").write_text('{"steps": 5}')
+    with pytest.raises(ValueError, match=r"plan must be of this version \(or use --fresh\), got"):
+        run_demo(config, console=console)
+
+
+class Machine:
+    """Trains by a clock of its own: presets of other speeds, and a load that may change.
+
+    Seconds: 0.6 for each call, and for each token those of its preset times the load.
+    """
+
+    def __init__(self, monkeypatch, seconds_per_token, load):
+        self.now, self.seconds_per_token, self.load = 0.0, seconds_per_token, load
+        self.rows = {preset: [] for preset in seconds_per_token}
+        monkeypatch.setattr(demo_run, "PRESETS", seconds_per_token)
+        monkeypatch.setattr(demo_run, "train", self.train)
+        monkeypatch.setattr(demo_run, "read_metrics", lambda file: self.rows[file.parent.name])
+        monkeypatch.setattr(demo_run.time, "perf_counter", lambda: self.now)
+
+    def train(self, run, *, stop_step, resume):
+        preset, options = run.model.preset, run.training
+        rows, tokens = self.rows[preset], options.batch_size * run.data.seq_len
+        assert resume and len(rows) < stop_step <= options.max_steps
+        self.now += 0.6 * self.load(self.now)
+        for step in range(len(rows) + 1, stop_step + 1):
+            cost = self.seconds_per_token[preset] * self.load(self.now)
+            self.now += tokens * cost
+            rows.append({"step": step, "tokens_per_second": 1.0 / cost})
+        if options.eval_steps == stop_step:
+            self.now += HELD_OUT * cost / 3
+
+
+HELD_OUT = 18_000
+
+
+@pytest.mark.parametrize(
+    ("presets", "load", "least", "most"),
+    [
+        pytest.param(2, lambda now: 1.0, 170, 185, id="quiet"),
+        pytest.param(5, lambda now: 1.0, 170, 185, id="many"),
+        pytest.param(5, lambda now: 3.0, 150, 190, id="busy"),
+        pytest.param(5, lambda now: 4.0 if now > 60 else 1.0, 120, 275, id="becomes busy"),
+        pytest.param(2, lambda now: 4.0 if now > 30 else 1.0, 120, 200, id="soon busy"),
+        pytest.param(2, lambda now: 4.0 if now < 60 else 1.0, 60, 185, id="becomes quiet"),
+    ],
+)
+def test_keeps_its_time_with_equal_tokens(
+    monkeypatch, tmp_path, console, presets, load, least, most
+):
+    speeds = {"vanilla": 1, "segmented": 1.1, "future": 2, "titans": 3, "last": 1}
+    speeds = {name: slow / 3000 for name, slow in list(speeds.items())[:presets]}
+    machine = Machine(monkeypatch, speeds, load)
+    config = DemoConfig(out=str(tmp_path), minutes=3.0)
+    plan = Plan({}, 512, 472_000, HELD_OUT, "none")
+    demo_run._train(config, plan, console)
+    assert least < machine.now < most
+    assert {len(rows) for rows in machine.rows.values()} == {plan.steps}
+    assert plan.is_complete and plan.stages[-1].evaluate and len(plan.stages) <= STAGES + 1
+    assert Plan.load(tmp_path / "plan.json") == plan
+    # learning rates never rise again
+    planned = [stage.steps for stage in plan.stages[1:]]
+    assert planned == sorted(planned, reverse=True)
+    spent = sum(turn.seconds for stage in plan.stages for turn in stage.turns.values())
+    assert spent == pytest.approx(machine.now)
+
+
+def test_a_small_text_is_not_learned_by_heart(monkeypatch, tmp_path, console):
+    Machine(monkeypatch, {"vanilla": 1 / 3000}, lambda now: 1.0)
+    plan = Plan({}, 512, 30_000, 1000, "none")
+    demo_run._train(DemoConfig(out=str(tmp_path), minutes=3.0), plan, console)
+    assert plan.tokens <= MAX_EPOCHS * 30_000 < plan.tokens + 512
+    assert sum(stage.evaluate for stage in plan.stages) == 4
 
 
 def test_fresh_deletes_an_earlier_demo_only(config, console, monkeypatch):

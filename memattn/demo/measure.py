@@ -1,6 +1,5 @@
-"""What the demo measures of a model: speed, exactness, state, influence, a sample."""
+"""What the demo measures of a model: exactness, state, influence, a sample."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -8,33 +7,9 @@ import torch
 from torch import Tensor
 
 from memattn.evaluate import audit
-from memattn.train import TrainConfig
-from memattn.train.setup import Corpus, build_model, make_batches
 
 STATE_LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048)
 PROMPT = "The city is"
-
-
-def measure_speed(config: TrainConfig, corpus: Corpus, steps: int = 5) -> float:
-    """Training speed of a preset, tokens/s: the median of a few steps after a first one."""
-    device = _device()
-    model = build_model(config.model, corpus.tokenizer).to(device).train()
-    ranks = {"rank": 0, "world_size": 1}
-    batches = make_batches(
-        config, corpus.train, model=model, tokenizer=corpus.tokenizer, shuffle=True, **ranks
-    )
-    optimizer = torch.optim.AdamW(model.parameters())
-    speeds = []
-    for _ in range(steps + 1):
-        batch = {name: tensor.to(device) for name, tensor in next(batches).items()}
-        _synchronize(device)
-        began = time.perf_counter()
-        model(**batch, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        _synchronize(device)
-        speeds.append(batch["input_ids"].numel() / (time.perf_counter() - began))
-    return sorted(speeds[1:])[steps // 2]
 
 
 def measure_model(folder: Path, *, seed: int) -> dict[str, Any]:
@@ -128,8 +103,3 @@ def sample(model: Any, tokenizer: Any, prompt: str, *, seed: int, num_tokens: in
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

@@ -1,5 +1,6 @@
-"""Runs the demo: plan, train, measure, report. Each finished part is kept and never done twice."""
+"""Runs the demo: train, measure, report. Each finished part is kept and never done twice."""
 
+import itertools
 import json
 import platform
 import shutil
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -15,12 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from memattn.data._files import write_text
-from memattn.demo.measure import measure_model, measure_speed
+from memattn.demo.measure import measure_model
+from memattn.demo.plan import WARMUP_STEPS, Plan, Stage, Turn
 from memattn.models import PRESETS
 from memattn.train import DataConfig, ModelConfig, TrainConfig, TrainingConfig, train
 from memattn.train.metrics import read_metrics
 from memattn.train.setup import prepare_data
 
+PLAN = "plan.json"
 # small enough for two CPU cores, and large enough that the losses visibly fall
 SIZES = dict(
     hidden_size=192,
@@ -29,9 +33,7 @@ SIZES = dict(
     intermediate_size=512,
     max_position_embeddings=2048,
 )
-EVALUATIONS = 4  # of the held-out part in each run, where they are a fifth of its time or less
-MIN_STEPS = 10
-MAX_EPOCHS = 4.0  # more would show how well a text is learned by heart
+HELD_OUT = 0.02  # of the documents, so that evaluation leaves time for many presets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,8 @@ class DemoConfig:
 
     Attributes:
         out: Folder of the results.
-        minutes: Time for training all presets together; speeds are measured first, and the number
-            of tokens is what fits, the same for each preset.
+        minutes: Time for training all presets together; the number of tokens is what fits, the
+            same for each preset.
         corpus: A corpus, a text file, a folder or a Hugging Face dataset.
         seed: The one seed of weights and order.
         seq_len: Tokens in a row.
@@ -65,24 +67,25 @@ class DemoConfig:
         if not 0.0 < self.minutes < float("inf"):
             raise ValueError(f"minutes must be positive and finite, got {self.minutes}")
 
-    def train_config(self, preset: str, steps: int = 1, evaluations: int = 1) -> TrainConfig:
-        """The training run of one preset, with so many held-out evaluations."""
+    def train_config(self, preset: str, stage: Stage) -> TrainConfig:
+        """The training run of one preset, as planned in a stage."""
         return TrainConfig(
             model=ModelConfig(preset=preset, options=self.sizes),
             data=DataConfig(
                 dataset_name=self.corpus,
                 vocab_size=self.vocab_size,
+                held_out=HELD_OUT,
                 seq_len=self.seq_len,
                 cache_dir=self.cache_dir,
             ),
             training=TrainingConfig(
                 output_dir=str(Path(self.out) / preset),
-                max_steps=steps,
+                max_steps=stage.steps,
                 batch_size=self.batch_size,
                 base_model_lr=3e-3,
-                warmup_steps=max(1, steps // 10),
-                eval_steps=-(-steps // evaluations),
-                save_steps=max(1, -(-steps // 4)),
+                warmup_steps=WARMUP_STEPS,
+                eval_steps=stage.stop if stage.evaluate else None,
+                save_steps=None,
                 keep_checkpoints=1,
                 seed=self.seed,
             ),
@@ -111,14 +114,17 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
     """
     console = console or Console()
     out = Path(config.out)
-    if fresh and (out / "plan.json").is_file():
+    if fresh and (out / PLAN).is_file():
         shutil.rmtree(out)
     began = time.perf_counter()
     plan = _plan(config, out, console)
-    results = [_result(config, plan, preset, console) for preset in PRESETS]
+    _train(config, plan, console)
+    results = [_result(config, preset, console) for preset in PRESETS]
     report = {
         "config": asdict(config),
-        **plan,
+        **asdict(plan),
+        "steps": plan.steps,
+        "tokens": plan.tokens,
         "versions": _versions(),
         "seconds_of_this_call": time.perf_counter() - began,
         "results": results,
@@ -130,7 +136,7 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
     page = write_page(out, report, curves)
     console.print(_table(report))
     console.print(
-        f"One seed, {plan['tokens']:,} tokens, small models: differences in loss are no claim.",
+        f"One seed, {plan.tokens:,} tokens, small models: differences in loss are no claim.",
         highlight=False,
     )
     for what, path in (
@@ -142,14 +148,14 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
     return page
 
 
-def _plan(config: DemoConfig, out: Path, console: Console) -> dict[str, Any]:
-    """How many steps each preset gets; measured once, and kept."""
-    file = out / "plan.json"
+def _plan(config: DemoConfig, out: Path, console: Console) -> Plan:
+    """The plan of an earlier call, or a new one."""
+    file = out / PLAN
     settings = json.loads(json.dumps(asdict(config)))
     settings.pop("out")
     if file.is_file():
-        plan = json.loads(file.read_text(encoding="utf-8"))
-        changed = [name for name, value in settings.items() if plan["settings"].get(name) != value]
+        plan = Plan.load(file)
+        changed = [name for name, value in settings.items() if plan.settings.get(name) != value]
         if changed:
             raise ValueError(
                 f"out must be a new folder for another {', '.join(changed)} (or use --fresh), "
@@ -158,68 +164,83 @@ def _plan(config: DemoConfig, out: Path, console: Console) -> dict[str, Any]:
         console.print(f"going on with the demo in {out}", highlight=False)
         return plan
     with console.status(f"fetching and tokenizing {config.corpus}"):
-        corpus = prepare_data(config.train_config(next(iter(PRESETS))))
+        stage = Stage(1, 1, evaluate=False)
+        corpus = prepare_data(config.train_config(next(iter(PRESETS)), stage))
     held_out = 0 if corpus.held_out is None else len(corpus.held_out.ids)
     console.print(
         f"{config.corpus}: {corpus.train.num_documents} documents, {len(corpus.train.ids):,} "
         f"tokens to train on, {held_out:,} held out",
         highlight=False,
     )
-    step_tokens = config.batch_size * config.seq_len
-    seconds_per_token = {}
-    for preset in PRESETS:
-        with console.status(f"measuring the speed of {preset}"):
-            speed = measure_speed(config.train_config(preset), corpus)
-        console.print(f"{preset}: about {speed:,.0f} tokens/s", highlight=False)
-        seconds_per_token[preset] = 1.0 / speed
-    # what fits, in tokens of each preset; a forward pass takes a third of a training step's time
-    budget = 60.0 * config.minutes / sum(seconds_per_token.values())
-    evaluations = max(1, min(EVALUATIONS, int(0.2 * budget / max(held_out / 3, 1))))
-    steps = int((budget - evaluations * held_out / 3) / step_tokens)
-    longest = int(MAX_EPOCHS * len(corpus.train.ids) / step_tokens)
-    steps = max(MIN_STEPS, min(steps, longest))
-    plan = {
-        "settings": settings,
-        "steps": steps,
-        "evaluations": evaluations,
-        "tokens": steps * step_tokens,
-        "train_tokens": len(corpus.train.ids),
-        "held_out_tokens": held_out,
-        "device": _device(),
-    }
-    write_text(file, json.dumps(plan, indent=1) + "\n")
+    plan = Plan(
+        settings=settings,
+        step_tokens=config.batch_size * config.seq_len,
+        train_tokens=len(corpus.train.ids),
+        held_out_tokens=held_out,
+        device=_device(),
+    )
+    plan.save(file)
     return plan
 
 
-def _result(
-    config: DemoConfig, plan: dict[str, Any], preset: str, console: Console
-) -> dict[str, Any]:
-    """Train and measure one preset, unless that was done."""
+def _train(config: DemoConfig, plan: Plan, console: Console) -> None:
+    """Train all presets in turns, stage by stage, until the plan is complete."""
+    for number in itertools.count():
+        stage = plan.stages[number]
+        for preset in PRESETS:
+            if preset not in stage.turns:
+                stage.turns[preset] = _turn(config, plan, number, preset)
+                plan.save(Path(config.out) / PLAN)
+        if number == len(plan.stages) - 1:
+            if plan.is_complete:
+                return
+            plan.extend(PRESETS, 60.0 * config.minutes)
+            plan.save(Path(config.out) / PLAN)
+        if number == 0:
+            speeds = (f"{p} {1.0 / stage.turns[p].seconds_per_token:,.0f}" for p in PRESETS)
+            console.print(f"tokens/s: {', '.join(speeds)}", highlight=False)
+        if plan.steps != stage.steps:
+            console.print(
+                f"planned: {plan.steps:,} steps, {plan.tokens:,} tokens each", highlight=False
+            )
+
+
+def _turn(config: DemoConfig, plan: Plan, number: int, preset: str) -> Turn:
+    """Train one preset for one stage."""
+    stage = plan.stages[number]
+    began = time.perf_counter()
+    try:
+        train(config.train_config(preset, stage), resume=True, stop_step=stage.stop)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"in {preset}; the same command goes on from there") from stop
+    seconds = time.perf_counter() - began
+    first = plan.stages[number - 1].stop if number else 0
+    rows = read_metrics(Path(config.out) / preset / "metrics.csv")
+    speeds = [r["tokens_per_second"] for r in rows if r["tokens_per_second"] and r["step"] > first]
+    return Turn(seconds, sum(1.0 / speed for speed in speeds) / len(speeds))
+
+
+def _result(config: DemoConfig, preset: str, console: Console) -> dict[str, Any]:
+    """Measure one trained preset, unless that was done."""
     folder = Path(config.out) / preset
     file = folder / "result.json"
     if file.is_file():
         console.print(f"{preset}: kept from before", highlight=False)
         return json.loads(file.read_text(encoding="utf-8"))
-    steps = plan["steps"]
-    console.print(f"{preset}: training on {plan['tokens']:,} tokens", highlight=False)
-    try:
-        trained = train(config.train_config(preset, steps, plan["evaluations"]), resume=True)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"in {preset}; the same command goes on from there") from stop
-    rows = read_metrics(folder / "metrics.csv")
-    speeds = sorted(row["tokens_per_second"] for row in rows if row["tokens_per_second"])
     with console.status(f"auditing {preset}"):
-        measured = measure_model(trained.model_dir, seed=config.seed)
+        measured = measure_model(folder / "model", seed=config.seed)
+    rows = read_metrics(folder / "metrics.csv")
+    trained = [row for row in rows if row["loss"] is not None]
+    held_out_loss = rows[-1]["eval_loss"]
     audit = measured["audit"]
-    console.print(f"{preset}: held-out loss {trained.eval_loss:.3f}, audit {audit['verdict']}")
+    console.print(f"{preset}: held-out loss {held_out_loss:.3f}, audit {audit['verdict']}")
     result = {
         "preset": preset,
-        "held_out_loss": trained.eval_loss,
-        "train_loss": trained.loss,
-        "tokens": trained.tokens,
-        # of all steps, those before an interruption too
-        "tokens_per_second": speeds[len(speeds) // 2],
-        "seconds": trained.seconds,
+        "held_out_loss": held_out_loss,
+        "train_loss": trained[-1]["loss"],
+        "tokens": trained[-1]["tokens"],
+        "tokens_per_second": median(row["tokens_per_second"] for row in trained),
+        "seconds": rows[-1]["seconds"],
         **measured,
     }
     write_text(file, json.dumps(result, indent=1, allow_nan=False) + "\n")
