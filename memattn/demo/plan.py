@@ -150,6 +150,4 @@ class Plan:
             ]
             return cls(**values, stages=stages)
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"plan must be of this version (or use --fresh), got {file}"
-            ) from error
+            raise ValueError(f"plan must be of this version (or use --fresh): {file}") from error
