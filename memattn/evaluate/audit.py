@@ -14,7 +14,7 @@ RELATIVE_BOUND = 1e-10
 MAX_DEFAULT_LEN = 640
 ROUNDING = 1e-12
 Finding = tuple[str, float | None, float, str]  # case, value, bound, where
-LENGTHS = ("segment_len", "window_size", "sliding_window", "attention_chunk_size")
+LENGTHS = ("segment_len", "window_size", "sliding_window", "attention_chunk_size", "future_dim")
 
 
 def audit(

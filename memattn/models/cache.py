@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,17 +16,10 @@ from transformers.cache_utils import Cache
 
 from memattn.models.cache_layer import OPEN, SEQUENCES, MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
-from memattn.models.padding import BLOCK, block_bounds, check_mask
+from memattn.models.padding import BLOCK, SequenceBounds, block_bounds, check_mask
 from memattn.ops._checks import check_shape, check_tensor, must
 
 FORMAT = "memattn-cache-1"
-
-
-class SequenceBounds(NamedTuple):
-    """Where sequences begin and end, in columns of the keys of a layer; None means everywhere."""
-
-    seq_start: Tensor | None  # int32 [B]
-    seq_end: Tensor | None  # int32 [B]
 
 
 class MemAttnCache(Cache):

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 OPEN = 1 << 62  # the end of a row that may still grow
-SEQUENCES = ("key", "value")  # the tensors of a layer with one entry per token, on axis 2
+SEQUENCES = ("key", "value", "latent")  # tensors with one entry per token, on axis 2
 
 
 class MemAttnCacheLayer(CacheLayerMixin):
@@ -47,30 +47,36 @@ class MemAttnCacheLayer(CacheLayerMixin):
         return self.state["key"].shape[2] if self.state else 0
 
     def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values, and return them behind those kept.
+        """Append keys and values, and return them behind those kept."""
+        return self.append("key", key_states), self.append("value", value_states)
+
+    def append(self, name: str, states: Tensor) -> Tensor:
+        """Append one of the ``SEQUENCES``, and return it behind what is kept of it.
 
         What no later token can see is then dropped, unless the past is recorded.
         """
-        if self.state:
-            key_states = torch.cat([self.state["key"], key_states], dim=2)
-            value_states = torch.cat([self.state["value"], value_states], dim=2)
-        self.state["key"], self.state["value"] = key_states, value_states
+        if name in self.state:
+            states = torch.cat([self.state[name], states], dim=2)
+        self.state[name] = states
         if not self.record_past:
-            self.trim()
-        return key_states, value_states
+            self._trim(name)
+        return states
 
     def trim(self) -> None:
-        """Drop the keys that no later token can see, and the memory they take."""
-        drop = self.kept - self.keep
+        """Drop what belongs to tokens that no later token can see, and the memory it takes."""
+        for name in self.state:
+            self._trim(name)
+
+    def _trim(self, name: str) -> None:
+        drop = self.state[name].shape[2] - self.keep
         if drop > 0:
-            for name in SEQUENCES:
-                self.state[name] = self.state[name][:, :, drop:].clone()
+            self.state[name] = self.state[name][:, :, drop:].clone()
 
     def crop(self, num_columns: int) -> None:
-        """Remove the newest ``num_columns`` keys, and then what no later token can see."""
+        """Remove the newest ``num_columns`` tokens, and then what no later token can see."""
         rest = self.kept - num_columns
-        for name in SEQUENCES:
-            self.state[name] = self.state[name][:, :, :rest]
+        for name, states in self.state.items():
+            self.state[name] = states[:, :, :rest]
         self.trim()
 
     def visible_from(self, position: int, start: Tensor, end: Tensor) -> int:

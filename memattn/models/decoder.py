@@ -6,43 +6,15 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, initialization
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from memattn.models.cache import MemAttnCache, SequenceBounds
+from memattn.models.block import MemAttnBlock, make_norm
+from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
-from memattn.models.padding import block_bounds, check_mask
-from memattn.nn import RotaryEmbedding, SegmentedAttention, SwiGLU, sequence_positions
+from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
+from memattn.models.padding import check_lengths, check_positions, mask_bounds
+from memattn.nn import FutureTable, RotaryEmbedding, SegmentedAttention, sequence_positions
 from memattn.ops._checks import check_rank, must
-
-
-class MemAttnBlock(GradientCheckpointingLayer):
-    """Attention and MLP, each behind a norm and around a residual."""
-
-    def __init__(self, config: MemAttnConfig) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention = SegmentedAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            segment_len=config.attention.segment_len,
-            window_size=config.attention.window_size,
-            num_persistent_tokens=config.attention.num_persistent_tokens,
-            backend=config.attention.backend,
-        )
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        assert config.intermediate_size is not None
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-
-    def forward(self, hidden_states: Tensor, **sequences: Any) -> Tensor:
-        """Map ``[B, T, E]`` to ``[B, T, E]``; ``sequences`` are keywords of the attention."""
-        hidden_states = hidden_states + self.attention(
-            self.attention_norm(hidden_states), **sequences
-        )
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
 class MemAttnPreTrainedModel(PreTrainedModel):
@@ -58,10 +30,13 @@ class MemAttnPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        std = self.config.initializer_range
         if isinstance(module, SegmentedAttention) and module.persistent_key is not None:
-            std = self.config.initializer_range
             initialization.normal_(module.persistent_key, std=std)
             initialization.normal_(module.persistent_value, std=std)
+        if isinstance(module, FutureTable):
+            initialization.normal_(module.key, std=std)
+            initialization.normal_(module.value, std=std)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -76,9 +51,15 @@ class MemAttnModel(MemAttnPreTrainedModel):
         super().__init__(config)
         assert config.head_dim is not None and config.rope_parameters is not None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters["rope_theta"])
-        self.layers = nn.ModuleList(MemAttnBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.embed_positions = self.rotary = None
+        if config.position_embedding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        else:
+            self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters["rope_theta"])
+        self.layers = nn.ModuleList(
+            MemAttnBlock(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -94,7 +75,8 @@ class MemAttnModel(MemAttnPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> BaseModelOutputWithPast:
+        output_future_loss: bool | None = None,
+    ) -> MemAttnModelOutput:
         """Hidden states ``[B, T, E]``; the arguments are those of ``MemAttnForCausalLM``."""
         if (input_ids is None) == (inputs_embeds is None):
             both = "both or neither"
@@ -121,35 +103,69 @@ class MemAttnModel(MemAttnPreTrainedModel):
             if cache.seq_start is not None and cache.seq_start.any():
                 seq_start = cache.seq_start.to(hidden_states.device)
         else:
-            bound = _mask_bounds(attention_mask, B, T, cu_seqlens)
+            bound = mask_bounds(attention_mask, B, T, cu_seqlens)
             bounds, seq_start = [bound] * len(self.layers), bound.seq_start
         positions = sequence_positions(
             hidden_states, offset=offset, seq_start=seq_start, cu_seqlens=cu_seqlens
         )
         if position_ids is not None:
-            _check_positions(position_ids, positions, attention_mask)
-        rotary = self.rotary(positions, hidden_states.dtype)
+            check_positions(position_ids, positions, attention_mask)
+        if self.config.position_limit is not None:
+            check_lengths(positions, attention_mask, offset + T, self.config.position_limit)
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self._position_states(positions, attention_mask)
+        rotary, future_rotary = self._rotary(hidden_states, positions, offset)
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_future_loss is None:
+            output_future_loss = self.training
         all_hidden_states: list[Tensor] = []
+        future_losses: list[Tensor] = []
         for i, (layer, bound) in enumerate(zip(self.layers, bounds, strict=True)):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            hidden_states = layer(
+            hidden_states, future_loss = layer(
                 hidden_states,
                 rotary=rotary,
+                future_rotary=future_rotary,
+                output_future_loss=output_future_loss,
                 cu_seqlens=cu_seqlens,
                 seq_start=bound.seq_start,
                 seq_end=bound.seq_end,
                 cache=None if cache is None else cache.layers[i],
             )
+            if future_loss is not None:
+                future_losses.append(future_loss)
         hidden_states = self.norm(hidden_states)
-        return BaseModelOutputWithPast(
+        return MemAttnModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=cache,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            future_loss=torch.stack(future_losses).mean() if future_losses else None,
         )
+
+    def _position_states(self, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Learned embeddings of ``positions [B or 1, T]``; padding may stand anywhere."""
+        assert self.embed_positions is not None
+        if attention_mask is not None:
+            real = attention_mask[:, -positions.shape[1] :] != 0
+            positions = torch.where(real, positions, 0)
+        return self.embed_positions(positions.clamp(min=0))
+
+    def _rotary(
+        self, hidden_states: Tensor, positions: Tensor, offset: int
+    ) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+        """Cosines and sines of the tokens, and of the rows of future keys where there are any."""
+        if self.rotary is None:
+            return None, None
+        rotary = self.rotary(positions, hidden_states.dtype)
+        future = self.config.attention.future
+        if future is None:
+            return rotary, None
+        attention: Any = self.layers[future.start_layer].attention
+        rows = attention.future_positions(hidden_states, offset=offset)
+        return rotary, self.rotary(rows, hidden_states.dtype)
 
     def _choose_cache(
         self, cache: MemAttnCache | None, use_cache: bool | None, cu_seqlens: Tensor | None
@@ -207,7 +223,8 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> CausalLMOutputWithPast:
+        output_future_loss: bool | None = None,
+    ) -> MemAttnCausalLMOutput:
         """Predict the next token at every position.
 
         Args:
@@ -228,18 +245,24 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             logits_to_keep: Compute logits for the last so many tokens only, or for the given
                 indices; 0 means all.
             num_items_in_batch: Divide the summed loss by this number, instead of by the number of
-                labels here: for gradient accumulation.
+                labels here: for gradient accumulation. The future loss, a mean, counts by the
+                share of the labels that are here.
             output_hidden_states: Whether to return the output of the embedding and of each block.
             output_attentions: Not supported, since fused attention keeps no weights.
+            output_future_loss: Whether to measure the loss of future attention, where the model
+                has one; None means in training mode and with labels.
 
         Returns:
-            ``logits [B, T, vocab_size]``, ``loss`` if labels are given, ``past_key_values`` if a
-            cache is used and ``hidden_states`` if asked for.
+            ``logits [B, T, vocab_size]``, ``past_key_values`` if a cache is used, and
+            ``hidden_states`` if asked for. With labels, ``lm_loss``, the cross-entropy, and
+            ``loss``: in training mode ``lm_loss + loss_coefficient * future_loss``, where the model
+            has one, and else the same as ``lm_loss``. ``future_loss`` is the mean over the layers.
 
         Raises:
             TypeError: If ``past_key_values`` is not a ``MemAttnCache``.
             ValueError: If shapes do not fit, a row of the mask is not one block of ones, positions
-                differ, or a cache meets packed documents or gradient checkpointing.
+                differ, a sequence is longer than ``max_position_embeddings`` where that is a
+                limit, or a cache meets packed documents or gradient checkpointing.
             NotImplementedError: If ``output_attentions`` is set.
         """
         outputs = self.model(
@@ -252,26 +275,46 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             cu_seqlens=cu_seqlens,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            output_future_loss=labels is not None or None
+            if output_future_loss is None
+            else output_future_loss,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
+        loss = lm_loss = None
         if labels is not None:
             if labels.shape != logits.shape[:2]:
                 must("labels", f"have shape {list(logits.shape[:2])}", list(labels.shape))
-            loss = self.loss_function(
+            loss = lm_loss = self.loss_function(
                 logits=logits,
                 labels=labels,
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-        return CausalLMOutputWithPast(
+            if self.training and outputs.future_loss is not None:
+                loss = (
+                    lm_loss + self._future_weight(labels, num_items_in_batch) * outputs.future_loss
+                )
+        return MemAttnCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            lm_loss=lm_loss,
+            future_loss=outputs.future_loss,
         )
+
+    def _future_weight(
+        self, labels: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor | float:
+        """What the future loss counts: its coefficient, times the share of the labels here."""
+        future = self.config.attention.future
+        assert future is not None
+        if num_items_in_batch is None:
+            return future.loss_coefficient
+        num_labels = (labels[:, 1:] != -100).sum()
+        return future.loss_coefficient * num_labels / num_items_in_batch
 
     def _prepare_cache_for_generation(
         self,
@@ -291,39 +334,4 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
                 cache.activate_past_recording()
         return super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-
-
-def _mask_bounds(
-    attention_mask: Tensor | None, B: int, T: int, cu_seqlens: Tensor | None
-) -> SequenceBounds:
-    """The bounds that a padding mask describes, without a cache."""
-    if attention_mask is None:
-        return SequenceBounds(None, None)
-    if cu_seqlens is not None:
-        must("attention_mask", "be None with cu_seqlens", "a tensor")
-    check_mask(attention_mask, B, (T,))
-    start, end = block_bounds(attention_mask)
-    if not torch.compiler.is_compiling() and not start.any() and (end == T).all():
-        return SequenceBounds(None, None)
-    return SequenceBounds(start.to(torch.int32), end.to(torch.int32))
-
-
-def _check_positions(
-    position_ids: Tensor, positions: Tensor, attention_mask: Tensor | None
-) -> None:
-    """Raise unless ``position_ids`` are the positions that the model counts, but for padding."""
-    T = positions.shape[1]
-    if position_ids.dim() != 2 or position_ids.shape[1] != T:
-        must("position_ids", f"have shape [B, T={T}]", list(position_ids.shape))
-    if torch.compiler.is_compiling():
-        return
-    wrong = position_ids != positions
-    if attention_mask is not None:
-        wrong = wrong & (attention_mask[:, -T:] != 0)
-    if wrong.any():
-        must(
-            "position_ids",
-            "count from the start of each sequence (packed documents are given by cu_seqlens)",
-            f"others in row {int(wrong.nonzero()[0, 0])}",
         )

@@ -1,11 +1,20 @@
 """Where sequences begin and end: from attention masks to bounds."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from memattn.ops._checks import check_tensor, must
 
 BLOCK = "be 0 or 1, with one contiguous block of ones in each row"
+
+
+class SequenceBounds(NamedTuple):
+    """Where sequences begin and end, in columns of the keys of a layer; None means everywhere."""
+
+    seq_start: Tensor | None  # int32 [B]
+    seq_end: Tensor | None  # int32 [B]
 
 
 def block_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,6 +48,53 @@ def check_mask(attention_mask: Tensor, batch_size: int, lengths: tuple[int, ...]
     if len(shape) != 2 or shape[0] != batch_size or shape[1] not in lengths:
         allowed = " or ".join(f"[B={batch_size}, {length}]" for length in dict.fromkeys(lengths))
         must("attention_mask", f"have shape {allowed}", shape)
+
+
+def mask_bounds(
+    attention_mask: Tensor | None, B: int, T: int, cu_seqlens: Tensor | None
+) -> SequenceBounds:
+    """The bounds that a padding mask describes, without a cache."""
+    if attention_mask is None:
+        return SequenceBounds(None, None)
+    if cu_seqlens is not None:
+        must("attention_mask", "be None with cu_seqlens", "a tensor")
+    check_mask(attention_mask, B, (T,))
+    start, end = block_bounds(attention_mask)
+    if not torch.compiler.is_compiling() and not start.any() and (end == T).all():
+        return SequenceBounds(None, None)
+    return SequenceBounds(start.to(torch.int32), end.to(torch.int32))
+
+
+def check_positions(position_ids: Tensor, positions: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise unless ``position_ids`` are the positions that the model counts, but for padding."""
+    T = positions.shape[1]
+    if position_ids.dim() != 2 or position_ids.shape[1] != T:
+        must("position_ids", f"have shape [B, T={T}]", list(position_ids.shape))
+    if torch.compiler.is_compiling():
+        return
+    wrong = position_ids != positions
+    if attention_mask is not None:
+        wrong = wrong & (attention_mask[:, -T:] != 0)
+    if wrong.any():
+        must(
+            "position_ids",
+            "count from the start of each sequence (packed documents are given by cu_seqlens)",
+            f"others in row {int(wrong.nonzero()[0, 0])}",
+        )
+
+
+def check_lengths(
+    positions: Tensor, attention_mask: Tensor | None, num_columns: int, limit: int
+) -> None:
+    """Raise if a token stands at a position that the model has no parameters for."""
+    if num_columns <= limit or torch.compiler.is_compiling():
+        return
+    wrong = positions >= limit
+    if attention_mask is not None:
+        wrong = wrong & (attention_mask[:, -positions.shape[1] :] != 0)
+    if wrong.any():
+        longest = int(positions.expand(wrong.shape)[wrong].max()) + 1
+        must("input_ids", f"have at most max_position_embeddings={limit} tokens a row", longest)
 
 
 def _shorten(values: list) -> str:

@@ -1,14 +1,26 @@
 """Thin modules around the operators: projections, one operator call, output projection."""
 
-from memattn.nn.mlp import SwiGLU
+from memattn.nn._heads import KeyValueCache, MultiHeadAttention, TokenCache
+from memattn.nn.future_attention import FutureAttention, FutureLayerOutput
+from memattn.nn.future_keys import FutureComputed, FutureRelative, FutureRows, FutureTable
+from memattn.nn.mlp import GELUMLP, SwiGLU
 from memattn.nn.rotary import RotaryEmbedding, apply_rotary, sequence_positions
-from memattn.nn.segmented_attention import KeyValueCache, SegmentedAttention
+from memattn.nn.segmented_attention import SegmentedAttention
 
 __all__ = [
+    "GELUMLP",
+    "FutureAttention",
+    "FutureComputed",
+    "FutureLayerOutput",
+    "FutureRelative",
+    "FutureRows",
+    "FutureTable",
     "KeyValueCache",
+    "MultiHeadAttention",
     "RotaryEmbedding",
     "SegmentedAttention",
     "SwiGLU",
+    "TokenCache",
     "apply_rotary",
     "sequence_positions",
 ]

@@ -1,24 +1,15 @@
 """Segmented attention as a drop-in multi-head attention layer."""
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
+from memattn.nn._heads import KeyValueCache, MultiHeadAttention
 from memattn.nn.rotary import apply_rotary
 from memattn.ops import segmented_attention
-from memattn.ops._checks import check_int, check_rank, must
+from memattn.ops._checks import check_int
 
 
-class KeyValueCache(Protocol):
-    """Keys and values of earlier calls; ``memattn.models.MemAttnCache`` holds one per layer."""
-
-    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``[B, Hkv, T, D]`` and return the kept ones with them, ``[B, Hkv, S, D]``."""
-        ...
-
-
-class SegmentedAttention(nn.Module):
+class SegmentedAttention(MultiHeadAttention):
     """Causal multi-head attention within segments, a sliding window and persistent tokens.
 
     Without ``segment_len`` and ``window_size`` it is plain causal attention. Persistent keys and
@@ -60,33 +51,17 @@ class SegmentedAttention(nn.Module):
         num_persistent_tokens: int = 0,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        check_int("hidden_size", hidden_size, 1)
-        check_int("num_heads", num_heads, 1)
-        if head_dim is None:
-            if hidden_size % num_heads:
-                must("hidden_size", f"be divisible by num_heads={num_heads}", hidden_size)
-            head_dim = hidden_size // num_heads
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_int("head_dim", head_dim, 1)
-        check_int("num_kv_heads", num_kv_heads, 1)
-        if num_heads % num_kv_heads:
-            must("num_kv_heads", f"divide num_heads={num_heads}", num_kv_heads)
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim)
         for name, value in (("segment_len", segment_len), ("window_size", window_size)):
             if value is not None:
                 check_int(name, value, 1)
         check_int("num_persistent_tokens", num_persistent_tokens, 0)
-        self.head_dim = head_dim
         self.segment_len = segment_len
         self.window_size = window_size
         self.num_persistent_tokens = num_persistent_tokens
         self.backend = backend
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
         if num_persistent_tokens:
-            shape = (num_kv_heads, num_persistent_tokens, head_dim)
+            shape = (self.num_kv_heads, num_persistent_tokens, self.head_dim)
             self.persistent_key = nn.Parameter(torch.empty(shape))
             self.persistent_value = nn.Parameter(torch.empty(shape))
             nn.init.normal_(self.persistent_key, std=0.02)
@@ -116,11 +91,7 @@ class SegmentedAttention(nn.Module):
             seq_end: int32 ``[B]``, the column after the last one, counted like ``seq_start``.
             cache: Keys and values of earlier calls, extended by those of this one.
         """
-        check_rank("hidden_states", hidden_states, "B T E")
-        query, key, value = (
-            proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = self.split_heads(hidden_states)
         if rotary is not None:
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if cache is not None:
@@ -139,7 +110,7 @@ class SegmentedAttention(nn.Module):
             query_offset=key.shape[2] - query.shape[2],
             backend=self.backend,
         ).out
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.merge_heads(out)
 
     def extra_repr(self) -> str:
         sizes = f"segment_len={self.segment_len}, window_size={self.window_size}"

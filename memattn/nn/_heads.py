@@ -1,0 +1,77 @@
+"""What multi-head attention layers share: their projections."""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from memattn.ops._checks import check_int, check_rank, must
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of earlier calls; ``memattn.models.MemAttnCache`` holds one per layer."""
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Append ``[B, Hkv, T, D]`` and return the kept ones with them, ``[B, Hkv, S, D]``."""
+        ...
+
+
+class TokenCache(KeyValueCache, Protocol):
+    """A cache that also takes what else a layer needs of earlier tokens."""
+
+    def append(self, name: str, states: Tensor) -> Tensor:
+        """Append ``[B, ..., T, F]`` and return the kept ones with them, ``[B, ..., S, F]``."""
+        ...
+
+
+class MultiHeadAttention(nn.Module):
+    """Query, key, value and output projections without biases, for grouped queries.
+
+    Args:
+        hidden_size: Features of the hidden states, ``E``.
+        num_heads: Query heads, ``H``.
+        num_kv_heads: Key and value heads, ``Hkv``; None means ``num_heads``.
+        head_dim: Features of a head, ``D``; None means ``hidden_size / num_heads``.
+
+    Raises:
+        ValueError: If heads do not divide or a size is below 1.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("hidden_size", hidden_size, 1)
+        check_int("num_heads", num_heads, 1)
+        if head_dim is None:
+            if hidden_size % num_heads:
+                must("hidden_size", f"be divisible by num_heads={num_heads}", hidden_size)
+            head_dim = hidden_size // num_heads
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_int("head_dim", head_dim, 1)
+        check_int("num_kv_heads", num_kv_heads, 1)
+        if num_heads % num_kv_heads:
+            must("num_kv_heads", f"divide num_heads={num_heads}", num_kv_heads)
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+
+    def split_heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query ``[B, H, T, D]``, key and value ``[B, Hkv, T, D]`` of ``[B, T, E]``."""
+        check_rank("hidden_states", hidden_states, "B T E")
+        query, key, value = (
+            proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return query, key, value
+
+    def merge_heads(self, out: Tensor) -> Tensor:
+        """Map ``[B, H, T, D]`` to ``[B, T, E]``."""
+        return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -1,0 +1,185 @@
+"""Future attention as a drop-in multi-head attention layer."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memattn.nn._heads import MultiHeadAttention, TokenCache
+from memattn.nn.future_keys import FutureComputed, FutureRelative, FutureTable
+from memattn.nn.rotary import apply_rotary
+from memattn.ops import future_attention, future_attention_loss
+from memattn.ops._checks import check_bool, check_pair, must
+from memattn.ops.future_attention import LOSS_TYPES
+
+SOURCES = ("table", "relative", "computed")
+
+
+class FutureLayerOutput(NamedTuple):
+    """Hidden states, and the loss of the layer's future part where it was wanted."""
+
+    hidden_states: Tensor  # [B, T, E]
+    loss: Tensor | None  # scalar, float32 (float64 for float64 inputs)
+
+
+class FutureAttention(MultiHeadAttention):
+    """Causal multi-head attention that also sees learned keys for the next positions.
+
+    One softmax runs over the keys of the past and ``future_dim`` future keys; see
+    ``memattn.future_attention``. Future keys have one head for each query head, and start small.
+
+    Args:
+        hidden_size: Features of the hidden states, ``E``.
+        num_heads: Query heads, ``H``.
+        future_dim: Positions that a query sees ahead.
+        num_positions: Positions of the longest sequence, ``N_ctx``; without effect for the source
+            ``"relative"``, which has no longest one.
+        source: Where future keys come from: ``"table"``, parameters at absolute positions,
+            ``"relative"``, parameters by distance, or ``"computed"``, the table plus a low-rank
+            projection of the token ``future_dim`` positions earlier.
+        source_rank: Rank of that projection; without effect for the other sources.
+        num_kv_heads: Key and value heads, ``Hkv``, a divisor of ``num_heads``; None means equal.
+        head_dim: Features of a head, ``D``; None means ``hidden_size / num_heads``.
+        loss_type: ``"mse"`` or ``"cosine"``, how the future part of the output is compared with
+            what the real keys would give, or None for no such loss.
+        detach_target: Whether the loss leaves the real keys, values and queries of its target
+            alone.
+        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+
+    Raises:
+        ValueError: If heads do not divide, a size is below its minimum, ``future_dim`` is above
+            ``num_positions - 1``, or ``source`` or ``loss_type`` is unknown.
+
+    Example:
+        >>> attention = FutureAttention(64, 4, future_dim=8, num_positions=100, loss_type="mse")
+        >>> x = torch.randn(2, 50, 64)
+        >>> hidden_states, loss = attention(x)
+        >>> hidden_states.shape, loss.shape
+        (torch.Size([2, 50, 64]), torch.Size([]))
+        >>> rotary = RotaryEmbedding(attention.head_dim)
+        >>> turns = rotary(sequence_positions(x)), rotary(attention.future_positions(x))
+        >>> attention(x, rotary=turns[0], future_rotary=turns[1]).hidden_states.shape
+        torch.Size([2, 50, 64])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        future_dim: int,
+        num_positions: int,
+        source: str = "table",
+        source_rank: int = 16,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        loss_type: str | None = None,
+        detach_target: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim)
+        if loss_type is not None and loss_type not in LOSS_TYPES:
+            must("loss_type", f"be None or one of {', '.join(LOSS_TYPES)}", repr(loss_type))
+        check_bool("detach_target", detach_target)
+        self.future_dim = future_dim
+        self.loss_type = loss_type
+        self.detach_target = detach_target
+        self.backend = backend
+        sizes = (num_heads, self.head_dim, future_dim)
+        if source == "table":
+            self.future = FutureTable(*sizes, num_positions)
+        elif source == "relative":
+            self.future = FutureRelative(*sizes)
+        elif source == "computed":
+            self.future = FutureComputed(hidden_size, *sizes, num_positions, source_rank)
+        else:
+            must("source", f"be one of {', '.join(SOURCES)}", repr(source))
+
+    def future_positions(self, hidden_states: Tensor, *, offset: int = 0) -> Tensor:
+        """The positions ``[1, R]`` whose cosines and sines ``future_rotary`` needs: 1, 2, ...
+
+        Args:
+            hidden_states: ``[B, T, E]``; only its shape and device are read.
+            offset: Tokens in the cache.
+        """
+        rows = self.future.num_rows(offset + hidden_states.shape[1])
+        return torch.arange(1, rows + 1, device=hidden_states.device)[None]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        future_rotary: tuple[Tensor, Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_start: Tensor | None = None,
+        seq_end: Tensor | None = None,
+        cache: TokenCache | None = None,
+        output_loss: bool | None = None,
+    ) -> FutureLayerOutput:
+        """Attend over ``hidden_states [B, T, E]``.
+
+        Args:
+            hidden_states: ``[B, T, E]``.
+            rotary: Cosines and sines of a ``RotaryEmbedding``; None means no rotation.
+            future_rotary: Those of ``future_positions``, given together with ``rotary``.
+            cu_seqlens: int32 ``[n+1]``, bounds of packed documents, with ``B = 1``.
+            seq_start: int32 ``[B]``, the first column of each sequence, counted from the first
+                key, cached keys included.
+            seq_end: int32 ``[B]``, the column after the last one, counted like ``seq_start``.
+            cache: What earlier calls left behind, extended by this one: keys, values and, for
+                the source ``"computed"``, the projected tokens.
+            output_loss: Whether to compute the loss, if the layer has one; None means in training
+                mode only.
+
+        Returns:
+            ``hidden_states [B, T, E]``, and ``loss``, None where it is not computed.
+
+        Raises:
+            ValueError: If shapes do not fit, a sequence is longer than ``num_positions``, or one of
+                ``rotary`` and ``future_rotary`` is missing.
+        """
+        check_pair(
+            *("rotary", None if rotary is None else rotary[0]),
+            *("future_rotary", None if future_rotary is None else future_rotary[0]),
+        )
+        plain_query, key, value = self.split_heads(hidden_states)
+        query = plain_query
+        if rotary is not None:
+            query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        latent = self.future.latent(hidden_states)
+        if cache is not None:
+            key, value = cache.update(key, value)
+            latent = None if latent is None else cache.append("latent", latent)
+        length = key.shape[2]
+        if latent is not None and cu_seqlens is not None and not torch.compiler.is_compiling():
+            length = int(cu_seqlens.diff().max())  # each document has rows of its own
+        rows = self.future(
+            self.future.num_rows(length),
+            rotary=future_rotary,
+            latent=latent,
+            cu_seqlens=cu_seqlens,
+            seq_start=seq_start,
+        )
+        by_distance = self.future.future_index == "distance"
+        options = dict(
+            future_dim=self.future_dim,
+            future_query=plain_query if by_distance and rotary is not None else None,
+            future_index=self.future.future_index,
+            cu_seqlens=cu_seqlens,
+            seq_start=seq_start,
+            seq_end=seq_end,
+            query_offset=key.shape[2] - query.shape[2],
+            backend=self.backend,
+        )
+        inputs, loss = (query, key, value, *rows), None
+        if self.loss_type is not None and (self.training if output_loss is None else output_loss):
+            out, loss, _ = future_attention_loss(
+                *inputs, loss_type=self.loss_type, detach_target=self.detach_target, **options
+            )
+        else:
+            out = future_attention(*inputs, **options).out
+        return FutureLayerOutput(self.merge_heads(out), loss)
+
+    def extra_repr(self) -> str:
+        return f"loss_type={self.loss_type!r}, detach_target={self.detach_target}"

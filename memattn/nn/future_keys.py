@@ -1,0 +1,192 @@
+"""Where future keys come from: parameters by position, by distance, or computed from tokens.
+
+A source is a module with ``future_index``, the option of the operator that says what a row stands
+for, and three methods: ``num_rows`` (how many rows a call needs), ``latent`` (what a token leaves
+behind for later rows; the cache keeps it) and ``forward`` (the rows).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from memattn.nn.rotary import apply_rotary
+from memattn.ops._checks import check_int, must
+
+
+class FutureRows(NamedTuple):
+    """Future keys and values, as ``memattn.future_attention`` takes them."""
+
+    key: Tensor  # [H, R, D], or [n, H, R, D] with rows for each sequence or document
+    value: Tensor  # like key
+
+
+class FutureTable(nn.Module):
+    """Parameters at absolute positions: row ``c`` stands for position ``c + 1``.
+
+    Args:
+        num_heads: Heads, ``H``.
+        head_dim: Features of a head, ``D``.
+        future_dim: Positions that a query sees ahead.
+        num_positions: Positions of the longest sequence, ``N_ctx``; there are ``N_ctx - 1`` rows.
+
+    Raises:
+        ValueError: If a size is below 1, or ``future_dim`` is above ``num_positions - 1``.
+    """
+
+    future_index = "position"
+
+    def __init__(self, num_heads: int, head_dim: int, future_dim: int, num_positions: int) -> None:
+        super().__init__()
+        check_int("num_positions", num_positions, 2)
+        check_int("future_dim", future_dim, 1)
+        if future_dim > num_positions - 1:
+            must("future_dim", f"be at most num_positions - 1 = {num_positions - 1}", future_dim)
+        self.future_dim = future_dim
+        self.num_positions = num_positions
+        self.key = nn.Parameter(torch.empty(num_heads, num_positions - 1, head_dim))
+        self.value = nn.Parameter(torch.empty(num_heads, num_positions - 1, head_dim))
+        nn.init.normal_(self.key, std=0.02)
+        nn.init.normal_(self.value, std=0.02)
+
+    def num_rows(self, length: int) -> int:
+        """Rows that queries of sequences of at most ``length`` tokens can see; others are cut."""
+        return min(self.num_positions - 1, max(length - 1, 0) + self.future_dim)
+
+    def latent(self, hidden_states: Tensor) -> Tensor | None:
+        """What tokens ``[B, T, E]`` leave behind for rows, ``[B, 1, T, rank]``: here nothing."""
+        return None
+
+    def forward(
+        self,
+        num_rows: int,
+        *,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        latent: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_start: Tensor | None = None,
+    ) -> FutureRows:
+        """The first ``num_rows`` rows.
+
+        Args:
+            num_rows: As ``num_rows`` says.
+            rotary: Cosines and sines ``[1, 1, R, D/2]`` of positions 1, 2, ...; at least
+                ``num_rows`` of them. None means no rotation.
+            latent: ``[B, 1, S, rank]``, of all tokens up to the last query.
+            cu_seqlens: int32 ``[n+1]`` or None, bounds of packed documents.
+            seq_start: int32 ``[B]`` or None, the first column of each sequence.
+        """
+        key = _rotate(self.key[:, :num_rows], rotary)
+        return FutureRows(key, self.value[:, :num_rows])
+
+    def extra_repr(self) -> str:
+        H, R, D = self.key.shape
+        return f"num_heads={H}, num_rows={R}, head_dim={D}, future_dim={self.future_dim}"
+
+
+class FutureRelative(FutureTable):
+    """Parameters by distance: row ``c`` stands for the position ``c + 1`` after the query.
+
+    Nothing depends on the length of a sequence, so there is no longest one. Rows that are rotated
+    by their distance meet the query before its rotation: together that is the angle between two
+    positions.
+
+    Args:
+        num_heads: Heads, ``H``.
+        head_dim: Features of a head, ``D``.
+        future_dim: Positions that a query sees ahead, and rows.
+    """
+
+    future_index = "distance"
+
+    def __init__(self, num_heads: int, head_dim: int, future_dim: int) -> None:
+        check_int("future_dim", future_dim, 1)
+        super().__init__(num_heads, head_dim, future_dim, future_dim + 1)
+
+
+class FutureComputed(FutureTable):
+    """Parameters at absolute positions plus a low-rank projection of an earlier token.
+
+    The row for position ``p`` takes the token at ``p - future_dim``: the first query that sees the
+    row stands at that token, so nothing of the future enters. Rows for positions before
+    ``future_dim`` have no such token and are parameters alone.
+
+    Args:
+        hidden_size: Features of the hidden states, ``E``.
+        num_heads: Heads, ``H``.
+        head_dim: Features of a head, ``D``.
+        future_dim: Positions that a query sees ahead.
+        num_positions: Positions of the longest sequence.
+        rank: Features that a token is projected to.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        future_dim: int,
+        num_positions: int,
+        rank: int,
+    ) -> None:
+        super().__init__(num_heads, head_dim, future_dim, num_positions)
+        check_int("rank", rank, 1)
+        self.down_proj = nn.Linear(hidden_size, rank, bias=False)
+        self.key_proj = nn.Linear(rank, num_heads * head_dim, bias=False)
+        self.value_proj = nn.Linear(rank, num_heads * head_dim, bias=False)
+        nn.init.normal_(self.key_proj.weight, std=0.02)
+        nn.init.normal_(self.value_proj.weight, std=0.02)
+
+    def latent(self, hidden_states: Tensor) -> Tensor:
+        """The projected tokens, ``[B, 1, T, rank]``."""
+        return self.down_proj(hidden_states)[:, None]
+
+    def forward(
+        self,
+        num_rows: int,
+        *,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        latent: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_start: Tensor | None = None,
+    ) -> FutureRows:
+        """Rows ``[B, H, R, D]`` for each sequence, or ``[n, H, R, D]`` for each document."""
+        assert latent is not None
+        source = self._source(latent, num_rows, cu_seqlens, seq_start)  # [n, R, rank]
+        key, value = (
+            table[:, :num_rows] + proj(source).unflatten(-1, (len(table), -1)).transpose(1, 2)
+            for table, proj in ((self.key, self.key_proj), (self.value, self.value_proj))
+        )
+        return FutureRows(_rotate(key, rotary), value)
+
+    def _source(
+        self,
+        latent: Tensor,
+        num_rows: int,
+        cu_seqlens: Tensor | None,
+        seq_start: Tensor | None,
+    ) -> Tensor:
+        """The latent that each row takes, 0 where there is none, ``[n, R, rank]``."""
+        B, _, S, _ = latent.shape
+        sequence = torch.arange(B, device=latent.device)[:, None]
+        start, end = torch.zeros_like(sequence), torch.full_like(sequence, S)
+        if seq_start is not None:
+            start = seq_start.long()[:, None]
+        if cu_seqlens is not None:
+            start, end = cu_seqlens.long()[:-1, None], cu_seqlens.long()[1:, None]
+        position = torch.arange(1, num_rows + 1, device=latent.device) - self.future_dim
+        column = start + position  # [n, R]
+        known = (position >= 0) & (column < end)
+        rows = latent[sequence, 0, column.clamp(0, S - 1)]
+        return rows.masked_fill(~known[..., None], 0.0)
+
+
+def _rotate(key: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Rotate rows ``[..., R, D]`` by their own positions."""
+    if rotary is None:
+        return key
+    R = key.shape[-2]
+    cos, sin = (t[0, :, :R] for t in rotary)  # [1, R, D/2]
+    if cos.shape[1] < R:
+        must("future_rotary", f"have a row for each of {R} positions", cos.shape[1])
+    return apply_rotary(key, cos, sin)
