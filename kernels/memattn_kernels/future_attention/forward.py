@@ -1,0 +1,368 @@
+"""Forward of future attention: one program per tile of queries.
+
+    out_future = P_future V_future,  out = P_past V + out_future,  lse = log of the softmax's sum
+
+with one softmax ``P = softmax(scale * [Q K^T, Q_future K_future^T])`` over past and future keys. The
+loss compares ``out_future`` with what the real keys of the same band contribute to a softmax over
+past and band: the scores of the past are computed once, and its sum serves both. Rows must have
+adjacent elements; all other strides are free.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memattn_kernels import configs
+from memattn_kernels._common import (
+    IS_INTERPRETED,
+    block_width,
+    check_head_dim,
+    device_guard,
+    empty_rows,
+    exponent_factor,
+    finish_softmax,
+    load_tile,
+    power,
+    rows_ready,
+    store_tile,
+)
+from memattn_kernels.future_attention.intervals import (
+    ahead_of_query,
+    document_table,
+    past_of_query,
+    rows_of_query,
+    table_groups,
+)
+from memattn_kernels.future_attention.loss import row_loss
+from memattn_kernels.segmented_attention.forward import _attend, rows
+from memattn_kernels.segmented_attention.intervals import sequence_of
+
+# lengths that change from call to call: compile once for all their values
+RUNTIME_SIZES = ("T", "S", "table_len", "F", "query_offset")
+
+
+@triton.jit
+def _join(m_a, l_a, m_b, l_b, dtype: tl.constexpr):
+    """Softmax state over two sets of keys, and the factors that bring their sums to it."""
+    m = tl.maximum(m_a, m_b)
+    m_safe = tl.where(m == -float("inf"), 0.0, m)
+    factor_a = power(m_a - m_safe, dtype)
+    factor_b = power(m_b - m_safe, dtype)
+    return m, l_a * factor_a + l_b * factor_b, factor_a, factor_b
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def _future_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, fk_ptr, fv_ptr, fq_ptr,  # inputs; fq may be None
+    documents_ptr, seq_start_ptr, seq_end_ptr,  # bounds of sequences, or None
+    o_ptr, of_ptr, lse_ptr, residual_ptr,  # outputs
+    target_ptr, lse_target_ptr, residual_target_ptr, loss_ptr, counts_ptr,  # of the loss, or None
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_fkb, stride_fkh, stride_fkt,
+    stride_fvb, stride_fvh, stride_fvt, stride_fqb, stride_fqh, stride_fqt,
+    stride_ob, stride_oh, stride_ot, stride_ofb, stride_ofh, stride_oft,
+    stride_targetb, stride_targeth, stride_targett,
+    H, G, GF, T, S, table_len, F, query_offset, scale,  # sizes
+    BY_DISTANCE: tl.constexpr, PER_DOCUMENT: tl.constexpr, IS_COSINE: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Grid: (cdiv(T, BLOCK_M) * B * H,). One program computes BLOCK_M queries of one head."""
+    n_tiles = tl.cdiv(T, BLOCK_M)
+    pid = tl.program_id(0)
+    t = (n_tiles - 1 - pid % n_tiles) * BLOCK_M  # the longest rows first
+    b = (pid // n_tiles // H).to(tl.int64)
+    h = (pid // n_tiles % H).to(tl.int64)
+
+    offs_m = t + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < T
+    i = query_offset + offs_m
+    start, end, number = sequence_of(i, b, documents_ptr, seq_start_ptr, seq_end_ptr, S)
+    valid = mask_m & (i >= start) & (i < end)
+    row = (b * H + h) * T + offs_m
+    q = load_tile(q_ptr + b * stride_qb + h * stride_qh, t, stride_qt, T, D, BLOCK_M, BLOCK_D, True)
+    scale *= exponent_factor(q.dtype)
+    k_ptr += b * stride_kb + h // G * stride_kh
+    v_ptr += b * stride_vb + h // G * stride_vh
+
+    # every set of keys has a softmax of its own, joined afterwards
+    no_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    no_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    lo, hi = past_of_query(i, start, end, S)
+    acc, l_past, m_past = _attend(
+        acc, no_sum, no_max, q, k_ptr, v_ptr, stride_kt, stride_vt,
+        lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+    )  # fmt: skip
+
+    fq = q
+    if fq_ptr is not None:
+        fq_ptr += b * stride_fqb + h * stride_fqh
+        fq = load_tile(fq_ptr, t, stride_fqt, T, D, BLOCK_M, BLOCK_D, True)
+    acc_future = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    l_future = no_sum
+    m_future = no_max
+    lo, hi = rows_of_query(i, start, number, table_len, F, BY_DISTANCE, PER_DOCUMENT)
+    group, n_groups = table_groups(
+        number, valid, documents_ptr is not None, BY_DISTANCE, PER_DOCUMENT
+    )
+    for part in range(n_groups):
+        acc_future, l_future, m_future = _attend(
+            acc_future, l_future, m_future, fq, fk_ptr + b * stride_fkb + h // GF * stride_fkh,
+            fv_ptr + b * stride_fvb + h // GF * stride_fvh, stride_fkt, stride_fvt,
+            lo, tl.where(group == part, hi, lo), valid & (group == part), scale,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, documents_ptr is None,
+        )  # fmt: skip
+
+    m, l, factor, factor_future = _join(m_past, l_past, m_future, l_future, q.dtype)
+    acc_future *= factor_future[:, None]
+    acc = acc * factor[:, None] + acc_future
+    out, lse, residual = finish_softmax(acc, l, m, valid, q.dtype)
+    out_future, _, _ = finish_softmax(acc_future, l, m, valid, q.dtype)
+    o_ptr += b * stride_ob + h * stride_oh
+    store_tile(o_ptr, t, stride_ot, T, out, DV, BLOCK_M, BLOCK_DV)
+    of_ptr += b * stride_ofb + h * stride_ofh
+    store_tile(of_ptr, t, stride_oft, T, out_future, DV, BLOCK_M, BLOCK_DV)
+    tl.store(lse_ptr + row, lse, mask=mask_m)
+    if residual_ptr is not None:
+        tl.store(residual_ptr + row, residual, mask=mask_m)
+
+    if loss_ptr is not None:
+        lo, hi, whole = ahead_of_query(i, start, end, S, table_len, F, BY_DISTANCE)
+        whole &= mask_m
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+        acc, l_ahead, m_ahead = _attend(
+            acc, no_sum, no_max, q, k_ptr, v_ptr, stride_kt, stride_vt,
+            lo, tl.where(whole, hi, lo), whole, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        )  # fmt: skip
+        m, l, _, factor = _join(m_past, l_past, m_ahead, l_ahead, q.dtype)
+        target, lse, residual = finish_softmax(acc * factor[:, None], l, m, whole, q.dtype)
+        target_ptr += b * stride_targetb + h * stride_targeth
+        store_tile(target_ptr, t, stride_targett, T, target, DV, BLOCK_M, BLOCK_DV)
+        if lse_target_ptr is not None:
+            tl.store(lse_target_ptr + row, lse, mask=mask_m)
+            if residual_target_ptr is not None:
+                tl.store(residual_target_ptr + row, residual, mask=mask_m)
+        loss = tl.where(whole, row_loss(out_future, target, DV, IS_COSINE), 0.0)
+        tl.store(loss_ptr + row, loss, mask=mask_m)
+        tl.store(counts_ptr + row, whole.to(tl.float32), mask=mask_m)
+
+
+def kernel_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    future_key: Tensor,
+    future_value: Tensor,
+    future_query: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    table_len: int,
+    by_distance: bool,
+    future_dim: int,
+    query_offset: int,
+    scale: float,
+) -> dict:
+    """Arguments that the forward and the query-stationary backward kernel share, by name."""
+    B, H, T, D = query.shape
+    S, Dv = key.shape[2], value.shape[-1]
+    # a shared table has stride 0 over the batch
+    tables = [rows_ready(t).expand(B, -1, -1, -1) for t in (future_key, future_value)]
+    return {
+        **rows("q", query, "bht"),
+        **rows("k", key, "bht"),
+        **rows("v", value, "bht"),
+        **rows("fk", tables[0], "bht"),
+        **rows("fv", tables[1], "bht"),
+        **rows("fq", future_query, "bht"),
+        "documents_ptr": None if cu_seqlens is None else document_table(cu_seqlens, S),
+        "seq_start_ptr": None if seq_start is None else seq_start.contiguous(),
+        "seq_end_ptr": None if seq_end is None else seq_end.contiguous(),
+        "H": H,
+        "G": H // max(key.shape[1], 1),
+        "GF": H // max(future_key.shape[-3], 1),
+        "T": T,
+        "S": S,
+        "table_len": table_len,
+        "F": future_dim,
+        "query_offset": query_offset,
+        "scale": scale,
+        "BY_DISTANCE": by_distance,
+        "PER_DOCUMENT": future_key.shape[-2] > table_len,
+        "D": D,
+        "DV": Dv,
+        "BLOCK_D": block_width(D),
+        "BLOCK_DV": block_width(Dv),
+    }
+
+
+@torch.library.custom_op("memattn_kernels::future_attention", mutates_args=())
+def future_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    future_key: Tensor,
+    future_value: Tensor,
+    future_query: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    table_len: int,
+    by_distance: bool,
+    future_dim: int,
+    query_offset: int,
+    scale: float,
+    loss_type: str | None,
+    detach_target: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``out``, ``out_future``, ``lse``, ``loss``, and what the backward needs besides.
+
+    That is the number of positions in the loss, the target, its ``lse`` and what float32 rounds
+    off the two ``lse``. Of size 0 are ``loss``, number and target without ``loss_type``, the
+    target's ``lse`` also if it is detached, and the last but for float32 inputs.
+    """
+    outputs = _empty_outputs(query, value, loss_type, detach_target)
+    out, out_future, lse, loss, count, target, lse_target, residual = outputs
+    if lse.numel() == 0:
+        return *outputs[:3], loss.zero_(), count.fill_(1.0), *outputs[5:]
+    inputs = kernel_inputs(
+        *(query, key, value, future_key, future_value, future_query, cu_seqlens, seq_start),
+        *(seq_end, table_len, by_distance, future_dim, query_offset, scale),
+    )
+    B, H, T, _ = query.shape
+    kernel = "fwd" if T > configs.DECODE_LENGTH else "decode"
+    config = configs.lookup(f"future_attention_{kernel}", query, tile_width(inputs))
+    # the loss of each row and whether it counts
+    losses = None if loss_type is None else lse.new_empty(2, B, H, T)
+    with device_guard(query):
+        _future_attention_fwd_kernel[(triton.cdiv(T, config["BLOCK_M"]) * B * H,)](
+            **inputs,
+            **config,
+            **rows("o", out, "bht"),
+            **rows("of", out_future, "bht"),
+            **rows("target", None if loss_type is None else target, "bht"),
+            **target_rows(lse_target, residual),
+            lse_ptr=lse,
+            residual_ptr=residual[0] if len(residual) else None,
+            loss_ptr=None if losses is None else losses[0],
+            counts_ptr=None if losses is None else losses[1],
+            IS_COSINE=loss_type == "cosine",
+        )
+    if losses is not None:
+        total, counted = losses.flatten(1).sum(1)
+        torch.clamp(counted, min=1.0, out=count)
+        torch.div(total, count, out=loss)
+    return outputs
+
+
+@future_attention_op.register_fake
+def _(query, key, value, *rest):
+    return _empty_outputs(query, value, *rest[-2:])
+
+
+def _empty_outputs(
+    query: Tensor, value: Tensor, loss_type: str | None, detach_target: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised outputs of the operator."""
+    width = value.shape[-1]
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    has_loss, has_lse = loss_type is not None, loss_type is not None and not detach_target
+    n_residuals = 1 + has_lse if query.dtype == torch.float32 else 0
+    return (
+        empty_rows(query, width),
+        empty_rows(query, width),
+        lse,
+        lse.new_empty(()) if has_loss else lse.new_empty(0),
+        lse.new_empty(()) if has_loss else lse.new_empty(0),
+        empty_rows(query, width) if has_loss else query.new_empty(0),
+        torch.empty_like(lse) if has_lse else lse.new_empty(0),
+        lse.new_empty(n_residuals, *lse.shape),
+    )
+
+
+def target_rows(lse_target: Tensor, residual: Tensor) -> dict:
+    """Pointers to what is kept of the target's softmax, where its gradient is wanted."""
+    has_residual = len(residual) > 1
+    return {
+        "lse_target_ptr": lse_target if lse_target.numel() else None,
+        "residual_target_ptr": residual[1] if has_residual else None,
+    }
+
+
+def tile_width(inputs: dict) -> int:
+    """The largest padded head dimension, by which configurations are looked up."""
+    return max(inputs["BLOCK_D"], inputs["BLOCK_DV"])
+
+
+def future_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    future_key: Tensor,
+    future_value: Tensor,
+    future_query: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    table_len: int,
+    by_distance: bool,
+    future_dim: int,
+    query_offset: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``out``, ``out_future [B, H, T, Dv]`` and ``lse [B, H, T]``; arguments as in reference.
+
+    Raises:
+        NotImplementedError: If a head dimension is above 256.
+    """
+    out, out_future, lse, *_ = _run(
+        *(query, key, value, future_key, future_value, future_query, cu_seqlens, seq_start),
+        *(seq_end, table_len, by_distance, future_dim, query_offset, scale, None, True),
+    )
+    return out.to(query.dtype), out_future.to(query.dtype), lse
+
+
+def future_attention_loss(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    future_key: Tensor,
+    future_value: Tensor,
+    future_query: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    table_len: int,
+    by_distance: bool,
+    future_dim: int,
+    query_offset: int,
+    scale: float,
+    loss_type: str,
+    detach_target: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``out``, the scalar ``loss`` and ``lse``; arguments as in the reference.
+
+    Raises:
+        NotImplementedError: If a head dimension is above 256.
+    """
+    out, _, lse, loss, *_ = _run(
+        *(query, key, value, future_key, future_value, future_query, cu_seqlens, seq_start),
+        *(seq_end, table_len, by_distance, future_dim, query_offset, scale),
+        *(loss_type, detach_target),
+    )
+    return out.to(query.dtype), loss, lse
+
+
+def _run(query: Tensor, key: Tensor, value: Tensor, *rest) -> tuple[Tensor, ...]:
+    """The operator, in float32 for bfloat16 that is interpreted."""
+    check_head_dim("query", query.shape[-1])
+    check_head_dim("value", value.shape[-1])
+    arguments = (query, key, value, *rest)
+    if query.dtype == torch.bfloat16 and IS_INTERPRETED:
+        # the interpreter computes bfloat16 wrongly
+        arguments = (
+            a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
+        )
+    return future_attention_op(*arguments)
