@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from train_factories import columns, tiny_config
+from train_factories import columns, tiny_config, write_corpus
 
 from memattn.train import train
 from memattn.train.metrics import read_metrics
@@ -18,13 +18,19 @@ CASES = {
     "fsdp": {"distributed_strategy": "fsdp", "gradient_accumulation_steps": 2, "batch_size": 1},
     "fsdp-bf16": {"distributed_strategy": "fsdp", "mixed_precision": "bf16"},
     "ddp-padded": {"gradient_accumulation_steps": 2, "batch_size": 1},
+    "ddp-future": {"gradient_accumulation_steps": 2, "batch_size": 1},
 }
 
 
 def configure(folder: Path, name: str, **training):
     options = {"batch_size": 2, "save_steps": 3, "max_steps": 5, "output_dir": str(folder / name)}
     data = {"packed": "padded" not in name, "seq_len": 96 if "padded" in name else 32}
-    return tiny_config(folder, data=data, **{**options, **CASES[name], **training})
+    preset = "segmented"
+    if "future" in name:
+        preset, corpus = "future", folder / "long.jsonl"
+        # of one long document every position counts the same in the loss of future attention
+        data |= {"dataset_name": str(write_corpus(corpus, 2, 900)), "held_out": 0.5}
+    return tiny_config(folder, preset=preset, data=data, **{**options, **CASES[name], **training})
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +77,7 @@ def test_losses_and_weights_are_those_of_one_process(launched, name):
     exact, rounded = ("step", "tokens", "learning_rate"), ("loss", "eval_loss", "grad_norm")
     assert columns(metrics[0], *exact) == columns(metrics[1], *exact)
     tolerance = 2e-2 if "bf16" in name else 2e-5
+    rounded += ("lm_loss", "future_loss", "eval_future_loss")
     for a, b in zip(*(columns(rows, *rounded) for rows in metrics), strict=True):
         assert a == pytest.approx(b, abs=tolerance)
     many, one = (

@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_factories import columns, tiny_config
+from train_factories import columns, tiny_config, write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memattn.train import NonFiniteError, TrainResult, train
 from memattn.train.config import TrainConfig
 from memattn.train.metrics import read_metrics
+from memattn.train.setup import make_batches, prepare_data
 
 
 def run(config: TrainConfig, **options) -> TrainResult:
@@ -54,6 +55,55 @@ def test_accumulation_is_one_large_batch(tmp_path, packed):
     whole = losses_of(config)
     options = {"batch_size": 1, "gradient_accumulation_steps": 4}
     parts = losses_of(changed(config, output_dir=str(tmp_path / "parts"), **options))
+    for a, b in zip(whole, parts, strict=True):
+        assert a == pytest.approx(b, abs=2e-5)
+
+
+def test_parts_of_the_loss_are_logged_and_add_up(tmp_path):
+    config = tiny_config(tmp_path, preset="future", max_steps=4, eval_steps=2)
+    result = run(config)
+    rows = read_metrics(result.output_dir / "metrics.csv")
+    trained = [row for row in rows if row["loss"] is not None]
+    for row in trained:
+        assert row["loss"] == pytest.approx(row["lm_loss"] + 0.5 * row["future_loss"], abs=1e-6)
+        assert row["future_loss"] > 0.0 and row["eval_future_loss"] is None
+    held_out = [row for row in rows if row["eval_loss"] is not None]
+    assert [row["step"] for row in held_out] == [2, 4] and held_out[-1]["loss"] is None
+
+    # by the final model itself, batch by batch
+    model = AutoModelForCausalLM.from_pretrained(result.model_dir)
+    corpus = prepare_data(config)
+    options = {"model": model, "tokenizer": corpus.tokenizer, "rank": 0, "world_size": 1}
+    batches = make_batches(config, corpus.held_out, shuffle=False, **options)
+    total = torch.zeros(3, dtype=torch.float64)
+    for batch in batches.one_epoch():
+        count = (batch["labels"] != -100).sum().item()
+        with torch.no_grad():
+            output = model(**batch)
+        assert output.loss == output.lm_loss  # nothing but cross-entropy in evaluation
+        total += count * torch.tensor([1.0, output.lm_loss, output.future_loss])
+    assert held_out[-1]["eval_loss"] == pytest.approx(total[1].item() / total[0].item(), abs=1e-6)
+    expected = total[2].item() / total[0].item()
+    assert held_out[-1]["eval_future_loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_parts_that_a_model_does_not_report_stay_empty(tmp_path):
+    rows = read_metrics(run(tiny_config(tmp_path, max_steps=2)).output_dir / "metrics.csv")
+    assert [row["future_loss"] for row in rows] == [row["eval_future_loss"] for row in rows]
+    assert {row["future_loss"] for row in rows} == {None}
+    assert columns(rows[:2], "lm_loss") == columns(rows[:2], "loss")
+
+
+def test_accumulated_parts_are_those_of_one_large_batch(tmp_path):
+    # one long document: every position counts the same in the loss of future attention
+    corpus = write_corpus(tmp_path / "long.jsonl", documents=2, words=900)
+    data = {"dataset_name": str(corpus), "held_out": 0.5}
+    config = tiny_config(tmp_path, preset="future", data=data, save_steps=None)
+    names = ("loss", "lm_loss", "future_loss", "eval_loss", "eval_future_loss")
+    whole = columns(read_metrics(run(config).output_dir / "metrics.csv"), *names)
+    options = {"batch_size": 1, "gradient_accumulation_steps": 4}
+    config = changed(config, output_dir=str(tmp_path / "parts"), **options)
+    parts = columns(read_metrics(run(config).output_dir / "metrics.csv"), *names)
     for a, b in zip(whole, parts, strict=True):
         assert a == pytest.approx(b, abs=2e-5)
 

@@ -90,6 +90,17 @@ def test_a_paused_run_goes_on_bit_for_bit(whole, tmp_path):
         train(config, resume=True, stop_step=0)
 
 
+def test_a_run_without_time_pauses_after_a_step_and_goes_on_bit_for_bit(whole, tmp_path):
+    config = tiny_config(tmp_path)
+    for step in (1, 2):
+        paused = train(config, resume=True, max_seconds=0.0, progress=False)
+        assert paused.step == step and paused.checkpoint.name == f"step-{step}"
+        assert not paused.model_dir.exists()
+    assert_same_run(train(config, resume=True, max_seconds=600.0, progress=False), whole)
+    with pytest.raises(ValueError, match="max_seconds must be at least 0, got -1"):
+        train(config, resume=True, max_seconds=-1)
+
+
 @pytest.mark.parametrize("case", range(5))
 def test_a_killed_run_resumes_bit_for_bit(faulty, whole, case):
     assert faulty.codes[case] == -signal.SIGKILL, faulty.faults[case]

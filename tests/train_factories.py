@@ -40,6 +40,9 @@ def tiny_config(
     }
     if preset == "segmented":
         options |= {"segment_len": 8, "window_size": 4}
+    if preset == "future":
+        options |= {"future_dim": 4, "max_position_embeddings": 32, "loss_coefficient": 0.5}
+        options |= {"backend": "reference"}
     return TrainConfig(
         model=ModelConfig(preset=preset, options=options),
         data=DataConfig(

@@ -3,7 +3,6 @@
 import math
 import shutil
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from memattn.data._files import replacing, write_text
-from memattn.data.batches import IGNORE, Batch, Batches
 from memattn.ops._checks import check_int, must
 from memattn.train.checkpoint import (
     Checkpointer,
@@ -28,12 +25,13 @@ from memattn.train.checkpoint import (
     save_model,
 )
 from memattn.train.config import TrainConfig
-from memattn.train.distributed import on_main_process, prepare_model, reshard, without_sync
+from memattn.train.distributed import on_main_process, prepare_model
 from memattn.train.interrupt import StopRequest
 from memattn.train.metrics import MetricsLog
-from memattn.train.optim import make_optimizer, make_scheduler, smoothing_loss
+from memattn.train.optim import make_optimizer, make_scheduler
 from memattn.train.progress import TrainProgress
 from memattn.train.setup import build_model, make_batches, prepare_data
+from memattn.train.step import accumulate_gradients, count_batches, held_out_losses
 
 # what may differ between a run and its resumption
 _FREE = {
@@ -83,6 +81,7 @@ def train(
     *,
     resume: bool | str | Path = False,
     stop_step: int | None = None,
+    max_seconds: float | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Train a causal language model.
@@ -100,6 +99,8 @@ def train(
             the operations of the device are deterministic, as on the CPU.
         stop_step: Pause after this step, with a checkpoint and without ``model/``; learning rates
             are those of the whole run, which ``resume`` goes on with. None runs to the end.
+        max_seconds: Pause in the same way once this call has taken so long, but not before its
+            first step. The last checkpoint and an evaluation that is due come on top.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -113,6 +114,7 @@ def train(
         FileNotFoundError, ImportError, OSError: If something is missing, or the disk is full.
     """
     options = config.training
+    called = time.perf_counter()
     # accelerate keeps one state for a process, and a second run in it may differ
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     # several processes without a GPU must be told, or each would train alone
@@ -125,6 +127,8 @@ def train(
     )
     if stop_step is not None:
         check_int("stop_step", stop_step, 1)
+    if max_seconds is not None and not max_seconds >= 0.0:
+        must("max_seconds", "be at least 0", max_seconds)
     if options.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         must("training.mixed_precision", "be no or bf16 without CUDA", "fp16")
     folder = Path(options.output_dir)
@@ -180,23 +184,28 @@ def train(
                 step_began = time.perf_counter()
                 step = state.step + 1
                 micro = [next(batches) for _ in range(options.gradient_accumulation_steps)]
-                counts = _count(accelerator, micro, stop.received)
-                if counts.stop:
+                late = max_seconds is not None and step_began - called >= max_seconds
+                counts = count_batches(
+                    accelerator, micro, interrupted=stop.received, late=late and trained > 0
+                )
+                if counts.interrupted or counts.late:
                     if saved is None or saved.name != f"step-{state.step}":
                         saved = checkpoints.save(state)
+                    if counts.late:
+                        break
                     raise KeyboardInterrupt(
                         f"stopped after step {state.step}; resume from {saved} with --resume true"
                     )
 
                 wrapped.train()
-                loss = _backward(
+                losses = accumulate_gradients(
                     accelerator, wrapped, micro, counts.targets, options.label_smoothing
                 )
                 grad_norm = accelerator.clip_grad_norm_(
                     parameters, options.max_grad_norm or math.inf
                 )
                 row = {
-                    "loss": _reduce(accelerator, loss).item(),
+                    **losses,
                     "grad_norm": _value(grad_norm),
                     "learning_rate": scheduler.get_last_lr()[0],
                 }
@@ -220,14 +229,10 @@ def train(
                 if done or step % options.log_steps == 0:
                     log.write(step=step, tokens=state.tokens, seconds=state.seconds, **row)
                 if held_out is not None and (done or _due(step, options.eval_steps)):
-                    state.eval_loss = held_out_loss(accelerator, wrapped, held_out)
+                    measured = held_out_losses(accelerator, wrapped, held_out)
+                    state.eval_loss = measured["eval_loss"]
                     state.seconds = time.perf_counter() - began
-                    log.write(
-                        step=step,
-                        tokens=state.tokens,
-                        eval_loss=state.eval_loss,
-                        seconds=state.seconds,
-                    )
+                    log.write(step=step, tokens=state.tokens, seconds=state.seconds, **measured)
                 if step == last or _due(step, options.save_steps):
                     saved = checkpoints.save(state)
     finally:
@@ -252,85 +257,6 @@ def train(
         seconds=state.seconds,
         tokens_per_second=trained / trained_seconds if trained else 0.0,
     )
-
-
-@torch.no_grad()
-def held_out_loss(accelerator: Accelerator, model: Any, batches: Batches) -> float:
-    """Mean cross-entropy over the targets of one epoch, without smoothing or other losses."""
-    model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for batch in batches.one_epoch():
-        inputs = {name: value.to(accelerator.device) for name, value in batch.items()}
-        labels = inputs.pop("labels")[:, 1:]
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        losses = cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
-        total += torch.stack([losses.double(), (labels != IGNORE).sum().double()])
-    reshard(model)
-    loss, count = _reduce(accelerator, total).tolist()
-    return loss / count if count else math.nan
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """Of one step, over all processes."""
-
-    targets: int
-    tokens: int
-    stop: bool
-
-
-def _count(accelerator: Accelerator, micro: list[Batch], stop: bool) -> _Counts:
-    """Targets and tokens of the step, and whether any process was asked to stop."""
-    targets = sum(map(_num_targets, micro))
-    tokens = sum(int(b.get("attention_mask", torch.ones_like(b["input_ids"])).sum()) for b in micro)
-    own = torch.tensor([targets, tokens, int(stop)], device=accelerator.device)
-    targets, tokens, stops = _reduce(accelerator, own).tolist()
-    return _Counts(targets=max(targets, 1), tokens=tokens, stop=stops > 0)
-
-
-def _num_targets(batch: Batch) -> int:
-    """Targets of a batch, whose first label in a row is always left out."""
-    return int((batch["labels"] != IGNORE).sum())
-
-
-def _backward(
-    accelerator: Accelerator,
-    model: Any,
-    micro: list[Batch],
-    num_targets: int,
-    label_smoothing: float,
-) -> Tensor:
-    """Accumulate gradients of the mean over all targets; return this process's part of it."""
-    total = torch.zeros((), device=accelerator.device)
-    for i, batch in enumerate(micro):
-        last = i == len(micro) - 1
-        with nullcontext() if last else without_sync(accelerator, model):
-            loss = _loss(model, batch, accelerator.device, label_smoothing)
-            loss = loss * (_num_targets(batch) / num_targets)
-            # gradients are averaged over processes, the loss is their sum
-            accelerator.backward(loss * accelerator.num_processes)
-        total += loss.detach()
-    return total
-
-
-def _loss(model: Any, batch: Batch, device: torch.device, label_smoothing: float) -> Tensor:
-    """Mean loss over the targets of a batch."""
-    inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    output = model(**inputs, use_cache=False)
-    if _num_targets(batch) == 0:
-        return output.logits.sum() * 0.0  # the mean over nothing is NaN
-    if label_smoothing:
-        return output.loss + smoothing_loss(output.logits, inputs["labels"], label_smoothing)
-    return output.loss
-
-
-def _reduce(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """Sum over processes."""
-    reduced = accelerator.reduce(tensor, "sum")
-    assert isinstance(reduced, Tensor)
-    return reduced
 
 
 def _value(grad_norm: Any) -> float:

@@ -8,11 +8,15 @@ from typing import Any
 
 from memattn.data._files import write_text
 
+# parts of the loss that a model may report beside it, without their coefficients
+LOSS_PARTS = ("lm_loss", "future_loss")
 COLUMNS = (
     "step",
     "tokens",
     "loss",
+    *LOSS_PARTS,
     "eval_loss",
+    "eval_future_loss",
     "learning_rate",
     "grad_norm",
     "tokens_per_second",
