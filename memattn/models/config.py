@@ -150,7 +150,8 @@ class MemAttnConfig(PreTrainedConfig):
         num_hidden_layers: Blocks.
         num_attention_heads: Query heads.
         num_key_value_heads: Key and value heads, a divisor of the query heads; None means equal.
-        head_dim: Features of a head, even for ``"rope"``; None means ``hidden_size / num_attention_heads``.
+        head_dim: Features of a head, even for ``"rope"``; None means ``hidden_size /
+            num_attention_heads``.
         intermediate_size: Features inside the MLP; None means 8/3 of ``hidden_size``, rounded up
             to a multiple of 64, for ``"swiglu"``, and 4 times ``hidden_size`` for ``"gelu"``.
         max_position_embeddings: Longest sequence that the model is meant for. It is a limit where

@@ -265,6 +265,8 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
                 limit, or a cache meets packed documents or gradient checkpointing.
             NotImplementedError: If ``output_attentions`` is set.
         """
+        if output_future_loss is None:
+            output_future_loss = self.training or labels is not None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -275,9 +277,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             cu_seqlens=cu_seqlens,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            output_future_loss=labels is not None or None
-            if output_future_loss is None
-            else output_future_loss,
+            output_future_loss=output_future_loss,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -293,9 +293,8 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
             )
             if self.training and outputs.future_loss is not None:
-                loss = (
-                    lm_loss + self._future_weight(labels, num_items_in_batch) * outputs.future_loss
-                )
+                weight = self._future_weight(labels, num_items_in_batch)
+                loss = lm_loss + weight * outputs.future_loss
         return MemAttnCausalLMOutput(
             loss=loss,
             logits=logits,
