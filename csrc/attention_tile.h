@@ -41,7 +41,8 @@ struct Block {
   float *d_key, *d_value;
 };
 
-// Scores -inf outside the lanes' intervals; key j of the source in row j - first of `scores`.
+// Scores -inf outside the lanes' intervals; key j of the source in row j - first of `scores`. Keys
+// that all lanes see are passed over.
 template <int NV>
 static void mask_panel(float* scores, const Interval& seen, int64_t p, int64_t first,
                        int64_t last) {
@@ -51,13 +52,19 @@ static void mask_panel(float* scores, const Interval& seen, int64_t p, int64_t f
     __builtin_memcpy(&lo[v], seen.lo + p * PANEL + v * VL, sizeof(vi));
     __builtin_memcpy(&hi[v], seen.hi + p * PANEL + v * VL, sizeof(vi));
   }
-  for (int64_t j = first; j < last; ++j) {
-    vf* s = (vf*)(scores + (j - first) * PANEL);
-    for (int v = 0; v < NV; ++v) {
-      const vi key = (int32_t)j - vi{};
-      s[v] = select((key >= lo[v]) & (key < hi[v]), s[v], broadcast(-__builtin_inff()));
+  auto mask = [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      vf* s = (vf*)(scores + (j - first) * PANEL);
+      for (int v = 0; v < NV; ++v) {
+        const vi key = (int32_t)j - vi{};
+        s[v] = select((key >= lo[v]) & (key < hi[v]), s[v], broadcast(-__builtin_inff()));
+      }
     }
-  }
+  };
+  auto within = [last](int64_t j, int64_t low) { return j < low ? low : j < last ? j : last; };
+  const int64_t all_first = within(seen.all_lo[p], first);
+  mask(first, all_first);
+  mask(within(seen.all_hi[p], all_first), last);
 }
 
 // Keys of a block that some lane of panel p sees, and whether all lanes see all of them.
@@ -133,7 +140,7 @@ static void add_rows(const float* weights, const float* rows, int64_t run, float
                      int64_t n, int64_t panels, const int64_t* span_first,
                      const int64_t* span_last) {
   constexpr int64_t PANEL = NV * VL;
-  constexpr int64_t GROUP = 48;  // keys handled with one choice of panels
+  constexpr int64_t GROUP = 24;  // keys handled with one choice of panels
   for (int64_t j = 0; j < n; j += GROUP) {
     const int64_t rows_here = n - j < GROUP ? n - j : GROUP;
     int64_t p0 = 0, p1 = panels;

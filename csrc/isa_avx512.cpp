@@ -1,11 +1,6 @@
 // Tile kernels for AVX-512: sixteen-float vectors.
 #if defined(__x86_64__)
-#include <cstdint>
-#include <immintrin.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include "kernels.h"
+#include "isa.h"
 
 #define MEMATTN_VL 16
 #define MEMATTN_REGISTERS 32
@@ -13,13 +8,7 @@
 #define MEMATTN_FMA1(a, b, c) __builtin_fmaf(a, b, c)
 #define MEMATTN_F16C
 
-// after the headers, so that no function shared with other files gets these instructions
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,f16c")
-#endif
-
+MEMATTN_TARGET_BEGIN("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,f16c")
 namespace memattn::avx512 {
 #include "tile_engine.h"
 #include "attention_tile.h"
@@ -33,7 +22,5 @@ const Kernels& avx512_kernels() {
 }
 }  // namespace memattn
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+MEMATTN_TARGET_END
 #endif

@@ -1,9 +1,5 @@
 // Tile kernels for any processor: four-float vectors, lowered by the compiler.
-#include <cstdint>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include "kernels.h"
+#include "isa.h"
 
 #define MEMATTN_VL 4
 #define MEMATTN_REGISTERS 16

@@ -211,21 +211,25 @@ struct Part {
 // Writes to `to` (rows at `offset`) `factor` times the sum of the parts' rows; 0 where none reaches.
 void store_sum(const View& to, int64_t offset, int64_t n, int64_t width, int64_t ld,
                float factor, const std::vector<Part>& parts) {
-  std::vector<float> row(width);
+  std::vector<float> rounded(width);
   for (int64_t j = 0; j < n; ++j) {
-    std::fill(row.begin(), row.end(), 0.0f);
-    for (const Part& part : parts)
-      if (j >= part.begin && j < part.end)
-        for (int64_t d = 0; d < width; ++d) row[d] += part.data[(j - part.begin) * ld + d];
-    for (float& x : row) x *= factor;
     const int64_t at = offset + j * width;  // gradients are contiguous
-    for (int64_t d = 0; d < width; ++d) switch (to.dtype) {
-        case Dtype::float32: static_cast<float*>(to.data)[at + d] = row[d]; break;
-        case Dtype::float16:
-          static_cast<uint16_t*>(to.data)[at + d] = torch::headeronly::Half(row[d]).x;
-          break;
-        default: static_cast<uint16_t*>(to.data)[at + d] = torch::headeronly::BFloat16(row[d]).x;
-      }
+    float* row = to.dtype == Dtype::float32 ? static_cast<float*>(to.data) + at : rounded.data();
+    bool empty = true;
+    for (const Part& part : parts) {
+      if (j < part.begin || j >= part.end) continue;
+      const float* from = part.data + (j - part.begin) * ld;
+      if (empty) std::copy_n(from, width, row);
+      else for (int64_t d = 0; d < width; ++d) row[d] += from[d];
+      empty = false;
+    }
+    if (empty) std::fill_n(row, width, 0.0f);
+    for (int64_t d = 0; d < width; ++d) row[d] *= factor;
+    auto* half = static_cast<uint16_t*>(to.data) + at;
+    if (to.dtype == Dtype::float16)
+      for (int64_t d = 0; d < width; ++d) half[d] = torch::headeronly::Half(row[d]).x;
+    if (to.dtype == Dtype::bfloat16)
+      for (int64_t d = 0; d < width; ++d) half[d] = torch::headeronly::BFloat16(row[d]).x;
   }
 }
 

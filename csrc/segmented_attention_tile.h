@@ -112,17 +112,14 @@ static void for_each_block(const SegmentedArgs& a, const Tile& tile, const TileR
        grads ? grads->key_begin : 0);
 }
 
-// Rows of `view`, transposed into panels [panel][width][lanes of a panel].
-static void load_panels(const View& view, const Tile& tile, const TileRows& rows, int64_t width,
-                        int64_t panel, float* row, float* to) {
-  for (int64_t i = 0; i < rows.lanes; ++i) {
-    float* lane = to + i / panel * width * panel + i % panel;
-    if (i >= rows.n || rows.empty(i)) {  // an empty row may hold anything
-      for (int64_t d = 0; d < width; ++d) lane[d * panel] = 0.0f;
-      continue;
-    }
-    load_row(view, at(view, tile.b, rows.head[i], rows.t[i]), view.stride[3], width, row);
-    for (int64_t d = 0; d < width; ++d) lane[d * panel] = row[d];
+// Rows of `view` as float32 [lanes][ld], zero past `width` and in lanes that see nothing.
+static void load_rows(const View& view, const Tile& tile, const TileRows& rows, int64_t width,
+                      int64_t ld, float* to) {
+  for (int64_t i = 0; i < rows.lanes; ++i, to += ld) {
+    const bool empty = i >= rows.n || rows.empty(i);  // an empty row may hold anything
+    const int64_t n = empty ? 0 : width;
+    if (n) load_row(view, at(view, tile.b, rows.head[i], rows.t[i]), view.stride[3], n, to);
+    __builtin_memset(to + n, 0, (ld - n) * 4);
   }
 }
 
@@ -133,12 +130,13 @@ static void forward_tile(const SegmentedArgs& a, const Tile& tile, float* scratc
   float* q = scratch;                             // [panel][D][PANEL]
   float* acc = q + TILE_ROWS * a.D;               // [panel][Dv][PANEL]
   float* scores = acc + TILE_ROWS * a.Dv;         // [BLOCK_KEYS][PANEL]
-  float* block_scratch = scores + BLOCK_KEYS * PANEL;  // [BLOCK_KEYS][D + Dv]
-  float* row = block_scratch + BLOCK_KEYS * (a.D + a.Dv);
+  float* block_scratch = scores + BLOCK_KEYS * PANEL;  // [BLOCK_KEYS][D + Dv], or rows of the tile
+  const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
   const Split scale2 = Split::factor(a.scale * LOG2E);
   const bool few = rows.keys() <= FEW_KEYS;
   const int64_t run = few ? FEW_KEYS_RUN : MANY_KEYS_RUN;
-  load_panels(a.query, tile, rows, a.D, PANEL, row, q);
+  load_rows(a.query, tile, rows, a.D, ldk, block_scratch);
+  to_panels(block_scratch, ldk, rows.lanes, a.D, PANEL, q);
   __builtin_memset(acc, 0, rows.lanes * a.Dv * 4);
   SoftmaxState<NV> states[TILE_ROWS / PANEL];
   for (auto& state : states)
@@ -162,16 +160,20 @@ static void forward_tile(const SegmentedArgs& a, const Tile& tile, float* scratc
     }
   });
 
+  for (int64_t p = 0; p * PANEL < rows.lanes; ++p)
+    for (int v = 0; v < NV; ++v) {
+      const vf sum = states[p].sum[v], norm = 1.0f / sum;
+      vf* column = (vf*)(acc + p * a.Dv * PANEL) + v;
+      for (int64_t d = 0; d < a.Dv; ++d)
+        column[d * NV] = select(sum == 0.0f, vf{}, column[d * NV] * norm);
+    }
+  from_panels(acc, PANEL, rows.lanes, a.Dv, ldv, block_scratch);
   for (int64_t i = 0; i < rows.n; ++i) {
     const int64_t h = rows.head[i], t = rows.t[i], flat = (tile.b * a.H + h) * a.T + t;
-    const float* lane = acc + i / PANEL * a.Dv * PANEL + i % PANEL;
+    store_row(a.out, at(a.out, tile.b, h, t), a.out.stride[3], a.Dv, block_scratch + i * ldv);
     const SoftmaxState<NV>& state = states[i / PANEL];
     const int64_t v = i % PANEL / VL, in_vector = i % VL;
     const float sum = state.sum[v][in_vector];
-    const float norm = 1.0f / sum;
-    const int64_t to = at(a.out, tile.b, h, t);
-    for (int64_t d = 0; d < a.Dv; ++d)
-      store(a.out, to + d * a.out.stride[3], sum == 0.0f ? 0.0f : lane[d * PANEL] * norm);
     const double top = (double)state.high[v][in_vector] + state.low[v][in_vector];
     const Split lse((top + __builtin_log2((double)sum)) / LOG2E);
     a.lse[flat] = sum == 0.0f ? -__builtin_inff() : lse.high;
@@ -192,35 +194,30 @@ static void backward_tile(const SegmentedArgs& a, const Tile& tile, const Segmen
   float* d_q = take(TILE_ROWS * a.D);      // [panel][D][PANEL]
   float* q_rows = take(TILE_ROWS * ldk);   // [lanes][ldk]
   float* d_out_rows = take(TILE_ROWS * ldv);
+  float* out_rows = take(TILE_ROWS * ldv);
   float* p_all = take(TILE_ROWS * BLOCK_KEYS);   // [panel][BLOCK_KEYS][PANEL]
   float* ds_all = take(TILE_ROWS * BLOCK_KEYS);
   float* lse_high = take(TILE_ROWS);  // in units of log 2
   float* lse_low = take(TILE_ROWS);
   float* delta = take(TILE_ROWS);
   float* d_lse = take(TILE_ROWS);
-  float* row = take(a.D + a.Dv);
   float* block_scratch = take(BLOCK_KEYS * (a.D + a.Dv));
 
   const Split scale2 = Split::factor(a.scale * LOG2E);
   const bool few = rows.keys() <= FEW_KEYS;
   const int64_t run = few ? FEW_KEYS_RUN : MANY_KEYS_RUN;
-  load_panels(a.query, tile, rows, a.D, PANEL, row, q);
-  load_panels(a.d_out, tile, rows, a.Dv, PANEL, row, d_out);
+  load_rows(a.query, tile, rows, a.D, ldk, q_rows);
+  load_rows(a.d_out, tile, rows, a.Dv, ldv, d_out_rows);
+  load_rows(a.out, tile, rows, a.Dv, ldv, out_rows);
+  to_panels(q_rows, ldk, rows.lanes, a.D, PANEL, q);
+  to_panels(d_out_rows, ldv, rows.lanes, a.Dv, PANEL, d_out);
   __builtin_memset(d_q, 0, rows.lanes * a.D * 4);
-  __builtin_memset(q_rows, 0, rows.lanes * ldk * 4);
-  __builtin_memset(d_out_rows, 0, rows.lanes * ldv * 4);
   // weight 0 everywhere for lanes without a row and rows without a key
-  for (int64_t i = 0; i < rows.lanes; ++i) lse_high[i] = -NO_SCORE, lse_low[i] = delta[i] = d_lse[i] = 0.0f;
+  for (int64_t i = 0; i < rows.lanes; ++i) lse_high[i] = -NO_SCORE, lse_low[i] = d_lse[i] = 0.0f;
   for (int64_t i = 0; i < rows.n; ++i) {
     if (rows.empty(i)) continue;
-    const int64_t h = rows.head[i], t = rows.t[i], flat = (tile.b * a.H + h) * a.T + t;
-    float* qr = q_rows + i * ldk;
-    load_row(a.query, at(a.query, tile.b, h, t), a.query.stride[3], a.D, qr);
-    float* gr = d_out_rows + i * ldv;
-    load_row(a.d_out, at(a.d_out, tile.b, h, t), a.d_out.stride[3], a.Dv, gr);
-    load_row(a.out, at(a.out, tile.b, h, t), a.out.stride[3], a.Dv, row);
-    // summed in the order of the products below: a row with one key gets gradient 0 exactly
-    delta[i] = dot_product(a.Dv, run, gr, row), d_lse[i] = a.d_lse[flat];
+    const int64_t flat = (tile.b * a.H + rows.head[i]) * a.T + rows.t[i];
+    d_lse[i] = a.d_lse[flat];
     if (a.lse[flat] == -__builtin_inff()) continue;
     const Split lse(((double)a.lse[flat] + a.lse_low[flat]) * LOG2E);
     lse_high[i] = lse.high, lse_low[i] = lse.low;
@@ -246,8 +243,10 @@ static void backward_tile(const SegmentedArgs& a, const Tile& tile, const Segmen
 
   // delta = sum over d of out * d_out = sum over keys of w * dw. With few keys the second form is
   // cheap, and its rounding cancels against that of dw
+  __builtin_memset(delta, 0, rows.lanes * 4);
+  if (!few)  // in the order of the products below: a row with one key gets gradient 0 exactly
+    row_dot_products(out_rows, ldv, d_out, PANEL, rows.lanes, a.Dv, run, delta);
   if (few) {
-    __builtin_memset(delta, 0, rows.lanes * 4);
     for_each_block(a, tile, rows, PANEL, nullptr, 0, 0, block_scratch, [&](const Block& block) {
       for (int64_t p = 0; p < panels; ++p) {
         const Span span(block, p);
@@ -293,16 +292,15 @@ static void backward_tile(const SegmentedArgs& a, const Tile& tile, const Segmen
     add_rows<NV>(ds_all, q_rows, in_one, block.d_key, ldk, block.n, panels, first, last);
   });
 
-  for (int64_t i = 0; i < rows.n; ++i) {
-    const float* lane = d_q + i / PANEL * a.D * PANEL + i % PANEL;
-    const int64_t to = at(a.d_query, tile.b, rows.head[i], rows.t[i]);
-    for (int64_t d = 0; d < a.D; ++d)
-      store(a.d_query, to + d * a.d_query.stride[3], (float)a.scale * lane[d * PANEL]);
-  }
+  for (int64_t j = 0; j < rows.lanes * a.D; ++j) d_q[j] *= (float)a.scale;
+  from_panels(d_q, PANEL, rows.lanes, a.D, ldk, q_rows);
+  for (int64_t i = 0; i < rows.n; ++i)
+    store_row(a.d_query, at(a.d_query, tile.b, rows.head[i], rows.t[i]), a.d_query.stride[3], a.D,
+              q_rows + i * ldk);
 }
 
 static int64_t forward_scratch(const SegmentedArgs& a) {
-  return (TILE_ROWS + BLOCK_KEYS + 1) * (a.D + a.Dv) + BLOCK_KEYS * 2 * VL;
+  return (TILE_ROWS + BLOCK_KEYS) * (a.D + a.Dv) + BLOCK_KEYS * 2 * VL + TILE_ROWS * VL;
 }
 
 static int64_t backward_scratch(const SegmentedArgs& a) {

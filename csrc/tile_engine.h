@@ -101,20 +101,28 @@ static void product(int64_t M, int64_t KO, int64_t K, const float* A, int64_t a_
   while (M - m >= MR) {
     MEMATTN_MICRO(MR);
   }
-  if (M - m >= 8) {
-    if constexpr (MR > 8) {
+  if constexpr (MR > 8) {
+    if (M - m >= 8) {
       MEMATTN_MICRO(8);
     }
   }
-  if (M - m >= 4) {
-    MEMATTN_MICRO(4);
+  // the rest in one go: two thin groups wait twice for the latency of a sum
+#define MEMATTN_REST(R)                             \
+  case R:                                           \
+    if constexpr (R < MR) {                         \
+      MEMATTN_MICRO(R);                             \
+    }                                               \
+    break;
+  switch (M - m) {
+    MEMATTN_REST(7)
+    MEMATTN_REST(6)
+    MEMATTN_REST(5)
+    MEMATTN_REST(4)
+    MEMATTN_REST(3)
+    MEMATTN_REST(2)
+    MEMATTN_REST(1)
   }
-  if (M - m >= 2) {
-    MEMATTN_MICRO(2);
-  }
-  if (M - m >= 1) {
-    MEMATTN_MICRO(1);
-  }
+#undef MEMATTN_REST
 #undef MEMATTN_MICRO
 }
 
@@ -140,6 +148,92 @@ static MEMATTN_INLINE float dot_product(int64_t n, int64_t run, const float* a, 
     total += sum;
   }
   return total;
+}
+
+// ---- transposition -------------------------------------------------------------------------
+
+// Row i (LOW) or row i + STEP of two rows a and b whose off-diagonal runs of STEP change places.
+template <int STEP, bool LOW, size_t... J>
+static MEMATTN_INLINE vf exchange(vf a, vf b, std::index_sequence<J...>) {
+#define MEMATTN_FROM (LOW ? (J & STEP ? VL + J - STEP : J) : (J & STEP ? VL + J : J + STEP))
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (int)MEMATTN_FROM...);
+#else
+  return __builtin_shuffle(a, b, vi{(int32_t)MEMATTN_FROM...});
+#endif
+#undef MEMATTN_FROM
+}
+
+// A square of VL rows, transposed in place.
+template <int STEP = 1>
+static MEMATTN_INLINE void transpose(vf* rows) {
+  if constexpr (STEP < VL) {
+    constexpr auto lanes = std::make_index_sequence<VL>();
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i)
+      if (!(i & STEP)) {
+        const vf a = rows[i], b = rows[i + STEP];
+        rows[i] = exchange<STEP, true>(a, b, lanes);
+        rows[i + STEP] = exchange<STEP, false>(a, b, lanes);
+      }
+    transpose<2 * STEP>(rows);
+  }
+}
+
+// Calls visit(lane, d, square) for the squares of rows [lanes][ld]: square[k] holds element d + k of
+// the lanes from `lane` on. ld is a multiple of VL.
+template <class Visit>
+static MEMATTN_INLINE void for_each_square(const float* rows, int64_t ld, int64_t lanes,
+                                           int64_t width, Visit visit) {
+  for (int64_t lane = 0; lane < lanes; lane += VL)
+    for (int64_t d = 0; d < width; d += VL) {
+      vf square[VL];
+#pragma GCC unroll 16
+      for (int k = 0; k < VL; ++k) square[k] = *(const vf*)(rows + (lane + k) * ld + d);
+      transpose(square);
+      visit(lane, d, square);
+    }
+}
+
+// Rows [lanes][ld] to panels [panel][width][lanes of a panel].
+static void to_panels(const float* rows, int64_t ld, int64_t lanes, int64_t width, int64_t panel,
+                      float* panels) {
+  for_each_square(rows, ld, lanes, width, [&](int64_t lane, int64_t d, const vf* square) {
+    float* to = panels + lane / panel * width * panel + d * panel + lane % panel;
+#pragma GCC unroll 16
+    for (int k = 0; k < VL; ++k)
+      if (d + k < width) *(vf*)(to + k * panel) = square[k];
+  });
+}
+
+// And back.
+static void from_panels(const float* panels, int64_t panel, int64_t lanes, int64_t width,
+                        int64_t ld, float* rows) {
+  for (int64_t lane = 0; lane < lanes; lane += VL)
+    for (int64_t d = 0; d < width; d += VL) {
+      const float* from = panels + lane / panel * width * panel + d * panel + lane % panel;
+      vf square[VL];
+#pragma GCC unroll 16
+      for (int k = 0; k < VL; ++k)
+        square[k] = d + k < width ? *(const vf*)(from + k * panel) : vf{};
+      transpose(square);
+#pragma GCC unroll 16
+      for (int k = 0; k < VL; ++k) *(vf*)(rows + (lane + k) * ld + d) = square[k];
+    }
+}
+
+// The dot products of rows [lanes][ld] with the lanes of panels, rounded as dot_products() does.
+static void row_dot_products(const float* rows, int64_t ld, const float* panels, int64_t panel,
+                             int64_t lanes, int64_t width, int64_t run, float* totals) {
+  vf total{}, sum{};
+  for_each_square(rows, ld, lanes, width, [&](int64_t lane, int64_t d, const vf* square) {
+    const float* with = panels + lane / panel * width * panel + d * panel + lane % panel;
+    for (int64_t k = 0; k < VL && d + k < width; ++k) {
+      sum = fma(square[k], *(const vf*)(with + k * panel), sum);
+      if ((d + k + 1) % run == 0 || d + k + 1 == width) total += sum, sum = vf{};
+    }
+    if (d + VL >= width) *(vf*)(totals + lane) = total, total = vf{};
+  });
 }
 
 // ---- conversion ----------------------------------------------------------------------------
@@ -192,6 +286,16 @@ static void load_row(const View& view, int64_t offset, int64_t stride, int64_t n
       _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
 #endif
   for (; i < n; ++i) to[i] = half_to_float(from[i * stride]);
+}
+
+// And back: one row of contiguous float32, rounded to the type of `view`.
+static void store_row(const View& view, int64_t offset, int64_t stride, int64_t n,
+                      const float* from) {
+  if (view.dtype == Dtype::float32 && stride == 1) {
+    __builtin_memcpy((float*)view.data + offset, from, n * 4);
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) store(view, offset + i * stride, from[i]);
 }
 
 // Rows [0, n) of a matrix as float32 with contiguous rows: in place where they are so already.
