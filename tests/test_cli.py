@@ -248,6 +248,53 @@ def test_audit_passes_presets(preset):
     assert report.verdict == "all 0" and report.notes == ()
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that cannot be reached, and a cache of it that is empty."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("command", ["audit", "evaluate", "generate"])
+def test_a_hub_that_cannot_be_reached_is_one_line(capsys, hub, command):
+    for name in ("gpt2", "owner/gpt2"):
+        words = ("or a name on the Hugging Face hub", f"got {name} (no such folder, and the hub")
+        assert_user_error(run(capsys, command, name), *words, "cannot be reached")
+    # no name that the hub could have
+    for name in ("./gpt2", "a/b/c", "two words"):
+        assert_user_error(run(capsys, command, name), f"got {name} (no such folder)")
+
+
+def test_a_model_that_the_hub_lacks_is_one_line(capsys, monkeypatch):
+    def download(*args, **options):
+        raise OSError("404 Client Error.\n\nRepository Not Found for url: u")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert_user_error(run(capsys, "audit", "owner/gpt2"), "got owner/gpt2 (404 Client Error.)")
+
+
+def test_models_of_the_hub_are_taken_by_name(capsys, hub, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    # as the hub's own library leaves a download
+    folder = hub / "models--owner--tiny"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=270, **sizes)).save_pretrained(snapshot)
+    train_tokenizer([TEXT], 270).save_pretrained(snapshot)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    code, out, _ = run(capsys, "audit", "owner/tiny", "--seq-len", 20)
+    assert code == 0 and "LlamaForCausalLM" in out and "audit: all 0" in out
+    code, out, _ = run(capsys, "generate", "owner/tiny", "--prompt", "cat", "--max-new-tokens", 2)
+    assert code == 0 and out.startswith("cat")
+    assert run(capsys, "audit", snapshot, "--seq-len", 20)[0] == 0  # and by folder
+
+
 def test_audit_fails_with_1(capsys, monkeypatch):
     from memattn.evaluate import AuditReport, AuditRow
 

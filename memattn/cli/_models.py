@@ -1,8 +1,9 @@
-"""The MODEL argument of several commands: a folder, a run or a preset."""
+"""The MODEL argument of several commands: a folder, a run, a preset or a name on the hub."""
 
 from pathlib import Path
 from typing import Any
 
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 SMALL = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 
 
@@ -10,10 +11,11 @@ def find_model(model: str) -> Path | None:
     """Folder of the weights, or None for the name of a preset.
 
     A run folder stands for its final model or, where the run has not finished, for its newest
-    checkpoint.
+    checkpoint. A name on the Hugging Face hub stands for the local copy of that model, which is
+    downloaded where there is none.
 
     Raises:
-        FileNotFoundError: If it is none of these.
+        FileNotFoundError: If it is none of these, or the hub cannot be reached.
     """
     from memattn.models import PRESETS
     from memattn.train.checkpoint import latest_checkpoint
@@ -27,9 +29,27 @@ def find_model(model: str) -> Path | None:
         return checkpoint
     if model in PRESETS:
         return None
+    reason = "no such folder"
+    if path.exists():
+        reason = "a folder without config.json" if path.is_dir() else "a file"
+    elif model[:1] not in "./~":
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+        try:
+            # what transformers reads of it, not copies in other formats
+            return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+        except HFValidationError:
+            pass  # no name of the hub's form
+        except LocalEntryNotFoundError:
+            reason = "no such folder, and the hub cannot be reached"
+        except OSError as error:  # unknown, private, or the disk is full
+            reason = str(error).strip().splitlines()[0]
     raise FileNotFoundError(
-        "model must be a folder with a saved model, a run folder or a preset "
-        f"({', '.join(PRESETS)}), got {model}"
+        "model must be a folder with a saved model, a run folder, a preset "
+        f"({', '.join(PRESETS)}) or a name on the Hugging Face hub, got {model} ({reason})"
     )
 
 

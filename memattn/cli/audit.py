@@ -15,8 +15,8 @@ def audit(
     table. The exit code is 1 if a check failed.
 
     Args:
-        model: A folder with a saved model, a run folder, or the name of a preset, which is then
-            small and random.
+        model: A folder with a saved model, a run folder, a name on the Hugging Face hub, or the
+            name of a preset, which is then small and random.
         seq_len: Tokens in a sequence; by default as many as cross the model's windows twice.
         seed: Seed of tokens, weight noise and cuts.
         device: Where to run, such as cpu or cuda; by default CUDA where there is one.

@@ -17,7 +17,8 @@ def evaluate(
     compare models with different tokenizers.
 
     Args:
-        model: A folder with a saved model and its tokenizer, or a run folder.
+        model: A folder with a saved model and its tokenizer, a run folder, or a name on the
+            Hugging Face hub.
         data: A corpus (memattn data --list), a text file, a folder or a Hugging Face dataset. By
             default the documents that the run folder held out from training.
         context_len: Tokens in a window; by default the model's own maximum, at most 1024.

@@ -17,7 +17,8 @@ def generate(
     ends the text or there are enough.
 
     Args:
-        model: A folder with a saved model and its tokenizer, or a run folder.
+        model: A folder with a saved model and its tokenizer, a run folder, or a name on the
+            Hugging Face hub.
         prompt: The text to continue; by default the standard input.
         max_new_tokens: Tokens to add at most.
         temperature: Sharpness of the draw: 0 always takes the likeliest token.
