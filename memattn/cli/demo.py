@@ -12,8 +12,9 @@ def demo(
     """Train every preset on real text at equal tokens, audit each, and compare them.
 
     Prints one table and writes results.json, curves.png and index.html, a page that needs no
-    other file. Ctrl-C leaves a checkpoint: the same command goes on from there, and presets that
-    are finished are kept.
+    other file. Where the machine becomes slower meanwhile, all presets get fewer tokens. Ctrl-C
+    leaves a checkpoint: the same command goes on from there, and presets that are finished are
+    kept.
 
     Args:
         out: Folder of the results.
@@ -23,6 +24,10 @@ def demo(
         cache_dir: Folder for fetched corpora, tokenizers and tokens.
         fresh: Delete an earlier demo in the folder first.
     """
+    import os
+
+    # threads that wait by spinning cost a busy machine most of its speed; read when torch loads
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from memattn.demo import DemoConfig, run_demo
 
     config = DemoConfig(out=out, minutes=minutes, corpus=corpus, seed=seed, cache_dir=cache_dir)
