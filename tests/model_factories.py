@@ -32,6 +32,28 @@ SYSTEMS = {
         MemAttnConfig.segmented,
         dict(segment_len=7, window_size=4, num_persistent_tokens=2),
     ),
+    "future": (
+        MemAttnConfig.future,
+        dict(
+            future_dim=5,
+            source="computed",
+            source_rank=3,
+            max_position_embeddings=160,
+            backend="reference",
+        ),
+    ),
+    "learned": (
+        MemAttnConfig.future,
+        dict(
+            future_dim=7,
+            start_layer=1,
+            max_position_embeddings=160,
+            position_embedding="learned",
+            norm="layer",
+            mlp="gelu",
+            backend="reference",
+        ),
+    ),
 }
 
 

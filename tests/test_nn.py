@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memattn.nn import (
+    GELUMLP,
     RotaryEmbedding,
     SegmentedAttention,
     SwiGLU,
@@ -162,6 +163,14 @@ def test_swiglu():
     torch.testing.assert_close(mlp(x), expected)
 
 
+def test_gelu_mlp():
+    mlp = GELUMLP(8, 12).double()
+    x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inner = x @ mlp.up_proj.weight.T
+    expected = (inner * (1 + torch.erf(inner / math.sqrt(2))) / 2) @ mlp.down_proj.weight.T
+    torch.testing.assert_close(mlp(x), expected)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -181,6 +190,7 @@ def test_swiglu():
         (lambda: RotaryEmbedding(7), "head_dim must be even, got 7"),
         (lambda: RotaryEmbedding(8, theta=0.0), "theta must be positive, got 0.0"),
         (lambda: SwiGLU(8, 0), "intermediate_size must be at least 1, got 0"),
+        (lambda: GELUMLP(0, 8), "hidden_size must be at least 1, got 0"),
     ],
 )
 def test_error_messages(make, message):

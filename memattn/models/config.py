@@ -71,17 +71,15 @@ class FutureConfig:
 
     def check_sizes(self, num_hidden_layers: int, max_position_embeddings: int) -> None:
         """Raise ValueError unless layers and positions are within those of the model."""
-        for name, limit in (
-            ("start_layer", num_hidden_layers - 1),
-            ("end_layer", num_hidden_layers),
-        ):
-            value = getattr(self, name)
-            if value is not None and value > limit:
-                must(f"attention.future.{name}", f"be at most {limit}", value)
+        name, n = "attention.future", num_hidden_layers
+        if self.start_layer >= n:
+            must(f"{name}.start_layer", f"be below num_hidden_layers={n}", self.start_layer)
+        if self.end_layer is not None and self.end_layer > n:
+            must(f"{name}.end_layer", f"be at most num_hidden_layers={n}", self.end_layer)
         limit = max_position_embeddings - 1
         if self.source != "relative" and self.future_dim > limit:
             allowed = f"be at most max_position_embeddings - 1 = {limit}"
-            must("attention.future.future_dim", allowed, self.future_dim)
+            must(f"{name}.future_dim", allowed, self.future_dim)
 
 
 @dataclass(frozen=True, kw_only=True)

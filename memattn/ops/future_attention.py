@@ -265,7 +265,8 @@ def _checked(
     if table_len < future_dim:
         must("future_key", f"have at least future_dim={future_dim} rows", table_len)
     n_ctx = table_len + 1
-    if not by_distance and cu_seqlens is None and seq_start is None and query_offset + T > n_ctx:
+    whole = cu_seqlens is None and seq_start is None and seq_end is None
+    if not by_distance and whole and query_offset + T > n_ctx:
         must("query_offset", f"be such that query_offset + T={T} <= N_ctx={n_ctx}", query_offset)
     lengths = sequence_lengths(
         *(query, S, cu_seqlens, seq_start, seq_end, query_offset),
