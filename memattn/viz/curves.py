@@ -33,14 +33,23 @@ def plot_curves(
     Raises:
         ValueError: If there is nothing to draw, or ``x`` or the format is unknown.
     """
-    path = Path(path)
-    if path.suffix not in FORMATS:
-        raise ValueError(f"path must end in {', '.join(FORMATS)}, got {path}")
     figure = Figure(figsize=(8.0, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     draw_curves(axes, runs, x=x)
     axes.set_title(title)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as ``.png``, ``.svg`` or ``.pdf``; the file is whole or absent.
+
+    Raises:
+        ValueError: If the format is unknown.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise ValueError(f"path must end in {', '.join(FORMATS)}, got {path}")
+    FigureCanvasAgg(figure)
     content = io.BytesIO()
     figure.savefig(content, dpi=160, format=path.suffix[1:])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +72,9 @@ def draw_curves(axes: Axes, runs: Mapping[str, Rows], *, x: str = "tokens") -> N
         held_out = _points(rows, x, "eval_loss")
         if train:
             axes.plot(*zip(*train, strict=True), color=colour, alpha=0.2, linewidth=0.8)
-            axes.plot(*zip(*_smooth(train), strict=True), color=colour, linewidth=1.8, label=name)
+            axes.plot(
+                *zip(*smooth_curve(train), strict=True), color=colour, linewidth=1.8, label=name
+            )
         if held_out:
             label = f"{name}, held out" if train else name
             axes.plot(
@@ -89,8 +100,8 @@ def _points(rows: Rows, x: str, y: str) -> list[tuple[float, float]]:
     return [(a, b) for a, b in points if a is not None and b is not None and math.isfinite(b)]
 
 
-def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Running mean that forgets over a twentieth of the rows, without bias at the start."""
+def smooth_curve(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Running mean that forgets over a twentieth of the points, without bias at the start."""
     decay = 1.0 - 1.0 / max(1.0, len(points) / 20.0)
     total = weight = 0.0
     smoothed = []
