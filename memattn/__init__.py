@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memattn.models import (
         AttentionConfig,
+        FutureConfig,
         MemAttnCache,
         MemAttnConfig,
         MemAttnForCausalLM,
         MemAttnModel,
     )
-    from memattn.nn import RotaryEmbedding, SegmentedAttention
+    from memattn.nn import FutureAttention, RotaryEmbedding, SegmentedAttention
     from memattn.ops import (
         AttentionOutput,
         FutureAttentionLossOutput,
@@ -30,8 +31,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionConfig",
     "AttentionOutput",
+    "FutureAttention",
     "FutureAttentionLossOutput",
     "FutureAttentionOutput",
+    "FutureConfig",
     "MemAttnCache",
     "MemAttnConfig",
     "MemAttnForCausalLM",
@@ -53,9 +56,10 @@ _HOMES = {
         "future_attention_loss",
         "segmented_attention",
     ),
-    "memattn.nn": ("RotaryEmbedding", "SegmentedAttention"),
+    "memattn.nn": ("FutureAttention", "RotaryEmbedding", "SegmentedAttention"),
     "memattn.models": (
         "AttentionConfig",
+        "FutureConfig",
         "MemAttnCache",
         "MemAttnConfig",
         "MemAttnForCausalLM",
