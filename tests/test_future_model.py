@@ -31,7 +31,7 @@ GPT = dict(position_embedding="learned", norm="layer", mlp="gelu")
 
 
 def make_config(source="table", **options):
-    own = dict(future_dim=5, source=source, source_rank=3, backend="reference")
+    own = dict(future_dim=5, source=source, source_rank=3)
     return MemAttnConfig.future(**own | SIZES | dict(max_position_embeddings=N_CTX) | options)
 
 

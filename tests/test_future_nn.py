@@ -123,9 +123,7 @@ def test_attention_and_loss_match_their_definition(source, rope, num_kv_heads):
 
 
 def test_example_in_the_docstring():
-    attention = FutureAttention(
-        64, 4, future_dim=8, num_positions=100, loss_type="mse", backend="reference"
-    )
+    attention = FutureAttention(64, 4, future_dim=8, num_positions=100, loss_type="mse")
     x = torch.randn(2, 50, 64)
     hidden_states, loss = attention(x)
     assert hidden_states.shape == (2, 50, 64) and loss.shape == ()
@@ -221,9 +219,7 @@ def test_rows_that_no_query_sees_are_cut_without_effect(monkeypatch):
 
 
 def test_future_keys_start_small(source):
-    attention = FutureAttention(
-        E, 4, source=source, future_dim=F_DIM, num_positions=N_CTX, backend="reference"
-    )
+    attention = FutureAttention(E, 4, source=source, future_dim=F_DIM, num_positions=N_CTX)
     hidden = make_hidden().float()
     latent = attention.future.latent(hidden)
     rows = attention.future(attention.future.num_rows(N_CTX), latent=latent)
@@ -328,7 +324,6 @@ def test_relative_keys_reach_beyond_any_length():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_and_autocast(source, dtype):
     attention = make_attention(source, loss_type="mse", num_kv_heads=2).float()
-    attention.backend = "reference"
     hidden = make_hidden().float()
     exact = run(attention, hidden).hidden_states
     with torch.autocast("cpu", dtype):
