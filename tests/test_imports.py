@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # from the command line down to the backends; a layer imports only from layers after it
 LAYERS = [
     {"cli"},
-    {"demo"},
+    {"demo", "study"},
     {"train", "evaluate", "continual", "viz", "bench", "data"},
     {"models", "adapters"},
     {"nn"},

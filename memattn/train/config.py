@@ -2,13 +2,14 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from memattn.ops._checks import check_bool, check_int, must
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("no", "fp16", "bf16")
 STRATEGIES = ("ddp", "fsdp")
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,14 +206,19 @@ def load_config(path: str | Path) -> TrainConfig:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no YAML, or a field is unknown or wrong.
     """
+    return read_config(TrainConfig, path)
+
+
+def read_config(kind: type[Config], path: str | Path) -> Config:
+    """Read a YAML file with the fields of a dataclass; see ``load_config``."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"config must be a file that exists, got {path}")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainConfig)
+    parser.add_class_arguments(kind)
     try:
-        return TrainConfig(**vars(parser.instantiate(parser.parse_path(path))))
+        return kind(**vars(parser.instantiate(parser.parse_path(path))))
     except ArgumentError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"config must have valid fields, got {path}: {reason}") from error

@@ -1,6 +1,18 @@
 """Pictures of training and of models."""
 
+from memattn.viz.attention import attention_mass, draw_attention_mass, plot_attention_mass
+from memattn.viz.bands import plot_bands
 from memattn.viz.curves import draw_curves, plot_curves
 from memattn.viz.figures import draw_influence, draw_state, to_svg
 
-__all__ = ["draw_curves", "draw_influence", "draw_state", "plot_curves", "to_svg"]
+__all__ = [
+    "attention_mass",
+    "draw_attention_mass",
+    "draw_curves",
+    "draw_influence",
+    "draw_state",
+    "plot_attention_mass",
+    "plot_bands",
+    "plot_curves",
+    "to_svg",
+]

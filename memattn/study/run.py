@@ -1,0 +1,190 @@
+"""Runs a study: one training run for each model and seed, none of them twice."""
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from memattn.data._files import write_text
+from memattn.ops._checks import must
+from memattn.study.config import StudyConfig
+from memattn.study.report import print_report, write_report
+from memattn.study.results import RunResult, read_run
+from memattn.study.variants import Variant, plan_variants
+from memattn.train import ModelConfig, TrainConfig, load_config, train
+from memattn.train.metrics import read_metrics
+from memattn.train.setup import prepare_data
+
+# what may differ between a run of the study and the same run as it is planned now
+_FREE = {"output_dir", "cache_dir", "cpu", "log_steps", "save_steps", "keep_checkpoints"}
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One model with one seed."""
+
+    variant: Variant
+    seed: int
+    config: TrainConfig
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        return Path(self.config.training.output_dir)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it left a model."""
+        return (self.folder / "model" / "config.json").is_file()
+
+    @property
+    def max_steps(self) -> int:
+        return self.config.training.max_steps
+
+    def __str__(self) -> str:
+        return f"{self.variant.name}, seed {self.seed}"
+
+
+def run_study(
+    config: StudyConfig,
+    *,
+    max_minutes: float | None = None,
+    command: str | None = None,
+    console: Console | None = None,
+) -> Path | None:
+    """Train all models of a study with all seeds, and compare them.
+
+    ``<out>/<model>/seed-<n>/`` are run folders of ``memattn.train``. Finished runs are kept, an
+    interrupted one goes on at its last checkpoint. At the end ``results.json``, ``results.csv``,
+    ``results.md`` and ``curves.png`` are written. Seeds are the outer loop, so that models stay
+    comparable whenever it is stopped.
+
+    Args:
+        config: The study.
+        max_minutes: Stop with a checkpoint after so many minutes, or earlier; None runs to the
+            end. An evaluation that is due and the last checkpoint come on top.
+        command: What to print as the command that made the results; None takes that of the
+            process.
+        console: Where to print.
+
+    Returns:
+        Path of ``results.md``, or None where runs are left to do.
+
+    Raises:
+        ValueError: If a size or an option is wrong, or the folder has runs of another study.
+        KeyboardInterrupt: On Ctrl-C, after a checkpoint; the same call goes on from there.
+        OSError: If the corpus cannot be fetched or the disk is full.
+    """
+    # a pipe has no width to keep to
+    console = console or Console(width=None if sys.stdout.isatty() else 160)
+    if max_minutes is not None and not max_minutes > 0.0:
+        must("max_minutes", "be above 0", max_minutes)
+    began = time.perf_counter()
+    left = lambda: None if max_minutes is None else 60.0 * max_minutes - time.perf_counter() + began
+    with console.status("fetching and tokenizing the text"):
+        corpus = prepare_data(TrainConfig(model=ModelConfig(preset="vanilla"), data=config.data))
+        variants = plan_variants(config, len(corpus.tokenizer))
+    runs = plan_runs(config, variants)
+    for run in runs:
+        _check_same(run)
+    write_text(Path(config.out) / "config.yaml", config.to_yaml())
+    for variant in variants:
+        width = variant.options["intermediate_size"]
+        _say(console, f"{variant.name}: {variant.parameters:,} parameters, MLP width {width}")
+    for number, run in enumerate(runs, 1):
+        if run.is_finished:
+            continue
+        seconds = left()
+        if seconds is not None and seconds <= 0.0:
+            break
+        _say(console, f"run {number} of {len(runs)}: {run}{_time_left(runs)}")
+        if not _train(run, seconds, console):
+            break
+    done = [run for run in runs if run.is_finished]
+    if len(done) < len(runs):
+        _say(
+            console,
+            f"{len(done)} of {len(runs)} runs are finished{_time_left(runs)}; "
+            "the same command goes on",
+        )
+        return None
+    results = [_result(run) for run in runs]
+    command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    facts = {
+        "command": command,
+        "config": asdict(config),
+        "train_tokens": len(corpus.train.ids),
+        "held_out_tokens": 0 if corpus.held_out is None else len(corpus.held_out.ids),
+    }
+    metrics = {(r.variant.name, r.seed): read_metrics(r.folder / "metrics.csv") for r in runs}
+    report = write_report(config, variants, results, metrics, facts)
+    print_report(console, config, variants, results)
+    _say(console, f"wrote {report}")
+    return report
+
+
+def plan_runs(config: StudyConfig, variants: list[Variant]) -> list[StudyRun]:
+    """Every model with every seed, seed by seed."""
+    return list(_plan_runs(config, variants))
+
+
+def _plan_runs(config: StudyConfig, variants: list[Variant]) -> Iterator[StudyRun]:
+    for seed in config.compare.seeds:
+        for variant in variants:
+            folder = Path(config.out) / variant.name / f"seed-{seed}"
+            train_config = TrainConfig(
+                model=ModelConfig(preset=variant.preset, options=variant.options),
+                data=config.data,
+                training=replace(config.training, output_dir=str(folder), seed=seed),
+            )
+            yield StudyRun(variant, seed, train_config)
+
+
+def _check_same(run: StudyRun) -> None:
+    """Raise unless the run's folder is new, or has this run."""
+    file = run.folder / "config.yaml"
+    if not file.is_file():
+        return
+    before, now = load_config(file).to_dict(), run.config.to_dict()
+    for section, values in now.items():
+        for name, value in values.items():
+            was = before[section][name]
+            if name not in _FREE and was != value:
+                must("out", f"be a new folder for {section}.{name} {value}", f"{file} with {was}")
+
+
+def _train(run: StudyRun, seconds: float | None, console: Console) -> bool:
+    """Train until the run is finished or time is up; return whether it is finished."""
+    try:
+        train(run.config, resume=True, max_seconds=seconds, progress=console.is_terminal)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"in {run}; the same command goes on from there") from stop
+    return run.is_finished
+
+
+def _time_left(runs: list[StudyRun]) -> str:
+    """About how long the runs still take, by the speed of those that were begun."""
+    steps = seconds = 0.0
+    for run in runs:
+        file = run.folder / "metrics.csv"
+        rows = read_metrics(file) if file.is_file() else []
+        if rows:
+            steps += rows[-1]["step"]
+            seconds += rows[-1]["seconds"]
+    if not steps:
+        return ""
+    left = sum(run.max_steps for run in runs) - steps
+    minutes = left * seconds / steps / 60.0
+    return f", about {minutes:.0f} min left" if minutes >= 1.0 else ", less than a minute left"
+
+
+def _result(run: StudyRun) -> RunResult:
+    return read_run(run.folder, run.variant.name, run.seed, run.max_steps)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
