@@ -39,7 +39,6 @@ SYSTEMS = {
             source="computed",
             source_rank=3,
             max_position_embeddings=160,
-            backend="reference",
         ),
     ),
     "learned": (
@@ -51,7 +50,6 @@ SYSTEMS = {
             position_embedding="learned",
             norm="layer",
             mlp="gelu",
-            backend="reference",
         ),
     ),
 }
@@ -84,6 +82,12 @@ def make_tokens(B: int = 2, T: int = 23, seed: int = 0) -> Tensor:
     """Random tokens ``[B, T]`` without special ones."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (B, T), generator=generator)
+
+
+def logits_of(model: nn.Module, tokens: Tensor, **inputs) -> Tensor:
+    """Logits of one pass without a cache."""
+    with torch.no_grad():
+        return model(tokens, use_cache=False, **inputs).logits
 
 
 def pad_left(rows: list[Tensor], T: int) -> tuple[Tensor, Tensor]:
