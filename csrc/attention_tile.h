@@ -133,6 +133,43 @@ static MEMATTN_INLINE void softmax_step(float* scores, int64_t n, Split scale2,
   }
 }
 
+template <int NV>
+static void clear(SoftmaxState<NV>* states, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int v = 0; v < NV; ++v)
+      states[i].high[v] = broadcast(NO_SCORE), states[i].low[v] = states[i].sum[v] = vf{};
+}
+
+// Takes one block of keys into the softmax states and weighted sums of all panels.
+// q: [panel][D][PANEL], scores: [BLOCK_KEYS][PANEL], acc: [panel][Dv][PANEL].
+template <int NV>
+static MEMATTN_INLINE void attend(const Block& block, int64_t lanes, int64_t D, int64_t Dv,
+                                  int64_t run, Split scale2, const float* q, float* scores,
+                                  SoftmaxState<NV>* states, float* acc) {
+  constexpr int64_t PANEL = NV * VL;
+  for (int64_t p = 0; p * PANEL < lanes; ++p) {
+    const Span span(block, p);
+    const int64_t n = span.last - span.first, skip = span.first - block.begin;
+    if (n <= 0) continue;
+    dot_products<NV>(n, D, run, block.key.data + skip * block.key.stride, block.key.stride,
+                     q + p * D * PANEL, PANEL, scores, PANEL);
+    if (span.partial) mask_panel<NV>(scores, *block.seen, p, span.first, span.last);
+    vf alpha[NV];
+    softmax_step<NV>(scores, n, scale2, &states[p], alpha);
+    product<NV, Store::scale_add, false>(Dv, 1, n, block.value.data + skip * block.value.stride,
+                                         block.value.stride, 0, scores, PANEL, 0,
+                                         acc + p * Dv * PANEL, PANEL, alpha);
+  }
+}
+
+// Zeros what panels of [BLOCK_KEYS][PANEL] hold for keys of the block outside [first, last).
+template <int NV>
+static MEMATTN_INLINE void clear_outside(float* panel, int64_t n, int64_t first, int64_t last) {
+  constexpr int64_t PANEL = NV * VL;
+  __builtin_memset(panel, 0, first * PANEL * 4);
+  __builtin_memset(panel + last * PANEL, 0, (n - last) * PANEL * 4);
+}
+
 // to[j, :] += sum over the panels' lanes of weights[j, lane] * rows[lane, :]. `span_first` and
 // `span_last` bound the keys that each panel sees; at most `run` panels are summed in one go.
 template <int NV>

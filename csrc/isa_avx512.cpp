@@ -13,6 +13,9 @@ namespace memattn::avx512 {
 #include "tile_engine.h"
 #include "attention_tile.h"
 #include "segmented_attention_tile.h"
+#include "future_attention_tile.h"
+#include "future_attention_backward_tile.h"
+#include "kernel_table.h"
 }  // namespace memattn::avx512
 
 namespace memattn {

@@ -10,6 +10,9 @@ namespace memattn::portable {
 #include "tile_engine.h"
 #include "attention_tile.h"
 #include "segmented_attention_tile.h"
+#include "future_attention_tile.h"
+#include "future_attention_backward_tile.h"
+#include "kernel_table.h"
 }  // namespace memattn::portable
 
 namespace memattn {

@@ -56,6 +56,62 @@ struct Tile {
   int64_t b, hkv, h0, h1, t0, t1;
 };
 
+// What the queries of one sequence may see in future attention. Row t sees the token keys [lo, mid)
+// and the future rows [future_lo, future_hi); [mid, hi) are the keys that its target sees besides,
+// none where the row does not count for the loss.
+struct FutureRow {
+  int32_t lo, mid, hi;
+  int32_t future_lo, future_hi;
+  int32_t table;  // rows of different tables are walked apart: nobody sees what lies between
+};
+
+enum class FutureLoss : int { none, mse, cosine };
+
+struct FutureArgs {
+  int64_t B, H, Hkv, Hf, T, S, R, D, Dv;
+  double scale;
+  View query, key, value;           // [B, H or Hkv, T or S, D or Dv]
+  View future_query;                // [B, H, T, D], the query where there is no other
+  bool separate_query;
+  View future_key, future_value;    // [B, Hf, R, D or Dv], the first stride 0 for a shared table
+  View out, out_future;             // [B, H, T, Dv]
+  float *lse, *lse_low;             // [B, H, T], and what float32 lost of it
+  FutureLoss loss;
+  View target;                      // [B, H, T, Dv]
+  float *lse_target, *lse_target_low;  // [B, H, T], -inf for a row that does not count
+  double* row_loss;                 // [B, H, T], forward only
+  const FutureRow* rows;            // [B or 1, T]
+  int64_t rows_stride;              // T, or 0 where all sequences are alike
+  // backward only
+  View d_out, d_out_future;         // [B, H, T, Dv]; the latter without a loss
+  View d_query, d_future_query;     // [B, H, T, D]
+  const float* d_lse;               // [B, H, T]
+  double d_row_loss;                // gradient of each row's loss
+  bool through_target;              // the loss reaches the tokens through the target too
+
+  // whether this pass walks the keys [mid, hi)
+  bool walks_target(bool is_backward) const {
+    return loss != FutureLoss::none && (!is_backward || through_target);
+  }
+};
+
+// Float32 sums of the gradients of one key head and of the table heads that meet its queries.
+struct FutureGrads {
+  float* d_key;    // [keys, D rounded up to lanes]
+  float* d_value;  // [keys, Dv rounded up to lanes]
+  int64_t key_begin;
+  float* d_future_key;  // [table heads, future_rows, ...]
+  float* d_future_value;
+  int64_t future_begin, future_rows, table_head_begin;
+};
+
+struct FutureKernels {
+  int64_t (*forward_scratch)(const FutureArgs&);
+  int64_t (*backward_scratch)(const FutureArgs&);
+  void (*forward)(const FutureArgs&, const Tile&, float* scratch);
+  void (*backward)(const FutureArgs&, const Tile&, const FutureGrads&, float* scratch);
+};
+
 struct Kernels {
   const char* name;
   int64_t lanes;      // gradient rows are padded to a multiple of this
@@ -65,6 +121,7 @@ struct Kernels {
   int64_t (*backward_scratch)(const SegmentedArgs&);
   void (*segmented_forward)(const SegmentedArgs&, const Tile&, float* scratch);
   void (*segmented_backward)(const SegmentedArgs&, const Tile&, const SegmentedGrads&, float* scratch);
+  FutureKernels future;
 };
 
 const Kernels& portable_kernels();

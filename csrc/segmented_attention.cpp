@@ -1,10 +1,8 @@
 // Segmented attention on the CPU: index sets, tiles, threads. The arithmetic is in
 // segmented_attention_tile.h, the definition in memattn/reference/segmented_attention.py.
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <tuple>
 
+#include "gradient_sums.h"
 #include "tensors.h"
 
 namespace memattn {
@@ -56,21 +54,15 @@ std::vector<RowRange> row_ranges(SegmentedArgs& a, int64_t n_segments, const Opt
                                  OptionalInt segment_len, OptionalInt window_size, bool is_causal,
                                  bool memory_is_causal, int64_t query_offset) {
   STD_TORCH_CHECK(a.S < INT32_MAX && a.T < INT32_MAX, "memattn_cpp takes lengths below 2^31");
-  auto ints = [](const Tensor& t) {
-    const auto* p = static_cast<const int32_t*>(t.data_ptr());
-    std::vector<int64_t> values(t.numel());
-    for (int64_t i = 0; i < t.numel(); ++i) values[i] = p[i * t.stride(0)];
-    return values;
-  };
   const bool alike = !seq_start && !seq_end;
   const int64_t sequences = alike ? std::min<int64_t>(a.B, 1) : a.B;
-  const auto starts = seq_start ? ints(*seq_start) : std::vector<int64_t>(a.B, 0);
-  const auto ends = seq_end ? ints(*seq_end) : std::vector<int64_t>(a.B, INT32_MAX);
+  const auto starts = seq_start ? int_values(*seq_start) : std::vector<int64_t>(a.B, 0);
+  const auto ends = seq_end ? int_values(*seq_end) : std::vector<int64_t>(a.B, INT32_MAX);
   std::vector<RowRange> rows(sequences * a.T);
   for (int64_t b = 0; b < sequences; ++b) {
     std::vector<Document> documents;
     if (cu_seqlens) {
-      const auto bounds = ints(*cu_seqlens);
+      const auto bounds = int_values(*cu_seqlens);
       int64_t segments = 0;
       for (size_t d = 0; d + 1 < bounds.size(); ++d) {
         STD_TORCH_CHECK(bounds[d] >= 0 && bounds[d] <= bounds[d + 1], "cu_seqlens must rise");
@@ -200,37 +192,6 @@ void reach(const SegmentedArgs& a, Chunk& c) {
   }
   if (lo < hi) c.key_begin = lo, c.key_end = hi;
   if (s0 < s1) c.segment_begin = s0, c.segment_end = s1;
-}
-
-// Rows [begin, end) of a gradient, as one chunk of queries summed them.
-struct Part {
-  const float* data;
-  int64_t begin, end;
-};
-
-// Writes to `to` (rows at `offset`) `factor` times the sum of the parts' rows; 0 where none reaches.
-void store_sum(const View& to, int64_t offset, int64_t n, int64_t width, int64_t ld,
-               float factor, const std::vector<Part>& parts) {
-  std::vector<float> rounded(width);
-  for (int64_t j = 0; j < n; ++j) {
-    const int64_t at = offset + j * width;  // gradients are contiguous
-    float* row = to.dtype == Dtype::float32 ? static_cast<float*>(to.data) + at : rounded.data();
-    bool empty = true;
-    for (const Part& part : parts) {
-      if (j < part.begin || j >= part.end) continue;
-      const float* from = part.data + (j - part.begin) * ld;
-      if (empty) std::copy_n(from, width, row);
-      else for (int64_t d = 0; d < width; ++d) row[d] += from[d];
-      empty = false;
-    }
-    if (empty) std::fill_n(row, width, 0.0f);
-    for (int64_t d = 0; d < width; ++d) row[d] *= factor;
-    auto* half = static_cast<uint16_t*>(to.data) + at;
-    if (to.dtype == Dtype::float16)
-      for (int64_t d = 0; d < width; ++d) half[d] = torch::headeronly::Half(row[d]).x;
-    if (to.dtype == Dtype::bfloat16)
-      for (int64_t d = 0; d < width; ++d) half[d] = torch::headeronly::BFloat16(row[d]).x;
-  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(

@@ -113,7 +113,8 @@ static void for_each_block(const SegmentedArgs& a, const Tile& tile, const TileR
 }
 
 // Rows of `view` as float32 [lanes][ld], zero past `width` and in lanes that see nothing.
-static void load_rows(const View& view, const Tile& tile, const TileRows& rows, int64_t width,
+template <class QueryRows>
+static void load_rows(const View& view, const Tile& tile, const QueryRows& rows, int64_t width,
                       int64_t ld, float* to) {
   for (int64_t i = 0; i < rows.lanes; ++i, to += ld) {
     const bool empty = i >= rows.n || rows.empty(i);  // an empty row may hold anything
@@ -139,25 +140,10 @@ static void forward_tile(const SegmentedArgs& a, const Tile& tile, float* scratc
   to_panels(block_scratch, ldk, rows.lanes, a.D, PANEL, q);
   __builtin_memset(acc, 0, rows.lanes * a.Dv * 4);
   SoftmaxState<NV> states[TILE_ROWS / PANEL];
-  for (auto& state : states)
-    for (int v = 0; v < NV; ++v)
-      state.high[v] = broadcast(NO_SCORE), state.low[v] = state.sum[v] = vf{};
+  clear<NV>(states, TILE_ROWS / PANEL);
 
   for_each_block(a, tile, rows, PANEL, nullptr, 0, 0, block_scratch, [&](const Block& block) {
-    for (int64_t p = 0; p * PANEL < rows.lanes; ++p) {
-      const Span span(block, p);
-      const int64_t n = span.last - span.first, skip = span.first - block.begin;
-      if (n <= 0) continue;
-      dot_products<NV>(n, a.D, run, block.key.data + skip * block.key.stride, block.key.stride,
-                       q + p * a.D * PANEL, PANEL, scores, PANEL);
-      if (span.partial) mask_panel<NV>(scores, *block.seen, p, span.first, span.last);
-      vf alpha[NV];
-      softmax_step<NV>(scores, n, scale2, &states[p], alpha);
-      product<NV, Store::scale_add, false>(a.Dv, 1, n,
-                                           block.value.data + skip * block.value.stride,
-                                           block.value.stride, 0, scores, PANEL, 0,
-                                           acc + p * a.Dv * PANEL, PANEL, alpha);
-    }
+    attend<NV>(block, rows.lanes, a.D, a.Dv, run, scale2, q, scores, states, acc);
   });
 
   for (int64_t p = 0; p * PANEL < rows.lanes; ++p)
@@ -268,10 +254,8 @@ static void backward_tile(const SegmentedArgs& a, const Tile& tile, const Segmen
       float* weights = p_all + p * BLOCK_KEYS * PANEL;
       float* ds = ds_all + p * BLOCK_KEYS * PANEL;
       if (n < block.n) {  // keys that this panel does not see add nothing
-        __builtin_memset(weights, 0, first[p] * PANEL * 4);
-        __builtin_memset(ds, 0, first[p] * PANEL * 4);
-        __builtin_memset(weights + last[p] * PANEL, 0, (block.n - last[p]) * PANEL * 4);
-        __builtin_memset(ds + last[p] * PANEL, 0, (block.n - last[p]) * PANEL * 4);
+        clear_outside<NV>(weights, block.n, first[p], last[p]);
+        clear_outside<NV>(ds, block.n, first[p], last[p]);
       }
       if (n <= 0) continue;
       weights += skip * PANEL, ds += skip * PANEL;
@@ -316,11 +300,4 @@ static void segmented_forward(const SegmentedArgs& a, const Tile& tile, float* s
 static void segmented_backward(const SegmentedArgs& a, const Tile& tile,
                                const SegmentedGrads& grads, float* scratch) {
   backward_tile<2>(a, tile, grads, scratch);
-}
-
-static constexpr Kernels make_kernels(const char* name) {
-  return {name,           VL,
-          TILE_ROWS,      forward_scratch,
-          backward_scratch, segmented_forward,
-          segmented_backward};
 }

@@ -45,6 +45,14 @@ inline View view_of(const Tensor& t) {
   return view;
 }
 
+// The values of an int32 vector.
+inline std::vector<int64_t> int_values(const Tensor& t) {
+  const auto* p = static_cast<const int32_t*>(t.data_ptr());
+  std::vector<int64_t> values(t.numel());
+  for (int64_t i = 0; i < t.numel(); ++i) values[i] = p[i * t.stride(0)];
+  return values;
+}
+
 // Asks for huge pages where a large block is still to be written: the system gives large blocks anew
 // at each call, and page faults by 4 KiB cost a fifth of a windowed forward.
 inline void want_huge_pages(void* data, size_t bytes) {

@@ -1,0 +1,465 @@
+// Future attention and its loss on the CPU: arguments, tiles, threads. Who sees what is in
+// future_rows.h, the arithmetic in future_attention_tile.h, the definition in
+// memattn/reference/future_attention.py.
+#include <map>
+#include <numeric>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "future_rows.h"
+#include "gradient_sums.h"
+#include "tensors.h"
+
+namespace memattn {
+namespace {
+
+// The arguments of all four operators, in their order.
+struct Inputs {
+  Tensor query, key, value, future_key, future_value;
+  OptionalTensor future_query, cu_seqlens, seq_start, seq_end;
+  int64_t table_len;
+  bool by_distance;
+  int64_t future_dim, query_offset;
+  double scale;
+};
+
+struct Call {
+  FutureArgs args;
+  std::vector<FutureRow> rows;
+};
+
+void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  std::string wanted, got;
+  for (int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    got += (i ? ", " : "") + std::to_string(t.size(i));
+    same = same && t.size(i) == sizes.begin()[i];
+  }
+  STD_TORCH_CHECK(same, name, " must have shape [", wanted, "], got [", got, "]");
+}
+
+void check_bounds(const char* name, const OptionalTensor& bounds, int64_t n) {
+  if (!bounds) return;
+  check_shape(name, *bounds, {n});
+  STD_TORCH_CHECK(bounds->scalar_type() == ScalarType::Int, name, " must have dtype int32");
+}
+
+FutureLoss loss_of(const std::string& loss_type) {
+  STD_TORCH_CHECK(loss_type == "mse" || loss_type == "cosine",
+                  "loss_type must be one of mse, cosine, got ", loss_type);
+  return loss_type == "mse" ? FutureLoss::mse : FutureLoss::cosine;
+}
+
+View table_view(const Tensor& table) {
+  View view = view_of(table);
+  if (table.dim() == 3)
+    for (int i = 3; i >= 0; --i) view.stride[i] = i ? view.stride[i - 1] : 0;
+  return view;
+}
+
+Call make_call(const Inputs& in, FutureLoss loss) {
+  STD_TORCH_CHECK(in.query.dim() == 4 && in.key.dim() == 4 && in.value.dim() == 4,
+                  "query, key and value must have 4 axes");
+  STD_TORCH_CHECK(in.future_key.dim() == 3 || in.future_key.dim() == 4,
+                  "future_key must have 3 or 4 axes, got ", in.future_key.dim());
+  Call call;
+  FutureArgs& a = call.args;
+  a = FutureArgs{};
+  a.B = in.query.size(0), a.H = in.query.size(1), a.T = in.query.size(2), a.D = in.query.size(3);
+  a.Hkv = in.key.size(1), a.S = in.key.size(2), a.Dv = in.value.size(3);
+  const int64_t head_axis = in.future_key.dim() - 3;
+  a.Hf = in.future_key.size(head_axis), a.R = in.future_key.size(head_axis + 1);
+  STD_TORCH_CHECK(a.H > 0 && a.Hkv > 0 && a.Hf > 0 && a.H % a.Hkv == 0 && a.H % a.Hf == 0,
+                  "the heads of key and future_key must divide those of query, got ", a.H, ", ",
+                  a.Hkv, " and ", a.Hf);
+  check_shape("key", in.key, {a.B, a.Hkv, a.S, a.D});
+  check_shape("value", in.value, {a.B, a.Hkv, a.S, a.Dv});
+  if (head_axis) {
+    check_shape("future_key", in.future_key, {a.B, a.Hf, a.R, a.D});
+    check_shape("future_value", in.future_value, {a.B, a.Hf, a.R, a.Dv});
+  } else {
+    check_shape("future_key", in.future_key, {a.Hf, a.R, a.D});
+    check_shape("future_value", in.future_value, {a.Hf, a.R, a.Dv});
+  }
+  if (in.future_query) check_shape("future_query", *in.future_query, {a.B, a.H, a.T, a.D});
+  if (in.cu_seqlens) check_bounds("cu_seqlens", in.cu_seqlens, in.cu_seqlens->numel());
+  check_bounds("seq_start", in.seq_start, a.B);
+  check_bounds("seq_end", in.seq_end, a.B);
+  a.scale = in.scale, a.loss = loss;
+  a.query = view_of(in.query), a.key = view_of(in.key), a.value = view_of(in.value);
+  a.future_key = table_view(in.future_key), a.future_value = table_view(in.future_value);
+  a.separate_query = in.future_query.has_value();
+  a.future_query = a.separate_query ? view_of(*in.future_query) : a.query;
+  call.rows = future_rows(a, in.cu_seqlens, in.seq_start, in.seq_end,
+                          {in.table_len, in.by_distance, in.future_dim}, in.query_offset);
+  a.rows = call.rows.data();
+  return call;
+}
+
+// Rows that count for the loss, over all sequences and heads; at least 1.
+int64_t count_whole(const FutureArgs& a) {
+  int64_t count = 0;
+  for (int64_t b = 0; b < a.B; ++b)
+    for (int64_t t = 0; t < a.T; ++t) {
+      const FutureRow& r = a.rows[b * a.rows_stride + t];
+      count += r.mid < r.hi;
+    }
+  return std::max<int64_t>(count * a.H, 1);
+}
+
+// Tiles of queries [t_begin, t_end) of key head (b, hkv). Short sequences share a tile among the
+// query heads of the group.
+std::vector<Tile> make_tiles(const FutureArgs& a, int64_t b, int64_t hkv, int64_t t_begin,
+                             int64_t t_end) {
+  const int64_t G = a.H / a.Hkv, rows = kernels().tile_rows;
+  const int64_t heads = std::clamp<int64_t>(rows / std::max<int64_t>(a.T, 1), 1, G);
+  std::vector<Tile> tiles;
+  for (int64_t t = t_begin; t < t_end; t += rows)
+    for (int64_t g = 0; g < G; g += heads)
+      tiles.push_back({b, hkv, hkv * G + g, hkv * G + std::min(g + heads, G), t,
+                       std::min(t + rows, t_end)});
+  return tiles;
+}
+
+// What a forward pass leaves: the results, and what the backward needs besides.
+struct Results {
+  Tensor out, out_future, lse, lse_low, target, lse_target, lse_target_low, loss;
+};
+
+Results run_forward(const Inputs& in, FutureLoss loss) {
+  Call call = make_call(in, loss);
+  FutureArgs& a = call.args;
+  const bool has_loss = loss != FutureLoss::none;
+  const Tensor& like = in.query;
+  const ScalarType dtype = like.scalar_type(), wide = ScalarType::Float;
+  // the loss is taken from what was not rounded
+  Results r{empty({a.B, a.H, a.T, a.Dv}, like, dtype),
+            empty({a.B, a.H, a.T, a.Dv}, like, has_loss ? wide : dtype),
+            empty({a.B, a.H, a.T}, like, wide),
+            empty({a.B, a.H, a.T}, like, wide),
+            empty({has_loss ? a.B : 0, a.H, a.T, a.Dv}, like, wide),
+            empty({has_loss ? a.B : 0, a.H, a.T}, like, wide),
+            empty({has_loss ? a.B : 0, a.H, a.T}, like, wide),
+            empty({}, like, wide)};
+  a.out = view_of(r.out), a.out_future = view_of(r.out_future), a.target = view_of(r.target);
+  auto floats = [](Tensor& t) { return static_cast<float*>(t.data_ptr()); };
+  a.lse = floats(r.lse), a.lse_low = floats(r.lse_low);
+  a.lse_target = floats(r.lse_target), a.lse_target_low = floats(r.lse_target_low);
+  std::vector<double> row_loss(has_loss ? a.B * a.H * a.T : 0);
+  a.row_loss = row_loss.data();
+
+  std::vector<Tile> tiles;
+  for (int64_t b = 0; b < a.B; ++b)
+    for (int64_t hkv = 0; hkv < a.Hkv; ++hkv) {
+      const auto more = make_tiles(a, b, hkv, 0, a.T);
+      tiles.insert(tiles.end(), more.begin(), more.end());
+    }
+  const Kernels& k = kernels();
+  parallel_work(
+      tiles.size(), [&] { return buffer(k.future.forward_scratch(a)); },
+      [&](int64_t i, Buffer& scratch) { k.future.forward(a, tiles[i], scratch.get()); });
+  const double sum = std::accumulate(row_loss.begin(), row_loss.end(), 0.0);
+  *floats(r.loss) = static_cast<float>(sum / static_cast<double>(count_whole(a)));
+  return r;
+}
+
+// Queries [t_begin, t_end) of key head (b, hkv), and the keys that they reach.
+struct Unit {
+  int64_t b, hkv, t_begin, t_end;
+  int64_t key_begin = 0, key_end = 0;
+  Buffer sums;  // kept where other units add to the same keys
+};
+
+// Units that one thread takes in order, and the rows of the owner's table heads that they reach.
+struct Chunk {
+  int64_t owner;
+  std::vector<Unit> units;
+  int64_t future_begin = 0, future_end = 0;
+  Buffer sums;
+};
+
+// Who sums what: an owner has a run of query heads that contains all queries of its key heads and
+// of its table heads, in one sequence or, where the table is shared, in all.
+struct Owners {
+  int64_t tables;       // 1, or B where each sequence has its own table
+  int64_t groups;       // of heads
+  int64_t key_heads;    // of a group
+  int64_t table_heads;  // of a group
+  int64_t split = 1;    // chunks of an owner
+
+  Owners(const FutureArgs& a, bool per_sequence) : tables(per_sequence ? a.B : 1) {
+    const int64_t heads = std::lcm(a.H / a.Hkv, a.H / a.Hf);
+    groups = a.H / heads, key_heads = heads / (a.H / a.Hkv), table_heads = heads / (a.H / a.Hf);
+    // split further only where that leaves threads idle
+    const int64_t threads = torch::stable::get_num_threads(), n = count();
+    if (n && n < 4 * threads && n % threads) split = std::min<int64_t>((2 * threads + n - 1) / n, 8);
+  }
+  int64_t count() const { return tables * groups; }
+};
+
+// Grows a chunk's and a unit's reach to what row r sees.
+void reach(const FutureRow& r, bool with_target, Unit& unit, Chunk& chunk) {
+  auto grow = [](int64_t lo, int64_t hi, int64_t& begin, int64_t& end) {
+    if (lo >= hi) return;
+    const bool none = begin >= end;
+    begin = none ? lo : std::min(begin, lo), end = none ? hi : std::max(end, hi);
+  };
+  grow(r.lo, with_target ? r.hi : r.mid, unit.key_begin, unit.key_end);
+  grow(r.future_lo, r.future_hi, chunk.future_begin, chunk.future_end);
+}
+
+// The work of one owner in `split` chunks of about equal size.
+std::vector<Chunk> make_chunks(const FutureArgs& a, const Owners& owners, int64_t owner) {
+  const int64_t b0 = owners.tables == 1 ? 0 : owner / owners.groups;
+  const int64_t b1 = owners.tables == 1 ? a.B : b0 + 1;
+  const int64_t hkv0 = owner % owners.groups * owners.key_heads;
+  const bool with_target = a.walks_target(true);
+  auto cost = [&](const FutureRow& r) {
+    return r.mid - r.lo + r.future_hi - r.future_lo + (with_target ? r.hi - r.mid : 0) + 1.0;
+  };
+  double work = 0, done = 0;
+  for (int64_t b = b0; b < b1; ++b)
+    for (int64_t t = 0; t < a.T; ++t)
+      work += cost(a.rows[b * a.rows_stride + t]) * static_cast<double>(owners.key_heads);
+
+  std::vector<Chunk> chunks(1);
+  chunks[0].owner = owner;
+  for (int64_t b = b0; b < b1; ++b)
+    for (int64_t hkv = hkv0; hkv < hkv0 + owners.key_heads; ++hkv) {
+      bool begins = true;
+      for (int64_t t = 0; t < a.T; ++t) {
+        const double share = work * static_cast<double>(chunks.size()) / static_cast<double>(owners.split);
+        if (done >= share && static_cast<int64_t>(chunks.size()) < owners.split) {
+          chunks.emplace_back();
+          chunks.back().owner = owner, begins = true;
+        }
+        if (begins) chunks.back().units.push_back({b, hkv, t, t});
+        begins = false;
+        const FutureRow& row = a.rows[b * a.rows_stride + t];
+        Unit& unit = chunks.back().units.back();
+        unit.t_end = t + 1;
+        reach(row, with_target, unit, chunks.back());
+        done += cost(row);
+      }
+      if (a.T == 0) chunks.back().units.push_back({b, hkv, 0, 0});
+    }
+  return chunks;
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// `a` has everything but the gradients that this makes.
+Gradients run_backward(const Inputs& in, FutureArgs& a) {
+  const ScalarType dtype = in.query.scalar_type();
+  const bool per_sequence = in.future_key.dim() == 4;
+  const int64_t D = a.D, Dv = a.Dv;
+  auto table = [&](int64_t width) {
+    return per_sequence ? empty({a.B, a.Hf, a.R, width}, in.query, dtype)
+                        : empty({a.Hf, a.R, width}, in.query, dtype);
+  };
+  Tensor d_query = empty({a.B, a.H, a.T, D}, in.query, dtype);
+  Tensor d_key = empty({a.B, a.Hkv, a.S, D}, in.query, dtype);
+  Tensor d_value = empty({a.B, a.Hkv, a.S, Dv}, in.query, dtype);
+  Tensor d_future_key = table(D), d_future_value = table(Dv);
+  Tensor d_future_query = empty({a.separate_query ? a.B : 0, a.H, a.T, D}, in.query, dtype);
+  a.d_query = view_of(d_query), a.d_future_query = view_of(d_future_query);
+  const View to_key = view_of(d_key), to_value = view_of(d_value);
+  const View to_future_key = view_of(d_future_key), to_future_value = view_of(d_future_value);
+
+  const float factor = static_cast<float>(a.scale);
+  const Kernels& k = kernels();
+  const int64_t ldk = (D + k.lanes - 1) / k.lanes * k.lanes;
+  const int64_t ldv = (Dv + k.lanes - 1) / k.lanes * k.lanes;
+  const Owners owners(a, per_sequence);
+  std::vector<Chunk> chunks;
+  for (int64_t owner = 0; owner < owners.count(); ++owner)
+    for (Chunk& chunk : make_chunks(a, owners, owner)) chunks.push_back(std::move(chunk));
+
+  // rows of the token gradients, from all units of one key head in one sequence
+  auto store_tokens = [&](int64_t head, const std::vector<const Unit*>& units) {
+    std::vector<Part> keys, values;
+    for (const Unit* u : units) {
+      const float* sums = u->sums.get();
+      keys.push_back({sums, u->key_begin, u->key_end});
+      values.push_back({sums + (u->key_end - u->key_begin) * ldk, u->key_begin, u->key_end});
+    }
+    store_sum(to_key, head * a.S * D, a.S, D, ldk, factor, keys);
+    store_sum(to_value, head * a.S * Dv, a.S, Dv, ldv, 1.0f, values);
+  };
+  // rows of the table's gradients, from the chunks [first, last) of one owner
+  auto store_table = [&](size_t first, size_t last, int64_t head) {
+    const int64_t owner = chunks[first].owner;
+    const int64_t heads_before = owner % owners.groups * owners.table_heads + head;
+    const int64_t rows = ((owners.tables == 1 ? 0 : owner / owners.groups * a.Hf) + heads_before) * a.R;
+    std::vector<Part> keys, values;
+    for (size_t c = first; c < last; ++c) {
+      const Chunk& ch = chunks[c];
+      const int64_t n = ch.future_end - ch.future_begin;
+      const float* sums = ch.sums.get() + head * n * ldk;
+      const float* value_sums = ch.sums.get() + owners.table_heads * n * ldk + head * n * ldv;
+      keys.push_back({sums, ch.future_begin, ch.future_end});
+      values.push_back({value_sums, ch.future_begin, ch.future_end});
+    }
+    store_sum(to_future_key, rows * D, a.R, D, ldk, factor, keys);
+    store_sum(to_future_value, rows * Dv, a.R, Dv, ldv, 1.0f, values);
+  };
+
+  // a unit that has all queries of its key head stores its sums at once, so that its thread uses
+  // their memory again
+  struct State {
+    Buffer scratch, sums;
+    int64_t floats = 0;
+  };
+  parallel_work(
+      chunks.size(), [&] { return State{buffer(k.future.backward_scratch(a)), nullptr}; },
+      [&](int64_t i, State& state) {
+        Chunk& c = chunks[i];
+        const int64_t future_rows = c.future_end - c.future_begin;
+        const int64_t table_floats = owners.table_heads * future_rows * (ldk + ldv);
+        c.sums = buffer(table_floats);
+        std::fill_n(c.sums.get(), table_floats, 0.0f);
+        FutureGrads g{};
+        g.d_future_key = c.sums.get();
+        g.d_future_value = g.d_future_key + owners.table_heads * future_rows * ldk;
+        g.future_begin = c.future_begin, g.future_rows = future_rows;
+        g.table_head_begin = c.owner % owners.groups * owners.table_heads;
+        for (Unit& unit : c.units) {
+          const int64_t keys = unit.key_end - unit.key_begin, floats = keys * (ldk + ldv);
+          if (!state.sums || state.floats < floats) state.sums = buffer(floats), state.floats = floats;
+          unit.sums = std::move(state.sums);
+          std::fill_n(unit.sums.get(), floats, 0.0f);
+          g.d_key = unit.sums.get(), g.d_value = g.d_key + keys * ldk, g.key_begin = unit.key_begin;
+          for (const Tile& tile : make_tiles(a, unit.b, unit.hkv, unit.t_begin, unit.t_end))
+            k.future.backward(a, tile, g, state.scratch.get());
+          if (unit.t_end - unit.t_begin == a.T) {
+            store_tokens(unit.b * a.Hkv + unit.hkv, {&unit});
+            state.sums = std::move(unit.sums);
+          }
+        }
+        if (owners.split == 1) {
+          for (int64_t head = 0; head < owners.table_heads; ++head) store_table(i, i + 1, head);
+          c.sums.reset();
+        }
+      });
+
+  if (owners.split > 1) {
+    std::map<int64_t, std::vector<const Unit*>> shared;
+    std::vector<size_t> first_chunk;
+    for (size_t c = 0; c < chunks.size(); ++c) {
+      if (!c || chunks[c].owner != chunks[c - 1].owner) first_chunk.push_back(c);
+      for (const Unit& unit : chunks[c].units)
+        if (unit.sums) shared[unit.b * a.Hkv + unit.hkv].push_back(&unit);
+    }
+    first_chunk.push_back(chunks.size());
+    const std::vector<std::pair<int64_t, std::vector<const Unit*>>> heads(shared.begin(), shared.end());
+    const int64_t tables = owners.count() * owners.table_heads;
+    parallel_work(static_cast<int64_t>(heads.size()) + tables, [] { return 0; }, [&](int64_t i, int) {
+      if (i >= tables) return store_tokens(heads[i - tables].first, heads[i - tables].second);
+      const int64_t owner = i / owners.table_heads;
+      store_table(first_chunk[owner], first_chunk[owner + 1], i % owners.table_heads);
+    });
+  }
+  return {d_query, d_key, d_value, d_future_key, d_future_value, d_future_query};
+}
+
+// Checks what a forward pass returned and its cotangents, and points `a` at them.
+struct Saved {
+  Tensor out, out_future, lse, lse_low, d_lse;
+};
+
+void take_saved(FutureArgs& a, const Tensor& d_out, Saved& s) {
+  check_shape("d_out", d_out, {a.B, a.H, a.T, a.Dv});
+  check_shape("out", s.out, {a.B, a.H, a.T, a.Dv});
+  check_shape("out_future", s.out_future, {a.B, a.H, a.T, a.Dv});
+  for (Tensor* t : {&s.lse, &s.lse_low, &s.d_lse}) check_shape("lse", *t, {a.B, a.H, a.T});
+  for (Tensor* t : {&s.out, &s.out_future, &s.lse, &s.lse_low, &s.d_lse})
+    *t = torch::stable::contiguous(*t);
+  a.d_out = view_of(d_out), a.out = view_of(s.out), a.out_future = view_of(s.out_future);
+  a.lse = static_cast<float*>(s.lse.data_ptr());
+  a.lse_low = static_cast<float*>(s.lse_low.data_ptr());
+  a.d_lse = static_cast<const float*>(s.d_lse.data_ptr());
+}
+
+#define MEMATTN_PARAMETERS                                                                       \
+  Tensor query, Tensor key, Tensor value, Tensor future_key, Tensor future_value,                \
+      OptionalTensor future_query, OptionalTensor cu_seqlens, OptionalTensor seq_start,          \
+      OptionalTensor seq_end, int64_t table_len, bool by_distance, int64_t future_dim,           \
+      int64_t query_offset, double scale
+#define MEMATTN_TAKEN                                                                            \
+  Inputs{query,      key,       value,   future_key, future_value, future_query, cu_seqlens,     \
+         seq_start,  seq_end,   table_len, by_distance, future_dim, query_offset, scale}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(MEMATTN_PARAMETERS) {
+  Results r = run_forward(MEMATTN_TAKEN, FutureLoss::none);
+  return {r.out, r.out_future, r.lse, r.lse_low};
+}
+
+Gradients backward(Tensor d_out, Tensor d_out_future, Tensor d_lse, Tensor out, Tensor out_future,
+                   Tensor lse, Tensor lse_low, MEMATTN_PARAMETERS) {
+  const Inputs in = MEMATTN_TAKEN;
+  Call call = make_call(in, FutureLoss::none);
+  Saved saved{out, out_future, lse, lse_low, d_lse};
+  take_saved(call.args, d_out, saved);
+  check_shape("d_out_future", d_out_future, {call.args.B, call.args.H, call.args.T, call.args.Dv});
+  call.args.d_out_future = view_of(d_out_future);
+  return run_backward(in, call.args);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(
+    MEMATTN_PARAMETERS, std::string loss_type, bool) {
+  Results r = run_forward(MEMATTN_TAKEN, loss_of(loss_type));
+  return {r.out, r.loss, r.lse, r.lse_low, r.out_future, r.target, r.lse_target, r.lse_target_low};
+}
+
+Gradients loss_backward(Tensor d_out, Tensor d_loss, Tensor d_lse, Tensor out, Tensor lse,
+                        Tensor lse_low, Tensor out_future, Tensor target, Tensor lse_target,
+                        Tensor lse_target_low, MEMATTN_PARAMETERS, std::string loss_type,
+                        bool detach_target) {
+  const Inputs in = MEMATTN_TAKEN;
+  Call call = make_call(in, loss_of(loss_type));
+  FutureArgs& a = call.args;
+  Saved saved{out, out_future, lse, lse_low, d_lse};
+  take_saved(a, d_out, saved);
+  check_shape("target", target, {a.B, a.H, a.T, a.Dv});
+  for (Tensor* t : {&lse_target, &lse_target_low}) check_shape("lse_target", *t, {a.B, a.H, a.T});
+  for (Tensor* t : {&target, &lse_target, &lse_target_low}) *t = torch::stable::contiguous(*t);
+  check_shape("d_loss", d_loss, {});
+  a.target = view_of(target);
+  a.lse_target = static_cast<float*>(lse_target.data_ptr());
+  a.lse_target_low = static_cast<float*>(lse_target_low.data_ptr());
+  a.d_row_loss = *static_cast<const float*>(d_loss.data_ptr()) / static_cast<double>(count_whole(a));
+  a.through_target = !detach_target;
+  return run_backward(in, a);
+}
+
+}  // namespace
+}  // namespace memattn
+
+#define MEMATTN_INPUTS                                                                           \
+  "Tensor query, Tensor key, Tensor value, Tensor future_key, Tensor future_value, "             \
+  "Tensor? future_query, Tensor? cu_seqlens, Tensor? seq_start, Tensor? seq_end, "               \
+  "int table_len, bool by_distance, int future_dim, int query_offset, float scale"
+#define MEMATTN_LOSS MEMATTN_INPUTS ", str loss_type, bool detach_target"
+#define MEMATTN_GRADIENTS " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) {
+  m.def("future_attention(" MEMATTN_INPUTS
+        ") -> (Tensor out, Tensor out_future, Tensor lse, Tensor lse_low)");
+  m.def("future_attention_backward(Tensor d_out, Tensor d_out_future, Tensor d_lse, Tensor out, "
+        "Tensor out_future, Tensor lse, Tensor lse_low, " MEMATTN_INPUTS ")" MEMATTN_GRADIENTS);
+  m.def("future_attention_loss(" MEMATTN_LOSS
+        ") -> (Tensor out, Tensor loss, Tensor lse, Tensor lse_low, Tensor out_future, "
+        "Tensor target, Tensor lse_target, Tensor lse_target_low)");
+  m.def("future_attention_loss_backward(Tensor d_out, Tensor d_loss, Tensor d_lse, Tensor out, "
+        "Tensor lse, Tensor lse_low, Tensor out_future, Tensor target, Tensor lse_target, "
+        "Tensor lse_target_low, " MEMATTN_LOSS ")" MEMATTN_GRADIENTS);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(memattn_cpp, CPU, m) {
+  m.impl("future_attention", TORCH_BOX(&memattn::forward));
+  m.impl("future_attention_backward", TORCH_BOX(&memattn::backward));
+  m.impl("future_attention_loss", TORCH_BOX(&memattn::loss_forward));
+  m.impl("future_attention_loss_backward", TORCH_BOX(&memattn::loss_backward));
+}

@@ -1,0 +1,265 @@
+// Future attention and its loss, one tile of queries at a time, forward and backward.
+//
+// Included once per instruction set after segmented_attention_tile.h. A tile walks three kinds of
+// keys in blocks: the tokens of its past, the rows of the future table, and, for the target of the
+// loss, the tokens of the band ahead. Each tells each query the interval of its keys. Past and
+// future have softmax states of their own, merged at the end, so that the state of the past also
+// serves the softmax of the target. Derivation: docs/future_attention.md.
+
+enum Keys : int { PAST, FUTURE, AHEAD };
+
+// The queries of a tile, row r of lane r.
+struct FutureTileRows {
+  int64_t n;      // rows
+  int64_t lanes;  // rounded up to whole panels
+  int64_t head[TILE_ROWS], t[TILE_ROWS], flat[TILE_ROWS];
+  const FutureRow* range[TILE_ROWS];
+
+  FutureTileRows(const FutureArgs& a, const Tile& tile, int64_t panel) {
+    n = 0;
+    for (int64_t h = tile.h0; h < tile.h1; ++h)
+      for (int64_t i = tile.t0; i < tile.t1; ++i, ++n) {
+        head[n] = h, t[n] = i, flat[n] = (tile.b * a.H + h) * a.T + i;
+        range[n] = a.rows + tile.b * a.rows_stride + i;
+      }
+    lanes = round_up(n, panel);
+  }
+
+  bool empty(int64_t i) const {
+    const FutureRow& r = *range[i];
+    return r.lo >= r.hi && r.future_lo >= r.future_hi;
+  }
+
+  // at most so many keys are seen by the rows together
+  int64_t keys() const {
+    int64_t lo = INT32_MAX, hi = 0, future = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const FutureRow& r = *range[i];
+      if (r.lo < r.hi) lo = r.lo < lo ? r.lo : lo, hi = r.hi > hi ? r.hi : hi;
+      future = r.future_hi - r.future_lo > future ? r.future_hi - r.future_lo : future;
+    }
+    return (lo < hi ? hi - lo : 0) + future;
+  }
+};
+
+// Calls visit(kind of keys, block) for every block of keys that some row of the tile sees.
+template <class Visit>
+static void for_each_future_block(const FutureArgs& a, const Tile& tile, const FutureTileRows& rows,
+                                  int64_t panel, const FutureGrads* grads, bool with_target,
+                                  float* scratch, Visit visit) {
+  const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL), group = a.H / a.Hf;
+  float* key_scratch = scratch;
+  float* value_scratch = scratch + BLOCK_KEYS * a.D;
+  Interval seen;
+  // lanes past the last row repeat it: they cost no mask, and nobody reads them
+  auto fill = [&](auto interval) {
+    for (int64_t i = 0; i < rows.lanes; ++i) interval(i < rows.n ? i : rows.n - 1, seen.lo[i], seen.hi[i]);
+    seen.summarise(rows.lanes, panel);
+  };
+  auto walk = [&](Keys kind, const View& key, const View& value, int64_t head, float* d_key,
+                  float* d_value, int64_t grads_begin) {
+    for (int64_t j = seen.min_lo; j < seen.max_hi; j += BLOCK_KEYS) {
+      const int64_t left = seen.max_hi - j;
+      const int64_t n = left < BLOCK_KEYS ? left : BLOCK_KEYS;
+      Block block;
+      block.key = float_rows(key, at(key, tile.b, head, j), key.stride[2], key.stride[3], n, a.D,
+                             key_scratch);
+      block.value = float_rows(value, at(value, tile.b, head, j), value.stride[2], value.stride[3],
+                               n, a.Dv, value_scratch);
+      block.begin = j, block.n = n, block.seen = &seen;
+      block.d_key = grads ? d_key + (j - grads_begin) * ldk : nullptr;
+      block.d_value = grads ? d_value + (j - grads_begin) * ldv : nullptr;
+      visit(kind, block);
+    }
+  };
+  auto walk_tokens = [&](Keys kind) {
+    walk(kind, a.key, a.value, tile.hkv, grads ? grads->d_key : nullptr,
+         grads ? grads->d_value : nullptr, grads ? grads->key_begin : 0);
+  };
+
+  int32_t first = INT32_MAX, last = INT32_MIN;
+  for (int64_t i = 0; i < rows.n; ++i) {
+    const FutureRow& r = *rows.range[i];
+    if (r.future_lo >= r.future_hi) continue;
+    first = r.table < first ? r.table : first, last = r.table > last ? r.table : last;
+  }
+  for (int64_t head = tile.h0 / group; head * group < tile.h1; ++head)
+    for (int32_t table = first; table <= last; ++table) {
+      fill([&](int64_t i, int32_t& lo, int32_t& hi) {
+        const FutureRow& r = *rows.range[i];
+        const bool sees = r.table == table && rows.head[i] / group == head;
+        lo = sees ? r.future_lo : 0, hi = sees ? r.future_hi : 0;
+      });
+      const int64_t base = grads ? (head - grads->table_head_begin) * grads->future_rows : 0;
+      walk(FUTURE, a.future_key, a.future_value, head,
+           grads ? grads->d_future_key + base * ldk : nullptr,
+           grads ? grads->d_future_value + base * ldv : nullptr, grads ? grads->future_begin : 0);
+    }
+  if (with_target) {
+    fill([&](int64_t i, int32_t& lo, int32_t& hi) {
+      lo = rows.range[i]->mid, hi = rows.range[i]->hi;
+    });
+    walk_tokens(AHEAD);
+  }
+  fill([&](int64_t i, int32_t& lo, int32_t& hi) {
+    lo = rows.range[i]->lo, hi = rows.range[i]->mid;
+  });
+  walk_tokens(PAST);
+}
+
+// ---- the loss of one row, from its prediction x and its target y -------------------------------
+
+// the norm, at least the 1e-8 of torch.nn.functional.cosine_similarity
+struct Norm {
+  double exact = 0.0, clamped;
+  Norm(const float* x, int64_t n) {
+    for (int64_t d = 0; d < n; ++d) exact += (double)x[d] * x[d];
+    exact = __builtin_sqrt(exact);
+    clamped = exact < 1e-8 ? 1e-8 : exact;
+  }
+};
+
+static double cosine(const float* x, const float* y, int64_t n, double norms) {
+  double dot = 0.0;
+  for (int64_t d = 0; d < n; ++d) dot += (double)x[d] * y[d];
+  return dot / norms;
+}
+
+static double row_loss(FutureLoss loss, const float* x, const float* y, int64_t n) {
+  if (loss == FutureLoss::cosine)
+    return 0.5 - 0.5 * cosine(x, y, n, Norm(x, n).clamped * Norm(y, n).clamped);
+  double sum = 0.0;
+  for (int64_t d = 0; d < n; ++d) sum += ((double)x[d] - y[d]) * ((double)x[d] - y[d]);
+  return sum / (double)n;
+}
+
+// `factor` times the gradient by x; the loss is symmetric, so that by y is the same function
+static void row_loss_gradient(FutureLoss loss, double factor, const float* x, const float* y,
+                              int64_t n, float* d_x) {
+  if (loss == FutureLoss::mse) {
+    for (int64_t d = 0; d < n; ++d) d_x[d] = (float)(factor * 2.0 / (double)n * ((double)x[d] - y[d]));
+    return;
+  }
+  const Norm nx(x, n), ny(y, n);
+  const double norms = nx.clamped * ny.clamped, cos = cosine(x, y, n, norms);
+  const double by_y = -0.5 * factor / norms;
+  const double by_x = nx.exact > 0.0 ? 0.5 * factor * cos / (nx.clamped * nx.exact) : 0.0;
+  for (int64_t d = 0; d < n; ++d) d_x[d] = (float)(by_y * y[d] + by_x * x[d]);
+}
+
+// ---- forward -----------------------------------------------------------------------------------
+
+// The maximum of one softmax, in units of log 2, and the sum of its weights.
+struct Weighed {
+  double top = 0.0, sum = 0.0;
+};
+
+// Two softmaxes as one: the factor of each one's weighted sum, and the log-sum-exp.
+struct Merged {
+  float first = 0.0f, second = 0.0f;
+  Split lse{0.0};
+
+  Merged(const Weighed& a, const Weighed& b) {
+    // compared so that NaN counts as a weight: it must reach the output
+    const bool has_a = a.sum != 0.0, has_b = b.sum != 0.0;
+    lse.high = -__builtin_inff();
+    if (!has_a && !has_b) return;
+    const double top = !has_b || (has_a && a.top > b.top) ? a.top : b.top;
+    const double in_a = has_a ? __builtin_exp2(a.top - top) : 0.0;
+    const double in_b = has_b ? __builtin_exp2(b.top - top) : 0.0;
+    const double sum = in_a * a.sum + in_b * b.sum;
+    first = (float)(in_a / sum), second = (float)(in_b / sum);
+    lse = Split((top + __builtin_log2(sum)) / LOG2E);
+  }
+};
+
+template <int NV>
+static void future_forward_tile(const FutureArgs& a, const Tile& tile, float* scratch) {
+  constexpr int64_t PANEL = NV * VL;
+  const FutureTileRows rows(a, tile, PANEL);
+  const bool with_target = a.walks_target(false);
+  const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
+  auto take = [&scratch](int64_t n) { float* from = scratch; scratch += round_up(n, 16); return from; };
+  float* q = take(TILE_ROWS * a.D);  // [panel][D][PANEL]
+  float* future_q = a.separate_query ? take(TILE_ROWS * a.D) : q;
+  float* acc[3];  // [panel][Dv][PANEL]
+  for (float*& sums : acc) sums = take(TILE_ROWS * a.Dv), __builtin_memset(sums, 0, rows.lanes * a.Dv * 4);
+  float* scores = take(BLOCK_KEYS * PANEL);
+  float* block_scratch = take(BLOCK_KEYS * (a.D + a.Dv));  // or rows of the tile
+  float* loose = take(2 * TILE_ROWS * (ldk > ldv ? ldk : ldv));
+  const Split scale2 = Split::factor(a.scale * LOG2E);
+  const int64_t run = rows.keys() <= FEW_KEYS ? FEW_KEYS_RUN : MANY_KEYS_RUN;
+  load_rows(a.query, tile, rows, a.D, ldk, loose);
+  to_panels(loose, ldk, rows.lanes, a.D, PANEL, q);
+  if (a.separate_query) {
+    load_rows(a.future_query, tile, rows, a.D, ldk, loose);
+    to_panels(loose, ldk, rows.lanes, a.D, PANEL, future_q);
+  }
+  SoftmaxState<NV> states[3][TILE_ROWS / PANEL];
+  clear<NV>(states[0], 3 * TILE_ROWS / PANEL);
+
+  for_each_future_block(a, tile, rows, PANEL, nullptr, with_target, block_scratch,
+                        [&](Keys kind, const Block& block) {
+    attend<NV>(block, rows.lanes, a.D, a.Dv, run, scale2, kind == FUTURE ? future_q : q, scores,
+               states[kind], acc[kind]);
+  });
+
+  float norm[3][TILE_ROWS];
+  for (int64_t i = 0; i < rows.lanes; ++i) {
+    auto state = [&](Keys kind) {
+      const SoftmaxState<NV>& s = states[kind][i / PANEL];
+      const int64_t v = i % PANEL / VL, lane = i % VL;
+      return Weighed{(double)s.high[v][lane] + s.low[v][lane], s.sum[v][lane]};
+    };
+    const Merged both(state(PAST), state(FUTURE));
+    norm[PAST][i] = both.first, norm[FUTURE][i] = both.second;
+    if (i < rows.n) a.lse[rows.flat[i]] = both.lse.high, a.lse_low[rows.flat[i]] = both.lse.low;
+    if (!with_target) continue;
+    // only rows that count have a target
+    const bool counts = i < rows.n && rows.range[i]->mid < rows.range[i]->hi;
+    const Merged real(counts ? state(PAST) : Weighed{}, counts ? state(AHEAD) : Weighed{});
+    norm[AHEAD][i] = real.second;
+    if (i < rows.n)
+      a.lse_target[rows.flat[i]] = real.lse.high, a.lse_target_low[rows.flat[i]] = real.lse.low;
+  }
+  for (int64_t p = 0; p * PANEL < rows.lanes; ++p)
+    for (int64_t v = 0; v < NV; ++v) {
+      vf n[3], *column[3];
+      for (int kind = PAST; kind <= AHEAD; ++kind) {
+        __builtin_memcpy(&n[kind], norm[kind] + p * PANEL + v * VL, sizeof(vf));
+        column[kind] = (vf*)(acc[kind] + p * a.Dv * PANEL) + v;
+      }
+      // a sum without weight may be NaN times 0
+      auto part = [&](Keys kind, int64_t d) {
+        return select(n[kind] == 0.0f, vf{}, column[kind][d * NV] * n[kind]);
+      };
+      for (int64_t d = 0; d < a.Dv; ++d) {
+        column[FUTURE][d * NV] = part(FUTURE, d);
+        column[PAST][d * NV] = part(PAST, d) + column[FUTURE][d * NV];
+        if (with_target) column[AHEAD][d * NV] = part(AHEAD, d);
+      }
+    }
+  float *future = loose, *other = loose + TILE_ROWS * ldv;
+  from_panels(acc[PAST], PANEL, rows.lanes, a.Dv, ldv, other);
+  for (int64_t i = 0; i < rows.n; ++i) store_row(a.out, rows.flat[i] * a.Dv, 1, a.Dv, other + i * ldv);
+  from_panels(acc[FUTURE], PANEL, rows.lanes, a.Dv, ldv, future);
+  for (int64_t i = 0; i < rows.n; ++i)
+    store_row(a.out_future, rows.flat[i] * a.Dv, 1, a.Dv, future + i * ldv);
+  if (!with_target) return;
+  from_panels(acc[AHEAD], PANEL, rows.lanes, a.Dv, ldv, other);
+  for (int64_t i = 0; i < rows.n; ++i) {
+    const bool counts = rows.range[i]->mid < rows.range[i]->hi;
+    store_row(a.target, rows.flat[i] * a.Dv, 1, a.Dv, other + i * ldv);
+    a.row_loss[rows.flat[i]] = counts ? row_loss(a.loss, future + i * ldv, other + i * ldv, a.Dv) : 0.0;
+  }
+}
+
+static int64_t future_forward_scratch(const FutureArgs& a) {
+  const int64_t wide = round_up(a.D, VL) + round_up(a.Dv, VL);
+  return (5 * TILE_ROWS + BLOCK_KEYS) * wide + BLOCK_KEYS * 2 * VL + 256;
+}
+
+static void future_forward(const FutureArgs& a, const Tile& tile, float* scratch) {
+  const int64_t n = (tile.h1 - tile.h0) * (tile.t1 - tile.t0);
+  n <= VL ? future_forward_tile<1>(a, tile, scratch) : future_forward_tile<2>(a, tile, scratch);
+}
