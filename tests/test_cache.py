@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_factories import SYSTEMS, make_config, make_model, make_tokens, pad_left
+from model_factories import SYSTEMS, logits_of, make_config, make_model, make_tokens, pad_left
 
 from memattn.models import MemAttnCache
 
@@ -17,12 +17,6 @@ GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
 @pytest.fixture(params=SYSTEMS)
 def system(request):
     return request.param
-
-
-def logits_of(model, tokens, mask=None):
-    """Logits of one pass without a cache."""
-    with torch.no_grad():
-        return model(tokens, attention_mask=mask, use_cache=False).logits
 
 
 @torch.no_grad()
@@ -57,7 +51,7 @@ def test_pieces_of_random_sizes_equal_one_pass(system):
         end = torch.tensor([draw.randint(int(b) + 1, T) for b in begin])[:, None]
         columns = torch.arange(T)
         mask = ((columns >= begin) & (columns < end)).long()
-        expected = logits_of(model, tokens, mask)
+        expected = logits_of(model, tokens, attention_mask=mask)
         for full_mask in (False, True):
             actual, _ = run_pieces(model, tokens, sizes, mask, full_mask=full_mask)
             kept = mask == 1
@@ -148,7 +142,7 @@ def test_save_and_load(tmp_path, system):
     expected, _ = run_pieces(model, *rest, cache=cache)
     actual, _ = run_pieces(model, *rest, cache=loaded)
     torch.testing.assert_close(actual, expected, **EXACT)
-    whole = logits_of(model, tokens, mask)[:, 18:]
+    whole = logits_of(model, tokens, attention_mask=mask)[:, 18:]
     torch.testing.assert_close(actual, whole, **EXACT)
 
 
@@ -248,7 +242,7 @@ def test_cropped_columns_are_forgotten(system):
     model, tokens = make_model(system), make_tokens(T=30)
     mask = torch.ones(2, 30)
     mask[0, :6] = 0
-    expected = logits_of(model, tokens, mask)
+    expected = logits_of(model, tokens, attention_mask=mask)
     _, cache = run_pieces(model, tokens[:, :12], [12], mask[:, :12])
     cache.activate_past_recording()
     for begin, right, wrong in ((12, 3, 4), (15, 0, 9), (15, 5, 0), (20, 1, 7)):
@@ -336,78 +330,3 @@ def test_what_is_kept_is_exactly_what_can_be_seen(segment_len, window_size, star
     later = range(position, position + 12)
     seen = [j for j in range(position) for s in starts for i in later if sees(s, i, j)]
     assert first == min(seen, default=position)
-
-
-@pytest.mark.parametrize(
-    "use, error, message",
-    [
-        (
-            lambda model, cache: model(make_tokens(B=3), past_key_values=cache),
-            ValueError,
-            "past_key_values must have the batch size of the input, 3, got 2",
-        ),
-        (
-            lambda model, cache: model(
-                make_tokens(T=2), past_key_values=cache, attention_mask=torch.ones(2, 7)
-            ),
-            ValueError,
-            r"attention_mask must have shape \[B=2, 2\] or \[B=2, 25\], got \[2, 7\]",
-        ),
-        (
-            lambda model, cache: model(
-                make_tokens(T=1),
-                past_key_values=cache,
-                attention_mask=torch.cat([torch.zeros(2, 3), torch.ones(2, 21)], 1),
-            ),
-            ValueError,
-            "attention_mask must agree with the past_key_values on earlier columns",
-        ),
-        (
-            lambda model, cache: model(
-                make_tokens(B=1),
-                past_key_values=cache,
-                cu_seqlens=torch.tensor([0, 23], dtype=torch.int32),
-            ),
-            ValueError,
-            "past_key_values must be None with cu_seqlens, got MemAttnCache",
-        ),
-        (
-            lambda model, cache: model.generate(
-                make_tokens(), cache_implementation="static", max_new_tokens=1
-            ),
-            ValueError,
-            "cache_implementation must be None, got 'static'",
-        ),
-        (
-            lambda model, cache: cache.reset(torch.ones(3, dtype=torch.bool)),
-            ValueError,
-            "mask must",
-        ),
-        (lambda model, cache: cache.reset(torch.ones(2)), ValueError, "mask must have dtype"),
-        (lambda model, cache: cache.reset([True]), TypeError, "mask must be a tensor, got list"),
-        (lambda model, cache: cache.crop(1), ValueError, "must be between -23 and 0, got 1"),
-        (lambda model, cache: cache.crop(-24), ValueError, "tokens_to_remove must be between"),
-        (lambda model, cache: cache.crop(-9), ValueError, "tokens_to_remove must leave what later"),
-        (
-            lambda model, cache: MemAttnCache(model.config).save("never.safetensors"),
-            ValueError,
-            "cache must hold sequences to be saved, got an empty cache",
-        ),
-        (
-            lambda model, cache: MemAttnCache(model.config).split(1),
-            ValueError,
-            "cache must hold sequences to be split, got an empty cache",
-        ),
-        (lambda model, cache: MemAttnCache.merge([]), ValueError, "caches must hold at least one"),
-        (
-            lambda model, cache: MemAttnCache.merge([cache, MemAttnCache(model.config)]),
-            ValueError,
-            "caches must hold sequences, got an empty cache",
-        ),
-    ],
-)
-def test_error_messages(use, error, message):
-    model = make_model()
-    _, cache = run_pieces(model, make_tokens(), [23])
-    with pytest.raises(error, match=message):
-        use(model, cache)
