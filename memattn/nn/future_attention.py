@@ -1,6 +1,6 @@
 """Future attention as a drop-in multi-head attention layer."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,6 +139,36 @@ class FutureAttention(MultiHeadAttention):
             ValueError: If shapes do not fit, a sequence is longer than ``num_positions``, or one of
                 ``rotary`` and ``future_rotary`` is missing.
         """
+        inputs, options = self.operands(
+            hidden_states,
+            rotary=rotary,
+            future_rotary=future_rotary,
+            cu_seqlens=cu_seqlens,
+            seq_start=seq_start,
+            seq_end=seq_end,
+            cache=cache,
+        )
+        loss = None
+        if self.loss_type is not None and (self.training if output_loss is None else output_loss):
+            out, loss, _ = future_attention_loss(
+                *inputs, loss_type=self.loss_type, detach_target=self.detach_target, **options
+            )
+        else:
+            out = future_attention(*inputs, **options).out
+        return FutureLayerOutput(self.merge_heads(out), loss)
+
+    def operands(
+        self,
+        hidden_states: Tensor,
+        *,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        future_rotary: tuple[Tensor, Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_start: Tensor | None = None,
+        seq_end: Tensor | None = None,
+        cache: TokenCache | None = None,
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """The five tensors and the options that ``forward`` calls the operator with."""
         check_pair(
             *("rotary", None if rotary is None else rotary[0]),
             *("future_rotary", None if future_rotary is None else future_rotary[0]),
@@ -172,14 +202,7 @@ class FutureAttention(MultiHeadAttention):
             query_offset=key.shape[2] - query.shape[2],
             backend=self.backend,
         )
-        inputs, loss = (query, key, value, *rows), None
-        if self.loss_type is not None and (self.training if output_loss is None else output_loss):
-            out, loss, _ = future_attention_loss(
-                *inputs, loss_type=self.loss_type, detach_target=self.detach_target, **options
-            )
-        else:
-            out = future_attention(*inputs, **options).out
-        return FutureLayerOutput(self.merge_heads(out), loss)
+        return (query, key, value, *rows), options
 
     def extra_repr(self) -> str:
         return f"loss_type={self.loss_type!r}, detach_target={self.detach_target}"

@@ -1,6 +1,6 @@
 """Where attention goes: the mass that each layer and head puts on each source of keys."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +48,28 @@ def attention_mass(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
         found = SOURCES[type(module)](module, *args, **options)
         masses[module] = {name: mass.double().mean((0, 2)).cpu() for name, mass in found.items()}
 
+    visit_layers(model, input_ids, layers, measure)
+    found = [masses[layer] for layer in layers]
+    names = dict.fromkeys(name for mass in found for name in mass)
+    none = torch.zeros_like(next(iter(found[0].values())))
+    return {name: torch.stack([mass.get(name, none) for mass in found]) for name in names}
+
+
+def visit_layers(
+    model: nn.Module,
+    input_ids: Tensor,
+    layers: Sequence[nn.Module],
+    visit: Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None],
+) -> None:
+    """Run a model once, and call ``visit(layer, args, options)`` before each of these layers."""
     was_training = model.training
-    hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(visit, with_kwargs=True) for layer in layers]
     try:
         model.eval()(input_ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
         model.train(was_training)
-    found = [masses[layer] for layer in layers]
-    names = dict.fromkeys(name for mass in found for name in mass)
-    none = torch.zeros_like(next(iter(found[0].values())))
-    return {name: torch.stack([mass.get(name, none) for mass in found]) for name in names}
 
 
 def _segmented_sources(
