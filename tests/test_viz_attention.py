@@ -82,7 +82,7 @@ def test_masses_leave_the_model_as_it_was():
     attention_mass(model, ids)
     assert model.training and torch.equal(model(ids).logits, before)
     assert not any(layer.attention._forward_pre_hooks for layer in model.model.layers)
-    with pytest.raises(TypeError, match="model must have layers of kind SegmentedAttention, got L"):
+    with pytest.raises(TypeError, match="model must have layers of kind SegmentedAttention, Fut"):
         attention_mass(torch.nn.Linear(2, 2), ids)
 
 
