@@ -304,11 +304,25 @@ def test_pieces_with_a_cache_equal_one_pass(source):
     whole = run(attention, hidden).hidden_states
     cache, offset, parts = MemAttnCacheLayer(), 0, []
     cache.keep = N_CTX
-    for piece in hidden.split([1, 9, 1, 1, 8, 4], 1):
+    for piece in hidden.split([1, 9, 1, 1, 8, 3, 1], 1):
         parts.append(run(attention, piece, offset=offset, cache=cache).hidden_states)
         offset += piece.shape[1]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-13)
     assert ("latent" in cache.state) == (source == "computed")
+
+
+def test_decoding_makes_only_the_rows_that_are_seen():
+    attention = make_attention("computed").eval()
+    hidden, lengths = make_hidden(T=12), []
+    cache = MemAttnCacheLayer()
+    cache.keep = N_CTX
+    hook = attention.future.key_proj.register_forward_hook(
+        lambda module, args, out: lengths.append(out.shape[1])
+    )
+    run(attention, hidden[:, :11], cache=cache)
+    run(attention, hidden[:, 11:], cache=cache, offset=11)
+    hook.remove()
+    assert lengths == [10 + F_DIM, F_DIM]
 
 
 def test_relative_keys_reach_beyond_any_length():

@@ -168,7 +168,10 @@ class FutureAttention(MultiHeadAttention):
         seq_end: Tensor | None = None,
         cache: TokenCache | None = None,
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """The five tensors and the options that ``forward`` calls the operator with."""
+        """The five tensors and the options that ``forward`` calls the operator with.
+
+        The arguments are those of ``forward``; keys and values are appended to the cache.
+        """
         check_pair(
             *("rotary", None if rotary is None else rotary[0]),
             *("future_rotary", None if future_rotary is None else future_rotary[0]),
@@ -184,14 +187,17 @@ class FutureAttention(MultiHeadAttention):
         length = key.shape[2]
         if latent is not None and cu_seqlens is not None and not torch.compiler.is_compiling():
             length = int(cu_seqlens.diff().max())  # each document has rows of its own
+        by_distance = self.future.future_index == "distance"
+        offset = key.shape[2] - query.shape[2]
+        whole = seq_start is None and cu_seqlens is None  # then no query stands before offset
         rows = self.future(
             self.future.num_rows(length),
+            first_row=0 if by_distance or not whole else offset,
             rotary=future_rotary,
             latent=latent,
             cu_seqlens=cu_seqlens,
             seq_start=seq_start,
         )
-        by_distance = self.future.future_index == "distance"
         options = dict(
             future_dim=self.future_dim,
             future_query=plain_query if by_distance and rotary is not None else None,
@@ -199,7 +205,7 @@ class FutureAttention(MultiHeadAttention):
             cu_seqlens=cu_seqlens,
             seq_start=seq_start,
             seq_end=seq_end,
-            query_offset=key.shape[2] - query.shape[2],
+            query_offset=offset,
             backend=self.backend,
         )
         return (query, key, value, *rows), options

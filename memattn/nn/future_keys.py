@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from memattn.nn.rotary import apply_rotary
 from memattn.ops._checks import check_int, must
@@ -61,6 +62,7 @@ class FutureTable(nn.Module):
         self,
         num_rows: int,
         *,
+        first_row: int = 0,
         rotary: tuple[Tensor, Tensor] | None = None,
         latent: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -70,14 +72,17 @@ class FutureTable(nn.Module):
 
         Args:
             num_rows: As ``num_rows`` says.
+            first_row: Rows before it are seen by no query, and may be zeros.
             rotary: Cosines and sines ``[1, 1, R, D/2]`` of positions 1, 2, ...; at least
                 ``num_rows`` of them. None means no rotation.
             latent: ``[B, 1, S, rank]``, of all tokens up to the last query.
             cu_seqlens: int32 ``[n+1]`` or None, bounds of packed documents.
             seq_start: int32 ``[B]`` or None, the first column of each sequence.
         """
-        key = _rotate(self.key[:, :num_rows], rotary)
-        return FutureRows(key, self.value[:, :num_rows])
+        if rotary is None:
+            return FutureRows(self.key[:, :num_rows], self.value[:, :num_rows])
+        key = _rotate(self.key[:, first_row:num_rows], rotary, first_row)
+        return FutureRows(_behind_zeros(key, first_row), self.value[:, :num_rows])
 
     def extra_repr(self) -> str:
         H, R, D = self.key.shape
@@ -145,6 +150,7 @@ class FutureComputed(FutureTable):
         self,
         num_rows: int,
         *,
+        first_row: int = 0,
         rotary: tuple[Tensor, Tensor] | None = None,
         latent: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -152,17 +158,19 @@ class FutureComputed(FutureTable):
     ) -> FutureRows:
         """Rows ``[B, H, R, D]`` for each sequence, or ``[n, H, R, D]`` for each document."""
         assert latent is not None
-        source = self._source(latent, num_rows, cu_seqlens, seq_start)  # [n, R, rank]
+        rows = slice(first_row, num_rows)
+        source = self._source(latent, rows, cu_seqlens, seq_start)  # [n, R, rank]
         key, value = (
-            table[:, :num_rows] + proj(source).unflatten(-1, (len(table), -1)).transpose(1, 2)
+            table[:, rows] + proj(source).unflatten(-1, (len(table), -1)).transpose(1, 2)
             for table, proj in ((self.key, self.key_proj), (self.value, self.value_proj))
         )
-        return FutureRows(_rotate(key, rotary), value)
+        key = _rotate(key, rotary, first_row)
+        return FutureRows(_behind_zeros(key, first_row), _behind_zeros(value, first_row))
 
     def _source(
         self,
         latent: Tensor,
-        num_rows: int,
+        rows: slice,
         cu_seqlens: Tensor | None,
         seq_start: Tensor | None,
     ) -> Tensor:
@@ -174,19 +182,26 @@ class FutureComputed(FutureTable):
             start = seq_start.long()[:, None]
         if cu_seqlens is not None:
             start, end = cu_seqlens.long()[:-1, None], cu_seqlens.long()[1:, None]
-        position = torch.arange(1, num_rows + 1, device=latent.device) - self.future_dim
+        position = torch.arange(rows.start + 1, rows.stop + 1, device=latent.device)
+        position = position - self.future_dim  # of the token that a row takes
         column = start + position  # [n, R]
         known = (position >= 0) & (column < end)
-        rows = latent[sequence, 0, column.clamp(0, S - 1)]
-        return rows.masked_fill(~known[..., None], 0.0)
+        source = latent[sequence, 0, column.clamp(0, S - 1)]
+        return source.masked_fill(~known[..., None], 0.0)
 
 
-def _rotate(key: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Rotate rows ``[..., R, D]`` by their own positions."""
+def _rotate(key: Tensor, rotary: tuple[Tensor, Tensor] | None, first_row: int) -> Tensor:
+    """Rotate the rows ``[..., R, D]`` from ``first_row`` on by their own positions."""
     if rotary is None:
         return key
-    R = key.shape[-2]
-    cos, sin = (t[0, :, :R] for t in rotary)  # [1, R, D/2]
-    if cos.shape[1] < R:
-        must("future_rotary", f"have a row for each of {R} positions", cos.shape[1])
+    last_row = first_row + key.shape[-2]
+    cos, sin = (t[0, :, first_row:last_row] for t in rotary)  # [1, R, D/2]
+    if rotary[0].shape[2] < last_row:
+        got = rotary[0].shape[2]
+        must("future_rotary", f"have a row for each of {last_row} positions", got)
     return apply_rotary(key, cos, sin)
+
+
+def _behind_zeros(rows: Tensor, first_row: int) -> Tensor:
+    """The rows ``[..., R, D]`` at the indices that they have in the whole table."""
+    return F.pad(rows, (0, 0, first_row, 0)) if first_row else rows
