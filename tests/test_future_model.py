@@ -71,8 +71,8 @@ def test_published_models_have_their_published_sizes(preset, sizes, count, witho
 @pytest.mark.parametrize(
     "source, options",
     [
-        ("table", dict()),
-        ("relative", dict()),
+        ("table", dict(num_hidden_layers=1)),
+        ("relative", dict(num_hidden_layers=1)),
         ("computed", dict(start_layer=1)),
         ("computed", GPT),
     ],

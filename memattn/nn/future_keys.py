@@ -174,20 +174,20 @@ class FutureComputed(FutureTable):
         cu_seqlens: Tensor | None,
         seq_start: Tensor | None,
     ) -> Tensor:
-        """The latent that each row takes, 0 where there is none, ``[n, R, rank]``."""
-        B, _, S, _ = latent.shape
-        sequence = torch.arange(B, device=latent.device)[:, None]
-        start, end = torch.zeros_like(sequence), torch.full_like(sequence, S)
+        """The latent that each row takes, 0 where there is none, ``[n, R, rank]``.
+
+        A row whose token is not there yet takes any: no query sees it.
+        """
+        sequence = torch.arange(latent.shape[0], device=latent.device)[:, None]
+        start = torch.zeros_like(sequence)
         if seq_start is not None:
             start = seq_start.long()[:, None]
         if cu_seqlens is not None:
-            start, end = cu_seqlens.long()[:-1, None], cu_seqlens.long()[1:, None]
+            start = cu_seqlens.long()[:-1, None]
         position = torch.arange(rows.start + 1, rows.stop + 1, device=latent.device)
         position = position - self.future_dim  # of the token that a row takes
-        column = start + position  # [n, R]
-        known = (position >= 0) & (column < end)
-        source = latent[sequence, 0, column.clamp(0, S - 1)]
-        return source.masked_fill(~known[..., None], 0.0)
+        column = (start + position).clamp(0, latent.shape[2] - 1)  # [n, R]
+        return latent[sequence, 0, column].masked_fill((position < 0)[:, None], 0.0)
 
 
 def _rotate(key: Tensor, rotary: tuple[Tensor, Tensor] | None, first_row: int) -> Tensor:
