@@ -53,8 +53,9 @@ inline std::vector<int64_t> int_values(const Tensor& t) {
   return values;
 }
 
-// Asks for huge pages where a large block is still to be written: the system gives large blocks anew
-// at each call, and page faults by 4 KiB cost a fifth of a windowed forward.
+// Asks for huge pages where a large block is still to be written: the system hands large blocks out
+// anew at each call, and page faults by 4 KiB cost a fifth of a windowed forward. Where a virtual
+// machine gives idle memory back to its host, the first call after a pause pays for it.
 inline void want_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t HUGE_PAGE = uintptr_t{1} << 21;

@@ -139,17 +139,6 @@ static MEMATTN_INLINE void dot_products(int64_t M, int64_t K, int64_t run, const
                                   B + k * ldb, ldb, 0, C, ldc, nullptr);
 }
 
-// The same sum for one pair of rows, rounded the same way.
-static MEMATTN_INLINE float dot_product(int64_t n, int64_t run, const float* a, const float* b) {
-  float total = 0.0f;
-  for (int64_t begin = 0; begin < n; begin += run) {
-    float sum = 0.0f;
-    for (int64_t k = begin; k < n && k < begin + run; ++k) sum = MEMATTN_FMA1(a[k], b[k], sum);
-    total += sum;
-  }
-  return total;
-}
-
 // ---- transposition -------------------------------------------------------------------------
 
 // Row i (LOW) or row i + STEP of two rows a and b whose off-diagonal runs of STEP change places.
