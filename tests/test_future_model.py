@@ -232,9 +232,15 @@ def test_longer_sequences_than_there_are_positions_are_named(source):
     with pytest.raises(ValueError, match=message):
         model(tokens[:, :41])
     cache = MemAttnCache(model.config)
-    model(tokens[:, :40], past_key_values=cache)
+    model(tokens[:, :39], past_key_values=cache)
     with pytest.raises(ValueError, match=message):
-        model(tokens[:, 40:41], past_key_values=cache)
+        model(tokens[:, 39:41], past_key_values=cache)
+    # the failed call left the cache as it was
+    last = model(tokens[:, 39:40], past_key_values=cache).logits
+    whole = model(tokens[:, :40]).logits[:, 39:]
+    torch.testing.assert_close(last, whole, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match=message):
+        model(tokens[:, :41], use_cache=False)
     with pytest.raises(ValueError, match=message):
         model(tokens, cu_seqlens=torch.tensor([0, 19, 60], dtype=torch.int32))
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from memattn.models.cache_layer import OPEN, SEQUENCES, MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
-from memattn.models.padding import BLOCK, SequenceBounds, block_bounds, check_mask
+from memattn.models.padding import BLOCK, SequenceBounds, block_bounds, check_longest, check_mask
 from memattn.ops._checks import check_shape, check_tensor, must
 
 FORMAT = "memattn-cache-1"
@@ -79,6 +79,7 @@ class MemAttnCache(Cache):
         num_columns: int,
         attention_mask: Tensor | None,
         device: torch.device,
+        max_length: int | None = None,
     ) -> list[SequenceBounds]:
         """Move on by ``num_columns`` tokens and return the bounds that each layer needs.
 
@@ -91,10 +92,11 @@ class MemAttnCache(Cache):
             attention_mask: ``[B, num_columns]``, or ``[B, position + num_columns]`` with all
                 columns so far; None means no padding.
             device: Where the bounds are needed.
+            max_length: Tokens that a sequence may have; None means any number.
 
         Raises:
-            ValueError: If the batch size changed, a row's ones are not one contiguous block, or
-                the mask contradicts what the cache has seen.
+            ValueError: If the batch size changed, a row's ones are not one contiguous block, the
+                mask contradicts what the cache has seen, or a sequence becomes too long.
         """
         B, T, p = batch_size, num_columns, self.position
         start = torch.zeros(B, dtype=torch.long) if self.seq_start is None else self.seq_start
@@ -115,10 +117,12 @@ class MemAttnCache(Cache):
             must("attention_mask", BLOCK, f"tokens behind padding in row {row}")
         # a row without tokens ends if it had begun, and else begins later; one whose tokens stop
         # before the last column ends there
-        self.seq_start = torch.where(started, start, p + first)
+        start = torch.where(started, start, p + first)
         end = torch.where(started & empty, end.clamp(max=p), end)
-        self.seq_end = torch.where(~empty & (last < T), p + last, end)
-        self.position = p + T
+        end = torch.where(~empty & (last < T), p + last, end)
+        if max_length is not None:
+            check_longest(end.clamp(max=p + T) - start, max_length)
+        self.seq_start, self.seq_end, self.position = start, end, p + T
 
         known: dict[tuple, SequenceBounds] = {}  # most layers are alike
         bounds = []

@@ -97,9 +97,12 @@ class MemAttnModel(MemAttnPreTrainedModel):
         cache = self._choose_cache(past_key_values, use_cache, cu_seqlens)
 
         offset = 0 if cache is None else cache.position
+        limit = self.config.position_limit
         seq_start = None  # in columns since the cache began
         if cache is not None:
-            bounds = cache.append_columns(B, T, attention_mask, hidden_states.device)
+            bounds = cache.append_columns(
+                B, T, attention_mask, hidden_states.device, max_length=limit
+            )
             if cache.seq_start is not None and cache.seq_start.any():
                 seq_start = cache.seq_start.to(hidden_states.device)
         else:
@@ -108,10 +111,10 @@ class MemAttnModel(MemAttnPreTrainedModel):
         positions = sequence_positions(
             hidden_states, offset=offset, seq_start=seq_start, cu_seqlens=cu_seqlens
         )
+        if cache is None:
+            check_lengths(positions, attention_mask, limit)
         if position_ids is not None:
             check_positions(position_ids, positions, attention_mask)
-        if self.config.position_limit is not None:
-            check_lengths(positions, attention_mask, offset + T, self.config.position_limit)
         if self.embed_positions is not None:
             hidden_states = hidden_states + self._position_states(positions, attention_mask)
         rotary, future_rotary = self._rotary(hidden_states, positions, offset)

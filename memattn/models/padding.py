@@ -83,18 +83,22 @@ def check_positions(position_ids: Tensor, positions: Tensor, attention_mask: Ten
         )
 
 
-def check_lengths(
-    positions: Tensor, attention_mask: Tensor | None, num_columns: int, limit: int
-) -> None:
+def check_lengths(positions: Tensor, attention_mask: Tensor | None, max_length: int | None) -> None:
     """Raise if a token stands at a position that the model has no parameters for."""
-    if num_columns <= limit or torch.compiler.is_compiling():
+    T = positions.shape[1]
+    if max_length is None or max_length >= T or torch.compiler.is_compiling():
         return
-    wrong = positions >= limit
     if attention_mask is not None:
-        wrong = wrong & (attention_mask[:, -positions.shape[1] :] != 0)
-    if wrong.any():
-        longest = int(positions.expand(wrong.shape)[wrong].max()) + 1
-        must("input_ids", f"have at most max_position_embeddings={limit} tokens a row", longest)
+        positions = positions.masked_fill(attention_mask == 0, 0)
+    check_longest(positions + 1, max_length)
+
+
+def check_longest(lengths: Tensor, max_length: int) -> None:
+    """Raise if one of the lengths is above the model's longest."""
+    longest = int(lengths.max())
+    if longest > max_length:
+        limit = f"max_position_embeddings={max_length}"
+        must("input_ids", f"have at most {limit} tokens a row", longest)
 
 
 def _shorten(values: list) -> str:
