@@ -41,6 +41,35 @@ struct Block {
   float *d_key, *d_value;
 };
 
+// Keys of one source, row by row, and where their gradients are summed, from row `sums_begin` on.
+struct Source {
+  const View &key, &value;
+  int64_t key_at, value_at;  // row 0
+  int64_t row_axis;
+  float *d_key, *d_value;  // null without gradients
+  int64_t sums_begin;
+};
+
+// Calls visit(block) for the blocks of a source that some lane sees. scratch: [BLOCK_KEYS][D + Dv].
+template <class Visit>
+static MEMATTN_INLINE void walk_source(const Source& s, const Interval& seen, int64_t D, int64_t Dv,
+                                       float* scratch, Visit visit) {
+  const int64_t key_step = s.key.stride[s.row_axis], value_step = s.value.stride[s.row_axis];
+  for (int64_t j = seen.min_lo; j < seen.max_hi; j += BLOCK_KEYS) {
+    const int64_t left = seen.max_hi - j;
+    const int64_t n = left < BLOCK_KEYS ? left : BLOCK_KEYS;
+    Block block;
+    block.key = float_rows(s.key, s.key_at + j * key_step, key_step, s.key.stride[s.row_axis + 1],
+                           n, D, scratch);
+    block.value = float_rows(s.value, s.value_at + j * value_step, value_step,
+                             s.value.stride[s.row_axis + 1], n, Dv, scratch + BLOCK_KEYS * D);
+    block.begin = j, block.n = n, block.seen = &seen;
+    block.d_key = s.d_key ? s.d_key + (j - s.sums_begin) * round_up(D, VL) : nullptr;
+    block.d_value = s.d_value ? s.d_value + (j - s.sums_begin) * round_up(Dv, VL) : nullptr;
+    visit(block);
+  }
+}
+
 // Scores -inf outside the lanes' intervals; key j of the source in row j - first of `scores`. Keys
 // that all lanes see are passed over.
 template <int NV>

@@ -7,9 +7,9 @@
 #include <tuple>
 #include <utility>
 
+#include "future_chunks.h"
 #include "future_rows.h"
 #include "gradient_sums.h"
-#include "tensors.h"
 
 namespace memattn {
 namespace {
@@ -109,20 +109,6 @@ int64_t count_whole(const FutureArgs& a) {
   return std::max<int64_t>(count * a.H, 1);
 }
 
-// Tiles of queries [t_begin, t_end) of key head (b, hkv). Short sequences share a tile among the
-// query heads of the group.
-std::vector<Tile> make_tiles(const FutureArgs& a, int64_t b, int64_t hkv, int64_t t_begin,
-                             int64_t t_end) {
-  const int64_t G = a.H / a.Hkv, rows = kernels().tile_rows;
-  const int64_t heads = std::clamp<int64_t>(rows / std::max<int64_t>(a.T, 1), 1, G);
-  std::vector<Tile> tiles;
-  for (int64_t t = t_begin; t < t_end; t += rows)
-    for (int64_t g = 0; g < G; g += heads)
-      tiles.push_back({b, hkv, hkv * G + g, hkv * G + std::min(g + heads, G), t,
-                       std::min(t + rows, t_end)});
-  return tiles;
-}
-
 // What a forward pass leaves: the results, and what the backward needs besides.
 struct Results {
   Tensor out, out_future, lse, lse_low, target, lse_target, lse_target_low, loss;
@@ -165,89 +151,6 @@ Results run_forward(const Inputs& in, FutureLoss loss) {
   return r;
 }
 
-// Queries [t_begin, t_end) of key head (b, hkv), and the keys that they reach.
-struct Unit {
-  int64_t b, hkv, t_begin, t_end;
-  int64_t key_begin = 0, key_end = 0;
-  Buffer sums;  // kept where other units add to the same keys
-};
-
-// Units that one thread takes in order, and the rows of the owner's table heads that they reach.
-struct Chunk {
-  int64_t owner;
-  std::vector<Unit> units;
-  int64_t future_begin = 0, future_end = 0;
-  Buffer sums;
-};
-
-// Who sums what: an owner has a run of query heads that contains all queries of its key heads and
-// of its table heads, in one sequence or, where the table is shared, in all.
-struct Owners {
-  int64_t tables;       // 1, or B where each sequence has its own table
-  int64_t groups;       // of heads
-  int64_t key_heads;    // of a group
-  int64_t table_heads;  // of a group
-  int64_t split = 1;    // chunks of an owner
-
-  Owners(const FutureArgs& a, bool per_sequence) : tables(per_sequence ? a.B : 1) {
-    const int64_t heads = std::lcm(a.H / a.Hkv, a.H / a.Hf);
-    groups = a.H / heads, key_heads = heads / (a.H / a.Hkv), table_heads = heads / (a.H / a.Hf);
-    // split further only where that leaves threads idle
-    const int64_t threads = torch::stable::get_num_threads(), n = count();
-    if (n && n < 4 * threads && n % threads) split = std::min<int64_t>((2 * threads + n - 1) / n, 8);
-  }
-  int64_t count() const { return tables * groups; }
-};
-
-// Grows a chunk's and a unit's reach to what row r sees.
-void reach(const FutureRow& r, bool with_target, Unit& unit, Chunk& chunk) {
-  auto grow = [](int64_t lo, int64_t hi, int64_t& begin, int64_t& end) {
-    if (lo >= hi) return;
-    const bool none = begin >= end;
-    begin = none ? lo : std::min(begin, lo), end = none ? hi : std::max(end, hi);
-  };
-  grow(r.lo, with_target ? r.hi : r.mid, unit.key_begin, unit.key_end);
-  grow(r.future_lo, r.future_hi, chunk.future_begin, chunk.future_end);
-}
-
-// The work of one owner in `split` chunks of about equal size.
-std::vector<Chunk> make_chunks(const FutureArgs& a, const Owners& owners, int64_t owner) {
-  const int64_t b0 = owners.tables == 1 ? 0 : owner / owners.groups;
-  const int64_t b1 = owners.tables == 1 ? a.B : b0 + 1;
-  const int64_t hkv0 = owner % owners.groups * owners.key_heads;
-  const bool with_target = a.walks_target(true);
-  auto cost = [&](const FutureRow& r) {
-    return r.mid - r.lo + r.future_hi - r.future_lo + (with_target ? r.hi - r.mid : 0) + 1.0;
-  };
-  double work = 0, done = 0;
-  for (int64_t b = b0; b < b1; ++b)
-    for (int64_t t = 0; t < a.T; ++t)
-      work += cost(a.rows[b * a.rows_stride + t]) * static_cast<double>(owners.key_heads);
-
-  std::vector<Chunk> chunks(1);
-  chunks[0].owner = owner;
-  for (int64_t b = b0; b < b1; ++b)
-    for (int64_t hkv = hkv0; hkv < hkv0 + owners.key_heads; ++hkv) {
-      bool begins = true;
-      for (int64_t t = 0; t < a.T; ++t) {
-        const double share = work * static_cast<double>(chunks.size()) / static_cast<double>(owners.split);
-        if (done >= share && static_cast<int64_t>(chunks.size()) < owners.split) {
-          chunks.emplace_back();
-          chunks.back().owner = owner, begins = true;
-        }
-        if (begins) chunks.back().units.push_back({b, hkv, t, t});
-        begins = false;
-        const FutureRow& row = a.rows[b * a.rows_stride + t];
-        Unit& unit = chunks.back().units.back();
-        unit.t_end = t + 1;
-        reach(row, with_target, unit, chunks.back());
-        done += cost(row);
-      }
-      if (a.T == 0) chunks.back().units.push_back({b, hkv, 0, 0});
-    }
-  return chunks;
-}
-
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // `a` has everything but the gradients that this makes.
@@ -272,15 +175,15 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
   const Kernels& k = kernels();
   const int64_t ldk = (D + k.lanes - 1) / k.lanes * k.lanes;
   const int64_t ldv = (Dv + k.lanes - 1) / k.lanes * k.lanes;
-  const Owners owners(a, per_sequence);
-  std::vector<Chunk> chunks;
+  const FutureOwners owners(a, per_sequence);
+  std::vector<FutureChunk> chunks;
   for (int64_t owner = 0; owner < owners.count(); ++owner)
-    for (Chunk& chunk : make_chunks(a, owners, owner)) chunks.push_back(std::move(chunk));
+    for (FutureChunk& chunk : future_chunks(a, owners, owner)) chunks.push_back(std::move(chunk));
 
   // rows of the token gradients, from all units of one key head in one sequence
-  auto store_tokens = [&](int64_t head, const std::vector<const Unit*>& units) {
+  auto store_tokens = [&](int64_t head, const std::vector<const FutureUnit*>& units) {
     std::vector<Part> keys, values;
-    for (const Unit* u : units) {
+    for (const FutureUnit* u : units) {
       const float* sums = u->sums.get();
       keys.push_back({sums, u->key_begin, u->key_end});
       values.push_back({sums + (u->key_end - u->key_begin) * ldk, u->key_begin, u->key_end});
@@ -295,7 +198,7 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
     const int64_t rows = ((owners.tables == 1 ? 0 : owner / owners.groups * a.Hf) + heads_before) * a.R;
     std::vector<Part> keys, values;
     for (size_t c = first; c < last; ++c) {
-      const Chunk& ch = chunks[c];
+      const FutureChunk& ch = chunks[c];
       const int64_t n = ch.future_end - ch.future_begin;
       const float* sums = ch.sums.get() + head * n * ldk;
       const float* value_sums = ch.sums.get() + owners.table_heads * n * ldk + head * n * ldv;
@@ -315,7 +218,7 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
   parallel_work(
       chunks.size(), [&] { return State{buffer(k.future.backward_scratch(a)), nullptr}; },
       [&](int64_t i, State& state) {
-        Chunk& c = chunks[i];
+        FutureChunk& c = chunks[i];
         const int64_t future_rows = c.future_end - c.future_begin;
         const int64_t table_floats = owners.table_heads * future_rows * (ldk + ldv);
         c.sums = buffer(table_floats);
@@ -325,7 +228,7 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
         g.d_future_value = g.d_future_key + owners.table_heads * future_rows * ldk;
         g.future_begin = c.future_begin, g.future_rows = future_rows;
         g.table_head_begin = c.owner % owners.groups * owners.table_heads;
-        for (Unit& unit : c.units) {
+        for (FutureUnit& unit : c.units) {
           const int64_t keys = unit.key_end - unit.key_begin, floats = keys * (ldk + ldv);
           if (!state.sums || state.floats < floats) state.sums = buffer(floats), state.floats = floats;
           unit.sums = std::move(state.sums);
@@ -345,15 +248,15 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
       });
 
   if (owners.split > 1) {
-    std::map<int64_t, std::vector<const Unit*>> shared;
+    std::map<int64_t, std::vector<const FutureUnit*>> shared;
     std::vector<size_t> first_chunk;
     for (size_t c = 0; c < chunks.size(); ++c) {
       if (!c || chunks[c].owner != chunks[c - 1].owner) first_chunk.push_back(c);
-      for (const Unit& unit : chunks[c].units)
+      for (const FutureUnit& unit : chunks[c].units)
         if (unit.sums) shared[unit.b * a.Hkv + unit.hkv].push_back(&unit);
     }
     first_chunk.push_back(chunks.size());
-    const std::vector<std::pair<int64_t, std::vector<const Unit*>>> heads(shared.begin(), shared.end());
+    const std::vector<std::pair<int64_t, std::vector<const FutureUnit*>>> heads(shared.begin(), shared.end());
     const int64_t tables = owners.count() * owners.table_heads;
     parallel_work(static_cast<int64_t>(heads.size()) + tables, [] { return 0; }, [&](int64_t i, int) {
       if (i >= tables) return store_tokens(heads[i - tables].first, heads[i - tables].second);

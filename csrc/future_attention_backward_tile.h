@@ -42,7 +42,7 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
   __builtin_memset(lanes, 0, 8 * TILE_ROWS * 4);
 
   const Split scale2 = Split::factor(a.scale * LOG2E);
-  const bool few = rows.keys() <= FEW_KEYS;
+  const bool few = rows.few_keys();
   const int64_t run = few ? FEW_KEYS_RUN : MANY_KEYS_RUN;
   load_rows(a.query, tile, rows, a.D, ldk, q_rows);
   to_panels(q_rows, ldk, rows.lanes, a.D, PANEL, q);

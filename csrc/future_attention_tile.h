@@ -30,15 +30,19 @@ struct FutureTileRows {
     return r.lo >= r.hi && r.future_lo >= r.future_hi;
   }
 
-  // at most so many keys are seen by the rows together
-  int64_t keys() const {
-    int64_t lo = INT32_MAX, hi = 0, future = 0;
+  // Whether the rows together see few keys, or one of them so few that its weights and those of
+  // the table's row after it, which few other queries see, are large.
+  bool few_keys() const {
+    int64_t lo = INT32_MAX, hi = 0, most_future = 0, least = INT32_MAX;
     for (int64_t i = 0; i < n; ++i) {
+      if (empty(i)) continue;
       const FutureRow& r = *range[i];
+      const int64_t future = r.future_hi - r.future_lo, keys = r.mid - r.lo + future;
       if (r.lo < r.hi) lo = r.lo < lo ? r.lo : lo, hi = r.hi > hi ? r.hi : hi;
-      future = r.future_hi - r.future_lo > future ? r.future_hi - r.future_lo : future;
+      most_future = future > most_future ? future : most_future;
+      least = keys < least ? keys : least;
     }
-    return (lo < hi ? hi - lo : 0) + future;
+    return least <= FEW_KEYS / 2 || (lo < hi ? hi - lo : 0) + most_future <= FEW_KEYS;
   }
 };
 
@@ -48,8 +52,6 @@ static void for_each_future_block(const FutureArgs& a, const Tile& tile, const F
                                   int64_t panel, const FutureGrads* grads, bool with_target,
                                   float* scratch, Visit visit) {
   const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL), group = a.H / a.Hf;
-  float* key_scratch = scratch;
-  float* value_scratch = scratch + BLOCK_KEYS * a.D;
   Interval seen;
   // lanes past the last row repeat it: they cost no mask, and nobody reads them
   auto fill = [&](auto interval) {
@@ -58,19 +60,9 @@ static void for_each_future_block(const FutureArgs& a, const Tile& tile, const F
   };
   auto walk = [&](Keys kind, const View& key, const View& value, int64_t head, float* d_key,
                   float* d_value, int64_t grads_begin) {
-    for (int64_t j = seen.min_lo; j < seen.max_hi; j += BLOCK_KEYS) {
-      const int64_t left = seen.max_hi - j;
-      const int64_t n = left < BLOCK_KEYS ? left : BLOCK_KEYS;
-      Block block;
-      block.key = float_rows(key, at(key, tile.b, head, j), key.stride[2], key.stride[3], n, a.D,
-                             key_scratch);
-      block.value = float_rows(value, at(value, tile.b, head, j), value.stride[2], value.stride[3],
-                               n, a.Dv, value_scratch);
-      block.begin = j, block.n = n, block.seen = &seen;
-      block.d_key = grads ? d_key + (j - grads_begin) * ldk : nullptr;
-      block.d_value = grads ? d_value + (j - grads_begin) * ldv : nullptr;
-      visit(kind, block);
-    }
+    walk_source({key, value, at(key, tile.b, head, 0), at(value, tile.b, head, 0), 2, d_key, d_value,
+                 grads_begin},
+                seen, a.D, a.Dv, scratch, [&](const Block& block) { visit(kind, block); });
   };
   auto walk_tokens = [&](Keys kind) {
     walk(kind, a.key, a.value, tile.hkv, grads ? grads->d_key : nullptr,
@@ -188,7 +180,7 @@ static void future_forward_tile(const FutureArgs& a, const Tile& tile, float* sc
   float* block_scratch = take(BLOCK_KEYS * (a.D + a.Dv));  // or rows of the tile
   float* loose = take(2 * TILE_ROWS * (ldk > ldv ? ldk : ldv));
   const Split scale2 = Split::factor(a.scale * LOG2E);
-  const int64_t run = rows.keys() <= FEW_KEYS ? FEW_KEYS_RUN : MANY_KEYS_RUN;
+  const int64_t run = rows.few_keys() ? FEW_KEYS_RUN : MANY_KEYS_RUN;
   load_rows(a.query, tile, rows, a.D, ldk, loose);
   to_panels(loose, ldk, rows.lanes, a.D, PANEL, q);
   if (a.separate_query) {

@@ -55,8 +55,6 @@ template <class Visit>
 static void for_each_block(const SegmentedArgs& a, const Tile& tile, const TileRows& rows,
                            int64_t panel, const SegmentedGrads* grads, int64_t ldk, int64_t ldv,
                            float* scratch, Visit visit) {
-  float* key_scratch = scratch;
-  float* value_scratch = scratch + BLOCK_KEYS * a.D;
   Interval seen;
   // lanes past the last row repeat it: they cost no mask, and nobody reads them
   auto fill = [&](auto lo, auto hi) {
@@ -68,19 +66,8 @@ static void for_each_block(const SegmentedArgs& a, const Tile& tile, const TileR
   };
   auto walk = [&](const View& key, int64_t key_at, const View& value, int64_t value_at,
                   int64_t row, float* d_key, float* d_value, int64_t grads_begin) {
-    for (int64_t j = seen.min_lo; j < seen.max_hi; j += BLOCK_KEYS) {
-      const int64_t left = seen.max_hi - j;
-      const int64_t n = left < BLOCK_KEYS ? left : BLOCK_KEYS;
-      Block block;
-      block.key = float_rows(key, key_at + j * key.stride[row], key.stride[row],
-                             key.stride[row + 1], n, a.D, key_scratch);
-      block.value = float_rows(value, value_at + j * value.stride[row], value.stride[row],
-                               value.stride[row + 1], n, a.Dv, value_scratch);
-      block.begin = j, block.n = n, block.seen = &seen;
-      block.d_key = grads ? d_key + (j - grads_begin) * ldk : nullptr;
-      block.d_value = grads ? d_value + (j - grads_begin) * ldv : nullptr;
-      visit(block);
-    }
+    walk_source({key, value, key_at, value_at, row, d_key, d_value, grads_begin}, seen, a.D, a.Dv,
+                scratch, visit);
   };
 
   if (a.P) {

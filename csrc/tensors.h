@@ -87,6 +87,20 @@ inline Buffer buffer(int64_t floats) {
   return Buffer(p);
 }
 
+// Tiles of queries [t_begin, t_end) of key head (b, hkv). Short sequences share a tile among the
+// query heads of the group.
+template <class Args>
+std::vector<Tile> make_tiles(const Args& a, int64_t b, int64_t hkv, int64_t t_begin, int64_t t_end) {
+  const int64_t G = a.H / a.Hkv, rows = kernels().tile_rows;
+  const int64_t heads = std::clamp<int64_t>(rows / std::max<int64_t>(a.T, 1), 1, G);
+  std::vector<Tile> tiles;
+  for (int64_t t = t_begin; t < t_end; t += rows)
+    for (int64_t g = 0; g < G; g += heads)
+      tiles.push_back({b, hkv, hkv * G + g, hkv * G + std::min(g + heads, G), t,
+                       std::min(t + rows, t_end)});
+  return tiles;
+}
+
 // Runs work(i, thread's state) for i in [0, n), handed out one by one: tiles differ in cost.
 template <class State, class Work>
 void parallel_work(int64_t n, State make_state, Work work) {
