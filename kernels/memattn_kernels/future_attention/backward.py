@@ -18,7 +18,6 @@ from memattn_kernels.future_attention.backward_kernels import (
 from memattn_kernels.future_attention.forward import (
     future_attention_op,
     kernel_inputs,
-    target_rows,
     tile_width,
 )
 from memattn_kernels.segmented_attention.forward import rows
@@ -68,38 +67,36 @@ def future_attention_backward_op(
         *(query_offset, scale),
     )
     B, H, T, _ = query.shape
+    if loss_type is None:
+        d_loss = None
     d_out = torch.zeros_like(out) if d_out is None else rows_ready(d_out)
     # the cotangent of the future part, where that of out is not all of it
     has_own = d_out_future is not None or d_loss is not None
     d_future = empty_rows(query, out.shape[-1]) if has_own else None
-    target_rows_given = target_rows(lse_target if d_loss is not None else lse_target[:0], residual)
-    has_target = target_rows_given["lse_target_ptr"] is not None
+    has_target = d_loss is not None and not detach_target
     d_target = empty_rows(query, out.shape[-1]) if has_target else None
     # the key-stationary kernels read whole tiles of these
-    row_scratch = lse.new_empty(4 if has_target else 2, lse.numel() + configs.MAX_BLOCK)
-    written = {
-        "scaled_lse_ptr": row_scratch[0],
-        "delta_ptr": row_scratch[1],
-        "scaled_lse_target_ptr": row_scratch[2] if has_target else None,
-        "delta_target_ptr": row_scratch[3] if has_target else None,
-    }
-    residuals = {
+    n_numbers = lse.numel() + configs.MAX_BLOCK
+    numbers = [lse.new_empty(n_numbers) for _ in range(4 if has_target else 2)]
+    kept = {
         "residual_ptr": residual[0] if len(residual) else None,
-        "residual_target_ptr": target_rows_given["residual_target_ptr"] if has_target else None,
-    }
-    cotangents = rows("do", d_out, "bht") | {
-        "dlse_ptr": None if d_lse is None else d_lse.contiguous()
+        "residual_target_ptr": residual[1] if has_target and len(residual) else None,
+        "scaled_lse_ptr": numbers[0],
+        "delta_ptr": numbers[1],
+        "scaled_lse_target_ptr": numbers[2] if has_target else None,
+        "delta_target_ptr": numbers[3] if has_target else None,
+        "dlse_ptr": None if d_lse is None else d_lse.contiguous(),
+        **rows("dtarget", d_target, "bht"),
     }
 
     with device_guard(query):
         if lse.numel():
-            config = configs.lookup("future_attention_bwd_dq", query, tile_width(inputs))
+            config = _config("bwd_dq", has_target, query, inputs)
             future_attention_bwd_dq_kernel[(triton.cdiv(T, config["BLOCK_M"]) * B * H,)](
                 **inputs,
                 **config,
-                **written,
-                **residuals,
-                **cotangents,
+                **kept,
+                **rows("do", d_out, "bht"),
                 **rows("o", out, "bht"),
                 **rows("of", out_future if has_own else None, "bht"),
                 **rows("target", target if d_loss is not None else None, "bht"),
@@ -107,43 +104,43 @@ def future_attention_backward_op(
                 **rows("dq", d_query, "bht"),
                 **rows("dfq", None if future_query is None else d_fq, "bht"),
                 **rows("df", d_future, "bht"),
-                **rows("dtarget", d_target, "bht"),
                 lse_ptr=lse,
-                lse_target_ptr=target_rows_given["lse_target_ptr"],
+                lse_target_ptr=lse_target if has_target else None,
                 dloss_ptr=None if d_loss is None else d_loss / count,
                 IS_COSINE=loss_type == "cosine",
             )
-        _launch_dkdv(
-            *(query, d_key, d_value, inputs),
-            written | residuals | cotangents | rows("dtarget", d_target, "bht"),
-        )
-        cotangents |= rows("do", d_out if d_future is None else d_future, "bht")
-        shared = cotangents | {
-            name: (written | residuals)[name]
-            for name in ("scaled_lse_ptr", "delta_ptr", "residual_ptr")
-        }
-        future_query = query if future_query is None else future_query
-        _launch_table(
-            *(future_query, future_key, future_value, cu_seqlens, d_fk, d_fv, inputs, shared)
-        )
+        _launch_dkdv(query, d_key, d_value, inputs, kept | rows("do", d_out, "bht"))
+        kept |= rows("do", d_out if d_future is None else d_future, "bht")
+        kept |= rows("q", query if future_query is None else future_query, "bht")
+        _launch_table(query, future_key, future_value, cu_seqlens, d_fk, d_fv, inputs | kept)
     return grads
 
 
-def _launch_dkdv(query: Tensor, d_key: Tensor, d_value: Tensor, inputs: dict, shared: dict) -> None:
+def _config(kernel: str, has_target: bool, query: Tensor, inputs: dict) -> dict[str, int]:
+    """The configuration of a kernel, which needs smaller tiles for a target with a gradient."""
+    name = f"future_attention_{kernel}" + "_target" * has_target
+    return configs.lookup(name, query, tile_width(inputs))
+
+
+def _launch_dkdv(query: Tensor, d_key: Tensor, d_value: Tensor, inputs: dict, kept: dict) -> None:
     """Launch the kernel that owns the token keys."""
-    config = configs.lookup("future_attention_bwd_dkdv", query, tile_width(inputs))
+    config = _config("bwd_dkdv", kept["dtarget_ptr"] is not None, query, inputs)
     B, Hkv, S, _ = d_key.shape
     n_programs = triton.cdiv(S, config["BLOCK_N"]) * B * Hkv
     if n_programs == 0:
         return
-    names = future_attention_bwd_dkdv_kernel.arg_names
-    future_attention_bwd_dkdv_kernel[(n_programs,)](
-        **{name: value for name, value in inputs.items() if name in names},
+    kernel = future_attention_bwd_dkdv_kernel
+    kernel[(n_programs,)](
+        **_arguments(kernel, inputs | kept),
         **config,
-        **shared,
         **rows("dk", d_key, "bht"),
         **rows("dv", d_value, "bht"),
     )
+
+
+def _arguments(kernel: triton.JITFunction, inputs: dict) -> dict:
+    """Those of the inputs that the kernel has."""
+    return {name: value for name, value in inputs.items() if name in kernel.arg_names}
 
 
 def _launch_table(
@@ -154,19 +151,17 @@ def _launch_table(
     d_key: Tensor,
     d_value: Tensor,
     inputs: dict,
-    shared: dict,
 ) -> None:
     """Launch the kernel that owns the rows of the table, and add up its parts."""
-    config = configs.lookup("future_attention_bwd_table", query, tile_width(inputs))
+    config = _config("bwd_table", False, query, inputs)
     table_len, by_distance, T = inputs["table_len"], inputs["BY_DISTANCE"], inputs["T"]
-    bounds = {name: inputs[name] for name in ("seq_start_ptr", "seq_end_ptr")}
     n_tables, n_sequences = 1, query.shape[0]
     if inputs["PER_DOCUMENT"]:
         n_tables, n_sequences = future_key.shape[-2] // table_len, 1
     elif future_key.dim() == 4:
         n_tables, n_sequences = n_sequences, 1
     elif cu_seqlens is not None and by_distance:  # all queries see all rows
-        bounds["seq_end_ptr"], cu_seqlens = cu_seqlens[-1:], None
+        inputs["seq_end_ptr"], cu_seqlens = cu_seqlens[-1:], None
     elif cu_seqlens is not None:
         n_sequences = cu_seqlens.numel() - 1
 
@@ -189,21 +184,12 @@ def _launch_table(
             torch.empty(n_parts * len(t), *t.shape[1:], dtype=torch.float32, device=t.device)
             for t in grads
         ]
-    names = future_attention_bwd_table_kernel.arg_names
-    future_attention_bwd_table_kernel[(n_programs * n_parts,)](
-        **{
-            name: value
-            for name, value in inputs.items()
-            if name in names
-            and name[:8] not in ("q_ptr", "k_ptr", "v_ptr")
-            and not name.startswith(("stride", "seq"))
-        },
+    tables = [t.expand(len(grads[0]), -1, -1, -1) for t in (future_key, future_value)]
+    inputs |= rows("k", tables[0], "bht") | rows("v", tables[1], "bht")
+    kernel = future_attention_bwd_table_kernel
+    kernel[(n_programs * n_parts,)](
+        **_arguments(kernel, inputs),
         **config,
-        **shared,
-        **bounds,
-        **rows("q", query, "bht"),
-        **rows("k", future_key.expand(len(grads[0]), -1, -1, -1), "bht"),
-        **rows("v", future_value.expand(len(grads[0]), -1, -1, -1), "bht"),
         **rows("dk", sums[0], "bht"),
         **rows("dv", sums[1], "bht"),
         cu_seqlens_ptr=cu_seqlens,

@@ -15,7 +15,13 @@ A target that is not detached adds, with its own weights Q and the loss's gradie
 import triton
 import triton.language as tl
 
-from memattn_kernels._common import NO_END, exponent_factor, load_tile, store_tile
+from memattn_kernels._common import (
+    NO_END,
+    exponent_factor,
+    load_tile,
+    store_tile,
+    tile_ranges,
+)
 from memattn_kernels.future_attention.forward import RUNTIME_SIZES
 from memattn_kernels.future_attention.intervals import (
     ahead_of_query,
@@ -33,7 +39,7 @@ from memattn_kernels.segmented_attention.intervals import sequence_of
 
 @triton.jit
 def _load_lse(lse_ptr, scaled_lse_ptr, row, mask, dtype: tl.constexpr):
-    """``lse`` with ``exponent_factor``, infinite for a row without keys; also for the next kernels."""
+    """``lse`` with ``exponent_factor``, infinite for a row without keys; kept."""
     lse = tl.load(lse_ptr + row, mask=mask, other=0.0) * exponent_factor(dtype)
     lse = tl.where(lse > -float("inf"), lse, float("inf"))
     tl.store(scaled_lse_ptr + row, lse, mask=mask)
@@ -83,6 +89,7 @@ def future_attention_bwd_dq_kernel(
     k_ptr += b * stride_kb + h // G * stride_kh
     v_ptr += b * stride_vb + h // G * stride_vh
     HAS_TARGET: tl.constexpr = lse_target_ptr is not None
+    IS_CORRECTED: tl.constexpr = q.dtype == tl.float32
 
     lse = _load_lse(lse_ptr, scaled_lse_ptr, row, mask_m, q.dtype)
     residual = lse
@@ -108,26 +115,26 @@ def future_attention_bwd_dq_kernel(
     dtarget = do
     if df_ptr is not None:
         of_ptr += b * stride_ofb + h * stride_ofh
-        of = load_tile(of_ptr, t, stride_oft, T, DV, BLOCK_M, BLOCK_DV, True).to(tl.float32)
-        dof = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-        if dof_ptr is not None:
-            dof_ptr += b * stride_dofb + h * stride_dofh
-            dof += load_tile(dof_ptr, t, stride_doft, T, DV, BLOCK_M, BLOCK_DV, True)
+        of = load_tile(of_ptr, t, stride_oft, T, DV, BLOCK_M, BLOCK_DV, True)
+        d_own = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
         if dloss_ptr is not None:
             target_ptr += b * stride_targetb + h * stride_targeth
             target = load_tile(target_ptr, t, stride_targett, T, DV, BLOCK_M, BLOCK_DV, True)
-            target = target.to(tl.float32)
             weight = tl.where(whole, tl.load(dloss_ptr), 0.0)
-            from_loss, from_target = row_loss_gradient(of, target, weight, DV, IS_COSINE)
-            dof += from_loss
+            own, other, own_target = row_loss_gradient(of, target, weight, DV, IS_COSINE)
             if HAS_TARGET:
-                delta_target = tl.sum(from_target * target, 1)
+                d_own = own_target[:, None] * target + other[:, None] * of
+                delta_target = tl.sum(d_own * target, 1)
                 tl.store(delta_target_ptr + row, delta_target, mask=mask_m)
-                dtarget = from_target.to(q.dtype)
+                dtarget = d_own.to(q.dtype)
                 dtarget_ptr += b * stride_dtargetb + h * stride_dtargeth
                 store_tile(dtarget_ptr, t, stride_dtargett, T, dtarget, DV, BLOCK_M, BLOCK_DV)
-        delta += tl.sum(dof * of, 1)
-        df = (do.to(tl.float32) + dof).to(q.dtype)
+            d_own = own[:, None] * of + other[:, None] * target
+        if dof_ptr is not None:
+            dof_ptr += b * stride_dofb + h * stride_dofh
+            d_own += load_tile(dof_ptr, t, stride_doft, T, DV, BLOCK_M, BLOCK_DV, True)
+        delta += tl.sum(d_own * of, 1)
+        df = (do + d_own).to(q.dtype)
         df_ptr += b * stride_dfb + h * stride_dfh
         store_tile(df_ptr, t, stride_dft, T, df, DV, BLOCK_M, BLOCK_DV)
     dlse = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -160,7 +167,7 @@ def future_attention_bwd_dq_kernel(
             fk_ptr + b * stride_fkb + h // GF * stride_fkh,
             fv_ptr + b * stride_fvb + h // GF * stride_fvh, stride_fkt, stride_fvt,
             lo, tl.where(group == part, hi, lo), valid & (group == part), exponent_scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, documents_ptr is None,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, documents_ptr is None,
         )  # fmt: skip
     dfq = dq
     pk_future = pk
@@ -173,17 +180,16 @@ def future_attention_bwd_dq_kernel(
         pk = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
     if HAS_TARGET:
-        dq, _, _ = dq_source(
-            dq, tl.zeros_like(pk), tl.zeros_like(rest), q, dtarget, lse_target, residual_target,
-            delta_target, lse, lse, lse, k_ptr, v_ptr, stride_kt, stride_vt,
-            ahead_lo, tl.where(whole, ahead_hi, ahead_lo), whole, exponent_scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, True,
+        dq, pk, rest = dq_source(
+            dq, pk, rest, q, dtarget, lse_target, residual_target, delta_target, lse, lse, lse,
+            k_ptr, v_ptr, stride_kt, stride_vt, ahead_lo, tl.where(whole, ahead_hi, ahead_lo),
+            whole, exponent_scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, True,
         )  # fmt: skip
     lo, hi = past_of_query(i, start, end, S)
     dq, pk, rest = dq_source(
         dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_target, delta_target,
         k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, valid, exponent_scale,
-        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, True,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, IS_CORRECTED, True,
     )  # fmt: skip
 
     if q.dtype == tl.float32:
@@ -196,15 +202,6 @@ def future_attention_bwd_dq_kernel(
     dq = tl.where(stored, dq * scale, 0.0)
     dq_ptr += b * stride_dqb + h * stride_dqh
     store_tile(dq_ptr, t, stride_dqt, T, dq, D, BLOCK_M, BLOCK_D)
-
-
-@triton.jit
-def _at(ptr, offset):
-    """The pointer moved, or None."""
-    if ptr is None:
-        return None
-    else:
-        return ptr + offset
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -231,9 +228,8 @@ def future_attention_bwd_dkdv_kernel(
     # what sees each key
     offs_n = n + tl.arange(0, BLOCK_N)
     start, end, _ = sequence_of(offs_n, b, documents_ptr, seq_start_ptr, seq_end_ptr, S)
-    valid = (offs_n < S) & (offs_n >= start) & (offs_n < end)
-    lo, hi = queries_of_past(offs_n, start, end, query_offset, T)
-    seen = lo < hi
+    # no query, so no whole tile, for a key outside its sequence: nothing is added for it
+    end = tl.where((offs_n >= start) & (offs_n < end), end, 0)
 
     k_ptr += b * stride_kb + h_kv * stride_kh
     k = load_tile(k_ptr, n, stride_kt, S, D, BLOCK_N, BLOCK_D, True)
@@ -241,39 +237,35 @@ def future_attention_bwd_dkdv_kernel(
     v = load_tile(v_ptr, n, stride_vt, S, DV, BLOCK_N, BLOCK_DV, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
-    scale_exponent = scale * exponent_factor(k.dtype)
+    exponent_scale = scale * exponent_factor(k.dtype)
+    if scaled_lse_target_ptr is not None:
+        lo, hi = queries_of_ahead(offs_n, start, end, table_len, F, query_offset, T, BY_DISTANCE)
+        first, full_first, full_last, last = tile_ranges(lo, hi, offs_n < S, BLOCK_M)
+        for g in range(G):
+            h = h_kv * G + g
+            dk, dv = dkdv_source(
+                dk, dv, k, v, q_ptr + b * stride_qb + h * stride_qh,
+                dtarget_ptr + b * stride_dtargetb + h * stride_dtargeth,
+                scaled_lse_target_ptr, residual_target_ptr, delta_target_ptr, None,
+                None, None, None, (b * H + h) * T, stride_qt, stride_dtargett,
+                lo, hi, first, full_first, full_last, last,
+                exponent_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+    lo, hi = queries_of_past(offs_n, end, query_offset, T)
+    first, full_first, full_last, last = tile_ranges(lo, hi, offs_n < S, BLOCK_M)
     for g in range(G):
         h = h_kv * G + g
-        row = (b * H + h) * T
-        head_q_ptr = q_ptr + b * stride_qb + h * stride_qh
-        lse_target_ptr = _at(scaled_lse_target_ptr, row)
-        head_delta_target_ptr = _at(delta_target_ptr, row)
-        head_residual_target_ptr = _at(residual_target_ptr, row)
-        if scaled_lse_target_ptr is not None:
-            ahead_lo, ahead_hi = queries_of_ahead(
-                offs_n, start, table_len, F, query_offset, T, BY_DISTANCE
-            )
-            seen |= ahead_lo < ahead_hi
-            dk, dv = dkdv_source(
-                dk, dv, k, v, head_q_ptr, dtarget_ptr + b * stride_dtargetb + h * stride_dtargeth,
-                lse_target_ptr, head_residual_target_ptr, head_delta_target_ptr, None,
-                None, None, None, stride_qt, stride_dtargett, ahead_lo, ahead_hi, valid,
-                scale_exponent, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
         dk, dv = dkdv_source(
-            dk, dv, k, v, head_q_ptr, do_ptr + b * stride_dob + h * stride_doh,
-            scaled_lse_ptr + row, _at(residual_ptr, row), delta_ptr + row, _at(dlse_ptr, row),
-            lse_target_ptr, head_residual_target_ptr, head_delta_target_ptr,
-            stride_qt, stride_dot, lo, hi, valid,
-            scale_exponent, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+            dk, dv, k, v, q_ptr + b * stride_qb + h * stride_qh,
+            do_ptr + b * stride_dob + h * stride_doh,
+            scaled_lse_ptr, residual_ptr, delta_ptr, dlse_ptr,
+            scaled_lse_target_ptr, residual_target_ptr, delta_target_ptr, (b * H + h) * T,
+            stride_qt, stride_dot, lo, hi, first, full_first, full_last, last,
+            exponent_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
-    # a key that no query may see, and its NaN, ends here
-    valid = (valid & seen)[:, None]
-    dk = tl.where(valid, dk * scale, 0.0)
-    dv = tl.where(valid, dv, 0.0)
     dk_ptr += b * stride_dkb + h_kv * stride_dkh
-    store_tile(dk_ptr, n, stride_dkt, S, dk, D, BLOCK_N, BLOCK_D)
+    store_tile(dk_ptr, n, stride_dkt, S, dk * scale, D, BLOCK_N, BLOCK_D)
     dv_ptr += b * stride_dvb + h_kv * stride_dvh
     store_tile(dv_ptr, n, stride_dvt, S, dv, DV, BLOCK_N, BLOCK_DV)
 
@@ -328,9 +320,12 @@ def future_attention_bwd_table_kernel(
     v = load_tile(v_ptr, row, stride_vt, row_end, DV, BLOCK_N, BLOCK_DV, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
-    scale_exponent = scale * exponent_factor(k.dtype)
+    exponent_scale = scale * exponent_factor(k.dtype)
 
-    for sequence in range(first_sequence, last_sequence):
+    # one loop over sequences and the heads of a group, which takes fewer registers than two
+    for index in range(first_sequence * GF, last_sequence * GF):
+        sequence = index // GF
+        h = h_table * GF + index % GF
         start = tl.full([], 0, tl.int32)
         end = tl.full([], NO_END, tl.int32)
         b = tl.cast(sequence, tl.int64)
@@ -343,18 +338,17 @@ def future_attention_bwd_table_kernel(
         if seq_end_ptr is not None:
             end = tl.load(seq_end_ptr + sequence)
         lo, hi = queries_of_row(offs_n, start, end, F, query_offset, T, BY_DISTANCE)
-        lo = tl.maximum(lo, first_t)
-        hi = tl.minimum(hi, last_t)
-        for g in range(GF):
-            h = h_table * GF + g
-            rows = (b * H + h) * T
-            dk, dv = dkdv_source(
-                dk, dv, k, v, q_ptr + b * stride_qb + h * stride_qh,
-                do_ptr + b * stride_dob + h * stride_doh, scaled_lse_ptr + rows,
-                _at(residual_ptr, rows), delta_ptr + rows, _at(dlse_ptr, rows), None, None, None,
-                stride_qt, stride_dot, lo, hi, offs_n < table_len,
-                scale_exponent, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
+        if BY_DISTANCE:  # else there is one part
+            lo = tl.maximum(lo, first_t)
+            hi = tl.minimum(hi, last_t)
+        first, full_first, full_last, last = tile_ranges(lo, hi, offs_n < table_len, BLOCK_M)
+        dk, dv = dkdv_source(
+            dk, dv, k, v, q_ptr + b * stride_qb + h * stride_qh,
+            do_ptr + b * stride_dob + h * stride_doh,
+            scaled_lse_ptr, residual_ptr, delta_ptr, dlse_ptr, None, None, None,
+            (b * H + h) * T, stride_qt, stride_dot, lo, hi, first, full_first, full_last, last,
+            exponent_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
 
     dk_ptr += out_batch * stride_dkb + h_table * stride_dkh
     store_tile(dk_ptr, row, stride_dkt, row_end, dk * scale, D, BLOCK_N, BLOCK_D)

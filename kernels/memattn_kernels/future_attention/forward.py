@@ -2,10 +2,10 @@
 
     out_future = P_future V_future,  out = P_past V + out_future,  lse = log of the softmax's sum
 
-with one softmax ``P = softmax(scale * [Q K^T, Q_future K_future^T])`` over past and future keys. The
-loss compares ``out_future`` with what the real keys of the same band contribute to a softmax over
-past and band: the scores of the past are computed once, and its sum serves both. Rows must have
-adjacent elements; all other strides are free.
+with one softmax ``P = softmax(scale * [Q K^T, Q_future K_future^T])`` over past and future keys.
+The loss compares ``out_future`` with what the real keys of the same band contribute to a softmax
+over past and band: the scores of the past are computed once, and their sum serves both. Rows must
+have adjacent elements; all other strides are free.
 """
 
 import torch
@@ -120,6 +120,7 @@ def _future_attention_fwd_kernel(
     acc = acc * factor[:, None] + acc_future
     out, lse, residual = finish_softmax(acc, l, m, valid, q.dtype)
     out_future, _, _ = finish_softmax(acc_future, l, m, valid, q.dtype)
+    out_future = out_future.to(q.dtype)  # fewer registers until the loss
     o_ptr += b * stride_ob + h * stride_oh
     store_tile(o_ptr, t, stride_ot, T, out, DV, BLOCK_M, BLOCK_DV)
     of_ptr += b * stride_ofb + h * stride_ofh
@@ -243,9 +244,10 @@ def future_attention_op(
             **rows("o", out, "bht"),
             **rows("of", out_future, "bht"),
             **rows("target", None if loss_type is None else target, "bht"),
-            **target_rows(lse_target, residual),
             lse_ptr=lse,
+            lse_target_ptr=lse_target if lse_target.numel() else None,
             residual_ptr=residual[0] if len(residual) else None,
+            residual_target_ptr=residual[1] if len(residual) > 1 else None,
             loss_ptr=None if losses is None else losses[0],
             counts_ptr=None if losses is None else losses[1],
             IS_COSINE=loss_type == "cosine",
@@ -282,15 +284,6 @@ def _empty_outputs(
     )
 
 
-def target_rows(lse_target: Tensor, residual: Tensor) -> dict:
-    """Pointers to what is kept of the target's softmax, where its gradient is wanted."""
-    has_residual = len(residual) > 1
-    return {
-        "lse_target_ptr": lse_target if lse_target.numel() else None,
-        "residual_target_ptr": residual[1] if has_residual else None,
-    }
-
-
 def tile_width(inputs: dict) -> int:
     """The largest padded head dimension, by which configurations are looked up."""
     return max(inputs["BLOCK_D"], inputs["BLOCK_DV"])
@@ -312,7 +305,7 @@ def future_attention(
     query_offset: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``out``, ``out_future [B, H, T, Dv]`` and ``lse [B, H, T]``; arguments as in reference.
+    """Return ``out``, ``out_future`` and ``lse``; the arguments are those of the reference.
 
     Raises:
         NotImplementedError: If a head dimension is above 256.
@@ -342,7 +335,7 @@ def future_attention_loss(
     loss_type: str,
     detach_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``out``, the scalar ``loss`` and ``lse``; arguments as in the reference.
+    """Return ``out``, the scalar ``loss`` and ``lse``; the arguments are those of the reference.
 
     Raises:
         NotImplementedError: If a head dimension is above 256.

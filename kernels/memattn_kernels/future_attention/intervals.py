@@ -68,18 +68,20 @@ def table_groups(number, valid, IS_PACKED: tl.constexpr, BY_DISTANCE: tl.constex
 
 
 @triton.jit
-def queries_of_past(j, start, end, query_offset, T):
+def queries_of_past(j, end, query_offset, T):
     """Query rows ``[lo, hi)`` at or after the token key at ``j``."""
-    return tl.maximum(j - query_offset, 0), tl.minimum(end - query_offset, T) + 0 * j
+    return tl.maximum(j - query_offset, 0), tl.minimum(end - query_offset, T)
 
 
 @triton.jit
-def queries_of_ahead(j, start, table_len, F, query_offset, T, BY_DISTANCE: tl.constexpr):
+def queries_of_ahead(j, start, end, table_len, F, query_offset, T,
+                     BY_DISTANCE: tl.constexpr):  # fmt: skip
     """Query rows ``[lo, hi)`` with the token key at ``j`` in their band."""
     lo = tl.maximum(j - F, start)
-    hi = j
+    is_reached = j < end
     if not BY_DISTANCE:
-        hi = tl.where(j - start <= table_len, hi, lo)
+        is_reached &= j - start <= table_len
+    hi = tl.where(is_reached, j, lo)
     return tl.maximum(lo - query_offset, 0), tl.minimum(hi - query_offset, T)
 
 

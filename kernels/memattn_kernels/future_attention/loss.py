@@ -8,47 +8,45 @@ MIN_NORM: tl.constexpr = tl.constexpr(1e-8)
 
 
 @triton.jit
-def _unit(x):
-    """Rows of ``x`` over their norm, which is at least MIN_NORM, and these norms."""
-    norm = tl.sqrt_rn(tl.sum(x * x, 1))
-    return x / tl.maximum(norm, MIN_NORM)[:, None], norm
+def _cosine(x, y):
+    """Cosine of the rows of two tiles, their norms, and these with their limit."""
+    x = x.to(tl.float32)
+    y = y.to(tl.float32)
+    norm_x = tl.sqrt_rn(tl.sum(x * x, 1))
+    norm_y = tl.sqrt_rn(tl.sum(y * y, 1))
+    limited_x = tl.maximum(norm_x, MIN_NORM)
+    limited_y = tl.maximum(norm_y, MIN_NORM)
+    return tl.sum(x * y, 1) / limited_x / limited_y, norm_x, norm_y, limited_x, limited_y
 
 
 @triton.jit
 def row_loss(out_future, target, DV: tl.constexpr, IS_COSINE: tl.constexpr):
-    """Loss of each row, for float32 tiles that are 0 past DV."""
+    """Loss of each row, for tiles that are 0 past DV."""
     if IS_COSINE:
-        unit_out, _ = _unit(out_future)
-        unit_target, _ = _unit(target)
-        return 0.5 - 0.5 * tl.sum(unit_out * unit_target, 1)
+        cosine, _, _, _, _ = _cosine(out_future, target)
+        return 0.5 - 0.5 * cosine
     else:
-        difference = out_future - target
+        difference = out_future.to(tl.float32) - target.to(tl.float32)
         return tl.sum(difference * difference, 1) / DV
 
 
 @triton.jit
-def _cosine_gradient(unit, norm, other, cosine):
-    """Gradient of ``cosine`` for the vector that has this unit and norm.
-
-    As in PyTorch the limit of the norm counts as a constant, and a norm of 0 has gradient 0.
-    """
-    limited = tl.maximum(norm, MIN_NORM)
-    # the unit of a vector below the limit is shorter than 1, its direction is not
-    direction = unit * tl.where(norm > 0.0, limited / tl.maximum(norm, 1e-37), 0.0)[:, None]
-    return (other - cosine[:, None] * direction) / limited[:, None]
-
-
-@triton.jit
 def row_loss_gradient(out_future, target, weight, DV: tl.constexpr, IS_COSINE: tl.constexpr):
-    """Gradients for ``out_future`` and ``target``; ``weight`` is what a row counts, or 0."""
+    """Factors ``own, other, own_target``, one for each row; ``weight`` is what the row counts.
+
+    The gradient for ``out_future`` is ``own * out_future + other * target``, that for ``target`` is
+    ``own_target * target + other * out_future``.
+    """
     if IS_COSINE:
-        unit_out, norm_out = _unit(out_future)
-        unit_target, norm_target = _unit(target)
-        cosine = tl.sum(unit_out * unit_target, 1)
+        cosine, norm_out, norm_target, limited_out, limited_target = _cosine(out_future, target)
         weight = -0.5 * weight
-        d_out = _cosine_gradient(unit_out, norm_out, unit_target, cosine) * weight[:, None]
-        d_target = _cosine_gradient(unit_target, norm_target, unit_out, cosine) * weight[:, None]
+        other = weight / limited_out / limited_target
+        # as in PyTorch the limit of a norm is a constant, and a norm of 0 has gradient 0
+        own = tl.where(norm_out > 0.0, -weight * cosine / limited_out / norm_out, 0.0)
+        own_target = -weight * cosine / limited_target / norm_target
+        own_target = tl.where(norm_target > 0.0, own_target, 0.0)
     else:
-        d_out = (out_future - target) * (weight * 2.0 / DV)[:, None]
-        d_target = -d_out
-    return d_out, d_target
+        own = weight * (2.0 / DV)
+        other = -own
+        own_target = own
+    return own, other, own_target

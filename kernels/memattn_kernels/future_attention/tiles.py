@@ -1,9 +1,9 @@
 """One tile of scores in the backward, and the loops over the tiles in reach.
 
-Weights are ``exp(score - lse)``, where ``lse`` and the scores' ``scale`` have ``exponent_factor`` in
-them and ``lse`` is infinite for a row without keys. A *target* adds the gradient through a second
-softmax over the same keys, whose own part of the output is not asked for: its weights times minus
-``delta_target``.
+Weights are ``exp(score - lse)``, where ``lse`` and the scores' ``scale`` have ``exponent_factor``
+in them and ``lse`` is infinite for a row without keys. A *target* adds the gradient through a
+second softmax over the same keys, whose own part of the output is not asked for: its weights times
+minus ``delta_target``.
 """
 
 import triton
@@ -22,7 +22,7 @@ from memattn_kernels._common import (
 def _dq_tile(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_target, delta_target,
              k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale, D: tl.constexpr,
              DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_DV: tl.constexpr, HAS_TARGET: tl.constexpr,
+             BLOCK_DV: tl.constexpr, HAS_TARGET: tl.constexpr, IS_CORRECTED: tl.constexpr,
              MASKED: tl.constexpr):  # fmt: skip
     """One tile of keys from column ``n``."""
     k = load_tile(k_ptr, n, stride_k, last, D, BLOCK_N, BLOCK_D, MASKED)
@@ -35,7 +35,7 @@ def _dq_tile(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_tar
     ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
     offs_n = (n + tl.arange(0, BLOCK_N))[None, :]
     mask = (offs_n >= lo[:, None]) & (offs_n < hi[:, None])
-    if q.dtype == tl.float32:
+    if IS_CORRECTED:
         if MASKED:
             ds = tl.where(mask, ds, 0.0)
             p = tl.where(mask, p, 0.0)
@@ -56,11 +56,11 @@ def _dq_tile(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_tar
 def dq_source(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_target, delta_target,
               k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid, scale, D: tl.constexpr,
               DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-              BLOCK_DV: tl.constexpr, HAS_TARGET: tl.constexpr,
+              BLOCK_DV: tl.constexpr, HAS_TARGET: tl.constexpr, IS_CORRECTED: tl.constexpr,
               HAS_WHOLE_TILES: tl.constexpr):  # fmt: skip
     """Add the gradient of the queries from all keys of one source that they see.
 
-    Float32 results also get ``pk``, the weights times the keys, and ``rest``, the sum of ``dS``
+    IS_CORRECTED also adds up ``pk``, the weights times the keys, and ``rest``, the sum of ``dS``
     without the target's: see the kernel.
     """
     first, full_first, full_last, last = tile_ranges(lo, hi, valid, BLOCK_N)
@@ -72,60 +72,53 @@ def dq_source(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_ta
         dq, pk, rest = _dq_tile(
             dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_target, delta_target,
             k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, True,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, IS_CORRECTED, True,
         )  # fmt: skip
     if HAS_WHOLE_TILES:
         for n in range(full_first, full_last, BLOCK_N):
             dq, pk, rest = _dq_tile(
                 dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_target,
                 delta_target, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, False,
+                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, IS_CORRECTED, False,
             )  # fmt: skip
     return dq, pk, rest
 
 
 @triton.jit
-def _load_rows(ptr, t, last, BLOCK_M: tl.constexpr, IS_PADDED: tl.constexpr):
-    """One number for each query of a tile; pointer plus scalar first: one address for a thread."""
-    columns = tl.arange(0, BLOCK_M)
-    if IS_PADDED:  # by a whole tile, so no mask
-        return tl.load(ptr + t + columns)
-    else:
-        return tl.load(ptr + t + columns, mask=t + columns < last, other=0.0)
-
-
-@triton.jit
 def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dlse_ptr,
-               lse_target_ptr, residual_target_ptr, delta_target_ptr,
+               lse_target_ptr, residual_target_ptr, delta_target_ptr, row,
                stride_q, stride_do, t, lo, hi, last, scale, D: tl.constexpr, DV: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                MASKED: tl.constexpr):  # fmt: skip
     """One tile of queries from row ``t``; scores are transposed: keys by queries."""
+    columns = tl.arange(0, BLOCK_M)
+    mask_m = t + columns < last
     q = load_tile(q_ptr, t, stride_q, last, D, BLOCK_M, BLOCK_D, MASKED)
     do = load_tile(do_ptr, t, stride_do, last, DV, BLOCK_M, BLOCK_DV, MASKED)
-    lse = _load_rows(lse_ptr, t, last, BLOCK_M, True)
-    delta = _load_rows(delta_ptr, t, last, BLOCK_M, True)
+    # padded by a tile, so no mask; pointer plus scalar first, which leaves one address for a thread
+    row += t
+    lse = tl.load(lse_ptr + row + columns)
+    delta = tl.load(delta_ptr + row + columns)
 
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")
     x = scores * scale - lse[None, :]
     if q.dtype == tl.float32:
-        x -= _load_rows(residual_ptr, t, last, BLOCK_M, False)[None, :]
+        x -= tl.load(residual_ptr + row + columns, mask=mask_m, other=0.0)[None, :]
     p = power(x, q.dtype)
-    offs_m = (t + tl.arange(0, BLOCK_M))[None, :]
+    offs_m = (t + columns)[None, :]
     mask = (offs_m >= lo[:, None]) & (offs_m < hi[:, None])
     if MASKED:
         p = tl.where(mask, p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     ds = tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :]
     if q.dtype == tl.float32 and dlse_ptr is not None:
-        ds += _load_rows(dlse_ptr, t, last, BLOCK_M, False)[None, :]
+        ds += tl.load(dlse_ptr + row + columns, mask=mask_m, other=0.0)[None, :]
     ds *= p
     if lse_target_ptr is not None:
-        x = scores * scale - _load_rows(lse_target_ptr, t, last, BLOCK_M, True)[None, :]
+        x = scores * scale - tl.load(lse_target_ptr + row + columns)[None, :]
         if q.dtype == tl.float32:
-            x -= _load_rows(residual_target_ptr, t, last, BLOCK_M, False)[None, :]
-        delta = _load_rows(delta_target_ptr, t, last, BLOCK_M, True)
-        ds -= power(x, q.dtype) * delta[None, :]
+            x -= tl.load(residual_target_ptr + row + columns, mask=mask_m, other=0.0)[None, :]
+        ds -= power(x, q.dtype) * tl.load(delta_target_ptr + row + columns)[None, :]
     if MASKED:  # delta may be NaN where p is 0
         ds = tl.where(mask, ds, 0.0)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -134,22 +127,26 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
 
 @triton.jit
 def dkdv_source(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dlse_ptr,
-                lse_target_ptr, residual_target_ptr, delta_target_ptr, stride_q, stride_do,
-                lo, hi, valid, scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
-                BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """Add the gradients of a tile of keys from the queries ``[lo, hi)`` of one head."""
-    first, full_first, full_last, last = tile_ranges(lo, hi, valid, BLOCK_M)
+                lse_target_ptr, residual_target_ptr, delta_target_ptr, row, stride_q, stride_do,
+                lo, hi, first, full_first, full_last, last, scale, D: tl.constexpr,
+                DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+                BLOCK_DV: tl.constexpr):  # fmt: skip
+    """Add the gradients of a tile of keys from the queries ``[lo, hi)`` of one head.
+
+    ``first`` to ``last`` are their ``tile_ranges``, the same for all heads. The numbers of these
+    queries, such as ``lse``, begin at ``row``.
+    """
     for index in range(n_partial_tiles(first, full_first, full_last, last, BLOCK_M)):
         t = partial_tile(index, first, full_first, full_last, BLOCK_M)
         dk, dv = _dkdv_tile(
             dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dlse_ptr,
-            lse_target_ptr, residual_target_ptr, delta_target_ptr, stride_q, stride_do,
+            lse_target_ptr, residual_target_ptr, delta_target_ptr, row, stride_q, stride_do,
             t, lo, hi, last, scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, True,
         )  # fmt: skip
     for t in range(full_first, full_last, BLOCK_M):
         dk, dv = _dkdv_tile(
             dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dlse_ptr,
-            lse_target_ptr, residual_target_ptr, delta_target_ptr, stride_q, stride_do,
+            lse_target_ptr, residual_target_ptr, delta_target_ptr, row, stride_q, stride_do,
             t, lo, hi, last, scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
     return dk, dv

@@ -1,0 +1,71 @@
+"""What the ahead-of-time gate compiles of future attention.
+
+Kernels have all they may: a cosine loss, queries of their own for the future, every cotangent,
+bounds of sequences. The table is shared and by position. A target that has a gradient has entries
+of its own.
+"""
+
+from functools import partial
+
+import triton
+
+from memattn_kernels._common import block_width
+from memattn_kernels.aot_kernel import AotKernel
+from memattn_kernels.future_attention import backward_kernels, forward
+
+TYPES = dict.fromkeys(("seq_start_ptr", "seq_end_ptr"), "*i32") | dict.fromkeys(
+    ("lse_ptr", "residual_ptr", "lse_target_ptr", "residual_target_ptr", "loss_ptr", "counts_ptr",
+     "scaled_lse_ptr", "delta_ptr", "scaled_lse_target_ptr", "delta_target_ptr", "dlse_ptr",
+     "dloss_ptr"),
+    "*fp32",
+)  # fmt: skip
+# partial sums
+TABLE_TYPES = TYPES | {"dk_ptr": "*fp32", "dv_ptr": "*fp32"}
+
+
+def _constants(
+    function: triton.JITFunction,
+    has_target: bool,
+    head_dim: int,
+    dtype: str,
+    config: dict[str, int],
+) -> dict[str, object]:
+    """The compile-time arguments of a kernel."""
+    constants: dict[str, object] = {
+        "D": head_dim,
+        "DV": head_dim,
+        "BLOCK_D": block_width(head_dim),
+        "BLOCK_DV": block_width(head_dim),
+        "BLOCK_M": config["BLOCK_M"],
+        "BLOCK_N": config["BLOCK_N"],
+        "BY_DISTANCE": False,
+        "PER_DOCUMENT": False,
+        "IS_COSINE": True,
+    }
+    absent = ["documents_ptr", "cu_seqlens_ptr"]
+    if dtype != "float32":
+        absent += ["residual_ptr", "residual_target_ptr"]
+    if not has_target:
+        absent += ["dtarget_ptr", "lse_target_ptr", "residual_target_ptr", "scaled_lse_target_ptr",
+                   "delta_target_ptr"]  # fmt: skip
+    constants |= dict.fromkeys(absent)
+    return {name: value for name, value in constants.items() if name in function.arg_names}
+
+
+KERNELS = tuple(
+    AotKernel(
+        name=f"future_attention_{name}",
+        function=function,
+        constants=partial(_constants, function, name in ("fwd", "decode") or "target" in name),
+        types=TABLE_TYPES if name == "bwd_table" else TYPES,
+    )
+    for name, function in (
+        ("fwd", forward._future_attention_fwd_kernel),
+        ("decode", forward._future_attention_fwd_kernel),
+        ("bwd_dq", backward_kernels.future_attention_bwd_dq_kernel),
+        ("bwd_dq_target", backward_kernels.future_attention_bwd_dq_kernel),
+        ("bwd_dkdv", backward_kernels.future_attention_bwd_dkdv_kernel),
+        ("bwd_dkdv_target", backward_kernels.future_attention_bwd_dkdv_kernel),
+        ("bwd_table", backward_kernels.future_attention_bwd_table_kernel),
+    )
+)
