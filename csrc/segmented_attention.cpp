@@ -2,7 +2,7 @@
 // segmented_attention_tile.h, the definition in memattn/reference/segmented_attention.py.
 #include <tuple>
 
-#include "gradient_sums.h"
+#include "sliding_sums.h"
 #include "tensors.h"
 
 namespace memattn {
@@ -114,6 +114,20 @@ Inputs make_inputs(const Tensor& query, const Tensor& key, const Tensor& value,
   return in;
 }
 
+// Tiles of queries [t_begin, t_end) of key head (b, hkv). Short sequences share a tile among the
+// query heads of the group.
+std::vector<Tile> make_tiles(const SegmentedArgs& a, int64_t b, int64_t hkv, int64_t t_begin,
+                             int64_t t_end) {
+  const int64_t G = a.H / a.Hkv, rows = kernels().tile_rows;
+  const int64_t heads = std::clamp<int64_t>(rows / std::max<int64_t>(a.T, 1), 1, G);
+  std::vector<Tile> tiles;
+  for (int64_t t = t_begin; t < t_end; t += rows)
+    for (int64_t g = 0; g < G; g += heads)
+      tiles.push_back({b, hkv, hkv * G + g, hkv * G + std::min(g + heads, G), t,
+                       std::min(t + rows, t_end)});
+  return tiles;
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(
     Tensor query, Tensor key, Tensor value, OptionalTensor persistent_key,
     OptionalTensor persistent_value, OptionalTensor memory_key, OptionalTensor memory_value,
@@ -180,6 +194,24 @@ void reach(const SegmentedArgs& a, Chunk& c) {
   if (s0 < s1) c.segment_begin = s0, c.segment_end = s1;
 }
 
+// What the tiles of one key head reach, in their order.
+std::vector<Reach> reaches(const SegmentedArgs& a, const std::vector<Tile>& tiles) {
+  std::vector<Reach> found(tiles.size());
+  int64_t end = 0, begin = a.S;
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    const RowRange* rows = a.rows + tiles[i].b * a.rows_stride;
+    found[i].begin = a.S;
+    for (int64_t t = tiles[i].t0; t < tiles[i].t1; ++t) {
+      if (rows[t].lo >= rows[t].hi) continue;
+      found[i].begin = std::min<int64_t>(found[i].begin, rows[t].lo);
+      end = std::max<int64_t>(end, rows[t].hi);
+    }
+    found[i].end = end;
+  }
+  for (size_t i = tiles.size(); i-- > 0;) begin = found[i].begin = std::min(begin, found[i].begin);
+  return found;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, Tensor lse_low, Tensor query, Tensor key,
     Tensor value, OptionalTensor persistent_key, OptionalTensor persistent_value, OptionalTensor memory_key,
@@ -230,24 +262,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   first_chunk.push_back(chunks.size());
 
-  auto store_owner = [&](int64_t owner) {
-    const int64_t b = owner / a.Hkv, hkv = owner % a.Hkv;
-    std::vector<Part> dk, dv, dmk, dmv;
+  auto d_key_of = [&](int64_t owner) {
+    return GradientRows{view_of(d_key), owner * a.S * D, D, ldk, factor};
+  };
+  auto d_value_of = [&](int64_t owner) {
+    return GradientRows{view_of(d_value), owner * a.S * Dv, Dv, ldv, 1.0f};
+  };
+  auto store_memory = [&](int64_t owner) {
+    std::vector<Part> dmk, dmv;
     for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c) {
-      const Chunk& ch = chunks[c];
-      const int64_t s0 = ch.segment_begin * M, s1 = ch.segment_end * M;
-      dk.push_back({ch.grads.d_key, ch.key_begin, ch.key_end});
-      dv.push_back({ch.grads.d_value, ch.key_begin, ch.key_end});
-      dmk.push_back({ch.grads.d_memory_key, s0, s1});
-      dmv.push_back({ch.grads.d_memory_value, s0, s1});
+      const int64_t s0 = chunks[c].segment_begin * M, s1 = chunks[c].segment_end * M;
+      dmk.push_back({chunks[c].grads.d_memory_key, s0, s1});
+      dmv.push_back({chunks[c].grads.d_memory_value, s0, s1});
     }
-    store_sum(view_of(d_key), (b * a.Hkv + hkv) * a.S * D, a.S, D, ldk, factor, dk);
-    store_sum(view_of(d_value), (b * a.Hkv + hkv) * a.S * Dv, a.S, Dv, ldv, 1.0f, dv);
-    if (M) {
-      const int64_t n = n_segments * M;
-      store_sum(view_of(d_mk), (b * a.Hkv + hkv) * n * D, n, D, ldk, factor, dmk);
-      store_sum(view_of(d_mv), (b * a.Hkv + hkv) * n * Dv, n, Dv, ldv, 1.0f, dmv);
+    const int64_t n = n_segments * M;
+    store_sum(view_of(d_mk), owner * n * D, n, D, ldk, factor, dmk);
+    store_sum(view_of(d_mv), owner * n * Dv, n, Dv, ldv, 1.0f, dmv);
+  };
+  auto store_tokens = [&](int64_t owner) {
+    std::vector<Part> dk, dv;
+    for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c) {
+      dk.push_back({chunks[c].grads.d_key, chunks[c].key_begin, chunks[c].key_end});
+      dv.push_back({chunks[c].grads.d_value, chunks[c].key_begin, chunks[c].key_end});
     }
+    store_sum(view_of(d_key), owner * a.S * D, a.S, D, ldk, factor, dk);
+    store_sum(view_of(d_value), owner * a.S * Dv, a.S, Dv, ldv, 1.0f, dv);
   };
 
   // persistent sums stay until the end, since every sequence adds to them
@@ -262,7 +301,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       chunks.size(), [&] { return State{buffer(k.backward_scratch(a)), nullptr}; },
       [&](int64_t i, State& state) {
         Chunk& c = chunks[i];
-        const int64_t keys = c.key_end - c.key_begin;
+        const std::vector<Tile> tiles = make_tiles(a, c.b, c.hkv, c.t_begin, c.t_end);
+        const std::vector<Reach> reach = reaches(a, tiles);
+        const int64_t keys = split > 1 ? c.key_end - c.key_begin : SlidingSums::rows_for(reach);
         const int64_t memories = (c.segment_end - c.segment_begin) * M;
         const int64_t floats = (keys + memories) * (ldk + ldv);
         if (split > 1) {
@@ -280,12 +321,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         g.d_persistent_key = persistent.get() + i * persistent_size;
         g.d_persistent_value = g.d_persistent_key + P * ldk;
         std::fill_n(g.d_persistent_key, persistent_size, 0.0f);
-        for (const Tile& tile : make_tiles(a, c.b, c.hkv, c.t_begin, c.t_end))
-          k.segmented_backward(a, tile, g, state.scratch.get());
-        if (split == 1) store_owner(i);
+        if (split > 1) {
+          for (const Tile& tile : tiles) k.segmented_backward(a, tile, g, state.scratch.get());
+          return;
+        }
+        SlidingSums sliding(d_key_of(i), d_value_of(i), a.S, reach, keys, sums);
+        for (size_t n = 0; n < tiles.size(); ++n) {
+          sliding.slide_to(reach[n]);
+          g.key_begin = sliding.first();
+          k.segmented_backward(a, tiles[n], g, state.scratch.get());
+        }
+        sliding.finish();
+        if (M) store_memory(i);
       });
   if (split > 1)
-    parallel_work(owners, [] { return 0; }, [&](int64_t owner, int) { store_owner(owner); });
+    parallel_work(owners, [] { return 0; }, [&](int64_t owner, int) {
+      store_tokens(owner);
+      if (M) store_memory(owner);
+    });
   if (P)
     for (int64_t hkv = 0; hkv < a.Hkv; ++hkv) {
       std::vector<Part> dk, dv;
