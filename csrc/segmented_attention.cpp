@@ -114,20 +114,6 @@ Inputs make_inputs(const Tensor& query, const Tensor& key, const Tensor& value,
   return in;
 }
 
-// Tiles of queries [t_begin, t_end) of key head (b, hkv). Short sequences share a tile among the
-// query heads of the group.
-std::vector<Tile> make_tiles(const SegmentedArgs& a, int64_t b, int64_t hkv, int64_t t_begin,
-                             int64_t t_end) {
-  const int64_t G = a.H / a.Hkv, rows = kernels().tile_rows;
-  const int64_t heads = std::clamp<int64_t>(rows / std::max<int64_t>(a.T, 1), 1, G);
-  std::vector<Tile> tiles;
-  for (int64_t t = t_begin; t < t_end; t += rows)
-    for (int64_t g = 0; g < G; g += heads)
-      tiles.push_back({b, hkv, hkv * G + g, hkv * G + std::min(g + heads, G), t,
-                       std::min(t + rows, t_end)});
-  return tiles;
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward(
     Tensor query, Tensor key, Tensor value, OptionalTensor persistent_key,
     OptionalTensor persistent_value, OptionalTensor memory_key, OptionalTensor memory_value,
