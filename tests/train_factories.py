@@ -42,7 +42,6 @@ def tiny_config(
         options |= {"segment_len": 8, "window_size": 4}
     if preset == "future":
         options |= {"future_dim": 4, "max_position_embeddings": 32, "loss_coefficient": 0.5}
-        options |= {"backend": "reference"}
     return TrainConfig(
         model=ModelConfig(preset=preset, options=options),
         data=DataConfig(

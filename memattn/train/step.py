@@ -83,15 +83,14 @@ def held_out_losses(accelerator: Accelerator, model: Any, batches: Batches) -> d
 
     Returns:
         ``eval_loss``, the cross-entropy without smoothing or other losses, and
-        ``eval_future_loss`` where the model has a loss of future attention; a batch counts by its
-        targets.
+        ``eval_future_loss`` where there is a loss of future attention. Batches without a position
+        that has such a loss are left out of it.
     """
     model.eval()
     options = {}
     if "output_future_loss" in inspect.signature(_class_of(accelerator, model).forward).parameters:
         options["output_future_loss"] = True
-    total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    future_loss: Tensor | None = None
+    total = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     for batch in batches.one_epoch():
         inputs = {name: value.to(accelerator.device) for name, value in batch.items()}
         labels = inputs.pop("labels")[:, 1:]
@@ -102,13 +101,14 @@ def held_out_losses(accelerator: Accelerator, model: Any, batches: Batches) -> d
         )
         count = (labels != IGNORE).sum().double()
         future_loss = getattr(output, "future_loss", None)
-        future = losses.new_zeros(()) if future_loss is None else future_loss
-        total += torch.stack([losses.double(), count, future.double() * count])
+        future = (losses.new_zeros(()) if future_loss is None else future_loss).double()
+        measured = count * (future != 0.0)  # exactly 0: the mean over no position
+        total += torch.stack([losses.double(), count, future * measured, measured])
     reshard(model)
-    loss, count, future = _sum_over_processes(accelerator, total).tolist()
+    loss, count, future, measured = _sum_over_processes(accelerator, total).tolist()
     means = {"eval_loss": loss / count if count else math.nan}
-    if future_loss is not None:
-        means["eval_future_loss"] = future / count if count else math.nan
+    if measured:
+        means["eval_future_loss"] = future / measured
     return means
 
 
