@@ -90,8 +90,8 @@ def test_future_mass_is_a_source_beside_tokens_and_rope_is_no_obstacle():
         assert masses["future"][1].min() > 0.0
         assert (masses["future"][0] == 0.0).all() == (system == "learned")
         measures = measure_future(model, ids)
-        last = len(masses["future"]) - len(measures.mass)
-        assert torch.equal(measures.mass, masses["future"][last:])
+        assert measures.layers == ([1] if system == "learned" else [0, 1])
+        assert torch.equal(measures.mass, masses["future"][measures.layers])
         assert measures.cosine.nan_to_num().abs().max() <= 1.0
 
 
@@ -101,7 +101,7 @@ def test_what_is_wrong_is_named(tmp_path):
         measure_future(make_model("vanilla"), ids)
     with pytest.raises(ValueError, match="input_ids must have at least 8 tokens, one whole band, "):
         measure_future(make_model("learned"), ids)
-    measures = FutureMeasures(torch.rand(2, 4), torch.rand(2, 9))
+    measures = FutureMeasures([0, 1], torch.rand(2, 4), torch.rand(2, 9))
     with pytest.raises(ValueError, match="path must end in"):
         plot_future(measures, tmp_path / "x.jpg")
 

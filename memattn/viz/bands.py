@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from memattn.viz.curves import COLOURS, save_figure
 
@@ -32,6 +33,7 @@ def plot_bands(panels: Mapping[str, Mapping[str, Band]], path: str | Path) -> No
         for name, points in curves.items():
             _draw(axes, name, points, names.index(name))
         axes.set(title=title, xlabel="optimizer steps")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _zoom(axes, curves)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -17,6 +17,7 @@ from memattn.viz.curves import save_figure
 class FutureMeasures(NamedTuple):
     """What ``measure_future`` returns, float64, one row for each layer with future keys."""
 
+    layers: list[int]  # their numbers among all attention layers
     mass: Tensor  # [layers, H], share of attention on future keys, averaged over the positions
     cosine: Tensor  # [layers, T], predicted against true future output; NaN where none is defined
 
@@ -43,7 +44,9 @@ def measure_future(model: nn.Module, input_ids: Tensor) -> FutureMeasures:
         ValueError: If the text is shorter than a band.
     """
     check_rank("input_ids", input_ids, "B T")
-    layers = [module for module in model.modules() if isinstance(module, FutureAttention)]
+    everything = [module for module in model.modules() if type(module) in SOURCES]
+    numbers = [i for i, layer in enumerate(everything) if isinstance(layer, FutureAttention)]
+    layers: list[Any] = [everything[i] for i in numbers]
     if not layers:
         must("model", "have layers of kind FutureAttention", type(model).__name__, TypeError)
     least = 1 + min(layers[0].future_dim, _last_row(layers[0]))
@@ -57,7 +60,8 @@ def measure_future(model: nn.Module, input_ids: Tensor) -> FutureMeasures:
         found[layer] = mass.mean((0, 2)).cpu(), cosine.mean((0, 1)).cpu()
 
     visit_layers(model, input_ids, layers, measure)
-    return FutureMeasures(*(torch.stack(x) for x in zip(*map(found.get, layers), strict=True)))
+    masses, cosines = zip(*(found[layer] for layer in layers), strict=True)
+    return FutureMeasures(numbers, torch.stack(masses), torch.stack(cosines))
 
 
 def plot_future(measures: FutureMeasures, path: str | Path, *, title: str = "") -> None:
@@ -71,18 +75,19 @@ def plot_future(measures: FutureMeasures, path: str | Path, *, title: str = "") 
     Raises:
         ValueError: If the format is unknown.
     """
-    mass, cosine = measures
+    layers, mass, cosine = measures
     figure = Figure(figsize=(12.0, 1.8 + 0.3 * max(8, len(mass))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     image = draw_attention_mass(left, "share of attention on future keys", mass)
+    left.set_yticks(range(len(layers)), map(str, layers))
     figure.colorbar(image, ax=left, shrink=0.85)
     image = right.imshow(
         cosine.numpy(), vmin=-1.0, vmax=1.0, cmap="RdBu", aspect="auto", interpolation="nearest"
     )
     figure.colorbar(image, ax=right, shrink=0.85)
     right.set(title="cosine of predicted and true future output", xlabel="position")
-    means = cosine.nanmean(1).tolist()
-    right.set_yticks(range(len(means)), [f"{i}: {mean:+.2f}" for i, mean in enumerate(means)])
+    means = zip(layers, cosine.nanmean(1).tolist(), strict=True)
+    right.set_yticks(range(len(layers)), [f"{i}: {mean:+.2f}" for i, mean in means])
     right.set_ylabel("layer: mean")
     figure.suptitle(title)
     save_figure(figure, path)
