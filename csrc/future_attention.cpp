@@ -194,8 +194,9 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
   // rows of the table's gradients, from the chunks [first, last) of one owner
   auto store_table = [&](size_t first, size_t last, int64_t head) {
     const int64_t owner = chunks[first].owner;
-    const int64_t heads_before = owner % owners.groups * owners.table_heads + head;
-    const int64_t rows = ((owners.tables == 1 ? 0 : owner / owners.groups * a.Hf) + heads_before) * a.R;
+    const int64_t table = owner / owners.groups;  // 0 where it is shared
+    const int64_t rows =
+        (table * a.Hf + owner % owners.groups * owners.table_heads + head) * a.R;
     std::vector<Part> keys, values;
     for (size_t c = first; c < last; ++c) {
       const FutureChunk& ch = chunks[c];
@@ -230,7 +231,8 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
         g.table_head_begin = c.owner % owners.groups * owners.table_heads;
         for (FutureUnit& unit : c.units) {
           const int64_t keys = unit.key_end - unit.key_begin, floats = keys * (ldk + ldv);
-          if (!state.sums || state.floats < floats) state.sums = buffer(floats), state.floats = floats;
+          if (!state.sums || state.floats < floats)
+            state.sums = buffer(floats), state.floats = floats;
           unit.sums = std::move(state.sums);
           std::fill_n(unit.sums.get(), floats, 0.0f);
           g.d_key = unit.sums.get(), g.d_value = g.d_key + keys * ldk, g.key_begin = unit.key_begin;
@@ -248,7 +250,8 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
       });
 
   if (owners.split > 1) {
-    std::map<int64_t, std::vector<const FutureUnit*>> shared;
+    using Units = std::vector<const FutureUnit*>;
+    std::map<int64_t, Units> shared;
     std::vector<size_t> first_chunk;
     for (size_t c = 0; c < chunks.size(); ++c) {
       if (!c || chunks[c].owner != chunks[c - 1].owner) first_chunk.push_back(c);
@@ -256,9 +259,10 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
         if (unit.sums) shared[unit.b * a.Hkv + unit.hkv].push_back(&unit);
     }
     first_chunk.push_back(chunks.size());
-    const std::vector<std::pair<int64_t, std::vector<const FutureUnit*>>> heads(shared.begin(), shared.end());
+    const std::vector<std::pair<int64_t, Units>> heads(shared.begin(), shared.end());
     const int64_t tables = owners.count() * owners.table_heads;
-    parallel_work(static_cast<int64_t>(heads.size()) + tables, [] { return 0; }, [&](int64_t i, int) {
+    const int64_t n = static_cast<int64_t>(heads.size()) + tables;
+    parallel_work(n, [] { return 0; }, [&](int64_t i, int) {
       if (i >= tables) return store_tokens(heads[i - tables].first, heads[i - tables].second);
       const int64_t owner = i / owners.table_heads;
       store_table(first_chunk[owner], first_chunk[owner + 1], i % owners.table_heads);
@@ -332,7 +336,8 @@ Gradients loss_backward(Tensor d_out, Tensor d_loss, Tensor d_lse, Tensor out, T
   a.target = view_of(target);
   a.lse_target = static_cast<float*>(lse_target.data_ptr());
   a.lse_target_low = static_cast<float*>(lse_target_low.data_ptr());
-  a.d_row_loss = *static_cast<const float*>(d_loss.data_ptr()) / static_cast<double>(count_whole(a));
+  const double count = static_cast<double>(count_whole(a));
+  a.d_row_loss = *static_cast<const float*>(d_loss.data_ptr()) / count;
   a.through_target = !detach_target;
   return run_backward(in, a);
 }

@@ -21,7 +21,11 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
   const int64_t panels = rows.lanes / PANEL;
   const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
   const bool has_loss = a.loss != FutureLoss::none, with_target = a.walks_target(true);
-  auto take = [&scratch](int64_t n) { float* from = scratch; scratch += round_up(n, 16); return from; };
+  auto take = [&scratch](int64_t n) {
+    float* from = scratch;
+    scratch += round_up(n, 16);
+    return from;
+  };
   float* p_all = take(TILE_ROWS * BLOCK_KEYS);  // [panel][BLOCK_KEYS][PANEL]
   float* ds_all = take(TILE_ROWS * BLOCK_KEYS);
   // panels, and rows
@@ -70,7 +74,8 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
       if (rows.range[i]->mid >= rows.range[i]->hi) continue;
       const float *x = out_rows + i * ldv, *y = target_rows + i * ldv;
       row_loss_gradient(a.loss, a.d_row_loss, x, y, a.Dv, future_g_rows + i * ldv);
-      if (with_target) row_loss_gradient(a.loss, a.d_row_loss, y, x, a.Dv, target_g_rows + i * ldv);
+      if (with_target)
+        row_loss_gradient(a.loss, a.d_row_loss, y, x, a.Dv, target_g_rows + i * ldv);
     }
     to_panels(target_g_rows, ldv, rows.lanes, a.Dv, PANEL, target_g);
     row_dot_products(target_rows, ldv, target_g, PANEL, rows.lanes, a.Dv, run, target_delta);
@@ -192,7 +197,8 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
   auto store_d_query = [&](const View& to, float* panel_sums) {
     for (int64_t j = 0; j < rows.lanes * a.D; ++j) panel_sums[j] *= (float)a.scale;
     from_panels(panel_sums, PANEL, rows.lanes, a.D, ldk, q_rows);
-    for (int64_t i = 0; i < rows.n; ++i) store_row(to, rows.flat[i] * a.D, 1, a.D, q_rows + i * ldk);
+    for (int64_t i = 0; i < rows.n; ++i)
+      store_row(to, rows.flat[i] * a.D, 1, a.D, q_rows + i * ldk);
   };
   store_d_query(a.d_query, d_q);
   if (a.separate_query) store_d_query(a.d_future_query, d_future_q);

@@ -55,7 +55,8 @@ static void for_each_future_block(const FutureArgs& a, const Tile& tile, const F
   Interval seen;
   // lanes past the last row repeat it: they cost no mask, and nobody reads them
   auto fill = [&](auto interval) {
-    for (int64_t i = 0; i < rows.lanes; ++i) interval(i < rows.n ? i : rows.n - 1, seen.lo[i], seen.hi[i]);
+    for (int64_t i = 0; i < rows.lanes; ++i)
+      interval(i < rows.n ? i : rows.n - 1, seen.lo[i], seen.hi[i]);
     seen.summarise(rows.lanes, panel);
   };
   auto walk = [&](Keys kind, const View& key, const View& value, int64_t head, float* d_key,
@@ -129,7 +130,8 @@ static double row_loss(FutureLoss loss, const float* x, const float* y, int64_t 
 static void row_loss_gradient(FutureLoss loss, double factor, const float* x, const float* y,
                               int64_t n, float* d_x) {
   if (loss == FutureLoss::mse) {
-    for (int64_t d = 0; d < n; ++d) d_x[d] = (float)(factor * 2.0 / (double)n * ((double)x[d] - y[d]));
+    const double by_x = factor * 2.0 / (double)n;
+    for (int64_t d = 0; d < n; ++d) d_x[d] = (float)(by_x * ((double)x[d] - y[d]));
     return;
   }
   const Norm nx(x, n), ny(y, n);
@@ -171,11 +173,18 @@ static void future_forward_tile(const FutureArgs& a, const Tile& tile, float* sc
   const FutureTileRows rows(a, tile, PANEL);
   const bool with_target = a.walks_target(false);
   const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
-  auto take = [&scratch](int64_t n) { float* from = scratch; scratch += round_up(n, 16); return from; };
+  auto take = [&scratch](int64_t n) {
+    float* from = scratch;
+    scratch += round_up(n, 16);
+    return from;
+  };
   float* q = take(TILE_ROWS * a.D);  // [panel][D][PANEL]
   float* future_q = a.separate_query ? take(TILE_ROWS * a.D) : q;
   float* acc[3];  // [panel][Dv][PANEL]
-  for (float*& sums : acc) sums = take(TILE_ROWS * a.Dv), __builtin_memset(sums, 0, rows.lanes * a.Dv * 4);
+  for (float*& sums : acc) {
+    sums = take(TILE_ROWS * a.Dv);
+    __builtin_memset(sums, 0, rows.lanes * a.Dv * 4);
+  }
   float* scores = take(BLOCK_KEYS * PANEL);
   float* block_scratch = take(BLOCK_KEYS * (a.D + a.Dv));  // or rows of the tile
   float* loose = take(2 * TILE_ROWS * (ldk > ldv ? ldk : ldv));
@@ -233,7 +242,8 @@ static void future_forward_tile(const FutureArgs& a, const Tile& tile, float* sc
     }
   float *future = loose, *other = loose + TILE_ROWS * ldv;
   from_panels(acc[PAST], PANEL, rows.lanes, a.Dv, ldv, other);
-  for (int64_t i = 0; i < rows.n; ++i) store_row(a.out, rows.flat[i] * a.Dv, 1, a.Dv, other + i * ldv);
+  for (int64_t i = 0; i < rows.n; ++i)
+    store_row(a.out, rows.flat[i] * a.Dv, 1, a.Dv, other + i * ldv);
   from_panels(acc[FUTURE], PANEL, rows.lanes, a.Dv, ldv, future);
   for (int64_t i = 0; i < rows.n; ++i)
     store_row(a.out_future, rows.flat[i] * a.Dv, 1, a.Dv, future + i * ldv);
@@ -242,7 +252,8 @@ static void future_forward_tile(const FutureArgs& a, const Tile& tile, float* sc
   for (int64_t i = 0; i < rows.n; ++i) {
     const bool counts = rows.range[i]->mid < rows.range[i]->hi;
     store_row(a.target, rows.flat[i] * a.Dv, 1, a.Dv, other + i * ldv);
-    a.row_loss[rows.flat[i]] = counts ? row_loss(a.loss, future + i * ldv, other + i * ldv, a.Dv) : 0.0;
+    a.row_loss[rows.flat[i]] =
+        counts ? row_loss(a.loss, future + i * ldv, other + i * ldv, a.Dv) : 0.0;
   }
 }
 

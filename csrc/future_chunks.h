@@ -29,20 +29,22 @@ struct FutureOwners {
   int64_t groups;       // of heads
   int64_t key_heads;    // of a group
   int64_t table_heads;  // of a group
-  int64_t split = 1;    // chunks of an owner
+  int64_t split;        // chunks of an owner
 
   FutureOwners(const FutureArgs& a, bool per_sequence) : tables(per_sequence ? a.B : 1) {
     const int64_t heads = std::lcm(a.H / a.Hkv, a.H / a.Hf);
     groups = a.H / heads, key_heads = heads / (a.H / a.Hkv), table_heads = heads / (a.H / a.Hf);
     // split further only where that leaves threads idle
     const int64_t threads = torch::stable::get_num_threads(), n = count();
-    if (n && n < 4 * threads && n % threads) split = std::min<int64_t>((2 * threads + n - 1) / n, 8);
+    const bool even = !n || n >= 4 * threads || n % threads == 0;
+    split = even ? 1 : std::min<int64_t>((2 * threads + n - 1) / n, 8);
   }
   int64_t count() const { return tables * groups; }
 };
 
 // Grows a chunk's and a unit's reach to what row r sees.
-inline void future_reach(const FutureRow& r, bool with_target, FutureUnit& unit, FutureChunk& chunk) {
+inline void future_reach(const FutureRow& r, bool with_target, FutureUnit& unit,
+                         FutureChunk& chunk) {
   auto grow = [](int64_t lo, int64_t hi, int64_t& begin, int64_t& end) {
     if (lo >= hi) return;
     const bool none = begin >= end;
@@ -53,7 +55,8 @@ inline void future_reach(const FutureRow& r, bool with_target, FutureUnit& unit,
 }
 
 // The work of one owner in `split` chunks of about equal size.
-inline std::vector<FutureChunk> future_chunks(const FutureArgs& a, const FutureOwners& owners, int64_t owner) {
+inline std::vector<FutureChunk> future_chunks(const FutureArgs& a, const FutureOwners& owners,
+                                              int64_t owner) {
   const int64_t b0 = owners.tables == 1 ? 0 : owner / owners.groups;
   const int64_t b1 = owners.tables == 1 ? a.B : b0 + 1;
   const int64_t hkv0 = owner % owners.groups * owners.key_heads;
@@ -72,8 +75,9 @@ inline std::vector<FutureChunk> future_chunks(const FutureArgs& a, const FutureO
     for (int64_t hkv = hkv0; hkv < hkv0 + owners.key_heads; ++hkv) {
       bool begins = true;
       for (int64_t t = 0; t < a.T; ++t) {
-        const double share = work * static_cast<double>(chunks.size()) / static_cast<double>(owners.split);
-        if (done >= share && static_cast<int64_t>(chunks.size()) < owners.split) {
+        const int64_t n = static_cast<int64_t>(chunks.size());
+        const double due = work * static_cast<double>(n) / static_cast<double>(owners.split);
+        if (n < owners.split && done >= due) {
           chunks.emplace_back();
           chunks.back().owner = owner, begins = true;
         }

@@ -48,7 +48,8 @@ inline std::vector<FutureRow> future_rows(FutureArgs& a, const OptionalTensor& c
                                           int64_t query_offset) {
   STD_TORCH_CHECK(a.S < INT32_MAX && a.T < INT32_MAX && a.R < INT32_MAX,
                   "memattn_cpp takes lengths below 2^31");
-  STD_TORCH_CHECK(query_offset >= 0 && query_offset < INT32_MAX, "query_offset must be at least 0 and below 2^31, got ", query_offset);
+  STD_TORCH_CHECK(query_offset >= 0 && query_offset < INT32_MAX,
+                  "query_offset must be at least 0 and below 2^31, got ", query_offset);
   STD_TORCH_CHECK(band.future_dim >= 1, "future_dim must be at least 1, got ", band.future_dim);
   STD_TORCH_CHECK(band.table_len >= band.future_dim && band.table_len <= a.R,
                   "table_len must be at least future_dim=", band.future_dim,
@@ -62,7 +63,8 @@ inline std::vector<FutureRow> future_rows(FutureArgs& a, const OptionalTensor& c
     std::vector<FutureDocument> documents{{starts[b], ends[b], 0}};
     if (cu_seqlens) {
       const auto bounds = int_values(*cu_seqlens);
-      STD_TORCH_CHECK(bounds.size() >= 2, "cu_seqlens must have at least 2 entries, got ", bounds.size());
+      STD_TORCH_CHECK(bounds.size() >= 2, "cu_seqlens must have at least 2 entries, got ",
+                      bounds.size());
       const int64_t n = static_cast<int64_t>(bounds.size()) - 1;
       STD_TORCH_CHECK(band.table_len == a.R || n * band.table_len <= a.R,
                       "future_key must have table_len=", band.table_len, " rows for each of ", n,
