@@ -320,6 +320,12 @@ def test_tables_from_known_numbers():
     assert rows[1].differences["train_loss"].mean == pytest.approx(0.0, abs=1e-12)
     lines = by_loss.to_markdown().splitlines()
     assert lines[3] == "|---|---:|---:|---:|" and lines[4].startswith("| mse | 3.2000 ± 0.3000 |")
+    compare = CompareConfig(loss_types=["mse"], future_dims=[4, 2], sources=["table"])
+    smaller = made(("c", "mse", 2, "table"))
+    runs = [RunResult("c", 0, 1.0, 2.0, 0.5, 10, 1.0), *RUNS]
+    by_dim, _ = make_tables(compare, summarise([*VARIANTS, *smaller], runs))
+    assert by_dim.title == "By future_dim (loss_type mse, source table)"
+    assert [row[:2] for row in by_dim.rows] == [("2", "1.0000"), ("4", "3.2000 ± 0.3000")]
     note = make_note(compare, rows)
     assert "over 3 seeds" in note and "measured as mse" in note
 

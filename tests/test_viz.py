@@ -38,6 +38,13 @@ def test_curves_have_raw_smooth_and_held_out_losses():
     assert labels == ["a", "a, held out", "b", "b, held out"]
 
 
+def test_curves_leave_out_what_a_model_adds_to_the_cross_entropy():
+    axes = Figure().add_subplot()
+    rows = [{"step": i, "loss": 2.0 * i, "lm_loss": 1.0 * i} for i in (1, 2)]
+    draw_curves(axes, {"a": rows}, x="step")
+    assert axes.lines[0].get_ydata().tolist() == [1.0, 2.0]
+
+
 def test_curves_name_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"path must end in \.png, \.svg, \.pdf, got .*c\.jpg"):
         plot_curves({"a": make_rows()}, tmp_path / "c.jpg")

@@ -11,7 +11,7 @@ from memattn.study.variants import BASELINE
 
 LOSS_HEADS = ("train loss", "validation loss", "future loss")
 NOTE = (
-    "Mean ± standard deviation over {seeds} seeds, nats per token. Train loss: cross-entropy over "
+    "Mean ± standard deviation over {seeds}, nats per token. Train loss: cross-entropy over "
     "the last tenth of the steps. Validation and future loss: held-out documents, at the end; "
     "future losses of different types do not compare, and `none` is measured as {measured} without "
     "being trained on. Differences: validation loss minus that of the baseline with the same seed, "
@@ -51,12 +51,17 @@ def make_tables(compare: CompareConfig, rows: Sequence[Row]) -> list[Table]:
     """
     lists: dict[str, list[Any]] = {
         "loss_type": compare.loss_types,
-        "future_dim": compare.future_dims,
+        "future_dim": sorted(compare.future_dims),
         "source": compare.sources,
+    }
+    centre = {
+        "loss_type": compare.loss_types[0],
+        "future_dim": compare.future_dims[0],
+        "source": compare.sources[0],
     }
     tables = []
     for name, values in lists.items():
-        others = {other: kept[0] for other, kept in lists.items() if other != name}
+        others = {other: value for other, value in centre.items() if other != name}
         picked = [
             row
             for value in values
@@ -67,7 +72,7 @@ def make_tables(compare: CompareConfig, rows: Sequence[Row]) -> list[Table]:
             fixed = ", ".join(f"{other} {value}" for other, value in others.items())
             cells = [(str(getattr(row.variant, name)), *_losses(row)) for row in picked]
             tables.append(Table(f"By {name} ({fixed})", (name, *LOSS_HEADS), cells))
-    heads = ("model", "parameters", *LOSS_HEADS, "difference to the baseline", "seeds below it")
+    heads = ("model", "parameters", *LOSS_HEADS, "validation loss - baseline", "seeds below it")
     cells = [
         (row.variant.name, f"{row.variant.parameters:,}", *_losses(row), *_difference(row))
         for row in rows
@@ -78,7 +83,8 @@ def make_tables(compare: CompareConfig, rows: Sequence[Row]) -> list[Table]:
 def make_note(compare: CompareConfig, rows: Sequence[Row]) -> str:
     """What the numbers of the tables mean."""
     measured = next((t for t in compare.loss_types if t != "none"), "none")
-    return NOTE.format(seeds=rows[0].losses["val_loss"].n, measured=measured)
+    n = rows[0].losses["val_loss"].n
+    return NOTE.format(seeds="one seed" if n == 1 else f"{n} seeds", measured=measured)
 
 
 def _losses(row: Row) -> list[str]:

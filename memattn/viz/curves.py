@@ -68,7 +68,8 @@ def draw_curves(axes: Axes, runs: Mapping[str, Rows], *, x: str = "tokens") -> N
     drawn = 0
     for i, (name, rows) in enumerate(runs.items()):
         colour = COLOURS[i % len(COLOURS)]
-        train = _points(rows, x, "loss")
+        # without what a model adds to the cross-entropy, where it says so
+        train = _points(rows, x, "lm_loss") or _points(rows, x, "loss")
         held_out = _points(rows, x, "eval_loss")
         if train:
             axes.plot(*zip(*train, strict=True), color=colour, alpha=0.2, linewidth=0.8)
