@@ -196,6 +196,12 @@ def test_the_command_reads_a_file_and_flags(tmp_path, capsys):
     assert "hidden must be a field of MemAttnConfig" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["future_small", "future_seed"])
+def test_shipped_files_have_their_own_folder_and_are_described(name):
+    assert load_study(CONFIGS / f"{name}.yaml").out == f"runs/{name}"
+    assert f"`{name}.yaml`" in (CONFIGS / "README.md").read_text()
+
+
 def test_the_small_configuration_is_the_default():
     assert load_study(CONFIGS / "future_small.yaml") == StudyConfig()
     names = [variant.name for variant in plan_variants(StudyConfig(), 2048)]
