@@ -109,7 +109,7 @@ def future_attention_bwd_dq_kernel(
     do_ptr += b * stride_dob + h * stride_doh
     do = load_tile(do_ptr, t, stride_dot, T, DV, BLOCK_M, BLOCK_DV, True)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    ahead_lo, ahead_hi, whole = ahead_of_query(i, start, end, S, table_len, F, BY_DISTANCE)
+    _, _, whole = ahead_of_query(i, start, end, S, table_len, F, BY_DISTANCE)
     whole &= mask_m
     df = do
     dtarget = do
@@ -137,11 +137,9 @@ def future_attention_bwd_dq_kernel(
         df = (do + d_own).to(q.dtype)
         df_ptr += b * stride_dfb + h * stride_dfh
         store_tile(df_ptr, t, stride_dft, T, df, DV, BLOCK_M, BLOCK_DV)
-    dlse = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if dlse_ptr is not None:
-        dlse = tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
-    if q.dtype != tl.float32:
-        delta -= dlse
+    if not IS_CORRECTED:
+        if dlse_ptr is not None:
+            delta -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
         tl.store(delta_ptr + row, delta, mask=mask_m)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -167,36 +165,41 @@ def future_attention_bwd_dq_kernel(
             fk_ptr + b * stride_fkb + h // GF * stride_fkh,
             fv_ptr + b * stride_fvb + h // GF * stride_fvh, stride_fkt, stride_fvt,
             lo, tl.where(group == part, hi, lo), valid & (group == part), exponent_scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, documents_ptr is None,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, IS_CORRECTED,
+            not IS_CORRECTED and documents_ptr is None,
         )  # fmt: skip
     dfq = dq
     pk_future = pk
     if fq_ptr is not None:
         dfq_ptr += b * stride_dfqb + h * stride_dfqh
-        if q.dtype != tl.float32:
+        if not IS_CORRECTED:
             dfq = tl.where(stored, dfq * scale, 0.0)
             store_tile(dfq_ptr, t, stride_dfqt, T, dfq, D, BLOCK_M, BLOCK_D)
         dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         pk = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
     if HAS_TARGET:
+        lo, hi, _ = ahead_of_query(i, start, end, S, table_len, F, BY_DISTANCE)
         dq, pk, rest = dq_source(
             dq, pk, rest, q, dtarget, lse_target, residual_target, delta_target, lse, lse, lse,
-            k_ptr, v_ptr, stride_kt, stride_vt, ahead_lo, tl.where(whole, ahead_hi, ahead_lo),
-            whole, exponent_scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, True,
+            k_ptr, v_ptr, stride_kt, stride_vt, lo, tl.where(whole, hi, lo),
+            whole, exponent_scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, False,
+            not IS_CORRECTED,
         )  # fmt: skip
     lo, hi = past_of_query(i, start, end, S)
     dq, pk, rest = dq_source(
         dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_target, delta_target,
         k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, valid, exponent_scale,
-        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, IS_CORRECTED, True,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, IS_CORRECTED, not IS_CORRECTED,
     )  # fmt: skip
 
-    if q.dtype == tl.float32:
-        dq += (dlse - rest)[:, None] * pk
+    if IS_CORRECTED:
         tl.store(delta_ptr + row, delta + rest, mask=mask_m)
+        if dlse_ptr is not None:
+            rest -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
+        dq -= rest[:, None] * pk
         if fq_ptr is not None:
-            dfq += (dlse - rest)[:, None] * pk_future
+            dfq -= rest[:, None] * pk_future
             dfq = tl.where(stored, dfq * scale, 0.0)
             store_tile(dfq_ptr, t, stride_dfqt, T, dfq, D, BLOCK_M, BLOCK_D)
     dq = tl.where(stored, dq * scale, 0.0)

@@ -86,6 +86,8 @@ def _future_attention_fwd_kernel(
     k_ptr += b * stride_kb + h // G * stride_kh
     v_ptr += b * stride_vb + h // G * stride_vh
 
+    # float32 is slow enough to mask every tile, and one loop takes fewer registers than two
+    HAS_WHOLE_TILES: tl.constexpr = q.dtype != tl.float32
     # every set of keys has a softmax of its own, joined afterwards
     no_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     no_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
@@ -93,7 +95,7 @@ def _future_attention_fwd_kernel(
     lo, hi = past_of_query(i, start, end, S)
     acc, l_past, m_past = _attend(
         acc, no_sum, no_max, q, k_ptr, v_ptr, stride_kt, stride_vt,
-        lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_WHOLE_TILES,
     )  # fmt: skip
 
     fq = q
@@ -112,7 +114,8 @@ def _future_attention_fwd_kernel(
             acc_future, l_future, m_future, fq, fk_ptr + b * stride_fkb + h // GF * stride_fkh,
             fv_ptr + b * stride_fvb + h // GF * stride_fvh, stride_fkt, stride_fvt,
             lo, tl.where(group == part, hi, lo), valid & (group == part), scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, documents_ptr is None,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            HAS_WHOLE_TILES and documents_ptr is None,
         )  # fmt: skip
 
     m, l, factor, factor_future = _join(m_past, l_past, m_future, l_future, q.dtype)
@@ -135,7 +138,8 @@ def _future_attention_fwd_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
         acc, l_ahead, m_ahead = _attend(
             acc, no_sum, no_max, q, k_ptr, v_ptr, stride_kt, stride_vt,
-            lo, tl.where(whole, hi, lo), whole, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+            lo, tl.where(whole, hi, lo), whole, scale,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_WHOLE_TILES,
         )  # fmt: skip
         m, l, _, factor = _join(m_past, l_past, m_ahead, l_ahead, q.dtype)
         target, lse, residual = finish_softmax(acc * factor[:, None], l, m, whole, q.dtype)
