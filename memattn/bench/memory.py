@@ -19,6 +19,7 @@ import torch
 from memattn.bench.case import Case, Forward
 from memattn.bench.gate import leaves_of
 
+_MALLOC_OPTIONS = {"M_TRIM_THRESHOLD": -1, "M_MMAP_THRESHOLD": -3, "M_MMAP_MAX": -4}
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -88,12 +89,26 @@ def cpu_peaks(jobs: Sequence[MemoryJob]) -> list[int | None]:
     return pickle.loads(done.stdout)
 
 
-def _serve() -> None:
-    """The fresh process: jobs on stdin, peaks on stdout."""
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees on the CPU, as PyTorch does on CUDA.
+
+    Otherwise the C library returns blocks above 32 MiB to the system, which maps and clears them
+    anew at each call: that is no work of an operator, and differs from length to length.
+    """
+    _set_malloc(M_MMAP_MAX=0, M_TRIM_THRESHOLD=1 << 30)
+
+
+def _set_malloc(**options: int) -> None:
+    """Options of the GNU C library's malloc; other libraries have none."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: larger blocks are returned when freed
-        libc.mallopt(-1, 1 << 16)  # M_TRIM_THRESHOLD
+        for name, value in options.items():
+            libc.mallopt(_MALLOC_OPTIONS[name], value)
+
+
+def _serve() -> None:
+    """The fresh process: jobs on stdin, peaks on stdout."""
+    _set_malloc(M_MMAP_THRESHOLD=1 << 16, M_TRIM_THRESHOLD=1 << 16)  # return what is freed
     threads, jobs = pickle.load(sys.stdin.buffer)
     torch.set_num_threads(threads)
     sys.stdout.buffer.write(pickle.dumps([_peak(job) for job in jobs]))

@@ -20,6 +20,7 @@ from memattn.bench.engine import (
     measure_case,
     roof_key,
 )
+from memattn.bench.memory import keep_freed_memory
 from memattn.bench.roofline import Roofs
 from memattn.bench.suite import SUITES, run_suite
 from memattn.ops._checks import check_int, must
@@ -52,7 +53,8 @@ def run(
 
     Each operator is first checked against its definition in float64, on every case that will be
     measured; if one is wrong nothing of that operator is printed. Peers are checked too, and a
-    peer that is wrong or cannot run says so in its row.
+    peer that is wrong or cannot run says so in its row. From here on the process keeps the memory
+    that it frees, see ``memattn.bench.memory.keep_freed_memory``.
 
     Args:
         names: Operators; None for all.
@@ -98,11 +100,13 @@ def run(
         for name, value in {**chosen, "quick": quick or None}.items():
             if value is not None:
                 must(name, "be left out with suite", value)
+        keep_freed_memory()
         record = run_suite(suite, classes, backend, seed, replace(effort, seconds=SUITE_SECONDS))
     else:
         for direction in directions or ():
             check_choice("directions", direction, DIRECTIONS)
         default = ("forward", "backward") if quick else DIRECTIONS
+        keep_freed_memory()
         cases = _cases(classes, kinds, seq_lens, shape or {}, device, dtype, quick, seed)
         record = _run_cases(cases, directions or default, peers, backend, seed, effort)
     if out is not None:
