@@ -90,12 +90,6 @@ def logits_of(model: nn.Module, tokens: Tensor, **inputs) -> Tensor:
         return model(tokens, use_cache=False, **inputs).logits
 
 
-def logits_of(model: nn.Module, tokens: Tensor, **inputs) -> Tensor:
-    """Logits of one pass without a cache."""
-    with torch.no_grad():
-        return model(tokens, use_cache=False, **inputs).logits
-
-
 def pad_left(rows: list[Tensor], T: int) -> tuple[Tensor, Tensor]:
     """Rows of tokens padded on the left to ``[B, T]``, and their mask."""
     tokens = torch.zeros(len(rows), T, dtype=torch.long)
