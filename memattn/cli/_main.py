@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("doctor", "data", "train", "evaluate", "generate", "audit", "bench", "plot", "demo")
-COMMANDS += ("study",)
+COMMANDS = (
+    *("doctor", "data", "train", "evaluate", "generate", "audit", "bench", "plot", "demo"),
+    "study",
+)
 # what a user can put right; anything else is a fault of the program and shows its traceback
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 
