@@ -92,7 +92,7 @@ class TestProperties:
 
     @pytest.mark.parametrize("operator", [future_attention, future_attention_loss])
     def test_a_later_token_changes_nothing_before_it(self, backend, operator):
-        tensors = make_future_inputs(T=37, device=DEVICE[backend])
+        tensors = make_future_inputs(H=2, Hkv=1, T=37, device=DEVICE[backend])
         before = self.run(backend, tensors, operator, future_dim=7)
         for t in (1, 20, 36):
             changed = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -104,7 +104,7 @@ class TestProperties:
             assert not torch.equal(before.out[:, :, t:], after.out[:, :, t:])
 
     def test_a_prefix_gives_the_same(self, backend):
-        tensors = make_future_inputs(T=37, device=DEVICE[backend])
+        tensors = make_future_inputs(H=2, Hkv=1, T=37, device=DEVICE[backend])
         whole = self.run(backend, tensors, future_dim=9)
         for t in (1, 16, 30):
             prefix = {k: v[:, :, :t] if k in TOKENS else v for k, v in tensors.items()}
@@ -127,7 +127,7 @@ class TestProperties:
         torch.testing.assert_close(result.out, banded)
 
     def test_far_away_rows_give_causal_attention(self, backend):
-        tensors = make_future_inputs(T=37, device=DEVICE[backend])
+        tensors = make_future_inputs(H=2, Hkv=1, T=37, device=DEVICE[backend])
         tensors["future_key"] = torch.zeros_like(tensors["future_key"])
         tensors["query"][..., 0] = 4.0
         tensors["future_key"][..., 0] = -1000.0
@@ -138,7 +138,7 @@ class TestProperties:
         assert not result.out_future.any()
 
     def test_unseen_rows_do_not_matter(self, backend):
-        tensors = make_future_inputs(T=10, rows=36, device=DEVICE[backend])
+        tensors = make_future_inputs(H=2, Hkv=1, T=10, rows=36, device=DEVICE[backend])
         expected = run_with_gradients(
             future_attention, tensors, dict(future_dim=5, backend=backend)
         )
@@ -170,7 +170,7 @@ class TestProperties:
             torch.testing.assert_close(losses, total / count)
 
     def test_padding_does_not_matter(self, backend):
-        tensors = make_future_inputs(B=1, T=21, rows=30, device=DEVICE[backend])
+        tensors = make_future_inputs(B=1, H=2, Hkv=1, T=21, rows=30, device=DEVICE[backend])
         options = dict(future_dim=4, backend=backend)
         alone = future_attention(**tensors, **options)
         loss = future_attention_loss(**tensors, **options).loss
@@ -194,14 +194,14 @@ class TestProperties:
             torch.testing.assert_close(results.loss, loss)
 
     def test_decoding_continues_the_pass(self, backend):
-        tensors = make_future_inputs(T=21, rows=30, device=DEVICE[backend])
+        tensors = make_future_inputs(H=2, Hkv=1, T=21, rows=30, device=DEVICE[backend])
         whole = self.run(backend, tensors, future_dim=6)
         last = {**tensors, "query": tensors["query"][:, :, 17:]}
         split = self.run(backend, last, query_offset=17, future_dim=6)
         torch.testing.assert_close(split.out, whole.out[:, :, 17:])
 
     def test_no_position_is_left_for_the_loss(self, backend):
-        tensors = make_future_inputs(T=5, rows=20, device=DEVICE[backend])
+        tensors = make_future_inputs(H=2, Hkv=1, T=5, rows=20, device=DEVICE[backend])
         results = run_with_gradients(
             future_attention_loss, tensors, dict(future_dim=6, backend=backend)
         )
@@ -211,7 +211,7 @@ class TestProperties:
     @pytest.mark.parametrize("loss", LOSSES[-1:], ids=str)
     @pytest.mark.parametrize("sizes", [dict(T=0, S=0, rows=3), dict(B=0, T=4)], ids=str)
     def test_empty_sizes(self, backend, sizes, loss):
-        tensors = make_future_inputs(**sizes, device=DEVICE[backend])
+        tensors = make_future_inputs(H=2, Hkv=1, **sizes, device=DEVICE[backend])
         for operator, options in ((future_attention, {}), (future_attention_loss, loss)):
             results = run_with_gradients(
                 operator, tensors, dict(future_dim=2, backend=backend, **options)
@@ -220,7 +220,7 @@ class TestProperties:
                 assert not result.nan_to_num(neginf=0.0).any(), name
 
     def test_strides_do_not_matter(self, backend):
-        tensors = make_future_inputs(T=19, device=DEVICE[backend])
+        tensors = make_future_inputs(H=2, Hkv=1, T=19, device=DEVICE[backend])
         options = dict(future_dim=4, backend=backend)
         expected = run_with_gradients(future_attention_loss, tensors, options)
         views = {
@@ -243,7 +243,7 @@ class TestProperties:
             assert all(torch.equal(result, again[name]) for again in runs[1:]), name
 
     def test_autocast(self, backend):
-        tensors = make_future_inputs(T=19, device=DEVICE[backend])
+        tensors = make_future_inputs(H=2, Hkv=1, T=19, device=DEVICE[backend])
         with torch.autocast(DEVICE[backend], torch.bfloat16):
             out = self.run(backend, tensors, future_dim=3).out
         assert out.dtype == torch.bfloat16
