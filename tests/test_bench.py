@@ -361,7 +361,10 @@ def test_table_without_rich(monkeypatch, capsys):
     ("arguments", "message"),
     [
         ({"names": ["attention"]}, r"operators must be one of .*, got 'attention'"),
-        ({"kinds": ["sparse"]}, r"kinds must be from dense, .*, got sparse"),
+        (
+            {"kinds": ["sparse"], "names": ["segmented_attention"]},
+            r"kinds must be from dense, .*, got sparse",
+        ),
         ({"shape": {"heads": 2}}, r"shape must have names from B, H, .*, got heads"),
         ({"shape": {"H": 0}}, r"shape\[H\] must be at least 1, got 0"),
         ({"seq_lens": [0]}, r"seq_lens must be at least 1, got 0"),
@@ -419,7 +422,7 @@ def bars_of_one_case() -> list:
 def test_suite_measures_its_bars(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(SegmentedCase, "bars", classmethod(lambda cls, suite: bars_of_one_case()))
     monkeypatch.setattr(run, "SUITE_SECONDS", 0.0)
-    record = run.run(suite="cpu-bars", backend="reference", out=tmp_path)
+    record = run.run(["segmented_attention"], suite="cpu-bars", backend="reference", out=tmp_path)
     reached = [bar["reached"] for bar in record["bars"]]
     if not Path("/proc/self/clear_refs").exists():
         reached.pop()
@@ -516,7 +519,9 @@ def test_command_line(capsys):
     assert "causal T=16 D=8" in printed
     assert "sdpa" not in printed
     assert main(["bench", "attention"]) == 2
-    assert "operators must be one of segmented_attention" in capsys.readouterr().err
+    assert (
+        "operators must be one of future_attention, segmented_attention" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests what is said without CUDA")

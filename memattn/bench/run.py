@@ -80,7 +80,7 @@ def run(
         WrongResultError: If one of our operators is wrong.
         ValueError: If an argument is not one of the above, or does not fit the operator.
     """
-    classes = _choose(names)
+    classes = _choose(names, kinds or (), shape or {})
     check_choice("device", device, DEVICES)
     check_choice("dtype", dtype, ("auto", *DTYPES))
     check_choice("backend", backend, BACKENDS)
@@ -148,11 +148,21 @@ def parse_shape(entries: Iterable[str]) -> dict[str, int]:
     return shape
 
 
-def _choose(names: Sequence[str] | None) -> list[type[Case]]:
+def _choose(
+    names: Sequence[str] | None, kinds: Sequence[str], shape: Mapping[str, int]
+) -> list[type[Case]]:
+    """The operators named; else those that have all these kinds and sizes, or simply all."""
     known = operators()
-    for name in names or ():
-        check_choice("operators", name, tuple(known))
-    return [known[name] for name in dict.fromkeys(names or known)]
+    if names:
+        for name in names:
+            check_choice("operators", name, tuple(known))
+        return [known[name] for name in dict.fromkeys(names)]
+    fitting = [
+        cls
+        for cls in known.values()
+        if set(kinds) <= cls.kinds.keys() and shape.keys() <= set(cls.size_names())
+    ]
+    return fitting or list(known.values())
 
 
 def _cases(
