@@ -187,7 +187,17 @@ def test_packed_documents_in_a_cuda_graph():
 
 def test_retune_knows_kernels_of_the_tables():
     assert retune.CANDIDATES["half"].keys() == retune.CANDIDATES["float"].keys()
-    assert retune.CANDIDATES["half"].keys() <= configs.table("sm_90").keys()
+    assert retune.CANDIDATES["half"].keys() == configs.table("sm_90").keys()
+
+
+@pytest.mark.parametrize("kernel", configs.table("sm_90"))
+def test_retune_has_work_for_every_kernel(kernel: str):
+    operator, make_inputs, passes = retune.work(kernel)
+    assert kernel.startswith(operator.__name__.removesuffix("_loss"))
+    tensors = make_inputs(B=1, T=7, S=140, D=8)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    for options in passes:
+        assert operator(**leaves, **options, backend="reference").out.requires_grad
 
 
 def changed_table(path: Path, **entry: object) -> Path:

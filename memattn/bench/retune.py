@@ -21,32 +21,53 @@ Config = dict[str, int]
 DTYPES = {"half": "bfloat16", "float": "float32"}
 # a candidate that takes longer, with its compilation, is no candidate
 TIMEOUT_SECONDS = 300
-# BLOCK_M, BLOCK_N, num_warps, num_stages
-CANDIDATES = {
+# BLOCK_M, BLOCK_N, num_warps, num_stages; by the part of a kernel's name that operators share
+_SHARED_CANDIDATES = {
     "half": {
-        "segmented_attention_fwd": [
+        "fwd": [
             (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3),
             (64, 64, 4, 3), (64, 128, 4, 3), (128, 32, 8, 3), (64, 32, 4, 2),
         ],
-        "segmented_attention_decode": [
+        "decode": [
             (16, 64, 4, 3), (16, 128, 4, 3), (16, 128, 8, 3), (16, 64, 2, 3), (16, 32, 4, 3),
         ],
-        "segmented_attention_bwd_dq": [
+        "bwd_dq": [
             (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2),
             (64, 32, 4, 2), (64, 128, 8, 2),
         ],
-        "segmented_attention_bwd_dkdv": [
+        "bwd_dkdv": [
             (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2),
             (32, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2),
         ],
     },
     "float": {
-        "segmented_attention_fwd": [(32, 32, 8, 1), (64, 16, 8, 1), (64, 32, 8, 2), (32, 16, 8, 1)],
-        "segmented_attention_decode": [(16, 32, 4, 1), (16, 32, 8, 1), (16, 64, 8, 1)],
-        "segmented_attention_bwd_dq": [(32, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)],
-        "segmented_attention_bwd_dkdv": [(32, 32, 4, 2), (32, 32, 8, 1), (32, 64, 8, 1)],
+        "fwd": [(32, 32, 8, 1), (64, 16, 8, 1), (64, 32, 8, 2), (32, 16, 8, 1)],
+        "decode": [(16, 32, 4, 1), (16, 32, 8, 1), (16, 64, 8, 1)],
+        "bwd_dq": [(32, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)],
+        "bwd_dkdv": [(32, 32, 4, 2), (32, 32, 8, 1), (32, 64, 8, 1)],
     },
 }  # fmt: skip
+
+
+# kernels with the candidates of another
+_RELATIVES: dict[str, str] = {
+    "bwd_dq_target": "bwd_dq",
+    "bwd_dkdv_target": "bwd_dkdv",
+    "bwd_table": "bwd_dkdv",
+}
+_KERNELS: dict[str, tuple[str, ...]] = {
+    "segmented_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv"),
+    "future_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv", *_RELATIVES),
+}
+# values by dtype class and name of the kernel
+CANDIDATES = {
+    kind: {
+        f"{operator}_{part}": shared[_RELATIVES.get(part, part)]
+        for operator, parts in _KERNELS.items()
+        for part in parts
+    }
+    for kind, shared in _SHARED_CANDIDATES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -169,33 +190,24 @@ def measure(trial: Trial) -> float | str:
 def run_trial(trial: Trial) -> float:
     """Check a candidate, then time it, in this process; milliseconds.
 
-    The work is a dense causal and a segmented pass with persistent keys. A backward kernel is
-    timed with its neighbours, whose configurations stay the same.
+    A backward kernel is timed with its neighbours, whose configurations stay the same.
     """
     from triton.testing import do_bench
 
-    from memattn.ops import segmented_attention
-    from memattn.testing import (
-        assert_results_within_budget,
-        make_segmented_inputs,
-        run_with_gradients,
-    )
+    from memattn.testing import assert_results_within_budget, run_with_gradients
     from memattn_kernels import configs
 
     table = configs.table(configs.architecture(torch.device("cuda", 0)))
     table[trial.kernel][str(trial.head_dim)][trial.kind] = trial.config
     dtype = getattr(torch, DTYPES[trial.kind])
     decode = trial.kernel.endswith("decode")
-    backward = "_bwd_" in trial.kernel
-    sizes: dict[str, Any] = {"D": trial.head_dim, "P": 16, "device": "cuda", "dtype": dtype}
-    segmented: dict[str, Any] = {"segment_len": 512, "window_size": 512}
+    operator, make_inputs, passes = work(trial.kernel)
+    make_inputs = partial(make_inputs, D=trial.head_dim, device="cuda", dtype=dtype)
 
-    small = make_segmented_inputs(T=7 if decode else 700, S=700, **sizes)
-    options = segmented | {"query_offset": 693 if decode else 0}
+    small = make_inputs(T=7 if decode else 700, S=700)
+    options = passes[-1] | {"query_offset": 693 if decode else 0}
     results = [
-        run_with_gradients(
-            segmented_attention, small, options | {"backend": backend}, dtype=precision
-        )
+        run_with_gradients(operator, small, options | {"backend": backend}, dtype=precision)
         for backend, precision in (
             ("triton", dtype),
             ("reference", dtype),
@@ -205,20 +217,38 @@ def run_trial(trial: Trial) -> float:
     assert_results_within_budget(*results)
 
     T, S = (1, 4096) if decode else (4096, 4096)
-    tensors = make_segmented_inputs(B=8 if decode else 2, H=16, Hkv=4, T=T, S=S, **sizes)
+    tensors = make_inputs(B=8 if decode else 2, H=16, Hkv=4, T=T, S=S)
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     total = 0.0
-    for options in ({}, segmented):
-        attend = partial(
-            segmented_attention, **leaves, **options, query_offset=S - T, backend="triton"
-        )
-        if backward:
-            out = attend().out
-            run = partial(torch.autograd.grad, out, [*leaves.values()], torch.ones_like(out), True)
+    for options in passes:
+        attend = partial(operator, **leaves, **options, query_offset=S - T, backend="triton")
+        if "_bwd_" in trial.kernel:
+            outputs = [t for name, t in attend()._asdict().items() if name in ("out", "loss")]
+            cotangents = [torch.ones_like(t) for t in outputs]
+            run = partial(torch.autograd.grad, outputs, [*leaves.values()], cotangents, True)
         else:
             run = attend
         total += cast(float, do_bench(run, return_mode="median"))
     return total
+
+
+def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
+    """What a kernel is timed with: the operator, what makes its inputs, and options of each pass.
+
+    Segmented attention runs dense causal, then segmented with persistent keys. Future attention
+    runs with a loss where there is one to speed up; its gradient passes through the target for the
+    kernels that are there for it.
+    """
+    from memattn import ops, testing
+
+    if kernel.startswith("segmented_attention"):
+        make_inputs = partial(testing.make_segmented_inputs, P=16)
+        return ops.segmented_attention, make_inputs, [{}, {"segment_len": 512, "window_size": 512}]
+    options: dict[str, Any] = {"future_dim": 128}
+    if kernel.endswith("decode"):
+        return ops.future_attention, testing.make_future_inputs, [options]
+    loss = {"loss_type": "mse", "detach_target": not kernel.endswith("_target")}
+    return ops.future_attention_loss, testing.make_future_inputs, [options | loss]
 
 
 if __name__ == "__main__":
