@@ -54,6 +54,25 @@ def store_tile(ptr, row, stride, end, tile, WIDTH: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
+def sequence_of(i, b, documents_ptr, seq_start_ptr, seq_end_ptr, S):
+    """Start, end and number of the first segment of the sequence that holds position ``i``."""
+    if documents_ptr is not None:
+        mask = i < S
+        start = tl.load(documents_ptr + i, mask=mask, other=0)
+        end = tl.load(documents_ptr + S + i, mask=mask, other=0)
+        first_segment = tl.load(documents_ptr + 2 * S + i, mask=mask, other=0)
+    else:
+        start = tl.full([], 0, tl.int32)
+        end = tl.full([], NO_END, tl.int32)
+        first_segment = tl.full([], 0, tl.int32)
+        if seq_start_ptr is not None:
+            start = tl.load(seq_start_ptr + b)
+        if seq_end_ptr is not None:
+            end = tl.load(seq_end_ptr + b)
+    return start, end, first_segment
+
+
+@triton.jit
 def tile_ranges(lo, hi, valid, BLOCK: tl.constexpr):
     """Columns that a tile of rows walks, in steps of BLOCK.
 
@@ -156,6 +175,15 @@ def rows_ready(tensor: Tensor) -> Tensor:
     if tensor.stride(-1) == 1 and tensor.stride(-2) <= MAX_ROW_STRIDE:
         return tensor
     return tensor.contiguous()
+
+
+def rows(name: str, tensor: Tensor | None, axes: str) -> dict:
+    """The pointer and the strides of a tensor of rows, by the kernels' argument names."""
+    if tensor is None:
+        return {f"{name}_ptr": None} | {f"stride_{name}{axis}": 0 for axis in axes}
+    tensor = rows_ready(tensor)
+    strides = zip(axes, tensor.stride(), strict=False)
+    return {f"{name}_ptr": tensor} | {f"stride_{name}{axis}": stride for axis, stride in strides}
 
 
 def empty_rows(like: Tensor, width: int) -> Tensor:

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from memattn_kernels import configs
-from memattn_kernels._common import device_guard, empty_rows, rows_ready
+from memattn_kernels._common import device_guard, empty_rows, rows, rows_ready
 from memattn_kernels.future_attention.backward_kernels import (
     future_attention_bwd_dkdv_kernel,
     future_attention_bwd_dq_kernel,
@@ -20,7 +20,6 @@ from memattn_kernels.future_attention.forward import (
     kernel_inputs,
     tile_width,
 )
-from memattn_kernels.segmented_attention.forward import rows
 
 # a partial sum by distance takes at least this many queries, and there are about this many programs
 MIN_CHUNK = 1024

@@ -19,9 +19,11 @@ from memattn_kernels._common import (
     NO_END,
     exponent_factor,
     load_tile,
+    sequence_of,
     store_tile,
     tile_ranges,
 )
+from memattn_kernels._tiles import dkdv_source, dq_source
 from memattn_kernels.future_attention.forward import RUNTIME_SIZES
 from memattn_kernels.future_attention.intervals import (
     ahead_of_query,
@@ -33,8 +35,6 @@ from memattn_kernels.future_attention.intervals import (
     table_groups,
 )
 from memattn_kernels.future_attention.loss import row_loss_gradient
-from memattn_kernels.future_attention.tiles import dkdv_source, dq_source
-from memattn_kernels.segmented_attention.intervals import sequence_of
 
 
 @triton.jit
@@ -146,37 +146,10 @@ def future_attention_bwd_dq_kernel(
     # float32 results show the rounding of out and lse in delta, most where dS cancels (a row with
     # one key): there dS without d_lse must sum to 0, so the rest of that sum corrects delta, and
     # pk = P K corrects d_query
-    pk = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    pk = tl.zeros([BLOCK_D, BLOCK_M], dtype=tl.float32)
     rest = tl.zeros([BLOCK_M], dtype=tl.float32)
     stored = valid & (lse < float("inf"))  # a row without keys, and its NaN, ends here
     stored = stored[:, None]
-
-    fq = q
-    if fq_ptr is not None:
-        fq_ptr += b * stride_fqb + h * stride_fqh
-        fq = load_tile(fq_ptr, t, stride_fqt, T, D, BLOCK_M, BLOCK_D, True)
-    lo, hi = rows_of_query(i, start, number, table_len, F, BY_DISTANCE, PER_DOCUMENT)
-    group, n_groups = table_groups(
-        number, valid, documents_ptr is not None, BY_DISTANCE, PER_DOCUMENT
-    )
-    for part in range(n_groups):
-        dq, pk, rest = dq_source(
-            dq, pk, rest, fq, df, lse, residual, delta, lse, lse, lse,
-            fk_ptr + b * stride_fkb + h // GF * stride_fkh,
-            fv_ptr + b * stride_fvb + h // GF * stride_fvh, stride_fkt, stride_fvt,
-            lo, tl.where(group == part, hi, lo), valid & (group == part), exponent_scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, IS_CORRECTED,
-            not IS_CORRECTED and documents_ptr is None,
-        )  # fmt: skip
-    dfq = dq
-    pk_future = pk
-    if fq_ptr is not None:
-        dfq_ptr += b * stride_dfqb + h * stride_dfqh
-        if not IS_CORRECTED:
-            dfq = tl.where(stored, dfq * scale, 0.0)
-            store_tile(dfq_ptr, t, stride_dfqt, T, dfq, D, BLOCK_M, BLOCK_D)
-        dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-        pk = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
     if HAS_TARGET:
         lo, hi, _ = ahead_of_query(i, start, end, S, table_len, F, BY_DISTANCE)
@@ -186,25 +159,61 @@ def future_attention_bwd_dq_kernel(
             whole, exponent_scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, False,
             not IS_CORRECTED,
         )  # fmt: skip
+    if IS_CORRECTED:  # short of registers: read again what would wait in them
+        do = load_tile(do_ptr, t, stride_dot, T, DV, BLOCK_M, BLOCK_DV, True)
     lo, hi = past_of_query(i, start, end, S)
     dq, pk, rest = dq_source(
         dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_target, delta_target,
-        k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, valid, exponent_scale,
+        k_ptr, v_ptr, stride_kt, stride_vt, lo, tl.where(valid, hi, lo), valid, exponent_scale,
         D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, IS_CORRECTED, not IS_CORRECTED,
     )  # fmt: skip
+    dq_ptr += b * stride_dqb + h * stride_dqh
+    fq = q
+    dfq = dq
+    pk_future = pk
+    if fq_ptr is not None:
+        if not IS_CORRECTED:
+            dq = tl.where(stored, dq * scale, 0.0)
+            store_tile(dq_ptr, t, stride_dqt, T, dq, D, BLOCK_M, BLOCK_D)
+        fq_ptr += b * stride_fqb + h * stride_fqh
+        fq = load_tile(fq_ptr, t, stride_fqt, T, D, BLOCK_M, BLOCK_D, True)
+        dfq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        pk_future = tl.zeros([BLOCK_D, BLOCK_M], dtype=tl.float32)
+    if IS_CORRECTED and df_ptr is not None:
+        tl.debug_barrier()  # other threads of this program wrote it
+        df = load_tile(df_ptr, t, stride_dft, T, DV, BLOCK_M, BLOCK_DV, True)
+    lo, hi = rows_of_query(i, start, number, table_len, F, BY_DISTANCE, PER_DOCUMENT)
+    group, n_groups = table_groups(
+        number, valid, documents_ptr is not None, BY_DISTANCE, PER_DOCUMENT
+    )
+    for part in range(n_groups):
+        sees = valid & (group == part)
+        dfq, pk_future, rest = dq_source(
+            dfq, pk_future, rest, fq, df, lse, residual, delta, lse, lse, lse,
+            fk_ptr + b * stride_fkb + h // GF * stride_fkh,
+            fv_ptr + b * stride_fvb + h // GF * stride_fvh, stride_fkt, stride_fvt,
+            lo, tl.where(sees, hi, lo), sees, exponent_scale,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, IS_CORRECTED,
+            not IS_CORRECTED and documents_ptr is None,
+        )  # fmt: skip
 
     if IS_CORRECTED:
         tl.store(delta_ptr + row, delta + rest, mask=mask_m)
         if dlse_ptr is not None:
             rest -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
-        dq -= rest[:, None] * pk
+        # masks cover all else that a row without keys has
+        rest = tl.where(lse < float("inf"), rest, 0.0)
+        dfq = (dfq - rest[:, None] * tl.trans(pk_future)) * scale
         if fq_ptr is not None:
-            dfq -= rest[:, None] * pk_future
-            dfq = tl.where(stored, dfq * scale, 0.0)
-            store_tile(dfq_ptr, t, stride_dfqt, T, dfq, D, BLOCK_M, BLOCK_D)
-    dq = tl.where(stored, dq * scale, 0.0)
-    dq_ptr += b * stride_dqb + h * stride_dqh
-    store_tile(dq_ptr, t, stride_dqt, T, dq, D, BLOCK_M, BLOCK_D)
+            dq = (dq - rest[:, None] * tl.trans(pk)) * scale
+            store_tile(dq_ptr, t, stride_dqt, T, dq, D, BLOCK_M, BLOCK_D)
+    else:
+        dfq = tl.where(stored, dfq * scale, 0.0)
+    if fq_ptr is not None:
+        dfq_ptr += b * stride_dfqb + h * stride_dfqh
+        store_tile(dfq_ptr, t, stride_dfqt, T, dfq, D, BLOCK_M, BLOCK_D)
+    else:
+        store_tile(dq_ptr, t, stride_dqt, T, dfq, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)

@@ -24,9 +24,12 @@ from memattn_kernels._common import (
     finish_softmax,
     load_tile,
     power,
+    rows,
     rows_ready,
+    sequence_of,
     store_tile,
 )
+from memattn_kernels._tiles import attend
 from memattn_kernels.future_attention.intervals import (
     ahead_of_query,
     document_table,
@@ -35,8 +38,6 @@ from memattn_kernels.future_attention.intervals import (
     table_groups,
 )
 from memattn_kernels.future_attention.loss import row_loss
-from memattn_kernels.segmented_attention.forward import _attend, rows
-from memattn_kernels.segmented_attention.intervals import sequence_of
 
 # lengths that change from call to call: compile once for all their values
 RUNTIME_SIZES = ("T", "S", "table_len", "F", "query_offset")
@@ -93,7 +94,7 @@ def _future_attention_fwd_kernel(
     no_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     lo, hi = past_of_query(i, start, end, S)
-    acc, l_past, m_past = _attend(
+    acc, l_past, m_past = attend(
         acc, no_sum, no_max, q, k_ptr, v_ptr, stride_kt, stride_vt,
         lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_WHOLE_TILES,
     )  # fmt: skip
@@ -110,7 +111,7 @@ def _future_attention_fwd_kernel(
         number, valid, documents_ptr is not None, BY_DISTANCE, PER_DOCUMENT
     )
     for part in range(n_groups):
-        acc_future, l_future, m_future = _attend(
+        acc_future, l_future, m_future = attend(
             acc_future, l_future, m_future, fq, fk_ptr + b * stride_fkb + h // GF * stride_fkh,
             fv_ptr + b * stride_fvb + h // GF * stride_fvh, stride_fkt, stride_fvt,
             lo, tl.where(group == part, hi, lo), valid & (group == part), scale,
@@ -136,7 +137,7 @@ def _future_attention_fwd_kernel(
         lo, hi, whole = ahead_of_query(i, start, end, S, table_len, F, BY_DISTANCE)
         whole &= mask_m
         acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-        acc, l_ahead, m_ahead = _attend(
+        acc, l_ahead, m_ahead = attend(
             acc, no_sum, no_max, q, k_ptr, v_ptr, stride_kt, stride_vt,
             lo, tl.where(whole, hi, lo), whole, scale,
             D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_WHOLE_TILES,

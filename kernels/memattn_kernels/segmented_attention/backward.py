@@ -15,13 +15,12 @@ import triton
 from torch import Tensor
 
 from memattn_kernels import configs
-from memattn_kernels._common import block_length, device_guard, empty_rows, rows_ready
+from memattn_kernels._common import block_length, device_guard, empty_rows, rows, rows_ready
 from memattn_kernels.segmented_attention.backward_dkdv import segmented_attention_bwd_dkdv_kernel
 from memattn_kernels.segmented_attention.backward_dq import segmented_attention_bwd_dq_kernel
 from memattn_kernels.segmented_attention.forward import (
     kernel_inputs,
     row_tiles,
-    rows,
     segmented_attention_op,
 )
 from memattn_kernels.segmented_attention.intervals import segment_table

@@ -15,10 +15,11 @@ from memattn_kernels._common import (
     n_partial_tiles,
     partial_tile,
     power,
+    sequence_of,
     store_tile,
     tile_ranges,
 )
-from memattn_kernels.segmented_attention.intervals import queries_of_token, sequence_of
+from memattn_kernels.segmented_attention.intervals import queries_of_token
 
 
 @triton.jit

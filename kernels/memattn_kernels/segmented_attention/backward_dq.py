@@ -12,13 +12,13 @@ from memattn_kernels._common import (
     n_partial_tiles,
     partial_tile,
     power,
+    sequence_of,
     store_tile,
     tile_ranges,
 )
 from memattn_kernels.segmented_attention.forward import RUNTIME_SIZES
 from memattn_kernels.segmented_attention.intervals import (
     memory_of_query,
-    sequence_of,
     tokens_of_query,
 )
 

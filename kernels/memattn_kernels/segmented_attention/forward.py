@@ -23,60 +23,20 @@ from memattn_kernels._common import (
     exponent_factor,
     finish_softmax,
     load_tile,
-    n_partial_tiles,
-    online_softmax_step,
-    partial_tile,
+    rows,
     rows_ready,
+    sequence_of,
     store_tile,
-    tile_ranges,
 )
+from memattn_kernels._tiles import attend
 from memattn_kernels.segmented_attention.intervals import (
     document_table,
     memory_of_query,
-    sequence_of,
     tokens_of_query,
 )
 
 # lengths that change from call to call: compile once for all their values
 RUNTIME_SIZES = ("T", "S", "P", "M", "n_memory", "L", "W", "query_offset")
-
-
-@triton.jit
-def _attend_tile(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-                 D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                 BLOCK_DV: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """One tile of keys from column ``n``."""
-    k = load_tile(k_ptr, n, stride_k, last, D, BLOCK_N, BLOCK_D, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if MASKED:
-        offs_n = (n + tl.arange(0, BLOCK_N))[None, :]
-        scores = tl.where((offs_n >= lo[:, None]) & (offs_n < hi[:, None]), scores, -float("inf"))
-    v = load_tile(v_ptr, n, stride_v, last, DV, BLOCK_N, BLOCK_DV, MASKED)
-    return online_softmax_step(acc, l_i, m_i, scores, v, scale)
-
-
-@triton.jit
-def _attend(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid, scale,
-            D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-            BLOCK_DV: tl.constexpr, HAS_WHOLE_TILES: tl.constexpr):  # fmt: skip
-    """All keys of one source that the tile of queries sees: row r sees ``[lo[r], hi[r])``."""
-    first, full_first, full_last, last = tile_ranges(lo, hi, valid, BLOCK_N)
-    if not HAS_WHOLE_TILES:
-        full_first = first
-        full_last = first
-    for index in range(n_partial_tiles(first, full_first, full_last, last, BLOCK_N)):
-        n = partial_tile(index, first, full_first, full_last, BLOCK_N)
-        acc, l_i, m_i = _attend_tile(
-            acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
-        )  # fmt: skip
-    if HAS_WHOLE_TILES:
-        for n in range(full_first, full_last, BLOCK_N):
-            acc, l_i, m_i = _attend_tile(
-                acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
-            )  # fmt: skip
-    return acc, l_i, m_i
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -117,20 +77,20 @@ def segmented_attention_fwd_kernel(
 
     if pk_ptr is not None:
         lo = tl.zeros([BLOCK_M], dtype=tl.int32)
-        acc, l_i, m_i = _attend(
+        acc, l_i, m_i = attend(
             acc, l_i, m_i, q, pk_ptr + h_kv * stride_pkh, pv_ptr + h_kv * stride_pvh,
             stride_pkt, stride_pvt, lo, lo + P, valid, scale,
             D, DV, BLOCK_NP, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
     if mk_ptr is not None:
         lo, hi = memory_of_query(i, start, first_segment, n_memory, L, M, MEMORY_IS_CAUSAL)
-        acc, l_i, m_i = _attend(
+        acc, l_i, m_i = attend(
             acc, l_i, m_i, q, mk_ptr + b * stride_mkb + h_kv * stride_mkh,
             mv_ptr + b * stride_mvb + h_kv * stride_mvh, stride_mkt, stride_mvt,
             lo, hi, valid, scale, D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
     lo, hi = tokens_of_query(i, start, end, S, L, W, IS_CAUSAL)
-    acc, l_i, m_i = _attend(
+    acc, l_i, m_i = attend(
         acc, l_i, m_i, q, k_ptr + b * stride_kb + h_kv * stride_kh,
         v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt,
         lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
@@ -200,15 +160,6 @@ def kernel_inputs(
         BLOCK_DV=block_width(value.shape[-1]),
     )
     return inputs
-
-
-def rows(name: str, tensor: Tensor | None, axes: str) -> dict:
-    """The pointer and the strides of a tensor of rows, by the kernels' argument names."""
-    if tensor is None:
-        return {f"{name}_ptr": None} | {f"stride_{name}{axis}": 0 for axis in axes}
-    tensor = rows_ready(tensor)
-    strides = zip(axes, tensor.stride(), strict=False)
-    return {f"{name}_ptr": tensor} | {f"stride_{name}{axis}": stride for axis, stride in strides}
 
 
 @torch.library.custom_op("memattn_kernels::segmented_attention", mutates_args=())

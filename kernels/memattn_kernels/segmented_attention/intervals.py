@@ -9,27 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memattn_kernels._common import NO_END
-
-
-@triton.jit
-def sequence_of(i, b, documents_ptr, seq_start_ptr, seq_end_ptr, S):
-    """Start, end and number of the first segment of the sequence that holds position ``i``."""
-    if documents_ptr is not None:
-        mask = i < S
-        start = tl.load(documents_ptr + i, mask=mask, other=0)
-        end = tl.load(documents_ptr + S + i, mask=mask, other=0)
-        first_segment = tl.load(documents_ptr + 2 * S + i, mask=mask, other=0)
-    else:
-        start = tl.full([], 0, tl.int32)
-        end = tl.full([], NO_END, tl.int32)
-        first_segment = tl.full([], 0, tl.int32)
-        if seq_start_ptr is not None:
-            start = tl.load(seq_start_ptr + b)
-        if seq_end_ptr is not None:
-            end = tl.load(seq_end_ptr + b)
-    return start, end, first_segment
-
 
 @triton.jit
 def tokens_of_query(i, start, end, S, L, W, IS_CAUSAL: tl.constexpr):

@@ -1,9 +1,9 @@
-"""One tile of scores in the backward, and the loops over the tiles in reach.
+"""One tile of scores, forward and backward, and the loops over the tiles in reach.
 
-Weights are ``exp(score - lse)``, where ``lse`` and the scores' ``scale`` have ``exponent_factor``
-in them and ``lse`` is infinite for a row without keys. A *target* adds the gradient through a
-second softmax over the same keys, whose own part of the output is not asked for: its weights times
-minus ``delta_target``.
+Weights of the backward are ``exp(score - lse)``, where ``lse`` and the scores' ``scale`` have
+``exponent_factor`` in them and ``lse`` is infinite for a row without keys. A *target* adds the
+gradient through a second softmax over the same keys, whose own part of the output is not asked for:
+its weights times minus ``delta_target``.
 """
 
 import triton
@@ -12,10 +12,49 @@ import triton.language as tl
 from memattn_kernels._common import (
     load_tile,
     n_partial_tiles,
+    online_softmax_step,
     partial_tile,
     power,
     tile_ranges,
 )
+
+
+@triton.jit
+def _attend_tile(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
+                 D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                 BLOCK_DV: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """One tile of keys from column ``n``."""
+    k = load_tile(k_ptr, n, stride_k, last, D, BLOCK_N, BLOCK_D, MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASKED:
+        offs_n = (n + tl.arange(0, BLOCK_N))[None, :]
+        scores = tl.where((offs_n >= lo[:, None]) & (offs_n < hi[:, None]), scores, -float("inf"))
+    v = load_tile(v_ptr, n, stride_v, last, DV, BLOCK_N, BLOCK_DV, MASKED)
+    return online_softmax_step(acc, l_i, m_i, scores, v, scale)
+
+
+@triton.jit
+def attend(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid, scale,
+           D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+           BLOCK_DV: tl.constexpr, HAS_WHOLE_TILES: tl.constexpr):  # fmt: skip
+    """Add all keys of one source to the running softmax: row ``r`` sees ``[lo[r], hi[r])``."""
+    first, full_first, full_last, last = tile_ranges(lo, hi, valid, BLOCK_N)
+    if not HAS_WHOLE_TILES:
+        full_first = first
+        full_last = first
+    for index in range(n_partial_tiles(first, full_first, full_last, last, BLOCK_N)):
+        n = partial_tile(index, first, full_first, full_last, BLOCK_N)
+        acc, l_i, m_i = _attend_tile(
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        )  # fmt: skip
+    if HAS_WHOLE_TILES:
+        for n in range(full_first, full_last, BLOCK_N):
+            acc, l_i, m_i = _attend_tile(
+                acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
+                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+            )  # fmt: skip
+    return acc, l_i, m_i
 
 
 @triton.jit
@@ -40,7 +79,8 @@ def _dq_tile(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_tar
             ds = tl.where(mask, ds, 0.0)
             p = tl.where(mask, p, 0.0)
         rest += tl.sum(ds, 1)
-        pk = tl.dot(p, k, pk, input_precision="ieee")
+        # transposed, as then the two products read k apart, when they need it
+        pk = tl.dot(tl.trans(k), tl.trans(p), pk, input_precision="ieee")
     if HAS_TARGET:
         x = scores * scale - lse_target[:, None]
         if q.dtype == tl.float32:
@@ -60,8 +100,8 @@ def dq_source(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_ta
               HAS_WHOLE_TILES: tl.constexpr):  # fmt: skip
     """Add the gradient of the queries from all keys of one source that they see.
 
-    IS_CORRECTED also adds up ``pk``, the weights times the keys, and ``rest``, the sum of ``dS``
-    without the target's: see the kernel.
+    IS_CORRECTED also adds up ``pk``, the keys times the weights, ``[BLOCK_D, BLOCK_M]``, and
+    ``rest``, the sum of ``dS`` without the target's: see the kernel.
     """
     first, full_first, full_last, last = tile_ranges(lo, hi, valid, BLOCK_N)
     if not HAS_WHOLE_TILES:
