@@ -117,13 +117,13 @@ def test_goes_on_after_an_interruption_and_trains_nothing_twice(config, console,
     # there was no time after the warm-up
     stops = [WARMUP_STEPS, WARMUP_STEPS + 2]
     assert trained == [(preset, stop) for stop in stops for preset in PRESETS]
-    del trained[:]
+    done = len(trained)
     # a system that lands later gets the same tokens
     monkeypatch.setitem(PRESETS, "late", MemAttnConfig.vanilla)
     page = run_demo(config, console=console)
     report = json.loads((page.parent / "results.json").read_text())
     assert "b &lt;&amp;" in page.read_text()
-    assert trained == [("late", stop) for stop in stops]
+    assert trained[done:] == [("late", stop) for stop in stops]
     tokens = stops[-1] * config.batch_size * config.seq_len
     assert {result["tokens"] for result in report["results"]} == {tokens}
     assert len(report["results"]) == len(PRESETS)

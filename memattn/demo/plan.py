@@ -150,4 +150,5 @@ class Plan:
             ]
             return cls(**values, stages=stages)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"plan must be of this version (or use --fresh): {file}") from error
+            must_be = "plan must be of this version (or use --fresh)"
+            raise ValueError(f"{must_be}, got {file}") from error

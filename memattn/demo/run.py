@@ -237,7 +237,8 @@ def _result(config: DemoConfig, preset: str, console: Console) -> dict[str, Any]
     result = {
         "preset": preset,
         "held_out_loss": held_out_loss,
-        "train_loss": trained[-1]["loss"],
+        # of the language model alone, where others are added to it
+        "train_loss": trained[-1]["lm_loss"] or trained[-1]["loss"],
         "tokens": trained[-1]["tokens"],
         "tokens_per_second": median(row["tokens_per_second"] for row in trained),
         "seconds": rows[-1]["seconds"],
