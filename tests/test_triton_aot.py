@@ -22,8 +22,14 @@ KERNELS = Path(configs.__file__).parents[2]
 TITLES = {kernel.title for kernel in aot.declared()}
 # kernels whose tiles are too small for the newest tensor cores
 SMALL_SOURCES = ("-persistent", "-memory")
-# four values that are set aside over the loops, once in a program
-SPILLS = {"sm_80-segmented_attention_bwd_dq-256-float32": 16}
+# bytes of a thread that are set aside over a loop, in the widest float32: known, and no more
+SPILLS = {
+    "sm_80-segmented_attention_bwd_dq-256-float32": 16,
+    "sm_90-future_attention_bwd_dq_target-256-float32": 8,
+    "sm_100-future_attention_bwd_dq_target-256-float32": 16,
+    "sm_100-future_attention_bwd_dkdv-256-float32": 8,
+    "sm_100-future_attention_bwd_dkdv_target-256-float32": 24,
+}
 TENSOR_CORES = {
     "sm_80": {"mma.sync"},
     "sm_90": {"wgmma.mma_async", "mma.sync"},
