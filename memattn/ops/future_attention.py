@@ -193,6 +193,7 @@ def future_attention_loss(
         *(query, key, value, future_key, future_value, future_dim, future_query, future_index),
         *(cu_seqlens, seq_start, seq_end, query_offset, scale),
     )
+    inputs: tuple[Any, ...] = (*args, loss_type, detach_target)
     match resolve_backend(backend, args[0]):
         case "triton":
             from memattn_kernels.future_attention import future_attention_loss as impl
@@ -200,7 +201,7 @@ def future_attention_loss(
             from memattn.cpp.future_attention import future_attention_loss as impl
         case "reference":
             from memattn.reference.future_attention import future_attention_loss as impl
-    return FutureAttentionLossOutput(*impl(*(*args, loss_type, detach_target)))
+    return FutureAttentionLossOutput(*impl(*inputs))
 
 
 def _checked(
