@@ -176,7 +176,9 @@ def test_opcheck(loss: tuple):
 
 
 @pytest.mark.parametrize(
-    ("function", "loss"), [(triton_attention, ()), (triton_loss, ("mse", False))], ids=str
+    ("function", "loss"),
+    [(triton_attention, ()), (triton_loss, ("mse", False))],
+    ids=["plain", "loss"],
 )
 def test_compiles_once_for_all_lengths(function: Callable, loss: tuple):
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -101,10 +101,10 @@ def test_command_draws_the_attention_of_a_model(tmp_path, capsys, monkeypatch):
     config = MemAttnConfig.segmented(vocab_size=len(tokenizer), **sizes)
     MemAttnForCausalLM(config).save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    assert main(["plot", "model", "--attention", "a cat"]) == 0
+    assert main(["plot", "attention", "model", "--text", "a cat"]) == 0
     assert "wrote attention.png" in capsys.readouterr().out
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
-    assert main(["plot", "model", "model", "--attention", "a cat"]) == 2
-    assert "runs must be one model with --attention, got 2" in capsys.readouterr().err
-    assert main(["plot", "vanilla", "--attention", "a cat"]) == 2
+    assert main(["plot", "attention", "model", "model", "--text", "a cat"]) == 2
+    assert "runs must be attention and one model, got 2" in capsys.readouterr().err
+    assert main(["plot", "attention", "vanilla", "--text", "a cat"]) == 2
     assert "folder with a tokenizer, got vanilla" in capsys.readouterr().err

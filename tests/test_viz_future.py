@@ -112,10 +112,10 @@ def test_the_command_draws_one_model(tmp_path, capsys):
     options = dict(vocab_size=len(tokenizer), max_position_embeddings=40, future_dim=9)
     make_model("learned", torch.float32, **options).save_pretrained(tmp_path / "model")
     model, out = str(tmp_path / "model"), str(tmp_path / "future.png")
-    assert main(["plot", model, "--future", text, "--out", out]) == 0
+    assert main(["plot", "future", model, "--text", text, "--out", out]) == 0
     assert (tmp_path / "future.png").read_bytes().startswith(b"\x89PNG")
     assert "the first 40 tokens" in capsys.readouterr().out
-    assert main(["plot", model, "--future", "the cat", "--out", out]) == 2
+    assert main(["plot", "future", model, "--text", "the cat", "--out", out]) == 2
     assert "at least 10 tokens" in capsys.readouterr().err
-    assert main(["plot", model, "--future", text, "--attention", text]) == 2
-    assert "attention must be left out with --future" in capsys.readouterr().err
+    assert main(["plot", model, "--text", text]) == 2
+    assert "text must be left out but for attention and future" in capsys.readouterr().err
