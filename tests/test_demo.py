@@ -1,10 +1,7 @@
 """The demo, small: equal tokens, one page, and nothing done twice."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from rich.console import Console
@@ -226,29 +223,10 @@ def test_fresh_deletes_an_earlier_demo_only(config, console, monkeypatch):
     assert not (out / "mine.txt").exists() and (out / "plan.json").exists()
 
 
-def test_command_lets_waiting_threads_sleep():
-    # which OpenMP reads when torch loads
-    code = (
-        "import sys, types; sys.modules['memattn.demo'] = demo = types.ModuleType('demo')\n"
-        "demo.DemoConfig = dict\n"
-        "def run_demo(config, fresh):\n"
-        "    import os; sys.exit(os.environ['OMP_WAIT_POLICY'] + str('torch' in sys.modules))\n"
-        "demo.run_demo = run_demo\n"
-        "from memattn.cli import main; main(['demo'])"
-    )
-    environment = {name: x for name, x in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60
-    )
-    assert done.stderr == "passiveFalse\n"
-
-
 def test_command_turns_flags_into_the_configuration(monkeypatch, capsys):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # a choice of the user's stays
     seen = []
     monkeypatch.setattr("memattn.demo.run_demo", lambda config, fresh: seen.append((config, fresh)))
     assert main(["demo", "--out", "x", "--minutes", "2", "--seed", "3", "--fresh"]) == 0
     assert seen == [(DemoConfig(out="x", minutes=2.0, seed=3), True)]
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
     assert main(["demo", "--minutes", "0"]) == 2
     assert "minutes must be positive and finite, got 0.0" in capsys.readouterr().err

@@ -24,10 +24,6 @@ def demo(
         cache_dir: Folder for fetched corpora, tokenizers and tokens.
         fresh: Delete an earlier demo in the folder first.
     """
-    import os
-
-    # threads that wait by spinning cost a busy machine most of its speed; read when torch loads
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from memattn.demo import DemoConfig, run_demo
 
     config = DemoConfig(out=out, minutes=minutes, corpus=corpus, seed=seed, cache_dir=cache_dir)
