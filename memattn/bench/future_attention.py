@@ -1,7 +1,7 @@
 """Cases of future attention: past and band, with and without the fused loss, and its peers."""
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -95,22 +95,9 @@ class FutureCase(Case):
         def forward(inputs: dict[str, Tensor]) -> Tensor:
             part = inputs | {"query": inputs["query"][:, :, rows]}
             out = future_attention(**part, **options, query_offset=rows.start).out
-            return out if self.kind == "future" else out + self._loss(inputs).to(out.dtype)
+            return out if self.kind == "future" else out + _loss(self, out.dtype).to(out.dtype)
 
         return forward
-
-    @torch.no_grad()
-    def _loss(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The loss of all rows by the definition, in parts whose matrices fit."""
-        options: dict[str, Any] = self.options() | {"backend": "reference"}
-        total, count = inputs["query"].new_zeros((), dtype=torch.float64), 0
-        whole = min(self.T - 1, self.rows) if self.rows < self.T else 0  # rows that count
-        for start in range(0, whole, _CHUNK):
-            stop = min(start + _CHUNK, whole)
-            part = inputs | {"query": inputs["query"][:, :, start:stop]}
-            loss = future_attention_loss(**part, **options, query_offset=start).loss
-            total, count = total + loss * (stop - start), count + stop - start
-        return total / max(count, 1)
 
     def label(self, T: str | None = None) -> str:
         length = f"T={self.T}" if T is None else T
@@ -208,6 +195,22 @@ class FutureCase(Case):
     @classmethod
     def bars(cls, suite: str) -> list[Bar]:
         return {"cpu-bars": _cpu_bars, "gpu-bars": _gpu_bars}[suite]()
+
+
+@cache
+@torch.no_grad()
+def _loss(case: FutureCase, dtype: torch.dtype) -> Tensor:
+    """The loss of all rows by the definition in ``dtype``, in parts whose matrices fit."""
+    inputs = {name: x.to(dtype) for name, x in case.inputs().items()}
+    options: dict[str, Any] = case.options() | {"backend": "reference"}
+    total, count = inputs["query"].new_zeros((), dtype=torch.float64), 0
+    whole = min(case.T - 1, case.rows) if case.rows < case.T else 0  # rows that count
+    for start in range(0, whole, _CHUNK):
+        stop = min(start + _CHUNK, whole)
+        part = inputs | {"query": inputs["query"][:, :, start:stop]}
+        loss = future_attention_loss(**part, **options, query_offset=start).loss
+        total, count = total + loss * (stop - start), count + stop - start
+    return total / max(count, 1)
 
 
 def _cost_bars(case: FutureCase) -> list[Bar]:
