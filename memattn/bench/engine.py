@@ -11,7 +11,7 @@ from memattn.bench.case import Case, Forward, Peer
 from memattn.bench.gate import Oracle, check_peer, check_subject
 from memattn.bench.memory import MemoryJob, call_of, cpu_peaks, cuda_peak
 from memattn.bench.roofline import Roofs, measure_roofs
-from memattn.bench.timing import Timing, interleave, speedup
+from memattn.bench.timing import MIN_SAMPLE, Timing, interleave, speedup
 from memattn.ops._dispatch import resolve_backend
 
 DIRECTIONS = ("forward", "backward", "forward+backward")
@@ -37,6 +37,7 @@ class Effort:
 
     seconds: float = 0.5  # for each competitor and direction
     min_rounds: int = 5
+    min_sample: float = MIN_SAMPLE  # seconds of one sample on the CPU
     max_score_bytes: int = 1 << 30
     compiled: bool = True  # whether to build what must be compiled
 
@@ -123,16 +124,27 @@ def measure_case(
 def measure_together(
     cases: Sequence[Case], *, backend: str, direction: str, effort: Effort
 ) -> list[Timing]:
-    """Time our operator on several cases in turn, so that their times can be compared."""
+    """Time our operator on several cases in turn, so that their times can be compared.
+
+    Short calls are repeated within a sample: alone each would pay for what the long ones have
+    thrown out of the caches.
+    """
     calls = {
         str(index): call_of(case, case.subject(backend), direction)
         for index, case in enumerate(cases)
     }
-    device = cases[0].device
-    return list(
-        interleave(
-            calls, device=device, seconds=effort.seconds, min_rounds=effort.min_rounds
-        ).values()
+    return list(_interleave(calls, cases[0].device, effort).values())
+
+
+def _interleave(
+    calls: Mapping[str, Callable[[], object]], device: str, effort: Effort
+) -> dict[str, Timing]:
+    return interleave(
+        calls,
+        device=device,
+        seconds=effort.seconds,
+        min_rounds=effort.min_rounds,
+        min_sample=effort.min_sample,
     )
 
 
@@ -182,7 +194,12 @@ def _try_peer(oracle: Oracle, competitor: Competitor, peer: Peer, gradients: boo
 def _time_direction(
     case: Case, direction: str, competitors: Sequence[Competitor], effort: Effort
 ) -> list[Row]:
+    """Time ours in turn with the peers; those that store all scores have turns of their own.
+
+    After such a peer everyone runs with cold caches and scattered memory.
+    """
     rows = {c.name: Row(case, direction, c.name) for c in competitors}
+    peers = case.peers()
     calls = {}
     for competitor in competitors:
         if direction in competitor.reasons:
@@ -190,13 +207,15 @@ def _time_direction(
         else:
             assert competitor.forward is not None
             calls[competitor.name] = call_of(case, competitor.forward, direction)
-    timings = interleave(
-        calls, device=case.device, seconds=effort.seconds, min_rounds=effort.min_rounds
-    )
-    for name, timing in timings.items():
-        rows[name].timing = timing
-        if name != OURS:
-            rows[name].speedup = speedup(timings[OURS], timing)
+    heavy = [name for name in calls if name != OURS and peers[name].score_bytes]
+    groups = [[name for name in calls if name not in heavy], *([OURS, name] for name in heavy)]
+    for group in groups:
+        timings = _interleave({name: calls[name] for name in group}, case.device, effort)
+        for name, timing in timings.items():
+            rows[name].timing = rows[name].timing or timing
+            if name != OURS:
+                rows[name].speedup = speedup(timings[OURS], timing)
+    for name in calls:
         if "cuda" in case.device and direction != "backward":
             rows[name].peak_bytes = cuda_peak(calls[name], case.device)
     del calls

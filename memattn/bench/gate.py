@@ -76,7 +76,7 @@ def check_subject(case: Case, backend: str, *, gradients: bool) -> None:
     for part in (small,) if small == case else (small, case):
         told = gradients and (part == small or part.rows_are_independent())
         oracle = Oracle(part, gradients=told)
-        actual = oracle.results(part.subject(backend), gradients=told)
+        actual = oracle.results(part.checked(backend), gradients=told)
         for name, high in oracle.high.items():
             where = f"{case.operator}, {part.label()}: {name}"
             try:

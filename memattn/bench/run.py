@@ -29,7 +29,8 @@ from memattn.ops._dispatch import BACKENDS
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda")
 LENGTHS = {"cpu": (1024, 2048, 4096), "cuda": (2048, 8192, 32768)}
-SUITE_SECONDS = 1.0  # for each competitor and direction of a bar
+SUITE_SECONDS = 2.0  # for each competitor and direction of a bar
+SUITE_SAMPLE = 0.1  # seconds of one sample
 QUICK_LENGTHS = {"cpu": (256, 512), "cuda": (2048, 4096)}
 
 
@@ -101,7 +102,8 @@ def run(
             if value is not None:
                 must(name, "be left out with suite", value)
         keep_freed_memory()
-        record = run_suite(suite, classes, backend, seed, replace(effort, seconds=SUITE_SECONDS))
+        effort = replace(effort, seconds=SUITE_SECONDS, min_sample=SUITE_SAMPLE)
+        record = run_suite(suite, classes, backend, seed, effort)
     else:
         for direction in directions or ():
             check_choice("directions", direction, DIRECTIONS)

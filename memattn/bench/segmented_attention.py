@@ -1,6 +1,6 @@
 """Cases of segmented attention: its useful pairs, its peers with the same mask."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -174,7 +174,8 @@ class SegmentedCase(Case):
         return forward
 
     def label(self, T: str | None = None) -> str:
-        sizes = [f"T={self.T}" if T is None else T]
+        sizes = [] if self.B == 1 else [f"B={self.B}"]
+        sizes.append(f"T={self.T}" if T is None else T)
         if self.kind in _WINDOWED:
             sizes.append(f"W={self.window_size}")
         if self.kind in _SEGMENTED:
@@ -335,8 +336,10 @@ def _cpu_bars() -> list[Bar]:
     for direction in ("forward", "backward"):
         # rows before the window is full see less: at T=2048 alone that is 6 %
         bars.append(FlatTimeBar(case=window, direction=direction, target=1.15, lengths=lengths))
+    many = replace(window, B=4)
     for direction in ("forward", "forward+backward"):
-        bars.append(LinearMemoryBar(case=window, direction=direction, target=1.1, lengths=lengths))
+        # four sequences: the system counts a process's memory in steps that one would notice
+        bars.append(LinearMemoryBar(case=many, direction=direction, target=1.1, lengths=lengths))
     return bars
 
 

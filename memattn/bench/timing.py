@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 MAX_ROUNDS = 1000
-MIN_SAMPLE = 2e-3  # seconds on the CPU; a shorter call is repeated within one sample
+MIN_SAMPLE = 2e-3  # seconds on the CPU
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def interleave(
     seconds: float = 0.5,
     warmup: int = 1,
     min_rounds: int = 5,
+    min_sample: float = MIN_SAMPLE,
 ) -> dict[str, Timing]:
     """Time each function in turn, A B C A B C and so on.
 
@@ -64,12 +65,13 @@ def interleave(
         seconds: Time to spend on each function, roughly.
         warmup: Rounds that are not counted, at least 1.
         min_rounds: Rounds that are counted, at least.
+        min_sample: Seconds of one sample on the CPU: shorter calls are repeated within it.
 
     Returns:
         A ``Timing`` for each name; all have the same number of samples, in the order of rounds.
     """
     on_cuda = torch.device(device).type == "cuda"
-    clock = _CudaClock(device) if on_cuda else _CpuClock()
+    clock = _CudaClock(device) if on_cuda else _CpuClock(min_sample)
     once: dict[str, float] = {}
     for _ in range(max(warmup, 1)):
         once = {name: clock.time(function, 1) for name, function in functions.items()}
@@ -87,8 +89,11 @@ def interleave(
 
 
 class _CpuClock:
+    def __init__(self, min_sample: float) -> None:
+        self.min_sample = min_sample
+
     def calls(self, once: float) -> int:
-        return max(1, min(10_000, round(MIN_SAMPLE / max(once, 1e-9))))
+        return max(1, min(10_000, round(self.min_sample / max(once, 1e-9))))
 
     def time(self, function: Callable[[], object], calls: int) -> float:
         start = time.perf_counter()
