@@ -21,9 +21,11 @@ if TYPE_CHECKING:
         AttentionOutput,
         FutureAttentionLossOutput,
         FutureAttentionOutput,
+        TaskMask,
         future_attention,
         future_attention_loss,
         segmented_attention,
+        task_masked_attention,
     )
 
 __version__ = "0.1.0"
@@ -41,10 +43,12 @@ __all__ = [
     "MemAttnModel",
     "RotaryEmbedding",
     "SegmentedAttention",
+    "TaskMask",
     "__version__",
     "future_attention",
     "future_attention_loss",
     "segmented_attention",
+    "task_masked_attention",
 ]
 
 _HOMES = {
@@ -52,9 +56,11 @@ _HOMES = {
         "AttentionOutput",
         "FutureAttentionLossOutput",
         "FutureAttentionOutput",
+        "TaskMask",
         "future_attention",
         "future_attention_loss",
         "segmented_attention",
+        "task_masked_attention",
     ),
     "memattn.nn": ("FutureAttention", "RotaryEmbedding", "SegmentedAttention"),
     "memattn.models": (

@@ -1,0 +1,343 @@
+"""Which keys each query of a task may see, in the form that the kernels skip and read by."""
+
+import math
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memattn.ops._checks import check_int, check_shape, check_tensor, must
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TILE = 128  # queries and keys of a tile
+_WORD = 32  # queries in one word of bits
+_FORMAT = "memattn.TaskMask/1"
+
+
+class MaskTensors(NamedTuple):
+    """What a kernel reads of a mask. ``Hm`` is 1 or H; tiles are ``TILE`` queries by ``TILE`` keys.
+
+    A tile without an allowed pair is in no list. Of the others those in which all pairs are
+    allowed come first. The other ones read bits: query ``i`` sees key ``j`` if the bit ``c % 32``
+    of ``bits[r, c // 32]`` is 1. In the dense form ``r = slots[task, head, i // TILE, j // TILE]
+    * TILE + j % TILE`` and ``c = i % TILE``, in the graph form ``r = (task * Hm + head) * G +
+    key_node[j]`` and ``c = query_node[i]``.
+    """
+
+    bits: Tensor  # int32 [rows, words]
+    slots: Tensor | None  # int32 [N, Hm, query tiles, key tiles], dense form
+    query_node: Tensor | None  # int32 [T], graph form
+    key_node: Tensor | None  # int32 [S], graph form
+    query_tiles: Tensor  # int32 [N, Hm, query tiles, key tiles], keys of each tile of queries
+    query_counts: Tensor  # int32 [N, Hm, query tiles, 2], full and partial ones
+    key_tiles: Tensor  # int32 [N, Hm, key tiles, query tiles], queries of each tile of keys
+    key_counts: Tensor  # int32 [N, Hm, key tiles, 2]
+
+
+class TaskMask:
+    """Allowed pairs of queries and keys for each of N tasks; built once, used in every call.
+
+    Pairs are grouped in tiles of 128 queries by 128 keys. Tiles in which nothing is allowed cost
+    nothing, tiles in which everything is allowed cost no mask, and for the others the kernels read
+    bits. A mask is constant: no method changes it.
+
+    Attributes:
+        n_tasks: Tasks N.
+        n_heads: Heads that have their own mask, or 1 if all heads share one.
+        n_queries: Queries T.
+        n_keys: Keys S.
+        edges: bool ``[N, n_heads, G, G]`` in the graph form, else None.
+    """
+
+    def __init__(
+        self, tensors: MaskTensors, n_queries: int, n_keys: int, edges: Tensor | None = None
+    ) -> None:
+        """Use ``from_dense`` or ``from_graph``."""
+        self.tensors = tensors
+        self.n_tasks, self.n_heads = tensors.query_tiles.shape[:2]
+        self.n_queries, self.n_keys = n_queries, n_keys
+        self.edges = edges
+
+    @classmethod
+    def from_dense(cls, mask: Tensor) -> "TaskMask":
+        """Build from all pairs; stores one bit for each pair of a tile that is partly allowed.
+
+        Args:
+            mask: bool ``[N, T, S]``, or ``[N, H, T, S]`` for a mask of each query head. True is
+                allowed.
+
+        Raises:
+            TypeError: If ``mask`` is no tensor.
+            ValueError: If its dtype or its shape is another one, or an axis is empty.
+        """
+        check_tensor("mask", mask)
+        if mask.dtype != torch.bool:
+            must("mask", "have dtype torch.bool (True = allowed)", mask.dtype)
+        if mask.dim() not in (3, 4):
+            must("mask", "have axes [N, T, S] or [N, H, T, S]", f"shape {list(mask.shape)}")
+        if 0 in mask.shape:
+            must("mask", "have no empty axis", f"shape {list(mask.shape)}")
+        mask = mask[:, None] if mask.dim() == 3 else mask
+        N, H, T, S = mask.shape
+        n_q, n_k = math.ceil(T / TILE), math.ceil(S / TILE)
+        words = TILE // _WORD
+        classes = torch.empty(N, H, n_q, n_k, dtype=torch.int8, device=mask.device)
+        slots = torch.full(classes.shape, -1, dtype=torch.int32, device=mask.device)
+        bits: list[Tensor] = []
+        n_partial = 0
+        for task in range(N):
+            for head in range(H):
+                packed = _pack_queries(mask[task, head])  # uint8 [n_q, TILE / 8, n_k, TILE]
+                own = _classify(packed, T, S)
+                classes[task, head] = own
+                where = own == 2
+                n = int(where.sum())
+                slots[task, head][where] = torch.arange(
+                    n_partial, n_partial + n, dtype=torch.int32, device=mask.device
+                )
+                partial = packed.transpose(1, 2)[where].transpose(1, 2).reshape(-1)
+                bits.append(partial.view(torch.int32).view(n * TILE, words))
+                n_partial += n
+        tensors = MaskTensors(torch.cat(bits), slots, None, None, *_lists(classes))
+        return cls(tensors, T, S)
+
+    @classmethod
+    def from_graph(cls, edges: Tensor, query_node: Tensor, key_node: Tensor) -> "TaskMask":
+        """Build from a task graph: query ``i`` sees key ``j`` if their nodes have an edge.
+
+        Stores G² bits and one entry for each pair of tiles, for each task, and the nodes.
+
+        Args:
+            edges: bool ``[N, G, G]``, or ``[N, H, G, G]`` for a graph of each query head;
+                ``edges[t, a, b]`` allows queries of node ``a`` to see keys of node ``b``.
+            query_node: Nodes of the queries, integer ``[T]``.
+            key_node: Nodes of the keys, integer ``[S]``.
+
+        Raises:
+            TypeError: If an argument is no tensor.
+            ValueError: If a dtype, shape, device or node does not fit, or an axis is empty.
+        """
+        check_tensor("edges", edges)
+        if edges.dtype != torch.bool:
+            must("edges", "have dtype torch.bool (True = allowed)", edges.dtype)
+        if edges.dim() not in (3, 4):
+            must("edges", "have axes [N, G, G] or [N, H, G, G]", f"shape {list(edges.shape)}")
+        if 0 in edges.shape:
+            must("edges", "have no empty axis", f"shape {list(edges.shape)}")
+        edges = edges[:, None] if edges.dim() == 3 else edges
+        N, H, G, _ = edges.shape
+        check_shape("edges", edges, N=N, H=H, G=G, G2=G)
+        for name, node in (("query_node", query_node), ("key_node", key_node)):
+            check_tensor(name, node)
+            if node.dtype not in (torch.int32, torch.int64):
+                must(name, "have dtype torch.int32 or torch.int64", node.dtype)
+            if node.dim() != 1 or node.numel() == 0:
+                must(name, "be a vector with a node for each position", list(node.shape))
+            if node.device != edges.device:
+                must(name, f"be on the device of edges, {edges.device}", node.device)
+            low, high = (int(x) for x in node.aminmax())
+            if low < 0 or high >= G:
+                must(name, f"have nodes from 0 to G - 1 = {G - 1}", f"{low} to {high}")
+        query_node, key_node = (x.to(torch.int32).contiguous() for x in (query_node, key_node))
+        edges = edges.clone()
+        classes = _classify_graph(edges, query_node, key_node)
+        # a row for a key node, a bit for a query node
+        by_key = edges.flatten(0, 1).mT.reshape(N * H * G, G)
+        bits = _pack_words(by_key)
+        tensors = MaskTensors(bits, None, query_node, key_node, *_lists(classes))
+        return cls(tensors, query_node.numel(), key_node.numel(), edges)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the mask is."""
+        return self.tensors.bits.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the mask holds."""
+        given = [t for t in (*self.tensors, self.edges) if t is not None]
+        return sum(t.numel() * t.element_size() for t in given)
+
+    def to(self, device: torch.device | str) -> "TaskMask":
+        """The same mask on another device."""
+        moved = MaskTensors(*(t if t is None else t.to(device) for t in self.tensors))
+        edges = None if self.edges is None else self.edges.to(device)
+        return TaskMask(moved, self.n_queries, self.n_keys, edges)
+
+    def dense(self, task: int) -> Tensor:
+        """The pairs of one task, bool ``[n_heads, T, S]``. Costs ``T * S`` bytes for each head."""
+        check_int("task", task, 0)
+        if task >= self.n_tasks:
+            must("task", f"be below n_tasks={self.n_tasks}", task)
+        T, S, t = self.n_queries, self.n_keys, self.tensors
+        if self.edges is not None and t.query_node is not None and t.key_node is not None:
+            return self.edges[task][:, t.query_node.long()[:, None], t.key_node.long()[None]]
+        assert t.slots is not None
+        full, partial = self._tile_classes(task)
+        slots = t.slots[task].clamp(min=0).long()
+        n_q, n_k = slots.shape[1:]
+        tiles = (full | partial)[..., None, None].expand(-1, -1, -1, TILE, TILE).clone()
+        shift = torch.arange(TILE, device=self.device)
+        words = t.bits.view(-1, TILE, TILE // _WORD)
+        for head in range(self.n_heads):
+            own = words[slots[head][partial[head]]]  # [n, keys, words]
+            told = (own[..., shift // _WORD] >> (shift % _WORD)) & 1  # [n, keys, queries]
+            tiles[head][partial[head]] = told.mT.bool()
+        whole = tiles.transpose(2, 3).reshape(self.n_heads, n_q * TILE, n_k * TILE)
+        return whole[:, :T, :S].contiguous()
+
+    def _tile_classes(self, task: int) -> tuple[Tensor, Tensor]:
+        """Whether each tile of a task is full, and whether it is partial, ``[n_heads, ...]``."""
+        tiles, counts = self.tensors.query_tiles[task].long(), self.tensors.query_counts[task]
+        place = torch.arange(tiles.shape[-1], device=self.device)
+        n_full, n_all = counts[..., :1], counts.sum(-1, keepdim=True)
+        full, partial = (
+            torch.zeros(tiles.shape, dtype=torch.bool, device=self.device).scatter(-1, tiles, seen)
+            for seen in (place < n_full, (place >= n_full) & (place < n_all))
+        )
+        return full, partial
+
+    def tile_density(self, task: int | None = None) -> float:
+        """Share of the tiles that are computed, of one task or of all."""
+        counts = self.tensors.query_counts
+        counts = counts if task is None else counts[task]
+        return counts.sum().item() / (counts.numel() // 2 * self.tensors.query_tiles.shape[-1])
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the mask as safetensors. The file appears once it is whole.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        named = {n: t for n, t in self.tensors._asdict().items() if t is not None}
+        if self.edges is not None:
+            named["edges"] = self.edges
+        named = {name: t.detach().cpu().contiguous() for name, t in named.items()}
+        sizes = {"n_queries": str(self.n_queries), "n_keys": str(self.n_keys)}
+        target = Path(path)
+        part = target.with_name(target.name + ".part")
+        try:
+            save_file(named, part, metadata={"format": _FORMAT, **sizes})
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], device: torch.device | str = "cpu") -> "TaskMask":
+        """Read a mask that ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it holds something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path must be a file that TaskMask.save wrote, got {path}")
+        try:
+            with safe_open(fspath(path), framework="pt", device=str(device)) as file:
+                about = file.metadata() or {}
+                named: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"path must be a whole safetensors file, got {path}: {error}"
+            ) from None
+        if about.get("format") != _FORMAT:
+            must("path", f"hold a mask of format {_FORMAT}", f"{path}: {about.get('format')}")
+        edges = named.pop("edges", None)
+        tensors = MaskTensors(**{name: named.get(name) for name in MaskTensors._fields})
+        return cls(tensors, int(about["n_queries"]), int(about["n_keys"]), edges)
+
+    def plot(self, task: int | None = None, head: int = 0, ax: "Axes | None" = None) -> "Axes":
+        """Draw the allowed pairs of one task, or of all tasks by colour.
+
+        Long masks are drawn by blocks of positions; a block is as dark as the share of its pairs
+        that is allowed. Where tasks overlap the colour is that of the lowest.
+
+        Args:
+            task: Which task; None for all.
+            head: Which head, where heads have their own masks.
+            ax: Matplotlib axes; None draws on the current ones.
+        """
+        from memattn.ops._task_mask_plot import plot_task_mask
+
+        return plot_task_mask(self, task, head, ax)
+
+    def __repr__(self) -> str:
+        form = "dense" if self.edges is None else f"graph of {self.edges.shape[-1]} nodes"
+        heads = "" if self.n_heads == 1 else f", {self.n_heads} heads"
+        return (
+            f"TaskMask({self.n_tasks} tasks{heads}, {self.n_queries} x {self.n_keys}, {form}, "
+            f"{100 * self.tile_density():.1f} % of tiles, {self.nbytes / 2**20:.2f} MiB, "
+            f"{self.device})"
+        )
+
+
+def _pack_queries(mask: Tensor) -> Tensor:
+    """Bits of bool ``[T, S]``, eight queries in a byte: uint8 ``[n_q, TILE / 8, n_k, TILE]``."""
+    T, S = mask.shape
+    n_q, n_k = math.ceil(T / TILE), math.ceil(S / TILE)
+    if (n_q * TILE, n_k * TILE) != (T, S):
+        mask = torch.nn.functional.pad(mask, (0, n_k * TILE - S, 0, n_q * TILE - T))
+    rows = mask.contiguous().view(torch.uint8).view(n_q * TILE // 8, 8, n_k * TILE)
+    for shift in (1, 2, 4):
+        rows = rows[:, 0::2] | (rows[:, 1::2] << shift)
+    return rows.view(n_q, TILE // 8, n_k, TILE)
+
+
+def _classify(packed: Tensor, T: int, S: int) -> Tensor:
+    """0 for an empty tile, 1 for a full one, 2 for the others: int8 ``[n_q, n_k]``."""
+    n_q, _, n_k, _ = packed.shape
+    device = packed.device
+    inside = torch.arange(n_q * TILE, device=device) < T
+    whole = _pack_queries(inside[:, None])[:, :, 0, :1]  # [n_q, TILE / 8, 1]
+    is_key = (torch.arange(n_k * TILE, device=device) < S).view(1, 1, n_k, TILE)
+    some = packed.amax((1, 3)) > 0
+    missing = (packed != whole[:, :, None]) & is_key
+    return torch.where(some, torch.where(missing.any(3).any(1), 2, 1), 0).to(torch.int8)
+
+
+def _classify_graph(edges: Tensor, query_node: Tensor, key_node: Tensor) -> Tensor:
+    """The same from a graph: int8 ``[N, H, n_q, n_k]``."""
+    queries, keys = (_presence(node, edges.shape[-1]) for node in (query_node, key_node))
+    dtype = queries.dtype
+    some = queries @ edges.to(dtype) @ keys.mT > 0
+    missing = queries @ (~edges).to(dtype) @ keys.mT > 0
+    return torch.where(some, torch.where(missing, 2, 1), 0).to(torch.int8)
+
+
+def _presence(node: Tensor, G: int) -> Tensor:
+    """1 where a tile has a node, else 0: float32 ``[n_tiles, G]``."""
+    tile = torch.arange(node.numel(), device=node.device) // TILE
+    present = torch.zeros(int(tile[-1]) + 1, G, device=node.device)
+    present[tile, node.long()] = 1.0
+    return present
+
+
+def _pack_words(rows: Tensor) -> Tensor:
+    """Bits of bool ``[R, n]``: int32 ``[R, ceil(n / 32)]``."""
+    R, n = rows.shape
+    words = math.ceil(n / _WORD)
+    padded = torch.nn.functional.pad(rows, (0, words * _WORD - n)).view(R, words, _WORD)
+    factors = 1 << torch.arange(_WORD, device=rows.device)
+    values = (padded * factors).sum(-1)  # int64
+    return torch.where(values >= 1 << 31, values - (1 << 32), values).to(torch.int32)
+
+
+def _lists(classes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tiles in reach and their counts, by tiles of queries and by tiles of keys."""
+    return *_list(classes), *_list(classes.mT)
+
+
+def _list(classes: Tensor) -> tuple[Tensor, Tensor]:
+    # full tiles first, then partial ones, then those in no list
+    order = torch.tensor([2, 0, 1], device=classes.device)[classes.long()]
+    tiles = order.sort(dim=-1, stable=True).indices.to(torch.int32)
+    counts = torch.stack([(classes == kind).sum(-1) for kind in (1, 2)], -1).to(torch.int32)
+    return tiles.contiguous(), counts.contiguous()
