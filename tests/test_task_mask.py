@@ -1,4 +1,4 @@
-"""TaskMask: both forms hold the pairs they were built from, and say what is wrong with bad input."""
+"""TaskMask: both forms hold the pairs they were built from; bad input is told."""
 
 import copy
 import re
