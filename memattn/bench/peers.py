@@ -47,8 +47,13 @@ def sdpa(backend: SDPBackend, *, mask: Tensor | None = None, is_causal: bool = F
     return attention
 
 
-def flex(mask_mod: MaskMod | None, T: int, S: int, device: str) -> Attention:
-    """Compiled FlexAttention under a block mask made from ``mask_mod(b, h, q_idx, kv_idx)``."""
+def flex(
+    mask_mod: MaskMod | None, T: int, S: int, device: str, batch: int | None = None
+) -> Attention:
+    """Compiled FlexAttention under a block mask made from ``mask_mod(b, h, q_idx, kv_idx)``.
+
+    ``batch`` is None where the mask is the same for every sequence.
+    """
     from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -58,7 +63,7 @@ def flex(mask_mod: MaskMod | None, T: int, S: int, device: str) -> Attention:
     if mask_mod is not None:
         # compiled on CUDA, where masks are long: else it stores T x S integers on the way
         create = torch.compile(create_block_mask) if "cuda" in device else create_block_mask
-        block_mask = create(mask_mod, None, None, T, S, device=device)
+        block_mask = create(mask_mod, batch, None, T, S, device=device)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
