@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/gpu
+# of `make gpu`: all, or some of them by name where all take too long in one go
+OPERATORS ?=
+empty :=
+EITHER := $(subst $(empty) $(empty), or ,$(strip $(OPERATORS)))
 
 .PHONY: demo test lint bench gpu clean
 
@@ -35,9 +39,10 @@ gpu:
 	mkdir -p $(OUT)
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	PYTHONPATH=.:kernels timeout 240 $(PYTHON) -m pytest -q -p no:cacheprovider \
-		-m "gpu or operator" --junit-xml=$(OUT)/tests.xml > $(OUT)/tests.txt 2>&1; \
+		-m "gpu or operator" $(if $(EITHER),-k "$(EITHER)") --junit-xml=$(OUT)/tests.xml > $(OUT)/tests.txt 2>&1; \
 		status=$$?; tail -n 40 $(OUT)/tests.txt; exit $$status
-	PYTHONPATH=.:kernels timeout 280 $(PYTHON) -m memattn.bench --suite gpu-bars --out $(OUT)/bench
+	PYTHONPATH=.:kernels timeout 280 $(PYTHON) -m memattn.bench $(OPERATORS) --suite gpu-bars \
+		--out $(OUT)/bench
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info memattn/_C*.so
