@@ -54,17 +54,16 @@ class Package:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """A corpus of the registry.
+class Packaged:
+    """Something that a published package holds.
 
     Attributes:
-        name: Its name in ``CORPORA``.
-        description: One line on what the text is.
-        licence: The licence of the text.
-        source: Where the text comes from.
+        name: Its name in its registry.
+        description: One line on what it is.
+        licence: Its licence.
+        source: Where it comes from.
         package: The archive that holds it.
         megabytes: Size of the archive, 10^6 bytes.
-        read: Reads the documents from the archive.
     """
 
     name: str
@@ -73,6 +72,16 @@ class Corpus:
     source: str
     package: Package
     megabytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus(Packaged):
+    """A corpus of the registry ``CORPORA``.
+
+    Attributes:
+        read: Reads the documents from the archive.
+    """
+
     read: Callable[[Path], Iterator[Document]]
 
 
@@ -149,9 +158,6 @@ CORPORA: dict[str, Corpus] = _registry(
 def fetch_corpus(name: str, *, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> Path:
     """Return the archive of a corpus, fetched once and checked every time.
 
-    The archive is downloaded into a temporary folder, checked, and moved into place in one step:
-    an interrupted fetch leaves nothing, and processes that fetch at once do the same harmlessly.
-
     Args:
         name: A name in ``CORPORA``.
         cache_dir: Folder that keeps archives; ``~`` is expanded.
@@ -160,19 +166,43 @@ def fetch_corpus(name: str, *, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> Pat
         Path of the archive, whose checksum is right.
 
     Raises:
-        ValueError: If the name is unknown, or what was fetched has another checksum.
+        ValueError: If the name is unknown, or for what ``fetch_package`` raises.
         FileNotFoundError: If the client that fetches it (pip, npm, apt-get) is not installed.
         ConnectionError: If the client fails.
         OSError: If the archive cannot be written.
     """
-    package = get_corpus(name).package
+    return fetch_package(get_corpus(name).package, f"corpus {name}", cache_dir=cache_dir)
+
+
+def fetch_package(
+    package: Package, what: str, *, cache_dir: str | Path = DEFAULT_CACHE_DIR
+) -> Path:
+    """Return a package's archive, fetched once and checked every time.
+
+    The archive is downloaded into a temporary folder, checked, and moved into place in one step:
+    an interrupted fetch leaves nothing, and processes that fetch at once do the same harmlessly.
+
+    Args:
+        package: The package.
+        what: What it is fetched for, as errors call it.
+        cache_dir: Folder that keeps archives; ``~`` is expanded.
+
+    Returns:
+        Path of the archive, whose checksum is right.
+
+    Raises:
+        ValueError: If what was fetched has another checksum.
+        FileNotFoundError: If the client that fetches it (pip, npm, apt-get) is not installed.
+        ConnectionError: If the client fails.
+        OSError: If the archive cannot be written.
+    """
     folder = Path(cache_dir).expanduser() / "corpora"
     archive = folder / package.filename
-    if is_cached(name, cache_dir=cache_dir):
+    if is_package_cached(package, cache_dir=cache_dir):
         return archive
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
-        _download(name, package, Path(temporary))
+        _download(what, package, Path(temporary))
         fetched = Path(temporary) / package.filename
         checksum = sha256_of(fetched) if fetched.exists() else "no file"
         if checksum != package.sha256:
@@ -190,22 +220,26 @@ def get_corpus(name: str) -> Corpus:
 
 def is_cached(name: str, *, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> bool:
     """Whether the archive of a corpus is in the cache folder, undamaged."""
-    package = get_corpus(name).package
+    return is_package_cached(get_corpus(name).package, cache_dir=cache_dir)
+
+
+def is_package_cached(package: Package, *, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> bool:
+    """Whether a package's archive is in the cache folder, undamaged."""
     archive = Path(cache_dir).expanduser() / "corpora" / package.filename
     return archive.is_file() and sha256_of(archive) == package.sha256
 
 
-def _download(name: str, package: Package, folder: Path) -> None:
+def _download(what: str, package: Package, folder: Path) -> None:
     """Run the package's client in ``folder``."""
     command = package.command
     if shutil.which(command[0]) is None:
-        raise FileNotFoundError(f"corpus {name} must be fetched by {command[0]}, got no such tool")
+        raise FileNotFoundError(f"{what} must be fetched by {command[0]}, got no such tool")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if "No module named pip" in done.stderr:
         raise FileNotFoundError(
-            f"corpus {name} must be fetched by pip, got no such tool: python -m ensurepip"
+            f"{what} must be fetched by pip, got no such tool: python -m ensurepip"
         )
     if done.returncode:
         raise ConnectionError(
-            f"corpus {name} must be reachable by `{command[0]}`, got: {describe_failure(done)}"
+            f"{what} must be reachable by `{command[0]}`, got: {describe_failure(done)}"
         )
