@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from memattn.continual import train_continual
     from memattn.models import (
         AttentionConfig,
         FutureConfig,
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
         MemAttnForCausalLM,
         MemAttnModel,
     )
-    from memattn.nn import FutureAttention, RotaryEmbedding, SegmentedAttention
+    from memattn.models.dtgma import DTGMAModel
+    from memattn.nn import FutureAttention, RotaryEmbedding, SegmentedAttention, TaskLinear
     from memattn.ops import (
         AttentionOutput,
         FutureAttentionLossOutput,
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionConfig",
     "AttentionOutput",
+    "DTGMAModel",
     "FutureAttention",
     "FutureAttentionLossOutput",
     "FutureAttentionOutput",
@@ -43,12 +46,14 @@ __all__ = [
     "MemAttnModel",
     "RotaryEmbedding",
     "SegmentedAttention",
+    "TaskLinear",
     "TaskMask",
     "__version__",
     "future_attention",
     "future_attention_loss",
     "segmented_attention",
     "task_masked_attention",
+    "train_continual",
 ]
 
 _HOMES = {
@@ -62,7 +67,7 @@ _HOMES = {
         "segmented_attention",
         "task_masked_attention",
     ),
-    "memattn.nn": ("FutureAttention", "RotaryEmbedding", "SegmentedAttention"),
+    "memattn.nn": ("FutureAttention", "RotaryEmbedding", "SegmentedAttention", "TaskLinear"),
     "memattn.models": (
         "AttentionConfig",
         "FutureConfig",
@@ -71,6 +76,8 @@ _HOMES = {
         "MemAttnForCausalLM",
         "MemAttnModel",
     ),
+    "memattn.models.dtgma": ("DTGMAModel",),
+    "memattn.continual": ("train_continual",),
 }
 
 

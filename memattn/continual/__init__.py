@@ -7,6 +7,7 @@ from memattn.continual.streams import (
     digits_stream,
     split_stream,
 )
+from memattn.continual.train import train_continual
 
 __all__ = [
     "Stream",
@@ -14,4 +15,5 @@ __all__ = [
     "continual_metrics",
     "digits_stream",
     "split_stream",
+    "train_continual",
 ]

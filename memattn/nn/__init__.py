@@ -6,6 +6,7 @@ from memattn.nn.future_keys import FutureComputed, FutureRelative, FutureRows, F
 from memattn.nn.mlp import GELUMLP, SwiGLU
 from memattn.nn.rotary import RotaryEmbedding, apply_rotary, sequence_positions
 from memattn.nn.segmented_attention import SegmentedAttention
+from memattn.nn.task_linear import TaskGroups, TaskLinear, group_by_task
 
 __all__ = [
     "GELUMLP",
@@ -20,7 +21,10 @@ __all__ = [
     "RotaryEmbedding",
     "SegmentedAttention",
     "SwiGLU",
+    "TaskGroups",
+    "TaskLinear",
     "TokenCache",
     "apply_rotary",
+    "group_by_task",
     "sequence_positions",
 ]

@@ -1,0 +1,98 @@
+"""Attention over the columns of a task graph, with projections of their own for each task."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from memattn.nn.task_linear import TaskGroups, TaskLinear
+from memattn.ops import TaskMask, task_masked_attention
+from memattn.ops._checks import check_int, must
+
+
+@dataclass(frozen=True)
+class ColumnLayout:
+    """How the columns of a batch stand in its sequences.
+
+    A *column* is what one task computes from one sample: ``[L, E]``. The sequence of a sample is
+    its own column, then those that its task reads, ``C`` in all; shorter sequences are filled up
+    with columns that nobody sees. Own columns are sorted by task, and so are read ones.
+    """
+
+    own: TaskGroups  # B columns, one for each sequence
+    read: TaskGroups | None  # R columns; None where no task reads
+    read_sample: Tensor  # int64 [R], the sequence in which a read column stands
+    read_at: Tensor  # int64 [R], its place in [B, C - 1]
+    read_slot: Tensor  # int64 [B, C - 1], the inverse; 0 where the sequence is shorter
+    mask: TaskMask  # a row for each task of the batch, over C * L places
+    mask_row: Tensor  # int32 [B]
+
+    def join(self, own: Tensor, read: Tensor | None) -> Tensor:
+        """Sequences ``[B, C * L, E]`` of own columns ``[B, L, E]`` and read ones ``[R, L, E]``."""
+        if read is None:
+            return own
+        others = read.index_select(0, self.read_slot.flatten())
+        others = others.view(*self.read_slot.shape, *read.shape[1:])
+        return torch.cat([own[:, None], others], 1).flatten(1, 2)
+
+    def split(self, sequences: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The inverse of ``join``; read columns are cut off from the gradient."""
+        if self.read is None:
+            return sequences, None
+        n_columns = self.read_slot.shape[1] + 1
+        columns = sequences.unflatten(1, (n_columns, -1))
+        others = columns.detach()[:, 1:].flatten(0, 1)
+        return columns[:, 0], others.index_select(0, self.read_at)
+
+
+class TaskGraphAttention(nn.Module):
+    """Multi-head attention with query, key, value and output projections of each task.
+
+    Args:
+        hidden_size: Features of the hidden states, ``E``.
+        num_heads: Heads, ``H``.
+        rank: Rank of the projections; None for full ones.
+        backend: Backend of ``memattn.task_masked_attention``.
+
+    Raises:
+        ValueError: If heads do not divide, or a size is below 1.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, *, rank: int | None = None, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        check_int("hidden_size", hidden_size, 1)
+        check_int("num_heads", num_heads, 1)
+        if hidden_size % num_heads:
+            must("hidden_size", f"be divisible by num_heads={num_heads}", hidden_size)
+        self.num_heads = num_heads
+        self.backend = backend
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            TaskLinear(0, hidden_size, hidden_size, rank=rank) for _ in range(4)
+        )
+
+    def forward(
+        self, own: Tensor, read: Tensor | None, layout: ColumnLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend over own columns ``[B, L, E]`` and read ones ``[R, L, E]``, and return both.
+
+        No gradient runs through what read columns compute.
+        """
+        query, key, value = (
+            layout.join(proj(own, layout.own), self._frozen(proj, read, layout))
+            .unflatten(-1, (self.num_heads, -1))
+            .transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = task_masked_attention(
+            query, key, value, layout.mask, layout.mask_row, backend=self.backend
+        ).out
+        own, read = layout.split(out.transpose(1, 2).flatten(2))
+        return self.o_proj(own, layout.own), self._frozen(self.o_proj, read, layout)
+
+    def _frozen(self, proj: TaskLinear, read: Tensor | None, layout: ColumnLayout) -> Tensor | None:
+        if read is None or layout.read is None:
+            return None
+        with torch.no_grad():
+            return proj(read, layout.read)
