@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -336,7 +336,7 @@ def digits_stream(
     except ImportError as error:
         raise ImportError("digits need scikit-learn: pip install 'memattn[digits]'") from error
 
-    data = load_digits()
+    data: Any = load_digits()
     x = torch.from_numpy(data["images"]).float().unsqueeze(1) / 16.0
     y = torch.from_numpy(data["target"]).long()
     train, test = stratified_split(y, test_fraction, seed)

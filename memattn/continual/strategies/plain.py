@@ -1,0 +1,82 @@
+"""The bounds that every strategy stands between: fine-tuning, joint, separate networks."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from memattn.continual.strategies.base import (
+    Batch,
+    Budget,
+    Network,
+    Strategy,
+    count_parameters,
+    seeded,
+)
+from memattn.continual.streams import Stream
+
+
+class FineTuning(Strategy):
+    """One network, trained on one task after another with nothing against forgetting.
+
+    In scenario ``"task"`` with a head for each task, of which only the current one is trained.
+    """
+
+    name = "finetuning"
+
+
+class Joint(Strategy):
+    """One network trained on the data of all tasks so far: an upper bound that keeps all data.
+
+    At each task it begins anew and takes as many steps, on as many samples each, as the others
+    have taken up to there. So its last network has their budget, and its computation for the whole
+    stream is more.
+    """
+
+    name = "joint"
+
+    def __init__(self, stream: Stream, budget: Budget, seed: int) -> None:
+        super().__init__(stream, budget, seed)
+        self._data: list[Batch] = []
+
+    def begin(self, index: int, data: Batch) -> None:
+        self._data.append(data)
+        n_active = self.network.n_active
+        with seeded(self.seed):
+            self.network = self.build().to(self.budget.device)
+        self.network.n_active = n_active
+
+    def learn(self, index: int, data: Batch) -> None:
+        n_steps = sum(self.budget.steps(len(part.y)) for part in self._data)
+        parameters = list(self.network.parameters())
+        self.train(index, parameters, self.batches(index, data), n_steps)
+
+    def batches(self, index: int, data: Batch) -> Iterator[Batch]:
+        return self.shuffled(Batch.cat(self._data), self.budget.batch_size)
+
+    def buffer_numbers(self) -> int:
+        return sum(tensor.numel() for part in self._data for tensor in part)
+
+
+class Separate(Strategy):
+    """A network of its own for each task: nothing is shared, nothing forgotten or transferred."""
+
+    name = "separate"
+    scenarios = ("task",)
+
+    def build(self) -> Network:
+        # all at once, so that each has other random weights
+        self._networks = [Network(self.stream, self.budget) for _ in self.stream.tasks]
+        for index, network in enumerate(self._networks):
+            # a network needs no other task's head
+            network.heads = nn.ModuleList([network.head(index)])
+            network.to(self.budget.device)
+        return self._networks[0]
+
+    def begin(self, index: int, data: Batch) -> None:
+        self.network = self._networks[index].train()
+
+    def forward(self, x: Tensor, index: int) -> Tensor:
+        return self._networks[index].eval()(x, index)
+
+    def parameters_to_predict(self) -> int:
+        return sum(count_parameters(network) for network in self._networks)
