@@ -1,0 +1,225 @@
+"""Streams of real text tasks on frozen embeddings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from memattn.continual.embeddings import Encoder, embed_texts, find_encoder
+from memattn.continual.streams import Scenario, Stream, Task
+from memattn.data.corpora import DEFAULT_CACHE_DIR
+from memattn.data.labelled import (
+    LABELLED,
+    LabelledSplit,
+    get_labelled,
+    load_labelled,
+    split_labelled,
+    words_of,
+)
+from memattn.ops._checks import check_int, must
+
+# the first are of different kinds; `news` is for research only, so it comes by name or last
+TEXT_DOMAINS = tuple(LABELLED)
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """A classification task on texts.
+
+    Attributes:
+        name: What it is called in tables.
+        classes: Names of its classes, as the texts' labels have them.
+        split: Texts to train on and texts to test on.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    split: LabelledSplit
+
+
+def text_domains(
+    n_tasks: int = 4,
+    *,
+    domains: Sequence[str] | None = None,
+    train_per_class: int = 400,
+    test_per_class: int = 100,
+    seed: int = 0,
+    cache_dir: str | Path = DEFAULT_CACHE_DIR,
+) -> tuple[TextTask, ...]:
+    """Real text tasks, split without leaks within a task and between tasks.
+
+    A text with the words of one that an earlier task took, for either side, is left out.
+
+    Args:
+        n_tasks: How many of the domains.
+        domains: Names in ``memattn.data.LABELLED`` in order; None means ``TEXT_DOMAINS``.
+        train_per_class: Texts of each class to train on, at most.
+        test_per_class: Texts of each class to test on, at most.
+        seed: Draws another split, see ``split_labelled``.
+        cache_dir: Folder that keeps archives; ``~`` is expanded.
+
+    Returns:
+        The first ``n_tasks`` of the domains.
+
+    Raises:
+        ValueError: If a name is unknown or comes twice, or ``n_tasks`` is not in 1..number of
+            domains, or see ``split_labelled``.
+        ConnectionError: If a package that is not in the cache cannot be fetched.
+    """
+    names = tuple(TEXT_DOMAINS if domains is None else domains)
+    for name in names:
+        get_labelled(name)
+    if len(set(names)) < len(names):
+        must("domains", "be different", names)
+    check_int("n_tasks", n_tasks, 1)
+    if n_tasks > len(names):
+        must("n_tasks", f"be at most {len(names)}, the number of domains", n_tasks)
+    taken: set[str] = set()
+    tasks = []
+    for name in names[:n_tasks]:
+        texts = load_labelled(name, cache_dir=cache_dir)
+        texts = [text for text in texts if words_of(text.text) not in taken]
+        split = split_labelled(
+            texts, train_per_class=train_per_class, test_per_class=test_per_class, seed=seed
+        )
+        taken.update(words_of(text.text) for side in split for text in side)
+        tasks.append(TextTask(name, LABELLED[name].classes, split))
+    return tuple(tasks)
+
+
+def text_stream(
+    tasks: Sequence[TextTask],
+    encoder: str | Path | Encoder = "auto",
+    *,
+    name: str = "text",
+    scenario: Scenario = "task",
+    normalize: bool = True,
+    max_length: int = 256,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    cache_dir: str | Path = DEFAULT_CACHE_DIR,
+    progress: bool = True,
+) -> Stream:
+    """A stream of text tasks: each text is its embedding by a frozen encoder.
+
+    Args:
+        tasks: Tasks with their texts.
+        encoder: A name that ``find_encoder`` knows, or what it returned.
+        name: The stream's name.
+        scenario: ``"task"``, ``"domain"`` or ``"class"``, see ``Stream``.
+        normalize: Whether each embedding is scaled to root mean square 1, as networks like it;
+            otherwise it is the plain mean of hidden states.
+        max_length: Tokens of a text that are read, at most.
+        batch_size: Texts to encode at a time.
+        device: Where to encode. The stream's tensors are on the CPU.
+        cache_dir: Folder that keeps archives and embeddings; ``~`` is expanded.
+        progress: Whether the encoder and a progress bar are shown on stderr.
+
+    Returns:
+        The stream; inputs are float32 ``[n, E]``.
+
+    Raises:
+        ValueError: If a label is not among its task's classes, or see ``embed_texts``, ``Stream``.
+        FileNotFoundError: If there is no such encoder.
+        ConnectionError: If the encoder, or a package, can neither be reached nor is cached.
+    """
+    if not isinstance(encoder, Encoder):
+        encoder = find_encoder(encoder, cache_dir=cache_dir)
+    if progress:
+        from rich.console import Console
+
+        Console(stderr=True).print(f"encoder: {encoder.name} ({encoder.reason})")
+    sides = [side for task in tasks for side in task.split]
+    texts = [text.text for side in sides for text in side]
+    embedded = embed_texts(  # all at once: one load of the encoder, one progress bar
+        texts,
+        encoder,
+        max_length=max_length,
+        batch_size=batch_size,
+        device=device,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+    if normalize:
+        embedded = embedded / embedded.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
+    inputs = iter(embedded.split([len(side) for side in sides]))
+    built = []
+    for task in tasks:
+        train_y, test_y = (_labels(task, side) for side in task.split)
+        built.append(Task(task.name, next(inputs), train_y, next(inputs), test_y, task.classes))
+    return Stream(name, scenario, tuple(built))
+
+
+def _labels(task: TextTask, side: Sequence) -> Tensor:
+    """Labels of one side of a task as indices of its classes."""
+    for text in side:
+        if text.label not in task.classes:
+            must(f"label of task {task.name!r}", f"be one of {task.classes}", repr(text.label))
+    return torch.tensor([task.classes.index(text.label) for text in side], dtype=torch.int64)
+
+
+def text_domains_stream(
+    n_tasks: int = 4,
+    encoder: str | Path | Encoder = "auto",
+    cache_dir: str | Path = DEFAULT_CACHE_DIR,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    *,
+    domains: Sequence[str] | None = None,
+    scenario: Scenario = "task",
+    train_per_class: int = 400,
+    test_per_class: int = 100,
+    normalize: bool = True,
+    max_length: int = 256,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Stream:
+    """The benchmark ``text_domains``: ``text_domains`` through ``text_stream``.
+
+    Args:
+        n_tasks: How many of the domains.
+        encoder: ``"auto"``, ``"minilm"``, a local folder or a name on the hub; see
+            ``find_encoder``.
+        cache_dir: Folder that keeps archives and embeddings; ``~`` is expanded.
+        seed: Draws another split.
+        device: Where to encode.
+        domains: Names in ``memattn.data.LABELLED`` in order; None means ``TEXT_DOMAINS``.
+        scenario: ``"task"``, ``"domain"`` (the sentiment domains share their classes) or
+            ``"class"``.
+        train_per_class: Texts of each class to train on, at most.
+        test_per_class: Texts of each class to test on, at most.
+        normalize: Whether each embedding is scaled to root mean square 1.
+        max_length: Tokens of a text that are read, at most.
+        batch_size: Texts to encode at a time.
+        progress: Whether the encoder and a progress bar are shown on stderr.
+
+    Returns:
+        The stream; inputs are float32 ``[n, E]`` on the CPU.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        FileNotFoundError: If there is no such encoder, or no client that fetches packages.
+        ConnectionError: If something that is not cached cannot be reached.
+    """
+    tasks = text_domains(
+        n_tasks,
+        domains=domains,
+        train_per_class=train_per_class,
+        test_per_class=test_per_class,
+        seed=seed,
+        cache_dir=cache_dir,
+    )
+    return text_stream(
+        tasks,
+        encoder,
+        name="text domains",
+        scenario=scenario,
+        normalize=normalize,
+        max_length=max_length,
+        batch_size=batch_size,
+        device=device,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
