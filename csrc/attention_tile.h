@@ -1,4 +1,4 @@
-// What attention kernels share inside a tile: blocks of keys, interval masks, the online softmax,
+// What attention kernels share inside a tile: blocks of keys and their masks, the online softmax,
 // and the sums of key gradients.
 //
 // Included once per instruction set after tile_engine.h.
@@ -33,12 +33,23 @@ struct Interval {
   }
 };
 
-// A block of keys of one source, and where its gradients are summed.
-struct Block {
+// A block of keys, and where its gradients are summed.
+struct KeyBlock {
   Rows key, value;
-  int64_t begin, n;  // keys [begin, begin + n) of the source
-  const Interval* seen;
+  int64_t begin, n;  // keys [begin, begin + n) of their source
   float *d_key, *d_value;
+};
+
+// A block of which each lane sees an interval.
+struct Block : KeyBlock {
+  const Interval* seen;
+};
+
+// A block of which every key tells the lanes that see it; its keys are counted from 0.
+struct LaneBlock : KeyBlock {
+  const uint64_t* lanes;  // [n], bit i for lane i; null where all rows see all keys
+  uint64_t rows;          // the lanes that hold a row
+  int64_t panel;
 };
 
 // Keys of one source, row by row, and where their gradients are summed, from row `sums_begin` on.
@@ -96,10 +107,42 @@ static void mask_panel(float* scores, const Interval& seen, int64_t p, int64_t f
   mask(within(seen.all_hi[p], all_first), last);
 }
 
+// Scores -inf where a lane does not see a key.
+template <int NV>
+static void mask_panel(float* scores, const LaneBlock& block, int64_t p, int64_t first,
+                       int64_t last) {
+  constexpr int PANEL = NV * VL;
+  vi bit[NV];
+  for (int i = 0; i < PANEL; ++i) bit[i / VL][i % VL] = (int32_t)(uint32_t{1} << i);
+  for (int64_t j = first; j < last; ++j) {
+    const vi lanes = (int32_t)(uint32_t)(block.lanes[j] >> p * PANEL) - vi{};
+    vf* s = (vf*)(scores + (j - first) * PANEL);
+    for (int v = 0; v < NV; ++v)
+      s[v] = select((lanes & bit[v]) != 0, s[v], broadcast(-__builtin_inff()));
+  }
+}
+
+template <int NV>
+static MEMATTN_INLINE void mask_panel(float* scores, const Block& block, int64_t p, int64_t first,
+                                      int64_t last) {
+  mask_panel<NV>(scores, *block.seen, p, first, last);
+}
+
 // Keys of a block that some lane of panel p sees, and whether all lanes see all of them.
 struct Span {
   int64_t first, last;
   bool partial;
+  Span(const LaneBlock& block, int64_t p) {
+    first = 0, last = block.n, partial = false;
+    if (!block.lanes) return;
+    const uint64_t panel = ~uint64_t{0} >> (64 - block.panel) << p * block.panel;
+    const uint64_t rows = block.rows & panel;
+    while (first < last && !(block.lanes[first] & rows)) ++first;
+    while (last > first && !(block.lanes[last - 1] & rows)) --last;
+    uint64_t all = rows;
+    for (int64_t j = first; j < last; ++j) all &= block.lanes[j];
+    partial = all != rows;
+  }
   Span(const Block& block, int64_t p) {
     const Interval& seen = *block.seen;
     const int64_t end = block.begin + block.n;
@@ -171,8 +214,8 @@ static void clear(SoftmaxState<NV>* states, int64_t n) {
 
 // Takes one block of keys into the softmax states and weighted sums of all panels.
 // q: [panel][D][PANEL], scores: [BLOCK_KEYS][PANEL], acc: [panel][Dv][PANEL].
-template <int NV>
-static MEMATTN_INLINE void attend(const Block& block, int64_t lanes, int64_t D, int64_t Dv,
+template <int NV, class AnyBlock>
+static MEMATTN_INLINE void attend(const AnyBlock& block, int64_t lanes, int64_t D, int64_t Dv,
                                   int64_t run, Split scale2, const float* q, float* scores,
                                   SoftmaxState<NV>* states, float* acc) {
   constexpr int64_t PANEL = NV * VL;
@@ -182,7 +225,7 @@ static MEMATTN_INLINE void attend(const Block& block, int64_t lanes, int64_t D, 
     if (n <= 0) continue;
     dot_products<NV>(n, D, run, block.key.data + skip * block.key.stride, block.key.stride,
                      q + p * D * PANEL, PANEL, scores, PANEL);
-    if (span.partial) mask_panel<NV>(scores, *block.seen, p, span.first, span.last);
+    if (span.partial) mask_panel<NV>(scores, block, p, span.first, span.last);
     vf alpha[NV];
     softmax_step<NV>(scores, n, scale2, &states[p], alpha);
     product<NV, Store::scale_add, false>(Dv, 1, n, block.value.data + skip * block.value.stride,

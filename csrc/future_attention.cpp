@@ -29,23 +29,6 @@ struct Call {
   std::vector<FutureRow> rows;
 };
 
-void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-  bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  std::string wanted, got;
-  for (int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
-  for (int64_t i = 0; i < t.dim(); ++i) {
-    got += (i ? ", " : "") + std::to_string(t.size(i));
-    same = same && t.size(i) == sizes.begin()[i];
-  }
-  STD_TORCH_CHECK(same, name, " must have shape [", wanted, "], got [", got, "]");
-}
-
-void check_bounds(const char* name, const OptionalTensor& bounds, int64_t n) {
-  if (!bounds) return;
-  check_shape(name, *bounds, {n});
-  STD_TORCH_CHECK(bounds->scalar_type() == ScalarType::Int, name, " must have dtype int32");
-}
-
 FutureLoss loss_of(const std::string& loss_type) {
   STD_TORCH_CHECK(loss_type == "mse" || loss_type == "cosine",
                   "loss_type must be one of mse, cosine, got ", loss_type);

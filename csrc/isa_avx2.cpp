@@ -12,9 +12,11 @@ MEMATTN_TARGET_BEGIN("avx2,fma,f16c")
 namespace memattn::avx2 {
 #include "tile_engine.h"
 #include "attention_tile.h"
+#include "attention_rows.h"
 #include "segmented_attention_tile.h"
 #include "future_attention_tile.h"
 #include "future_attention_backward_tile.h"
+#include "task_masked_attention_tile.h"
 #include "kernel_table.h"
 }  // namespace memattn::avx2
 

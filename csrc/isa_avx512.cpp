@@ -12,9 +12,11 @@ MEMATTN_TARGET_BEGIN("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,f16c")
 namespace memattn::avx512 {
 #include "tile_engine.h"
 #include "attention_tile.h"
+#include "attention_rows.h"
 #include "segmented_attention_tile.h"
 #include "future_attention_tile.h"
 #include "future_attention_backward_tile.h"
+#include "task_masked_attention_tile.h"
 #include "kernel_table.h"
 }  // namespace memattn::avx512
 

@@ -9,9 +9,11 @@
 namespace memattn::portable {
 #include "tile_engine.h"
 #include "attention_tile.h"
+#include "attention_rows.h"
 #include "segmented_attention_tile.h"
 #include "future_attention_tile.h"
 #include "future_attention_backward_tile.h"
+#include "task_masked_attention_tile.h"
 #include "kernel_table.h"
 }  // namespace memattn::portable
 

@@ -112,6 +112,47 @@ struct FutureKernels {
   void (*backward)(const FutureArgs&, const Tile&, const FutureGrads&, float* scratch);
 };
 
+// Tiles of a task mask: so many queries by so many keys.
+constexpr int64_t MASK_TILE = 128;
+
+// The mask's tables are those of MaskTensors in memattn/ops/task_mask.py.
+struct TaskArgs {
+  int64_t B, H, Hkv, T, S, D, Dv;
+  double scale;
+  bool is_causal;
+  View query, key, value, out;       // [B, H or Hkv, T or S, D or Dv]
+  float* lse;                        // [B, H, T]
+  float* lse_low;                    // [B, H, T], what float32 lost of lse
+  // [B]; queries of a sequence are rows [start, query_end), keys [start, key_end)
+  const int64_t *task, *start, *query_end, *key_end;
+  int64_t mask_heads, tile_rows, tile_cols;  // of a mask, in tiles
+  int64_t words, nodes;              // in a row of bits; no nodes in the dense form
+  const int32_t *bits, *slots, *query_node, *key_node, *query_tiles, *query_counts;
+  // backward only
+  View d_out, d_query;               // [B, H, T, Dv or D]
+  const float* d_lse;                // [B, H, T]
+
+  // which list has the keys of a tile of queries, t0 counted from the start
+  int64_t list(int64_t b, int64_t head, int64_t t0) const {
+    const int64_t in_mask = task[b] * mask_heads + (mask_heads == 1 ? 0 : head);
+    return in_mask * tile_rows + t0 / MASK_TILE;
+  }
+};
+
+// Float32 sums of the gradients of some keys of one head, from row `key_begin` on.
+struct KeyGrads {
+  float* d_key;    // [keys, D rounded up to lanes]
+  float* d_value;  // [keys, Dv rounded up to lanes]
+  int64_t key_begin;
+};
+
+struct TaskKernels {
+  int64_t (*forward_scratch)(const TaskArgs&);
+  int64_t (*backward_scratch)(const TaskArgs&);
+  void (*forward)(const TaskArgs&, const Tile&, float* scratch);
+  void (*backward)(const TaskArgs&, const Tile&, const KeyGrads&, float* scratch);
+};
+
 struct Kernels {
   const char* name;
   int64_t lanes;      // gradient rows are padded to a multiple of this
@@ -122,6 +163,7 @@ struct Kernels {
   void (*segmented_forward)(const SegmentedArgs&, const Tile&, float* scratch);
   void (*segmented_backward)(const SegmentedArgs&, const Tile&, const SegmentedGrads&, float* scratch);
   FutureKernels future;
+  TaskKernels task;
 };
 
 const Kernels& portable_kernels();

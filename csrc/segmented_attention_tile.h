@@ -1,13 +1,8 @@
 // Segmented attention, one tile of queries at a time, forward and backward.
 //
-// Included once per instruction set after attention_tile.h. A tile walks its key sources (tokens,
+// Included once per instruction set after attention_rows.h. A tile walks its key sources (tokens,
 // persistent keys, the memory of its segments) in blocks; every source tells each query the
 // interval of its keys, so one mask serves all. Derivation: docs/segmented_attention.md.
-
-// In a tile that sees few keys no error averages out, and time matters little: it sums in shorter
-// runs and goes through its keys twice in the backward.
-constexpr int64_t FEW_KEYS = 64;
-constexpr int64_t FEW_KEYS_RUN = 8, MANY_KEYS_RUN = 64;
 
 // The queries of a tile, row r of lane r.
 struct TileRows {
@@ -45,10 +40,6 @@ struct TileRows {
     return (lo < hi ? hi - lo : 0) + persistent + memory;
   }
 };
-
-static MEMATTN_INLINE int64_t at(const View& v, int64_t b, int64_t h, int64_t t) {
-  return b * v.stride[0] + h * v.stride[1] + t * v.stride[2];
-}
 
 // Calls visit(block) for every block of keys that some row of the tile sees.
 template <class Visit>
@@ -99,184 +90,23 @@ static void for_each_block(const SegmentedArgs& a, const Tile& tile, const TileR
        grads ? grads->key_begin : 0);
 }
 
-// Rows of `view` as float32 [lanes][ld], zero past `width` and in lanes that see nothing.
-template <class QueryRows>
-static void load_rows(const View& view, const Tile& tile, const QueryRows& rows, int64_t width,
-                      int64_t ld, float* to) {
-  for (int64_t i = 0; i < rows.lanes; ++i, to += ld) {
-    const bool empty = i >= rows.n || rows.empty(i);  // an empty row may hold anything
-    const int64_t n = empty ? 0 : width;
-    if (n) load_row(view, at(view, tile.b, rows.head[i], rows.t[i]), view.stride[3], n, to);
-    __builtin_memset(to + n, 0, (ld - n) * 4);
-  }
-}
-
 template <int NV>
 static void forward_tile(const SegmentedArgs& a, const Tile& tile, float* scratch) {
-  constexpr int64_t PANEL = NV * VL;
-  const TileRows rows(a, tile, PANEL);
-  float* q = scratch;                             // [panel][D][PANEL]
-  float* acc = q + TILE_ROWS * a.D;               // [panel][Dv][PANEL]
-  float* scores = acc + TILE_ROWS * a.Dv;         // [BLOCK_KEYS][PANEL]
-  float* block_scratch = scores + BLOCK_KEYS * PANEL;  // [BLOCK_KEYS][D + Dv], or rows of the tile
-  const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
-  const Split scale2 = Split::factor(a.scale * LOG2E);
-  const bool few = rows.keys() <= FEW_KEYS;
-  const int64_t run = few ? FEW_KEYS_RUN : MANY_KEYS_RUN;
-  load_rows(a.query, tile, rows, a.D, ldk, block_scratch);
-  to_panels(block_scratch, ldk, rows.lanes, a.D, PANEL, q);
-  __builtin_memset(acc, 0, rows.lanes * a.Dv * 4);
-  SoftmaxState<NV> states[TILE_ROWS / PANEL];
-  clear<NV>(states, TILE_ROWS / PANEL);
-
-  for_each_block(a, tile, rows, PANEL, nullptr, 0, 0, block_scratch, [&](const Block& block) {
-    attend<NV>(block, rows.lanes, a.D, a.Dv, run, scale2, q, scores, states, acc);
-  });
-
-  for (int64_t p = 0; p * PANEL < rows.lanes; ++p)
-    for (int v = 0; v < NV; ++v) {
-      const vf sum = states[p].sum[v], norm = 1.0f / sum;
-      vf* column = (vf*)(acc + p * a.Dv * PANEL) + v;
-      for (int64_t d = 0; d < a.Dv; ++d)
-        column[d * NV] = select(sum == 0.0f, vf{}, column[d * NV] * norm);
-    }
-  from_panels(acc, PANEL, rows.lanes, a.Dv, ldv, block_scratch);
-  for (int64_t i = 0; i < rows.n; ++i) {
-    const int64_t h = rows.head[i], t = rows.t[i], flat = (tile.b * a.H + h) * a.T + t;
-    store_row(a.out, at(a.out, tile.b, h, t), a.out.stride[3], a.Dv, block_scratch + i * ldv);
-    const SoftmaxState<NV>& state = states[i / PANEL];
-    const int64_t v = i % PANEL / VL, in_vector = i % VL;
-    const float sum = state.sum[v][in_vector];
-    const double top = (double)state.high[v][in_vector] + state.low[v][in_vector];
-    const Split lse((top + __builtin_log2((double)sum)) / LOG2E);
-    a.lse[flat] = sum == 0.0f ? -__builtin_inff() : lse.high;
-    a.lse_low[flat] = sum == 0.0f ? 0.0f : lse.low;
-  }
+  const TileRows rows(a, tile, NV * VL);
+  forward_rows<NV>(a, tile, rows, [&](float* block_scratch, auto visit) {
+    for_each_block(a, tile, rows, NV * VL, nullptr, 0, 0, block_scratch, visit);
+  }, scratch);
 }
 
 template <int NV>
 static void backward_tile(const SegmentedArgs& a, const Tile& tile, const SegmentedGrads& grads,
                           float* scratch) {
-  constexpr int64_t PANEL = NV * VL;
-  const TileRows rows(a, tile, PANEL);
-  const int64_t panels = rows.lanes / PANEL;
+  const TileRows rows(a, tile, NV * VL);
   const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
-  auto take = [&scratch](int64_t n) { float* from = scratch; scratch += round_up(n, 16); return from; };
-  float* q = take(TILE_ROWS * a.D);        // [panel][D][PANEL]
-  float* d_out = take(TILE_ROWS * a.Dv);   // [panel][Dv][PANEL]
-  float* d_q = take(TILE_ROWS * a.D);      // [panel][D][PANEL]
-  float* q_rows = take(TILE_ROWS * ldk);   // [lanes][ldk]
-  float* d_out_rows = take(TILE_ROWS * ldv);
-  float* out_rows = take(TILE_ROWS * ldv);
-  float* p_all = take(TILE_ROWS * BLOCK_KEYS);   // [panel][BLOCK_KEYS][PANEL]
-  float* ds_all = take(TILE_ROWS * BLOCK_KEYS);
-  float* lse_high = take(TILE_ROWS);  // in units of log 2
-  float* lse_low = take(TILE_ROWS);
-  float* delta = take(TILE_ROWS);
-  float* d_lse = take(TILE_ROWS);
-  float* block_scratch = take(BLOCK_KEYS * (a.D + a.Dv));
-
-  const Split scale2 = Split::factor(a.scale * LOG2E);
-  const bool few = rows.keys() <= FEW_KEYS;
-  const int64_t run = few ? FEW_KEYS_RUN : MANY_KEYS_RUN;
-  load_rows(a.query, tile, rows, a.D, ldk, q_rows);
-  load_rows(a.d_out, tile, rows, a.Dv, ldv, d_out_rows);
-  load_rows(a.out, tile, rows, a.Dv, ldv, out_rows);
-  to_panels(q_rows, ldk, rows.lanes, a.D, PANEL, q);
-  to_panels(d_out_rows, ldv, rows.lanes, a.Dv, PANEL, d_out);
-  __builtin_memset(d_q, 0, rows.lanes * a.D * 4);
-  // weight 0 everywhere for lanes without a row and rows without a key
-  for (int64_t i = 0; i < rows.lanes; ++i) lse_high[i] = -NO_SCORE, lse_low[i] = d_lse[i] = 0.0f;
-  for (int64_t i = 0; i < rows.n; ++i) {
-    if (rows.empty(i)) continue;
-    const int64_t flat = (tile.b * a.H + rows.head[i]) * a.T + rows.t[i];
-    d_lse[i] = a.d_lse[flat];
-    if (a.lse[flat] == -__builtin_inff()) continue;
-    const Split lse(((double)a.lse[flat] + a.lse_low[flat]) * LOG2E);
-    lse_high[i] = lse.high, lse_low[i] = lse.low;
-  }
-
-  // the weights of the keys [span.first, span.last) in panel p, and the gradients of these weights
-  auto weigh = [&](const Block& block, int64_t p, const Span& span, float* weights, float* dw) {
-    const int64_t n = span.last - span.first, skip = span.first - block.begin;
-    dot_products<NV>(n, a.D, run, block.key.data + skip * block.key.stride, block.key.stride,
-                     q + p * a.D * PANEL, PANEL, weights, PANEL);
-    if (span.partial) mask_panel<NV>(weights, *block.seen, p, span.first, span.last);
-    dot_products<NV>(n, a.Dv, run, block.value.data + skip * block.value.stride, block.value.stride,
-                     d_out + p * a.Dv * PANEL, PANEL, dw, PANEL);
-    const vf* high = (const vf*)(lse_high + p * PANEL);
-    const vf* low = (const vf*)(lse_low + p * PANEL);
-#pragma GCC unroll 2
-    for (int64_t j = 0; j < n; ++j)
-      for (int v = 0; v < NV; ++v) {
-        vf* w = (vf*)weights + j * NV + v;
-        *w = exp2_nonpositive(fma(*w, scale2.high, -high[v]) + fma(*w, scale2.low, -low[v]));
-      }
-  };
-
-  // delta = sum over d of out * d_out = sum over keys of w * dw. With few keys the second form is
-  // cheap, and its rounding cancels against that of dw
-  __builtin_memset(delta, 0, rows.lanes * 4);
-  if (!few)  // in the order of the products below: a row with one key gets gradient 0 exactly
-    row_dot_products(out_rows, ldv, d_out, PANEL, rows.lanes, a.Dv, run, delta);
-  if (few) {
-    for_each_block(a, tile, rows, PANEL, nullptr, 0, 0, block_scratch, [&](const Block& block) {
-      for (int64_t p = 0; p < panels; ++p) {
-        const Span span(block, p);
-        if (span.first >= span.last) continue;
-        weigh(block, p, span, p_all, ds_all);
-        for (int64_t j = 0; j < (span.last - span.first) * PANEL; ++j)
-          delta[p * PANEL + j % PANEL] =
-              MEMATTN_FMA1(p_all[j], ds_all[j], delta[p * PANEL + j % PANEL]);
-      }
-    });
-  }
-
-  for_each_block(a, tile, rows, PANEL, &grads, ldk, ldv, block_scratch, [&](const Block& block) {
-    int64_t first[TILE_ROWS], last[TILE_ROWS];
-    for (int64_t p = 0; p < panels; ++p) {
-      const Span span(block, p);
-      const int64_t n = span.last - span.first, skip = span.first - block.begin;
-      first[p] = n > 0 ? skip : 0, last[p] = n > 0 ? skip + n : 0;
-      float* weights = p_all + p * BLOCK_KEYS * PANEL;
-      float* ds = ds_all + p * BLOCK_KEYS * PANEL;
-      if (n < block.n) {  // keys that this panel does not see add nothing
-        clear_outside<NV>(weights, block.n, first[p], last[p]);
-        clear_outside<NV>(ds, block.n, first[p], last[p]);
-      }
-      if (n <= 0) continue;
-      weights += skip * PANEL, ds += skip * PANEL;
-      weigh(block, p, span, weights, ds);
-      const vf* mean = (const vf*)(delta + p * PANEL);
-      const vf* extra = (const vf*)(d_lse + p * PANEL);
-      for (int64_t j = 0; j < n; ++j)
-        for (int v = 0; v < NV; ++v) {
-          vf* s = (vf*)ds + j * NV + v;
-          *s = ((const vf*)weights)[j * NV + v] * ((*s - mean[v]) + extra[v]);
-        }
-      product<NV, Store::add, false>(a.D, 1, n, block.key.data + skip * block.key.stride,
-                                     block.key.stride, 0, ds, PANEL, 0, d_q + p * a.D * PANEL,
-                                     PANEL, nullptr);
-    }
-    const int64_t in_one = few ? 1 : panels;
-    add_rows<NV>(p_all, d_out_rows, in_one, block.d_value, ldv, block.n, panels, first, last);
-    add_rows<NV>(ds_all, q_rows, in_one, block.d_key, ldk, block.n, panels, first, last);
-  });
-
-  for (int64_t j = 0; j < rows.lanes * a.D; ++j) d_q[j] *= (float)a.scale;
-  from_panels(d_q, PANEL, rows.lanes, a.D, ldk, q_rows);
-  for (int64_t i = 0; i < rows.n; ++i)
-    store_row(a.d_query, at(a.d_query, tile.b, rows.head[i], rows.t[i]), a.d_query.stride[3], a.D,
-              q_rows + i * ldk);
-}
-
-static int64_t forward_scratch(const SegmentedArgs& a) {
-  return (TILE_ROWS + BLOCK_KEYS) * (a.D + a.Dv) + BLOCK_KEYS * 2 * VL + TILE_ROWS * VL;
-}
-
-static int64_t backward_scratch(const SegmentedArgs& a) {
-  const int64_t wide = round_up(a.D, VL) + round_up(a.Dv, VL);
-  return (3 * TILE_ROWS + BLOCK_KEYS + 1) * wide + 2 * TILE_ROWS * BLOCK_KEYS + 4 * TILE_ROWS + 256;
+  backward_rows<NV>(a, tile, rows, [&](bool with_gradients, float* block_scratch, auto visit) {
+    for_each_block(a, tile, rows, NV * VL, with_gradients ? &grads : nullptr, ldk, ldv,
+                   block_scratch, visit);
+  }, scratch);
 }
 
 static void segmented_forward(const SegmentedArgs& a, const Tile& tile, float* scratch) {

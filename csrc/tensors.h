@@ -12,6 +12,7 @@
 #include <initializer_list>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #if defined(__linux__)
@@ -53,6 +54,24 @@ inline std::vector<int64_t> int_values(const Tensor& t) {
   return values;
 }
 
+// Raw callers of an operator must not read outside a tensor either.
+inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  std::string wanted, got;
+  for (int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    got += (i ? ", " : "") + std::to_string(t.size(i));
+    same = same && t.size(i) == sizes.begin()[i];
+  }
+  STD_TORCH_CHECK(same, name, " must have shape [", wanted, "], got [", got, "]");
+}
+
+inline void check_bounds(const char* name, const OptionalTensor& bounds, int64_t n) {
+  if (!bounds) return;
+  check_shape(name, *bounds, {n});
+  STD_TORCH_CHECK(bounds->scalar_type() == ScalarType::Int, name, " must have dtype int32");
+}
+
 // Asks for huge pages where a large block is still to be written: the system hands large blocks out
 // anew at each call, and page faults by 4 KiB cost a fifth of a windowed forward. Where a virtual
 // machine gives idle memory back to its host, the first call after a pause pays for it.
@@ -88,11 +107,13 @@ inline Buffer buffer(int64_t floats) {
 }
 
 // Tiles of queries [t_begin, t_end) of key head (b, hkv). Short sequences share a tile among the
-// query heads of the group.
+// query heads of the group, where these see the same keys.
 template <class Args>
-std::vector<Tile> make_tiles(const Args& a, int64_t b, int64_t hkv, int64_t t_begin, int64_t t_end) {
+std::vector<Tile> make_tiles(const Args& a, int64_t b, int64_t hkv, int64_t t_begin, int64_t t_end,
+                             bool heads_are_alike = true) {
   const int64_t G = a.H / a.Hkv, rows = kernels().tile_rows;
-  const int64_t heads = std::clamp<int64_t>(rows / std::max<int64_t>(a.T, 1), 1, G);
+  const int64_t fit = heads_are_alike ? rows / std::max<int64_t>(a.T, 1) : 1;
+  const int64_t heads = std::clamp<int64_t>(fit, 1, G);
   std::vector<Tile> tiles;
   for (int64_t t = t_begin; t < t_end; t += rows)
     for (int64_t g = 0; g < G; g += heads)

@@ -1,0 +1,224 @@
+// Task-masked attention, one tile of queries at a time, forward and backward.
+//
+// Included once per instruction set after attention_rows.h. A tile first lists the keys that its
+// rows see: runs of keys that all of them see, and single keys with a bit for each lane. Keys that
+// nobody sees are in neither, so they cost nothing and may hold anything. Where the single keys of a
+// block do not lie side by side they are copied together, and their gradients are added apart.
+
+// The queries of a tile, row r of lane r, and what they see. Positions count from the sequence's
+// start.
+struct TaskRows {
+  struct Run {
+    int32_t begin, end;
+  };
+
+  int64_t n;      // rows
+  int64_t lanes;  // rounded up to whole panels
+  int64_t head[TILE_ROWS], t[TILE_ROWS];
+  uint64_t rows;   // the lanes that hold a row
+  uint64_t seeing = 0;  // those that see a key
+  // keys that all rows see, and keys with the lanes that see them
+  Run* runs;
+  int32_t* keys_seen;
+  uint64_t* lanes_seen;
+  int64_t n_runs = 0, n_keys = 0, in_runs = 0;
+
+  TaskRows(const TaskArgs& a, const Tile& tile, int64_t panel, float*& scratch) {
+    n = 0;
+    for (int64_t h = tile.h0; h < tile.h1; ++h)
+      for (int64_t i = tile.t0; i < tile.t1; ++i, ++n) head[n] = h, t[n] = a.start[tile.b] + i;
+    lanes = round_up(n, panel);
+    rows = low_bits(n);
+    auto take = [&scratch](int64_t floats) {
+      float* from = scratch;
+      scratch += round_up(floats, 16);
+      return from;
+    };
+    lanes_seen = (uint64_t*)take(2 * a.S);
+    keys_seen = (int32_t*)take(a.S);
+    runs = (Run*)take(2 * a.tile_cols);
+    NodeLanes nodes{(uint64_t*)take(2 * a.nodes), (bool*)take((a.nodes + 3) / 4)};
+    list_keys(a, tile, nodes);
+  }
+
+  static int64_t scratch(const TaskArgs& a) { return 3 * a.S + 3 * (a.tile_cols + a.nodes) + 80; }
+
+  bool empty(int64_t i) const { return !(seeing >> i & 1); }
+  int64_t keys() const { return in_runs + n_keys; }
+
+ private:
+  // The rows of the tile that see keys of each node, found when first asked for.
+  struct NodeLanes {
+    uint64_t* lanes;
+    bool* known;
+  };
+
+  static uint64_t low_bits(int64_t n) { return n ? ~uint64_t{0} >> (64 - n) : 0; }
+
+  void list_keys(const TaskArgs& a, const Tile& tile, const NodeLanes& nodes) {
+    const int64_t queries = tile.t1 - tile.t0, heads = tile.h1 - tile.h0;
+    const int64_t list = a.list(tile.b, tile.h0, tile.t0), n_full = a.query_counts[2 * list];
+    const int64_t n_all = n_full + a.query_counts[2 * list + 1];
+    const int32_t* tiles = a.query_tiles + list * a.tile_cols;
+    const uint64_t each = low_bits(queries);  // the heads of a tile see the same
+    uint64_t copies = 1;
+    for (int64_t h = 1; h < heads; ++h) copies |= uint64_t{1} << h * queries;
+    int64_t end = a.key_end[tile.b] - a.start[tile.b];
+    if (a.is_causal && tile.t1 < end) end = tile.t1;
+    // keys up to this one are not cut by causality
+    const int64_t whole = a.is_causal ? tile.t0 + 1 : end;
+
+    auto add_keys = [&](int64_t j, int64_t last, auto seen_by) {
+      for (; j < last; ++j) {
+        uint64_t seen = each & seen_by(j);
+        if (j >= whole) seen &= ~uint64_t{0} << (j - tile.t0);
+        keys_seen[n_keys] = (int32_t)j, lanes_seen[n_keys] = seen * copies;
+        seeing |= seen * copies;
+        n_keys += seen != 0;
+      }
+    };
+    if (a.nodes && n_full < n_all) __builtin_memset(nodes.known, 0, a.nodes);
+    for (int64_t i = 0; i < n_all; ++i) {
+      int64_t j = tiles[i] * MASK_TILE;
+      const int64_t last = j + MASK_TILE < end ? j + MASK_TILE : end;
+      if (i < n_full) {
+        const int64_t cut = last < whole ? last : whole;
+        if (j < cut) {
+          add_run(j, cut);
+          j = cut;
+        }
+        add_keys(j, last, [](int64_t) { return ~uint64_t{0}; });
+      } else if (a.slots) {
+        const int32_t* bits = a.bits + a.slots[list * a.tile_cols + tiles[i]] * MASK_TILE * a.words +
+                              tile.t0 % MASK_TILE / 32 - j * a.words;
+        add_keys(j, last, [&](int64_t key) {
+          const int32_t* word = bits + key * a.words;
+          return (uint32_t)word[0] | (uint64_t)(uint32_t)word[1] << 32;
+        });
+      } else {
+        const int32_t* graph = a.bits + list / a.tile_rows * a.nodes * a.words;
+        add_keys(j, last, [&](int64_t key) {
+          const int32_t node = a.key_node[key];
+          if (!nodes.known[node]) {
+            nodes.lanes[node] = queries_of_node(a, tile, graph + node * a.words);
+            nodes.known[node] = true;
+          }
+          return nodes.lanes[node];
+        });
+      }
+    }
+  }
+
+  void add_run(int64_t begin, int64_t end) {
+    if (n_runs && runs[n_runs - 1].end == begin) runs[n_runs - 1].end = (int32_t)end;
+    else runs[n_runs++] = {(int32_t)begin, (int32_t)end};
+    in_runs += end - begin;
+    seeing = rows;
+  }
+
+  static uint64_t queries_of_node(const TaskArgs& a, const Tile& tile, const int32_t* row) {
+    uint64_t seen = 0;
+    for (int64_t i = tile.t0; i < tile.t1; ++i) {
+      const int32_t node = a.query_node[i];
+      seen |= (uint64_t)((uint32_t)row[node / 32] >> node % 32 & 1) << (i - tile.t0);
+    }
+    return seen;
+  }
+};
+
+// Calls visit(block) for every block of keys that some row of the tile sees. `copies` takes the
+// gradients of keys that do not lie side by side.
+template <class Visit>
+static MEMATTN_INLINE void for_each_task_block(const TaskArgs& a, const Tile& tile,
+                                               const TaskRows& rows, int64_t panel,
+                                               const KeyGrads* grads, float* copies, float* scratch,
+                                               Visit visit) {
+  const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL), start = a.start[tile.b];
+  const int64_t *key_stride = a.key.stride, *value_stride = a.value.stride;
+  float* value_scratch = scratch + BLOCK_KEYS * a.D;
+  for (int64_t run = 0; run <= rows.n_runs; ++run) {
+    const bool by_lane = run == rows.n_runs;  // at last
+    const int64_t begin = by_lane ? 0 : rows.runs[run].begin;
+    const int64_t end = by_lane ? rows.n_keys : rows.runs[run].end;
+    for (int64_t j = begin; j < end; j += BLOCK_KEYS) {
+      LaneBlock block;
+      block.begin = 0, block.n = end - j < BLOCK_KEYS ? end - j : BLOCK_KEYS;
+      block.lanes = by_lane ? rows.lanes_seen + j : nullptr;
+      block.rows = rows.rows, block.panel = panel;
+      const int32_t* keys = rows.keys_seen + j;
+      bool side_by_side = true;
+      if (by_lane)
+        for (int64_t i = 1; i < block.n; ++i) side_by_side &= keys[i] == keys[i - 1] + 1;
+      const int64_t first = start + (by_lane ? keys[0] : j);
+      if (side_by_side) {
+        block.key = float_rows(a.key, at(a.key, tile.b, tile.hkv, first), key_stride[2],
+                               key_stride[3], block.n, a.D, scratch);
+        block.value = float_rows(a.value, at(a.value, tile.b, tile.hkv, first), value_stride[2],
+                                 value_stride[3], block.n, a.Dv, value_scratch);
+      } else {
+        for (int64_t i = 0; i < block.n; ++i) {
+          const int64_t row = start + keys[i];
+          load_row(a.key, at(a.key, tile.b, tile.hkv, row), key_stride[3], a.D, scratch + i * a.D);
+          load_row(a.value, at(a.value, tile.b, tile.hkv, row), value_stride[3], a.Dv,
+                   value_scratch + i * a.Dv);
+        }
+        block.key = {scratch, a.D}, block.value = {value_scratch, a.Dv};
+      }
+      block.d_key = block.d_value = nullptr;
+      if (grads && side_by_side) {
+        block.d_key = grads->d_key + (first - grads->key_begin) * ldk;
+        block.d_value = grads->d_value + (first - grads->key_begin) * ldv;
+      } else if (grads) {
+        block.d_key = copies, block.d_value = copies + block.n * ldk;
+        __builtin_memset(copies, 0, block.n * (ldk + ldv) * 4);
+      }
+      visit(block);
+      if (!grads || side_by_side) continue;
+      for (int64_t i = 0; i < block.n; ++i) {
+        const int64_t row = start + keys[i] - grads->key_begin;
+        for (int64_t d = 0; d < ldk; ++d) grads->d_key[row * ldk + d] += block.d_key[i * ldk + d];
+        for (int64_t d = 0; d < ldv; ++d)
+          grads->d_value[row * ldv + d] += block.d_value[i * ldv + d];
+      }
+    }
+  }
+}
+
+template <int NV>
+static void task_forward_tile(const TaskArgs& a, const Tile& tile, float* scratch) {
+  const TaskRows rows(a, tile, NV * VL, scratch);
+  forward_rows<NV>(a, tile, rows, [&](float* block_scratch, auto visit) {
+    for_each_task_block(a, tile, rows, NV * VL, nullptr, nullptr, block_scratch, visit);
+  }, scratch);
+}
+
+template <int NV>
+static void task_backward_tile(const TaskArgs& a, const Tile& tile, const KeyGrads& grads,
+                               float* scratch) {
+  const TaskRows rows(a, tile, NV * VL, scratch);
+  float* copies = scratch;  // [BLOCK_KEYS][ldk + ldv]
+  scratch += BLOCK_KEYS * (round_up(a.D, VL) + round_up(a.Dv, VL));
+  backward_rows<NV>(a, tile, rows, [&](bool with_gradients, float* block_scratch, auto visit) {
+    for_each_task_block(a, tile, rows, NV * VL, with_gradients ? &grads : nullptr, copies,
+                        block_scratch, visit);
+  }, scratch);
+}
+
+static int64_t task_forward_scratch(const TaskArgs& a) {
+  return TaskRows::scratch(a) + forward_scratch(a);
+}
+
+static int64_t task_backward_scratch(const TaskArgs& a) {
+  const int64_t copies = BLOCK_KEYS * (round_up(a.D, VL) + round_up(a.Dv, VL));
+  return TaskRows::scratch(a) + copies + backward_scratch(a);
+}
+
+static void task_forward(const TaskArgs& a, const Tile& tile, float* scratch) {
+  const int64_t n = (tile.h1 - tile.h0) * (tile.t1 - tile.t0);
+  n <= VL ? task_forward_tile<1>(a, tile, scratch) : task_forward_tile<2>(a, tile, scratch);
+}
+
+static void task_backward(const TaskArgs& a, const Tile& tile, const KeyGrads& grads,
+                          float* scratch) {
+  task_backward_tile<2>(a, tile, grads, scratch);
+}
