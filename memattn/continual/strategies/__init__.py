@@ -3,7 +3,11 @@
 from typing import Any
 
 from memattn.continual.strategies.base import Budget, Strategy
+from memattn.continual.strategies.distillation import LwF
+from memattn.continual.strategies.packnet import PackNet
+from memattn.continual.strategies.penalty import EWC, SI
 from memattn.continual.strategies.plain import FineTuning, Joint, Separate
+from memattn.continual.strategies.replay import DERPlusPlus, Replay
 from memattn.continual.streams import Stream
 from memattn.ops._checks import must
 
@@ -13,6 +17,12 @@ STRATEGIES: dict[str, type[Strategy]] = {
         Joint,
         Separate,
         FineTuning,
+        EWC,
+        SI,
+        LwF,
+        Replay,
+        DERPlusPlus,
+        PackNet,
     )
 }
 

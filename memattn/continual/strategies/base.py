@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memattn.continual.backbones import MLP
+from memattn.continual.backbones import MLP, TokenTransformer
 from memattn.continual.streams import SCENARIOS, Stream, Task
 from memattn.ops._checks import check_int, must
 
@@ -25,15 +25,16 @@ class Budget:
 
     Every strategy takes ``steps(n)`` gradient steps of Adam on a task with ``n`` train samples, on
     ``batch_size`` samples each, and has a backbone of the same sizes. What it keeps beside the
-    backbone is by nature its own, and counted.
+    backbone is by nature its own, and counted. Adam begins anew at each task, and its learning rate
+    falls to 0 along a cosine.
 
     Attributes:
         epochs: Passes over the train data of a task.
         batch_size: Samples in a gradient step, replayed ones included.
-        lr: Learning rate of Adam, which begins anew at each task.
+        lr: First learning rate of Adam.
         hidden_dim: Width of the backbone.
         n_layers: Layers of the backbone.
-        backbone: ``"mlp"``, or ``"transformer"`` over patches.
+        backbone: ``"mlp"``, or ``"transformer"`` over the tokens that DTG-MA has.
         n_heads: Attention heads of the transformer; divides ``hidden_dim``.
         buffer_size: Samples that a replay buffer holds.
         device: Where to compute.
@@ -263,6 +264,7 @@ class Strategy:
         for parameter in parameters:
             parameter.requires_grad_(True)
         optimizer = self.optimizer(index, parameters)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
         per_epoch = max(n_steps // self.budget.epochs, 1)
         for step in range(n_steps):
             progress = step % per_epoch / max(per_epoch - 1, 1)
@@ -271,6 +273,7 @@ class Strategy:
             loss.backward()
             self.before_step(index)
             optimizer.step()
+            schedule.step()
             self.after_step(index)
         optimizer.zero_grad()
 
@@ -314,7 +317,9 @@ class Strategy:
 
 def make_backbone(input_shape: tuple[int, ...], budget: Budget) -> nn.Module:
     """The backbone of a budget."""
-    return MLP(math.prod(input_shape), budget.hidden_dim, budget.n_layers)
+    if budget.backbone == "mlp":
+        return MLP(math.prod(input_shape), budget.hidden_dim, budget.n_layers)
+    return TokenTransformer(input_shape, budget.hidden_dim, budget.n_layers, budget.n_heads)
 
 
 def count_parameters(module: nn.Module) -> int:
