@@ -1,100 +1,81 @@
-"""DTG-MA: a classifier that learns tasks one after the other in columns of a task graph."""
+"""DTG-MA: a classifier that learns tasks one after the other, each in a column of a task graph."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.models._task_graph import TaskGraph
-from memattn.nn.task_attention import ColumnLayout, TaskGraphAttention
-from memattn.nn.task_linear import TaskGroups, TaskLinear, group_by_task
+from memattn.models._dtgma_files import TaskFile, hash_tensors
+from memattn.models._dtgma_layers import DTGMALayer, TaskColumn, TaskName
+from memattn.models._dtgma_tasks import ParameterReport, TaskModel, listed
+from memattn.models._task_inference import class_means, lowest_entropy, nearest_prototype
+from memattn.nn.task_linear import TaskGroups, group_by_task
 from memattn.nn.task_tokens import TokenProjection
-from memattn.ops._checks import check_int, check_tensor, must
+from memattn.ops._checks import check_bool, check_int, check_tensor, must
 
-TaskName = int | str
+__all__ = ["DTGMAModel", "ParameterReport", "TaskName"]
+
 SHARED = ("frozen", "first_task")
 INFERENCE = ("prototype", "entropy")
 
 
-@dataclass(frozen=True)
-class ParameterReport:
-    """Parameters of a model, counted where they are."""
+class DTGMAModel(TaskModel):
+    """DTG-MA: a classifier that learns tasks one after the other and forgets none.
 
-    shared: int  # token projection and norms
-    tasks: dict[TaskName, int]  # of each task
-    total: int
-    trainable: int  # of them, what requires a gradient
-    prototypes: int  # numbers kept for task inference, no parameters
+    Every task has a *column*: the tokens of the input, and ``n_nodes`` node tokens of its own, go
+    through ``n_layers`` of
 
+    ``x = x + Attention_t(LayerNorm(x)); x = x + FFN_t(LayerNorm(x))``
 
-class TaskColumn(nn.Module):
-    """What a task has outside the layers: head, node tokens, mask and prototypes."""
+    and a head, with projections, feed-forward (``E -> 4E -> E``, ReLU) and head of the task ``t``.
+    The column is read out by the mean of its node tokens, or of all tokens where ``n_nodes`` is 0.
+    Token projection and norms are shared. In the task graph, a column may *read* columns of
+    earlier, frozen tasks: its tokens also attend to theirs, which are computed from the same input
+    by the earlier tasks' parameters and never see the reader. Nothing a later task does changes
+    what an earlier one computes.
 
-    mask: Tensor | None
-    prototypes: Tensor | None
+    A batch may mix tasks. See ``docs/dtgma.md``.
 
-    def __init__(self, name: TaskName, hidden_size: int, num_classes: int, n_nodes: int) -> None:
-        super().__init__()
-        self.name = name
-        self.num_classes = num_classes
-        self.frozen = False
-        self.head = nn.Linear(hidden_size, num_classes)
-        self.nodes = (
-            nn.Parameter(torch.randn(n_nodes, hidden_size) * hidden_size**-0.5) if n_nodes else None
-        )
-        self.register_buffer("mask", None)
-        self.register_buffer("prototypes", None)
+    Args:
+        input_dim: Features of an input, or the axes of an image, ``(H, W)`` or ``(C, H, W)``; see
+            ``memattn.nn.TokenProjection`` for how inputs become tokens.
+        hidden_dim: Features of a token, ``E``.
+        num_classes: Classes of a task that is registered without a number of its own.
+        n_layers: Layers.
+        n_heads: Attention heads, a divisor of ``hidden_dim``.
+        n_tokens: Tokens wanted of a vector or an image. 1 makes the whole input one token, as in
+            the published code, where attention has nothing to choose from.
+        patch_size: Side of an image patch; None means what gives ``n_tokens``.
+        n_nodes: Node tokens of each task, learned.
+        positions: Whether tokens of sequences get positions.
+        dropout: Probability of dropping a feature of what attention and feed-forward add.
+        rank: Rank of each task's weights in the layers; None for full weights.
+        shared: ``"frozen"``: the shared parameters stay as they were drawn, as in the published
+            code. ``"first_task"``: they are trained with the first task, and frozen as soon as it
+            is frozen or a second one is registered.
+        inference: How ``forward`` finds the task of a sample if it is not told: ``"prototype"`` or
+            ``"entropy"``, see ``infer_task``; None makes that an error.
+        backend: Backend of ``memattn.task_masked_attention``.
 
+    Raises:
+        TypeError: If an argument has the wrong Python type.
+        ValueError: If a size is below its minimum, ``n_heads`` does not divide ``hidden_dim``, or
+            an option is unknown.
 
-class TaskFeedForward(nn.Module):
-    """``E -> 4E -> E`` with ReLU, of each task."""
+    Example:
+        >>> model = DTGMAModel(input_dim=784, hidden_dim=32, num_classes=2)
+        >>> model.register_task("even or odd")
+        >>> model(torch.randn(5, 784), "even or odd").shape
+        torch.Size([5, 2])
 
-    def __init__(self, hidden_size: int, rank: int | None) -> None:
-        super().__init__()
-        self.up = TaskLinear(0, hidden_size, 4 * hidden_size, rank=rank)
-        self.down = TaskLinear(0, 4 * hidden_size, hidden_size, rank=rank)
-
-    def forward(self, x: Tensor, groups: TaskGroups) -> Tensor:
-        """Map ``[n, L, E]`` to ``[n, L, E]``."""
-        return self.down(F.relu(self.up(x, groups)), groups)
-
-
-class DTGMALayer(nn.Module):
-    """Task-graph attention and feed-forward, each behind a shared norm and around a residual."""
-
-    def __init__(
-        self, hidden_size: int, n_heads: int, dropout: float, rank: int | None, backend: str
-    ) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(hidden_size)
-        self.attention = TaskGraphAttention(hidden_size, n_heads, rank=rank, backend=backend)
-        self.ffn_norm = nn.LayerNorm(hidden_size)
-        self.ffn = TaskFeedForward(hidden_size, rank)
-        self.dropout = dropout
-
-    def forward(
-        self, own: Tensor, read: Tensor | None, layout: ColumnLayout, is_last: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Map own columns ``[B, L, E]`` and ``[R, L, E]`` read ones."""
-        with torch.no_grad():
-            normed_read = None if read is None else self.attention_norm(read)
-        attended, attended_read = self.attention(self.attention_norm(own), normed_read, layout)
-        own = own + self._drop(attended)
-        own = own + self._drop(self.ffn(self.ffn_norm(own), layout.own))
-        if read is None or layout.read is None or attended_read is None or is_last:
-            return own, None
-        with torch.no_grad():
-            read = read + attended_read
-            return own, read + self.ffn(self.ffn_norm(read), layout.read)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
-
-
-class DTGMAModel(nn.Module):
-    """DTG-MA: isolated columns of attention for tasks that are learned one after the other."""
+    Note:
+        Source: Kirichenko, DTG-MA, https://github.com/infosave2007/dtgma. With ``n_tokens=1`` its
+        function and its parameters. Differs: inputs are split into tokens, so that masks act; tasks
+        may read earlier ones; and ``get_task_parameters`` counts what is registered.
+    """
 
     def __init__(
         self,
@@ -114,201 +95,241 @@ class DTGMAModel(nn.Module):
         inference: str | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        check_int("num_classes", num_classes, 1)
         check_int("n_layers", n_layers, 1)
         check_int("n_nodes", n_nodes, 0)
+        check_int("num_classes", num_classes, 1)
+        check_bool("positions", positions)
         if not 0.0 <= dropout < 1.0:
             must("dropout", "be at least 0 and below 1", dropout)
         if shared not in SHARED:
             must("shared", f"be one of {', '.join(SHARED)}", repr(shared))
         if inference is not None and inference not in INFERENCE:
             must("inference", f"be None or one of {', '.join(INFERENCE)}", repr(inference))
-        self.num_classes = num_classes
-        self.n_nodes = n_nodes
-        self.shared = shared
+        super().__init__(
+            TokenProjection(
+                input_dim, hidden_dim, n_tokens=n_tokens, patch_size=patch_size, positions=positions
+            ),
+            nn.ModuleList(
+                DTGMALayer(hidden_dim, n_heads, dropout, rank, backend) for _ in range(n_layers)
+            ),
+            num_classes=num_classes,
+            n_heads=n_heads,
+            n_nodes=n_nodes,
+            train_shared=shared == "first_task",
+        )
+        self.rank = rank
         self.inference = inference
-        self.tokens = TokenProjection(
-            input_dim, hidden_dim, n_tokens=n_tokens, patch_size=patch_size, positions=positions
-        )
-        self.layers = nn.ModuleList(
-            DTGMALayer(hidden_dim, n_heads, dropout, rank, backend) for _ in range(n_layers)
-        )
-        self.columns = nn.ModuleDict()
-        self._graph = TaskGraph()
-        self._numbers: dict[TaskName, int] = {}  # in the order of registration
-        if shared == "frozen":
-            self._freeze_shared()
-
-    @property
-    def tasks(self) -> tuple[TaskName, ...]:
-        """Names of the tasks, in the order of registration."""
-        return tuple(self._numbers)
-
-    def register_task(
-        self,
-        task: TaskName,
-        num_classes: int | None = None,
-        *,
-        reads: Sequence[TaskName] = (),
-        init_from: TaskName | None = None,
-    ) -> None:
-        """Give a task its column."""
-        if isinstance(task, bool) or not isinstance(task, int | str):
-            must("task", "be an integer or a string", type(task).__name__, TypeError)
-        if task in self._numbers:
-            must("task", "be a new name", repr(task))
-        num_classes = self.num_classes if num_classes is None else num_classes
-        check_int("num_classes", num_classes, 1)
-        read = tuple(dict.fromkeys(self._number("reads", name) for name in reads))
-        for number in read:
-            if not self._column(number).frozen:
-                must("reads", "name frozen tasks (freeze_task)", repr(self._column(number).name))
-        source = None if init_from is None else self._number("init_from", init_from)
-
-        hidden_size = self.tokens.projection.out_features
-        number = max(self._numbers.values(), default=-1) + 1
-        column = TaskColumn(task, hidden_size, num_classes, self.n_nodes)
-        column.to(self.tokens.projection.weight)
-        if source is not None:
-            own = self._column(source)
-            if own.num_classes == num_classes:
-                column.head.load_state_dict(own.head.state_dict())
-            if column.nodes is not None and own.nodes is not None:
-                column.nodes.data.copy_(own.nodes)
-        if self._numbers:
-            self._freeze_shared()
-        for _, linear in self._linears():
-            linear.add_task(number, init_from=source)
-            for parameter in linear.task_parameters(number).values():
-                parameter.data = parameter.data.to(self.tokens.projection.weight)
-        self.columns[str(number)] = column
-        self._graph.add(number, read)
-        self._numbers[task] = number
-
-    def freeze_task(self, task: TaskName) -> None:
-        """Let nothing change a task any more; its parameters require no gradient."""
-        number = self._number("task", task)
-        self._column(number).frozen = True
-        for parameter in self._named(number).values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        self._freeze_shared()
-
-    def is_frozen(self, task: TaskName) -> bool:
-        """Whether a task is frozen."""
-        return self._column(self._number("task", task)).frozen
-
-    def get_task_parameters(self, task: TaskName) -> list[nn.Parameter]:
-        """All parameters of a task."""
-        return list(self._named(self._number("task", task)).values())
-
-    def trainable_parameters(self, task: TaskName) -> list[nn.Parameter]:
-        """What an optimizer is given to train a task."""
-        number = self._number("task", task)
-        if self._column(number).frozen:
-            must("task", "not be frozen to be trained", repr(task))
-        shared = [p for p in self._shared() if p.requires_grad]
-        return [*self._named(number).values(), *shared]
-
-    def parameter_report(self) -> ParameterReport:
-        """Count the parameters there are."""
-        tasks = {
-            name: sum(p.numel() for p in self._named(number).values())
-            for name, number in self._numbers.items()
-        }
-        shared = sum(p.numel() for p in self._shared())
-        kept = [self._column(number).prototypes for number in self._numbers.values()]
-        return ParameterReport(
-            shared=shared,
-            tasks=tasks,
-            total=shared + sum(tasks.values()),
-            trainable=sum(p.numel() for p in self.parameters() if p.requires_grad),
-            prototypes=sum(p.numel() for p in kept if p is not None),
-        )
 
     def forward(
         self, x: Tensor, task_id: TaskName | Sequence[TaskName] | Tensor | None = None
     ) -> Tensor:
-        """Logits of each sample over the classes of its task."""
+        """Logits of each sample over the classes of its task.
+
+        Args:
+            x: Inputs, ``[B, ...]``.
+            task_id: The task of all samples, or of each: names, or an integer tensor ``[B]``. None
+                infers them, if the model has an ``inference``.
+
+        Returns:
+            ``[B, classes]``; where a batch mixes tasks of more and fewer classes, minus infinity
+            for classes that a sample's task does not have.
+
+        Raises:
+            TypeError: If an argument has the wrong Python type.
+            ValueError: If a task is unknown or missing, or a shape does not fit.
+
+        Note:
+            A batch that mixes tasks gives each sample what a batch of its task alone does, up to
+            rounding: matrix products may add in another order for another number of rows.
+        """
         check_tensor("x", x)
-        groups = self._groups(task_id, x.shape[0])
+        groups = self._groups(task_id, x)
         own = groups.sort(self.tokens(x))
-        mask_of = lambda number: self._column(number).mask
+        groups, order = groups._replace(order=None), groups
         length = own.shape[1] + self.n_nodes
-        sorted_groups = groups._replace(order=None)
-        layout = self._graph.layout(sorted_groups, length, mask_of, x.device)
+        layout = self._graph.layout(groups, length, lambda n: self._mask(n, length), own.device)
         read = None
         if layout.read is not None:
             with torch.no_grad():
                 read = self._with_nodes(own.index_select(0, layout.read_sample), layout.read)
-        own = self._with_nodes(own, sorted_groups)
+        own = self._with_nodes(own, groups)
         for i, layer in enumerate(self.layers):
-            own, read = layer(own, read, layout, i == len(self.layers) - 1)
-        features = own[:, -self.n_nodes :].mean(1)  # of the nodes, or of all where there are none
-        parts = features.split(list(groups.sizes))
-        logits = [
-            self._column(number).head(part)
-            for number, part in zip(groups.tasks, parts, strict=True)
-        ]
+            own, read = layer(own, read, layout, is_last=i == len(self.layers) - 1)
+        logits = [column.classify(part) for column, part in self._parts(own, groups)]
         width = max(part.shape[1] for part in logits)
         padded = [F.pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in logits]
-        return groups.unsort(torch.cat(padded))
+        return order.unsort(torch.cat(padded))
+
+    def infer_task(self, x: Tensor, method: str | None = None) -> list[TaskName]:
+        """Name the task that each sample seems to belong to.
+
+        Args:
+            x: Inputs, ``[B, ...]``.
+            method: ``"prototype"``: the task of the nearest class mean of token features, which
+                ``gather_prototypes`` stored. ``"entropy"``: the task whose column is the most
+                certain, which computes all columns. None means the model's ``inference``.
+
+        Raises:
+            ValueError: If ``method`` is unknown, or no task is registered, or one has no
+                prototypes.
+        """
+        method = self.inference if method is None else method
+        if method not in INFERENCE:
+            must("method", f"be one of {', '.join(INFERENCE)}", repr(method))
+        if not self._numbers:
+            must("infer_task", "have registered tasks to choose from", "none")
+        infer = nearest_prototype if method == "prototype" else lowest_entropy
+        return [self.tasks[place] for place in infer(self, x).tolist()]
+
+    def gather_prototypes(self, task: TaskName, x: Tensor, y: Tensor) -> None:
+        """Store the mean token features of each class, for ``infer_task``.
+
+        Args:
+            task: A registered task; it may be frozen.
+            x: Its training inputs, ``[n, ...]``.
+            y: Their labels, int64 ``[n]``.
+        """
+        column = self._column(self._number("task", task))
+        column.prototypes = class_means(self.prototype_features(x), y, column.num_classes)
+
+    def prototypes(self, task: TaskName) -> Tensor | None:
+        """The stored class means of a task, ``[classes, F]``, or None."""
+        return self._column(self._number("task", task)).prototypes
+
+    @torch.no_grad()
+    def prototype_features(self, x: Tensor) -> Tensor:
+        """Token features ``[B, F]``: all of a vector or an image, the mean of a sequence."""
+        tokens = self.tokens(x)
+        return tokens.mean(1) if self.tokens.is_sequence(x) else tokens.flatten(1)
+
+    def save_task(self, task: TaskName, path: str | PathLike[str]) -> None:
+        """Write a task to a safetensors file, which appears once it is whole.
+
+        It holds the task's parameters, mask, prototypes, classes and reads, and the shared
+        parameters that they belong to.
+
+        Raises:
+            ValueError: If there is no such task.
+            OSError: If it cannot be written.
+        """
+        number = self._number("task", task)
+        column = self._column(number)
+        about = dict(
+            task=task,
+            num_classes=column.num_classes,
+            reads=list(self.reads(task)),
+            columns=[
+                [self._column(n).name, self._hash(n)] for n in self._graph.columns(number)[1:]
+            ],
+            config=self._config(),
+        )
+        TaskFile(about, self._tensors(number), self._shared()).save(path)
+
+    def load_task(self, path: str | PathLike[str]) -> TaskName:
+        """Add the task of a file that ``save_task`` wrote, frozen, and return its name.
+
+        A model without tasks takes over the shared parameters of the file. Any other must have the
+        same ones, and the tasks that the file's task reads.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it holds something else, or its task does not fit into this model.
+        """
+        file = TaskFile.load(path)
+        about, task = file.about, file.about["task"]
+        if about["config"] != self._config():
+            must("path", f"hold a task of a model of {self._config()}", about["config"])
+        if task in self._numbers:
+            must("path", "hold a task with a new name", repr(task))
+        for name, fingerprint in about["columns"]:
+            if self._hash(self._number(f"tasks that {task!r} reads", name)) != fingerprint:
+                must("path", f"hold a task that reads this model's task {name!r}", "another one")
+        if not self._numbers:
+            with torch.no_grad():
+                for name, parameter in self._shared().items():
+                    parameter.copy_(file.shared[name])
+        elif hash_tensors(file.shared) != hash_tensors(self._shared()):
+            must("path", "hold a task of a model with the same shared parameters", "other ones")
+        self.register_task(task, about["num_classes"], reads=about["reads"])
+        number = self._numbers[task]
+        with torch.no_grad():
+            for name, parameter in self._named(number).items():
+                parameter.copy_(file.tensors[name])
+        place = self.tokens.projection.weight
+        self.set_mask(task, file.tensors.get("mask"))
+        prototypes = file.tensors.get("prototypes")
+        self._column(number).prototypes = None if prototypes is None else prototypes.to(place)
+        self.freeze_task(task)
+        return task
+
+    def __repr__(self) -> str:
+        about = ", ".join(f"{name}={value}" for name, value in self._config().items())
+        lines = [f"DTGMAModel({about}"]
+        for task in self.tasks:
+            reads = f", reads {listed(self.reads(task))}" if self.reads(task) else ""
+            state = "frozen" if self.is_frozen(task) else "trainable"
+            lines.append(f"  task {task!r}: {self.num_classes_of(task)} classes, {state}{reads}")
+        return "\n".join(lines) + ")"
 
     def _groups(
-        self, task_id: TaskName | Sequence[TaskName] | Tensor | None, n_rows: int
+        self, task_id: TaskName | Sequence[TaskName] | Tensor | None, x: Tensor
     ) -> TaskGroups:
+        """The samples of a batch by the number of their task."""
         if task_id is None:
-            must("task_id", "be given", "None")
+            if self.inference is None:
+                must("task_id", "be given to a model without inference", None)
+            task_id = self.infer_task(x)
         if isinstance(task_id, int | str):
-            return group_by_task(self._number("task_id", task_id), n_rows)
-        names = task_id.tolist() if isinstance(task_id, Tensor) else list(task_id)
-        device = self.tokens.projection.weight.device
-        numbers = torch.tensor([self._number("task_id", name) for name in names], device=device)
-        return group_by_task(numbers, n_rows)
+            return group_by_task(self._number("task_id", task_id), x.shape[0])
+        names = task_id.tolist() if isinstance(task_id, Tensor) else task_id
+        if not isinstance(names, list | tuple):
+            must("task_id", "be a name, names or a tensor", type(task_id).__name__, TypeError)
+        if len(names) != x.shape[0]:
+            must("task_id", f"name one task, or one for each of B={x.shape[0]} samples", len(names))
+        numbers = [self._number("task_id", name) for name in names]
+        return group_by_task(torch.tensor(numbers, device=x.device), x.shape[0])
+
+    def _parts(self, x: Tensor, groups: TaskGroups) -> Iterator[tuple[TaskColumn, Tensor]]:
+        """The rows of each task, sorted as ``groups`` says."""
+        columns = (self._column(number) for number in groups.tasks)
+        return zip(columns, x.split(list(groups.sizes)), strict=True)
 
     def _with_nodes(self, tokens: Tensor, groups: TaskGroups) -> Tensor:
         """Columns ``[n, L, E]``: tokens with the node tokens of their task behind them."""
         if not self.n_nodes:
             return tokens
-        parts = []
-        for number, part in zip(groups.tasks, tokens.split(list(groups.sizes)), strict=True):
-            nodes = self._column(number).nodes
-            assert nodes is not None
-            parts.append(torch.cat([part, nodes.expand(part.shape[0], -1, -1)], 1))
-        return torch.cat(parts)
+        return torch.cat([column.with_nodes(part) for column, part in self._parts(tokens, groups)])
 
-    def _number(self, argument: str, task: object) -> int:
-        """The number of a task; raises for an unknown one."""
-        if task not in self._numbers or isinstance(task, bool):
-            known = ", ".join(map(repr, self._numbers)) or "none yet"
-            must(argument, f"name registered tasks ({known})", repr(task))
-        return self._numbers[task]  # type: ignore[index]
+    def _mask(self, number: int, length: int) -> Tensor | None:
+        """The mask of a task's column of ``length`` tokens."""
+        column = self._column(number)
+        if column.mask is not None and column.mask.shape[-1] != length:
+            wanted = f"give the {column.mask.shape[-1]} tokens of the mask of task {column.name!r}"
+            must("x", wanted, length)
+        return column.mask
 
-    def _column(self, number: int) -> TaskColumn:
-        column = self.columns[str(number)]
-        assert isinstance(column, TaskColumn)
-        return column
+    def _tensors(self, number: int) -> dict[str, Tensor]:
+        """All that a task computes with, and its prototypes."""
+        column = self._column(number)
+        buffers = dict(mask=column.mask, prototypes=column.prototypes)
+        return {**self._named(number), **{n: t for n, t in buffers.items() if t is not None}}
 
-    def _linears(self) -> Iterator[tuple[str, TaskLinear]]:
-        return (
-            (name, module)
-            for name, module in self.layers.named_modules()
-            if isinstance(module, TaskLinear)
+    def _hash(self, number: int) -> str:
+        """Fingerprint of what a task computes with."""
+        used = {n: t for n, t in self._tensors(number).items() if n != "prototypes"}
+        return hash_tensors(used)
+
+    def _config(self) -> dict[str, Any]:
+        """What two models must agree on to exchange tasks."""
+        tokens = self.tokens
+        return dict(
+            input_dim=tokens.input_dim if tokens.image is None else list(tokens.image),
+            hidden_dim=tokens.projection.out_features,
+            n_layers=len(self.layers),
+            n_heads=self.n_heads,
+            n_tokens=tokens.n_tokens,
+            patch_size=tokens.patch_size,
+            n_nodes=self.n_nodes,
+            positions=tokens.positions,
+            rank=self.rank,
         )
-
-    def _named(self, number: int) -> dict[str, nn.Parameter]:
-        """Parameters of a task by name."""
-        own = {f"column.{name}": p for name, p in self._column(number).named_parameters()}
-        for name, linear in self._linears():
-            own |= {f"layers.{name}.{k}": p for k, p in linear.task_parameters(number).items()}
-        return own
-
-    def _shared(self) -> list[nn.Parameter]:
-        norms = [m for m in self.layers.modules() if isinstance(m, nn.LayerNorm)]
-        return [p for module in (self.tokens, *norms) for p in module.parameters()]
-
-    def _freeze_shared(self) -> None:
-        for parameter in self._shared():
-            parameter.requires_grad_(False)
-            parameter.grad = None

@@ -92,6 +92,7 @@ class TaskLinear(nn.Module):
     """
 
     shared_weight: Tensor | None
+    _place: Tensor
 
     def __init__(
         self,
@@ -124,6 +125,8 @@ class TaskLinear(nn.Module):
         self.up = None if rank is None else nn.ParameterDict()  # B_t
         self.bias = nn.ParameterDict() if bias else None
         self._tasks: list[int] = []
+        # knows the dtype and the device of a layer that has no tasks yet
+        self.register_buffer("_place", torch.empty(0), persistent=False)
         for _ in range(n_tasks):
             self.add_task()
 
@@ -158,11 +161,9 @@ class TaskLinear(nn.Module):
             must("task", "be a new one", task)
         if init_from is not None:
             self._check_task("init_from", init_from)
-        like = next(iter(self.parameters()), self.shared_weight)
-        place = {} if like is None else dict(device=like.device, dtype=like.dtype)
         for name, parameters in self._kinds():
             if init_from is None:
-                value = self._draw(name).to(**place)
+                value = self._draw(name).to(self._place)
             else:
                 value = parameters[str(init_from)].detach().clone()
             parameters[str(task)] = nn.Parameter(value)

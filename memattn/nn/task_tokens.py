@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.ops._checks import check_floating, check_int, check_tensor, must
+from memattn.ops._checks import check_int, check_like, check_tensor, must
 
 
 class TokenProjection(nn.Module):
@@ -74,17 +74,22 @@ class TokenProjection(nn.Module):
         self.positions = positions
         self.projection = nn.Linear(self.input_dim, hidden_size)
 
+    def is_sequence(self, x: Tensor) -> bool:
+        """Whether an input is ``[B, L, F]``, tokens already."""
+        return self.image is None and x.dim() == 3 and x.shape[-1] == self.input_dim
+
     def forward(self, x: Tensor) -> Tensor:
         """Map an input to tokens ``[B, L, E]``.
 
         Raises:
             TypeError: If ``x`` is no tensor.
-            ValueError: If its dtype is not floating, or its shape is none of those above.
+            ValueError: If its dtype or device is not that of the projection, or its shape is none of
+                those above.
         """
         check_tensor("x", x)
-        check_floating("x", x)
         weight, bias = self.projection.weight, self.projection.bias
-        if self.image is None and x.dim() == 3 and x.shape[-1] == self.input_dim:
+        check_like("x", x, "the projection", weight)
+        if self.is_sequence(x):
             tokens = self.projection(x)
             return tokens + _sinusoids(tokens) if self.positions else tokens
         image = tuple(x.shape[1:]) if self.image is None and x.dim() == 4 else self.image

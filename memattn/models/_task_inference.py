@@ -1,0 +1,53 @@
+"""Which task a sample belongs to, where nobody says so."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memattn.ops._checks import must
+
+if TYPE_CHECKING:
+    from memattn.models.dtgma import DTGMAModel
+
+
+@torch.no_grad()
+def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Means of features ``[n, F]`` by class, ``[classes, F]``; NaN for a class without samples."""
+    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
+    return sums / torch.bincount(labels, minlength=num_classes)[:, None]
+
+
+@torch.no_grad()
+def nearest_prototype(model: "DTGMAModel", x: Tensor) -> Tensor:
+    """The place among ``model.tasks`` of the task that has the nearest prototype, int64 ``[B]``."""
+    nearest = []
+    for task in model.tasks:
+        prototypes = model.prototypes(task)
+        if prototypes is None:
+            must("method", f"not be 'prototype' while task {task!r} has none", "'prototype'")
+        known = prototypes[~prototypes.isnan().any(1)]
+        features = model.prototype_features(x)
+        if features.shape[1] != known.shape[1]:
+            wanted = f"give the {known.shape[1]} features of the prototypes of task {task!r}"
+            must("x", wanted, features.shape[1])
+        nearest.append(torch.cdist(features, known).amin(1))
+    return torch.stack(nearest).argmin(0)
+
+
+@torch.no_grad()
+def lowest_entropy(model: "DTGMAModel", x: Tensor) -> Tensor:
+    """The place of the task whose classifier is the most certain, int64 ``[B]``.
+
+    The entropy is divided by that of a uniform guess, so that tasks of few classes are not
+    preferred; a task of one class is never uncertain and counts as uniform.
+    """
+    entropies = []
+    for task in model.tasks:
+        log_probs = model(x, task).log_softmax(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        classes = log_probs.shape[-1]
+        uniform = math.log(classes)
+        entropies.append(entropy / uniform if classes > 1 else torch.ones_like(entropy))
+    return torch.stack(entropies).argmin(0)
