@@ -1,18 +1,16 @@
 """What the runs of a study gave: means over seeds, and differences to the baseline in pairs."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
+from memattn._tables import Spread
 from memattn.study.variants import BASELINE, Variant
 from memattn.train.metrics import read_metrics
 from memattn.viz.curves import smooth_curve
 
-# 97.5 % points of Student's t with 1, 2, ... degrees of freedom
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 LOSSES = ("train_loss", "val_loss", "future_loss")
 
 
@@ -30,31 +28,6 @@ class RunResult(NamedTuple):
     future_loss: float | None
     tokens: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and standard deviation (None for one value) of so many values."""
-
-    mean: float
-    sd: float | None
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """The spread of at least one value."""
-        return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The 95 % t interval of the mean; None for one value.
-
-        More than ten values are treated as ten are, which makes it a little too wide.
-        """
-        if self.sd is None:
-            return None
-        half = _T[min(self.n - 1, len(_T)) - 1] * self.sd / math.sqrt(self.n)
-        return self.mean - half, self.mean + half
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """The tables of a study, for the terminal and as Markdown."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from rich.table import Table as RichTable
-
+from memattn._tables import Spread, Table
 from memattn.study.config import CompareConfig
-from memattn.study.results import LOSSES, Row, Spread
+from memattn.study.results import LOSSES, Row
 from memattn.study.variants import BASELINE
 
 LOSS_HEADS = ("train loss", "validation loss", "future loss")
@@ -17,29 +16,6 @@ NOTE = (
     "being trained on. Differences: validation loss minus that of the baseline with the same seed, "
     "which has the same text in the same order; in brackets the 95 % t interval of their mean."
 )
-
-
-class Table(NamedTuple):
-    """Cells as text."""
-
-    title: str
-    heads: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-
-    def to_markdown(self) -> str:
-        """The table as Markdown, under its title."""
-        head, *rows = (f"| {' | '.join(cells)} |" for cells in (self.heads, *self.rows))
-        rule = "|" + "|".join("---" if i == 0 else "---:" for i in range(len(self.heads))) + "|"
-        return "\n".join([f"**{self.title}**", "", head, rule, *rows]) + "\n"
-
-    def to_rich(self) -> RichTable:
-        """The table for a terminal."""
-        table = RichTable(title=self.title, title_justify="left")
-        for i, head in enumerate(self.heads):
-            table.add_column(head, justify="right" if i else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
 
 
 def make_tables(compare: CompareConfig, rows: Sequence[Row]) -> list[Table]:

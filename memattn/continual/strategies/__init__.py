@@ -4,6 +4,8 @@ from typing import Any
 
 from memattn.continual.strategies.base import Budget, Strategy
 from memattn.continual.strategies.distillation import LwF
+from memattn.continual.strategies.hat import HAT
+from memattn.continual.strategies.lowrank import Adapter, LoRA
 from memattn.continual.strategies.packnet import PackNet
 from memattn.continual.strategies.penalty import EWC, SI
 from memattn.continual.strategies.plain import FineTuning, Joint, Separate
@@ -22,7 +24,10 @@ STRATEGIES: dict[str, type[Strategy]] = {
         LwF,
         Replay,
         DERPlusPlus,
+        HAT,
         PackNet,
+        LoRA,
+        Adapter,
     )
 }
 

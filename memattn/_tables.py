@@ -1,0 +1,63 @@
+"""Spreads over seeds, and tables for the terminal and as Markdown."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+# 97.5 % points of Student's t with 1, 2, ... degrees of freedom
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation (None for one value) of so many values."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """The spread of at least one value."""
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % t interval of the mean; None for one value.
+
+        More than ten values are treated as ten are, which makes it a little too wide.
+        """
+        if self.sd is None:
+            return None
+        half = _T[min(self.n - 1, len(_T)) - 1] * self.sd / math.sqrt(self.n)
+        return self.mean - half, self.mean + half
+
+
+class Table(NamedTuple):
+    """Cells as text."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def to_markdown(self) -> str:
+        """The table as Markdown, under its title."""
+        head, *rows = (f"| {' | '.join(cells)} |" for cells in (self.heads, *self.rows))
+        rule = "|" + "|".join("---" if i == 0 else "---:" for i in range(len(self.heads))) + "|"
+        return "\n".join([f"**{self.title}**", "", head, rule, *rows]) + "\n"
+
+    def to_rich(self) -> "RichTable":
+        """The table for a terminal."""
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title, title_justify="left")
+        for i, head in enumerate(self.heads):
+            table.add_column(head, justify="right" if i else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
