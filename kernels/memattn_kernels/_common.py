@@ -125,7 +125,7 @@ def power(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def online_softmax_step(acc, l_i, m_i, scores, v, scale):
+def online_softmax_step(acc, l_i, m_i, scores, v, scale, HIDE_UNSEEN: tl.constexpr = False):
     """Add one tile of keys to the running softmax.
 
     Args:
@@ -133,8 +133,9 @@ def online_softmax_step(acc, l_i, m_i, scores, v, scale):
         l_i: Sum of the weights, ``[BLOCK_M]``.
         m_i: Largest ``scale * score`` so far, ``-inf`` before the first key, ``[BLOCK_M]``.
         scores: ``[BLOCK_M, BLOCK_N]``, ``-inf`` where a row does not see the key.
-        v: ``[BLOCK_N, BLOCK_DV]``, finite where no row sees the key.
+        v: ``[BLOCK_N, BLOCK_DV]``, finite where no row sees the key, unless HIDE_UNSEEN.
         scale: Positive, with ``exponent_factor`` in it.
+        HIDE_UNSEEN: Whether ``v`` may be NaN where no row sees the key.
     """
     m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
     # finite for a row without a key so far: -inf - -inf is NaN
@@ -142,6 +143,8 @@ def online_softmax_step(acc, l_i, m_i, scores, v, scale):
     alpha = power(m_i - m_safe, v.dtype)
     p = power(scores * scale - m_safe[:, None], v.dtype)
     l_i = l_i * alpha + tl.sum(p, 1)
+    if HIDE_UNSEEN:
+        v = tl.where((tl.max(p, 0) > 0.0)[:, None], v, 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return acc, l_i, m_new
 

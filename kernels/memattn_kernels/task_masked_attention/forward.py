@@ -1,0 +1,301 @@
+"""Forward of task-masked attention: one program per tile of queries.
+
+    out = softmax(scale * Q K^T + M) V,  lse = log of the softmax's sum
+
+with ``M`` zero where the task of the sequence allows a pair, else minus infinity. Rows must have
+adjacent elements; all other strides are free.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memattn_kernels import configs
+from memattn_kernels._common import (
+    IS_INTERPRETED,
+    block_width,
+    check_head_dim,
+    device_guard,
+    empty_rows,
+    exponent_factor,
+    finish_softmax,
+    load_tile,
+    online_softmax_step,
+    rows,
+    rows_ready,
+    store_tile,
+)
+from memattn_kernels.task_masked_attention.tiles import (
+    TILE,
+    bounds_of_sequence,
+    empty_rows_before,
+    key_bits,
+    listed_steps,
+    load_allowed,
+    masked_step,
+    query_bits,
+    step_tile,
+)
+
+# what changes from mask to mask: compile once for all values
+RUNTIME_SIZES = ("T", "S", "HM", "n_query_tiles", "n_key_tiles", "n_nodes", "n_words")
+
+
+@triton.jit
+def steps_of_queries(tiles_ptr, counts_ptr, mask_head, t, n_queries, n_keys, n_query_tiles,
+                     n_key_tiles, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     IS_CAUSAL: tl.constexpr):  # fmt: skip
+    """For a tile of queries from row ``t``: how far each sees, offset in lists, and its steps."""
+    i = t + tl.arange(0, BLOCK_M)
+    whole_last = n_keys
+    last = n_keys
+    hi = n_keys + 0 * i
+    if IS_CAUSAL:
+        whole_last = tl.minimum(n_keys, t + 1)
+        last = tl.minimum(n_keys, t + BLOCK_M)
+        hi = tl.minimum(n_keys, i + 1)
+    hi = tl.where(i < n_queries, hi, 0)
+    whole_last = tl.where(t < n_queries, whole_last, 0)
+    last = tl.where(t < n_queries, last, 0)
+    row = mask_head * n_query_tiles + t // TILE
+    steps = listed_steps(
+        tiles_ptr, counts_ptr, row, n_key_tiles, 0, 0, whole_last, last, BLOCK_N, False
+    )
+    return hi, row * n_key_tiles, steps
+
+
+@triton.jit
+def allowed_to_queries(n, tile, is_partial, hi, bits, mask, BLOCK_N: tl.constexpr):
+    """Whether each query sees each key of a step from column ``n``."""
+    bits_ptr, slots_ptr, slot, key_node_ptr, S, n_words = mask
+    word, words, bit = bits
+    row, offsets = key_bits(key_node_ptr, n, S, n_words, BLOCK_N)
+    allowed = load_allowed(
+        bits_ptr, slots_ptr, slot + tile, word + row, words[:, None] + offsets[None, :],
+        bit[:, None], is_partial,
+    )  # fmt: skip
+    return allowed & ((n + tl.arange(0, BLOCK_N))[None, :] < hi[:, None])
+
+
+@triton.jit
+def _attend_step(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n_keys, tiles_ptr, step,
+                 is_partial, hi, bits, mask, scale, D: tl.constexpr, DV: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                 MASKED: tl.constexpr):  # fmt: skip
+    """Add the keys of one step to the running softmax."""
+    tile, n = step_tile(tiles_ptr, step, BLOCK_N)
+    k = load_tile(k_ptr, n, stride_k, n_keys, D, BLOCK_N, BLOCK_D, MASKED)
+    v = load_tile(v_ptr, n, stride_v, n_keys, DV, BLOCK_N, BLOCK_DV, MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASKED:
+        allowed = allowed_to_queries(n, tile, is_partial, hi, bits, mask, BLOCK_N)
+        scores = tl.where(allowed, scores, -float("inf"))
+    return online_softmax_step(acc, l_i, m_i, scores, v, scale, MASKED)
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def task_masked_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, task_ptr, seq_start_ptr, seq_end_ptr,  # inputs; bounds may be None
+    bits_ptr, slots_ptr, query_node_ptr, key_node_ptr, tiles_ptr, counts_ptr,  # mask
+    o_ptr, lse_ptr, residual_ptr,  # outputs
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
+    H, G, HM, T, S, n_query_tiles, n_key_tiles, n_nodes, n_words, scale,  # sizes
+    IS_CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Grid: (cdiv(T, BLOCK_M) * B * H,). One program computes BLOCK_M queries of one head.
+
+    It also empties as many rows before the sequence.
+    """
+    n_tiles = tl.cdiv(T, BLOCK_M)
+    pid = tl.program_id(0)
+    t = pid % n_tiles * BLOCK_M
+    if IS_CAUSAL:  # the longest rows first
+        t = (n_tiles - 1 - pid % n_tiles) * BLOCK_M
+    b = (pid // n_tiles // H).to(tl.int64)
+    h = (pid // n_tiles % H).to(tl.int64)
+
+    # what each row sees
+    start, n_queries, n_keys = bounds_of_sequence(b, seq_start_ptr, seq_end_ptr, T, S)
+    mask_head = tl.load(task_ptr + b).to(tl.int64) * HM + h % HM
+    hi, slot, steps = steps_of_queries(
+        tiles_ptr, counts_ptr, mask_head, t, n_queries, n_keys, n_query_tiles, n_key_tiles,
+        BLOCK_M, BLOCK_N, IS_CAUSAL,
+    )  # fmt: skip
+    tiles_ptr, before, whole_first, whole_last, full_last, partial, n_masked = steps
+    i = t + tl.arange(0, BLOCK_M)
+    bits = query_bits(query_node_ptr, t, T, BLOCK_M)
+
+    q_ptr += b * stride_qb + h * stride_qh
+    q = load_tile(q_ptr, start + t, stride_qt, start + n_queries, D, BLOCK_M, BLOCK_D, True)
+    k_ptr += b * stride_kb + h // G * stride_kh + start.to(tl.int64) * stride_kt
+    v_ptr += b * stride_vb + h // G * stride_vh + start.to(tl.int64) * stride_vt
+    scale *= exponent_factor(q.dtype)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    mask = (bits_ptr + mask_head * n_nodes * n_words, slots_ptr, slot, key_node_ptr, S, n_words)
+    for index in range(n_masked):
+        step, is_partial = masked_step(index, before, whole_first, whole_last, full_last, partial)
+        acc, l_i, m_i = _attend_step(
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt, n_keys, tiles_ptr, step,
+            is_partial, hi, bits, mask, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        )  # fmt: skip
+    for index in range(whole_last - whole_first):
+        acc, l_i, m_i = _attend_step(
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt, n_keys, tiles_ptr,
+            whole_first + index, False, hi, bits, mask, scale,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+        )  # fmt: skip
+
+    out, lse, residual = finish_softmax(acc, l_i, m_i, i < n_queries, q.dtype)
+    o_ptr += b * stride_ob + h * stride_oh
+    row = (b * H + h) * T
+    store_tile(o_ptr, start + t, stride_ot, T, out, DV, BLOCK_M, BLOCK_DV)
+    tl.store(lse_ptr + row + start + i, lse, mask=start + i < T)
+    if residual_ptr is not None:
+        tl.store(residual_ptr + row + start + i, residual, mask=start + i < T)
+    if seq_start_ptr is not None:
+        empty_rows_before(o_ptr, t, stride_ot, tl.minimum(start, T), DV, BLOCK_M, BLOCK_DV)
+        tl.store(lse_ptr + row + i, float("-inf"), mask=i < tl.minimum(start, T))
+
+
+def mask_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    task_id: Tensor,
+    bits: Tensor,
+    slots: Tensor | None,
+    query_node: Tensor | None,
+    key_node: Tensor | None,
+    query_tiles: Tensor,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    scale: float,
+) -> dict:
+    """Arguments that all kernels share, by name."""
+    query, key, value = (rows_ready(t) for t in (query, key, value))
+    n_tasks, HM, n_query_tiles, n_key_tiles = query_tiles.shape
+    return dict(
+        **rows("q", query, "bht"),
+        **rows("k", key, "bht"),
+        **rows("v", value, "bht"),
+        task_ptr=task_id.contiguous(),
+        seq_start_ptr=None if seq_start is None else seq_start.contiguous(),
+        seq_end_ptr=None if seq_end is None else seq_end.contiguous(),
+        bits_ptr=bits,
+        slots_ptr=slots,
+        query_node_ptr=query_node,
+        key_node_ptr=key_node,
+        H=query.shape[1],
+        G=query.shape[1] // max(key.shape[1], 1),
+        HM=HM,
+        T=query.shape[2],
+        S=key.shape[2],
+        n_query_tiles=n_query_tiles,
+        n_key_tiles=n_key_tiles,
+        n_nodes=0 if query_node is None else bits.shape[0] // (n_tasks * HM),
+        n_words=bits.shape[1],
+        scale=scale,
+        D=query.shape[-1],
+        DV=value.shape[-1],
+        BLOCK_D=block_width(query.shape[-1]),
+        BLOCK_DV=block_width(value.shape[-1]),
+    )
+
+
+@torch.library.custom_op("memattn_kernels::task_masked_attention", mutates_args=())
+def task_masked_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    task_id: Tensor,
+    bits: Tensor,
+    slots: Tensor | None,
+    query_node: Tensor | None,
+    key_node: Tensor | None,
+    query_tiles: Tensor,
+    query_counts: Tensor,
+    key_tiles: Tensor,
+    key_counts: Tensor,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``out``, ``lse`` and, for float32 inputs, what float32 rounds off ``lse`` (else size 0)."""
+    out, lse, residual = _empty_outputs(query, value)
+    if lse.numel() == 0:
+        return out, lse, residual
+    inputs = mask_inputs(
+        *(query, key, value, task_id, bits, slots, query_node, key_node, query_tiles),
+        *(seq_start, seq_end, scale),
+    )
+    B, H, T, _ = query.shape
+    width = max(inputs["BLOCK_D"], inputs["BLOCK_DV"])
+    config = configs.lookup("task_masked_attention_fwd", query, width)
+    with device_guard(query):
+        task_masked_attention_fwd_kernel[(triton.cdiv(T, config["BLOCK_M"]) * B * H,)](
+            **inputs,
+            **config,
+            **rows("o", out, "bht"),
+            tiles_ptr=query_tiles,
+            counts_ptr=query_counts,
+            lse_ptr=lse,
+            residual_ptr=residual if query.dtype == torch.float32 else None,
+            IS_CAUSAL=is_causal,
+        )
+    return out, lse, residual
+
+
+@task_masked_attention_op.register_fake
+def _(query, key, value, *rest):
+    return _empty_outputs(query, value)
+
+
+def _empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised ``out``, ``lse`` and residual."""
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    residual = torch.empty_like(lse) if query.dtype == torch.float32 else lse.new_empty(0)
+    return empty_rows(query, value.shape[-1]), lse, residual
+
+
+def task_masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    task_id: Tensor,
+    bits: Tensor,
+    slots: Tensor | None,
+    query_node: Tensor | None,
+    key_node: Tensor | None,
+    query_tiles: Tensor,
+    query_counts: Tensor,
+    key_tiles: Tensor,
+    key_counts: Tensor,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return ``out [B, H, T, Dv]`` and ``lse [B, H, T]``.
+
+    ``task_id`` is int32 ``[B]``; ``bits`` to ``key_counts`` are what ``MaskTensors`` describes.
+
+    Raises:
+        NotImplementedError: If a head dimension is above 256.
+    """
+    check_head_dim("query", query.shape[-1])
+    check_head_dim("value", value.shape[-1])
+    dtype = query.dtype
+    if dtype == torch.bfloat16 and IS_INTERPRETED:
+        # the interpreter computes bfloat16 wrongly
+        query, key, value = query.float(), key.float(), value.float()
+    out, lse, _ = task_masked_attention_op(
+        *(query, key, value, task_id, bits, slots, query_node, key_node),
+        *(query_tiles, query_counts, key_tiles, key_counts, seq_start, seq_end, is_causal, scale),
+    )
+    return out.to(dtype), lse
