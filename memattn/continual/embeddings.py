@@ -176,7 +176,7 @@ def embed_texts(
     texts: Sequence[str],
     encoder: Encoder,
     *,
-    max_length: int = 256,
+    max_length: int = 128,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
     cache_dir: str | Path | None = DEFAULT_CACHE_DIR,
@@ -294,6 +294,7 @@ def _keep(folder: Path, keys: list[str], rows: Tensor) -> None:
         file = Path(temporary) / f"{_digest(' '.join(keys))[:32]}.safetensors"
         save_file({"text_sha256": codes, "embedding": rows.contiguous()}, file)
         flush(file)
+        file.chmod(folder.stat().st_mode & 0o666)  # for everyone who may read the folder
         file.replace(folder / file.name)
 
 

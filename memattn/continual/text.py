@@ -96,7 +96,7 @@ def text_stream(
     name: str = "text",
     scenario: Scenario = "task",
     normalize: bool = True,
-    max_length: int = 256,
+    max_length: int = 128,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
     cache_dir: str | Path = DEFAULT_CACHE_DIR,
@@ -172,7 +172,7 @@ def text_domains_stream(
     train_per_class: int = 400,
     test_per_class: int = 100,
     normalize: bool = True,
-    max_length: int = 256,
+    max_length: int = 128,
     batch_size: int = 32,
     progress: bool = True,
 ) -> Stream:
