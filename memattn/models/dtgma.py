@@ -49,7 +49,8 @@ class DTGMAModel(TaskModel):
         n_tokens: Tokens wanted of a vector or an image. 1 makes the whole input one token, as in
             the published code, where attention has nothing to choose from.
         patch_size: Side of an image patch; None means what gives ``n_tokens``.
-        n_nodes: Node tokens of each task, learned.
+        n_nodes: Node tokens of each task, learned; None means 1, and 0 where the whole input is one
+            token.
         positions: Whether tokens of sequences get positions.
         dropout: Probability of dropping a feature of what attention and feed-forward add.
         rank: Rank of each task's weights in the layers; None for full weights.
@@ -87,7 +88,7 @@ class DTGMAModel(TaskModel):
         *,
         n_tokens: int = 16,
         patch_size: int | None = None,
-        n_nodes: int = 0,
+        n_nodes: int | None = None,
         positions: bool = False,
         dropout: float = 0.0,
         rank: int | None = None,
@@ -96,6 +97,8 @@ class DTGMAModel(TaskModel):
         backend: str = "auto",
     ) -> None:
         check_int("n_layers", n_layers, 1)
+        if n_nodes is None:
+            n_nodes = 0 if n_tokens == 1 and patch_size is None else 1
         check_int("n_nodes", n_nodes, 0)
         check_int("num_classes", num_classes, 1)
         check_bool("positions", positions)

@@ -83,8 +83,8 @@ class TokenProjection(nn.Module):
 
         Raises:
             TypeError: If ``x`` is no tensor.
-            ValueError: If its dtype or device is not that of the projection, or its shape is none of
-                those above.
+            ValueError: If its dtype or device is not that of the projection, or its shape is none
+                of those above.
         """
         check_tensor("x", x)
         weight, bias = self.projection.weight, self.projection.bias
