@@ -1,19 +1,31 @@
 """Continual learning: streams of tasks, metrics, strategies, benchmarks."""
 
 from memattn.continual.metrics import continual_metrics
-from memattn.continual.streams import (
-    Stream,
-    Task,
-    digits_stream,
-    split_stream,
-)
+from memattn.continual.results import BenchmarkResults, RunResult
+from memattn.continual.run import STREAMS, run_benchmark, run_strategy, search_options
+from memattn.continual.sources import huggingface_stream, mnist_stream, tensor_stream
+from memattn.continual.strategies import STRATEGIES, Budget, Strategy, make_strategy
+from memattn.continual.streams import Stream, Task, digits_stream, split_stream
 from memattn.continual.train import train_continual
 
 __all__ = [
+    "STRATEGIES",
+    "STREAMS",
+    "BenchmarkResults",
+    "Budget",
+    "RunResult",
+    "Strategy",
     "Stream",
     "Task",
     "continual_metrics",
     "digits_stream",
+    "huggingface_stream",
+    "make_strategy",
+    "mnist_stream",
+    "run_benchmark",
+    "run_strategy",
+    "search_options",
     "split_stream",
+    "tensor_stream",
     "train_continual",
 ]

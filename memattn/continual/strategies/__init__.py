@@ -4,6 +4,7 @@ from typing import Any
 
 from memattn.continual.strategies.base import Budget, Strategy
 from memattn.continual.strategies.distillation import LwF
+from memattn.continual.strategies.dtgma import DTGMA
 from memattn.continual.strategies.hat import HAT
 from memattn.continual.strategies.lowrank import Adapter, LoRA
 from memattn.continual.strategies.packnet import PackNet
@@ -28,6 +29,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         PackNet,
         LoRA,
         Adapter,
+        DTGMA,
     )
 }
 

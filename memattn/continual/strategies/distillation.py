@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memattn.continual.strategies.base import Batch, Budget, Network, Strategy
+from memattn.continual.strategies.base import Budget
+from memattn.continual.strategies.network import Batch, Network, NetworkStrategy
 from memattn.continual.strategies.penalty import check_non_negative
 from memattn.continual.streams import Stream
 from memattn.ops._checks import must
 
 
-class LwF(Strategy):
+class LwF(NetworkStrategy):
     """Learning without forgetting: distils from a copy of the network as it was before the task.
 
     To the cross-entropy on the new samples it adds ``lwf_lambda`` times, for every earlier head,

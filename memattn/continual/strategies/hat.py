@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from memattn.continual.strategies.base import Batch, Budget, Strategy
+from memattn.continual.strategies.base import Budget
+from memattn.continual.strategies.network import Batch, NetworkStrategy
 from memattn.continual.strategies.penalty import check_non_negative
 from memattn.continual.streams import Stream
 from memattn.ops._checks import must
@@ -15,7 +16,7 @@ _MAX_EMBEDDING = 6.0
 _MAX_COSH = 50.0  # where cosh is clamped, against overflow
 
 
-class HAT(Strategy):
+class HAT(NetworkStrategy):
     """Hard attention to the task: each task gates hidden units, and what it uses is protected.
 
     The output of every hidden layer is multiplied by ``gate = sigmoid(s * e)`` with an embedding

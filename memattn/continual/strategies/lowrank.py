@@ -6,19 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from memattn.continual.strategies.base import (
-    Batch,
-    Budget,
-    Network,
-    Strategy,
-    count_parameters,
-    seeded,
-)
+from memattn.continual.strategies.base import Budget, count_parameters, seeded
+from memattn.continual.strategies.network import Batch, Network, NetworkStrategy
 from memattn.continual.streams import Stream
 from memattn.ops._checks import check_int
 
 
-class FrozenBase(Strategy, ABC):
+class FrozenBase(NetworkStrategy, ABC):
     """Trains the whole backbone on the first task, then freezes it and adds a part for each task.
 
     Logits of earlier tasks never change.

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from memattn.continual.strategies.base import Batch, Budget, Strategy
+from memattn.continual.strategies.base import Budget
+from memattn.continual.strategies.network import Batch, NetworkStrategy
 from memattn.continual.streams import Stream
 from memattn.ops._checks import must
 
 _FREE = 0  # owner of a weight; task i owns those with i + 1
 
 
-class PackNet(Strategy):
+class PackNet(NetworkStrategy):
     """PackNet: trains the free weights, keeps the largest of them for the task, frees the others.
 
     A task uses its own weights and those of earlier tasks, and only its own are trained, so the

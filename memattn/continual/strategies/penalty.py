@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memattn.continual.strategies.base import Batch, Budget, Strategy
+from memattn.continual.strategies.base import Budget
+from memattn.continual.strategies.network import Batch, NetworkStrategy
 from memattn.continual.streams import Stream
 from memattn.ops._checks import check_bool, check_int, must
 
 Named = dict[str, Tensor]
 
 
-class QuadraticPenalty(Strategy):
+class QuadraticPenalty(NetworkStrategy):
     """Adds ``strength / 2 * sum importance * (weight - anchor)^2`` to the loss.
 
     The weights are those that later tasks go on training: the backbone, and a head that tasks

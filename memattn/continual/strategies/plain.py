@@ -4,18 +4,12 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from memattn.continual.strategies.base import (
-    Batch,
-    Budget,
-    Network,
-    Strategy,
-    count_parameters,
-    seeded,
-)
+from memattn.continual.strategies.base import Budget, count_parameters, seeded
+from memattn.continual.strategies.network import Batch, Network, NetworkStrategy
 from memattn.continual.streams import Stream
 
 
-class FineTuning(Strategy):
+class FineTuning(NetworkStrategy):
     """One network, trained on one task after another with nothing against forgetting.
 
     In scenario ``"task"`` with a head for each task, of which only the current one is trained.
@@ -24,7 +18,7 @@ class FineTuning(Strategy):
     name = "finetuning"
 
 
-class Joint(Strategy):
+class Joint(NetworkStrategy):
     """One network trained on the data of all tasks so far: an upper bound that keeps all data.
 
     At each task it begins anew and takes as many steps, on as many samples each, as the others
@@ -57,7 +51,7 @@ class Joint(Strategy):
         return sum(tensor.numel() for part in self._data for tensor in part)
 
 
-class Separate(Strategy):
+class Separate(NetworkStrategy):
     """A network of its own for each task: nothing is shared, nothing forgotten or transferred."""
 
     name = "separate"

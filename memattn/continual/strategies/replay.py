@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memattn.continual.strategies.base import Batch, Budget, Strategy
+from memattn.continual.strategies.base import Budget
+from memattn.continual.strategies.network import Batch, NetworkStrategy
 from memattn.continual.strategies.penalty import check_non_negative
 from memattn.continual.streams import Stream
 
@@ -56,7 +57,7 @@ class Reservoir:
         return sum(column[: len(self)].numel() for column in self.columns)
 
 
-class Replay(Strategy):
+class Replay(NetworkStrategy):
     """Experience replay: from the second task on, half of every batch comes from a reservoir.
 
     The samples of a task are offered to the reservoir once, after it was learned.
@@ -95,7 +96,7 @@ class Replay(Strategy):
         return self.memory.numel()
 
 
-class DERPlusPlus(Strategy):
+class DERPlusPlus(NetworkStrategy):
     """DER++: replays stored samples with the logits that the network gave them when it was stored.
 
     From the second task on, half of every batch is new. On a quarter of it from the reservoir the

