@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cache_dir",
         type=Path,
-        default=Path("~/.cache/memattn"),
+        default=DEFAULT_CACHE_DIR,
         help="keeps what is fetched and embeddings",
     )
     return parser.parse_args(argv)
