@@ -2,7 +2,7 @@
 //
 // Included once per instruction set after attention_tile.h. The rows of a tile say how many they
 // are (n, and lanes: rounded up to whole panels), the head[i] and t[i] of each, which are empty(i)
-// because they see no key, and at most how many keys() they see together.
+// because they see no key, and whether they see few_keys().
 
 // In a tile that sees few keys no error averages out, and time matters little: it sums in shorter
 // runs and goes through its keys twice in the backward.
@@ -36,7 +36,7 @@ static MEMATTN_INLINE void forward_rows(const Args& a, const Tile& tile, const Q
   float* block_scratch = scores + BLOCK_KEYS * PANEL;  // [BLOCK_KEYS][D + Dv], or rows of the tile
   const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
   const Split scale2 = Split::factor(a.scale * LOG2E);
-  const bool few = rows.keys() <= FEW_KEYS;
+  const bool few = rows.few_keys();
   const int64_t run = few ? FEW_KEYS_RUN : MANY_KEYS_RUN;
   load_rows(a.query, tile, rows, a.D, ldk, block_scratch);
   to_panels(block_scratch, ldk, rows.lanes, a.D, PANEL, q);
@@ -92,7 +92,7 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
   float* block_scratch = take(BLOCK_KEYS * (a.D + a.Dv));
 
   const Split scale2 = Split::factor(a.scale * LOG2E);
-  const bool few = rows.keys() <= FEW_KEYS;
+  const bool few = rows.few_keys();
   const int64_t run = few ? FEW_KEYS_RUN : MANY_KEYS_RUN;
   load_rows(a.query, tile, rows, a.D, ldk, q_rows);
   load_rows(a.d_out, tile, rows, a.Dv, ldv, d_out_rows);

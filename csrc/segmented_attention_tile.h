@@ -26,8 +26,8 @@ struct TileRows {
     return r.lo >= r.hi && !r.persistent && !r.memory;
   }
 
-  // at most so many keys are seen by the rows together
-  int64_t keys() const {
+  // whether the rows together see few keys
+  bool few_keys() const {
     int64_t lo = INT32_MAX, hi = 0, persistent = 0, memory = 0;
     for (int64_t i = 0; i < n; ++i) {
       if (range[i]->lo < range[i]->hi) {
@@ -37,7 +37,7 @@ struct TileRows {
       persistent = range[i]->persistent > persistent ? range[i]->persistent : persistent;
       memory += range[i]->memory;
     }
-    return (lo < hi ? hi - lo : 0) + persistent + memory;
+    return (lo < hi ? hi - lo : 0) + persistent + memory <= FEW_KEYS;
   }
 };
 

@@ -17,6 +17,7 @@ struct TaskRows {
   int64_t head[TILE_ROWS], t[TILE_ROWS];
   uint64_t rows;   // the lanes that hold a row
   uint64_t seeing = 0;  // those that see a key
+  uint64_t sated = 0;   // those that see at least 16 keys
   // keys that all rows see, and keys with the lanes that see them
   Run* runs;
   int32_t* keys_seen;
@@ -37,25 +38,65 @@ struct TaskRows {
     lanes_seen = (uint64_t*)take(2 * a.S);
     keys_seen = (int32_t*)take(a.S);
     runs = (Run*)take(2 * a.tile_cols);
-    NodeLanes nodes{(uint64_t*)take(2 * a.nodes), (bool*)take((a.nodes + 3) / 4)};
+    NodeQueries nodes{(uint64_t*)take(2 * a.nodes), (bool*)take((a.nodes + 3) / 4)};
     list_keys(a, tile, nodes);
   }
 
   static int64_t scratch(const TaskArgs& a) { return 3 * a.S + 3 * (a.tile_cols + a.nodes) + 80; }
 
   bool empty(int64_t i) const { return !(seeing >> i & 1); }
-  int64_t keys() const { return in_runs + n_keys; }
+  // one row of few keys has large weights among whatever the others see
+  bool few_keys() const { return in_runs + n_keys <= FEW_KEYS || seeing & ~sated; }
 
  private:
-  // The rows of the tile that see keys of each node, found when first asked for.
-  struct NodeLanes {
-    uint64_t* lanes;
-    bool* known;
-  };
+  uint64_t counted[4] = {0, 0, 0, 0};  // bits of each row's number of keys
 
   static uint64_t low_bits(int64_t n) { return n ? ~uint64_t{0} >> (64 - n) : 0; }
 
-  void list_keys(const TaskArgs& a, const Tile& tile, const NodeLanes& nodes) {
+  // Queries from the tile's `begin`-th on, all of one node, or each of the node after the last.
+  struct NodeRun {
+    int64_t begin, n;
+    int32_t node, step;
+
+    // those whose bit is set in a row of bits
+    uint64_t pick(const int32_t* row) const {
+      const int32_t* word = row + node / 32;
+      uint64_t bits = (uint32_t)*word >> node % 32;
+      if (!step) return bits & 1 ? low_bits(n) << begin : 0;
+      for (int64_t got = 32 - node % 32; got < n; got += 32) bits |= (uint64_t)(uint32_t)*++word << got;
+      return (bits & low_bits(n)) << begin;
+    }
+  };
+
+  // The queries of the tile that see keys of each node, found when first asked for.
+  struct NodeQueries {
+    uint64_t* queries;  // [nodes]
+    bool* known;        // [nodes]
+    NodeRun runs[TILE_ROWS];
+    int64_t n = 0;
+
+    void clear(const TaskArgs& a, const Tile& tile) {
+      __builtin_memset(known, 0, a.nodes);
+      for (int64_t i = tile.t0; i < tile.t1; ++i) {
+        const int32_t node = a.query_node[i], step = i > tile.t0 ? node - a.query_node[i - 1] : -1;
+        NodeRun* last = n ? &runs[n - 1] : nullptr;
+        if ((step == 0 || step == 1) && (last->n == 1 || last->step == step))
+          ++last->n, last->step = step;
+        else
+          runs[n++] = {i - tile.t0, 1, node, 0};
+      }
+    }
+
+    uint64_t of(int32_t node, const int32_t* row) {
+      if (!known[node]) {
+        queries[node] = 0, known[node] = true;
+        for (int64_t i = 0; i < n; ++i) queries[node] |= runs[i].pick(row);
+      }
+      return queries[node];
+    }
+  };
+
+  void list_keys(const TaskArgs& a, const Tile& tile, NodeQueries& nodes) {
     const int64_t queries = tile.t1 - tile.t0, heads = tile.h1 - tile.h0;
     const int64_t list = a.list(tile.b, tile.h0, tile.t0), n_full = a.query_counts[2 * list];
     const int64_t n_all = n_full + a.query_counts[2 * list + 1];
@@ -73,11 +114,11 @@ struct TaskRows {
         uint64_t seen = each & seen_by(j);
         if (j >= whole) seen &= ~uint64_t{0} << (j - tile.t0);
         keys_seen[n_keys] = (int32_t)j, lanes_seen[n_keys] = seen * copies;
-        seeing |= seen * copies;
         n_keys += seen != 0;
+        count(seen * copies);
       }
     };
-    if (a.nodes && n_full < n_all) __builtin_memset(nodes.known, 0, a.nodes);
+    if (a.nodes && n_full < n_all) nodes.clear(a, tile);
     for (int64_t i = 0; i < n_all; ++i) {
       int64_t j = tiles[i] * MASK_TILE;
       const int64_t last = j + MASK_TILE < end ? j + MASK_TILE : end;
@@ -98,12 +139,7 @@ struct TaskRows {
       } else {
         const int32_t* graph = a.bits + list / a.tile_rows * a.nodes * a.words;
         add_keys(j, last, [&](int64_t key) {
-          const int32_t node = a.key_node[key];
-          if (!nodes.known[node]) {
-            nodes.lanes[node] = queries_of_node(a, tile, graph + node * a.words);
-            nodes.known[node] = true;
-          }
-          return nodes.lanes[node];
+          return nodes.of(a.key_node[key], graph + a.key_node[key] * a.words);
         });
       }
     }
@@ -114,17 +150,26 @@ struct TaskRows {
     else runs[n_runs++] = {(int32_t)begin, (int32_t)end};
     in_runs += end - begin;
     seeing = rows;
+    if (in_runs >= 16) sated = rows;
   }
 
-  static uint64_t queries_of_node(const TaskArgs& a, const Tile& tile, const int32_t* row) {
-    uint64_t seen = 0;
-    for (int64_t i = tile.t0; i < tile.t1; ++i) {
-      const int32_t node = a.query_node[i];
-      seen |= (uint64_t)((uint32_t)row[node / 32] >> node % 32 & 1) << (i - tile.t0);
+  // one more key of these rows
+  void count(uint64_t seen) {
+    seeing |= seen;
+    if (sated == rows) return;
+    for (uint64_t& bit : counted) {
+      const uint64_t carry = bit & seen;
+      bit ^= seen, seen = carry;
     }
-    return seen;
+    sated |= seen;
   }
 };
+
+static MEMATTN_INLINE void prefetch_row(const View& view, int64_t offset, int64_t width) {
+  const int64_t size = view.dtype == Dtype::float32 ? 4 : 2;
+  const char* row = (const char*)view.data + offset * size;
+  for (int64_t i = 0; i < width * size; i += 64) __builtin_prefetch(row + i);
+}
 
 // Calls visit(block) for every block of keys that some row of the tile sees. `copies` takes the
 // gradients of keys that do not lie side by side.
@@ -158,6 +203,10 @@ static MEMATTN_INLINE void for_each_task_block(const TaskArgs& a, const Tile& ti
       } else {
         for (int64_t i = 0; i < block.n; ++i) {
           const int64_t row = start + keys[i];
+          if (i + 4 < block.n) {
+            prefetch_row(a.key, at(a.key, tile.b, tile.hkv, start + keys[i + 4]), a.D);
+            prefetch_row(a.value, at(a.value, tile.b, tile.hkv, start + keys[i + 4]), a.Dv);
+          }
           load_row(a.key, at(a.key, tile.b, tile.hkv, row), key_stride[3], a.D, scratch + i * a.D);
           load_row(a.value, at(a.value, tile.b, tile.hkv, row), value_stride[3], a.Dv,
                    value_scratch + i * a.Dv);
