@@ -11,11 +11,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 Config = dict[str, int]
 DTYPES = {"half": "bfloat16", "float": "float32"}
@@ -58,6 +59,7 @@ _RELATIVES: dict[str, str] = {
 _KERNELS: dict[str, tuple[str, ...]] = {
     "segmented_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv"),
     "future_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv", *_RELATIVES),
+    "task_masked_attention": ("fwd", "bwd_dq", "bwd_dkdv"),
 }
 # values by dtype class and name of the kernel
 CANDIDATES = {
@@ -205,7 +207,7 @@ def run_trial(trial: Trial) -> float:
     make_inputs = partial(make_inputs, D=trial.head_dim, device="cuda", dtype=dtype)
 
     small = make_inputs(T=7 if decode else 700, S=700)
-    options = passes[-1] | {"query_offset": 693 if decode else 0}
+    options = passes[-1] | ({"query_offset": 693} if decode else {})
     results = [
         run_with_gradients(operator, small, options | {"backend": backend}, dtype=precision)
         for backend, precision in (
@@ -221,7 +223,8 @@ def run_trial(trial: Trial) -> float:
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     total = 0.0
     for options in passes:
-        attend = partial(operator, **leaves, **options, query_offset=S - T, backend="triton")
+        options = options | ({"query_offset": S - T} if decode else {})
+        attend = partial(operator, **leaves, **options, backend="triton")
         if "_bwd_" in trial.kernel:
             outputs = [t for name, t in attend()._asdict().items() if name in ("out", "loss")]
             cotangents = [torch.ones_like(t) for t in outputs]
@@ -237,10 +240,13 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
 
     Segmented attention runs dense causal, then segmented with persistent keys. Future attention
     runs with a loss where there is one to speed up; its gradient passes through the target for the
-    kernels that are there for it.
+    kernels that are there for it. Task-masked attention runs with full tiles, then with partial
+    ones.
     """
     from memattn import ops, testing
 
+    if kernel.startswith("task_masked_attention"):
+        return task_masked_attention, testing.make_segmented_inputs, [{"shift": 0}, {"shift": 64}]
     if kernel.startswith("segmented_attention"):
         make_inputs = partial(testing.make_segmented_inputs, P=16)
         return ops.segmented_attention, make_inputs, [{}, {"segment_len": 512, "window_size": 512}]
@@ -249,6 +255,27 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
         return ops.future_attention, testing.make_future_inputs, [options]
     loss = {"loss_type": "mse", "detach_target": not kernel.endswith("_target")}
     return ops.future_attention_loss, testing.make_future_inputs, [options | loss]
+
+
+def task_masked_attention(query: Tensor, key: Tensor, value: Tensor, *, shift: int, backend: str):
+    """The operator under a mask that is made for the shape of the inputs: see ``_task_mask``."""
+    from memattn import ops
+
+    mask = _task_mask(query.shape[2], key.shape[2], shift, query.device)
+    return ops.task_masked_attention(query, key, value, mask, 0, backend=backend)
+
+
+@cache
+def _task_mask(T: int, S: int, shift: int, device: torch.device) -> Any:
+    """Each tile sees a quarter of the tiles; a ``shift`` puts their bounds inside tiles."""
+    from memattn.ops.task_mask import TILE, TaskMask
+
+    query_node, key_node = ((torch.arange(length) + shift) // TILE for length in (T, S))
+    G = int(max(query_node[-1], key_node[-1])) + 1
+    edges = torch.rand(1, G, G, generator=torch.Generator().manual_seed(0)) < 0.25
+    return TaskMask.from_graph(edges | torch.eye(G, dtype=torch.bool), query_node, key_node).to(
+        device
+    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from memattn_kernels.task_masked_attention.tiles import (
     key_bits,
     listed_steps,
     load_allowed,
+    load_rows,
     masked_step,
     query_bits,
     step_tile,
@@ -36,11 +37,16 @@ def _dkdv_step(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
     tile, t = step_tile(tiles_ptr, step, BLOCK_M)
     columns = tl.arange(0, BLOCK_M)
     i = t + columns
-    q = load_tile(q_ptr, t, stride_q, n_queries, D, BLOCK_M, BLOCK_D, MASKED)
-    do = load_tile(do_ptr, t, stride_do, n_queries, DV, BLOCK_M, BLOCK_DV, MASKED)
     # padded by a tile, so no mask; pointer plus scalar first, which leaves one address for a thread
     lse = tl.load(lse_ptr + t + columns)
     delta = tl.load(delta_ptr + t + columns)
+    if MASKED:  # a query without keys may be NaN
+        sees = (i < n_queries) & (lse < float("inf"))
+        q = load_rows(q_ptr, t, stride_q, sees, D, BLOCK_M, BLOCK_D)
+    else:
+        q = load_tile(q_ptr, t, stride_q, n_queries, D, BLOCK_M, BLOCK_D, False)
+    do = load_tile(do_ptr, t, stride_do, n_queries, DV, BLOCK_M, BLOCK_DV, MASKED)
+
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")
     x = scores * scale - lse[None, :]
     if q.dtype == tl.float32:
@@ -61,9 +67,7 @@ def _dkdv_step(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
     if q.dtype == tl.float32 and dlse_ptr is not None:
         ds += tl.load(dlse_ptr + t + columns, mask=i < n_queries, other=0.0)[None, :]
     if MASKED:
-        # a key that no query sees, a query without keys and its delta may be NaN
-        ds = tl.where(p != 0.0, ds, 0.0)
-        q = tl.where((lse < float("inf"))[:, None], q, 0.0)
+        ds = tl.where(p != 0.0, ds, 0.0)  # values and delta that nobody sees may be NaN
     ds *= p
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv

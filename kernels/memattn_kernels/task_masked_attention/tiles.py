@@ -29,6 +29,16 @@ def bounds_of_sequence(b, seq_start_ptr, seq_end_ptr, T, S):
 
 
 @triton.jit
+def load_rows(ptr, row, stride, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+              BLOCK_WIDTH: tl.constexpr):  # fmt: skip
+    """Rows ``row ... row + BLOCK - 1``, zero where ``mask`` is not set, and past WIDTH."""
+    offs_r = tl.arange(0, BLOCK)[:, None]
+    offs_w = tl.arange(0, BLOCK_WIDTH)[None, :]
+    ptrs = ptr + tl.cast(row, tl.int64) * stride + (offs_r * stride + offs_w)
+    return tl.load(ptrs, mask=mask[:, None] & (offs_w < WIDTH), other=0.0)
+
+
+@triton.jit
 def empty_rows_before(ptr, t, stride, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
                       BLOCK_WIDTH: tl.constexpr):  # fmt: skip
     """Write 0 to the rows of a tile from row ``t`` that lie before the start of the sequence."""

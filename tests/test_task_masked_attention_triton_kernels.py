@@ -1,0 +1,187 @@
+"""task_masked_attention in Triton: what the test file of all backends does not reach."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+import triton.language as tl
+from task_mask_factories import make_case, make_mask
+
+from memattn import TaskMask, task_masked_attention
+from memattn.testing import (
+    assert_results_within_budget,
+    make_segmented_inputs,
+    run_with_gradients,
+)
+from memattn_kernels.task_masked_attention import task_masked_attention_op
+from memattn_kernels.task_masked_attention.tiles import listed_steps, masked_step, step_tile
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def check(tensors: dict[str, torch.Tensor], **options) -> dict[str, torch.Tensor]:
+    """Triton's results, within the error budget of the reference."""
+    low, high = (
+        run_with_gradients(
+            task_masked_attention, tensors, options | {"backend": "reference"}, dtype=dtype
+        )
+        for dtype in (None, torch.float64)
+    )
+    actual = run_with_gradients(task_masked_attention, tensors, options | {"backend": "triton"})
+    assert_results_within_budget(actual, low, high)
+    return actual
+
+
+@triton.jit
+def _walk_kernel(tiles_ptr, counts_ptr, masked_ptr, whole_ptr, n_listed, first, whole_first,
+                 whole_last, last, BLOCK: tl.constexpr, IS_CUT_BEFORE: tl.constexpr):  # fmt: skip
+    """Store the first columns of the steps of row 1, those with a mask doubled, + 1 if partial."""
+    tiles_ptr, before, begin, whole, full_last, partial, n_masked = listed_steps(
+        tiles_ptr, counts_ptr, 1, n_listed, first, whole_first, whole_last, last,
+        BLOCK, IS_CUT_BEFORE,
+    )  # fmt: skip
+    for index in range(n_masked):
+        step, is_partial = masked_step(index, before, begin, whole, full_last, partial)
+        _, n = step_tile(tiles_ptr, step, BLOCK)
+        tl.store(masked_ptr + index, 2 * n + is_partial.to(tl.int32))
+    for index in range(whole - begin):
+        _, n = step_tile(tiles_ptr, begin + index, BLOCK)
+        tl.store(whole_ptr + index, n)
+
+
+@pytest.mark.parametrize(
+    "bounds",  # first, whole_first, whole_last, last
+    [(0, 0, 5000, 5050), (0, 0, 0, 9999), (0, 0, 0, 0), (130, 190, 4000, 4000), (700, 760, 60, 60)],
+)
+def test_walks_the_steps_in_reach(bounds: tuple[int, ...]):
+    """Every step once, with a mask just where one is needed; lists longer than one load."""
+    BLOCK, n_listed = 64, 45
+    first, whole_first, whole_last, last = bounds
+    order = torch.randperm(n_listed, generator=torch.Generator().manual_seed(0)).tolist()
+    full, partial = sorted(order[:35]), sorted(order[35:40])
+    tiles = torch.tensor([list(range(n_listed)), full + partial + order[40:]], dtype=torch.int32)
+    counts = torch.tensor([[0, 0], [len(full), len(partial)]], dtype=torch.int32)
+    masked, whole = torch.full((2, 200), -1, dtype=torch.int32, device=DEVICE)
+    _walk_kernel[(1,)](
+        tiles.to(DEVICE), counts.to(DEVICE), masked, whole, n_listed, *bounds,
+        BLOCK=BLOCK, IS_CUT_BEFORE=first > 0,
+    )  # fmt: skip
+
+    def steps(kind: list[int]) -> list[int]:
+        columns = [tile * 128 + part for tile in kind for part in (0, BLOCK)]
+        return [n for n in columns if n + BLOCK > first and n < last]
+
+    expected = [n for n in steps(full) if n >= whole_first and n + BLOCK <= whole_last]
+    cut = [2 * n for n in steps(full) if n not in expected]
+    assert whole[whole >= 0].tolist() == expected
+    assert masked[masked >= 0].tolist() == cut + [2 * n + 1 for n in steps(partial)]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_writes_all_it_returns(is_causal: bool):
+    """Full and partial tiles that bounds cut, in rows before, in and after the sequence."""
+    node = (torch.arange(150) >= 100).int()
+    edges = torch.tensor([[[True, True], [True, False]]])
+    mask = TaskMask.from_graph(edges, node, node).to(DEVICE)
+    tensors = make_segmented_inputs(B=2, H=1, Hkv=1, T=150, device=DEVICE)
+    start, end = torch.tensor([[3, 150], [141, 200]], dtype=torch.int32, device=DEVICE)
+    options = dict(task_mask=mask, task_id=0, is_causal=is_causal)
+    check(tensors, seq_start=start, seq_end=end, **options)
+
+
+def test_empty_batch():
+    mask = make_mask(form="dense", n=1, T=5, S=5).to(DEVICE)
+    tensors = make_segmented_inputs(B=0, H=2, Hkv=1, T=5, device=DEVICE)
+    check(tensors, task_mask=mask, task_id=0)
+
+
+def test_bfloat16_in_the_interpreter():
+    tensors, options = make_case("small", dtype=torch.bfloat16, device=DEVICE)
+    results = check(tensors, **options)
+    assert all(t.dtype == torch.bfloat16 for name, t in results.items() if name != "lse")
+
+
+def test_output_has_the_memory_order_of_the_query():
+    tensors, options = make_case("small", device=DEVICE)
+    tensors["query"] = tensors["query"].transpose(1, 2).contiguous().transpose(1, 2)
+    out = task_masked_attention(**tensors, **options, backend="triton").out
+    assert out.transpose(1, 2).is_contiguous() and not out.is_contiguous()
+
+
+@pytest.mark.parametrize("form", ["dense", "graph"])
+def test_opcheck(form: str):
+    tensors = make_segmented_inputs(B=2, H=1, Hkv=1, T=6, device=DEVICE)
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    mask = make_mask(form=form, n=2, T=6, S=6).to(DEVICE)
+    task_id = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
+    arguments = (*leaves, task_id, *mask.tensors, None, None, True, 0.25)
+    torch.library.opcheck(task_masked_attention_op, arguments)
+
+
+@pytest.mark.parametrize("name", ["query", "value"])
+def test_names_the_argument_of_a_wide_head(name: str):
+    sizes = {"D": 257, "Dv": 16} if name == "query" else {"Dv": 257}
+    tensors = make_segmented_inputs(B=1, H=1, Hkv=1, T=3, **sizes, device=DEVICE)
+    mask = make_mask(form="full", n=1, T=3, S=3).to(DEVICE)
+    with pytest.raises(NotImplementedError, match=rf'^{name} must have .*257; backend "reference"'):
+        task_masked_attention(**tensors, task_mask=mask, task_id=0, backend="triton")
+
+
+def test_second_derivative_is_refused():
+    tensors, options = make_case("one", device=DEVICE)
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    out = task_masked_attention(*leaves, **options, backend="triton").out
+    first = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="task_masked_attention_backward"):
+        torch.autograd.grad(first[0].sum(), leaves)
+
+
+def large_case(form: str, dtype: torch.dtype, D: int = 64) -> tuple[dict, dict]:
+    """Long enough for many tiles of the shipped configurations."""
+    tensors = make_segmented_inputs(B=3, H=4, Hkv=2, T=1500, D=D, dtype=dtype, device=DEVICE)
+    mask = make_mask(form=form, n=2, T=1500, S=1500, nodes=20).to(DEVICE)
+    return tensors, dict(task_mask=mask, task_id=torch.tensor([1, 0, 1], device=DEVICE))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("form", ["blocks", "graph"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_shipped_tiles_match_the_reference(form: str, D: int, dtype: torch.dtype, is_causal: bool):
+    tensors, options = large_case(form, dtype, D)
+    check(tensors, **options, is_causal=is_causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradients_repeat_bit_for_bit(dtype: torch.dtype):
+    tensors, options = large_case("graph", dtype)
+    options |= {"backend": "triton"}
+    first = run_with_gradients(task_masked_attention, tensors, options)
+    for _ in range(100):
+        again = run_with_gradients(task_masked_attention, tensors, options)
+        assert all(torch.equal(again[name], result) for name, result in first.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_in_a_cuda_graph():
+    tensors, options = large_case("graph", torch.bfloat16)
+    options["task_id"] = options["task_id"].int()
+    expected = task_masked_attention(**tensors, **options).out
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = task_masked_attention(**tensors, **options).out
+    options["task_id"].copy_(1 - options["task_id"])  # another task for each
+    graph.replay()
+    assert not torch.equal(out, expected)
+    options["task_id"].copy_(1 - options["task_id"])
+    graph.replay()
+    assert torch.equal(out, expected)
