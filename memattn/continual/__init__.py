@@ -6,6 +6,7 @@ from memattn.continual.run import STREAMS, run_benchmark, run_strategy, search_o
 from memattn.continual.sources import huggingface_stream, mnist_stream, tensor_stream
 from memattn.continual.strategies import STRATEGIES, Budget, Strategy, make_strategy
 from memattn.continual.streams import Stream, Task, digits_stream, split_stream
+from memattn.continual.text import text_domains_stream
 from memattn.continual.train import train_continual
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "search_options",
     "split_stream",
     "tensor_stream",
+    "text_domains_stream",
     "train_continual",
 ]
