@@ -96,7 +96,11 @@ class DTGMAModel(TaskModel):
         inference: str | None = None,
         backend: str = "auto",
     ) -> None:
+        check_int("hidden_dim", hidden_dim, 1)
         check_int("n_layers", n_layers, 1)
+        check_int("n_heads", n_heads, 1)
+        if hidden_dim % n_heads:
+            must("hidden_dim", f"be divisible by n_heads={n_heads}", hidden_dim)
         if n_nodes is None:
             n_nodes = 0 if n_tokens == 1 and patch_size is None else 1
         check_int("n_nodes", n_nodes, 0)

@@ -6,10 +6,13 @@ from memattn.nn.future_keys import FutureComputed, FutureRelative, FutureRows, F
 from memattn.nn.mlp import GELUMLP, SwiGLU
 from memattn.nn.rotary import RotaryEmbedding, apply_rotary, sequence_positions
 from memattn.nn.segmented_attention import SegmentedAttention
+from memattn.nn.task_attention import ColumnLayout, TaskGraphAttention
 from memattn.nn.task_linear import TaskGroups, TaskLinear, group_by_task
+from memattn.nn.task_tokens import TokenProjection
 
 __all__ = [
     "GELUMLP",
+    "ColumnLayout",
     "FutureAttention",
     "FutureComputed",
     "FutureLayerOutput",
@@ -21,9 +24,11 @@ __all__ = [
     "RotaryEmbedding",
     "SegmentedAttention",
     "SwiGLU",
+    "TaskGraphAttention",
     "TaskGroups",
     "TaskLinear",
     "TokenCache",
+    "TokenProjection",
     "apply_rotary",
     "group_by_task",
     "sequence_positions",
