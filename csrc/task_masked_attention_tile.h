@@ -2,8 +2,8 @@
 //
 // Included once per instruction set after attention_rows.h. A tile first lists the keys that its
 // rows see: runs of keys that all of them see, and single keys with a bit for each lane. Keys that
-// nobody sees are in neither, so they cost nothing and may hold anything. Where the single keys of a
-// block do not lie side by side they are copied together, and their gradients are added apart.
+// nobody sees are in neither, so they cost nothing and may hold anything. Where the single keys of
+// a block do not lie side by side they are copied together, and their gradients are added apart.
 
 // The queries of a tile, row r of lane r, and what they see. Positions count from the sequence's
 // start.
@@ -15,9 +15,8 @@ struct TaskRows {
   int64_t n;      // rows
   int64_t lanes;  // rounded up to whole panels
   int64_t head[TILE_ROWS], t[TILE_ROWS];
-  uint64_t rows;   // the lanes that hold a row
-  uint64_t seeing = 0;  // those that see a key
-  uint64_t sated = 0;   // those that see at least 16 keys
+  // lanes as bits: those that hold a row, that see a key, that see at least 16 keys
+  uint64_t rows, seeing = 0, sated = 0;
   // keys that all rows see, and keys with the lanes that see them
   Run* runs;
   int32_t* keys_seen;
@@ -49,7 +48,7 @@ struct TaskRows {
   bool few_keys() const { return in_runs + n_keys <= FEW_KEYS || seeing & ~sated; }
 
  private:
-  uint64_t counted[4] = {0, 0, 0, 0};  // bits of each row's number of keys
+  uint64_t counted[4] = {0, 0, 0, 0};  // the keys of each row, lowest bits first, until it is sated
 
   static uint64_t low_bits(int64_t n) { return n ? ~uint64_t{0} >> (64 - n) : 0; }
 
@@ -63,7 +62,8 @@ struct TaskRows {
       const int32_t* word = row + node / 32;
       uint64_t bits = (uint32_t)*word >> node % 32;
       if (!step) return bits & 1 ? low_bits(n) << begin : 0;
-      for (int64_t got = 32 - node % 32; got < n; got += 32) bits |= (uint64_t)(uint32_t)*++word << got;
+      for (int64_t got = 32 - node % 32; got < n; got += 32)
+        bits |= (uint64_t)(uint32_t)*++word << got;
       return (bits & low_bits(n)) << begin;
     }
   };
@@ -130,10 +130,10 @@ struct TaskRows {
         }
         add_keys(j, last, [](int64_t) { return ~uint64_t{0}; });
       } else if (a.slots) {
-        const int32_t* bits = a.bits + a.slots[list * a.tile_cols + tiles[i]] * MASK_TILE * a.words +
-                              tile.t0 % MASK_TILE / 32 - j * a.words;
+        const int64_t slot = a.slots[list * a.tile_cols + tiles[i]];
+        const int32_t* bits = a.bits + slot * MASK_TILE * a.words + tile.t0 % MASK_TILE / 32;
         add_keys(j, last, [&](int64_t key) {
-          const int32_t* word = bits + key * a.words;
+          const int32_t* word = bits + key % MASK_TILE * a.words;
           return (uint32_t)word[0] | (uint64_t)(uint32_t)word[1] << 32;
         });
       } else {
@@ -203,7 +203,7 @@ static MEMATTN_INLINE void for_each_task_block(const TaskArgs& a, const Tile& ti
       } else {
         for (int64_t i = 0; i < block.n; ++i) {
           const int64_t row = start + keys[i];
-          if (i + 4 < block.n) {
+          if (i + 4 < block.n) {  // the processor does not foresee where the next rows are
             prefetch_row(a.key, at(a.key, tile.b, tile.hkv, start + keys[i + 4]), a.D);
             prefetch_row(a.value, at(a.value, tile.b, tile.hkv, start + keys[i + 4]), a.Dv);
           }
