@@ -7,7 +7,9 @@ import pytest
 from rich.console import Console
 
 from memattn.cli import main
+from memattn.continual.strategies import Budget
 from memattn.demo import DemoConfig, run_demo
+from memattn.demo import continual as demo_continual
 from memattn.demo import run as demo_run
 from memattn.demo.plan import MAX_EPOCHS, STAGES, WARMUP_STEPS, Plan
 from memattn.models import PRESETS, MemAttnConfig
@@ -52,6 +54,8 @@ def small(monkeypatch):
     """Short windows, so that the audit is short."""
     short = lambda **sizes: MemAttnConfig.segmented(segment_len=8, window_size=8, **sizes)
     monkeypatch.setitem(PRESETS, "segmented", short)
+    budget = Budget(epochs=1, hidden_dim=16, batch_size=128)
+    monkeypatch.setattr(demo_continual, "BUDGET", budget)
 
 
 def written(console):
@@ -65,6 +69,9 @@ def test_trains_audits_and_reports_every_preset(config, console):
     report = json.loads((out / "results.json").read_text())
     assert [result["preset"] for result in report["results"]] == list(PRESETS)
     assert {result["tokens"] for result in report["results"]} == {report["tokens"]}
+    dtgma, finetuning = report["continual"]
+    assert dtgma["largest_change"] == dtgma["avg_forgetting"] == 0.0 < finetuning["largest_change"]
+    assert "unchanged" in written(console) and "unchanged" in page.read_text()
     for result in report["results"]:
         assert result["audit"]["verdict"] == "all 0"
         assert 0.0 < result["held_out_loss"] < 6.0 and result["tokens_per_second"] > 0.0

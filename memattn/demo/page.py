@@ -1,13 +1,14 @@
 """The page of the demo: one HTML file that needs no other, in a light and a dark dress."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from memattn.data._files import write_text
+from memattn.demo.continual import HEADS, continual_rows
 from memattn.demo.run import format_bytes, table_rows
 from memattn.viz import draw_curves, draw_influence, draw_state, plot_curves, to_svg
 
@@ -64,6 +65,7 @@ def write_page(out: Path, report: dict[str, Any], metrics: Mapping[str, list[dic
         "<h2>Result</h2>",
         f'<div class="card">{_table(report)}</div>',
         _reading(report),
+        *_continual(report),
         "<h2>Learning</h2>",
         '<div class="pair">'
         + _card(_curves(metrics, "tokens"), "Over tokens: what each model makes of the same text.")
@@ -112,18 +114,42 @@ def _header(report: dict[str, Any]) -> str:
 
 
 def _table(report: dict[str, Any]) -> str:
+    """The comparison of the language models."""
     n = max(tokens for result in report["results"] for tokens, _ in result["state_bytes"])
     names = (
         *("preset", "held-out loss", "tokens/s", f"state after {n:,} tokens", "parameters"),
         "audit",
     )
-    head = "".join(f"<th>{name}</th>" for name in names)
-    rows = []
-    for cells in table_rows(report):
-        kind = "good" if cells[-1].startswith("all 0") else "bad"
+    return _html_table(names, table_rows(report), lambda verdict: verdict.startswith("all 0"))
+
+
+def _html_table(
+    names: Sequence[str], rows: Sequence[Sequence[str]], is_good: Callable[[str], bool]
+) -> str:
+    """Rows of text; the last cell of each is a verdict."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = []
+    for cells in rows:
+        kind = "good" if is_good(cells[-1]) else "bad"
         plain = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells[:-1])
-        rows.append(f'<tr>{plain}<td class="{kind}">{html.escape(cells[-1])}</td></tr>')
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        body.append(f'<tr>{plain}<td class="{kind}">{html.escape(cells[-1])}</td></tr>')
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _continual(report: dict[str, Any]) -> list[str]:
+    """Tasks one after the other; nothing where they were not run."""
+    results = report["continual"]
+    if not results:
+        return []
+    table = _html_table(HEADS, continual_rows(results), lambda verdict: verdict == "unchanged")
+    return [
+        "<h2>Tasks one after the other</h2>",
+        f"<p>Ten handwritten digits in {len(results[0]['accuracy'])} tasks. Each task is trained "
+        "alone, and all are tested at the end. DTG-MA gives every task a column of its own and "
+        "freezes the columns before it, so what was learned stays to the last bit, at the price "
+        "of parameters that grow with the tasks. Fine-tuning trains one network on.</p>",
+        f'<div class="card">{table}</div>',
+    ]
 
 
 def _reading(report: dict[str, Any]) -> str:

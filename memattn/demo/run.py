@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memattn.data._files import write_text
+from memattn.demo.continual import continual_table, measure_continual
 from memattn.demo.measure import measure_model
 from memattn.demo.plan import WARMUP_STEPS, Plan, Stage, Turn
 from memattn.models import PRESETS
@@ -120,6 +121,7 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
     plan = _plan(config, out, console)
     _train(config, plan, console)
     results = [_result(config, preset, console) for preset in PRESETS]
+    continual = measure_continual(out, config.seed, console)
     report = {
         "config": asdict(config),
         **asdict(plan),
@@ -128,6 +130,7 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
         "versions": _versions(),
         "seconds_of_this_call": time.perf_counter() - began,
         "results": results,
+        "continual": continual,
     }
     from memattn.demo.page import write_page
 
@@ -139,6 +142,8 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
         f"One seed, {plan.tokens:,} tokens, small models: differences in loss are no claim.",
         highlight=False,
     )
+    if continual:
+        console.print(continual_table(continual))
     for what, path in (
         ("page", page),
         ("numbers", out / "results.json"),
