@@ -107,7 +107,9 @@ def dq_source(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_ta
     if not HAS_WHOLE_TILES:
         full_first = first
         full_last = first
-    for index in range(n_partial_tiles(first, full_first, full_last, last, BLOCK_N)):
+    n_partial = n_partial_tiles(first, full_first, full_last, last, BLOCK_N)
+    # a corrected loop needs its registers more than a tile that is loaded ahead
+    for index in tl.range(n_partial, num_stages=1 if IS_CORRECTED else None):
         n = partial_tile(index, first, full_first, full_last, BLOCK_N)
         dq, pk, rest = _dq_tile(
             dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_target, delta_target,

@@ -6,72 +6,13 @@ d_query = scale * dS K,  dS = P * (d_out V^T - rowsum(out * d_out) + d_lse)
 import triton
 import triton.language as tl
 
-from memattn_kernels._common import (
-    exponent_factor,
-    load_tile,
-    n_partial_tiles,
-    partial_tile,
-    power,
-    sequence_of,
-    store_tile,
-    tile_ranges,
-)
+from memattn_kernels._common import exponent_factor, load_tile, sequence_of, store_tile
+from memattn_kernels._tiles import dq_source
 from memattn_kernels.segmented_attention.forward import RUNTIME_SIZES
 from memattn_kernels.segmented_attention.intervals import (
     memory_of_query,
     tokens_of_query,
 )
-
-
-@triton.jit
-def _dq_tile(dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi,
-             last, scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """One tile of keys from column ``n``; ``scale`` and ``lse`` with ``exponent_factor``."""
-    k = load_tile(k_ptr, n, stride_k, last, D, BLOCK_N, BLOCK_D, MASKED)
-    v = load_tile(v_ptr, n, stride_v, last, DV, BLOCK_N, BLOCK_DV, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    x = scores * scale - lse[:, None]
-    if q.dtype == tl.float32:
-        x -= residual[:, None]
-    p = power(x, q.dtype)
-    ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-    if MASKED:
-        offs_n = (n + tl.arange(0, BLOCK_N))[None, :]
-        mask = (offs_n >= lo[:, None]) & (offs_n < hi[:, None])
-        ds = tl.where(mask, ds, 0.0)
-    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    if q.dtype == tl.float32:
-        rest += tl.sum(ds, 1)
-        if MASKED:
-            p = tl.where(mask, p, 0.0)
-        pk = tl.dot(p, k, pk, input_precision="ieee")
-    return dq, pk, rest
-
-
-@triton.jit
-def _dq_source(dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v, lo, hi,
-               valid, scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
-               BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-               HAS_WHOLE_TILES: tl.constexpr):  # fmt: skip
-    """All keys of one source that the tile of queries sees."""
-    first, full_first, full_last, last = tile_ranges(lo, hi, valid, BLOCK_N)
-    if not HAS_WHOLE_TILES:
-        full_first = first
-        full_last = first
-    for index in range(n_partial_tiles(first, full_first, full_last, last, BLOCK_N)):
-        n = partial_tile(index, first, full_first, full_last, BLOCK_N)
-        dq, pk, rest = _dq_tile(
-            dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v,
-            n, lo, hi, last, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
-        )  # fmt: skip
-    if HAS_WHOLE_TILES:
-        for n in range(full_first, full_last, BLOCK_N):
-            dq, pk, rest = _dq_tile(
-                dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v,
-                n, lo, hi, last, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
-            )  # fmt: skip
-    return dq, pk, rest
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -118,50 +59,53 @@ def segmented_attention_bwd_dq_kernel(
     do = load_tile(do_ptr, t, stride_dot, T, DV, BLOCK_M, BLOCK_DV, True)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     row = (b * H + h) * T + offs_m
-    dlse = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if dlse_ptr is not None:
-        dlse = tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
-    if q.dtype != tl.float32:
-        delta -= dlse
+    IS_CORRECTED: tl.constexpr = q.dtype == tl.float32
+    if not IS_CORRECTED:
+        if dlse_ptr is not None:
+            delta -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
         tl.store(delta_ptr + row, delta, mask=mask_m)
     lse = tl.load(lse_ptr + row, mask=mask_m, other=0.0) * exponent_factor(q.dtype)
     lse = tl.where(lse > -float("inf"), lse, float("inf"))  # no keys: all weights 0
     tl.store(scaled_lse_ptr + row, lse, mask=mask_m)
     residual = lse
-    if q.dtype == tl.float32:
+    if IS_CORRECTED:
         residual = tl.load(residual_ptr + row, mask=mask_m, other=0.0)
     exponent_scale = scale * exponent_factor(q.dtype)
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     # float32 results show the rounding of out and lse in delta, most where dS cancels (a row with
     # one key): there dS without d_lse must sum to 0, so the rest of that sum corrects delta, and
     # pk = P K corrects d_query
-    pk = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    pk = tl.zeros([BLOCK_D, BLOCK_M], dtype=tl.float32)
     rest = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     if pk_ptr is not None:
         lo = tl.zeros([BLOCK_M], dtype=tl.int32)
-        dq, pk, rest = _dq_source(
-            dq, pk, rest, q, do, lse, residual, delta, pk_ptr + h_kv * stride_pkh,
+        dq, pk, rest = dq_source(
+            dq, pk, rest, q, do, lse, residual, delta, lse, lse, lse, pk_ptr + h_kv * stride_pkh,
             pv_ptr + h_kv * stride_pvh, stride_pkt, stride_pvt, lo, lo + P, valid, exponent_scale,
-            D, DV, BLOCK_NP, BLOCK_D, BLOCK_DV, False,
+            D, DV, BLOCK_NP, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, False,
         )  # fmt: skip
     if mk_ptr is not None:
         lo, hi = memory_of_query(i, start, first_segment, n_memory, L, M, MEMORY_IS_CAUSAL)
-        dq, pk, rest = _dq_source(
-            dq, pk, rest, q, do, lse, residual, delta, mk_ptr + b * stride_mkb + h_kv * stride_mkh,
-            mv_ptr + b * stride_mvb + h_kv * stride_mvh, stride_mkt, stride_mvt,
-            lo, hi, valid, exponent_scale, D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, False,
+        dq, pk, rest = dq_source(
+            dq, pk, rest, q, do, lse, residual, delta, lse, lse, lse,
+            mk_ptr + b * stride_mkb + h_kv * stride_mkh,
+            mv_ptr + b * stride_mvb + h_kv * stride_mvh, stride_mkt, stride_mvt, lo, hi, valid,
+            exponent_scale, D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, False,
         )  # fmt: skip
     lo, hi = tokens_of_query(i, start, end, S, L, W, IS_CAUSAL)
-    dq, pk, rest = _dq_source(
-        dq, pk, rest, q, do, lse, residual, delta, k_ptr + b * stride_kb + h_kv * stride_kh,
-        v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt,
-        lo, hi, valid, exponent_scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+    dq, pk, rest = dq_source(
+        dq, pk, rest, q, do, lse, residual, delta, lse, lse, lse,
+        k_ptr + b * stride_kb + h_kv * stride_kh, v_ptr + b * stride_vb + h_kv * stride_vh,
+        stride_kt, stride_vt, lo, hi, valid, exponent_scale,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, True,
     )  # fmt: skip
 
-    if q.dtype == tl.float32:
-        dq += (dlse - rest)[:, None] * pk
+    if IS_CORRECTED:
         tl.store(delta_ptr + row, delta + rest, mask=mask_m)
+        if dlse_ptr is not None:
+            rest -= tl.load(dlse_ptr + row, mask=mask_m, other=0.0)
+        dq -= rest[:, None] * tl.trans(pk)
     # a row without keys, and its NaN, ends here
     valid &= lse < float("inf")
     dq = tl.where(valid[:, None], dq * scale, 0.0)
