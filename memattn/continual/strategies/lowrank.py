@@ -76,7 +76,7 @@ class LoRA(FrozenBase):
 
     name = "lora"
 
-    def __init__(self, stream: Stream, budget: Budget, seed: int, *, rank: int = 4) -> None:
+    def __init__(self, stream: Stream, budget: Budget, seed: int, *, rank: int = 16) -> None:
         check_int("rank", rank, 1)
         super().__init__(stream, budget, seed)
         self.rank = rank

@@ -72,7 +72,7 @@ class EWC(QuadraticPenalty):
         budget: Budget,
         seed: int,
         *,
-        ewc_lambda: float = 1000.0,
+        ewc_lambda: float = 100.0,
         online: bool = False,
         gamma: float = 1.0,
         fisher_samples: int = 200,
@@ -148,7 +148,7 @@ class SI(QuadraticPenalty):
         budget: Budget,
         seed: int,
         *,
-        si_c: float = 1.0,
+        si_c: float = 10.0,
         damping: float = 0.1,
     ) -> None:
         check_non_negative("si_c", si_c)
