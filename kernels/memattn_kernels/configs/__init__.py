@@ -23,7 +23,7 @@ MAX_BLOCK = 256
 DECODE_LENGTH = 16
 # small tiles, so that small tests cross their borders
 INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 1}
-# a mask's own tiles of 128 rows need fewer borders, and many steps take long
+# a mask has borders of its own, and its tiles of 128 rows take many steps
 INTERPRETED_MASKS = INTERPRETED | {"BLOCK_M": 64, "BLOCK_N": 32}
 
 _loaded: dict[str, dict] = {}

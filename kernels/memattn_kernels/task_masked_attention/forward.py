@@ -86,11 +86,11 @@ def _attend_step(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n_keys, til
     """Add the keys of one step to the running softmax."""
     tile, n = step_tile(tiles_ptr, step, BLOCK_N)
     k = load_tile(k_ptr, n, stride_k, n_keys, D, BLOCK_N, BLOCK_D, MASKED)
-    v = load_tile(v_ptr, n, stride_v, n_keys, DV, BLOCK_N, BLOCK_DV, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         allowed = allowed_to_queries(n, tile, is_partial, hi, bits, mask, BLOCK_N)
         scores = tl.where(allowed, scores, -float("inf"))
+    v = load_tile(v_ptr, n, stride_v, n_keys, DV, BLOCK_N, BLOCK_DV, MASKED)
     return online_softmax_step(acc, l_i, m_i, scores, v, scale, MASKED)
 
 
