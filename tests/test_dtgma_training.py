@@ -1,0 +1,211 @@
+"""train_continual: results, isolation, transfer, reproducibility, errors."""
+
+import math
+
+import pytest
+import torch
+from dtgma_factories import make_model
+
+from memattn import DTGMAModel, train_continual
+from memattn.continual import Stream, Task, digits_stream
+
+KEYS = {
+    "accuracy_matrix",
+    "avg_accuracy",
+    "avg_forgetting",
+    "avg_forgetting_from_first",
+    "backward_transfer",
+    "forward_transfer",
+    "learning_accuracy",
+    "parameter_report",
+    "parameters",
+    "task_accuracy",
+    "time",
+    "untrained_accuracy",
+}
+
+
+def make_tasks(n: int = 2, rows: int = 24) -> dict:
+    """Tasks told by the sign of one feature each: samples of task t lie around t."""
+    generator = torch.Generator().manual_seed(0)
+    tasks = {}
+    for task in range(n):
+        x = torch.randn(rows, 12, generator=generator)
+        y = (x[:, task] > 0).long()
+        x[:, 6:] = 4.0 * task + 0.1 * x[:, 6:]
+        half = rows // 2
+        tasks[task] = (x[:half], y[:half], x[half:], y[half:])
+    return tasks
+
+
+def run(tasks=None, *, epochs=2, model=None, **options) -> tuple[DTGMAModel, dict]:
+    model = make_model(reads={}) if model is None else model
+    results = train_continual(model, tasks or make_tasks(), epochs=epochs, batch_size=8, **options)
+    return model, results
+
+
+def as_stream(tasks: dict, scenario: str) -> Stream:
+    named = (Task(f"t{i}", *data, ("no", "yes")) for i, data in tasks.items())
+    return Stream("signs", scenario, tuple(named))
+
+
+def test_results():
+    model, results = run(make_tasks(3))
+    assert set(results) == KEYS
+    matrix = results["accuracy_matrix"]
+    assert matrix.shape == (3, 3)
+    assert matrix.isnan().tolist() == [[False, False, True], [False] * 3, [False] * 3]
+    assert results["avg_accuracy"] == matrix[-1].mean().item()
+    assert results["task_accuracy"] == dict(enumerate(matrix[-1].tolist()))
+    assert results["avg_forgetting"] == results["avg_forgetting_from_first"] == 0.0
+    assert results["backward_transfer"] == 0.0
+    assert torch.equal(matrix.tril(), torch.where(matrix.isnan(), 0, matrix.diagonal()).tril())
+    # nobody reads: a new column starts where it would in an untrained model
+    assert torch.equal(matrix.diagonal(1), results["untrained_accuracy"][1:])
+    assert results["forward_transfer"] == 0.0
+    assert results["parameters"] == sum(p.numel() for p in model.parameters())
+    assert results["time"] > 0.0
+    assert all(map(model.is_frozen, range(3)))
+    assert not model.training
+
+
+def test_tasks_are_learned():
+    _, results = run(make_tasks(2, rows=128), epochs=15, lr=5e-3)
+    assert results["learning_accuracy"] > 0.8
+
+
+def test_a_seed_decides_everything():
+    """The model's columns, the order of samples and dropout; the global generator is left alone."""
+    models = [make_model(reads={}, dropout=0.2) for _ in range(3)]
+    state = torch.get_rng_state()
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        run(model=model, seed=seed, reads="previous")
+    assert torch.equal(torch.get_rng_state(), state)
+    first, same, other = (torch.cat([p.flatten() for p in m.parameters()]) for m in models)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("reads", ["none", "previous", "all"])
+def test_who_reads_whom(reads):
+    model, results = run(make_tasks(3), reads=reads, epochs=1)
+    wanted = {"none": (), "previous": (1,), "all": (0, 1)}[reads]
+    assert model.reads(2) == wanted
+    assert results["avg_forgetting"] == 0.0
+
+
+def test_registered_tasks_are_trained_as_they_are():
+    model = make_model(reads={})
+    model.register_task(1, 4)
+    model.register_task(0, init_from=1)
+    model, results = run(model=model, freeze_after_training=False)
+    assert model.num_classes_of(1) == 4
+    assert not model.is_frozen(0)
+    assert results["avg_forgetting"] == 0.0
+
+
+def test_a_stream_names_tasks_and_classes():
+    model, results = run(as_stream(make_tasks(), "task"))
+    assert model.tasks == ("t0", "t1")
+    assert set(results["task_accuracy"]) == {"t0", "t1"}
+
+
+@pytest.mark.parametrize("scenario", ["domain", "class"])
+def test_tasks_that_are_not_told_are_inferred(scenario):
+    model = make_model(reads={}, inference="prototype")
+    _, results = run(as_stream(make_tasks(2, rows=64), scenario), epochs=12, lr=5e-3, model=model)
+    assert "forward_transfer" not in results
+    data = make_tasks(2, rows=64)
+    assert model.infer_task(data[1][2]) == ["t1"] * 32  # tasks lie far apart
+    assert results["avg_accuracy"] > 0.6
+
+
+def test_in_class_scenario_the_task_must_be_right():
+    model = make_model(reads={}, inference="prototype")
+    tasks = make_tasks(2)
+    stream = {s: as_stream({0: tasks[0], 1: tasks[0]}, s) for s in ("domain", "class")}
+    # both tasks hold the same data, so every sample is taken for one of the first
+    _, results = run(stream["class"], model=model)
+    assert results["accuracy_matrix"][1, 1] == 0.0
+    _, results = run(stream["domain"], model=make_model(reads={}, inference="prototype"))
+    matrix = results["accuracy_matrix"]
+    assert matrix[1, 1] == matrix[1, 0] == matrix[0, 0]
+
+
+def test_verbose_shows_each_task(capsys):
+    run(verbose=True)
+    shown = capsys.readouterr().out
+    assert "task 0: loss" in shown
+    assert "task 1: loss" in shown
+    run()
+    assert capsys.readouterr().out == ""
+
+
+def test_inputs_take_the_dtype_of_the_model():
+    tasks = {k: (x.double(), y, u.double(), v) for k, (x, y, u, v) in make_tasks().items()}
+    assert run(tasks, epochs=1)[1]["avg_forgetting"] == 0.0
+
+
+def test_digits_are_learned_and_none_forgotten():
+    """As in docs/dtgma.md, but smaller and shorter."""
+    torch.manual_seed(0)
+    model = DTGMAModel(input_dim=(8, 8), hidden_dim=32, num_classes=2, n_tokens=4)
+    results = train_continual(model, digits_stream(), epochs=16, lr=3e-3)
+    assert results["avg_forgetting"] == results["avg_forgetting_from_first"] == 0.0
+    assert results["avg_accuracy"] >= 0.97
+
+
+def broken(task: int, **parts) -> dict:
+    names = ("train_x", "train_y", "test_x", "test_y")
+    tasks = make_tasks()
+    tasks[task] = tuple(parts.get(n, t) for n, t in zip(names, tasks[task], strict=True))
+    return tasks
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options", "message"),
+    [
+        ({}, {}, "tasks must have at least one task, got none"),
+        (broken(1, train_y=torch.full((12,), 2)), {}, "train_y of task '1' must be in 0..1"),
+        (broken(1, test_y=torch.full((12,), -1)), {}, "test_y of task '1' must be in 0..1"),
+        (broken(0, train_x=torch.zeros(0, 12), train_y=torch.zeros(0).long()), {}, "train_x of"),
+        (broken(0, train_y=torch.zeros(12)), {}, "train_y of task '0' must be torch.int64"),
+        (None, dict(epochs=0), "epochs must be at least 1, got 0"),
+        (None, dict(lr=0.0), "lr must be positive and finite, got 0.0"),
+        (None, dict(lr=math.inf), "lr must be positive and finite, got inf"),
+        (None, dict(reads="some"), "reads must be one of none, previous, all, got 'some'"),
+        (
+            None,
+            dict(reads="all", freeze_after_training=False),
+            "freeze_after_training must be True with reads='all', got False",
+        ),
+        (as_stream(make_tasks(), "class"), {}, "model must have an inference"),
+    ],
+)
+def test_names_the_argument(tasks, options, message):
+    model = make_model(reads={})
+    tasks = make_tasks() if tasks is None else tasks
+    with pytest.raises(ValueError, match=message):
+        train_continual(model, tasks, **{"epochs": 1} | options)
+    assert model.tasks == ()
+
+
+def test_a_frozen_task_is_not_trained():
+    model = make_model(reads={1: ()})
+    with pytest.raises(ValueError, match="tasks must not have a task that is frozen, got 1"):
+        run(model=model)
+    assert model.tasks == (1,)
+
+
+def test_a_stream_must_have_the_classes_of_the_model():
+    model = make_model(reads={})
+    model.register_task("t1", 3)
+    with pytest.raises(ValueError, match="tasks must have the 3 classes of the model's task 't1'"):
+        run(as_stream(make_tasks(), "task"), model=model)
+
+
+def test_names_the_argument_of_a_wrong_type():
+    with pytest.raises(TypeError, match="tasks must be a dict or a Stream, got list"):
+        train_continual(make_model(reads={}), [1])
+    with pytest.raises(TypeError, match="tasks must hold .* for each task, got int for 0"):
+        train_continual(make_model(reads={}), {0: 1})
