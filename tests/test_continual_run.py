@@ -65,7 +65,10 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
     [
         (dict(scenario="class", strategies=("finetuning",)), "data .*, got .*seed-0.json with"),
         (dict(budget=SMALL.__class__(epochs=5)), "budget .*'epochs': 5.* with .*'epochs': 4"),
-        (dict(strategies=("ewc",), options={"ewc": {"ewc_lambda": 1.0}}), "options .*1.0.*{}"),
+        (
+            dict(strategies=("ewc",), options={"ewc": {"ewc_lambda": 1.0}}),
+            "options .*1.0.*100.0",
+        ),
     ],
 )
 def test_refuses_a_folder_of_other_settings(tmp_path, change, message):

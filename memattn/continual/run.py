@@ -1,5 +1,6 @@
 """Runs a benchmark: every strategy with every seed, none of them twice."""
 
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,7 +91,7 @@ def run_benchmark(
                     "scenario": own.scenario,
                     "data": fingerprint,
                     "budget": asdict(budget),
-                    "options": chosen,
+                    "options": _defaults(STRATEGIES[name]) | chosen,
                     "strategy": name,
                     "seed": seed,
                 }
@@ -214,6 +215,12 @@ def _factory(stream: str | Stream | StreamFactory) -> StreamFactory:
 
 def _suits(kind: type[Strategy], stream: Stream, budget: Budget) -> bool:
     return stream.scenario in kind.scenarios and budget.backbone in kind.backbones
+
+
+def _defaults(kind: type[Strategy]) -> dict[str, Any]:
+    """Options of a strategy with their defaults, which may be others in a later version."""
+    options = inspect.signature(kind).parameters.values()
+    return {o.name: o.default for o in options if o.kind is o.KEYWORD_ONLY}
 
 
 @contextmanager

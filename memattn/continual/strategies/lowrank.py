@@ -131,7 +131,7 @@ class Adapter(FrozenBase):
 
     name = "adapter"
 
-    def __init__(self, stream: Stream, budget: Budget, seed: int, *, bottleneck: int = 16) -> None:
+    def __init__(self, stream: Stream, budget: Budget, seed: int, *, bottleneck: int = 32) -> None:
         check_int("bottleneck", bottleneck, 1)
         super().__init__(stream, budget, seed)
         self.bottleneck = bottleneck
