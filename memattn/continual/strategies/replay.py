@@ -128,8 +128,8 @@ class DERPlusPlus(NetworkStrategy):
         budget: Budget,
         seed: int,
         *,
-        der_alpha: float = 0.1,
-        der_beta: float = 0.5,
+        der_alpha: float = 0.5,
+        der_beta: float = 1.0,
     ) -> None:
         check_non_negative("der_alpha", der_alpha)
         check_non_negative("der_beta", der_beta)
