@@ -66,9 +66,12 @@ class TaskMaskedCase(Case):
 
     def _attention(self, mask: TaskMask, task_id: Tensor | int, backend: str) -> Forward:
         mask = mask.to(self.device)
-        return lambda inputs: (
-            task_masked_attention(**inputs, task_mask=mask, task_id=task_id, backend=backend).out
-        )
+
+        def forward(inputs: dict[str, Tensor]) -> Tensor:
+            query, key, value = (inputs[name] for name in ("query", "key", "value"))
+            return task_masked_attention(query, key, value, mask, task_id, backend=backend).out
+
+        return forward
 
     def _mask_key(self) -> "TaskMaskedCase":
         """This case without what its mask does not depend on."""
@@ -133,21 +136,7 @@ class TaskMaskedCase(Case):
 
     def _flex(self) -> Forward:
         mask = _mask_of(self._mask_key()).to(self.device)
-        t, task_id = mask.tensors, self.task_id()
-        mask_mod: MaskMod
-        if mask.edges is not None and t.query_node is not None and t.key_node is not None:
-            edges, query_node, key_node = mask.edges[:, 0], t.query_node, t.key_node
-
-            def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-                return edges[task_id[b], query_node[i], key_node[j]]
-
-        else:
-            pairs = torch.cat([mask.dense(task) for task in range(self.n_tasks)])
-
-            def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-                return pairs[task_id[b], i, j]
-
-        attention = flex(mask_mod, self.T, self.T, self.device, batch=self.B)
+        attention = flex(_mask_mod(mask, self.task_id()), self.T, self.T, self.device, batch=self.B)
         return lambda inputs: attention(inputs["query"], inputs["key"], inputs["value"])
 
     def _by_task(self) -> Forward:
@@ -206,6 +195,16 @@ def _pairs_of(case: TaskMaskedCase) -> list[int]:
         for node in (t.query_node, t.key_node)
     )
     return [int(n) for n in (edges @ keys) @ queries]
+
+
+def _mask_mod(mask: TaskMask, task_id: Tensor) -> MaskMod:
+    """The mask as FlexAttention asks for it."""
+    t = mask.tensors
+    if mask.edges is None or t.query_node is None or t.key_node is None:
+        pairs = torch.cat([mask.dense(task) for task in range(mask.n_tasks)])
+        return lambda b, h, i, j: pairs[task_id[b], i, j]
+    edges, query_node, key_node = mask.edges[:, 0], t.query_node, t.key_node
+    return lambda b, h, i, j: edges[task_id[b], query_node[i], key_node[j]]
 
 
 def _cpu_bars() -> list[Bar]:

@@ -134,9 +134,13 @@ def _stream_factory(
     """The stream of a seed. Data sets that do not depend on it are read once."""
     from functools import cache
 
+    from memattn.continual.embeddings import find_encoder
     from memattn.continual.sources import huggingface_stream, mnist_stream
     from memattn.continual.streams import digits_stream
     from memattn.continual.text import text_domains_stream
+
+    # asked for once: it may have to look whether the hub answers
+    chosen = find_encoder(encoder, cache_dir=cache_dir) if benchmark == "text_domains" else encoder
 
     @cache
     def make(seed: int) -> "Stream":
@@ -147,7 +151,7 @@ def _stream_factory(
                 return mnist_stream(data_dir, n_tasks, scenario, seed, permuted=permuted)
             case "text_domains":
                 return text_domains_stream(
-                    n_tasks, encoder, cache_dir, seed, device, scenario=scenario
+                    n_tasks, chosen, cache_dir, seed, device, scenario=scenario
                 )
         return huggingface_stream(
             benchmark,

@@ -106,7 +106,7 @@ def load_splits(name: str, config: str | None) -> Mapping[str, Any]:
         FileNotFoundError: If a path is given and is no such folder.
     """
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             "Hugging Face data sets need datasets: pip install 'memattn[hub]'"
@@ -118,7 +118,7 @@ def load_splits(name: str, config: str | None) -> Mapping[str, Any]:
         loaded = datasets.load_from_disk(str(path))
     else:
         loaded = datasets.load_dataset(str(path), config)
-    return loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}  # type: ignore[return-value]
+    return loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}  # type: ignore
 
 
 def read_inputs(rows: Any, columns: Sequence[str], image_size: int | None) -> Tensor:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from memattn.ops._checks import must
 
@@ -195,7 +195,7 @@ def _load_from_hub(name: str, subset: str | None, split: str, text_field: str) -
             "pip install 'memattn[hub]' (if a local path was meant: there is no such file)"
         ) from None
     try:
-        rows = datasets.load_dataset(name, subset, split=split)
+        rows: Any = datasets.load_dataset(name, subset, split=split)
     except (ConnectionError, FileNotFoundError) as error:  # the latter: unknown, or offline
         raise ConnectionError(
             f"Hugging Face dataset {name} must be on a hub that can be reached, got: {error}"

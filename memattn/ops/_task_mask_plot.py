@@ -48,5 +48,6 @@ def plot_task_mask(mask: "TaskMask", task: int | None, head: int, ax: Axes | Non
 
 def _shares(allowed: Tensor) -> Tensor:
     """The share of allowed pairs in each cell of the picture."""
-    size = [min(n, MAX_CELLS) for n in allowed.shape]
-    return torch.nn.functional.adaptive_avg_pool2d(allowed[None, None].float(), size)[0, 0]
+    height, width = (min(n, MAX_CELLS) for n in allowed.shape)
+    pooled = torch.nn.functional.adaptive_avg_pool2d(allowed[None, None].float(), (height, width))
+    return pooled[0, 0]

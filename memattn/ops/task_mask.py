@@ -164,9 +164,11 @@ class TaskMask:
 
     def to(self, device: torch.device | str) -> "TaskMask":
         """The same mask on another device."""
-        moved = MaskTensors(*(t if t is None else t.to(device) for t in self.tensors))
+        moved: dict[str, Any] = {
+            name: None if t is None else t.to(device) for name, t in self.tensors._asdict().items()
+        }
         edges = None if self.edges is None else self.edges.to(device)
-        return TaskMask(moved, self.n_queries, self.n_keys, edges)
+        return TaskMask(MaskTensors(**moved), self.n_queries, self.n_keys, edges)
 
     def dense(self, task: int) -> Tensor:
         """The pairs of one task, bool ``[n_heads, T, S]``. Costs ``T * S`` bytes for each head."""
@@ -251,8 +253,8 @@ class TaskMask:
         if about.get("format") != _FORMAT:
             must("path", f"hold a mask of format {_FORMAT}", f"{path}: {about.get('format')}")
         edges = named.pop("edges", None)
-        tensors = MaskTensors(**{name: named.get(name) for name in MaskTensors._fields})
-        return cls(tensors, int(about["n_queries"]), int(about["n_keys"]), edges)
+        named = dict.fromkeys(("slots", "query_node", "key_node")) | named
+        return cls(MaskTensors(**named), int(about["n_queries"]), int(about["n_keys"]), edges)
 
     def plot(self, task: int | None = None, head: int = 0, ax: "Axes | None" = None) -> "Axes":
         """Draw the allowed pairs of one task, or of all tasks by colour.

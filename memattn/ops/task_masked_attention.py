@@ -104,9 +104,11 @@ def task_masked_attention(
             from memattn_kernels.task_masked_attention import task_masked_attention as impl
         case "cpp":
             from memattn.cpp.task_masked_attention import task_masked_attention as impl
+    t = task_mask.tensors
     return AttentionOutput(
         *impl(
-            *(query, key, value, task_id, *task_mask.tensors),
+            *(query, key, value, task_id, t.bits, t.slots, t.query_node, t.key_node),
+            *(t.query_tiles, t.query_counts, t.key_tiles, t.key_counts),
             *(seq_start, seq_end, is_causal, scale),
         )
     )
