@@ -150,7 +150,9 @@ def task_masked_attention_fwd_kernel(
             D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
 
-    out, lse, residual = finish_softmax(acc, l_i, m_i, i < n_queries, q.dtype)
+    # written anew: ``i < n_queries`` would hold a register through the loops
+    valid = start + i < start + n_queries
+    out, lse, residual = finish_softmax(acc, l_i, m_i, valid, q.dtype)
     o_ptr += b * stride_ob + h * stride_oh
     row = (b * H + h) * T
     store_tile(o_ptr, start + t, stride_ot, T, out, DV, BLOCK_M, BLOCK_DV)
