@@ -117,7 +117,7 @@ def test_means_over_seeds():
 def test_table():
     lines = made_results().table().to_markdown().splitlines()
     assert lines[0] == "**made, 2 tasks, task-incremental, 2 seeds, %**"
-    assert lines[2].startswith("| strategy | accuracy | when learned | forgetting | from first |")
+    assert lines[2].startswith("| strategy | accuracy | when learned | forgetting | backward |")
     assert lines[5].startswith("| finetuning | 75.0 ± 7.1 | 92.5 ± 3.5 | 35.0 ± 7.1 |")
     assert lines[5].endswith("| 1,000 | 2,000 | 0 | 1.5 |")
     assert "-0.0" not in lines[4]

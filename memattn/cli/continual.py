@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from memattn.continual.results import BenchmarkResults
 
 TEXT_TASKS, IMAGE_TASKS = 4, 5
+TABLE_WIDTH = 130
 
 
 def continual(
@@ -111,10 +112,12 @@ def continual(
         options=strategy_options,
         progress=True,
     )
-    Console().print(results.table().to_rich())
+    # a narrow terminal breaks lines, which is better than cells cut short
+    console = Console(width=max(Console().width, TABLE_WIDTH))
+    console.print(results.table().to_rich())
     options = (strategy_options or {}).get("dtgma", {})
     for path in _write(results, Path(out), options.get("reads", "none")):
-        Console().print(f"wrote {path}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -14,11 +14,11 @@ from memattn.continual.metrics import continual_metrics
 from memattn.data._files import write_text
 from memattn.ops._checks import must
 
+# in the table; forgetting from first is backward transfer with the other sign
 PERCENT = (
     "avg_accuracy",
     "learning_accuracy",
     "avg_forgetting",
-    "avg_forgetting_from_first",
     "backward_transfer",
     "forward_transfer",
     "gain_over_separate",
@@ -27,7 +27,6 @@ _HEADS = {
     "avg_accuracy": "accuracy",
     "learning_accuracy": "when learned",
     "avg_forgetting": "forgetting",
-    "avg_forgetting_from_first": "from first",
     "backward_transfer": "backward",
     "forward_transfer": "forward",
     "gain_over_separate": "over separate",
