@@ -163,7 +163,7 @@ def test_a_wrong_operator_is_found(monkeypatch, wrong):
     case = small("window", T=200)
     check_subject(case, "reference", gradients=True)
     plant(monkeypatch, wrong)
-    with pytest.raises(WrongResultError, match=r"segmented_attention, window T=\d+ W=9 D=16: "):
+    with pytest.raises(WrongResultError, match=r"segmented_attention, window B=2 T=\d+ W=9 D=16: "):
         check_subject(case, "reference", gradients=True)
 
 

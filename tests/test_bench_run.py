@@ -82,7 +82,7 @@ def test_cells_of_a_row():
     cells = report.row_cells(report.row_record(row, Roofs(1e9, 1e9, 1e12)))
     flops = small("causal").work()["forward"].flops
     roof = f"{100 * flops / 1e9 / 0.002:.0f} %"
-    assert cells[:4] == ["causal T=48 D=16", "forward", "sdpa flash", "2 ms"]
+    assert cells[:4] == ["causal B=2 T=48 D=16", "forward", "sdpa flash", "2 ms"]
     assert [cells[6], cells[8], cells[9]] == [roof, "1.50x", "3.0 MiB"]
 
 
@@ -205,7 +205,7 @@ def test_bars_ask_for_what_is_required():
         flat = f"window T=2048..32768 W=256 D=64, {direction}: spread of time per token"
         assert bars[flat] <= 1.15
     assert bars["window T=4096 W=256 D=64, forward: speed over flex"] == 2.0
-    linear = "window T=2048..32768 W=256 D=64, forward+backward: growth of memory per token"
+    linear = "window B=4 T=2048..32768 W=256 D=64, forward+backward: growth of memory per token"
     assert bars[linear] <= 1.1
     for bar in SegmentedCase.bars("cpu-bars"):
         assert (bar.case.H, bar.case.D, bar.case.dtype) == (8, 64, torch.float32)
