@@ -130,7 +130,8 @@ def text_stream(
     if progress:
         from rich.console import Console
 
-        Console(stderr=True).print(f"encoder: {encoder.name} ({encoder.reason})")
+        line = f"encoder: {encoder.name} ({encoder.reason})"
+        Console(stderr=True).print(line, soft_wrap=True, highlight=False, markup=False)
     sides = [side for task in tasks for side in task.split]
     texts = [text.text for side in sides for text in side]
     embedded = embed_texts(  # all at once: one load of the encoder, one progress bar
