@@ -169,6 +169,7 @@ def test_suite_measures_its_bars(monkeypatch, capsys, tmp_path):
     assert len(record["sweeps"]) == 2 + 2
     assert capsys.readouterr().out.count("MISSED") == 1
     assert json.loads((tmp_path / "bench.json").read_text())["suite"] == "cpu-bars"
+    assert {file.name for file in tmp_path.iterdir()} == {"bench.json", "sweeps.png"}
 
 
 def test_bars_by_hand():

@@ -259,6 +259,51 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    _save(figure, path)
+
+
+def plot_sweeps(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw what a suite measured over lengths: time and peak memory for each token.
+
+    Args:
+        records: Sweeps of a suite's record.
+        path: The PNG file to write.
+        title: Text over the figure.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
+    panels: list[tuple[str, str, Any]] = [
+        ("µs per token", "seconds", lambda r: 1e6 * r["seconds"]["median"] / r["tokens"]),
+        ("peak memory, bytes per token", "peak_bytes", lambda r: r["peak_bytes"] / r["tokens"]),
+    ]
+    for number, (text, field, value) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, 2, number)
+        lines: dict[str, list[Any]] = {}
+        for record in records:
+            if record[field] is not None:
+                what = f"{record['operator']}: {record['label']}, {record['direction']}"
+                lines.setdefault(what.replace(f" T={record['T']}", ""), []).append(record)
+        for what, rows in lines.items():
+            axes.plot([r["T"] for r in rows], [value(r) for r in rows], "o-", ms=3, label=what)
+        lengths = sorted({record["T"] for rows in lines.values() for record in rows})
+        axes.set(xscale="log", xlabel="T", title=text)
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(lengths, [str(T) for T in lengths], rotation=45)
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if lines:
+            axes.legend(fontsize=7, loc="center left", frameon=False)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a picture; it is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=150, format="png")

@@ -117,15 +117,20 @@ def run(
 
 
 def save(record: Mapping[str, Any], folder: Path) -> None:
-    """Write ``bench.json``, and one plot for each case that was measured at several lengths."""
+    """Write ``bench.json``, and plots of the cases that were measured at several lengths."""
     report.save_json(record, folder / "bench.json")
     report.say(f"wrote {folder / 'bench.json'}")
     groups: dict[tuple[str, str, str], list[Any]] = {}
     for row in record["rows"]:
         groups.setdefault((row["operator"], row["case"], row["device"]), []).append(row)
-    if groups and find_spec("matplotlib") is None:
+    sweeps = record.get("sweeps")
+    if (groups or sweeps) and find_spec("matplotlib") is None:
         report.say("no plots: matplotlib is not installed")
         return
+    if sweeps:
+        path = folder / "sweeps.png"
+        report.plot_sweeps(sweeps, path, f"{record['suite']}: a line is flat where cost is linear")
+        report.say(f"wrote {path}")
     for (operator, kind, device), rows in groups.items():
         if len({row["T"] for row in rows if row["seconds"] is not None}) > 1:
             name = record["machine"]["gpu" if device == "cuda" else "cpu"]
