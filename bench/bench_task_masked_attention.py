@@ -1,4 +1,4 @@
-"""task_masked_attention under pytest-benchmark: densities, partial tiles, mixed tasks, its peers."""
+"""task_masked_attention under pytest-benchmark: densities, partial tiles, mixed tasks, peers."""
 
 from dataclasses import replace
 
