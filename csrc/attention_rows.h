@@ -2,12 +2,7 @@
 //
 // Included once per instruction set after attention_tile.h. The rows of a tile say how many they
 // are (n, and lanes: rounded up to whole panels), the head[i] and t[i] of each, which are empty(i)
-// because they see no key, and whether they see few_keys().
-
-// In a tile that sees few keys no error averages out, and time matters little: it sums in shorter
-// runs and goes through its keys twice in the backward.
-constexpr int64_t FEW_KEYS = 64;
-constexpr int64_t FEW_KEYS_RUN = 8, MANY_KEYS_RUN = 64;
+// because they see no key, and the sum_runs().
 
 static MEMATTN_INLINE int64_t at(const View& v, int64_t b, int64_t h, int64_t t) {
   return b * v.stride[0] + h * v.stride[1] + t * v.stride[2];
@@ -36,8 +31,7 @@ static MEMATTN_INLINE void forward_rows(const Args& a, const Tile& tile, const Q
   float* block_scratch = scores + BLOCK_KEYS * PANEL;  // [BLOCK_KEYS][D + Dv], or rows of the tile
   const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
   const Split scale2 = Split::factor(a.scale * LOG2E);
-  const bool few = rows.few_keys();
-  const int64_t run = few ? FEW_KEYS_RUN : MANY_KEYS_RUN;
+  const SumRuns runs = rows.sum_runs();
   load_rows(a.query, tile, rows, a.D, ldk, block_scratch);
   to_panels(block_scratch, ldk, rows.lanes, a.D, PANEL, q);
   __builtin_memset(acc, 0, rows.lanes * a.Dv * 4);
@@ -45,15 +39,15 @@ static MEMATTN_INLINE void forward_rows(const Args& a, const Tile& tile, const Q
   clear<NV>(states, TILE_ROWS / PANEL);
 
   walk(block_scratch, [&](const auto& block) {
-    attend<NV>(block, rows.lanes, a.D, a.Dv, run, scale2, q, scores, states, acc);
+    attend<NV>(block, rows.lanes, a.D, a.Dv, runs, scale2, q, scores, states, acc);
   });
 
   for (int64_t p = 0; p * PANEL < rows.lanes; ++p)
     for (int v = 0; v < NV; ++v) {
-      const vf sum = states[p].sum[v], norm = 1.0f / sum;
+      const vf sum = states[p].sum[v];
       vf* column = (vf*)(acc + p * a.Dv * PANEL) + v;
       for (int64_t d = 0; d < a.Dv; ++d)
-        column[d * NV] = select(sum == 0.0f, vf{}, column[d * NV] * norm);
+        column[d * NV] = select(sum == 0.0f, vf{}, column[d * NV] / sum);
     }
   from_panels(acc, PANEL, rows.lanes, a.Dv, ldv, block_scratch);
   for (int64_t i = 0; i < rows.n; ++i) {
@@ -92,8 +86,7 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
   float* block_scratch = take(BLOCK_KEYS * (a.D + a.Dv));
 
   const Split scale2 = Split::factor(a.scale * LOG2E);
-  const bool few = rows.few_keys();
-  const int64_t run = few ? FEW_KEYS_RUN : MANY_KEYS_RUN;
+  const SumRuns runs = rows.sum_runs();
   load_rows(a.query, tile, rows, a.D, ldk, q_rows);
   load_rows(a.d_out, tile, rows, a.Dv, ldv, d_out_rows);
   load_rows(a.out, tile, rows, a.Dv, ldv, out_rows);
@@ -107,44 +100,47 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
     const int64_t flat = (tile.b * a.H + rows.head[i]) * a.T + rows.t[i];
     d_lse[i] = a.d_lse[flat];
     if (a.lse[flat] == -__builtin_inff()) continue;
-    const Split lse(((double)a.lse[flat] + a.lse_low[flat]) * LOG2E);
+    const Split lse = Split::coarse(((double)a.lse[flat] + a.lse_low[flat]) * LOG2E);
     lse_high[i] = lse.high, lse_low[i] = lse.low;
   }
 
   // the weights of the keys [span.first, span.last) in panel p, and the gradients of these weights
   auto weigh = [&](const auto& block, int64_t p, const Span& span, float* weights, float* dw) {
     const int64_t n = span.last - span.first, skip = span.first - block.begin;
-    dot_products<NV>(n, a.D, run, block.key.data + skip * block.key.stride, block.key.stride,
+    dot_products<NV>(n, a.D, runs.dims, block.key.data + skip * block.key.stride, block.key.stride,
                      q + p * a.D * PANEL, PANEL, weights, PANEL);
     if (span.partial) mask_panel<NV>(weights, block, p, span.first, span.last);
-    dot_products<NV>(n, a.Dv, run, block.value.data + skip * block.value.stride, block.value.stride,
-                     d_out + p * a.Dv * PANEL, PANEL, dw, PANEL);
+    dot_products<NV>(n, a.Dv, runs.dims, block.value.data + skip * block.value.stride,
+                     block.value.stride, d_out + p * a.Dv * PANEL, PANEL, dw, PANEL);
     const vf* high = (const vf*)(lse_high + p * PANEL);
     const vf* low = (const vf*)(lse_low + p * PANEL);
 #pragma GCC unroll 2
     for (int64_t j = 0; j < n; ++j)
       for (int v = 0; v < NV; ++v) {
         vf* w = (vf*)weights + j * NV + v;
-        *w = exp2_nonpositive(fma(*w, scale2.high, -high[v]) + fma(*w, scale2.low, -low[v]));
+        *w = weight(*w, scale2, high[v], low[v]);
       }
   };
 
-  // delta = sum over d of out * d_out = sum over keys of w * dw. With few keys the second form is
-  // cheap, and its rounding cancels against that of dw
+  // delta = sum over d of out * d_out = sum over keys of w * dw / sum of w. With few keys the second
+  // form is cheap, and its rounding cancels against that of dw and of the log-sum-exp
   __builtin_memset(delta, 0, rows.lanes * 4);
-  if (!few)  // in the order of the products below: a row with one key gets gradient 0 exactly
-    row_dot_products(out_rows, ldv, d_out, PANEL, rows.lanes, a.Dv, run, delta);
-  if (few) {
+  // in the order of the products below: a row with one key gets gradient 0 exactly
+  if (!runs.few_keys)
+    row_dot_products(out_rows, ldv, d_out, PANEL, rows.lanes, a.Dv, runs.dims, delta);
+  if (runs.few_keys) {
+    WeightedMean means[TILE_ROWS / VL];
     walk(false, block_scratch, [&](const auto& block) {
       for (int64_t p = 0; p < panels; ++p) {
         const Span span(block, p);
         if (span.first >= span.last) continue;
         weigh(block, p, span, p_all, ds_all);
-        for (int64_t j = 0; j < (span.last - span.first) * PANEL; ++j)
-          delta[p * PANEL + j % PANEL] =
-              MEMATTN_FMA1(p_all[j], ds_all[j], delta[p * PANEL + j % PANEL]);
+        for (int64_t j = 0; j < span.last - span.first; ++j)
+          for (int v = 0; v < NV; ++v)
+            means[p * NV + v].add(((const vf*)p_all)[j * NV + v], ((const vf*)ds_all)[j * NV + v]);
       }
     });
+    for (int64_t i = 0; i < rows.lanes / VL; ++i) means[i].store((vf*)delta + i, (vf*)d_lse + i);
   }
 
   walk(true, block_scratch, [&](const auto& block) {
@@ -169,13 +165,11 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
           vf* s = (vf*)ds + j * NV + v;
           *s = ((const vf*)weights)[j * NV + v] * ((*s - mean[v]) + extra[v]);
         }
-      product<NV, Store::add, false>(a.D, 1, n, block.key.data + skip * block.key.stride,
-                                     block.key.stride, 0, ds, PANEL, 0, d_q + p * a.D * PANEL,
-                                     PANEL, nullptr);
+      add_weighted<NV>(a.D, n, runs.keys, block.key.data + skip * block.key.stride,
+                       block.key.stride, ds, PANEL, d_q + p * a.D * PANEL, PANEL, nullptr);
     }
-    const int64_t in_one = few ? 1 : panels;
-    add_rows<NV>(p_all, d_out_rows, in_one, block.d_value, ldv, block.n, panels, first, last);
-    add_rows<NV>(ds_all, q_rows, in_one, block.d_key, ldk, block.n, panels, first, last);
+    add_rows<NV>(p_all, d_out_rows, runs.panels, block.d_value, ldv, block.n, panels, first, last);
+    add_rows<NV>(ds_all, q_rows, runs.panels, block.d_key, ldk, block.n, panels, first, last);
   });
 
   for (int64_t j = 0; j < rows.lanes * a.D; ++j) d_q[j] *= (float)a.scale;

@@ -6,7 +6,24 @@
 constexpr int64_t TILE_ROWS = 64;    // query rows of a tile; a multiple of every panel
 constexpr int64_t BLOCK_KEYS = 96;   // keys of a block; a multiple of the micro-tile rows
 constexpr double LOG2E = 1.4426950408889634;
+constexpr int64_t WEIGHTS_RUN = 16;  // weights summed in one go
 constexpr float NO_SCORE = -1e30f;   // running maximum before the first key
+
+// How many terms a tile sums in one go, by the keys that its rows see. The fewer they are, the less
+// rounding errors average out, and the less time matters.
+struct SumRuns {
+  int64_t dims;    // of a dot product
+  int64_t keys;    // of a weighted sum
+  int64_t panels;  // of queries, in the gradient of a key
+  bool few_keys;   // also goes through the keys twice in the backward
+
+  static constexpr int64_t FEW = 64;
+  SumRuns(int64_t n_keys, bool few_for_a_row) : few_keys(n_keys <= FEW || few_for_a_row) {
+    if (few_keys) dims = 8, keys = 24, panels = 1;
+    else if (n_keys <= 256) dims = 16, keys = 24, panels = 1;
+    else dims = 64, keys = BLOCK_KEYS, panels = TILE_ROWS;  // all that a tile has at a time
+  }
+};
 
 // Keys that one query lane may see, [lo, hi) counted in its source.
 struct Interval {
@@ -152,11 +169,19 @@ struct Span {
   }
 };
 
+constexpr float COARSE = 12288.0f;  // what is added to it loses all below 2^-10
+
 // A number as the sum of two floats, so that a product with it rounds only once. The low part of a
 // factor is positive: a masked score stays -inf.
 struct Split {
   float high, low;
   explicit Split(double x) : high((float)x), low((float)(x - high)) {}
+  // the high part a multiple of 2^-10
+  static Split coarse(double x) {
+    Split split(x);
+    split.high = (split.high + COARSE) - COARSE, split.low = (float)(x - split.high);
+    return split;
+  }
   static Split factor(double x) {
     Split split(x);
     if (split.low < 0.0f) split = Split(x * (1 - 0x1p-24)), split.low = (float)(x - split.high);
@@ -165,7 +190,44 @@ struct Split {
   }
 };
 
-// Online softmax state of one panel: the maximum in units of log 2 as a sum of two floats, so that
+// 2^(s * scale2 - high - low), not above 1. The integer part of the exponent is taken to `high`,
+// which is coarse and loses no bit by it: so the rest, below 1, is rounded at its own size.
+static MEMATTN_INLINE vf weight(vf s, Split scale2, vf high, vf low) {
+  return exp2_nonpositive(fma(s, scale2.high, -high), [&](vf n) {
+    return fma(s, scale2.high, -(high + n)) + fma(s, scale2.low, -low);
+  });
+}
+
+// The mean of `x` under weights, each sum in two floats: where one weight is large, x less the mean
+// is small beside both.
+struct WeightedMean {
+  vf high{}, low{}, weight_high{}, weight_low{};
+
+  MEMATTN_INLINE void add(vf w, vf x) {
+    const vf term = w * x;
+    low += fma(w, x, -term);
+    add(high, low, term), add(weight_high, weight_low, w);
+  }
+  // stores the mean, and takes what its rounding left from `extra`
+  MEMATTN_INLINE void store(vf* mean, vf* extra) const {
+    const vf sum = high + low, weight = weight_high + weight_low;
+    const vi some = weight != 0.0f;
+    *mean = select(some, sum / weight, vf{});
+    // of high + low - mean * (weight_high + weight_low)
+    const vf left = fma(-*mean, weight_high, high) + fma(-*mean, weight_low, low);
+    *extra -= select(some, left / weight, vf{});
+  }
+
+ private:
+  static MEMATTN_INLINE void add(vf& high, vf& low, vf term) {
+    const vf sum = high + term, added = sum - high;
+    low += (high - (sum - added)) + (term - added);
+    high = sum;
+  }
+};
+
+// Online softmax state of one panel: the maximum in units of log 2 as a sum of two floats, the first
+// coarse, so that
 // the largest key has weight 1 exactly, and the sum of the weights.
 template <int NV>
 struct SoftmaxState {
@@ -182,24 +244,30 @@ static MEMATTN_INLINE void softmax_step(float* scores, int64_t n, Split scale2,
   for (int64_t j = 0; j < n; ++j)
     for (int v = 0; v < NV; ++v) {
       const vf s = ((const vf*)scores)[j * NV + v];
-      top[v] = select(s > top[v], s, top[v]);
+      top[v] = greater(s, top[v]);
     }
   for (int v = 0; v < NV; ++v) {
-    high[v] = top[v] * scale2.high;
+    high[v] = (top[v] * scale2.high + COARSE) - COARSE;
     low[v] = fma(top[v], scale2.low, fma(top[v], scale2.high, -high[v]));
     const vi higher = high[v] > state->high[v];
     high[v] = select(higher, high[v], state->high[v]);
     low[v] = select(higher, low[v], state->low[v]);
   }
-#pragma GCC unroll 2
-  for (int64_t j = 0; j < n; ++j)
-    for (int v = 0; v < NV; ++v) {
-      vf* s = (vf*)scores + j * NV + v;
-      *s = exp2_nonpositive(fma(*s, scale2.high, -high[v]) + fma(*s, scale2.low, -low[v]));
-      sum[v] += *s;
-    }
+  for (int64_t begin = 0; begin < n; begin += WEIGHTS_RUN) {
+    vf part[NV];
+    for (int v = 0; v < NV; ++v) part[v] = vf{};
+    const int64_t end = n - begin < WEIGHTS_RUN ? n : begin + WEIGHTS_RUN;
+    for (int64_t j = begin; j < end; ++j)
+      for (int v = 0; v < NV; ++v) {
+        vf* s = (vf*)scores + j * NV + v;
+        *s = weight(*s, scale2, high[v], low[v]);
+        part[v] += *s;
+      }
+    for (int v = 0; v < NV; ++v) sum[v] += part[v];
+  }
   for (int v = 0; v < NV; ++v) {
-    alpha[v] = exp2_nonpositive((state->high[v] - high[v]) + (state->low[v] - low[v]));
+    const vf rise = state->high[v] - high[v], low_rise = state->low[v] - low[v];
+    alpha[v] = exp2_nonpositive(rise, [&](vf n) { return (rise - n) + low_rise; });
     state->sum[v] = fma(state->sum[v], alpha[v], sum[v]);
     state->high[v] = high[v], state->low[v] = low[v];
   }
@@ -216,21 +284,21 @@ static void clear(SoftmaxState<NV>* states, int64_t n) {
 // q: [panel][D][PANEL], scores: [BLOCK_KEYS][PANEL], acc: [panel][Dv][PANEL].
 template <int NV, class AnyBlock>
 static MEMATTN_INLINE void attend(const AnyBlock& block, int64_t lanes, int64_t D, int64_t Dv,
-                                  int64_t run, Split scale2, const float* q, float* scores,
+                                  const SumRuns& runs, Split scale2, const float* q,
+                                  float* scores,
                                   SoftmaxState<NV>* states, float* acc) {
   constexpr int64_t PANEL = NV * VL;
   for (int64_t p = 0; p * PANEL < lanes; ++p) {
     const Span span(block, p);
     const int64_t n = span.last - span.first, skip = span.first - block.begin;
     if (n <= 0) continue;
-    dot_products<NV>(n, D, run, block.key.data + skip * block.key.stride, block.key.stride,
+    dot_products<NV>(n, D, runs.dims, block.key.data + skip * block.key.stride, block.key.stride,
                      q + p * D * PANEL, PANEL, scores, PANEL);
     if (span.partial) mask_panel<NV>(scores, block, p, span.first, span.last);
     vf alpha[NV];
     softmax_step<NV>(scores, n, scale2, &states[p], alpha);
-    product<NV, Store::scale_add, false>(Dv, 1, n, block.value.data + skip * block.value.stride,
-                                         block.value.stride, 0, scores, PANEL, 0,
-                                         acc + p * Dv * PANEL, PANEL, alpha);
+    add_weighted<NV>(Dv, n, runs.keys, block.value.data + skip * block.value.stride,
+                     block.value.stride, scores, PANEL, acc + p * Dv * PANEL, PANEL, alpha);
   }
 }
 

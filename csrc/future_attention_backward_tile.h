@@ -42,12 +42,11 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
   float *lse_high = lanes, *lse_low = lanes + TILE_ROWS, *delta = lanes + 2 * TILE_ROWS,
         *d_lse = lanes + 3 * TILE_ROWS, *target_high = lanes + 4 * TILE_ROWS,
         *target_low = lanes + 5 * TILE_ROWS, *target_delta = lanes + 6 * TILE_ROWS,
-        *zeros = lanes + 7 * TILE_ROWS;
+        *target_d_lse = lanes + 7 * TILE_ROWS;
   __builtin_memset(lanes, 0, 8 * TILE_ROWS * 4);
 
   const Split scale2 = Split::factor(a.scale * LOG2E);
-  const bool few = rows.few_keys();
-  const int64_t run = few ? FEW_KEYS_RUN : MANY_KEYS_RUN;
+  const SumRuns runs = rows.sum_runs();
   load_rows(a.query, tile, rows, a.D, ldk, q_rows);
   to_panels(q_rows, ldk, rows.lanes, a.D, PANEL, q);
   __builtin_memset(d_q, 0, rows.lanes * a.D * 4);
@@ -62,7 +61,7 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
   to_panels(g_rows, ldv, rows.lanes, a.Dv, PANEL, g);
   load_rows(a.out, tile, rows, a.Dv, ldv, out_rows);
   // in the order of the products below: a row with one key gets gradient 0 exactly
-  row_dot_products(out_rows, ldv, g, PANEL, rows.lanes, a.Dv, run, delta);
+  row_dot_products(out_rows, ldv, g, PANEL, rows.lanes, a.Dv, runs.dims, delta);
 
   // the gradient of out_future itself, then with that of out, which contains it
   load_rows(a.out_future, tile, rows, a.Dv, ldv, out_rows);
@@ -78,13 +77,13 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
         row_loss_gradient(a.loss, a.d_row_loss, y, x, a.Dv, target_g_rows + i * ldv);
     }
     to_panels(target_g_rows, ldv, rows.lanes, a.Dv, PANEL, target_g);
-    row_dot_products(target_rows, ldv, target_g, PANEL, rows.lanes, a.Dv, run, target_delta);
+    row_dot_products(target_rows, ldv, target_g, PANEL, rows.lanes, a.Dv, runs.dims, target_delta);
   } else {
     load_rows(a.d_out_future, tile, rows, a.Dv, ldv, future_g_rows);
   }
   to_panels(future_g_rows, ldv, rows.lanes, a.Dv, PANEL, future_g);
-  row_dot_products(out_rows, ldv, future_g, PANEL, rows.lanes, a.Dv, run, zeros);
-  for (int64_t i = 0; i < rows.lanes; ++i) delta[i] += zeros[i], zeros[i] = 0.0f;
+  row_dot_products(out_rows, ldv, future_g, PANEL, rows.lanes, a.Dv, runs.dims, target_d_lse);
+  for (int64_t i = 0; i < rows.lanes; ++i) delta[i] += target_d_lse[i], target_d_lse[i] = 0.0f;
   for (int64_t i = 0; i < rows.lanes * ldv; ++i) future_g_rows[i] += g_rows[i];
   for (int64_t i = 0; i < rows.lanes * a.Dv; ++i) future_g[i] += g[i];
 
@@ -95,7 +94,7 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
         to_high[i] = -NO_SCORE;
         return;
       }
-      const Split lse(((double)high[rows.flat[i]] + low[rows.flat[i]]) * LOG2E);
+      const Split lse = Split::coarse(((double)high[rows.flat[i]] + low[rows.flat[i]]) * LOG2E);
       to_high[i] = lse.high, to_low[i] = lse.low;
     };
     set(a.lse, a.lse_low, lse_high, lse_low);
@@ -106,27 +105,23 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
   const QuerySide sides[3] = {
       {q, q_rows, g, g_rows, d_q, lse_high, lse_low, delta, d_lse},
       {future_q, future_q_rows, future_g, future_g_rows, d_future_q, lse_high, lse_low, delta, d_lse},
-      {q, q_rows, target_g, target_g_rows, d_q, target_high, target_low, target_delta, zeros}};
+      {q, q_rows, target_g, target_g_rows, d_q, target_high, target_low, target_delta, target_d_lse}};
 
   // scores of the keys [span.first, span.last) in panel p, and g . value of each
   auto score = [&](const Block& block, const QuerySide& side, int64_t p, const Span& span,
                    float* scores, float* dw) {
     const int64_t n = span.last - span.first, skip = span.first - block.begin;
-    dot_products<NV>(n, a.D, run, block.key.data + skip * block.key.stride, block.key.stride,
+    dot_products<NV>(n, a.D, runs.dims, block.key.data + skip * block.key.stride, block.key.stride,
                      side.q + p * a.D * PANEL, PANEL, scores, PANEL);
     if (span.partial) mask_panel<NV>(scores, *block.seen, p, span.first, span.last);
-    dot_products<NV>(n, a.Dv, run, block.value.data + skip * block.value.stride, block.value.stride,
-                     side.g + p * a.Dv * PANEL, PANEL, dw, PANEL);
-  };
-  auto weight = [scale2](vf s, vf high, vf low) {
-    return exp2_nonpositive(fma(s, scale2.high, -high) + fma(s, scale2.low, -low));
+    dot_products<NV>(n, a.Dv, runs.dims, block.value.data + skip * block.value.stride,
+                     block.value.stride, side.g + p * a.Dv * PANEL, PANEL, dw, PANEL);
   };
 
   // with few keys the means are cheap to take from the weights, and their rounding cancels
   // against that of g . value
-  if (few) {
-    __builtin_memset(delta, 0, rows.lanes * 4);
-    __builtin_memset(target_delta, 0, rows.lanes * 4);
+  if (runs.few_keys) {
+    WeightedMean means[TILE_ROWS / VL], target_means[TILE_ROWS / VL];
     for_each_future_block(a, tile, rows, PANEL, nullptr, with_target, block_scratch,
                           [&](Keys kind, const Block& block) {
       const QuerySide& side = sides[kind];
@@ -136,14 +131,22 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
         score(block, side, p, span, p_all, ds_all);
         for (int v = 0; v < NV; ++v) {
           const int64_t at = p * NV + v;
-          vf* mean = (vf*)side.mean + at;
-          for (int64_t j = 0; j < span.last - span.first; ++j)
-            *mean = fma(weight(((const vf*)p_all)[j * NV + v], ((const vf*)side.lse_high)[at],
-                               ((const vf*)side.lse_low)[at]),
-                        ((const vf*)ds_all)[j * NV + v], *mean);
+          const vf high = ((const vf*)side.lse_high)[at], low = ((const vf*)side.lse_low)[at];
+          const vf t_high = ((const vf*)target_high)[at], t_low = ((const vf*)target_low)[at];
+          WeightedMean& mean = kind == AHEAD ? target_means[at] : means[at];
+          for (int64_t j = 0; j < span.last - span.first; ++j) {
+            const vf s = ((const vf*)p_all)[j * NV + v];
+            mean.add(weight(s, scale2, high, low), ((const vf*)ds_all)[j * NV + v]);
+            if (with_target && kind == PAST)  // its values are not in the target
+              target_means[at].add(weight(s, scale2, t_high, t_low), vf{});
+          }
         }
       }
     });
+    for (int64_t i = 0; i < rows.lanes / VL; ++i) {
+      means[i].store((vf*)delta + i, (vf*)d_lse + i);
+      target_means[i].store((vf*)target_delta + i, (vf*)target_d_lse + i);
+    }
   }
 
   for_each_future_block(a, tile, rows, PANEL, &grads, with_target, block_scratch,
@@ -174,24 +177,22 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
         vf* d = (vf*)ds + v;
         if (also_target)  // the past enters the target through its log-sum-exp
           for (int64_t j = 0; j < n * NV; j += NV) {
-            const vf in_target = weight(w[j], t_high, t_low);
-            w[j] = weight(w[j], high, low);
+            const vf in_target = weight(w[j], scale2, t_high, t_low);
+            w[j] = weight(w[j], scale2, high, low);
             d[j] = fma(-in_target, t_mean, w[j] * ((d[j] - mean) + extra));
           }
         else
 #pragma GCC unroll 2
           for (int64_t j = 0; j < n * NV; j += NV) {
-            w[j] = weight(w[j], high, low);
+            w[j] = weight(w[j], scale2, high, low);
             d[j] = w[j] * ((d[j] - mean) + extra);
           }
       }
-      product<NV, Store::add, false>(a.D, 1, n, block.key.data + skip * block.key.stride,
-                                     block.key.stride, 0, ds, PANEL, 0, side.d_q + p * a.D * PANEL,
-                                     PANEL, nullptr);
+      add_weighted<NV>(a.D, n, runs.keys, block.key.data + skip * block.key.stride,
+                       block.key.stride, ds, PANEL, side.d_q + p * a.D * PANEL, PANEL, nullptr);
     }
-    const int64_t in_one = few ? 1 : panels;
-    add_rows<NV>(p_all, side.g_rows, in_one, block.d_value, ldv, block.n, panels, first, last);
-    add_rows<NV>(ds_all, side.q_rows, in_one, block.d_key, ldk, block.n, panels, first, last);
+    add_rows<NV>(p_all, side.g_rows, runs.panels, block.d_value, ldv, block.n, panels, first, last);
+    add_rows<NV>(ds_all, side.q_rows, runs.panels, block.d_key, ldk, block.n, panels, first, last);
   });
 
   auto store_d_query = [&](const View& to, float* panel_sums) {

@@ -30,9 +30,9 @@ struct FutureTileRows {
     return r.lo >= r.hi && r.future_lo >= r.future_hi;
   }
 
-  // Whether the rows together see few keys, or one of them so few that its weights and those of
-  // the table's row after it, which few other queries see, are large.
-  bool few_keys() const {
+  // A row that sees few keys has large weights, and so has the table's row after it, which few
+  // other queries see.
+  SumRuns sum_runs() const {
     int64_t lo = INT32_MAX, hi = 0, most_future = 0, least = INT32_MAX;
     for (int64_t i = 0; i < n; ++i) {
       if (empty(i)) continue;
@@ -42,7 +42,7 @@ struct FutureTileRows {
       most_future = future > most_future ? future : most_future;
       least = keys < least ? keys : least;
     }
-    return least <= FEW_KEYS / 2 || (lo < hi ? hi - lo : 0) + most_future <= FEW_KEYS;
+    return {(lo < hi ? hi - lo : 0) + most_future, least <= SumRuns::FEW / 2};
   }
 };
 
@@ -189,7 +189,7 @@ static void future_forward_tile(const FutureArgs& a, const Tile& tile, float* sc
   float* block_scratch = take(BLOCK_KEYS * (a.D + a.Dv));  // or rows of the tile
   float* loose = take(2 * TILE_ROWS * (ldk > ldv ? ldk : ldv));
   const Split scale2 = Split::factor(a.scale * LOG2E);
-  const int64_t run = rows.few_keys() ? FEW_KEYS_RUN : MANY_KEYS_RUN;
+  const SumRuns runs = rows.sum_runs();
   load_rows(a.query, tile, rows, a.D, ldk, loose);
   to_panels(loose, ldk, rows.lanes, a.D, PANEL, q);
   if (a.separate_query) {
@@ -201,7 +201,7 @@ static void future_forward_tile(const FutureArgs& a, const Tile& tile, float* sc
 
   for_each_future_block(a, tile, rows, PANEL, nullptr, with_target, block_scratch,
                         [&](Keys kind, const Block& block) {
-    attend<NV>(block, rows.lanes, a.D, a.Dv, run, scale2, kind == FUTURE ? future_q : q, scores,
+    attend<NV>(block, rows.lanes, a.D, a.Dv, runs, scale2, kind == FUTURE ? future_q : q, scores,
                states[kind], acc[kind]);
   });
 

@@ -5,6 +5,7 @@
 #define MEMATTN_VL 8
 #define MEMATTN_REGISTERS 16
 #define MEMATTN_FMA(a, b, c) (vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
+#define MEMATTN_MAX(a, b) (vf)_mm256_max_ps((__m256)(a), (__m256)(b))
 #define MEMATTN_FMA1(a, b, c) __builtin_fmaf(a, b, c)
 #define MEMATTN_F16C
 

@@ -5,6 +5,7 @@
 #define MEMATTN_VL 16
 #define MEMATTN_REGISTERS 32
 #define MEMATTN_FMA(a, b, c) (vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
+#define MEMATTN_MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
 #define MEMATTN_FMA1(a, b, c) __builtin_fmaf(a, b, c)
 #define MEMATTN_F16C
 

@@ -4,6 +4,7 @@
 #define MEMATTN_VL 4
 #define MEMATTN_REGISTERS 16
 #define MEMATTN_FMA(a, b, c) ((a) * (b) + (c))
+#define MEMATTN_MAX(a, b) ((a) > (b) ? (a) : (b))
 #define MEMATTN_FMA1(a, b, c) ((a) * (b) + (c))
 
 namespace memattn::portable {

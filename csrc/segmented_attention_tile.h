@@ -26,18 +26,22 @@ struct TileRows {
     return r.lo >= r.hi && !r.persistent && !r.memory;
   }
 
-  // whether the rows together see few keys
-  bool few_keys() const {
-    int64_t lo = INT32_MAX, hi = 0, persistent = 0, memory = 0;
+  SumRuns sum_runs() const {
+    int64_t lo = INT32_MAX, hi = 0, persistent = 0, memory = 0, least = INT32_MAX;
     for (int64_t i = 0; i < n; ++i) {
-      if (range[i]->lo < range[i]->hi) {
-        lo = range[i]->lo < lo ? range[i]->lo : lo;
-        hi = range[i]->hi > hi ? range[i]->hi : hi;
+      if (empty(i)) continue;
+      const RowRange& r = *range[i];
+      int64_t keys = r.persistent + r.memory;
+      if (r.lo < r.hi) {
+        lo = r.lo < lo ? r.lo : lo, hi = r.hi > hi ? r.hi : hi;
+        keys += r.hi - r.lo;
       }
-      persistent = range[i]->persistent > persistent ? range[i]->persistent : persistent;
-      memory += range[i]->memory;
+      persistent = r.persistent > persistent ? r.persistent : persistent;
+      memory += r.memory;
+      least = keys < least ? keys : least;
     }
-    return (lo < hi ? hi - lo : 0) + persistent + memory <= FEW_KEYS;
+    const int64_t keys = (lo < hi ? hi - lo : 0) + persistent + memory;
+    return {keys, keys <= 2 * SumRuns::FEW && least <= SumRuns::FEW / 4};
   }
 };
 

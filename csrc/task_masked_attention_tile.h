@@ -45,7 +45,7 @@ struct TaskRows {
 
   bool empty(int64_t i) const { return !(seeing >> i & 1); }
   // one row of few keys has large weights among whatever the others see
-  bool few_keys() const { return in_runs + n_keys <= FEW_KEYS || seeing & ~sated; }
+  SumRuns sum_runs() const { return {in_runs + n_keys, (seeing & ~sated) != 0}; }
 
  private:
   uint64_t counted[4] = {0, 0, 0, 0};  // the keys of each row, lowest bits first, until it is sated

@@ -1,9 +1,10 @@
 // Tiles of attention in float32 vectors: products, exponentials, conversion.
 //
 // Included once per instruction set, inside its own namespace, after MEMATTN_VL (floats in a
-// vector), MEMATTN_REGISTERS (vector registers) and the fused a * b + c of vectors and scalars,
-// MEMATTN_FMA and MEMATTN_FMA1, are defined. Nothing else is fused (-ffp-contract=off), so that
-// the same number is rounded the same way wherever it is computed.
+// vector), MEMATTN_REGISTERS (vector registers), the larger of two vectors, MEMATTN_MAX, and the
+// fused a * b + c of vectors and scalars, MEMATTN_FMA and MEMATTN_FMA1, are defined. Nothing else
+// is fused (-ffp-contract=off), so that the same number is rounded the same way wherever it is
+// computed.
 //
 // Scores are held transposed, [keys][queries]: one vector lane is one query. So the row maximum,
 // the exponential, the sum and every mask are plain vertical operations, keys and values are read
@@ -19,12 +20,17 @@ static MEMATTN_INLINE vf broadcast(float x) { return x - vf{}; }
 static MEMATTN_INLINE vf fma(vf a, vf b, vf c) { return MEMATTN_FMA(a, b, c); }
 static MEMATTN_INLINE vf fma(vf a, float b, vf c) { return fma(a, broadcast(b), c); }
 static MEMATTN_INLINE vf select(vi condition, vf a, vf b) { return condition ? a : b; }
+// a > b ? a : b, so b where either is NaN
+static MEMATTN_INLINE vf greater(vf a, vf b) { return MEMATTN_MAX(a, b); }
 
-// 2^x for x <= 0, exactly 0 below -126.5; NaN stays NaN.
-static MEMATTN_INLINE vf exp2_nonpositive(vf x) {
-  x = select(x < -127.0f, broadcast(-127.0f), x);
+// 2^(x + f - round(x)) for x <= 0 and f near x - round(x), exactly 0 where x is below -126.5; NaN
+// stays NaN.
+template <class Fraction>
+static MEMATTN_INLINE vf exp2_nonpositive(vf x, Fraction fraction) {
+  x = greater(broadcast(-127.0f), x);
   const vf shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits now hold round(x)
-  const vf f = x - (shifted - 12582912.0f);
+  vf f = fraction(shifted - 12582912.0f);
+  f = greater(broadcast(-1.0f), f);  // where x was cut
   // minimax polynomial of 2^f on [-0.5, 0.5], relative error 1.9e-09
   vf p = broadcast(0x1.41d332p-13f);
   p = fma(p, f, broadcast(0x1.5f456ap-10f));
@@ -137,6 +143,22 @@ static MEMATTN_INLINE void dot_products(int64_t M, int64_t K, int64_t run, const
   for (int64_t k = run; k < K; k += run)
     product<NV, Store::add, true>(M, 1, K - k < run ? K - k : run, A + k, a_stride, 0,
                                   B + k * ldb, ldb, 0, C, ldc, nullptr);
+}
+
+// One panel of weighted sums, C[M][NV vectors] (alpha * C, without alpha C) += sum over k of
+// A[k][M] * B[k], in runs of `run` terms.
+template <int NV>
+static MEMATTN_INLINE void add_weighted(int64_t M, int64_t K, int64_t run, const float* A,
+                                        int64_t a_stride, const float* B, int64_t ldb, float* C,
+                                        int64_t ldc, const vf* alpha) {
+  for (int64_t k = 0; k < K; k += run) {
+    const int64_t n = K - k < run ? K - k : run;
+    const float *a = A + k * a_stride, *b = B + k * ldb;
+    if (alpha && k == 0)
+      product<NV, Store::scale_add, false>(M, 1, n, a, a_stride, 0, b, ldb, 0, C, ldc, alpha);
+    else
+      product<NV, Store::add, false>(M, 1, n, a, a_stride, 0, b, ldb, 0, C, ldc, nullptr);
+  }
 }
 
 // ---- transposition -------------------------------------------------------------------------
