@@ -117,6 +117,46 @@ def test_a_file_must_fit_the_model(tmp_path):
     assert other.tasks == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_comes_back_whole(tmp_path, dtype):
+    model, x = make_model(reads={}, shared="first_task", n_nodes=2, rank=3), make_x(4, dtype=dtype)
+    model.to(dtype)
+    for task, reads in {0: (), "gone": (), 1: (0,), "a/b.c": (1,)}.items():
+        model.register_task(task, 3, reads=reads)
+        if task == 1:
+            model.set_mask(1, torch.eye(6, dtype=torch.bool))
+        if task != "a/b.c":
+            model.freeze_task(task)
+    model.remove_task("gone")
+    model.gather_prototypes(0, x, torch.tensor([0, 1, 1, 0]))
+    model.inference = "entropy"
+    model.save(tmp_path / "model.safetensors")
+    drawn = torch.random.get_rng_state()
+    other = DTGMAModel.load(tmp_path / "model.safetensors")
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert repr(other) == repr(model)
+    assert not other.training
+    assert other.parameter_report() == model.parameter_report()
+    assert torch.equal(other.prototypes(0).nan_to_num(), model.prototypes(0).nan_to_num())
+    for task in model.tasks:
+        assert other.is_frozen(task) == model.is_frozen(task)
+        assert torch.equal(other(x, task), model(x, task))
+    assert other.infer_task(x) == model.infer_task(x)
+    other.register_task("new", reads=(1,))  # and goes on
+
+
+def test_a_model_without_tasks_comes_back(tmp_path):
+    model = make_model(reads={}, input_dim=(1, 3, 4), shared="first_task", dropout=0.3)
+    model.save(tmp_path / "model")
+    other = DTGMAModel.load(tmp_path / "model")
+    assert other.parameter_report() == model.parameter_report()
+    assert other._options() == model._options()
+    with pytest.raises(ValueError, match="path must hold what has format memattn.DTGMATask/1"):
+        other.load_task(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match="path must be a file that save wrote"):
+        DTGMAModel.load(tmp_path / "none")
+
+
 def test_only_whole_files_are_read(tmp_path):
     model = make_model(reads={0: ()})
     (path,) = saved(model, tmp_path, 0)
@@ -129,7 +169,7 @@ def test_only_whole_files_are_read(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="path must hold a task of format memattn.DTGMATask/1"):
+    with pytest.raises(ValueError, match="path must hold what has format memattn.DTGMATask/1"):
         model.load_task(tmp_path / "other")
 
 

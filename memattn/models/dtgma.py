@@ -1,16 +1,15 @@
 """DTG-MA: a classifier that learns tasks one after the other, each in a column of a task graph."""
 
 from collections.abc import Iterator, Sequence
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.models._dtgma_files import TaskFile, hash_tensors
 from memattn.models._dtgma_layers import DTGMALayer, TaskColumn, TaskName
-from memattn.models._dtgma_tasks import ParameterReport, TaskModel, listed
+from memattn.models._dtgma_storage import StoredTaskModel
+from memattn.models._dtgma_tasks import ParameterReport, listed
 from memattn.models._task_inference import class_means, lowest_entropy, nearest_prototype
 from memattn.nn.task_linear import TaskGroups, group_by_task
 from memattn.nn.task_tokens import TokenProjection
@@ -22,7 +21,7 @@ SHARED = ("frozen", "first_task")
 INFERENCE = ("prototype", "entropy")
 
 
-class DTGMAModel(TaskModel):
+class DTGMAModel(StoredTaskModel):
     """DTG-MA: a classifier that learns tasks one after the other and forgets none.
 
     Every task has a *column*: the tokens of the input, and ``n_nodes`` node tokens of its own, go
@@ -126,6 +125,7 @@ class DTGMAModel(TaskModel):
         )
         self.rank = rank
         self.inference = inference
+        self._training = dict(dropout=dropout, shared=shared, backend=backend)
 
     def forward(
         self, x: Tensor, task_id: TaskName | Sequence[TaskName] | Tensor | None = None
@@ -209,66 +209,6 @@ class DTGMAModel(TaskModel):
         tokens = self.tokens(x)
         return tokens.mean(1) if self.tokens.is_sequence(x) else tokens.flatten(1)
 
-    def save_task(self, task: TaskName, path: str | PathLike[str]) -> None:
-        """Write a task to a safetensors file, which appears once it is whole.
-
-        It holds the task's parameters, mask, prototypes, classes and reads, and the shared
-        parameters that they belong to.
-
-        Raises:
-            ValueError: If there is no such task.
-            OSError: If it cannot be written.
-        """
-        number = self._number("task", task)
-        column = self._column(number)
-        about = dict(
-            task=task,
-            num_classes=column.num_classes,
-            reads=list(self.reads(task)),
-            columns=[
-                [self._column(n).name, self._hash(n)] for n in self._graph.columns(number)[1:]
-            ],
-            config=self._config(),
-        )
-        TaskFile(about, self._tensors(number), self._shared()).save(path)
-
-    def load_task(self, path: str | PathLike[str]) -> TaskName:
-        """Add the task of a file that ``save_task`` wrote, frozen, and return its name.
-
-        A model without tasks takes over the shared parameters of the file. Any other must have the
-        same ones, and the tasks that the file's task reads.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it holds something else, or its task does not fit into this model.
-        """
-        file = TaskFile.load(path)
-        about, task = file.about, file.about["task"]
-        if about["config"] != self._config():
-            must("path", f"hold a task of a model of {self._config()}", about["config"])
-        if task in self._numbers:
-            must("path", "hold a task with a new name", repr(task))
-        for name, fingerprint in about["columns"]:
-            if self._hash(self._number(f"tasks that {task!r} reads", name)) != fingerprint:
-                must("path", f"hold a task that reads this model's task {name!r}", "another one")
-        if not self._numbers:
-            with torch.no_grad():
-                for name, parameter in self._shared().items():
-                    parameter.copy_(file.shared[name])
-        elif hash_tensors(file.shared) != hash_tensors(self._shared()):
-            must("path", "hold a task of a model with the same shared parameters", "other ones")
-        self.register_task(task, about["num_classes"], reads=about["reads"])
-        number = self._numbers[task]
-        with torch.no_grad():
-            for name, parameter in self._named(number).items():
-                parameter.copy_(file.tensors[name])
-        place = self.tokens.projection.weight
-        self.set_mask(task, file.tensors.get("mask"))
-        prototypes = file.tensors.get("prototypes")
-        self._column(number).prototypes = None if prototypes is None else prototypes.to(place)
-        self.freeze_task(task)
-        return task
-
     def __repr__(self) -> str:
         about = ", ".join(f"{name}={value}" for name, value in self._config().items())
         lines = [f"DTGMAModel({about}"]
@@ -315,17 +255,6 @@ class DTGMAModel(TaskModel):
             must("x", wanted, length)
         return column.mask
 
-    def _tensors(self, number: int) -> dict[str, Tensor]:
-        """All that a task computes with, and its prototypes."""
-        column = self._column(number)
-        buffers = dict(mask=column.mask, prototypes=column.prototypes)
-        return {**self._named(number), **{n: t for n, t in buffers.items() if t is not None}}
-
-    def _hash(self, number: int) -> str:
-        """Fingerprint of what a task computes with."""
-        used = {n: t for n, t in self._tensors(number).items() if n != "prototypes"}
-        return hash_tensors(used)
-
     def _config(self) -> dict[str, Any]:
         """What two models must agree on to exchange tasks."""
         tokens = self.tokens
@@ -340,3 +269,7 @@ class DTGMAModel(TaskModel):
             positions=tokens.positions,
             rank=self.rank,
         )
+
+    def _options(self) -> dict[str, Any]:
+        own = dict(num_classes=self.num_classes, inference=self.inference)
+        return self._config() | own | self._training
