@@ -84,6 +84,15 @@ def test_a_seed_decides_everything(name):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
+def test_noise_comes_to_inputs_in_training(name):
+    """Far above what tells the classes apart, it leaves nothing to learn."""
+    stream = blobs(n_tasks=2)
+    budget = replace(SMALL, epochs=12, input_noise=1e4)
+    metrics = run_strategy(make_strategy(name, stream, budget, 0), stream).metrics()
+    assert metrics["learning_accuracy"] < 0.8
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_keeps_to_the_budget(name):
     stream = blobs()
     steps = Counter()
@@ -342,6 +351,7 @@ def test_tasks_come_in_order():
         (dict(epochs=0), "epochs must be at least 1, got 0"),
         (dict(batch_size=3), "batch_size must be at least 4, got 3"),
         (dict(lr=0.0), "lr must be positive and finite, got 0.0"),
+        (dict(input_noise=math.inf), "input_noise must be finite and at least 0, got inf"),
         (dict(backbone="cnn"), "backbone must be one of mlp, transformer, got 'cnn'"),
         (dict(hidden_dim=10), "n_heads must divide hidden_dim, 10, got 4"),
     ],

@@ -86,6 +86,18 @@ def test_a_seed_decides_everything():
     assert not torch.equal(first, other)
 
 
+def test_noise_comes_to_inputs_in_training():
+    """Far above what tells the classes apart, it leaves nothing to learn."""
+    tasks = make_tasks(1, rows=256)
+    seeds = (3, 3, 4)
+    models = [run(tasks, input_noise=0.5, seed=s, model=make_model(reads={}))[0] for s in seeds]
+    first, same, other = (torch.cat([p.flatten() for p in m.parameters()]) for m in models)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    learned = [run(tasks, epochs=15, lr=5e-3, input_noise=s)[1]["avg_accuracy"] for s in (0.0, 1e4)]
+    assert learned[0] > 0.8 > learned[1]
+
+
 @pytest.mark.parametrize("reads", ["none", "previous", "all"])
 def test_who_reads_whom(reads):
     model, results = run(make_tasks(3), reads=reads, epochs=1)
@@ -173,6 +185,7 @@ def broken(task: int, **parts) -> dict:
         (None, dict(epochs=0), "epochs must be at least 1, got 0"),
         (None, dict(lr=0.0), "lr must be positive and finite, got 0.0"),
         (None, dict(lr=math.inf), "lr must be positive and finite, got inf"),
+        (None, dict(input_noise=-1.0), "input_noise must be finite and at least 0, got -1.0"),
         (None, dict(reads="some"), "reads must be one of none, previous, all, got 'some'"),
         (
             None,

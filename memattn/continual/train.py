@@ -39,6 +39,7 @@ def train_continual(
     freeze_after_training: bool = True,
     *,
     reads: str = "none",
+    input_noise: float = 0.0,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Learn tasks in order, each with Adam over its own parameters, and test on all so far.
@@ -60,7 +61,8 @@ def train_continual(
         freeze_after_training: Whether to freeze each task once it is trained.
         reads: Which columns a new task reads: ``"none"``, ``"previous"`` (the task before it) or
             ``"all"`` (all earlier tasks); without effect for tasks that are registered already.
-        seed: Seed of new columns, of the order of samples, and of dropout.
+        input_noise: Standard deviation of the Gaussian noise that is added to inputs in training.
+        seed: Seed of new columns, of the order of samples, of noise and of dropout.
 
     Returns:
         What ``continual_metrics`` gives (``avg_accuracy``, ``avg_forgetting``,
@@ -84,7 +86,7 @@ def train_continual(
             an option is out of range.
     """
     named = _named_tasks(model, tasks)
-    _check_options(epochs, batch_size, lr, reads)
+    _check_options(epochs, batch_size, lr, reads, input_noise)
     check_bool("verbose", verbose)
     check_bool("freeze_after_training", freeze_after_training)
     if reads != "none" and not freeze_after_training:
@@ -110,6 +112,7 @@ def train_continual(
                 epochs=epochs,
                 batch_size=batch_size,
                 lr=lr,
+                input_noise=input_noise,
                 seed=_derive(seed, i),
                 on_epoch=report,
             )
@@ -143,6 +146,7 @@ def train_task(
     batch_size: int,
     lr: float,
     seed: int,
+    input_noise: float = 0.0,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> float:
     """Train one registered task, gather its prototypes, and return the mean loss of the last epoch.
@@ -155,7 +159,8 @@ def train_task(
         epochs: Passes over the data.
         batch_size: Samples of a step.
         lr: Learning rate of Adam to begin with; it falls to 0 along a half cosine.
-        seed: Seed of the order of samples and of dropout.
+        seed: Seed of the order of samples, of noise and of dropout.
+        input_noise: Standard deviation of the Gaussian noise that is added to inputs.
         on_epoch: Called after each pass.
 
     Raises:
@@ -173,7 +178,10 @@ def train_task(
         for _ in range(epochs):
             loss_sum.zero_()
             for rows in torch.randperm(len(x)).to(x.device).split(batch_size):
-                loss = F.cross_entropy(model(x[rows], task), y[rows])
+                inputs = x[rows]
+                if input_noise:
+                    inputs = inputs + input_noise * torch.randn_like(inputs)
+                loss = F.cross_entropy(model(inputs, task), y[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -241,11 +249,15 @@ def _named_tasks(model: "DTGMAModel", tasks: Any) -> list[_NamedTask]:
     return named
 
 
-def _check_options(epochs: int, batch_size: int, lr: float, reads: str) -> None:
+def _check_options(
+    epochs: int, batch_size: int, lr: float, reads: str, input_noise: float
+) -> None:
     check_int("epochs", epochs, 1)
     check_int("batch_size", batch_size, 1)
     if not 0.0 < lr < math.inf:
         must("lr", "be positive and finite", lr)
+    if not 0.0 <= input_noise < math.inf:
+        must("input_noise", "be finite and at least 0", input_noise)
     if reads not in READS:
         must("reads", f"be one of {', '.join(READS)}", repr(reads))
 

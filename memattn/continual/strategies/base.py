@@ -37,6 +37,7 @@ class Budget:
         backbone: ``"mlp"``, or ``"transformer"`` over the tokens that DTG-MA has.
         n_heads: Attention heads of the transformer; divides ``hidden_dim``.
         buffer_size: Samples that a replay buffer holds.
+        input_noise: Standard deviation of the Gaussian noise that is added to inputs in training.
         device: Where to compute.
 
     Raises:
@@ -51,6 +52,7 @@ class Budget:
     backbone: Backbone = "mlp"
     n_heads: int = 4
     buffer_size: int = 200
+    input_noise: float = 0.0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -59,6 +61,8 @@ class Budget:
         check_int("batch_size", self.batch_size, 4)  # replay divides it by four
         if not 0.0 < self.lr < math.inf:
             must("lr", "be positive and finite", self.lr)
+        if not 0.0 <= self.input_noise < math.inf:
+            must("input_noise", "be finite and at least 0", self.input_noise)
         if self.backbone not in BACKBONES:
             must("backbone", f"be one of {', '.join(BACKBONES)}", repr(self.backbone))
         if self.hidden_dim % self.n_heads:

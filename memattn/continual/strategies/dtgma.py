@@ -72,6 +72,7 @@ class DTGMA(Strategy):
             epochs=self.budget.epochs,
             batch_size=self.budget.batch_size,
             lr=self.budget.lr,
+            input_noise=self.budget.input_noise,
             seed=self.seed,
         )
         self.model.freeze_task(index)

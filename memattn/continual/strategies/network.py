@@ -63,6 +63,7 @@ class NetworkStrategy(Strategy):
         # apart, so that strategies which draw more see their samples in the same order
         self.order = torch.Generator().manual_seed(seed)
         self.generator = torch.Generator().manual_seed(seed + 1)
+        self.noise = torch.Generator().manual_seed(seed + 2)
         with seeded(seed):
             self.network = self.build().to(budget.device)
 
@@ -142,7 +143,7 @@ class NetworkStrategy(Strategy):
         per_epoch = max(n_steps // self.budget.epochs, 1)
         for step in range(n_steps):
             progress = step % per_epoch / max(per_epoch - 1, 1)
-            loss = self.loss(index, next(batches), progress)
+            loss = self.loss(index, self.noisy(next(batches)), progress)
             optimizer.zero_grad()
             loss.backward()
             self.before_step(index)
@@ -154,6 +155,13 @@ class NetworkStrategy(Strategy):
     def optimizer(self, index: int, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser of one task."""
         return torch.optim.Adam(parameters, lr=self.budget.lr)
+
+    def noisy(self, batch: Batch) -> Batch:
+        """A batch with the budget's noise on its inputs."""
+        if not self.budget.input_noise:
+            return batch
+        noise = torch.randn(batch.x.shape, generator=self.noise).to(batch.x)
+        return batch._replace(x=batch.x + self.budget.input_noise * noise)
 
     def shuffled(self, data: Batch, size: int) -> Iterator[Batch]:
         """Batches of all samples in random order, again and again."""

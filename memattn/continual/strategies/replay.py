@@ -102,7 +102,8 @@ class DERPlusPlus(NetworkStrategy):
     From the second task on, half of every batch is new. On a quarter of it from the reservoir the
     squared distance of the logits to the stored ones is added to the loss, ``der_alpha`` times its
     mean, and on another quarter the cross-entropy with the stored labels, ``der_beta`` times. Every
-    batch of new samples is offered to the reservoir, with the logits of that moment.
+    batch of new samples is offered to the reservoir, with the logits of that moment and with the
+    noise that its inputs then had, if the budget has any.
 
     Args:
         stream: The tasks to come.
