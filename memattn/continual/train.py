@@ -249,9 +249,7 @@ def _named_tasks(model: "DTGMAModel", tasks: Any) -> list[_NamedTask]:
     return named
 
 
-def _check_options(
-    epochs: int, batch_size: int, lr: float, reads: str, input_noise: float
-) -> None:
+def _check_options(epochs: int, batch_size: int, lr: float, reads: str, input_noise: float) -> None:
     check_int("epochs", epochs, 1)
     check_int("batch_size", batch_size, 1)
     if not 0.0 < lr < math.inf:
