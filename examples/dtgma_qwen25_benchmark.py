@@ -34,13 +34,19 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = DTGMAModel(
         input_dim=stream.input_shape[0],
-        hidden_dim=256,
+        hidden_dim=128,
         num_classes=stream.n_outputs,
         n_layers=2,
         n_heads=4,
     )
     results = train_continual(
-        model, stream, epochs=args.epochs, device=args.device, verbose=True, seed=args.seed
+        model,
+        stream,
+        epochs=args.epochs,
+        device=args.device,
+        verbose=True,
+        input_noise=args.input_noise,
+        seed=args.seed,
     )
     report(stream, encoder.name, results)
 
@@ -57,6 +63,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=50, help="passes over each task")
     parser.add_argument("--device", default="cpu", help="where to encode and train")
     parser.add_argument("--encoder", default="auto", help="auto, minilm, a folder or a hub name")
+    parser.add_argument(
+        "--input_noise", type=float, default=0.5, help="of embeddings in training, against overfit"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the split and of training")
     parser.add_argument(
         "--cache_dir",
