@@ -180,10 +180,58 @@ def test_no_tensor_is_told():
 
 def test_bad_tasks_and_heads_are_told():
     mask = TaskMask.from_graph(**GRAPH)
-    with pytest.raises(ValueError, match=re.escape("task must be below n_tasks=2, got 2")):
+    with pytest.raises(ValueError, match="task must be at least 0 and below n_tasks=2, got 2"):
         mask.dense(2)
     with pytest.raises(ValueError, match=re.escape("head must be below n_heads=1, got 1")):
         mask.plot(head=1)
+
+
+@pytest.mark.parametrize("task", [-1, 9])
+def test_a_density_is_of_a_task(task):
+    with pytest.raises(ValueError, match=f"below n_tasks=2, got {task}"):
+        TaskMask.from_graph(**GRAPH).tile_density(task)
+    with pytest.raises(TypeError, match="task must be an integer, got bool"):
+        TaskMask.from_graph(**GRAPH).tile_density(True)
+
+
+def test_goes_to_devices_only():
+    with pytest.raises(TypeError, match="device must be a device, got torch.float16"):
+        TaskMask.from_graph(**GRAPH).to(torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_keeps_its_own_nodes(dtype, tmp_path):
+    node = torch.tensor([0, 1], dtype=dtype)
+    mask = TaskMask.from_graph(torch.eye(2, dtype=torch.bool)[None], node, node)
+    mask.save(tmp_path / "mask")  # one tensor, twice
+    node.fill_(0)
+    assert torch.equal(mask.dense(0)[0], torch.eye(2, dtype=torch.bool))
+    assert torch.equal(TaskMask.load(tmp_path / "mask").dense(0), mask.dense(0))
+
+
+@pytest.mark.parametrize("form", ["dense", "graph"])
+def test_files_whose_tensors_do_not_fit_are_told(form, tmp_path):
+    """A kernel would read other memory."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    mask, path = make_mask(form=form, n=2, T=150, S=140), tmp_path / "mask"
+    mask.save(path)
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, tensor in tensors.items():
+        worse = [tensor[:-1].clone(), tensor.double(), None]
+        if tensor.dtype != torch.bool and name != "bits":
+            worse += [tensor + 10**6, tensor - 10**6]
+        for other in worse:
+            changed = {n: t for n, t in (tensors | {name: other}).items() if t is not None}
+            save_file(changed, path, metadata=about)
+            with pytest.raises(ValueError, match="path must hold"):
+                TaskMask.load(path)
+    save_file(tensors, path, metadata=about | {"n_keys": "none"})
+    with pytest.raises(ValueError, match="path must hold the tensors and sizes"):
+        TaskMask.load(path)
 
 
 def test_broken_files_are_told(tmp_path):
@@ -205,4 +253,6 @@ def test_a_failed_save_leaves_nothing(tmp_path):
     (tmp_path / "target").mkdir()
     with pytest.raises(OSError):
         mask.save(tmp_path / "target")
+    with pytest.raises(OSError, match="path must be one that can be written"):
+        mask.save(tmp_path / "no" / "folder")
     assert [f.name for f in tmp_path.iterdir()] == ["target"]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import memattn._C  # noqa: F401  registers torch.ops.memattn_cpp
+from memattn.cpp._once import differentiable_once
 
 _forward = torch.ops.memattn_cpp.future_attention.default
 _backward = torch.ops.memattn_cpp.future_attention_backward.default
@@ -95,3 +96,5 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "memattn_cpp::future_attention_loss", _loss_backward_formula, setup_context=_setup_context
 )
+differentiable_once("memattn_cpp::future_attention_backward")
+differentiable_once("memattn_cpp::future_attention_loss_backward")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import memattn._C  # noqa: F401  registers torch.ops.memattn_cpp
+from memattn.cpp._once import differentiable_once
 
 _forward = torch.ops.memattn_cpp.task_masked_attention.default
 _backward = torch.ops.memattn_cpp.task_masked_attention_backward.default
@@ -66,3 +67,4 @@ def _backward_formula(
 torch.library.register_autograd(
     "memattn_cpp::task_masked_attention", _backward_formula, setup_context=_setup_context
 )
+differentiable_once("memattn_cpp::task_masked_attention_backward")

@@ -1,6 +1,7 @@
 """Which keys each query of a task may see, in the form that the kernels skip and read by."""
 
 import math
+from operator import index
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,13 +9,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memattn.ops._checks import check_int, check_shape, check_tensor, must
+from memattn.ops._checks import check_shape, check_tensor, must
+from memattn.ops._task_mask_tiles import (
+    TILE,
+    WORD,
+    classify,
+    classify_graph,
+    lists,
+    pack_queries,
+    pack_words,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TILE = 128  # queries and keys of a tile
-_WORD = 32  # queries in one word of bits
 _FORMAT = "memattn.TaskMask/1"
 
 
@@ -84,15 +92,15 @@ class TaskMask:
         mask = mask[:, None] if mask.dim() == 3 else mask
         N, H, T, S = mask.shape
         n_q, n_k = math.ceil(T / TILE), math.ceil(S / TILE)
-        words = TILE // _WORD
+        words = TILE // WORD
         classes = torch.empty(N, H, n_q, n_k, dtype=torch.int8, device=mask.device)
         slots = torch.full(classes.shape, -1, dtype=torch.int32, device=mask.device)
         bits: list[Tensor] = []
         n_partial = 0
         for task in range(N):
             for head in range(H):
-                packed = _pack_queries(mask[task, head])  # uint8 [n_q, TILE / 8, n_k, TILE]
-                own = _classify(packed, T, S)
+                packed = pack_queries(mask[task, head])  # uint8 [n_q, TILE / 8, n_k, TILE]
+                own = classify(packed, T, S)
                 classes[task, head] = own
                 where = own == 2
                 n = int(where.sum())
@@ -102,7 +110,7 @@ class TaskMask:
                 partial = packed.transpose(1, 2)[where].transpose(1, 2).reshape(-1)
                 bits.append(partial.view(torch.int32).view(n * TILE, words))
                 n_partial += n
-        tensors = MaskTensors(torch.cat(bits), slots, None, None, *_lists(classes))
+        tensors = MaskTensors(torch.cat(bits), slots, None, None, *lists(classes))
         return cls(tensors, T, S)
 
     @classmethod
@@ -142,13 +150,14 @@ class TaskMask:
             low, high = (int(x) for x in node.aminmax())
             if low < 0 or high >= G:
                 must(name, f"have nodes from 0 to G - 1 = {G - 1}", f"{low} to {high}")
-        query_node, key_node = (x.to(torch.int32).contiguous() for x in (query_node, key_node))
+        # copies: the mask stays what it is when the caller writes into these
+        query_node, key_node = (x.to(torch.int32, copy=True) for x in (query_node, key_node))
         edges = edges.clone()
-        classes = _classify_graph(edges, query_node, key_node)
+        classes = classify_graph(edges, query_node, key_node)
         # a row for a key node, a bit for a query node
         by_key = edges.flatten(0, 1).mT.reshape(N * H * G, G)
-        bits = _pack_words(by_key)
-        tensors = MaskTensors(bits, None, query_node, key_node, *_lists(classes))
+        bits = pack_words(by_key)
+        tensors = MaskTensors(bits, None, query_node, key_node, *lists(classes))
         return cls(tensors, query_node.numel(), key_node.numel(), edges)
 
     @property
@@ -163,7 +172,14 @@ class TaskMask:
         return sum(t.numel() * t.element_size() for t in given)
 
     def to(self, device: torch.device | str) -> "TaskMask":
-        """The same mask on another device."""
+        """The same mask on another device.
+
+        Raises:
+            TypeError: If ``device`` is no device.
+        """
+        if not isinstance(device, torch.device | str | int):
+            must("device", "be a device", repr(device), TypeError)
+        device = torch.device(device)
         moved: dict[str, Any] = {
             name: None if t is None else t.to(device) for name, t in self.tensors._asdict().items()
         }
@@ -172,9 +188,7 @@ class TaskMask:
 
     def dense(self, task: int) -> Tensor:
         """The pairs of one task, bool ``[n_heads, T, S]``. Costs ``T * S`` bytes for each head."""
-        check_int("task", task, 0)
-        if task >= self.n_tasks:
-            must("task", f"be below n_tasks={self.n_tasks}", task)
+        task = self._check_task(task)
         T, S, t = self.n_queries, self.n_keys, self.tensors
         if self.edges is not None and t.query_node is not None and t.key_node is not None:
             return self.edges[task][:, t.query_node.long()[:, None], t.key_node.long()[None]]
@@ -184,13 +198,22 @@ class TaskMask:
         n_q, n_k = slots.shape[1:]
         tiles = (full | partial)[..., None, None].expand(-1, -1, -1, TILE, TILE).clone()
         shift = torch.arange(TILE, device=self.device)
-        words = t.bits.view(-1, TILE, TILE // _WORD)
+        words = t.bits.view(-1, TILE, TILE // WORD)
         for head in range(self.n_heads):
             own = words[slots[head][partial[head]]]  # [n, keys, words]
-            told = (own[..., shift // _WORD] >> (shift % _WORD)) & 1  # [n, keys, queries]
+            told = (own[..., shift // WORD] >> (shift % WORD)) & 1  # [n, keys, queries]
             tiles[head][partial[head]] = told.mT.bool()
         whole = tiles.transpose(2, 3).reshape(self.n_heads, n_q * TILE, n_k * TILE)
         return whole[:, :T, :S].contiguous()
+
+    def _check_task(self, task: int) -> int:
+        """A task as an int, checked."""
+        if isinstance(task, bool) or not hasattr(task, "__index__"):
+            must("task", "be an integer", type(task).__name__, TypeError)
+        task = index(task)
+        if not 0 <= task < self.n_tasks:
+            must("task", f"be at least 0 and below n_tasks={self.n_tasks}", task)
+        return task
 
     def _tile_classes(self, task: int) -> tuple[Tensor, Tensor]:
         """Whether each tile of a task is full, and whether it is partial, ``[n_heads, ...]``."""
@@ -206,7 +229,7 @@ class TaskMask:
     def tile_density(self, task: int | None = None) -> float:
         """Share of the tiles that are computed, of one task or of all."""
         counts = self.tensors.query_counts
-        counts = counts if task is None else counts[task]
+        counts = counts if task is None else counts[self._check_task(task)]
         return counts.sum().item() / (counts.numel() // 2 * self.tensors.query_tiles.shape[-1])
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -215,18 +238,22 @@ class TaskMask:
         Raises:
             OSError: If it cannot be written.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         named = {n: t for n, t in self.tensors._asdict().items() if t is not None}
         if self.edges is not None:
             named["edges"] = self.edges
-        named = {name: t.detach().cpu().contiguous() for name, t in named.items()}
+        # clones: safetensors refuses tensors that share memory
+        named = {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
         sizes = {"n_queries": str(self.n_queries), "n_keys": str(self.n_keys)}
         target = Path(path)
         part = target.with_name(target.name + ".part")
         try:
             save_file(named, part, metadata={"format": _FORMAT, **sizes})
             part.replace(target)
+        except SafetensorError as error:  # what it makes of a missing folder or a full disk
+            raise OSError(f"path must be one that can be written, got {path}: {error}") from None
         finally:
             part.unlink(missing_ok=True)
 
@@ -254,7 +281,55 @@ class TaskMask:
             must("path", f"hold a mask of format {_FORMAT}", f"{path}: {about.get('format')}")
         edges = named.pop("edges", None)
         named = dict.fromkeys(("slots", "query_node", "key_node")) | named
-        return cls(MaskTensors(**named), int(about["n_queries"]), int(about["n_keys"]), edges)
+        sizes = [about.get(name, "") for name in ("n_queries", "n_keys")]
+        if set(named) != set(MaskTensors._fields) or not all(size.isdecimal() for size in sizes):
+            must("path", f"hold the tensors and sizes of {_FORMAT}", f"{path}: {sorted(named)}")
+        tensors = MaskTensors(**named)
+        n_queries, n_keys = map(int, sizes)
+        four_axes = tensors.query_tiles.dim() == 4
+        mask = cls(tensors, n_queries, n_keys, edges) if four_axes else None
+        if mask is None or not mask._is_whole():
+            must("path", "hold tensors that fit together", path)
+        return mask
+
+    def _is_whole(self) -> bool:
+        """Whether shapes fit and indices are in range, so that a kernel reads no other memory."""
+        t, edges = self.tensors, self.edges
+        n_q, n_k = (math.ceil(n / TILE) for n in (self.n_queries, self.n_keys))
+        lead, words = (self.n_tasks, self.n_heads), TILE // WORD
+        wanted: dict[str, tuple[tuple[int, ...], int, int]] = dict(
+            query_tiles=((*lead, n_q, n_k), 0, n_k),
+            query_counts=((*lead, n_q, 2), 0, n_k + 1),
+            key_tiles=((*lead, n_k, n_q), 0, n_q),
+            key_counts=((*lead, n_k, 2), 0, n_q + 1),
+        )
+        if edges is None:
+            n_bits = t.bits.shape[0]
+            wanted["slots"] = ((*lead, n_q, n_k), -1, n_bits // TILE)
+            bits = (n_bits // TILE * TILE, words)
+        else:
+            G = edges.shape[-1]
+            wanted["query_node"] = ((self.n_queries,), 0, G)
+            wanted["key_node"] = ((self.n_keys,), 0, G)
+            bits = (math.prod(lead) * G, math.ceil(G / WORD))
+            if edges.dtype != torch.bool or edges.shape != (*lead, G, G):
+                return False
+        if t.bits.dtype != torch.int32 or t.bits.shape != bits:
+            return False
+        for name, tensor in t._asdict().items():
+            if name == "bits":
+                continue
+            if (tensor is None) != (name not in wanted):
+                return False
+            if tensor is None:
+                continue
+            shape, low, end = wanted[name]
+            if tensor.dtype != torch.int32 or tensor.shape != shape:
+                return False
+            least, most = (int(x) for x in tensor.aminmax())
+            if least < low or most >= end:
+                return False
+        return bool((t.query_counts.sum(-1) <= n_k).all() and (t.key_counts.sum(-1) <= n_q).all())
 
     def plot(self, task: int | None = None, head: int = 0, ax: "Axes | None" = None) -> "Axes":
         """Draw the allowed pairs of one task, or of all tasks by colour.
@@ -279,67 +354,3 @@ class TaskMask:
             f"{100 * self.tile_density():.1f} % of tiles, {self.nbytes / 2**20:.2f} MiB, "
             f"{self.device})"
         )
-
-
-def _pack_queries(mask: Tensor) -> Tensor:
-    """Bits of bool ``[T, S]``, eight queries in a byte: uint8 ``[n_q, TILE / 8, n_k, TILE]``."""
-    T, S = mask.shape
-    n_q, n_k = math.ceil(T / TILE), math.ceil(S / TILE)
-    if (n_q * TILE, n_k * TILE) != (T, S):
-        mask = torch.nn.functional.pad(mask, (0, n_k * TILE - S, 0, n_q * TILE - T))
-    rows = mask.contiguous().view(torch.uint8).view(n_q * TILE // 8, 8, n_k * TILE)
-    for shift in (1, 2, 4):
-        rows = rows[:, 0::2] | (rows[:, 1::2] << shift)
-    return rows.view(n_q, TILE // 8, n_k, TILE)
-
-
-def _classify(packed: Tensor, T: int, S: int) -> Tensor:
-    """0 for an empty tile, 1 for a full one, 2 for the others: int8 ``[n_q, n_k]``."""
-    n_q, _, n_k, _ = packed.shape
-    device = packed.device
-    inside = torch.arange(n_q * TILE, device=device) < T
-    whole = _pack_queries(inside[:, None])[:, :, 0, :1]  # [n_q, TILE / 8, 1]
-    is_key = (torch.arange(n_k * TILE, device=device) < S).view(1, 1, n_k, TILE)
-    some = packed.amax((1, 3)) > 0
-    missing = (packed != whole[:, :, None]) & is_key
-    return torch.where(some, torch.where(missing.any(3).any(1), 2, 1), 0).to(torch.int8)
-
-
-def _classify_graph(edges: Tensor, query_node: Tensor, key_node: Tensor) -> Tensor:
-    """The same from a graph: int8 ``[N, H, n_q, n_k]``."""
-    queries, keys = (_presence(node, edges.shape[-1]) for node in (query_node, key_node))
-    dtype = queries.dtype
-    some = queries @ edges.to(dtype) @ keys.mT > 0
-    missing = queries @ (~edges).to(dtype) @ keys.mT > 0
-    return torch.where(some, torch.where(missing, 2, 1), 0).to(torch.int8)
-
-
-def _presence(node: Tensor, G: int) -> Tensor:
-    """1 where a tile has a node, else 0: float32 ``[n_tiles, G]``."""
-    tile = torch.arange(node.numel(), device=node.device) // TILE
-    present = torch.zeros(int(tile[-1]) + 1, G, device=node.device)
-    present[tile, node.long()] = 1.0
-    return present
-
-
-def _pack_words(rows: Tensor) -> Tensor:
-    """Bits of bool ``[R, n]``: int32 ``[R, ceil(n / 32)]``."""
-    R, n = rows.shape
-    words = math.ceil(n / _WORD)
-    padded = torch.nn.functional.pad(rows, (0, words * _WORD - n)).view(R, words, _WORD)
-    factors = 1 << torch.arange(_WORD, device=rows.device)
-    values = (padded * factors).sum(-1)  # int64
-    return torch.where(values >= 1 << 31, values - (1 << 32), values).to(torch.int32)
-
-
-def _lists(classes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tiles in reach and their counts, by tiles of queries and by tiles of keys."""
-    return *_list(classes), *_list(classes.mT)
-
-
-def _list(classes: Tensor) -> tuple[Tensor, Tensor]:
-    # full tiles first, then partial ones, then those in no list
-    order = torch.tensor([2, 0, 1], device=classes.device)[classes.long()]
-    tiles = order.sort(dim=-1, stable=True).indices.to(torch.int32)
-    counts = torch.stack([(classes == kind).sum(-1) for kind in (1, 2)], -1).to(torch.int32)
-    return tiles.contiguous(), counts.contiguous()

@@ -9,7 +9,13 @@ import triton
 from torch import Tensor
 
 from memattn_kernels import configs
-from memattn_kernels._common import device_guard, empty_rows, rows, rows_ready
+from memattn_kernels._common import (
+    device_guard,
+    empty_rows,
+    refuse_second_derivative,
+    rows,
+    rows_ready,
+)
 from memattn_kernels.future_attention.backward_kernels import (
     future_attention_bwd_dkdv_kernel,
     future_attention_bwd_dq_kernel,
@@ -242,3 +248,4 @@ def _backward(ctx, d_out, d_out_future, d_lse, d_loss, *_) -> tuple:
 
 
 future_attention_op.register_autograd(_backward, setup_context=_setup_context)
+future_attention_backward_op.register_autograd(refuse_second_derivative)

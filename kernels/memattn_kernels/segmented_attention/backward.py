@@ -15,7 +15,14 @@ import triton
 from torch import Tensor
 
 from memattn_kernels import configs
-from memattn_kernels._common import block_length, device_guard, empty_rows, rows, rows_ready
+from memattn_kernels._common import (
+    block_length,
+    device_guard,
+    empty_rows,
+    refuse_second_derivative,
+    rows,
+    rows_ready,
+)
 from memattn_kernels.segmented_attention.backward_dkdv import segmented_attention_bwd_dkdv_kernel
 from memattn_kernels.segmented_attention.backward_dq import segmented_attention_bwd_dq_kernel
 from memattn_kernels.segmented_attention.forward import (
@@ -168,3 +175,4 @@ def _backward(ctx, d_out: Tensor | None, d_lse: Tensor | None, _) -> tuple:
 
 
 segmented_attention_op.register_autograd(_backward, setup_context=_setup_context)
+segmented_attention_backward_op.register_autograd(refuse_second_derivative)

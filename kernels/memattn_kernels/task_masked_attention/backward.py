@@ -12,7 +12,13 @@ import triton
 from torch import Tensor
 
 from memattn_kernels import configs
-from memattn_kernels._common import device_guard, empty_rows, rows, rows_ready
+from memattn_kernels._common import (
+    device_guard,
+    empty_rows,
+    refuse_second_derivative,
+    rows,
+    rows_ready,
+)
 from memattn_kernels.task_masked_attention.backward_dkdv import (
     task_masked_attention_bwd_dkdv_kernel,
 )
@@ -116,3 +122,4 @@ def _backward(ctx, d_out: Tensor | None, d_lse: Tensor | None, _) -> tuple:
 
 
 task_masked_attention_op.register_autograd(_backward, setup_context=_setup_context)
+task_masked_attention_backward_op.register_autograd(refuse_second_derivative)
