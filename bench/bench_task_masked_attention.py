@@ -9,6 +9,8 @@ from memattn.bench.engine import OURS
 from memattn.bench.task_masked_attention import BY_TASK, FULL_MASK, TaskMaskedCase
 
 DIRECTIONS = ["forward", "backward"]
+# torch.compile warns of its own calls
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
 @quick
@@ -20,7 +22,7 @@ def test_density(benchmark, density, direction):
 
 
 @quick
-@pytest.mark.parametrize("competitor", [FULL_MASK, *SDPA])
+@pytest.mark.parametrize("competitor", [FULL_MASK, *SDPA, "flex"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_peers_at_a_quarter_of_the_tiles(benchmark, direction, competitor):
     time_competitor(benchmark, make_case(TaskMaskedCase, "blocks"), competitor, direction)
@@ -35,7 +37,7 @@ def test_partial_tiles(benchmark, kind, direction):
 
 
 @quick
-@pytest.mark.parametrize("competitor", [OURS, BY_TASK])
+@pytest.mark.parametrize("competitor", [OURS, BY_TASK, "flex"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("n_tasks", [1, 8, 64])
 def test_mixed_tasks(benchmark, n_tasks, direction, competitor):
