@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -204,6 +205,44 @@ def test_steps_of_one_task_leave_the_others_alone():
 def test_names_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_empty_batches(rank):
+    layer = TaskLinear(3, 16, 8, rank=rank)
+    x = torch.randn(0, 5, 16, requires_grad=True)
+    for task in (1, torch.zeros(0, dtype=torch.long)):
+        out = layer(x, task)
+        assert out.shape == (0, 5, 8)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert grad.shape == x.shape
+    assert TaskLinear(0, 16, 8, rank=rank).double().weight.shape == (0, 8, 16)
+
+
+def test_one_task_for_all_rows():
+    layer, x = make_layer(**SIZES["odd"]), make_input(13)
+    for task in (np.int64(2), np.uint8(2), torch.tensor(2), torch.tensor(2).int()):
+        assert torch.equal(layer(x, task), layer(x, 2))
+
+
+def test_x_has_the_dtype_of_the_weights():
+    layer, x = make_layer(16, 8), make_input(16)
+    for task in (0, TASKS):
+        with pytest.raises(ValueError, match="x must have the dtype of the weights, torch.float32"):
+            layer(x.double(), task)
+    with pytest.raises(TypeError, match="x must be a tensor, got ndarray"):
+        layer(x.numpy(), 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.bfloat16(), TASKS).dtype == layer(x, TASKS).dtype == torch.bfloat16
+
+
+def test_compiles():
+    layer, x = make_layer(**SIZES["aligned"]), make_input(16)
+    whole = torch.compile(layer, fullgraph=True, backend="eager")
+    for task in (2, 1, 0):  # the second one makes the number of the task a symbol
+        torch.testing.assert_close(whole(x, task), layer(x, task))
+    mixed = torch.compile(layer, backend="eager")
+    torch.testing.assert_close(mixed(x, TASKS), layer(x, TASKS))
 
 
 def test_task_id_must_be_an_integer_or_a_tensor():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from memattn.nn.task_linear import TaskGroups, TaskLinear
 from memattn.ops import TaskMask, task_masked_attention
 from memattn.ops._checks import check_int, must
+from memattn.ops._dispatch import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class TaskGraphAttention(nn.Module):
         backend: Backend of ``memattn.task_masked_attention``.
 
     Raises:
-        ValueError: If heads do not divide, or a size is below 1.
+        TypeError: If an argument has the wrong Python type.
+        ValueError: If heads do not divide, a size is below 1, or ``backend`` is unknown.
     """
 
     def __init__(
@@ -66,6 +68,10 @@ class TaskGraphAttention(nn.Module):
         check_int("num_heads", num_heads, 1)
         if hidden_size % num_heads:
             must("hidden_size", f"be divisible by num_heads={num_heads}", hidden_size)
+        if not isinstance(backend, str):
+            must("backend", f"be one of {', '.join(BACKENDS)}", type(backend).__name__, TypeError)
+        if backend not in BACKENDS:
+            must("backend", f"be one of {', '.join(BACKENDS)}", repr(backend))
         self.num_heads = num_heads
         self.backend = backend
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (

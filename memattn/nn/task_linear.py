@@ -1,6 +1,7 @@
 """Linear layers with a weight for each task, applied to a batch that mixes tasks."""
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memattn.ops._attention import autocast
-from memattn.ops._checks import check_bool, check_int, check_rank, check_shape, check_tensor, must
+from memattn.ops._checks import (
+    check_bool,
+    check_int,
+    check_like,
+    check_rank,
+    check_shape,
+    check_tensor,
+    must,
+)
 
 
 class TaskGroups(NamedTuple):
@@ -36,8 +45,8 @@ def group_by_task(task_id: int | Tensor, n_rows: int) -> TaskGroups:
     """Group the rows of a batch by task.
 
     Args:
-        task_id: The task of all rows, or of each: int32 or int64 ``[B]``. Its values are read on
-            the host, so a CUDA tensor is waited for.
+        task_id: The task of all rows, an integer or an int32 or int64 tensor without axes; or of
+            each row, ``[B]``. Values of a tensor are read on the host, so CUDA is waited for.
         n_rows: Rows of the batch, B.
 
     Raises:
@@ -45,11 +54,13 @@ def group_by_task(task_id: int | Tensor, n_rows: int) -> TaskGroups:
         ValueError: If its dtype or its shape does not fit.
     """
     if not isinstance(task_id, Tensor):
-        if isinstance(task_id, bool) or not isinstance(task_id, int):
+        if isinstance(task_id, bool) or not isinstance(task_id, int | Integral):
             must("task_id", "be an integer or a tensor", type(task_id).__name__, TypeError)
-        return TaskGroups((task_id,), (n_rows,), None)
+        return TaskGroups((int(task_id),), (n_rows,), None)
     if task_id.dtype not in (torch.int32, torch.int64):
         must("task_id", "have dtype torch.int32 or torch.int64", task_id.dtype)
+    if task_id.dim() == 0:
+        return TaskGroups((int(task_id),), (n_rows,), None)
     if list(task_id.shape) != [n_rows]:
         must("task_id", f"be an integer or have shape [B={n_rows}]", list(task_id.shape))
     tasks, sizes = task_id.cpu().unique(return_counts=True)
@@ -138,6 +149,8 @@ class TaskLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weights of all tasks, ``[N, out_features, in_features]``: a differentiable copy."""
+        if not self._tasks:
+            return self._place.new_empty(0, self.out_features, self.in_features)
         if self.full is not None:
             return torch.stack(self._of(self.full, self._tasks))
         assert self.up is not None and self.down is not None
@@ -194,14 +207,16 @@ class TaskLinear(nn.Module):
         """Map ``[B, ..., in_features]`` to ``[B, ..., out_features]``.
 
         Args:
-            x: ``[B, ..., in_features]``.
+            x: ``[B, ..., in_features]``, of the dtype of the weights but under autocast.
             task_id: The task of all rows, or of each: int32 or int64 ``[B]``; or the
                 ``TaskGroups`` of a batch whose rows ``x`` are *already sorted* by task.
 
         Raises:
-            TypeError: If ``task_id`` has the wrong Python type.
-            ValueError: If a shape does not fit, or a task does not exist.
+            TypeError: If ``x`` or ``task_id`` has the wrong Python type.
+            ValueError: If a shape, the dtype or the device of ``x`` does not fit, or a task does
+                not exist.
         """
+        check_tensor("x", x)
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             must("x", f"have shape [B, ..., {self.in_features}]", list(x.shape))
         if isinstance(task_id, TaskGroups):
@@ -214,15 +229,21 @@ class TaskLinear(nn.Module):
             must("task_id", f"have B={x.shape[0]} rows", groups.n_rows)
         for task in groups.tasks:
             self._check_task("task_id", task)
+        if not groups.tasks:  # an empty batch of no task
+            return F.linear(x, x.new_zeros(self.out_features, self.in_features))
         inner = x.shape[1:-1].numel()
         sizes = [size * inner for size in groups.sizes]
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(sum(sizes), self.in_features)
+        factors = self.full if self.up is None else self.down
+        assert factors is not None
+        first = self._of(factors, groups.tasks)
+        # without rows: a cast under autocast costs nothing
+        check_like("x", autocast(x[:0]), "the weights", autocast(first[0][:0]))
         bias = None if self.bias is None else self._of(self.bias, groups.tasks)
-        if self.full is not None:
-            out = grouped_linear(rows, sizes, self._of(self.full, groups.tasks), bias)
+        if self.up is None:
+            out = grouped_linear(rows, sizes, first, bias)
         else:
-            assert self.up is not None and self.down is not None
-            low = grouped_linear(rows, sizes, self._of(self.down, groups.tasks))
+            low = grouped_linear(rows, sizes, first)
             out = grouped_linear(low, sizes, self._of(self.up, groups.tasks), bias)
             if self.shared_weight is not None:
                 out = out + F.linear(rows, self.shared_weight)
@@ -233,7 +254,9 @@ class TaskLinear(nn.Module):
         return ((name, kind) for name, kind in named.items() if kind is not None)
 
     def _of(self, parameters: nn.ParameterDict, tasks: Sequence[int]) -> list[Tensor]:
-        return [parameters[str(task)] for task in tasks]
+        # by the integer of the layer's own list: torch.compile may trace a task as a symbol
+        own = (self._tasks[self._tasks.index(task)] for task in tasks)
+        return [parameters[str(task)] for task in own]
 
     def _draw(self, name: str) -> Tensor:
         """Initial values as those of ``torch.nn.Linear``: uniform, below ``1/sqrt(inputs)``."""
@@ -300,6 +323,8 @@ def _takes_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's grouped product takes these without a loop that waits for the device."""
     if not hasattr(F, "grouped_mm") or rows.shape[0] == 0 or rows.dtype != weight.dtype:
         return False
+    if torch.compiler.is_compiling() and rows.dtype != torch.bfloat16:
+        return False  # its shapes under torch.compile are known for bfloat16 only
     if rows.is_cuda:
         if rows.dtype != torch.bfloat16 or torch.cuda.get_device_capability(rows.device)[0] < 9:
             return False

@@ -38,6 +38,9 @@ class TokenProjection(nn.Module):
         TypeError: If an argument has the wrong Python type.
         ValueError: If a size is below 1.
 
+    Attributes:
+        image: The axes of an image with its channels, ``(C, H, W)``; None for a vector.
+
     Example:
         >>> tokens = TokenProjection(784, 64)
         >>> tokens(torch.randn(2, 784)).shape
@@ -58,9 +61,12 @@ class TokenProjection(nn.Module):
         positions: bool = False,
     ) -> None:
         super().__init__()
+        wanted = "be an integer, (H, W) or (C, H, W)"
+        if not isinstance(input_dim, int | Sequence):
+            must("input_dim", wanted, type(input_dim).__name__, TypeError)
         axes = (input_dim,) if isinstance(input_dim, int) else tuple(input_dim)
         if len(axes) not in (1, 2, 3):
-            must("input_dim", "be an integer, (H, W) or (C, H, W)", input_dim)
+            must("input_dim", wanted, input_dim)
         for axis in axes:
             check_int("input_dim", axis, 1)
         check_int("hidden_size", hidden_size, 1)
@@ -68,11 +74,21 @@ class TokenProjection(nn.Module):
         if patch_size is not None:
             check_int("patch_size", patch_size, 1)
         self.input_dim = math.prod(axes)
-        # the axes of an image with its channels, None for a vector
         self.image = None if len(axes) == 1 else (*(1,) * (3 - len(axes)), *axes)
         self.n_tokens, self.patch_size = n_tokens, patch_size
         self.positions = positions
         self.projection = nn.Linear(self.input_dim, hidden_size)
+
+    @property
+    def n_image_tokens(self) -> int | None:
+        """Tokens of an input where ``input_dim`` is the axes of an image; None for an integer."""
+        if self.image is None:
+            return None
+        if self.n_tokens == 1 and self.patch_size is None:
+            return 1
+        _, height, width = self.image
+        side = self._side(height, width)
+        return math.ceil(height / side) * math.ceil(width / side)
 
     def is_sequence(self, x: Tensor) -> bool:
         """Whether an input is ``[B, L, F]``, tokens already."""
@@ -108,11 +124,15 @@ class TokenProjection(nn.Module):
         if image is None or len(image) != 3:
             size = math.ceil(self.input_dim / self.n_tokens)
             x = x.reshape(n, self.input_dim)
-            return F.pad(x, (0, -self.input_dim % size)).view(n, -1, size)
+            return F.pad(x, (0, -self.input_dim % size)).unflatten(1, (-1, size))
         _, height, width = image
-        side = self.patch_size or math.ceil(max(height, width) / math.isqrt(self.n_tokens))
+        side = self._side(height, width)
         x = F.pad(x.reshape(n, *image), (0, -width % side, 0, -height % side))
         return F.unfold(x, side, stride=side).mT
+
+    def _side(self, height: int, width: int) -> int:
+        """The side of a patch of an image."""
+        return self.patch_size or math.ceil(max(height, width) / math.isqrt(self.n_tokens))
 
     def extra_repr(self) -> str:
         return f"n_tokens={self.n_tokens}, patch_size={self.patch_size}, positions={self.positions}"
