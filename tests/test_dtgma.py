@@ -57,6 +57,13 @@ def test_the_published_function():
     torch.testing.assert_close(model(x, 5), logits)
 
 
+def test_compiles():
+    model, x = make_model(n_layers=1, reads={0: (), 1: (0,)}), make_x(4)
+    tasks = [1, 0, 1, 0]  # task 1 reads task 0
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(x, tasks), model(x, tasks))
+
+
 def test_attention_over_one_token_is_its_value():
     torch.manual_seed(0)
     attention = TaskGraphAttention(8, 2).double()

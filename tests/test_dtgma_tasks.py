@@ -1,5 +1,6 @@
 """DTG-MA: tokens, task files, task inference, and what it says to bad input."""
 
+import numpy as np
 import pytest
 import torch
 from dtgma_factories import make_model, make_x
@@ -230,6 +231,8 @@ def test_inference_must_be_possible():
 
 # ---- errors ----
 
+TASKLESS = torch.zeros(0, dtype=torch.int64)
+
 
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -240,8 +243,22 @@ def test_inference_must_be_possible():
         (lambda m: m(make_x(2), [0]), "task_id must name one task, or one for each of B=2"),
         (lambda m: m(make_x(2, 11), 0), r"x must have shape \[B, 12\] or \[B, L, 12\], got"),
         (lambda m: m(make_x(2).double(), 0), "x must have the dtype of the projection"),
-        (lambda m: m(make_x(2, 36).view(2, 3, 12), 1), "x must give the 5 tokens of the mask of"),
+        (
+            lambda m: m(make_x(2, 36).view(2, 3, 12), 1),
+            "x must give the 4 tokens that the mask of task 1",
+        ),
         (lambda m: m.register_task(0), "task must be a new name, got 0"),
+        (lambda m: m.gather_prototypes(0, make_x(2), torch.tensor([0, 2])), "y must be from 0 to"),
+        (lambda m: m.gather_prototypes(0, make_x(2), torch.tensor([0, -1])), "y must be from 0"),
+        (
+            lambda m: m.gather_prototypes(0, make_x(2), torch.tensor([0])),
+            "y must have shape",
+        ),
+        (
+            lambda m: m.gather_prototypes(0, make_x(2), torch.zeros(2)),
+            "y must have dtype",
+        ),
+        (lambda m: m.gather_prototypes(0, make_x(0), TASKLESS), "y must have at least one label"),
         (lambda m: m.register_task(2, 0), "num_classes must be at least 1, got 0"),
         (lambda m: m.register_task(2, reads=(7,)), "reads must name registered tasks"),
         (lambda m: m.register_task(2, reads=(1,)), r"reads must name frozen tasks .*, got 1"),
@@ -254,6 +271,7 @@ def test_inference_must_be_possible():
         (lambda m: m.set_mask(1, torch.ones(3, 5, 5).bool()), r"or \[n_heads=2, L, L\]"),
         (lambda m: m.set_mask(1, torch.ones(1, 1).bool()), "with L > n_nodes=1"),
         (lambda m: DTGMAModel(4, 8, 2, dropout=1.0), "dropout must be at least 0 and below 1"),
+        (lambda m: DTGMAModel(4, 8, 2, backend="no"), "backend must be one of auto, .*, got 'no'"),
         (lambda m: DTGMAModel(4, 8, 2, shared="no"), "shared must be one of frozen, first_task"),
         (lambda m: DTGMAModel(4, 8, 2, inference="no"), "inference must be None or one of"),
         (lambda m: DTGMAModel(4, 9, 2), "hidden_dim must be divisible by n_heads=4, got 9"),
@@ -277,5 +295,54 @@ def test_names_the_argument_of_a_wrong_type():
         model.register_task(1.0)
     with pytest.raises(TypeError, match="task_id must be a name, names or a tensor, got float"):
         model(make_x(1), 0.0)
+    with pytest.raises(TypeError, match="dropout must be a number, got str"):
+        DTGMAModel(4, 8, 2, dropout="x")
+    with pytest.raises(TypeError, match="input_dim must be an integer, .*, got float"):
+        DTGMAModel(16.0, 8, 2)
+    with pytest.raises(TypeError, match="backend must be one of auto, .*, got NoneType"):
+        DTGMAModel(4, 8, 2, backend=None)
+    with pytest.raises(TypeError, match="y must be a tensor, got list"):
+        model.gather_prototypes(0, make_x(1), [0])
     with pytest.raises(TypeError, match="x must be a tensor, got list"):
         model([1.0], 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [({}, 5), (dict(n_tokens=1), 1), (dict(patch_size=2), 7), (dict(n_nodes=2), 6)],
+)
+def test_masks_of_images_are_as_long_as_their_columns(options, length):
+    model = make_model(input_dim=(2, 5, 4), reads={0: ()}, frozen=False, **options)
+    model.set_mask(0, torch.ones(length, length, dtype=torch.bool))
+    assert model(make_x(1, 40), 0).shape == (1, 2)
+    with pytest.raises(ValueError, match=f"mask must have L={length} .*, got 99"):
+        model.set_mask(0, torch.ones(99, 99, dtype=torch.bool))
+
+
+def test_names_of_other_integer_types():
+    model, x = make_model(reads={0: (), np.int64(1): (np.int8(0),), np.str_("a"): ()}), make_x(2)
+    assert [type(task) for task in model.tasks] == [int, int, str]
+    expected = model(x, 1)
+    for task in (np.int64(1), [np.int64(1)] * 2, torch.tensor(1), torch.tensor(1).int()):
+        assert torch.equal(model(x, task), expected)
+    with pytest.raises(TypeError, match="task must be an integer or a string, got bool"):
+        model.register_task(np.bool_(True))
+    with pytest.raises(ValueError, match="task_id must name registered tasks"):
+        model(x, torch.tensor(True))
+
+
+@pytest.mark.parametrize("input_dim", [12, (3, 4)], ids=str)
+def test_empty_batches(input_dim):
+    model = make_model(input_dim=input_dim, inference="entropy")
+    x = make_x(0).requires_grad_()
+    for task, classes in {0: 2, 1: 3, 3: 2}.items():  # 3 reads 1, which reads 0
+        assert model(x, task).shape == (0, classes)
+    for task in ([], torch.zeros(0, dtype=torch.int64), None):
+        out = model(x, task)
+        assert out.shape == (0, model.num_classes)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert grad.shape == x.shape
+    model(x, 3).sum().backward()
+    assert x.grad.shape == x.shape
+    with pytest.raises(ValueError, match=r"x must have shape \[B, "):
+        model(make_x(0, 11), [])

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -47,7 +48,17 @@ class TaskFile:
             ValueError: If it holds something else.
         """
         about, named = _load(path, _TASK, "save_task")
-        return cls(about, _part(named, "task."), _part(named, "shared."))
+        kinds = dict(task=int | str, num_classes=int, reads=list, columns=list, config=dict)
+        with refused(path):
+            _check_about(about, kinds)
+            for column in about["columns"]:
+                if not isinstance(column, list) or [type(c) for c in column[1:]] != [str]:
+                    raise ValueError(f"{column!r} in columns is no name with a hash")
+            read = [name for name, _ in about["columns"]]
+            if not all(name in read for name in about["reads"]):
+                raise ValueError(f"reads {about['reads']} are not all among columns {read}")
+            tensors, shared = _parts(named, ["task.", "shared."])
+        return cls(about, tensors, shared)
 
 
 @dataclass(frozen=True)
@@ -81,22 +92,33 @@ class ModelFile:
             ValueError: If it holds something else.
         """
         about, named = _load(path, _MODEL, "save")
-        tasks = [_part(named, f"tasks.{i}.") for i in range(len(about["tasks"]))]
-        return cls(about, tasks, _part(named, "shared."))
+        kinds = dict(task=int | str, num_classes=int, reads=list, frozen=bool)
+        with refused(path):
+            _check_about(about, dict(options=dict, tasks=list, shared_frozen=bool))
+            for task in about["tasks"]:
+                _check_about(task, kinds)
+            prefixes = ["shared.", *(f"tasks.{i}." for i in range(len(about["tasks"])))]
+            shared, *tasks = _parts(named, prefixes)
+        return cls(about, tasks, shared)
 
 
 def _save(
     path: str | PathLike[str], kind: str, about: dict[str, Any], named: Mapping[str, Tensor]
 ) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path must be in a folder that exists, got {path}")
     # clones: safetensors refuses tensors that share memory
     named = {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
-    target = Path(path)
     part = target.with_name(target.name + ".part")
     try:
         save_file(named, part, metadata={"format": kind, "about": json.dumps(about)})
         part.replace(target)
+    except SafetensorError as error:  # of writing: what is written is sound
+        raise OSError(f"path must be a file that can be written, got {path}: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -116,11 +138,61 @@ def _load(
         raise ValueError(f"path must be a whole safetensors file, got {path}: {error}") from None
     if metadata.get("format") != kind:
         must("path", f"hold what has format {kind}", f"{path}: {metadata.get('format')}")
-    return json.loads(metadata["about"]), named
+    with refused(path):
+        return json.loads(metadata.get("about", "")), named
 
 
-def _part(named: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in named.items() if n.startswith(prefix)}
+@contextmanager
+def refused(path: str | PathLike[str]) -> Iterator[None]:
+    """Name the file where what it holds is refused."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        message = f"path must hold what was saved of a model like this, got {path}: {error}"
+        raise ValueError(message) from error
+
+
+def _check_about(about: Any, kinds: Mapping[str, Any]) -> None:
+    """Raise unless ``about`` has these entries of these types."""
+    if not isinstance(about, dict):
+        raise ValueError(f"metadata {about!r} have no entries {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        if name not in about:
+            raise ValueError(f"metadata have no entry {name!r}")
+        if not isinstance(about[name], kind):
+            raise ValueError(f"metadata have a wrong entry {name!r}, {about[name]!r}")
+
+
+def _parts(named: Mapping[str, Tensor], prefixes: Sequence[str]) -> list[dict[str, Tensor]]:
+    """The tensors of each prefix, by the rest of their names."""
+    others = sorted(name for name in named if not name.startswith(tuple(prefixes)))
+    if others:
+        raise ValueError(f"unexpected tensors {', '.join(others)}")
+    return [{n.removeprefix(p): t for n, t in named.items() if n.startswith(p)} for p in prefixes]
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], optional: Sequence[str] = ()
+) -> None:
+    """Raise unless a file holds tensors of the names, shapes and dtypes that are wanted.
+
+    Args:
+        tensors: What it holds.
+        wanted: What it must hold; only names, shapes and dtypes are read.
+        optional: Names that it may hold beside these.
+    """
+    missing = sorted(wanted.keys() - tensors.keys())
+    if missing:
+        raise ValueError(f"missing tensors {', '.join(missing)}")
+    others = sorted(tensors.keys() - wanted.keys() - set(optional))
+    if others:
+        raise ValueError(f"unexpected tensors {', '.join(others)}")
+    for name, want in wanted.items():
+        got = tensors[name]
+        if got.shape != want.shape:
+            raise ValueError(f"{name} must have shape {list(want.shape)}, got {list(got.shape)}")
+        if got.dtype != want.dtype:
+            raise ValueError(f"{name} must have dtype {want.dtype}, got {got.dtype}")
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

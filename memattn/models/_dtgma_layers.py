@@ -1,5 +1,9 @@
 """The parts of DTG-MA: what a task has outside the layers, and a layer."""
 
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,6 +12,13 @@ from memattn.nn.task_attention import ColumnLayout, TaskGraphAttention
 from memattn.nn.task_linear import TaskGroups, TaskLinear
 
 TaskName = int | str
+
+
+def plain_name(value: Any) -> TaskName | None:
+    """A task's name as a plain integer or string, of NumPy's too; None for what is no name."""
+    if isinstance(value, str):
+        return str(value)
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 
 class TaskColumn(nn.Module):
@@ -34,6 +45,19 @@ class TaskColumn(nn.Module):
             self.head.load_state_dict(other.head.state_dict())
         if self.nodes is not None and other.nodes is not None:
             self.nodes.data.copy_(other.nodes)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **options: Any
+    ) -> None:
+        """Take over mask and prototypes too, which may be missing on either side."""
+        weight = self.head.weight
+        for name, dtype in dict(mask=torch.bool, prototypes=weight.dtype).items():
+            stored = state_dict.get(prefix + name)
+            place = None
+            if stored is not None:
+                place = torch.empty(stored.shape, dtype=dtype, device=weight.device)
+            setattr(self, name, place)
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     def with_nodes(self, tokens: Tensor) -> Tensor:
         """Tokens ``[n, L, E]`` with the node tokens behind them."""

@@ -8,10 +8,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from memattn.models._dtgma_files import ModelFile, TaskFile, hash_tensors
+from memattn.models._dtgma_files import (
+    ModelFile,
+    TaskFile,
+    check_tensors,
+    hash_tensors,
+    refused,
+)
 from memattn.models._dtgma_layers import TaskName
 from memattn.models._dtgma_tasks import TaskModel
-from memattn.ops._checks import must
+from memattn.ops._checks import check_floating, check_shape, must
 
 _Model = TypeVar("_Model", bound="StoredTaskModel")
 
@@ -38,7 +44,7 @@ class StoredTaskModel(TaskModel):
         about = dict(
             options=self._options(),
             tasks=tasks,
-            shared_frozen=not any(p.requires_grad for p in shared.values()),
+            shared_frozen=self._shared_frozen,
         )
         columns = [self._tensors(number) for number in self._numbers.values()]
         ModelFile(about, columns, shared).save(path)
@@ -52,9 +58,13 @@ class StoredTaskModel(TaskModel):
             ValueError: If it holds something else.
         """
         file = ModelFile.load(path)
-        with torch.random.fork_rng(devices=[]):  # what is drawn here is written over
-            model = cls(**file.about["options"])
-            model.to(next(iter(file.shared.values())).dtype).eval()
+        # what is drawn here is written over
+        with torch.random.fork_rng(devices=[]), refused(path):
+            dtypes = {tensor.dtype for tensor in file.shared.values()}
+            if len(dtypes) != 1:
+                raise ValueError(f"shared parameters have dtypes {sorted(map(str, dtypes))}")
+            model = cls(**file.about["options"]).to(dtype=dtypes.pop()).eval()
+            check_tensors(file.shared, model._shared())
             _copy(file.shared, model._shared())
             for about, tensors in zip(file.about["tasks"], file.tasks, strict=True):
                 model._add(about, tensors)
@@ -95,17 +105,23 @@ class StoredTaskModel(TaskModel):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it holds something else, or its task does not fit into this model.
+            ValueError: If it holds something else, or its task does not fit into this model, which
+                is then left as it was.
         """
         file = TaskFile.load(path)
         about, task = file.about, file.about["task"]
         if about["config"] != self._config():
             must("path", f"hold a task of a model of {self._config()}", about["config"])
+        with refused(path):
+            self._try(file)
         if task in self._numbers:
             must("path", "hold a task with a new name", repr(task))
         for name, fingerprint in about["columns"]:
             if self._hash(self._number(f"tasks that {task!r} reads", name)) != fingerprint:
                 must("path", f"hold a task that reads this model's task {name!r}", "another one")
+        for name in about["reads"]:
+            if not self.is_frozen(name):
+                must("path", "hold a task that reads frozen tasks of this model", repr(name))
         if not self._numbers:
             _copy(file.shared, self._shared())
         elif hash_tensors(file.shared) != hash_tensors(self._shared()):
@@ -122,16 +138,34 @@ class StoredTaskModel(TaskModel):
     def _options(self) -> dict[str, Any]:
         """Arguments that build the model without its tasks."""
 
+    def _try(self, file: TaskFile) -> None:
+        """Raise where the task of a file cannot be added, before this model is touched.
+
+        It is added to a model like this one without tasks and values, which makes every check.
+        """
+        with torch.device("meta"):
+            trial = type(self)(**self._options()).to(self.tokens.projection.weight.dtype)
+            check_tensors(file.shared, trial._shared())
+            trial._add(file.about | dict(reads=[]), file.tensors)
+
     def _add(self, about: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Register a task of a file and take over what it computes with."""
         task = about["task"]
         self.register_task(task, about["num_classes"], reads=about["reads"])
         number = self._number("task", task)
-        _copy(tensors, self._named(number))
+        named = self._named(number)
+        check_tensors(tensors, named, optional=("mask", "prototypes"))
+        _copy(tensors, named)
         self.set_mask(task, tensors.get("mask"))
         prototypes = tensors.get("prototypes")
         if prototypes is not None:
-            prototypes = prototypes.to(self.tokens.projection.weight)
+            weight = self.tokens.projection.weight
+            check_shape("prototypes", prototypes, classes=about["num_classes"], F=None)
+            check_floating("prototypes", prototypes)
+            if prototypes.shape[1] % weight.shape[0]:
+                wanted = f"have features of tokens of E={weight.shape[0]}"
+                must("prototypes", wanted, prototypes.shape[1])
+            prototypes = prototypes.to(weight)
         self._column(number).prototypes = prototypes
 
     def _tensors(self, number: int) -> dict[str, Tensor]:

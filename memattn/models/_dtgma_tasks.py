@@ -1,17 +1,19 @@
 """The tasks of a DTG-MA model: which there are, what they read, which parameters are theirs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from memattn.models._dtgma_layers import TaskColumn, TaskName
+from memattn.models._dtgma_layers import TaskColumn, TaskName, plain_name
 from memattn.models._task_graph import TaskGraph
 from memattn.nn.task_linear import TaskLinear
 from memattn.nn.task_tokens import TokenProjection
 from memattn.ops._checks import check_int, check_tensor, must
+
+_Model = TypeVar("_Model", bound="TaskModel")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class TaskModel(nn.Module):
         self.n_nodes = n_nodes
         self._graph = TaskGraph()
         self._numbers: dict[TaskName, int] = {}  # in the order of registration
+        self._shared_frozen = False
         if not train_shared:
             self._freeze_shared()
 
@@ -95,8 +98,10 @@ class TaskModel(nn.Module):
             ValueError: If ``task`` exists, ``reads`` or ``init_from`` names one that does not, or
                 ``reads`` one that is not frozen.
         """
-        if isinstance(task, bool) or not isinstance(task, int | str):
+        name = plain_name(task)
+        if name is None:
             must("task", "be an integer or a string", type(task).__name__, TypeError)
+        task = name
         if task in self._numbers:
             must("task", "be a new name", repr(task))
         num_classes = self.num_classes if num_classes is None else num_classes
@@ -172,7 +177,8 @@ class TaskModel(nn.Module):
         Raises:
             TypeError: If ``mask`` is no tensor.
             ValueError: If there is no such task, it is frozen, or the mask's dtype or shape does
-                not fit.
+                not fit. Where ``input_dim`` is an integer, inputs decide what ``L`` is, and
+                ``forward`` raises.
         """
         number = self._number("task", task)
         if self._column(number).frozen:
@@ -186,6 +192,10 @@ class TaskModel(nn.Module):
                 wanted = f"have shape [L, L] or [n_heads={self.n_heads}, L, L]"
                 nodes = f" with L > n_nodes={self.n_nodes}" if self.n_nodes else ""
                 must("mask", wanted + nodes, list(mask.shape))
+            n_tokens = self.tokens.n_image_tokens
+            if n_tokens is not None and mask.shape[-1] != n_tokens + self.n_nodes:
+                wanted = f"have L={n_tokens + self.n_nodes} ({n_tokens} tokens of an image and "
+                must("mask", f"{wanted}n_nodes={self.n_nodes})", mask.shape[-1])
             mask = mask.detach().to(self.tokens.projection.weight.device, copy=True)
         self._column(number).mask = mask
         self._graph.forget_masks()
@@ -205,6 +215,45 @@ class TaskModel(nn.Module):
         shared = [p for p in self._shared().values() if p.requires_grad]
         return [*self.get_task_parameters(task), *shared]
 
+    def requires_grad_(self: _Model, requires_grad: bool = True) -> _Model:
+        """Let parameters require a gradient, or none; what is frozen never requires one.
+
+        Frozen are tasks after ``freeze_task``, and shared parameters as ``shared`` says.
+        """
+        super().requires_grad_(requires_grad)
+        frozen = [self._named(n) for n in self._numbers.values() if self._column(n).frozen]
+        if self._shared_frozen:
+            frozen.append(self._shared())
+        for parameters in frozen:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Take over parameters, masks and prototypes of a model with the same tasks.
+
+        They must have been registered in the same order, after the same removals, with as many
+        classes. Names of tasks, what they read and which are frozen are no part of a state dict,
+        and stay as they are here; ``save`` and ``load`` keep all of a model.
+
+        Raises:
+            ValueError: If ``strict``, and the tasks differ.
+            RuntimeError: As in ``torch.nn.Module``, for other keys and shapes that do not fit.
+        """
+        heads = ((k.split("."), v) for k, v in state_dict.items() if k.startswith("columns."))
+        stored = {k[1]: v.shape[0] for k, v in heads if k[2:] == ["head", "weight"]}
+        own = {str(n): self._column(n).num_classes for n in self._numbers.values()}
+        if strict and stored != own:
+            wanted = f"hold the tasks of this model, with classes {own} by number"
+            must("state_dict", f"{wanted} (DTGMAModel.save and load keep all tasks)", stored)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self._graph.forget_masks()
+        super()._load_from_state_dict(*args, **options)
+
     def parameter_report(self) -> ParameterReport:
         """Count the parameters that there are now."""
         shared = sum(p.numel() for p in self._shared().values())
@@ -220,10 +269,11 @@ class TaskModel(nn.Module):
 
     def _number(self, argument: str, task: Any) -> int:
         """The number of a task; raises for an unknown one."""
-        if isinstance(task, bool) or not isinstance(task, int | str) or task not in self._numbers:
+        name = plain_name(task)
+        if name is None or name not in self._numbers:
             known = f"({listed(self.tasks)})" if self._numbers else "(there are none yet)"
             must(argument, f"name registered tasks {known}", repr(task))
-        return self._numbers[task]
+        return self._numbers[name]
 
     def _column(self, number: int) -> TaskColumn:
         column = self.columns[str(number)]
@@ -250,6 +300,7 @@ class TaskModel(nn.Module):
         return own
 
     def _freeze_shared(self) -> None:
+        self._shared_frozen = True
         for parameter in self._shared().values():
             parameter.requires_grad_(False)
             parameter.grad = None

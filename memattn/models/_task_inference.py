@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memattn.ops._checks import must
+from memattn.ops._checks import check_shape, check_tensor, must
 
 if TYPE_CHECKING:
     from memattn.models.dtgma import DTGMAModel
@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Means of features ``[n, F]`` by class, ``[classes, F]``; NaN for a class without samples."""
+    check_tensor("y", labels)
+    if labels.dtype != torch.int64:
+        must("y", "have dtype torch.int64", labels.dtype)
+    check_shape("y", labels, n=features.shape[0])
+    if labels.device != features.device:
+        must("y", f"be on the device of x, {features.device}", labels.device)
+    if labels.numel() == 0:
+        must("y", "have at least one label", 0)
+    low, high = (int(label) for label in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        must("y", f"be from 0 to classes - 1 = {num_classes - 1}", f"labels from {low} to {high}")
     sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
     return sums / torch.bincount(labels, minlength=num_classes)[:, None]
 

@@ -1,6 +1,7 @@
 """DTG-MA: a classifier that learns tasks one after the other, each in a column of a task graph."""
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -105,6 +106,9 @@ class DTGMAModel(StoredTaskModel):
         check_int("n_nodes", n_nodes, 0)
         check_int("num_classes", num_classes, 1)
         check_bool("positions", positions)
+        if isinstance(dropout, bool) or not isinstance(dropout, Real):
+            must("dropout", "be a number", type(dropout).__name__, TypeError)
+        dropout = float(dropout)
         if not 0.0 <= dropout < 1.0:
             must("dropout", "be at least 0 and below 1", dropout)
         if shared not in SHARED:
@@ -134,12 +138,14 @@ class DTGMAModel(StoredTaskModel):
 
         Args:
             x: Inputs, ``[B, ...]``.
-            task_id: The task of all samples, or of each: names, or an integer tensor ``[B]``. None
-                infers them, if the model has an ``inference``.
+            task_id: The task of all samples: a name, or an integer tensor without axes; or of
+                each: names, or an integer tensor ``[B]``. None infers them, if the model has an
+                ``inference``.
 
         Returns:
             ``[B, classes]``; where a batch mixes tasks of more and fewer classes, minus infinity
-            for classes that a sample's task does not have.
+            for classes that a sample's task does not have. An empty batch gives the classes of its
+            task, and ``[0, num_classes]`` where it names none.
 
         Raises:
             TypeError: If an argument has the wrong Python type.
@@ -148,10 +154,14 @@ class DTGMAModel(StoredTaskModel):
         Note:
             A batch that mixes tasks gives each sample what a batch of its task alone does, up to
             rounding: matrix products may add in another order for another number of rows.
+            Cross-entropy of a padded row is that of its task alone, but infinite with label
+            smoothing, which asks for some of every class: smooth tasks of unlike classes apart.
         """
         check_tensor("x", x)
         groups = self._groups(task_id, x)
         own = groups.sort(self.tokens(x))
+        if not groups.tasks:  # an empty batch, of which nobody said the task
+            return F.linear(own.mean(1), own.new_zeros(self.num_classes, own.shape[-1]))
         groups, order = groups._replace(order=None), groups
         length = own.shape[1] + self.n_nodes
         layout = self._graph.layout(groups, length, lambda n: self._mask(n, length), own.device)
@@ -194,7 +204,12 @@ class DTGMAModel(StoredTaskModel):
         Args:
             task: A registered task; it may be frozen.
             x: Its training inputs, ``[n, ...]``.
-            y: Their labels, int64 ``[n]``.
+            y: Their labels, int64 ``[n]``, from 0 on.
+
+        Raises:
+            TypeError: If ``x`` or ``y`` is no tensor.
+            ValueError: If there is no such task or no sample, or a shape, dtype, device or label
+                does not fit.
         """
         column = self._column(self._number("task", task))
         column.prototypes = class_means(self.prototype_features(x), y, column.num_classes)
@@ -226,15 +241,16 @@ class DTGMAModel(StoredTaskModel):
             if self.inference is None:
                 must("task_id", "be given to a model without inference", None)
             task_id = self.infer_task(x)
-        if isinstance(task_id, int | str):
-            return group_by_task(self._number("task_id", task_id), x.shape[0])
         names = task_id.tolist() if isinstance(task_id, Tensor) else task_id
+        if isinstance(names, int | str | Integral):
+            return group_by_task(self._number("task_id", names), x.shape[0])
         if not isinstance(names, list | tuple):
             must("task_id", "be a name, names or a tensor", type(task_id).__name__, TypeError)
         if len(names) != x.shape[0]:
             must("task_id", f"name one task, or one for each of B={x.shape[0]} samples", len(names))
         numbers = [self._number("task_id", name) for name in names]
-        return group_by_task(torch.tensor(numbers, device=x.device), x.shape[0])
+        task_numbers = torch.tensor(numbers, dtype=torch.int64, device=x.device)
+        return group_by_task(task_numbers, x.shape[0])
 
     def _parts(self, x: Tensor, groups: TaskGroups) -> Iterator[tuple[TaskColumn, Tensor]]:
         """The rows of each task, sorted as ``groups`` says."""
@@ -251,8 +267,9 @@ class DTGMAModel(StoredTaskModel):
         """The mask of a task's column of ``length`` tokens."""
         column = self._column(number)
         if column.mask is not None and column.mask.shape[-1] != length:
-            wanted = f"give the {column.mask.shape[-1]} tokens of the mask of task {column.name!r}"
-            must("x", wanted, length)
+            n_tokens = column.mask.shape[-1] - self.n_nodes
+            wanted = f"give the {n_tokens} tokens that the mask of task {column.name!r} is for"
+            must("x", f"{wanted} (see set_mask)", length - self.n_nodes)
         return column.mask
 
     def _config(self) -> dict[str, Any]:
