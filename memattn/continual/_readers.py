@@ -25,9 +25,11 @@ def read_mnist_folder(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor
 
     Raises:
         FileNotFoundError: If a file is missing; says where it was looked for.
-        ValueError: If a file is damaged, or has not one label for each image.
+        ValueError: If a file is damaged, has not one label for each image, or its labels do not
+            count classes: two at least, and none left out from 1 to the largest in training.
     """
     parts = []
+    largest = None  # label of the train data
     for prefix in ("train", "t10k"):
         image_file = find_file(folder, f"{prefix}-images-idx3-ubyte")
         label_file = find_file(folder, f"{prefix}-labels-idx1-ubyte")
@@ -36,6 +38,17 @@ def read_mnist_folder(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor
             _broken(image_file, "have 3 axes", images.shape)
         if labels.shape != images.shape[:1]:
             _broken(label_file, f"have one label for each of {len(images)} images", labels.shape)
+        found = np.unique(labels)
+        if largest is None:
+            largest = int(found.max(initial=0))
+            if len(found) < 2:
+                _broken(label_file, "have labels of at least two classes", found.tolist())
+            # some data sets count from 1
+            left_out = np.setdiff1d(np.arange(1, largest), found)
+            if len(left_out):
+                _broken(label_file, f"have every label up to {largest}", f"none of {left_out[0]}")
+        elif found.max(initial=0) > largest:
+            _broken(label_file, f"have labels up to {largest}, as in training", found.max())
         x = torch.from_numpy(images.astype(np.float32)).unsqueeze(1) / 255.0
         parts.append((x, torch.from_numpy(labels.astype(np.int64))))
     return parts[0], parts[1]

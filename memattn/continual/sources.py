@@ -162,11 +162,11 @@ def tensor_stream(
     scenario ``"domain"`` they are those of all tasks together.
 
     Args:
-        tasks: A mapping from names to ``(train_x, train_y, test_x, test_y)``, or a sequence of
-            pairs of train and test data. Each of a pair is a ``TensorDataset``, another data set
-            whose samples begin with an input and a label, or an object with such a data set as
-            ``dataset``, as the experiences of Avalanche are: ``zip(benchmark.train_stream,
-            benchmark.test_stream)``, as a list, is such a sequence.
+        tasks: A mapping from names to ``(train_x, train_y, test_x, test_y)``, or a sequence of such
+            four tensors or of pairs of train and test data. Each of a pair is a ``TensorDataset``,
+            another data set whose samples begin with an input and a label, or an object with such a
+            data set as ``dataset``, as the experiences of Avalanche are: ``zip(
+            benchmark.train_stream, benchmark.test_stream)``, as a list, is such a sequence.
         scenario: ``"task"``, ``"domain"`` or ``"class"``, see ``Stream``.
         name: Name of the stream.
 
@@ -176,14 +176,20 @@ def tensor_stream(
 
     Raises:
         TypeError: If a task is none of these.
-        ValueError: If there is no task, shapes do not match, or a test label is not among the
-            task's classes.
+        ValueError: If there is no task, two names are the same as text, shapes do not match, or a
+            test label is not among the task's classes.
     """
     check_scenario(scenario)
+    parts = {}
     if isinstance(tasks, Mapping):
-        parts = {str(key): _four(f"tasks[{key!r}]", value) for key, value in tasks.items()}
+        for key, value in tasks.items():
+            if str(key) in parts:
+                must("tasks", "have different names as text", f"{str(key)!r} twice")
+            parts[str(key)] = read_tensors(f"tasks[{key!r}]", value)
     else:
-        parts = {f"task {i}": _pair(f"tasks[{i}]", value) for i, value in enumerate(tasks)}
+        for i, value in enumerate(tasks):
+            four = isinstance(value, Sequence) and len(value) == 4
+            parts[f"task {i}"] = (read_tensors if four else _pair)(f"tasks[{i}]", value)
     if not parts:
         must("tasks", "have at least one task", "an empty stream")
     every_y = torch.cat([train_y for _, train_y, _, _ in parts.values()])
@@ -200,7 +206,17 @@ def tensor_stream(
     return Stream(name, scenario, tuple(made))
 
 
-def _four(name: str, value: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def read_tensors(name: str, value: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs, floating, and labels, int64, to train on and to test on.
+
+    Args:
+        name: What it is called in messages.
+        value: ``(train_x, train_y, test_x, test_y)``.
+
+    Raises:
+        TypeError: If it is not four tensors.
+        ValueError: If labels are no vector of integers.
+    """
     if not isinstance(value, Sequence) or len(value) != 4:
         must(name, "be (train_x, train_y, test_x, test_y)", type(value).__name__, TypeError)
     train_x, train_y, test_x, test_y = value

@@ -3,15 +3,18 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memattn.continual._checks import check_device, check_loss, check_seed
 from memattn.continual.metrics import continual_metrics
+from memattn.continual.sources import read_tensors, tensor_stream
 from memattn.continual.streams import Scenario, Stream, Task
 from memattn.ops._checks import check_bool, check_int, must
 
@@ -30,7 +33,7 @@ class _NamedTask(NamedTuple):
 
 def train_continual(
     model: "DTGMAModel",
-    tasks: "Mapping[TaskName, tuple[Tensor, Tensor, Tensor, Tensor]] | Stream",
+    tasks: "Mapping[TaskName, Sequence[Tensor]] | Sequence[Any] | Stream",
     epochs: int = 100,
     batch_size: int = 64,
     lr: float = 1e-3,
@@ -49,10 +52,17 @@ def train_continual(
     from its training data.
 
     Args:
-        model: The model; trained in place.
-        tasks: ``(train_x, train_y, test_x, test_y)`` by name, with labels from 0 of the task's own
-            classes, or a ``Stream``. In a stream whose scenario is not ``"task"`` the model must
-            infer the task of a test sample, and needs an ``inference``.
+        model: The model; trained in place, and left in evaluation mode.
+        tasks: One of
+
+            - ``(train_x, train_y, test_x, test_y)`` by name, with labels from 0 of the task's own
+              classes, of which there are the model's ``num_classes``;
+            - a sequence that ``tensor_stream`` takes, of four tensors for each task or of pairs
+              such as Avalanche's experiences. Tasks are called 0, 1 and so on, and have the classes
+              that occur in their training data, whatever their labels are;
+            - a ``Stream``. In one whose scenario is not ``"task"`` the model must infer the task of
+              a test sample, and needs an ``inference``.
+
         epochs: Passes over the training data of each task.
         batch_size: Samples of a step.
         lr: Learning rate to begin with.
@@ -60,9 +70,10 @@ def train_continual(
         verbose: Whether to show progress.
         freeze_after_training: Whether to freeze each task once it is trained.
         reads: Which columns a new task reads: ``"none"``, ``"previous"`` (the task before it) or
-            ``"all"`` (all earlier tasks); without effect for tasks that are registered already.
+            ``"all"``; of all tasks that are frozen in the model, those of an earlier call too.
+            Without effect for tasks that are registered already.
         input_noise: Standard deviation of the Gaussian noise that is added to inputs in training.
-        seed: Seed of new columns, of the order of samples, of noise and of dropout.
+        seed: Seed of new columns, of the order of samples, of noise and of dropout, below 2**40.
 
     Returns:
         What ``continual_metrics`` gives (``avg_accuracy``, ``avg_forgetting``,
@@ -84,9 +95,14 @@ def train_continual(
         TypeError: If an argument has the wrong Python type.
         ValueError: If there is no task, a task is frozen already, its data or labels do not fit, or
             an option is out of range.
+        FloatingPointError: If the loss of a task is not finite. Earlier tasks are as they were; the
+            task itself is registered and not frozen, and its parameters are of no use.
+        RuntimeError: If it is called under ``torch.inference_mode``.
     """
+    _check_mode()
     named = _named_tasks(model, tasks)
     _check_options(epochs, batch_size, lr, reads, input_noise)
+    check_seed("seed", seed)
     check_bool("verbose", verbose)
     check_bool("freeze_after_training", freeze_after_training)
     if reads != "none" and not freeze_after_training:
@@ -95,6 +111,7 @@ def train_continual(
     if scenario != "task" and model.inference is None:
         must("model", "have an inference, for tasks that are not told", "inference=None")
     if device is not None:
+        check_device("device", device)
         model.to(device)
 
     started = time.perf_counter()
@@ -136,6 +153,7 @@ def train_continual(
     )
 
 
+@torch.enable_grad()
 def train_task(
     model: "DTGMAModel",
     task: "TaskName",
@@ -165,17 +183,21 @@ def train_task(
 
     Raises:
         ValueError: If the task is unknown or frozen.
+        FloatingPointError: If the loss is not finite at the end of an epoch, or after the last
+            step. Parameters of the task are then of no use.
+        RuntimeError: If it is called under ``torch.inference_mode``.
     """
+    _check_mode()
     parameters = model.trainable_parameters(task)
     # fused: one pass over the many small parameters
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     steps = epochs * math.ceil(len(x) / batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     x, y = _on_device_of(model, x, y)
-    loss_sum = torch.zeros((), device=x.device)
+    mean, loss_sum = math.nan, torch.zeros((), device=x.device)
     model.train()
     with _seeded(seed, x.device):
-        for _ in range(epochs):
+        for epoch in range(epochs):
             loss_sum.zero_()
             for rows in torch.randperm(len(x)).to(x.device).split(batch_size):
                 inputs = x[rows]
@@ -187,10 +209,15 @@ def train_task(
                 optimizer.step()
                 schedule.step()
                 loss_sum += loss.detach() * len(rows)
+            mean = loss_sum.item() / len(x)
+            check_loss(f"loss of task {task!r}", mean, epoch, lr)
             on_epoch()
     model.eval()
+    with torch.no_grad():  # no epoch has seen the last step
+        last = F.cross_entropy(model(x[:batch_size], task), y[:batch_size]).item()
+    check_loss(f"loss of task {task!r}", last, epochs - 1, lr)
     model.gather_prototypes(task, x, y)
-    return loss_sum.item() / len(x)
+    return mean
 
 
 @torch.no_grad()
@@ -224,18 +251,18 @@ def _named_tasks(model: "DTGMAModel", tasks: Any) -> list[_NamedTask]:
         named = [_NamedTask(task.name, len(task.classes), task) for task in tasks.tasks]
     elif isinstance(tasks, Mapping):
         named = []
-        for name, data in tasks.items():
-            if not isinstance(data, tuple | list) or len(data) != 4:
-                wanted = "hold (train_x, train_y, test_x, test_y) for each task"
-                must("tasks", wanted, f"{type(data).__name__} for {name!r}", TypeError)
-            train_x, train_y, test_x, test_y = data
+        for key, data in tasks.items():
+            name = int(key) if isinstance(key, Integral) and not isinstance(key, bool) else key
             known = name in model.tasks
             num_classes = model.num_classes_of(name) if known else model.num_classes
             classes = tuple(map(str, range(num_classes)))
-            checked = Task(str(name), train_x, train_y, test_x, test_y, classes)
+            checked = Task(str(name), *read_tensors(f"tasks[{name!r}]", data), classes)
             named.append(_NamedTask(name, num_classes, checked))
+    elif isinstance(tasks, Sequence) and not isinstance(tasks, str):
+        stream = tensor_stream(tasks)
+        named = [_NamedTask(i, len(task.classes), task) for i, task in enumerate(stream.tasks)]
     else:
-        must("tasks", "be a dict or a Stream", type(tasks).__name__, TypeError)
+        must("tasks", "be a dict, a list or a Stream", type(tasks).__name__, TypeError)
     if not named:
         must("tasks", "have at least one task", "none")
     for name, num_classes, _ in named:
@@ -247,6 +274,11 @@ def _named_tasks(model: "DTGMAModel", tasks: Any) -> list[_NamedTask]:
             wanted = f"have the {model.num_classes_of(name)} classes of the model's task {name!r}"
             must("tasks", wanted, num_classes)
     return named
+
+
+def _check_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        must("training", "be outside of torch.inference_mode", "a call inside", RuntimeError)
 
 
 def _check_options(epochs: int, batch_size: int, lr: float, reads: str, input_noise: float) -> None:
@@ -265,7 +297,7 @@ def _register(model: "DTGMAModel", named: list[_NamedTask], i: int, reads: str, 
     name, num_classes, _ = named[i]
     if name in model.tasks:
         return
-    earlier = [task.name for task in named[:i]]
+    earlier = [task for task in model.tasks if model.is_frozen(task)]
     read = {"none": [], "previous": earlier[-1:], "all": earlier}[reads]
     with _seeded(_derive(seed, i), torch.device("cpu")):
         model.register_task(name, num_classes, reads=read)
