@@ -33,7 +33,31 @@ def test_other_settings_need_another_folder(tmp_path, capsys):
     command = ["continual", *QUICK, "--tasks=2", f"--out={tmp_path}", "--strategies", "joint"]
     assert main(command) == 0
     assert main([*command, "--lr=0.1"]) == 2
-    assert "folder must be a new one for budget" in capsys.readouterr().err
+    assert "folder must be a new one for budget.lr 0.1, got" in capsys.readouterr().err
+
+
+def test_no_graph_of_an_earlier_command_stays(tmp_path):
+    command = ["continual", *QUICK, "--tasks=1", f"--out={tmp_path}", "--strategies"]
+    assert main([*command, "dtgma"]) == 0
+    assert (tmp_path / "graph.png").exists()
+    assert main([*command, "joint"]) == 0
+    assert not (tmp_path / "graph.png").exists()
+
+
+def test_an_out_that_cannot_be_written_is_found_first(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert main(["continual", "--strategies=dtgma", f"--out={file}"]) == 2
+    error = capsys.readouterr().err
+    assert f"out must be a folder that can be written to, got {file} (" in error
+    assert error.count("\n") == 1
+
+
+def test_training_that_diverges_is_one_line(tmp_path, capsys):
+    command = ["continual", *QUICK, "--lr=1e30", f"--out={tmp_path}", "--strategies", "dtgma"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "loss of task 0 must be finite in epoch 1 with lr=1e+30, got nan" in error
 
 
 @pytest.mark.parametrize(

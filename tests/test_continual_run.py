@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,11 +64,17 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(scenario="class", strategies=("finetuning",)), "data .*, got .*seed-0.json with"),
-        (dict(budget=SMALL.__class__(epochs=5)), "budget .*'epochs': 5.* with .*'epochs': 4"),
+        (
+            dict(scenario="class", strategies=("finetuning",)),
+            r"data \w+, scenario class, got .*seed-0.json with data \w+, scenario task$",
+        ),
+        (
+            dict(budget=replace(SMALL, epochs=5, lr=0.5)),
+            "budget.epochs 5, budget.lr 0.5, got .* with budget.epochs 4, budget.lr 0.02$",
+        ),
         (
             dict(strategies=("ewc",), options={"ewc": {"ewc_lambda": 1.0}}),
-            "options .*1.0.*100.0",
+            "options.ewc_lambda 1.0, got .* with options.ewc_lambda 100.0$",
         ),
     ],
 )
@@ -77,7 +84,49 @@ def test_refuses_a_folder_of_other_settings(tmp_path, change, message):
         bench(tmp_path, **dict(strategies=("finetuning",), seeds=(0,)) | change)
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"settings": {}, "result": {"seed": 1}}', "[1]"])
+def test_reads_all_files_before_the_first_run(tmp_path):
+    """Else runs would be written beside those that they do not go with."""
+    bench(tmp_path, strategies=("ewc",), seeds=(1,))
+    files = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"budget.epochs 5, got .*ewc/seed-1.json"):
+        bench(tmp_path, strategies=("finetuning", "ewc"), budget=replace(SMALL, epochs=5))
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "loop", "new/" + 300 * "x"])
+def test_refuses_a_folder_that_cannot_be_written(tmp_path, place, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to("nowhere/at/all")
+    monkeypatch.setattr(run_module, "run_strategy", None)  # nothing is trained
+    message = f"folder must be a folder that can be written to, got {tmp_path / place} "
+    with pytest.raises(ValueError, match=message):
+        bench(tmp_path / place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_a_folder_is_not_made_for_a_wrong_call(tmp_path):
+    with pytest.raises(ValueError, match="strategy must be one of"):
+        bench(tmp_path / "a" / "b", strategies=("sgd",))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "accuracy", [[[0.5]], [[0.5, None], [0.5]], [0.5, 0.5], [], [[0.5, None], [0.5, "x"]]]
+)
+def test_names_a_file_with_other_accuracies(tmp_path, accuracy):
+    bench(tmp_path, strategies=("finetuning",), seeds=(0,))
+    (file,) = tmp_path.rglob("*.json")
+    content = json.loads(file.read_text())
+    content["result"]["accuracy"] = accuracy
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{file} must "):
+        bench(tmp_path, strategies=("finetuning",), seeds=(0,))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", '{"settings": {}, "result": {"seed": 1}}', "[1]", '{"settings": 1, "result": {}}'],
+)
 def test_names_a_damaged_file(tmp_path, content):
     file = tmp_path / "finetuning" / "seed-0.json"
     file.parent.mkdir()
@@ -166,6 +215,15 @@ def test_a_strategy_learns_a_stream_once():
         (dict(strategies=("ewc", "ewc")), "strategies must have at least one name and none twice"),
         (dict(seeds=()), "seeds must have at least one seed and none twice"),
         (dict(seeds=(-1,)), "seeds must be at least 0, got -1"),
+        (dict(seeds=(0, 2**40)), r"seeds must be below 2\*\*40, got 1099511627776"),
+        (
+            dict(strategies=("ewc",), options={"ewc": {"ewc_lambda": 1.0, "lambda": 1.0}}),
+            "options of strategy 'ewc' must be of ewc_lambda, .*, got 'lambda'",
+        ),
+        (
+            dict(options={"finetuning": {"rank": 1}}),
+            "options of strategy 'finetuning' must be left out, got 'rank'",
+        ),
         (dict(options={"si": {}}), r"options must be for strategies that are run, got \['si'\]"),
         (dict(stream=blobs("class")), "stream must have scenario task for strategy 'separate'"),
     ],

@@ -54,6 +54,42 @@ def test_learns_and_predicts_in_every_scenario_it_names(name, scenario):
     assert strategy.parameters_stored() >= strategy.parameters_to_predict() > 0
 
 
+@pytest.mark.parametrize("name", ["finetuning", "ewc", "hat", "dtgma"])
+def test_divergence_is_an_error(name):
+    budget = replace(SMALL, lr=1e30)
+    with pytest.raises(FloatingPointError, match=r"must be finite in epoch \d with lr=1e\+30, got"):
+        learn(name, blobs(), budget=budget)
+
+
+@pytest.mark.parametrize("name", ["ewc", "dtgma"])
+def test_trains_where_gradients_are_off(name):
+    stream = blobs()
+    expected = logits(learn(name, stream, 2), stream)
+    with torch.no_grad():
+        assert same(logits(learn(name, stream, 2), stream), expected)
+
+
+def test_refuses_a_task_of_another_stream():
+    stream = blobs()
+    strategy = make_strategy("finetuning", stream, SMALL, 0)
+    task = stream.tasks[0]
+    for change in (dict(name="x"), dict(classes=("x", "y")), dict(train_x=1, test_x=1)):
+        wide = {key: getattr(task, key).repeat(1, 2) for key in change if key.endswith("_x")}
+        with pytest.raises(ValueError, match="task must be that of the stream, 'blobs 0' with"):
+            strategy.fit(0, replace(task, **change | wide))
+    assert strategy.learned == 0
+    strategy.fit(0, replace(task, train_x=task.train_x[:8], train_y=task.train_y[:8]))
+
+
+def test_names_a_wrong_argument():
+    with pytest.raises(ValueError, match="inference must be one of prototype, entropy, got 'foo'"):
+        make_strategy("dtgma", blobs("task"), SMALL, 0, {"inference": "foo"})
+    with pytest.raises(ValueError, match=r"budget.device must be cpu, .*, got foo"):
+        make_strategy("ewc", blobs(), replace(SMALL, device="foo"), 0)
+    with pytest.raises(ValueError, match=r"seed must be below 2\*\*40, got"):
+        make_strategy("ewc", blobs(), SMALL, 2**40)
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_refuses_other_scenarios(name):
     for scenario in set(SCENARIOS) - set(STRATEGIES[name].scenarios):

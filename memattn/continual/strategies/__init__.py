@@ -21,6 +21,7 @@ The standard deviation over the two seeds is about one point, so most of these d
 claim about the methods.
 """
 
+import inspect
 from typing import Any
 
 from memattn.continual.strategies.base import Budget, Strategy
@@ -55,6 +56,12 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
+def default_options(strategy: type[Strategy]) -> dict[str, Any]:
+    """Options of a strategy with their defaults, which may be others in a later version."""
+    options = inspect.signature(strategy).parameters.values()
+    return {o.name: o.default for o in options if o.kind is o.KEYWORD_ONLY}
+
+
 def make_strategy(
     name: str, stream: Stream, budget: Budget, seed: int, options: dict[str, Any] | None = None
 ) -> Strategy:
@@ -71,12 +78,18 @@ def make_strategy(
         The strategy, which has learned nothing yet.
 
     Raises:
-        ValueError: If there is no such strategy, or it has no meaning for the stream.
-        TypeError: If the strategy has no such option.
+        ValueError: If there is no such strategy, it has no meaning for the stream, it has no such
+            option, or the option is out of range.
     """
     if name not in STRATEGIES:
         must("strategy", f"be one of {', '.join(STRATEGIES)}", repr(name))
-    return STRATEGIES[name](stream, budget, seed, **options or {})
+    options = options or {}
+    known = default_options(STRATEGIES[name])
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        wanted = f"be of {', '.join(known)}" if known else "be left out"
+        must(f"options of strategy {name!r}", wanted, ", ".join(map(repr, unknown)))
+    return STRATEGIES[name](stream, budget, seed, **options)
 
 
-__all__ = ["STRATEGIES", "Budget", "Strategy", "make_strategy"]
+__all__ = ["STRATEGIES", "Budget", "Strategy", "default_options", "make_strategy"]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memattn.continual._checks import check_device, check_seed
 from memattn.continual.streams import SCENARIOS, Stream, Task
 from memattn.ops._checks import check_int, must
 
@@ -83,7 +84,7 @@ class Strategy(ABC):
 
     Raises:
         ValueError: If the strategy has no meaning in the scenario of the stream, or for the
-            backbone.
+            backbone, or the budget's device is not here.
     """
 
     name: ClassVar[str]
@@ -91,7 +92,8 @@ class Strategy(ABC):
     backbones: ClassVar[tuple[str, ...]] = BACKBONES
 
     def __init__(self, stream: Stream, budget: Budget, seed: int) -> None:
-        check_int("seed", seed, 0)
+        check_seed("seed", seed)
+        check_device("budget.device", budget.device)
         if stream.scenario not in self.scenarios:
             wanted = f"have scenario {' or '.join(self.scenarios)} for strategy {self.name!r}"
             must("stream", wanted, repr(stream.scenario))
@@ -101,19 +103,27 @@ class Strategy(ABC):
         self.stream, self.budget, self.seed = stream, budget, seed
         self.learned = 0
 
+    @torch.enable_grad()
     def fit(self, index: int, task: Task) -> None:
         """Learn the next task.
 
         Args:
             index: Its index, the number of tasks learned before.
-            task: The task.
+            task: The task, or one with other samples of its name, classes and shape.
 
         Raises:
-            ValueError: If it is not this task's turn.
+            ValueError: If it is not this task's turn, or the task is none of the stream.
+            FloatingPointError: If the loss is not finite.
         """
         self.stream.check_index(index)
         if index != self.learned:
             must("index", f"be that of the next task, {self.learned}", index)
+        wanted, got = (
+            f"{t.name!r} with classes {t.classes} and inputs {list(t.train_x.shape[1:])}"
+            for t in (self.stream.tasks[index], task)
+        )
+        if got != wanted:
+            must("task", f"be that of the stream, {wanted}", got)
         self.learn_task(index, task)
         self.learned += 1
 

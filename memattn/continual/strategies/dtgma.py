@@ -42,11 +42,13 @@ class DTGMA(Strategy):
         rank: int | None = None,
         inference: str = "prototype",
     ) -> None:
-        from memattn.models.dtgma import DTGMAModel  # its package imports transformers
+        from memattn.models.dtgma import INFERENCE, DTGMAModel  # its package imports transformers
 
         super().__init__(stream, budget, seed)
         if reads not in READS:
             must("reads", f"be one of {', '.join(READS)}", repr(reads))
+        if inference not in INFERENCE:
+            must("inference", f"be one of {', '.join(INFERENCE)}", repr(inference))
         self.reads = reads
         shape = stream.input_shape
         with seeded(seed):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memattn.continual._checks import check_loss
 from memattn.continual.backbones import MLP, TokenTransformer
 from memattn.continual.strategies.base import Budget, Strategy, count_parameters, seeded
 from memattn.continual.streams import Stream, Task
@@ -133,7 +134,11 @@ class NetworkStrategy(Strategy):
         batches: Iterator[Batch],
         n_steps: int,
     ) -> None:
-        """Take steps with a fresh optimiser; all other parameters are left alone."""
+        """Take steps with a fresh optimiser; all other parameters are left alone.
+
+        Raises:
+            FloatingPointError: If the loss is not finite at the end of an epoch.
+        """
         for parameter in self.network.parameters():
             parameter.requires_grad_(False)
         for parameter in parameters:
@@ -150,6 +155,10 @@ class NetworkStrategy(Strategy):
             optimizer.step()
             schedule.step()
             self.after_step(index)
+            # once in an epoch, as reading it waits for the device; NaN stays
+            if step % per_epoch == per_epoch - 1 or step == n_steps - 1:
+                what = f"loss of {self.name} on task {self.stream.tasks[index].name!r}"
+                check_loss(what, loss.item(), step // per_epoch, self.budget.lr)
         optimizer.zero_grad()
 
     def optimizer(self, index: int, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
