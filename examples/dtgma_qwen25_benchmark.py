@@ -10,6 +10,7 @@ kept in the cache folder, so that a second run takes seconds.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,19 @@ from memattn.continual.text import text_domains_stream
 from memattn.data.corpora import DEFAULT_CACHE_DIR
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Build the stream, train on its tasks in order and print what was forgotten."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code, 2 after an error that the user can put right."""
     args = parse(argv)
+    try:
+        run(args)
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Build the stream, train on its tasks in order and print what was forgotten."""
     encoder = find_encoder(args.encoder, cache_dir=args.cache_dir)
     stream = text_domains_stream(
         args.tasks, encoder, cache_dir=args.cache_dir, seed=args.seed, device=args.device
@@ -94,4 +105,4 @@ def report(stream: Stream, encoder: str, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -332,10 +332,12 @@ def test_the_benchmark_of_the_examples_runs(tmp_path, domains, capsys):
     spec.loader.exec_module(example)
     flags = "--benchmark text_domains --tasks 2 --epochs 1 --device cpu --seed 1"
     folders = ["--encoder", str(save_bert(tmp_path / "bert")), "--cache_dir", str(tmp_path)]
-    example.main([*flags.split(), *folders])
+    assert example.main([*flags.split(), *folders]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in (*TEXT_DOMAINS[:2], "to 1860", "Average accuracy: "))
     assert "Average forgetting: 0.0%" in out
+    assert example.main(["--tasks", "0", *folders]) == 2
+    assert capsys.readouterr().err == "error: n_tasks must be at least 1, got 0\n"
     with pytest.raises(SystemExit):
         example.main(["--benchmark", "digits"])
     assert "invalid choice: 'digits'" in capsys.readouterr().err

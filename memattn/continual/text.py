@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from memattn.continual._checks import check_device
 from memattn.continual.embeddings import Encoder, embed_texts, find_encoder
 from memattn.continual.streams import Scenario, Stream, Task
 from memattn.data.corpora import DEFAULT_CACHE_DIR
@@ -204,6 +205,7 @@ def text_domains_stream(
         FileNotFoundError: If there is no such encoder, or no client that fetches packages.
         ConnectionError: If something that is not cached cannot be reached.
     """
+    check_device("device", device)
     tasks = text_domains(
         n_tasks,
         domains=domains,
