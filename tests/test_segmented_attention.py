@@ -111,6 +111,8 @@ def test_reference_gradcheck(options):
 @needs_cpp
 @pytest.mark.parametrize("name", ["all-sources", "packed", "trimmed"])
 def test_opcheck_cpp(name):
+    import memattn.cpp.segmented_attention  # noqa: F401  its fake kernels, loaded when first used
+
     op = torch.ops.memattn_cpp.segmented_attention.default
     tensors, options = make_case(name, "cpp")
     names = ("query", "key", "value", "persistent_key", "persistent_value")
