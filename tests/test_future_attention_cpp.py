@@ -164,6 +164,8 @@ def raw_arguments(tensors, **changes):
     ids=["plain", "padded", "distance"],
 )
 def test_opcheck(changes):
+    import memattn.cpp.future_attention  # noqa: F401  its fake kernels, loaded when first used
+
     tensors = make_future_inputs(T=9, separate_query="by_distance" in changes)
     tensors = {name: t.requires_grad_() for name, t in tensors.items()}
     changes = {"future_query": tensors.get("future_query"), **changes}

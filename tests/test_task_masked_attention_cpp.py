@@ -194,6 +194,8 @@ def raw_arguments(mask, **changes):
 
 @pytest.mark.parametrize("form", ["dense", "graph"])
 def test_opcheck(form):
+    import memattn.cpp.task_masked_attention  # noqa: F401  its fake kernels, loaded when first used
+
     tensors = {n: t.requires_grad_() for n, t in make_segmented_inputs(T=9).items()}
     bounds = dict(seq_start=int32(2, 0), seq_end=int32(9, 7))
     arguments = raw_arguments(make_mask(form=form, n=2, T=9, S=9), **tensors, **bounds)
