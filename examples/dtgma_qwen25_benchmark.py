@@ -84,7 +84,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=DEFAULT_CACHE_DIR,
         help="keeps what is fetched and embeddings",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    # before the texts are embedded, which may take minutes
+    for name, minimum in (("epochs", 1), ("seed", 0), ("input_noise", 0)):
+        if getattr(args, name) < minimum:
+            parser.error(f"--{name} must be at least {minimum}, got {getattr(args, name)}")
+    return args
 
 
 def report(stream: Stream, encoder: str, results: dict[str, Any]) -> None:
