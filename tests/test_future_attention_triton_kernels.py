@@ -199,15 +199,6 @@ def test_names_the_argument_of_a_wide_head(operator: Callable, name: str):
         operator(**tensors, future_dim=1, backend="triton")
 
 
-def test_second_derivative_is_refused():
-    tensors = make_future_inputs(**SMALL, T=3, device=DEVICE)
-    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
-    loss = future_attention_loss(*leaves, future_dim=1, backend="triton").loss
-    first = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-    with pytest.raises(RuntimeError, match="future_attention_backward"):
-        torch.autograd.grad(first[0].sum(), leaves)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -128,15 +128,6 @@ def test_names_the_argument_of_a_wide_head(name: str):
         segmented_attention(**tensors, backend="triton")
 
 
-def test_second_derivative_is_refused():
-    tensors = make_segmented_inputs(**SMALL, T=3, device=DEVICE)
-    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
-    out = segmented_attention(*leaves, backend="triton").out
-    first = torch.autograd.grad(out.sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="segmented_attention_backward"):
-        torch.autograd.grad(first[0].sum(), leaves)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -131,15 +131,6 @@ def test_names_the_argument_of_a_wide_head(name: str):
         task_masked_attention(**tensors, task_mask=mask, task_id=0, backend="triton")
 
 
-def test_second_derivative_is_refused():
-    tensors, options = make_case("one", device=DEVICE)
-    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
-    out = task_masked_attention(*leaves, **options, backend="triton").out
-    first = torch.autograd.grad(out.sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="task_masked_attention_backward"):
-        torch.autograd.grad(first[0].sum(), leaves)
-
-
 def large_case(form: str, dtype: torch.dtype, D: int = 64) -> tuple[dict, dict]:
     """Long enough for many tiles of the shipped configurations."""
     tensors = make_segmented_inputs(B=3, H=4, Hkv=2, T=1500, D=D, dtype=dtype, device=DEVICE)
