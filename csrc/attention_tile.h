@@ -227,8 +227,7 @@ struct WeightedMean {
 };
 
 // Online softmax state of one panel: the maximum in units of log 2 as a sum of two floats, the first
-// coarse, so that
-// the largest key has weight 1 exactly, and the sum of the weights.
+// coarse, so that the largest key has weight 1 exactly, and the sum of the weights.
 template <int NV>
 struct SoftmaxState {
   vf high[NV], low[NV], sum[NV];

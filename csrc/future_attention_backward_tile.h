@@ -82,6 +82,7 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
     load_rows(a.d_out_future, tile, rows, a.Dv, ldv, future_g_rows);
   }
   to_panels(future_g_rows, ldv, rows.lanes, a.Dv, PANEL, future_g);
+  // the second part of delta, on lanes that are not needed yet
   row_dot_products(out_rows, ldv, future_g, PANEL, rows.lanes, a.Dv, runs.dims, target_d_lse);
   for (int64_t i = 0; i < rows.lanes; ++i) delta[i] += target_d_lse[i], target_d_lse[i] = 0.0f;
   for (int64_t i = 0; i < rows.lanes * ldv; ++i) future_g_rows[i] += g_rows[i];
@@ -105,7 +106,8 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
   const QuerySide sides[3] = {
       {q, q_rows, g, g_rows, d_q, lse_high, lse_low, delta, d_lse},
       {future_q, future_q_rows, future_g, future_g_rows, d_future_q, lse_high, lse_low, delta, d_lse},
-      {q, q_rows, target_g, target_g_rows, d_q, target_high, target_low, target_delta, target_d_lse}};
+      {q, q_rows, target_g, target_g_rows, d_q, target_high, target_low, target_delta,
+       target_d_lse}};
 
   // scores of the keys [span.first, span.last) in panel p, and g . value of each
   auto score = [&](const Block& block, const QuerySide& side, int64_t p, const Span& span,

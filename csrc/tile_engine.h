@@ -23,8 +23,8 @@ static MEMATTN_INLINE vf select(vi condition, vf a, vf b) { return condition ? a
 // a > b ? a : b, so b where either is NaN
 static MEMATTN_INLINE vf greater(vf a, vf b) { return MEMATTN_MAX(a, b); }
 
-// 2^(x + f - round(x)) for x <= 0 and f near x - round(x), exactly 0 where x is below -126.5; NaN
-// stays NaN.
+// 2^(n + f) with n = round(x) for x <= 0, and f = fraction(n), which is about x - n. Exactly 0 where
+// x is below -126.5; NaN stays NaN.
 template <class Fraction>
 static MEMATTN_INLINE vf exp2_nonpositive(vf x, Fraction fraction) {
   x = greater(broadcast(-127.0f), x);
