@@ -17,8 +17,8 @@ import pytest
 
 from memattn.cli import main
 from memattn.data import CORPORA, Document, corpora, fetch_corpus, is_cached, load_documents
-from memattn.data._files import replacing, sha256_of
 from memattn.data.readers import read_dictd, read_enwiki_sample, read_sotu, read_wiki
+from memattn.files import replacing, sha256_of
 
 LONG = "word " * 49 + "end"  # as long as an article must be
 

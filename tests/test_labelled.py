@@ -14,7 +14,6 @@ import pytest
 from memattn.cli import main
 from memattn.continual.embeddings import ENCODERS
 from memattn.data import LABELLED, LabelledText, corpora, load_labelled, split_labelled
-from memattn.data._files import sha256_of
 from memattn.data._labelled_readers import (
     read_eras,
     read_film_reviews,
@@ -25,6 +24,7 @@ from memattn.data._labelled_readers import (
     thread_of,
 )
 from memattn.data.labelled import without_duplicates, words_of
+from memattn.files import sha256_of
 
 
 def write_tar(path: Path | io.BytesIO, files: dict[str, bytes]) -> Path | io.BytesIO:

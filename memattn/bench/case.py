@@ -17,7 +17,7 @@ from torch import Tensor
 import memattn.bench
 import memattn.ops
 from memattn.bench.roofline import Work
-from memattn.ops._checks import check_int, must
+from memattn.checks import check_int, must
 
 if TYPE_CHECKING:
     from memattn.bench.bars import Bar

@@ -10,7 +10,7 @@ import torch
 from memattn.bench.gate import WrongResultError
 from memattn.bench.report import say
 from memattn.bench.run import parse_shape, run
-from memattn.ops._checks import must
+from memattn.checks import must
 
 EXAMPLES = """examples:
   bench --quick

@@ -23,7 +23,7 @@ from memattn.bench.engine import (
 from memattn.bench.memory import keep_freed_memory
 from memattn.bench.roofline import Roofs
 from memattn.bench.suite import SUITES, run_suite
-from memattn.ops._checks import check_int, must
+from memattn.checks import check_int, must
 from memattn.ops._dispatch import BACKENDS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -24,9 +24,9 @@ def audit(
     """
     from rich.console import Console
 
-    from memattn.cli._files import write_json
     from memattn.cli._models import load_model
     from memattn.evaluate import audit as run_audit
+    from memattn.files import write_json
 
     loaded = load_model(model, device)
     with Console(stderr=True).status(f"auditing {model}"):

@@ -183,7 +183,7 @@ def _write(results: "BenchmarkResults", out: "Any", reads: str) -> "list[Any]":
     """Write numbers, table and pictures, and remove the graph where there is none now."""
     import json
 
-    from memattn.data._files import write_text
+    from memattn.files import write_text
     from memattn.viz import plot_accuracy_matrices, plot_task_graph
 
     paths = [out / "results.json", out / "results.md", out / "accuracy.png"]

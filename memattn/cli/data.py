@@ -21,10 +21,10 @@ def data(
     from rich.console import Console
     from rich.table import Table
 
+    from memattn.checks import must
     from memattn.continual.embeddings import ENCODERS
     from memattn.data.corpora import CORPORA, fetch_package, is_package_cached
     from memattn.data.labelled import LABELLED
-    from memattn.ops._checks import must
 
     kinds = {"corpus": CORPORA, "labelled texts": LABELLED, "encoder": ENCODERS}
     found = {name: (kind, kinds[kind][name]) for kind in kinds for name in kinds[kind]}

@@ -31,9 +31,9 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from memattn.cli._files import write_json
     from memattn.cli._models import load_model, load_model_tokenizer
     from memattn.evaluate import perplexity
+    from memattn.files import write_json
 
     tokenizer = load_model_tokenizer(model)
     texts, name = _load_texts(model, data, cache_dir)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from memattn.ops._checks import check_int, must
+from memattn.checks import check_int, must
 
 _SEED_BITS = 40  # the seed of a task is a product that torch's generators must still take
 

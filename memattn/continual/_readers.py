@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memattn.ops._checks import must
+from memattn.checks import must
 
 # where torchvision and others put the files
 _FOLDERS = (".", "raw", "MNIST/raw")

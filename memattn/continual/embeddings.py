@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memattn.data._files import flush, sha256_of
+from memattn.checks import check_int, must
 from memattn.data.corpora import DEFAULT_CACHE_DIR, Package, Packaged, fetch_package
-from memattn.ops._checks import check_int, must
+from memattn.files import flush, sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

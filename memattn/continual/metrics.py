@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from memattn.ops._checks import check_floating, check_shape, check_tensor, must
+from memattn.checks import check_floating, check_shape, check_tensor, must
 
 
 def continual_metrics(accuracy: Tensor, untrained: Tensor | None = None) -> dict[str, float]:

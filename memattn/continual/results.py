@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from memattn._tables import Spread, Table
+from memattn.checks import must
 from memattn.continual.metrics import continual_metrics
-from memattn.data._files import write_text
-from memattn.ops._checks import must
+from memattn.files import write_text
 
 # in the table; forgetting from first is backward transfer with the other sign
 PERCENT = (

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from memattn._tables import Spread
+from memattn.checks import must
 from memattn.continual._checks import check_seed
 from memattn.continual.results import (
     BenchmarkResults,
@@ -30,7 +31,6 @@ from memattn.continual.strategies import (
     make_strategy,
 )
 from memattn.continual.streams import Stream, digits_stream
-from memattn.ops._checks import must
 
 StreamFactory = Callable[[int], Stream]
 STREAMS: dict[str, StreamFactory] = {

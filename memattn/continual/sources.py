@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memattn.checks import check_int, must
 from memattn.continual import _readers
 from memattn.continual.streams import (
     Scenario,
@@ -16,7 +17,6 @@ from memattn.continual.streams import (
     split_stream,
     stratified_split,
 )
-from memattn.ops._checks import check_int, must
 
 
 def mnist_stream(

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from memattn.ops._checks import check_floating, check_int, check_tensor, must
+from memattn.checks import check_floating, check_int, check_tensor, must
 
 Scenario = Literal["task", "domain", "class"]
 SCENARIOS: tuple[str, ...] = get_args(Scenario)

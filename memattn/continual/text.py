@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from memattn.checks import check_int, must
 from memattn.continual._checks import check_device
 from memattn.continual.embeddings import Encoder, embed_texts, find_encoder
 from memattn.continual.streams import Scenario, Stream, Task
@@ -19,7 +20,6 @@ from memattn.data.labelled import (
     split_labelled,
     words_of,
 )
-from memattn.ops._checks import check_int, must
 
 # the first are of different kinds; `news` is for research only, so it comes by name or last
 TEXT_DOMAINS = tuple(LABELLED)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memattn.checks import check_bool, check_int, must
 from memattn.continual._checks import check_device, check_loss, check_seed
 from memattn.continual.metrics import continual_metrics
 from memattn.continual.sources import read_tensors, tensor_stream
 from memattn.continual.streams import Scenario, Stream, Task
-from memattn.ops._checks import check_bool, check_int, must
 
 if TYPE_CHECKING:
     from memattn.models.dtgma import DTGMAModel, TaskName

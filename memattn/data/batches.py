@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memattn.checks import check_int, must
 from memattn.data.tokenizer import Tokens
-from memattn.ops._checks import check_int, must
 
 IGNORE = -100  # the label that transformers' losses leave out
 

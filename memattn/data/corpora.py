@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from memattn.data._files import describe_failure, sha256_of
+from memattn.checks import must
 from memattn.data.documents import Document
 from memattn.data.readers import read_dictd, read_enwiki_sample, read_sotu, read_wiki
-from memattn.ops._checks import must
+from memattn.files import describe_failure, sha256_of
 
 DEFAULT_CACHE_DIR = Path("~/.cache/memattn")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from memattn.ops._checks import must
+from memattn.checks import must
 
 _SUFFIXES = (".txt", ".md", ".jsonl")
 

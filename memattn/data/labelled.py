@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+from memattn.checks import check_int, must
 from memattn.data._labelled_readers import (
     LabelledText,
     read_eras,
@@ -27,7 +28,6 @@ from memattn.data.corpora import (
     Packaged,
     fetch_package,
 )
-from memattn.ops._checks import check_int, must
 
 
 @dataclass(frozen=True, kw_only=True)

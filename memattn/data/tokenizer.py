@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from memattn.data._files import replacing
+from memattn.checks import check_int, must
 from memattn.data.documents import Document
-from memattn.ops._checks import check_int, must
+from memattn.files import replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from torch import Tensor
 from memattn.continual import Stream, digits_stream
 from memattn.continual.run import run_strategy
 from memattn.continual.strategies import Budget, Strategy, make_strategy
-from memattn.data._files import write_text
+from memattn.files import write_text
 
 STRATEGIES = ("dtgma", "finetuning")
 BUDGET = Budget(epochs=15)

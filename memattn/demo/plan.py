@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memattn.data._files import write_text
+from memattn.files import write_text
 
 WARMUP_STEPS = 20
 STAGES = 4  # after the warm-up

@@ -16,10 +16,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from memattn.data._files import write_text
 from memattn.demo.continual import continual_table, measure_continual
 from memattn.demo.measure import measure_model
 from memattn.demo.plan import WARMUP_STEPS, Plan, Stage, Turn
+from memattn.files import write_text
 from memattn.models import PRESETS
 from memattn.train import DataConfig, ModelConfig, TrainConfig, TrainingConfig, train
 from memattn.train.metrics import read_metrics

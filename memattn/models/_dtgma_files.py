@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memattn.ops._checks import must
+from memattn.checks import must
 
 _TASK = "memattn.DTGMATask/1"
 _MODEL = "memattn.DTGMAModel/1"

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from memattn.checks import check_floating, check_shape, must
 from memattn.models._dtgma_files import (
     ModelFile,
     TaskFile,
@@ -17,7 +18,6 @@ from memattn.models._dtgma_files import (
 )
 from memattn.models._dtgma_layers import TaskName
 from memattn.models._dtgma_tasks import TaskModel
-from memattn.ops._checks import check_floating, check_shape, must
 
 _Model = TypeVar("_Model", bound="StoredTaskModel")
 

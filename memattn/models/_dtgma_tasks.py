@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from memattn.checks import check_int, check_tensor, must
 from memattn.models._dtgma_layers import TaskColumn, TaskName, plain_name
 from memattn.models._task_graph import TaskGraph
 from memattn.nn.task_linear import TaskLinear
 from memattn.nn.task_tokens import TokenProjection
-from memattn.ops._checks import check_int, check_tensor, must
 
 _Model = TypeVar("_Model", bound="TaskModel")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memattn.ops._checks import check_shape, check_tensor, must
+from memattn.checks import check_shape, check_tensor, must
 
 if TYPE_CHECKING:
     from memattn.models.dtgma import DTGMAModel

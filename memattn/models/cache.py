@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
+from memattn.checks import check_shape, check_tensor, must
 from memattn.models.cache_layer import OPEN, SEQUENCES, MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
 from memattn.models.padding import BLOCK, SequenceBounds, block_bounds, check_longest, check_mask
-from memattn.ops._checks import check_shape, check_tensor, must
 
 FORMAT = "memattn-cache-1"
 

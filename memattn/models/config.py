@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from memattn.checks import check_bool, check_int, must
 from memattn.nn.future_attention import SOURCES
-from memattn.ops._checks import check_bool, check_int, must
 from memattn.ops._dispatch import BACKENDS
 from memattn.ops.future_attention import LOSS_TYPES
 

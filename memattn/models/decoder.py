@@ -8,13 +8,13 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, ini
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils.generic import can_return_tuple
 
+from memattn.checks import check_rank, must
 from memattn.models.block import MemAttnBlock, make_norm
 from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
 from memattn.models.padding import check_lengths, check_positions, mask_bounds
 from memattn.nn import FutureTable, RotaryEmbedding, SegmentedAttention, sequence_positions
-from memattn.ops._checks import check_rank, must
 
 
 class MemAttnPreTrainedModel(PreTrainedModel):

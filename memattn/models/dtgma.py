@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memattn.checks import check_bool, check_int, check_tensor, must
 from memattn.models._dtgma_layers import DTGMALayer, TaskColumn, TaskName
 from memattn.models._dtgma_storage import StoredTaskModel
 from memattn.models._dtgma_tasks import ParameterReport, listed
 from memattn.models._task_inference import class_means, lowest_entropy, nearest_prototype
 from memattn.nn.task_linear import TaskGroups, group_by_task
 from memattn.nn.task_tokens import TokenProjection
-from memattn.ops._checks import check_bool, check_int, check_tensor, must
 
 __all__ = ["DTGMAModel", "ParameterReport", "TaskName"]
 

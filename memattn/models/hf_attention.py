@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
+from memattn.checks import check_int
 from memattn.models.padding import block_bounds, check_mask
 from memattn.ops import segmented_attention
-from memattn.ops._checks import check_int
 
 NAME = "memattn_segmented"
 

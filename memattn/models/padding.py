@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memattn.ops._checks import check_tensor, must
+from memattn.checks import check_tensor, must
 
 BLOCK = "be 0 or 1, with one contiguous block of ones in each row"
 

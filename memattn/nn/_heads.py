@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from memattn.ops._checks import check_int, check_rank, must
+from memattn.checks import check_int, check_rank, must
 
 
 class KeyValueCache(Protocol):

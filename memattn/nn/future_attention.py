@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from memattn.checks import check_bool, check_pair, must
 from memattn.nn._heads import MultiHeadAttention, TokenCache
 from memattn.nn.future_keys import FutureComputed, FutureRelative, FutureTable
 from memattn.nn.rotary import apply_rotary
 from memattn.ops import future_attention, future_attention_loss
-from memattn.ops._checks import check_bool, check_pair, must
 from memattn.ops.future_attention import LOSS_TYPES
 
 SOURCES = ("table", "relative", "computed")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memattn.checks import check_int, must
 from memattn.nn.rotary import apply_rotary
-from memattn.ops._checks import check_int, must
 
 
 class FutureRows(NamedTuple):

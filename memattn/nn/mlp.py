@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.ops._checks import check_int
+from memattn.checks import check_int
 
 
 class SwiGLU(nn.Module):

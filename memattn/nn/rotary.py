@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from memattn.ops._checks import check_int, must
+from memattn.checks import check_int, must
 
 
 class RotaryEmbedding(nn.Module):

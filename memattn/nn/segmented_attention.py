@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from memattn.checks import check_int
 from memattn.nn._heads import KeyValueCache, MultiHeadAttention
 from memattn.nn.rotary import apply_rotary
 from memattn.ops import segmented_attention
-from memattn.ops._checks import check_int
 
 
 class SegmentedAttention(MultiHeadAttention):

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from memattn.checks import check_int, must
 from memattn.nn.task_linear import TaskGroups, TaskLinear
 from memattn.ops import TaskMask, task_masked_attention
-from memattn.ops._checks import check_int, must
 from memattn.ops._dispatch import BACKENDS
 
 

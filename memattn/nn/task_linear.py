@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.ops._attention import autocast
-from memattn.ops._checks import (
+from memattn.checks import (
     check_bool,
     check_int,
     check_like,
@@ -18,6 +17,7 @@ from memattn.ops._checks import (
     check_tensor,
     must,
 )
+from memattn.ops._attention import autocast
 
 
 class TaskGroups(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.ops._checks import check_int, check_like, check_tensor, must
+from memattn.checks import check_int, check_like, check_tensor, must
 
 
 class TokenProjection(nn.Module):

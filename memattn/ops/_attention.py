@@ -5,7 +5,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from memattn.ops._checks import (
+from memattn.checks import (
     check_floating,
     check_heads,
     check_int32_vector,

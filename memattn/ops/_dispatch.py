@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from memattn.ops._checks import must
+from memattn.checks import must
 
 Backend = Literal["triton", "cpp", "reference"]
 BACKENDS = ("auto", "triton", "cpp", "reference")

@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from memattn.ops._checks import check_int, must
+from memattn.checks import check_int, must
 
 if TYPE_CHECKING:
     from memattn.ops.task_mask import TaskMask

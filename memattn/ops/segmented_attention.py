@@ -4,13 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from memattn.ops._attention import (
-    autocast,
-    check_query_key_value,
-    check_tensors,
-    sequence_lengths,
-)
-from memattn.ops._checks import (
+from memattn.checks import (
     check_bool,
     check_int,
     check_like,
@@ -19,6 +13,12 @@ from memattn.ops._checks import (
     check_scale,
     check_shape,
     must,
+)
+from memattn.ops._attention import (
+    autocast,
+    check_query_key_value,
+    check_tensors,
+    sequence_lengths,
 )
 from memattn.ops._dispatch import resolve_backend
 

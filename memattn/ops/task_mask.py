@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memattn.ops._checks import check_shape, check_tensor, must
+from memattn.checks import check_shape, check_tensor, must
 from memattn.ops._task_mask_tiles import (
     TILE,
     WORD,

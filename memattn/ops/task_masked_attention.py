@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from memattn.checks import check_bool, check_scale, must, values_to_check
 from memattn.ops._attention import (
     autocast,
     check_query_key_value,
     check_tensors,
     sequence_lengths,
 )
-from memattn.ops._checks import check_bool, check_scale, must, values_to_check
 from memattn.ops._dispatch import resolve_backend
 from memattn.ops.segmented_attention import AttentionOutput
 from memattn.ops.task_mask import TaskMask

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memattn.ops._checks import check_bool, check_int, must
+from memattn.checks import check_bool, check_int, must
 from memattn.train.config import DataConfig, TrainingConfig, read_config
 
 NO_LOSS = "none"

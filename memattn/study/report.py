@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from memattn.bench.report import machine
-from memattn.data._files import write_text
+from memattn.files import write_text
 from memattn.study.config import StudyConfig
 from memattn.study.results import RunResult, mean_curves, summarise
 from memattn.study.tables import make_note, make_tables

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from memattn.data._files import write_text
-from memattn.ops._checks import must
+from memattn.checks import must
+from memattn.files import write_text
 from memattn.study.config import StudyConfig
 from memattn.study.report import print_report, write_report
 from memattn.study.results import RunResult, read_run

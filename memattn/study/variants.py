@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from memattn.checks import must
 from memattn.models import PRESETS, MemAttnForCausalLM
-from memattn.ops._checks import must
 from memattn.study.config import NO_LOSS, CompareConfig, StudyConfig
 
 BASELINE = "baseline"

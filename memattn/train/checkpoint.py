@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from memattn.data._files import replacing, sha256_of
+from memattn.files import replacing, sha256_of
 from memattn.train.distributed import full_tensor, named_tensors, on_main_process, shard_like
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from memattn.ops._checks import must
+from memattn.checks import must
 from memattn.train.config import TrainingConfig
 
 

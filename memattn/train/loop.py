@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch import Tensor
 
-from memattn.data._files import replacing, write_text
-from memattn.ops._checks import check_int, must
+from memattn.checks import check_int, must
+from memattn.files import replacing, write_text
 from memattn.train.checkpoint import (
     Checkpointer,
     TrainState,

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from memattn.data._files import write_text
+from memattn.files import write_text
 
 # parts of the loss that a model may report beside it, without their coefficients
 LOSS_PARTS = ("lm_loss", "future_loss")

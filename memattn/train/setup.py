@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from memattn.checks import must
 from memattn.data.batches import Batches, PackedBatches, PaddedBatches
 from memattn.data.documents import Document, load_documents, split_documents
 from memattn.data.tokenizer import Tokens, load_tokenizer, tokenize_documents, train_tokenizer
-from memattn.ops._checks import must
 from memattn.train.config import DataConfig, ModelConfig, TrainConfig
 
 

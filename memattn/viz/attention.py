@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor, nn
 
+from memattn.checks import must
 from memattn.nn import SegmentedAttention
 from memattn.nn.rotary import apply_rotary
 from memattn.ops import segmented_attention
-from memattn.ops._checks import must
 from memattn.viz.curves import save_figure
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from torch import Tensor
 
-from memattn.ops._checks import must
+from memattn.checks import must
 from memattn.viz.curves import COLOURS, save_figure
 
 MAX_COLUMNS = 5

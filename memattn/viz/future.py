@@ -7,9 +7,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from memattn.checks import check_rank, must
 from memattn.nn import FutureAttention
 from memattn.ops import future_attention, segmented_attention
-from memattn.ops._checks import check_rank, must
 from memattn.viz.attention import SOURCES, draw_attention_mass, visit_layers
 from memattn.viz.curves import save_figure
 

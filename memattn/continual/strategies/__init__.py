@@ -24,6 +24,7 @@ claim about the methods.
 import inspect
 from typing import Any
 
+from memattn.checks import must
 from memattn.continual.strategies.base import Budget, Strategy
 from memattn.continual.strategies.distillation import LwF
 from memattn.continual.strategies.dtgma import DTGMA
@@ -34,7 +35,6 @@ from memattn.continual.strategies.penalty import EWC, SI
 from memattn.continual.strategies.plain import FineTuning, Joint, Separate
 from memattn.continual.strategies.replay import DERPlusPlus, Replay
 from memattn.continual.streams import Stream
-from memattn.ops._checks import must
 
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy

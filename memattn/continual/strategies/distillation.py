@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memattn.checks import must
 from memattn.continual.strategies.base import Budget
 from memattn.continual.strategies.network import Batch, Network, NetworkStrategy
 from memattn.continual.strategies.penalty import check_non_negative
 from memattn.continual.streams import Stream
-from memattn.ops._checks import must
 
 
 class LwF(NetworkStrategy):

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from memattn.checks import must
 from memattn.continual.strategies.base import Budget, Strategy, seeded
 from memattn.continual.streams import Stream, Task
 from memattn.continual.train import READS, train_task
-from memattn.ops._checks import must
 
 
 class DTGMA(Strategy):

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from memattn.checks import check_int
 from memattn.continual.strategies.base import Budget, count_parameters, seeded
 from memattn.continual.strategies.network import Batch, Network, NetworkStrategy
 from memattn.continual.streams import Stream
-from memattn.ops._checks import check_int
 
 
 class FrozenBase(NetworkStrategy, ABC):

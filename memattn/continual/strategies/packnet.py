@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from memattn.checks import must
 from memattn.continual.strategies.base import Budget
 from memattn.continual.strategies.network import Batch, NetworkStrategy
 from memattn.continual.streams import Stream
-from memattn.ops._checks import must
 
 _FREE = 0  # owner of a weight; task i owns those with i + 1
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memattn.checks import check_bool, check_int, must
 from memattn.continual.strategies.base import Budget
 from memattn.continual.strategies.network import Batch, NetworkStrategy
 from memattn.continual.streams import Stream
-from memattn.ops._checks import check_bool, check_int, must
 
 Named = dict[str, Tensor]
 

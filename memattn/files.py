@@ -1,6 +1,7 @@
 """Files that are whole or absent: checksums and atomic writes."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def sha256_of(path: Path) -> str:
@@ -74,3 +76,8 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """Write values as JSON, in one step."""
+    write_text(Path(path), json.dumps(values, indent=2, allow_nan=False) + "\n")
