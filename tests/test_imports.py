@@ -14,6 +14,7 @@ LAYERS = [
     {"demo", "study"},
     {"train", "evaluate", "continual", "viz", "bench", "data"},
     {"models", "adapters"},
+    {"parts"},
     {"nn"},
     {"testing"},
     {"ops"},
