@@ -6,7 +6,6 @@ abort it. A candidate counts only if outputs and gradients are within the error 
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from memattn.files import write_text
 
 Config = dict[str, int]
 DTYPES = {"half": "bfloat16", "float": "float32"}
@@ -118,8 +119,6 @@ def retune(
     """
     if not torch.cuda.is_available():
         raise RuntimeError("retune needs a CUDA device, and torch sees none")
-    import triton
-
     from memattn_kernels import configs
 
     known = CANDIDATES["half"]
@@ -143,19 +142,28 @@ def retune(
                 if best is not None:
                     table[kernel][str(width)][kind] = dict(best[0].config)
                     milliseconds[f"{kernel}/{width}/{kind}"] = best[1]
+    return write_table(path, table, milliseconds)
+
+
+def write_table(
+    path: str | Path, table: dict[str, Any], milliseconds: dict[str, float]
+) -> dict[str, Any]:
+    """Write a measured table of configurations, whole or not at all; returns what it holds."""
+    import triton
+
+    from memattn_kernels import configs
+
+    device = torch.device("cuda", 0)
     content = {
-        "architecture": configs.device_architecture(torch.device("cuda", 0)),
+        "architecture": configs.device_architecture(device),
         "source": "measured by memattn bench --retune",
-        "device": torch.cuda.get_device_name(0),
+        "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "kernels": table,
         "milliseconds": milliseconds,
     }
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
+    write_text(Path(path), json.dumps(content, indent=2) + "\n")
     return content
 
 
@@ -199,24 +207,24 @@ def measure(trial: Trial) -> float | str:
 
 
 def run_trial(trial: Trial) -> float:
-    """Check a candidate, then time it, in this process; milliseconds.
+    """Check a candidate, then time it, in this process; milliseconds."""
+    check_trial(trial)
+    return time_trial(trial)
 
-    A backward kernel is timed with its neighbours, whose configurations stay the same.
+
+def check_trial(trial: Trial, *, length: int = 700) -> None:
+    """Compile a candidate and check its results; it stays in this process's table.
+
+    Raises:
+        AssertionError: If results or gradients leave the error budget.
     """
-    from triton.testing import do_bench
-
     from memattn.testing import assert_results_within_budget, run_with_gradients
-    from memattn_kernels import configs
 
-    table = configs.table(configs.architecture(torch.device("cuda", 0)))
-    table[trial.kernel][str(trial.head_dim)][trial.kind] = trial.config
-    dtype = getattr(torch, DTYPES[trial.kind])
+    operator, make_inputs, passes = _use(trial)
     decode = trial.kernel.endswith("decode")
-    operator, make_inputs, passes = work(trial.kernel)
-    make_inputs = partial(make_inputs, D=trial.head_dim, device="cuda", dtype=dtype)
-
-    small = make_inputs(T=7 if decode else 700, S=700)
-    options = passes[-1] | ({"query_offset": 693} if decode else {})
+    dtype = getattr(torch, DTYPES[trial.kind])
+    small = make_inputs(T=7 if decode else length, S=length)
+    options = passes[-1] | ({"query_offset": length - 7} if decode else {})
     results = [
         run_with_gradients(operator, small, options | {"backend": backend}, dtype=precision)
         for backend, precision in (
@@ -227,6 +235,16 @@ def run_trial(trial: Trial) -> float:
     ]
     assert_results_within_budget(*results)
 
+
+def time_trial(trial: Trial) -> float:
+    """Milliseconds of a candidate that ``check_trial`` has passed.
+
+    A backward kernel is timed with its neighbours, whose configurations stay the same.
+    """
+    from triton.testing import do_bench
+
+    operator, make_inputs, passes = _use(trial)
+    decode = trial.kernel.endswith("decode")
     T, S = (1, 4096) if decode else (4096, 4096)
     tensors = make_inputs(B=8 if decode else 2, H=16, Hkv=4, T=T, S=S)
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
@@ -242,6 +260,37 @@ def run_trial(trial: Trial) -> float:
             run = attend
         total += cast(float, do_bench(run, return_mode="median"))
     return total
+
+
+def _use(trial: Trial) -> tuple[Callable, Callable, list[dict[str, Any]]]:
+    """Put a candidate into this process's table; the ``work`` that it does, on this device."""
+    from memattn_kernels import configs
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    table = configs.table(table_name())
+    # its neighbours keep the configurations that the process began with
+    table.update(json.loads(_first_table(table_name())))
+    table[trial.kernel][str(trial.head_dim)][trial.kind] = trial.config
+    operator, make_inputs, passes = work(trial.kernel)
+    dtype = getattr(torch, DTYPES[trial.kind])
+    return operator, partial(make_inputs, D=trial.head_dim, device=device, dtype=dtype), passes
+
+
+def table_name() -> str:
+    """The architecture of the table in use; the interpreter reads no table."""
+    from memattn_kernels import configs
+
+    if not torch.cuda.is_available():
+        return "sm_90"
+    return configs.architecture(torch.device("cuda", 0))
+
+
+@cache
+def _first_table(name: str) -> str:
+    """A table as the process found it, as JSON."""
+    from memattn_kernels import configs
+
+    return json.dumps(configs.table(name))
 
 
 def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
