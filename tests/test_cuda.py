@@ -23,19 +23,21 @@ SYSTEMS = ("vanilla", "both", "future")
 
 
 def gradients(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> list[Tensor]:
-    """The output and the gradients of its sum of squares."""
+    """The output and the gradients, with the output itself as the cotangent."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     out = function(**leaves)
-    loss = out.float().square().sum()
-    return [out.detach(), *torch.autograd.grad(loss, list(leaves.values()))]
+    return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), out.detach())]
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_training_step_is_that_of_the_cpu(system: str):
     tokens = make_tokens(B=2, T=61)
 
-    def step(dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    def step(dtype: torch.dtype, device: str, *, plain: bool = False) -> dict[str, Tensor]:
         model = make_model(system, dtype).to(device).train()
+        for module in model.modules() if plain else ():
+            if hasattr(module, "backend"):
+                module.backend = "reference"
         loss = model(tokens.to(device), labels=tokens.to(device), use_cache=False).loss
         loss.backward()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -48,13 +50,13 @@ def test_a_training_step_is_that_of_the_cpu(system: str):
 
     actual, low, high = (
         step(torch.float32, "cuda"),
-        step(torch.float32, "cpu"),
+        # the same projections, so that only the operators differ
+        step(torch.float32, "cuda", plain=True),
         step(torch.float64, "cpu"),
     )
     assert actual.keys() == high.keys()
     for name, expected in high.items():
-        # the projections of the two devices add in another order than ours does
-        assert_within_budget(name, actual[name].cpu(), low[name], expected)
+        assert_within_budget(name, actual[name], low[name], expected)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -72,10 +74,9 @@ def test_a_model_in_bfloat16_is_exact(system: str):
     assert report.passed, str(report)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_rows_far_apart(dtype: torch.dtype):
-    """Strides of 4 MiB elements: offsets of the last rows are beyond 32 bits."""
-    T, D, stride = 700, 64, 2**22
+def test_rows_far_apart():
+    """Strides of 4 Mi elements: offsets of the last rows are beyond 32 bits."""
+    T, D, stride, dtype = 530, 64, 2**22, torch.bfloat16
     tensors = make_segmented_inputs(B=1, H=1, Hkv=1, T=T, D=D, dtype=dtype, device="cuda")
     apart = {}
     for name, tensor in tensors.items():

@@ -208,6 +208,8 @@ def measure(trial: Trial) -> float | str:
 
 def run_trial(trial: Trial) -> float:
     """Check a candidate, then time it, in this process; milliseconds."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("a trial needs a CUDA device, and torch sees none")
     check_trial(trial)
     return time_trial(trial)
 
@@ -223,7 +225,9 @@ def check_trial(trial: Trial, *, length: int = 700) -> None:
     operator, make_inputs, passes = _use(trial)
     decode = trial.kernel.endswith("decode")
     dtype = getattr(torch, DTYPES[trial.kind])
-    small = make_inputs(T=7 if decode else length, S=length)
+    # as many heads as are timed: another number may be another kernel
+    heads = {"B": 1, "H": 16, "Hkv": 4} if torch.cuda.is_available() else {}
+    small = make_inputs(T=7 if decode else length, S=length, **heads)
     options = passes[-1] | ({"query_offset": length - 7} if decode else {})
     results = [
         run_with_gradients(operator, small, options | {"backend": backend}, dtype=precision)

@@ -1,5 +1,6 @@
 """Stage "correct": every operator and direction in every dtype, on awkward shapes."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from memattn import ops, testing
 from memattn.bench.gpu.pool import Job, Result
 
 LENGTH, DRY_LENGTH = 333, 21
+SEEDS = 16
 HEAD_DIMS, DRY_HEAD_DIMS = (128, 64, 80, 256), (16,)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PLAIN = {"B": 2, "H": 2, "Hkv": 2}  # multi-head attention, as benchmarks run it
@@ -117,6 +119,8 @@ def run_job(job: Job) -> Result:
             wrong.append(str(error))
             continue
         error, budget = errors[name]
+        if error > budget and high[name].numel() == 1:
+            errors[name] = error, budget = _over_seeds(job, name)
         if not error <= budget:
             wrong.append(f"{name}: error {error:.3e} over the budget {budget:.3e}")
     worst = max(((e / b if b else 0.0, name) for name, (e, b) in errors.items()), default=(0.0, ""))
@@ -125,6 +129,31 @@ def run_job(job: Job) -> Result:
         result |= {"status": "wrong", "reason": "; ".join(wrong), "errors": errors}
         result["configurations"] = configurations(job)
     return result
+
+
+def _over_seeds(job: Job, name: str) -> tuple[float, float]:
+    """Error and budget of a result of one number, as root mean squares over seeds.
+
+    Plain PyTorch's error of a single number is now and then far smaller than usual, by luck.
+    """
+    pairs = [_one_number(job | {"seed": seed}, name) for seed in range(SEEDS)]
+    error, budget = (
+        math.sqrt(sum(x * x for x in values) / SEEDS) for values in zip(*pairs, strict=True)
+    )
+    return error, budget
+
+
+def _one_number(job: Job, name: str) -> tuple[float, float]:
+    function, tensors, options = build(job)
+    dtype = DTYPES[job["dtype"]]
+    results = []
+    for backend, precision in (
+        ("triton", dtype), ("reference", dtype), ("reference", torch.float64)
+    ):  # fmt: skip
+        with torch.no_grad():
+            cast = {key: x.to(precision) for key, x in tensors.items()}
+            results.append(getattr(function(**cast, **options, backend=backend), name))
+    return testing.error_and_budget(name, *results)
 
 
 def build(job: Job) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,10 @@ class Pool:
     def _end(self, process: subprocess.Popen) -> None:
         _kill(process)
         process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with suppress(OSError):  # what it was still to be told is lost with it
+                    pipe.close()
         self._running.discard(process)
 
 

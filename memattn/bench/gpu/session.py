@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from memattn.bench import report
 from memattn.bench.gpu import correctness, predictions, speed, tuning
 from memattn.bench.gpu.pool import Job, Pool, Result
-from memattn.files import write_text
+from memattn.files import write_json, write_text
 
 # seconds of a stage, of 480 in all; what one leaves over goes to the next
 STAGES = {"correct": 110, "speed": 190, "tests": 110, "retune": 70}
@@ -25,6 +25,9 @@ CHECK_SECONDS = 100  # of one job of the stages "correct" and "speed"
 PREPARE_SHARE = 0.45  # of the stage "speed", at most, for checks and compilations
 FIRST_TESTS = "tests/test_cuda.py"
 OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) +(?:\[ *\d+%\] +)?(tests/\S.*)")
+
+
+OnResult = Callable[[Job, Result], None]
 
 
 @dataclass
@@ -50,6 +53,9 @@ class Session:
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         if self.dry:
             environment["TRITON_INTERPRET"] = "1"
+        # what the results belong to; with them, all that a page is made of
+        session = {"seconds": self.seconds, "machine": machine_line()}
+        write_json(self.folder / "session.json", session)
         log = self.folder / "workers.log"
         self.checkers = Pool(self.n_workers, log, environment)
         self.timer = Pool(1, log, environment | {"OMP_NUM_THREADS": str(self.n_workers)})
@@ -101,7 +107,21 @@ class Session:
     def _run_correct(self, deadline: float) -> None:
         jobs = correctness.jobs(self.operators, dry=self.dry)
         self.planned["correct"] = len(jobs)
-        self.checkers.run(jobs, self.on_result, deadline=deadline, job_seconds=CHECK_SECONDS)
+        self._check(jobs, self.on_result, deadline)
+
+    def _check(self, jobs: Sequence[Job], on_result: OnResult, deadline: float) -> None:
+        """Run jobs beside each other; those that found the card's memory full, alone after it."""
+        crowded: list[Job] = []
+
+        def keep(job: Job, result: Result) -> None:
+            if "OutOfMemoryError" in result.get("reason", ""):
+                crowded.append(job)
+            else:
+                on_result(job, result)
+
+        self.checkers.run(jobs, keep, deadline=deadline, job_seconds=CHECK_SECONDS)
+        alone = time.monotonic() + 0.2 * max(deadline - time.monotonic(), 100.0)
+        self.timer.run(crowded, on_result, deadline=alone, job_seconds=CHECK_SECONDS)
 
     def _run_speed(self, deadline: float) -> None:
         now = time.monotonic()
@@ -114,12 +134,7 @@ class Session:
             if job["peer"] is None and result["status"] != "ok":
                 wrong.add(cases[job["index"]].label())
 
-        self.checkers.run(
-            prepare,
-            prepared,
-            deadline=now + PREPARE_SHARE * (deadline - now),
-            job_seconds=CHECK_SECONDS,
-        )
+        self._check(prepare, prepared, now + PREPARE_SHARE * (deadline - now))
         timed = speed.speed_jobs(self.operators, dry=self.dry, wrong=wrong)
         ours = [job for job in timed if not job.get("peers", True)]
         rest = [job for job in timed if job not in ours]
@@ -145,6 +160,7 @@ class Session:
         if not self.dry:
             # one test at a time to each worker: in their order
             command += ["-n", str(min(self.n_workers, 10)), "--maxschedchunk", "1"]
+            command += ["-k", "not cpp"]  # not built where only the kernels are tried
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
             command,
@@ -265,7 +281,7 @@ def summary(session: Session) -> str:
     bars = {bar["bar"]: bar for _, result in results for bar in result.get("bars", ())}
     if bars:
         lines += ["", "bars", "----", *(_bar(bar) for bar in bars.values())]
-    return "\n".join([*lines, "", _machine(session)]) + "\n"
+    return "\n".join([*lines, "", machine_line()]) + "\n"
 
 
 def _bar(bar: Mapping[str, Any]) -> str:
@@ -285,7 +301,8 @@ def _stage_of(job: Job) -> str:
     return "tests" if task == "test" else "retune" if task.startswith("tune") else "speed"
 
 
-def _machine(session: Session) -> str:
+def machine_line() -> str:
+    """Date, device and versions."""
     machine = report.machine(0)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return f"{machine['date']}; {machine['gpu'] or 'no GPU'}; {versions}"

@@ -135,8 +135,8 @@ def prepare(job: Job) -> Result:
 def _few_heads(case: Case) -> Case:
     """The case with few heads, for checks of several processes at once: results add no heads."""
     sizes = case.sizes()
-    heads = 16 if case.T <= 8192 else 4
-    few = {"H": min(sizes["H"], heads), "B": min(sizes["B"], 2)}
+    heads = 16 if case.T <= 8192 else 4  # 16 heads compile as 32 do
+    few = {"H": min(sizes["H"], heads), "B": 1}
     return replace(case, **few)
 
 
