@@ -179,6 +179,7 @@ def test_packed_documents_in_a_cuda_graph():
 def test_retune_knows_kernels_of_the_tables():
     assert retune.CANDIDATES["half"].keys() == retune.CANDIDATES["float"].keys()
     assert retune.CANDIDATES["half"].keys() == configs.table("sm_90").keys()
+    assert retune.CAPPED_CANDIDATES.keys() == configs.table("sm_90").keys()
 
 
 @pytest.mark.parametrize("kernel", configs.table("sm_90"))
@@ -213,12 +214,21 @@ def test_a_table_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ({"BLOCK_M": 48}, "BLOCK_M must be a power of two in 16 ... 256, got 48"),
         ({"BLOCK_N": 8}, "BLOCK_N must be a power of two in 16 ... 256, got 8"),
         ({"num_stages": "2"}, "num_stages must be an integer in 1 ... 16, got 2"),
-        ({"warps": 4}, "segmented_attention_fwd, 64, half must have BLOCK_M, BLOCK_N"),
+        ({"maxnreg": 256}, "maxnreg must be an integer in 32 ... 255, got 256"),
+        ({"warps": 4}, "half must have BLOCK_M, .* num_stages and perhaps maxnreg, got"),
     ],
 )
 def test_names_the_wrong_entry_of_a_table(tmp_path: Path, entry: dict, message: str):
     with pytest.raises(ValueError, match=message):
         configs.read(changed_table(tmp_path / "table.json", **entry))
+
+
+def test_a_cap_on_registers_is_for_nvidia_only(tmp_path: Path):
+    path = changed_table(tmp_path / "table.json", maxnreg=128)
+    assert configs.read(path)["segmented_attention_fwd"]["64"]["half"]["maxnreg"] == 128
+    path.write_text(path.read_text().replace("sm_00", "gfx942"))
+    with pytest.raises(ValueError, match=r"must have BLOCK_M, BLOCK_N, num_warps, num_stages, got"):
+        configs.read(path)
 
 
 def test_names_the_file_that_is_no_table(tmp_path: Path):
@@ -254,6 +264,17 @@ def test_retune_chooses_the_fastest_that_runs():
     )
     assert best == (trials[2], 1.0)
     assert seen[:3] == ["out of shared memory", 2.0, 1.0] and len(seen) == len(trials)
+
+
+@pytest.mark.parametrize("kernel", configs.table("sm_90"))
+def test_retune_offers_a_cap_on_registers_at_head_dimension_64(kernel: str):
+    caps = {}
+    for width, kind in ((64, "half"), (64, "float"), (128, "half")):
+        present = configs.table("sm_90")[kernel][str(width)][kind]
+        others = list(retune.trials(kernel, width, kind, present))[1:]
+        caps[width, kind] = {trial.config.get("maxnreg") for trial in others}
+    expected = {None} if kernel.endswith("decode") else {None, 128}
+    assert caps == {(64, "half"): expected, (64, "float"): {None}, (128, "half"): {None}}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -23,7 +23,8 @@ Config = dict[str, int]
 DTYPES = {"half": "bfloat16", "float": "float32"}
 # a candidate that takes longer, with its compilation, is no candidate
 TIMEOUT_SECONDS = 300
-# BLOCK_M, BLOCK_N, num_warps, num_stages; by the part of a kernel's name that operators share
+# BLOCK_M, BLOCK_N, num_warps, num_stages and perhaps a cap on registers; by the part of a kernel's
+# name that operators share
 _SHARED_CANDIDATES = {
     "half": {
         "fwd": [
@@ -60,6 +61,15 @@ _SHARED_CANDIDATES = {
 }  # fmt: skip
 
 
+# at head dimension 64 a cap makes room for two programs on a multiprocessor; NVIDIA only
+_CAPPED_CANDIDATES = {
+    "fwd": [(128, 64, 8, 3, 128), (128, 64, 8, 2, 128), (64, 64, 4, 3, 128)],
+    "decode": [],
+    "bwd_dq": [(128, 64, 8, 3, 128), (128, 64, 8, 2, 128), (64, 64, 4, 2, 128)],
+    "bwd_dkdv": [(32, 128, 8, 3, 128), (32, 128, 8, 2, 128), (32, 64, 4, 2, 128)],
+}
+
+
 # kernels with the candidates of another
 _RELATIVES: dict[str, str] = {
     "bwd_dq_target": "bwd_dq",
@@ -71,15 +81,19 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "future_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv", *_RELATIVES),
     "task_masked_attention": ("fwd", "bwd_dq", "bwd_dkdv"),
 }
-# values by dtype class and name of the kernel
-CANDIDATES = {
-    kind: {
+
+
+def _by_kernel(shared: dict[str, list[tuple]]) -> dict[str, list[tuple]]:
+    """Candidates by the name of the kernel."""
+    return {
         f"{operator}_{part}": shared[_RELATIVES.get(part, part)]
         for operator, parts in _KERNELS.items()
         for part in parts
     }
-    for kind, shared in _SHARED_CANDIDATES.items()
-}
+
+
+CANDIDATES = {kind: _by_kernel(shared) for kind, shared in _SHARED_CANDIDATES.items()}
+CAPPED_CANDIDATES = _by_kernel(_CAPPED_CANDIDATES)
 
 
 @dataclass(frozen=True)
@@ -169,11 +183,14 @@ def write_table(
 
 def trials(kernel: str, head_dim: int, kind: str, present: Config) -> Iterator[Trial]:
     """The present configuration, then every other candidate."""
-    from memattn_kernels.configs import OPTIONS
+    from memattn_kernels.configs import OPTIONAL, OPTIONS
 
     yield Trial(kernel, head_dim, kind, present)
-    for values in CANDIDATES[kind][kernel]:
-        config = dict(zip(OPTIONS, values, strict=True))
+    candidates = CANDIDATES[kind][kernel]
+    if head_dim == 64 and kind == "half" and torch.version.hip is None:
+        candidates = candidates + CAPPED_CANDIDATES[kernel]
+    for values in candidates:
+        config = dict(zip(OPTIONS + OPTIONAL, values, strict=False))
         if config != present:
             yield Trial(kernel, head_dim, kind, config)
 
