@@ -5,11 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from quick_interpreter import make_quick
 from torch import Tensor
 
 if not torch.cuda.is_available():
     # read when a kernel is defined, so it must be set before any is imported
     os.environ["TRITON_INTERPRET"] = "1"
+    make_quick()
 
 
 @pytest.fixture
