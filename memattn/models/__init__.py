@@ -12,11 +12,13 @@ from memattn.models.config import (
 )
 from memattn.models.decoder import MemAttnForCausalLM, MemAttnModel, MemAttnPreTrainedModel
 from memattn.models.hf_attention import register_hf_attention
+from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
 
 AutoConfig.register(MemAttnConfig.model_type, MemAttnConfig)
 AutoModel.register(MemAttnConfig, MemAttnModel)
 AutoModelForCausalLM.register(MemAttnConfig, MemAttnForCausalLM)
+register_class_name(MemAttnForCausalLM)
 register_hf_attention()
 
 __all__ = [

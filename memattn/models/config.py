@@ -240,11 +240,7 @@ class MemAttnConfig(PreTrainedConfig):
         if self.attention.future is not None:
             self.attention.future.check_sizes(self.num_hidden_layers, self.max_position_embeddings)
         super().__post_init__(**kwargs)
-        rope = self.rope_parameters or {}
-        if rope.get("rope_type") != "default":
-            must("rope_parameters", 'have rope_type "default"', rope.get("rope_type"))
-        if not rope["rope_theta"] > 0:
-            must("rope_theta", "be positive", rope["rope_theta"])
+        _check_rope(self.rope_parameters or {})
 
     @property
     def position_limit(self) -> int | None:
@@ -264,10 +260,23 @@ class MemAttnConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read the values of ``to_dict``; ``attention`` may be replaced by a keyword, as a dict."""
-        if "attention" in kwargs:
-            config_dict = config_dict | {"attention": kwargs.pop("attention")}
-        return super().from_dict(config_dict, **kwargs)
+        """Read the values of ``to_dict``; keywords replace fields, and are checked as these are."""
+        own = {part.name for kind in (cls, AttentionConfig, FutureConfig) for part in fields(kind)}
+        own -= {part.name for part in fields(PreTrainedConfig)}  # those transformers sees to
+        given = {name: kwargs.pop(name) for name in (own | _ROPE_KEYWORDS) & kwargs.keys()}
+        if "rope_theta" in given and "rope_parameters" not in given:
+            rope = config_dict.get("rope_parameters") or {}
+            given["rope_parameters"] = rope | {"rope_theta": given.pop("rope_theta")}
+        return super().from_dict(config_dict | given, **kwargs)
+
+    def check(self) -> None:
+        """Raise what construction raises for these values: fields may be set at any time."""
+        type(self).from_dict(self.to_dict())
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write ``config.json``; what could not be loaded is not saved."""
+        self.check()
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def vanilla(cls, **sizes: Any) -> "MemAttnConfig":
@@ -333,6 +342,20 @@ class MemAttnConfig(PreTrainedConfig):
         for name in sizes.keys() - known:
             must(name, f"be a field of {cls.__name__}", repr(sizes[name]), TypeError)
         return sizes
+
+
+_ROPE_KEYWORDS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+
+
+def _check_rope(rope: dict[str, Any]) -> None:
+    """Raise ValueError for what the rotary embedding would not do."""
+    if rope.get("rope_type") != "default":
+        must("rope_parameters", 'have rope_type "default"', rope.get("rope_type"))
+    unknown = sorted(rope.keys() - {"rope_type", "rope_theta", "type"})
+    if unknown:
+        must("rope_parameters", "have rope_type and rope_theta alone", ", ".join(unknown))
+    if not rope["rope_theta"] > 0:
+        must("rope_theta", "be positive", rope["rope_theta"])
 
 
 PRESETS: dict[str, Callable[..., MemAttnConfig]] = {

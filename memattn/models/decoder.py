@@ -12,6 +12,7 @@ from memattn.checks import check_rank, must
 from memattn.models.block import MemAttnBlock, make_norm
 from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
+from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
 from memattn.models.padding import check_lengths, check_positions, mask_bounds
 from memattn.nn import FutureTable, RotaryEmbedding, SegmentedAttention, sequence_positions
@@ -26,6 +27,11 @@ class MemAttnPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MemAttnBlock"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
+
+    def __init__(self, config: MemAttnConfig, *inputs: Any, **kwargs: Any) -> None:
+        if isinstance(config, MemAttnConfig):
+            config.check()  # fields may have been set since it was made
+        super().__init__(config, *inputs, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -205,8 +211,13 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs = True  # the trainer of transformers passes num_items_in_batch
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register_class_name(cls)  # FSDP2 makes such classes too
+
     def __init__(self, config: MemAttnConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # transformers would read it off the name of the class
         self.model = MemAttnModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from memattn.nn import FutureTable
 from memattn.train.config import TrainingConfig
 
 _MEMORY = ("memory", "persistent")
@@ -20,8 +21,9 @@ def is_memory_parameter(name: str) -> bool:
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and weight decay.
 
-    Memory parameters have ``memory_lr``. Weights of two axes decay; norms, biases, embeddings and
-    tables of learned tokens do not. Empty groups are left out.
+    Memory parameters have ``memory_lr``. Weights of two axes or more, such as the stacked matrices
+    of experts, decay; norms, biases, embeddings and tables of learned tokens do not. Empty groups
+    are left out.
 
     Args:
         model: Its parameters with ``requires_grad``.
@@ -30,17 +32,13 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
     Returns:
         Groups for AdamW, the base ones first.
     """
-    tables = {
-        f"{prefix}.weight"
-        for prefix, module in model.named_modules()
-        if type(module) is nn.Embedding
-    }
+    tables = table_parameters(model)
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {
         (memory, decays): [] for memory in (False, True) for decays in (True, False)
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.dim() == 2 and name not in tables and "persistent" not in name
+            decays = parameter.dim() >= 2 and parameter not in tables and "persistent" not in name
             members[is_memory_parameter(name), decays].append(parameter)
     rates = {False: config.base_model_lr, True: config.memory_lr or config.base_model_lr}
     return [
@@ -48,6 +46,13 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
         for (memory, decays), params in members.items()
         if params
     ]
+
+
+def table_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Embeddings of any class, and tables of learned keys: rows that are looked up."""
+    kinds = (nn.Embedding, nn.EmbeddingBag, FutureTable)
+    tables = (module for module in model.modules() if isinstance(module, kinds))
+    return {parameter for table in tables for parameter in table.parameters(recurse=False)}
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:

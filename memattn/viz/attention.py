@@ -38,14 +38,15 @@ def attention_mass(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
     Raises:
         TypeError: If the model has no attention layer of a known kind.
     """
-    layers = [module for module in model.modules() if type(module) in SOURCES]
+    layers = [module for module in model.modules() if isinstance(module, tuple(SOURCES))]
     if not layers:
         kinds = ", ".join(kind.__name__ for kind in SOURCES)
         must("model", f"have layers of kind {kinds}", type(model).__name__, TypeError)
     masses: dict[nn.Module, dict[str, Tensor]] = {}
 
     def measure(module: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-        found = SOURCES[type(module)](module, *args, **options)
+        kind = next(kind for kind in type(module).__mro__ if kind in SOURCES)
+        found = SOURCES[kind](module, *args, **options)
         masses[module] = {name: mass.double().mean((0, 2)).cpu() for name, mass in found.items()}
 
     visit_layers(model, input_ids, layers, measure)

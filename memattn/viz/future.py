@@ -44,7 +44,7 @@ def measure_future(model: nn.Module, input_ids: Tensor) -> FutureMeasures:
         ValueError: If the text is shorter than a band.
     """
     check_rank("input_ids", input_ids, "B T")
-    everything = [module for module in model.modules() if type(module) in SOURCES]
+    everything = [module for module in model.modules() if isinstance(module, tuple(SOURCES))]
     numbers = [i for i, layer in enumerate(everything) if isinstance(layer, FutureAttention)]
     layers: list[Any] = [everything[i] for i in numbers]
     if not layers:
