@@ -43,7 +43,7 @@ def results(folder: Path) -> list[dict]:
 
 
 def test_the_whole_session_runs_without_a_card(tmp_path: Path):
-    process = start(tmp_path, "--seconds", "200", "--before", str(ROOT))
+    process = start(tmp_path, "--seconds", "900", "--before", str(ROOT))
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
     found = results(tmp_path)

@@ -72,8 +72,9 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) 
 
 
 def _gradients(ctx: Any, backward: Any, cotangents: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors[ctx.n_results :]
-    grads = backward(*cotangents, *ctx.saved_tensors, *ctx.options)
+    saved = ctx.saved_tensors  # read once: non-reentrant checkpointing frees what it handed out
+    grads = backward(*cotangents, *saved, *ctx.options)
+    tensors = saved[ctx.n_results :]
     given = (g if t is not None else None for g, t in zip(grads, tensors, strict=False))
     return (*given, *[None] * (N_BOUNDS + len(ctx.options)))
 

@@ -83,7 +83,7 @@ Rates = Iterator[tuple[str, float | None]]  # what, FLOP/s
 def _calibration(dry: bool) -> Rates:
     from memattn.bench.gpu.calibration import bare_attention
 
-    for D in (128, 64):
+    for D in reversed(_widths(dry)):
         case = _segmented("dense", D, dry)
         if dry:
             case = replace(case, T=32)
@@ -98,7 +98,7 @@ def _calibration(dry: bool) -> Rates:
 
 
 def _dense(dry: bool) -> Rates:
-    for D in (64, 128):
+    for D in _widths(dry):
         case = _segmented("dense", D, dry)
         yield from _kernels(case, f"D={D}", case.pairs() * case.H, dry)
 
@@ -121,14 +121,14 @@ def _cap(dry: bool) -> Rates:
 
 
 def _window(dry: bool) -> Rates:
-    for D in (64, 128):
+    for D in _widths(dry):
         case = replace(_segmented("window", D, dry), window_size=16 if dry else 512)
         call = call_of(case, case.subject("triton"), "forward")
         yield f"window 512 forward D={D}", _rate(case, "forward", call, dry)
 
 
 def _heads(dry: bool) -> Rates:
-    for D in (64, 128):
+    for D in _widths(dry):
         for groups in (1, 2):
             case = replace(_task_masked("blocks", D, dry), density=50)
             case = replace(case, Hkv=case.H // groups)
@@ -140,7 +140,7 @@ def _heads(dry: bool) -> Rates:
 
 
 def _partial(dry: bool) -> Rates:
-    for D in (64, 128):
+    for D in _widths(dry):
         # half of the pairs of every tile: the rate of executed tiles is twice the useful one
         case = replace(_task_masked("tokens", D, dry), density=50, n_tasks=1)
         call = call_of(case, case.subject("triton"), "forward")
@@ -156,6 +156,11 @@ _MEASURES: dict[str, Callable[[bool], Rates]] = {
     "heads": _heads,
     "partial": _partial,
 }
+
+
+def _widths(dry: bool) -> tuple[int, ...]:
+    """Head dimensions; a dry run has one size for all."""
+    return (64,) if dry else (64, 128)
 
 
 def _segmented(kind: str, D: int, dry: bool) -> SegmentedCase:
