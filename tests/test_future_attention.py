@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from operator_contract import DEVICE, EVERY, int32
-from operator_specs import FUTURE, LOSSES
+from specs_future_attention import FUTURE, LOSSES
 from torch.nn import functional as F
 
 from memattn import future_attention, future_attention_loss, segmented_attention
