@@ -73,12 +73,12 @@ TASK_MASKED = OperatorSpec(
     repeated=Case(dict(T=40, heads=True, form="graph", nodes=7)),
     large=Case(dict(T=9, D=64, form="some"), dict(is_causal=True)),
     opcheck={
-        form: Case(
+        f"{form}-{'causal' if is_causal else 'both'}": Case(
             dict(H=2, Hkv=1, T=9, form=form, n_tasks=2),
-            dict(is_causal=form == "graph"),
-            dict(seq_start=[2, 0], seq_end=[9, 7]) if form == "dense" else {},
+            dict(is_causal=is_causal),
+            dict(seq_start=[2, 0], seq_end=[9, 7]),
         )
-        for form in ("dense", "graph")
+        for form, is_causal in (("dense", False), ("dense", True), ("graph", False))
     },
     compiled={
         "graph-heads": lambda T: Case(
