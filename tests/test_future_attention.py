@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from operator_contract import DEVICE, EVERY, int32
-from operator_specs import FUTURE, LOSSES
+from specs_future_attention import FUTURE, LOSSES
 from torch.nn import functional as F
 
 from memattn import future_attention, future_attention_loss, segmented_attention
@@ -104,6 +104,27 @@ class TestProperties:
         last = {**tensors, "query": tensors["query"][:, :, 17:]}
         split = self.run(backend, last, query_offset=17, future_dim=6)
         torch.testing.assert_close(split.out, whole.out[:, :, 17:])
+
+    def test_an_expanded_table(self, backend):
+        """A view of one table for each sequence: as copies of it."""
+        tensors = make_future_inputs(H=2, Hkv=1, Hf=1, T=18, tables=1, device=DEVICE[backend])
+        tensors |= {n: t.expand(2, -1, -1, -1) for n, t in tensors.items() if "future" in n}
+        plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        options = dict(future_dim=5, loss_type="cosine", detach_target=False, backend=backend)
+        expected = run_with_gradients(future_attention_loss, plain, options)
+
+        def views(**leaves):
+            for name in ("future_key", "future_value"):
+                leaves[name] = leaves[name][:1].expand(2, -1, -1, -1)
+            return future_attention_loss(**leaves, **options)
+
+        for name, result in run_with_gradients(future_attention_loss, tensors, options).items():
+            assert torch.equal(result, expected[name]), name
+        for name, result in run_with_gradients(views, plain, {}).items():
+            if name in ("d_future_key", "d_future_value"):
+                torch.testing.assert_close(result[0], expected[name].sum(0), msg=name)
+            else:
+                assert torch.equal(result, expected[name]), name
 
     def test_no_position_is_left_for_the_loss(self, backend):
         tensors = make_future_inputs(H=2, Hkv=1, T=5, rows=20, device=DEVICE[backend])

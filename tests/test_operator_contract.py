@@ -1,13 +1,12 @@
 """What every operator must show on every backend; ``operator_specs.py`` says for which inputs."""
 
-import re
-
 import pytest
 import torch
 from operator_contract import (
     COMPILED,
     CUDA,
     DEVICE,
+    DOCUMENTS,
     DTYPES,
     EVERY,
     assert_near,
@@ -18,7 +17,7 @@ from operator_contract import (
     over,
     reference_params,
 )
-from operator_specs import DOCUMENTS, SPECS
+from operator_specs import SPECS
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -395,103 +394,6 @@ def test_activation_checkpointing(spec, backend, use_reentrant):
         for actual, expected in zip(gradients(recomputed), gradients(call), strict=True):
             assert (actual is None) == (expected is None)
             assert actual is None or torch.equal(actual, expected)
-
-
-# ------------------------------------------------------------ bad input
-
-
-def zeros(*shape, **kwargs):
-    return torch.zeros(*shape, **kwargs)
-
-
-# an argument that an operator lacks is left out
-WRONG = {
-    "query must be a tensor": (TypeError, dict(query=None)),
-    "query must have 4 axes": (ValueError, dict(query=zeros(2, 4, 9))),
-    "query must have dtype": (ValueError, dict(query=zeros(2, 4, 9, 16, dtype=torch.int64))),
-    "key must be a tensor": (TypeError, dict(key=[1.0])),
-    "key must have shape [B=2, Hkv, S, D=16], got [2, 2, 9, 8]": (
-        ValueError,
-        dict(key=zeros(2, 2, 9, 8)),
-    ),
-    "key must have a number of heads that divides those of query, H=4": (
-        ValueError,
-        dict(key=zeros(2, 3, 9, 16)),
-    ),
-    "key must have the dtype of query": (ValueError, dict(key=zeros(2, 2, 9, 16).half())),
-    "key must be on the device of query": (ValueError, dict(key=zeros(2, 2, 9, 16, device="meta"))),
-    "value must have shape [B=2, Hkv=2, S=9, Dv]": (ValueError, dict(value=zeros(2, 2, 8, 16))),
-    "is_causal must be True or False, got int": (TypeError, dict(is_causal=1)),
-    "query_offset must be at least 0": (ValueError, dict(query_offset=-1)),
-    "scale must be positive and finite, got 0.0": (ValueError, dict(scale=0.0)),
-    "scale must be a number or None": (TypeError, dict(scale="1")),
-    "seq_start must have dtype torch.int32": (ValueError, dict(seq_start=zeros(2))),
-    "seq_start must have shape [B=2]": (ValueError, dict(seq_start=int32(0, 0, 0))),
-    "seq_end must have dtype torch.int32": (ValueError, dict(seq_end=torch.tensor([0, 1]))),
-    "seq_end must be at least seq_start=3, got 1": (
-        ValueError,
-        dict(seq_start=int32(0, 3), seq_end=int32(9, 1)),
-    ),
-    "seq_end must be at least seq_start=0, got -1": (ValueError, dict(seq_end=int32(9, -1))),
-    "query must have B=1 with cu_seqlens": (ValueError, dict(cu_seqlens=int32(0, 9))),
-    "backend must be one of auto, triton, cpp, reference, got 'cuda'": (
-        ValueError,
-        dict(backend="cuda"),
-    ),
-    "backend must be one of auto, triton, cpp, reference, got NoneType": (
-        TypeError,
-        dict(backend=None),
-    ),
-}
-
-
-@pytest.mark.parametrize("message", WRONG)
-@every_operator
-def test_names_the_wrong_argument(spec, message):
-    error, change = WRONG[message]
-    if not all(spec.takes(argument) for argument in change):
-        assert not spec.takes("cu_seqlens") or "is_causal" in change
-        return
-    tensors, options = spec.make(spec.wrong)
-    with pytest.raises(error, match=re.escape(message)):
-        spec.operator(**{**tensors, **options, **change})
-
-
-@pytest.mark.parametrize(
-    ("bounds", "message"),
-    [
-        ([0, 5, 3, 9], "cu_seqlens must rise"),
-        ([1, 5, 9], "cu_seqlens must begin with 0 and end with S=9"),
-        ([0, 5], "cu_seqlens must begin with 0 and end with S=9"),
-        ([0], "cu_seqlens must have at least 2 entries"),
-    ],
-)
-@pytest.mark.parametrize("spec", [s for s in SPECS if s.takes("cu_seqlens")], ids=str)
-def test_names_wrong_document_bounds(spec, bounds, message):
-    tensors, options = spec.make(spec.wrong_packed)
-    with pytest.raises(ValueError, match=message):
-        spec.run(tensors, {**options, "cu_seqlens": int32(*bounds)})
-    with pytest.raises(ValueError, match="seq_end must be None with cu_seqlens"):
-        spec.run(tensors, {**options, "cu_seqlens": int32(0, 9), "seq_end": int32(9)})
-
-
-@compiled_backends
-@every_operator
-def test_a_named_backend_does_not_fall_back(spec, backend):
-    tensors, options = spec.make(spec.wrong, dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match="query must have dtype float16, bfloat16"):
-        spec.run(tensors, options | {"backend": backend})
-    assert spec.run(tensors, options | {"backend": "auto"}).out.dtype == torch.float64
-
-
-@needs_triton
-@pytest.mark.parametrize("name", ["query", "value"])
-@every_operator
-def test_names_the_argument_of_a_wide_head(spec, name):
-    sizes = {"D": 257, "Dv": 16} if name == "query" else {"Dv": 257}
-    tensors, options = spec.make(spec.wrong, "triton", **sizes)
-    with pytest.raises(NotImplementedError, match=rf'^{name} must have .*257; backend "reference"'):
-        spec.run(tensors, options)
 
 
 # ------------------------------------------------------------ on CUDA

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from operator_contract import DEVICE, EVERY
-from operator_specs import TASK_MASKED
+from specs_task_masked_attention import TASK_MASKED
 from task_mask_factories import make_mask
 from torch.nn import functional as F
 
