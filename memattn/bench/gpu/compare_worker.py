@@ -113,6 +113,7 @@ def main() -> None:
     os.dup2(2, 1)
     for line in sys.stdin:
         start = time.monotonic()
+        result: dict[str, Any]
         try:
             result = measure(json.loads(line))
         except Exception as error:  # a build may fail in any way; the result says how

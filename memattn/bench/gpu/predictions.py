@@ -7,6 +7,7 @@ the model behind the next changes is wrong, and that is worth knowing first.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,12 +89,11 @@ def _calibration(dry: bool) -> Rates:
         if dry:
             case = replace(case, T=32)
         inputs = case.inputs()
-        names = ("query", "key", "value")
-        tensors = [inputs[name] for name in names]
-        out = bare_attention(*tensors)
-        expected = torch.nn.functional.scaled_dot_product_attention(*tensors)
+        q, k, v = inputs["query"], inputs["key"], inputs["value"]
+        out = bare_attention(q, k, v)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         assert torch.allclose(out.float(), expected.float(), atol=2e-2), "wrong result"
-        call = lambda tensors=tensors: bare_attention(*tensors)
+        call = partial(bare_attention, q, k, v)
         yield f"bare forward D={D}", _rate(case, "forward", call, dry)
 
 
