@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from memattn.dtgma import DTGMAModel
     from memattn.models import (
         AttentionConfig,
-        FutureConfig,
         MemAttnCache,
         MemAttnConfig,
         MemAttnForCausalLM,
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
         segmented_attention,
         task_masked_attention,
     )
+    from memattn.parts.future import FutureConfig
 
 __version__ = "0.1.0"
 

@@ -58,7 +58,7 @@ LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
         (dict(norm="batch"), ValueError, "norm must be one of rms, layer, got 'batch'"),
         (dict(attention=dict(kind="segmented")), ValueError, "segment_len must be given"),
         (dict(segment_len=4), TypeError, "segment_len must be given as a field of attention"),
-        (dict(future_dim=4), TypeError, "future_dim must be given as a field of attention.future"),
+        (dict(future_dim=4), TypeError, "future_dim must be given as a field of attention"),
     ],
 )
 def test_options_given_at_loading_are_checked(tmp_path, given, error, message):
