@@ -238,7 +238,9 @@ def future_attention_op(
         *(seq_end, table_len, by_distance, future_dim, query_offset, scale),
     )
     B, H, T, _ = query.shape
-    kernel = "fwd" if T > configs.DECODE_LENGTH else "decode"
+    kernel = "decode"
+    if T > configs.DECODE_LENGTH:  # a loss has a third loop, and smaller tiles
+        kernel = "fwd" if loss_type is None else "fwd_loss"
     config = configs.lookup(f"future_attention_{kernel}", query, tile_width(inputs))
     # the loss of each row and whether it counts
     losses = None if loss_type is None else lse.new_empty(2, B, H, T)
