@@ -1,5 +1,7 @@
 """Faults that operators once had, each as the right value for all operators and backends."""
 
+import math
+
 import pytest
 import torch
 from model_factories import enable_checkpointing
@@ -15,7 +17,11 @@ from memattn import (
     segmented_attention,
     task_masked_attention,
 )
-from memattn.testing import make_future_inputs, make_segmented_inputs
+from memattn.testing import (
+    make_future_inputs,
+    make_segmented_inputs,
+    run_with_gradients,
+)
 
 pytestmark = pytest.mark.operator
 
@@ -38,7 +44,7 @@ def make_inputs(name: str, T: int = 9, device: str = "cpu", **sizes) -> tuple[di
     if name == "task_masked":
         mask = make_mask(form="graph", n=1, T=T, S=T).to(device)
         return make_segmented_inputs(**sizes), dict(task_mask=mask, task_id=0)
-    sizes = dict(P=2, M=3, segment_len=4) | sizes
+    sizes = dict(P=2, M=5, segment_len=4) | sizes
     return make_segmented_inputs(**sizes), dict(segment_len=4)
 
 
@@ -87,3 +93,23 @@ def test_a_checkpointed_float32_model_has_equal_gradients(preset, use_reentrant)
         model(input_ids=tokens, labels=tokens).loss.backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_reference_holds_products_that_overflow_half(name, autocast, dtype):
+    tensors, options = make_inputs(name, D=64)
+    for t, tensor in tensors.items():
+        if not t.endswith("value"):
+            tensor.fill_(40.0)  # a product of 102400, above the 65504 of float16, a score of 12800
+    tensors = {t: tensor if autocast else tensor.to(dtype) for t, tensor in tensors.items()}
+    options["backend"] = "reference"
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        results = run_with_gradients(OPERATORS[name], tensors, options)
+    number_of_keys = {"segmented": 14, "task_masked": 9}.get(name, 12)
+    lse = results["lse"]
+    assert ((lse > 12799) & (lse < 12801 + math.log(number_of_keys)) | lse.isinf()).all()
+    assert (lse > 0).any()
+    for result, value in results.items():
+        assert result == "lse" or value.isfinite().all(), result
