@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from model_factories import enable_checkpointing
-from segmented_factories import BACKENDS, DEVICE
+from segmented_factories import BACKENDS, DEVICE, needs_cpp
 from task_mask_factories import make_mask
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +18,7 @@ from memattn import (
     task_masked_attention,
 )
 from memattn.testing import (
+    assert_results_within_budget,
     make_future_inputs,
     make_segmented_inputs,
     run_with_gradients,
@@ -113,3 +114,43 @@ def test_the_reference_holds_products_that_overflow_half(name, autocast, dtype):
     assert (lse > 0).any()
     for result, value in results.items():
         assert result == "lse" or value.isfinite().all(), result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [30.0, 400.0, 5e3, 1e5, 1e12, 1e18])
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "portable"])
+@needs_cpp
+def test_cpp_keeps_its_precision_at_scores_of_any_size(capability, name, size, dtype):
+    if dtype == torch.float16 and size > 5e3:
+        pytest.skip("above the range of float16")
+    widest = torch.ops.memattn_cpp.cpu_capability()
+    try:
+        torch.ops.memattn_cpp.set_cpu_capability(capability)
+    except RuntimeError:
+        pytest.skip(f"this processor has no {capability}")
+    try:
+        tensors, options = make_inputs(name, T=70, D=64)
+        for t, tensor in tensors.items():
+            tensors[t] = (tensor if t.endswith("value") else tensor * size).to(dtype)
+        actual, low, high = (
+            run_with_gradients(OPERATORS[name], tensors, options | dict(backend=b), dtype=d)
+            for b, d in (("cpp", None), ("reference", None), ("reference", torch.float64))
+        )
+    finally:
+        torch.ops.memattn_cpp.set_cpu_capability(widest)
+    # scores that float16 does not hold are the definition's limit, not the kernel's
+    known = [result for result, value in low.items() if not value.isnan().any()]
+    assert "lse" in known or dtype == torch.float16
+    assert_results_within_budget(actual, low, high, known)
+    assert all(not value.isnan().any() for value in actual.values())
+
+
+@needs_cpp
+def test_cpp_log_sum_exp_of_one_large_score():
+    query = torch.full((1, 1, 1, 64), 133120.0)
+    value = torch.randn(1, 1, 1, 64, requires_grad=True)
+    out, lse = segmented_attention(query, query.clone(), value, backend="cpp")
+    out.sum().backward()
+    assert lse.item() == pytest.approx(64 * 133120**2 / 8)
+    assert value.grad is not None and torch.equal(value.grad, torch.ones_like(value))
