@@ -7,6 +7,7 @@ import torch
 from model_factories import enable_checkpointing
 from segmented_factories import BACKENDS, DEVICE, needs_cpp
 from task_mask_factories import make_mask
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from memattn import (
@@ -94,6 +95,49 @@ def test_a_checkpointed_float32_model_has_equal_gradients(preset, use_reentrant)
         model(input_ids=tokens, labels=tokens).loss.backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def count_graphs(function, calls, **options) -> int:
+    """Graphs of the compiled function after these calls, which must give what it gives eagerly."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter, **options)
+    for call in calls:
+        assert torch.equal(compiled(*call), function(*call))
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_one_graph_serves_every_length(name, backend):
+    calls = []
+    for T in (12, 17, 20):
+        tensors, options = make_inputs(name, T)
+        calls.append((tensors, options.pop("task_mask", None)))
+
+    def function(tensors, mask):
+        masks = {} if mask is None else dict(task_mask=mask)
+        return OPERATORS[name](**tensors, **masks, **options, backend=backend).out
+
+    assert count_graphs(function, calls, dynamic=True) == 1
+    assert count_graphs(function, calls) == 2  # the first length as it is, then any
+
+
+@pytest.mark.parametrize("preset", ["vanilla", "segmented", "future"])
+def test_one_graph_of_a_model_serves_every_length(preset):
+    sizes = dict(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    if preset == "segmented":
+        sizes |= dict(segment_len=8, window_size=4)
+    if preset == "future":
+        sizes |= dict(future_dim=4, max_position_embeddings=64)
+    model = MemAttnForCausalLM(getattr(MemAttnConfig, preset)(**sizes)).eval()
+
+    def logits(tokens):
+        return model(input_ids=tokens, use_cache=False).logits
+
+    calls = [(torch.randint(50, (2, T)),) for T in (12, 17, 20)]
+    with torch.no_grad():
+        assert count_graphs(logits, calls) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
