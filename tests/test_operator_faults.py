@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from model_factories import enable_checkpointing
-from segmented_factories import BACKENDS, DEVICE, needs_cpp
+from operator_contract import DEVICE, EVERY, needs_cpp
 from task_mask_factories import make_mask
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -51,7 +51,7 @@ def make_inputs(name: str, T: int = 9, device: str = "cpu", **sizes) -> tuple[di
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_activation_checkpointing_changes_nothing(name, backend, use_reentrant):
     tensors, options = make_inputs(name, device=DEVICE[backend])

@@ -20,6 +20,8 @@ from memattn_kernels.aot import SHARED_LIMITS, TARGETS, TENSOR_MEMORY_LIMIT
 
 KERNELS = Path(configs.__file__).parents[2]
 TITLES = {kernel.title for kernel in aot.declared()}
+# bytes of a thread: eight registers, stored and loaded once by a program and in no loop
+MAX_SPILLED = 32
 # kernels whose tiles are too small for the newest tensor cores
 SMALL_SOURCES = ("-persistent", "-memory")
 TENSOR_CORES = {
@@ -65,7 +67,7 @@ def check(report: dict) -> None:
     limit = SHARED_LIMITS[report["arch"]]
     assert report["shared"] <= limit, f"{name}: {report['shared']} B shared, {limit} B are there"
     assert report["tensor_memory"] <= TENSOR_MEMORY_LIMIT, f"{name}: {report['tensor_memory']}"
-    assert report["spilled"] == 0, f"{name}: spills {report['spilled']} B"
+    assert report["spilled"] <= MAX_SPILLED, f"{name}: spills {report['spilled']} B"
 
 
 def check_tensor_cores(report: dict) -> None:

@@ -123,7 +123,7 @@ def compile_variant(variant: Variant) -> triton.compiler.CompiledKernel:
         types[name] = kernel.argument_type(name, variant.dtype)
         if name.endswith("_ptr") or (name.startswith("stride") and variant.head_dim >= 16):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    options = {name: variant.config[name] for name in ("num_warps", "num_stages")}
+    options = {name: n for name, n in variant.config.items() if not name.startswith("BLOCK")}
     source = ASTSource(kernel.function, types, constants, attributes)
     return triton.compile(source, target=TARGETS[variant.arch], options=options)
 

@@ -6,7 +6,6 @@ abort it. A candidate counts only if outputs and gradients are within the error 
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +17,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from memattn.files import write_text
+
 Config = dict[str, int]
 DTYPES = {"half": "bfloat16", "float": "float32"}
 # a candidate that takes longer, with its compilation, is no candidate
 TIMEOUT_SECONDS = 300
-# BLOCK_M, BLOCK_N, num_warps, num_stages; by the part of a kernel's name that operators share
+# BLOCK_M, BLOCK_N, num_warps, num_stages and perhaps a cap on registers; by the part of a kernel's
+# name that operators share
 _SHARED_CANDIDATES = {
     "half": {
         "fwd": [
@@ -59,6 +61,15 @@ _SHARED_CANDIDATES = {
 }  # fmt: skip
 
 
+# at head dimension 64 a cap makes room for two programs on a multiprocessor; NVIDIA only
+_CAPPED_CANDIDATES = {
+    "fwd": [(128, 64, 8, 3, 128), (128, 64, 8, 2, 128), (64, 64, 4, 3, 128)],
+    "decode": [],
+    "bwd_dq": [(128, 64, 8, 3, 128), (128, 64, 8, 2, 128), (64, 64, 4, 2, 128)],
+    "bwd_dkdv": [(32, 128, 8, 3, 128), (32, 128, 8, 2, 128), (32, 64, 4, 2, 128)],
+}
+
+
 # kernels with the candidates of another
 _RELATIVES: dict[str, str] = {
     "bwd_dq_target": "bwd_dq",
@@ -70,15 +81,19 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "future_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv", *_RELATIVES),
     "task_masked_attention": ("fwd", "bwd_dq", "bwd_dkdv"),
 }
-# values by dtype class and name of the kernel
-CANDIDATES = {
-    kind: {
+
+
+def _by_kernel(shared: dict[str, list[tuple]]) -> dict[str, list[tuple]]:
+    """Candidates by the name of the kernel."""
+    return {
         f"{operator}_{part}": shared[_RELATIVES.get(part, part)]
         for operator, parts in _KERNELS.items()
         for part in parts
     }
-    for kind, shared in _SHARED_CANDIDATES.items()
-}
+
+
+CANDIDATES = {kind: _by_kernel(shared) for kind, shared in _SHARED_CANDIDATES.items()}
+CAPPED_CANDIDATES = _by_kernel(_CAPPED_CANDIDATES)
 
 
 @dataclass(frozen=True)
@@ -118,8 +133,6 @@ def retune(
     """
     if not torch.cuda.is_available():
         raise RuntimeError("retune needs a CUDA device, and torch sees none")
-    import triton
-
     from memattn_kernels import configs
 
     known = CANDIDATES["half"]
@@ -143,29 +156,41 @@ def retune(
                 if best is not None:
                     table[kernel][str(width)][kind] = dict(best[0].config)
                     milliseconds[f"{kernel}/{width}/{kind}"] = best[1]
+    return write_table(path, table, milliseconds)
+
+
+def write_table(
+    path: str | Path, table: dict[str, Any], milliseconds: dict[str, float]
+) -> dict[str, Any]:
+    """Write a measured table of configurations, whole or not at all; returns what it holds."""
+    import triton
+
+    from memattn_kernels import configs
+
+    device = torch.device("cuda", 0)
     content = {
-        "architecture": configs.device_architecture(torch.device("cuda", 0)),
+        "architecture": configs.device_architecture(device),
         "source": "measured by memattn bench --retune",
-        "device": torch.cuda.get_device_name(0),
+        "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "kernels": table,
         "milliseconds": milliseconds,
     }
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
+    write_text(Path(path), json.dumps(content, indent=2) + "\n")
     return content
 
 
 def trials(kernel: str, head_dim: int, kind: str, present: Config) -> Iterator[Trial]:
     """The present configuration, then every other candidate."""
-    from memattn_kernels.configs import OPTIONS
+    from memattn_kernels.configs import OPTIONAL, OPTIONS
 
     yield Trial(kernel, head_dim, kind, present)
-    for values in CANDIDATES[kind][kernel]:
-        config = dict(zip(OPTIONS, values, strict=True))
+    candidates = CANDIDATES[kind][kernel]
+    if head_dim == 64 and kind == "half" and torch.version.hip is None:
+        candidates = candidates + CAPPED_CANDIDATES[kernel]
+    for values in candidates:
+        config = dict(zip(OPTIONS + OPTIONAL, values, strict=False))
         if config != present:
             yield Trial(kernel, head_dim, kind, config)
 
@@ -199,24 +224,28 @@ def measure(trial: Trial) -> float | str:
 
 
 def run_trial(trial: Trial) -> float:
-    """Check a candidate, then time it, in this process; milliseconds.
+    """Check a candidate, then time it, in this process; milliseconds."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("a trial needs a CUDA device, and torch sees none")
+    check_trial(trial)
+    return time_trial(trial)
 
-    A backward kernel is timed with its neighbours, whose configurations stay the same.
+
+def check_trial(trial: Trial, *, length: int = 700) -> None:
+    """Compile a candidate and check its results; it stays in this process's table.
+
+    Raises:
+        AssertionError: If results or gradients leave the error budget.
     """
-    from triton.testing import do_bench
-
     from memattn.testing import assert_results_within_budget, run_with_gradients
-    from memattn_kernels import configs
 
-    table = configs.table(configs.architecture(torch.device("cuda", 0)))
-    table[trial.kernel][str(trial.head_dim)][trial.kind] = trial.config
-    dtype = getattr(torch, DTYPES[trial.kind])
+    operator, make_inputs, passes = _use(trial)
     decode = trial.kernel.endswith("decode")
-    operator, make_inputs, passes = work(trial.kernel)
-    make_inputs = partial(make_inputs, D=trial.head_dim, device="cuda", dtype=dtype)
-
-    small = make_inputs(T=7 if decode else 700, S=700)
-    options = passes[-1] | ({"query_offset": 693} if decode else {})
+    dtype = getattr(torch, DTYPES[trial.kind])
+    # as many heads as are timed: another number may be another kernel
+    heads = {"B": 1, "H": 16, "Hkv": 4} if torch.cuda.is_available() else {}
+    small = make_inputs(T=7 if decode else length, S=length, **heads)
+    options = passes[-1] | ({"query_offset": length - 7} if decode else {})
     results = [
         run_with_gradients(operator, small, options | {"backend": backend}, dtype=precision)
         for backend, precision in (
@@ -227,6 +256,16 @@ def run_trial(trial: Trial) -> float:
     ]
     assert_results_within_budget(*results)
 
+
+def time_trial(trial: Trial) -> float:
+    """Milliseconds of a candidate that ``check_trial`` has passed.
+
+    A backward kernel is timed with its neighbours, whose configurations stay the same.
+    """
+    from triton.testing import do_bench
+
+    operator, make_inputs, passes = _use(trial)
+    decode = trial.kernel.endswith("decode")
     T, S = (1, 4096) if decode else (4096, 4096)
     tensors = make_inputs(B=8 if decode else 2, H=16, Hkv=4, T=T, S=S)
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
@@ -242,6 +281,37 @@ def run_trial(trial: Trial) -> float:
             run = attend
         total += cast(float, do_bench(run, return_mode="median"))
     return total
+
+
+def _use(trial: Trial) -> tuple[Callable, Callable, list[dict[str, Any]]]:
+    """Put a candidate into this process's table; the ``work`` that it does, on this device."""
+    from memattn_kernels import configs
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    table = configs.table(table_name())
+    # its neighbours keep the configurations that the process began with
+    table.update(json.loads(_first_table(table_name())))
+    table[trial.kernel][str(trial.head_dim)][trial.kind] = trial.config
+    operator, make_inputs, passes = work(trial.kernel)
+    dtype = getattr(torch, DTYPES[trial.kind])
+    return operator, partial(make_inputs, D=trial.head_dim, device=device, dtype=dtype), passes
+
+
+def table_name() -> str:
+    """The architecture of the table in use; the interpreter reads no table."""
+    from memattn_kernels import configs
+
+    if not torch.cuda.is_available():
+        return "sm_90"
+    return configs.architecture(torch.device("cuda", 0))
+
+
+@cache
+def _first_table(name: str) -> str:
+    """A table as the process found it, as JSON."""
+    from memattn_kernels import configs
+
+    return json.dumps(configs.table(name))
 
 
 def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memattn.checks import must
+from memattn.continual._images import image_to_array
 
 # where torchvision and others put the files
 _FOLDERS = (".", "raw", "MNIST/raw")
@@ -36,6 +37,10 @@ def read_mnist_folder(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor
         images, labels = read_idx(image_file), read_idx(label_file)
         if images.ndim != 3:
             _broken(image_file, "have 3 axes", images.shape)
+        if images.dtype != np.uint8:
+            _broken(image_file, "hold unsigned bytes", images.dtype)
+        if not np.issubdtype(labels.dtype, np.integer):
+            _broken(label_file, "hold integers", labels.dtype)
         if labels.shape != images.shape[:1]:
             _broken(label_file, f"have one label for each of {len(images)} images", labels.shape)
         found = np.unique(labels)
@@ -143,18 +148,23 @@ def read_inputs(rows: Any, columns: Sequence[str], image_size: int | None) -> Te
         image_size: Height and width that images are scaled to; None takes them as they are.
 
     Raises:
-        ValueError: If a column is missing or its values differ in shape.
+        ValueError: If a column is missing, its values differ in shape, or ``image_to_array``
+            refuses an image.
     """
     for column in columns:
         if column not in rows.column_names:
             must("input_column", f"be one of {', '.join(rows.column_names)}", repr(column))
     if len(columns) > 1:
         return torch.cat([read_inputs(rows, [c], image_size) for c in columns], 1)
-    return _stack(columns[0], (_to_array(value, image_size) for value in rows[columns[0]]))
+    column = columns[0]
+    return _stack(column, (_to_array(column, value, image_size) for value in rows[column]))
 
 
 def read_labels(rows: Any, column: str, classes: Sequence[str] | None) -> tuple[Tensor, list[str]]:
     """Labels of a split, and the names of the classes that they count.
+
+    A class is known by its name: the numbers of a second split's class labels are its own, and
+    are translated to those of ``classes``.
 
     Args:
         rows: The split.
@@ -162,16 +172,20 @@ def read_labels(rows: Any, column: str, classes: Sequence[str] | None) -> tuple[
         classes: Names of the classes, for a second split; None finds them.
 
     Raises:
-        ValueError: If the column is missing, or a label is not among ``classes``.
+        ValueError: If the column is missing, a class label has no name, or a label is not among
+            ``classes``.
     """
     if column not in rows.column_names:
         must("label_column", f"be one of {', '.join(rows.column_names)}", repr(column))
-    values = rows[column]
+    values = list(rows[column])
     names = getattr(rows.features[column], "names", None)
     if names is not None:
-        return torch.tensor(list(values), dtype=torch.int64), list(names)
-    values = list(values)
-    if classes is None:
+        outside = next((value for value in values if value not in range(len(names))), None)
+        if outside is not None:
+            must(f"column {column!r}", f"have labels in 0..{len(names) - 1}", outside)
+        values = [names[value] for value in values]
+        classes = list(names) if classes is None else classes
+    elif classes is None:
         classes = [str(value) for value in sorted(set(values))]
     place = {name: i for i, name in enumerate(classes)}
     unknown = next((value for value in values if str(value) not in place), None)
@@ -180,16 +194,11 @@ def read_labels(rows: Any, column: str, classes: Sequence[str] | None) -> tuple[
     return torch.tensor([place[str(value)] for value in values]), list(classes)
 
 
-def _to_array(value: Any, image_size: int | None) -> np.ndarray:
+def _to_array(column: str, value: Any, image_size: int | None) -> np.ndarray:
     """An image as float32 ``[C, H, W]`` in 0..1, or numbers as float32 ``[d]``."""
-    if not hasattr(value, "getbands"):  # no PIL image
-        return np.atleast_1d(np.asarray(value, dtype=np.float32))
-    if value.mode not in ("L", "RGB"):
-        value = value.convert("L" if len(value.getbands()) == 1 else "RGB")
-    if image_size is not None:
-        value = value.resize((image_size, image_size))
-    pixels = np.asarray(value, dtype=np.float32) / 255.0
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    if hasattr(value, "getbands"):  # a PIL image
+        return image_to_array(column, value, image_size)
+    return np.atleast_1d(np.asarray(value, dtype=np.float32))
 
 
 def _stack(column: str, values: Iterable[np.ndarray]) -> Tensor:
@@ -197,7 +206,8 @@ def _stack(column: str, values: Iterable[np.ndarray]) -> Tensor:
     for array in arrays:
         if array.shape != arrays[0].shape:
             wanted = f"values of one shape, {list(arrays[0].shape)}"
-            hint = "" if array.ndim < 3 else " (give image_size)"
+            sizes_differ = array.ndim == 3 and array.shape[1:] != arrays[0].shape[1:]
+            hint = " (give image_size)" if sizes_differ else ""
             must(f"column {column!r}", f"have {wanted}{hint}", list(array.shape))
     if not arrays:
         must(f"column {column!r}", "have at least one value", "an empty split")

@@ -112,11 +112,14 @@ def huggingface_stream(
         test_fraction: Part of the train split that is tested on where there is no other split.
 
     Returns:
-        The stream; images are ``[C, H, W]`` in 0..1, features ``[d]`` as they are.
+        The stream; images are ``[C, H, W]`` in 0..1, features ``[d]`` as they are. Grey images have
+        one channel and colour images three, alpha is one more. Integer images (16 bits) are divided
+        by 65535. Classes are those of the train split, by name.
 
     Raises:
         ImportError: If datasets is not installed.
-        ValueError: If a split or a column is missing, or an argument is out of range.
+        ValueError: If a split or a column is missing, an argument is out of range, a label of the
+            test split names no class of the train split, or values of an image are out of range.
     """
     if image_size is not None:
         check_int("image_size", image_size, 1)
