@@ -3,12 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/gpu
-# of `make gpu`: all, or some of them by name where all take too long in one go
-OPERATORS ?=
-empty :=
-EITHER := $(subst $(empty) $(empty), or ,$(strip $(OPERATORS)))
+PLAN ?=
+GPU_SECONDS ?= 480
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu gpu-dry clean
 
 demo: $(VENV)/ready
 	$(BIN)/memattn demo
@@ -34,15 +32,14 @@ $(VENV)/ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(VENV)/constraints.txt -e '.[dev]'
 	touch $@
 
-# On a machine with a GPU and its own torch: CUDA tests of everything, then the benchmark.
+# On a machine with a GPU, its own torch, Triton, pytest and pytest-xdist: checks, speed beside
+# peers, CUDA tests and tuning within GPU_SECONDS. PLAN names stages and operators, all by default.
 gpu:
-	mkdir -p $(OUT)
-	$(PYTHON) setup.py --quiet build_ext --inplace
-	PYTHONPATH=.:kernels timeout 240 $(PYTHON) -m pytest -q -p no:cacheprovider \
-		-m "gpu or operator" $(if $(EITHER),-k "$(EITHER)") --junit-xml=$(OUT)/tests.xml > $(OUT)/tests.txt 2>&1; \
-		status=$$?; tail -n 40 $(OUT)/tests.txt; exit $$status
-	PYTHONPATH=.:kernels timeout 280 $(PYTHON) -m memattn.bench $(OPERATORS) --suite gpu-bars \
-		--out $(OUT)/bench
+	PYTHONPATH=.:kernels $(PYTHON) -m memattn.bench.gpu $(PLAN) --seconds $(GPU_SECONDS) --out $(OUT)
+
+# The same on a CPU: kernels interpreted, tiny shapes, nothing timed.
+gpu-dry: $(VENV)/ready
+	PYTHONPATH=.:kernels $(BIN)/python -m memattn.bench.gpu $(PLAN) --dry --out $(OUT)-dry
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info memattn/_C*.so

@@ -94,7 +94,7 @@ int64_t count_whole(const FutureArgs& a) {
 
 // What a forward pass leaves: the results, and what the backward needs besides.
 struct Results {
-  Tensor out, out_future, lse, lse_low, target, lse_target, lse_target_low, loss;
+  Tensor out, out_future, lse, lse2, target, target_lse2, loss;
 };
 
 Results run_forward(const Inputs& in, FutureLoss loss) {
@@ -107,15 +107,15 @@ Results run_forward(const Inputs& in, FutureLoss loss) {
   Results r{empty({a.B, a.H, a.T, a.Dv}, like, dtype),
             empty({a.B, a.H, a.T, a.Dv}, like, has_loss ? wide : dtype),
             empty({a.B, a.H, a.T}, like, wide),
-            empty({a.B, a.H, a.T}, like, wide),
+            empty({2, a.B, a.H, a.T}, like, wide),
             empty({has_loss ? a.B : 0, a.H, a.T, a.Dv}, like, wide),
-            empty({has_loss ? a.B : 0, a.H, a.T}, like, wide),
-            empty({has_loss ? a.B : 0, a.H, a.T}, like, wide),
+            empty({has_loss ? 2 : 0, a.B, a.H, a.T}, like, wide),
             empty({}, like, wide)};
   a.out = view_of(r.out), a.out_future = view_of(r.out_future), a.target = view_of(r.target);
   auto floats = [](Tensor& t) { return static_cast<float*>(t.data_ptr()); };
-  a.lse = floats(r.lse), a.lse_low = floats(r.lse_low);
-  a.lse_target = floats(r.lse_target), a.lse_target_low = floats(r.lse_target_low);
+  a.lse = floats(r.lse);
+  take_pair(r.lse2, a.lse2_high, a.lse2_low);
+  take_pair(r.target_lse2, a.target2_high, a.target2_low);
   std::vector<double> row_loss(has_loss ? a.B * a.H * a.T : 0);
   a.row_loss = row_loss.data();
 
@@ -256,19 +256,18 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
 
 // Checks what a forward pass returned and its cotangents, and points `a` at them.
 struct Saved {
-  Tensor out, out_future, lse, lse_low, d_lse;
+  Tensor out, out_future, lse2, d_lse;
 };
 
 void take_saved(FutureArgs& a, const Tensor& d_out, Saved& s) {
   check_shape("d_out", d_out, {a.B, a.H, a.T, a.Dv});
   check_shape("out", s.out, {a.B, a.H, a.T, a.Dv});
   check_shape("out_future", s.out_future, {a.B, a.H, a.T, a.Dv});
-  for (Tensor* t : {&s.lse, &s.lse_low, &s.d_lse}) check_shape("lse", *t, {a.B, a.H, a.T});
-  for (Tensor* t : {&s.out, &s.out_future, &s.lse, &s.lse_low, &s.d_lse})
-    *t = torch::stable::contiguous(*t);
+  check_shape("d_lse", s.d_lse, {a.B, a.H, a.T});
+  check_shape("lse2", s.lse2, {2, a.B, a.H, a.T});
+  for (Tensor* t : {&s.out, &s.out_future, &s.lse2, &s.d_lse}) *t = torch::stable::contiguous(*t);
   a.d_out = view_of(d_out), a.out = view_of(s.out), a.out_future = view_of(s.out_future);
-  a.lse = static_cast<float*>(s.lse.data_ptr());
-  a.lse_low = static_cast<float*>(s.lse_low.data_ptr());
+  take_pair(s.lse2, a.lse2_high, a.lse2_low);
   a.d_lse = static_cast<const float*>(s.d_lse.data_ptr());
 }
 
@@ -283,42 +282,40 @@ void take_saved(FutureArgs& a, const Tensor& d_out, Saved& s) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(MEMATTN_PARAMETERS) {
   Results r = run_forward(MEMATTN_TAKEN, FutureLoss::none);
-  return {r.out, r.out_future, r.lse, r.lse_low};
+  return {r.out, r.out_future, r.lse, r.lse2};
 }
 
 Gradients backward(Tensor d_out, Tensor d_out_future, Tensor d_lse, Tensor out, Tensor out_future,
-                   Tensor lse, Tensor lse_low, MEMATTN_PARAMETERS) {
+                   Tensor lse2, MEMATTN_PARAMETERS) {
   const Inputs in = MEMATTN_TAKEN;
   Call call = make_call(in, FutureLoss::none);
-  Saved saved{out, out_future, lse, lse_low, d_lse};
+  Saved saved{out, out_future, lse2, d_lse};
   take_saved(call.args, d_out, saved);
   check_shape("d_out_future", d_out_future, {call.args.B, call.args.H, call.args.T, call.args.Dv});
   call.args.d_out_future = view_of(d_out_future);
   return run_backward(in, call.args);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(
     MEMATTN_PARAMETERS, std::string loss_type, bool) {
   Results r = run_forward(MEMATTN_TAKEN, loss_of(loss_type));
-  return {r.out, r.loss, r.lse, r.lse_low, r.out_future, r.target, r.lse_target, r.lse_target_low};
+  return {r.out, r.loss, r.lse, r.lse2, r.out_future, r.target, r.target_lse2};
 }
 
-Gradients loss_backward(Tensor d_out, Tensor d_loss, Tensor d_lse, Tensor out, Tensor lse,
-                        Tensor lse_low, Tensor out_future, Tensor target, Tensor lse_target,
-                        Tensor lse_target_low, MEMATTN_PARAMETERS, std::string loss_type,
-                        bool detach_target) {
+Gradients loss_backward(Tensor d_out, Tensor d_loss, Tensor d_lse, Tensor out, Tensor lse2,
+                        Tensor out_future, Tensor target, Tensor target_lse2, MEMATTN_PARAMETERS,
+                        std::string loss_type, bool detach_target) {
   const Inputs in = MEMATTN_TAKEN;
   Call call = make_call(in, loss_of(loss_type));
   FutureArgs& a = call.args;
-  Saved saved{out, out_future, lse, lse_low, d_lse};
+  Saved saved{out, out_future, lse2, d_lse};
   take_saved(a, d_out, saved);
   check_shape("target", target, {a.B, a.H, a.T, a.Dv});
-  for (Tensor* t : {&lse_target, &lse_target_low}) check_shape("lse_target", *t, {a.B, a.H, a.T});
-  for (Tensor* t : {&target, &lse_target, &lse_target_low}) *t = torch::stable::contiguous(*t);
+  check_shape("target_lse2", target_lse2, {2, a.B, a.H, a.T});
+  for (Tensor* t : {&target, &target_lse2}) *t = torch::stable::contiguous(*t);
   check_shape("d_loss", d_loss, {});
   a.target = view_of(target);
-  a.lse_target = static_cast<float*>(lse_target.data_ptr());
-  a.lse_target_low = static_cast<float*>(lse_target_low.data_ptr());
+  take_pair(target_lse2, a.target2_high, a.target2_low);
   const double count = static_cast<double>(count_whole(a));
   a.d_row_loss = *static_cast<const float*>(d_loss.data_ptr()) / count;
   a.through_target = !detach_target;
@@ -331,21 +328,20 @@ Gradients loss_backward(Tensor d_out, Tensor d_loss, Tensor d_lse, Tensor out, T
 #define MEMATTN_INPUTS                                                                           \
   "Tensor query, Tensor key, Tensor value, Tensor future_key, Tensor future_value, "             \
   "Tensor? future_query, Tensor? cu_seqlens, Tensor? seq_start, Tensor? seq_end, "               \
-  "int table_len, bool by_distance, int future_dim, int query_offset, float scale"
+  "SymInt table_len, bool by_distance, SymInt future_dim, SymInt query_offset, float scale"
 #define MEMATTN_LOSS MEMATTN_INPUTS ", str loss_type, bool detach_target"
 #define MEMATTN_GRADIENTS " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) {
   m.def("future_attention(" MEMATTN_INPUTS
-        ") -> (Tensor out, Tensor out_future, Tensor lse, Tensor lse_low)");
+        ") -> (Tensor out, Tensor out_future, Tensor lse, Tensor lse2)");
   m.def("future_attention_backward(Tensor d_out, Tensor d_out_future, Tensor d_lse, Tensor out, "
-        "Tensor out_future, Tensor lse, Tensor lse_low, " MEMATTN_INPUTS ")" MEMATTN_GRADIENTS);
+        "Tensor out_future, Tensor lse2, " MEMATTN_INPUTS ")" MEMATTN_GRADIENTS);
   m.def("future_attention_loss(" MEMATTN_LOSS
-        ") -> (Tensor out, Tensor loss, Tensor lse, Tensor lse_low, Tensor out_future, "
-        "Tensor target, Tensor lse_target, Tensor lse_target_low)");
+        ") -> (Tensor out, Tensor loss, Tensor lse, Tensor lse2, Tensor out_future, "
+        "Tensor target, Tensor target_lse2)");
   m.def("future_attention_loss_backward(Tensor d_out, Tensor d_loss, Tensor d_lse, Tensor out, "
-        "Tensor lse, Tensor lse_low, Tensor out_future, Tensor target, Tensor lse_target, "
-        "Tensor lse_target_low, " MEMATTN_LOSS ")" MEMATTN_GRADIENTS);
+        "Tensor lse2, Tensor out_future, Tensor target, Tensor target_lse2, " MEMATTN_LOSS ")" MEMATTN_GRADIENTS);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memattn_cpp, CPU, m) {

@@ -126,10 +126,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   SegmentedArgs& a = in.args;
   Tensor out = empty({a.B, a.H, a.T, a.Dv}, query, query.scalar_type());
   Tensor lse = empty({a.B, a.H, a.T}, query, ScalarType::Float);
-  Tensor lse_low = empty({a.B, a.H, a.T}, query, ScalarType::Float);
+  Tensor lse2 = empty({2, a.B, a.H, a.T}, query, ScalarType::Float);
   a.out = view_of(out);
   a.lse = static_cast<float*>(lse.data_ptr());
-  a.lse_low = static_cast<float*>(lse_low.data_ptr());
+  take_pair(lse2, a.lse2_high, a.lse2_low);
   std::vector<Tile> tiles;
   for (int64_t b = 0; b < a.B; ++b)
     for (int64_t hkv = 0; hkv < a.Hkv; ++hkv) {
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   parallel_work(
       tiles.size(), [&] { return buffer(k.forward_scratch(a)); },
       [&](int64_t i, Buffer& scratch) { k.segmented_forward(a, tiles[i], scratch.get()); });
-  return {out, lse, lse_low};
+  return {out, lse, lse2};
 }
 
 // The queries [t_begin, t_end) of key head (b, hkv), with the keys and segments that they reach.
@@ -199,7 +199,7 @@ std::vector<Reach> reaches(const SegmentedArgs& a, const std::vector<Tile>& tile
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, Tensor lse_low, Tensor query, Tensor key,
+    Tensor d_out, Tensor d_lse, Tensor out, Tensor lse2, Tensor query, Tensor key,
     Tensor value, OptionalTensor persistent_key, OptionalTensor persistent_value, OptionalTensor memory_key,
     OptionalTensor memory_value, OptionalTensor cu_seqlens, OptionalTensor seq_start,
     OptionalTensor seq_end, OptionalInt segment_len, OptionalInt window_size, bool is_causal,
@@ -218,11 +218,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor d_pv = empty({persistent_key ? a.Hkv : 0, P, Dv}, query, dtype);
   Tensor d_mk = empty({memory_key ? a.B : 0, a.Hkv, n_segments, M, D}, query, dtype);
   Tensor d_mv = empty({memory_key ? a.B : 0, a.Hkv, n_segments, M, Dv}, query, dtype);
-  out = torch::stable::contiguous(out), lse = torch::stable::contiguous(lse);
-  d_lse = torch::stable::contiguous(d_lse), lse_low = torch::stable::contiguous(lse_low);
+  out = torch::stable::contiguous(out), lse2 = torch::stable::contiguous(lse2);
+  d_lse = torch::stable::contiguous(d_lse);
   a.out = view_of(out), a.d_out = view_of(d_out), a.d_query = view_of(d_query);
-  a.lse = static_cast<float*>(lse.data_ptr());
-  a.lse_low = static_cast<float*>(lse_low.data_ptr());
+  take_pair(lse2, a.lse2_high, a.lse2_low);
   a.d_lse = static_cast<const float*>(d_lse.data_ptr());
 
   const float factor = static_cast<float>(scale);
@@ -345,12 +344,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 #define MEMATTN_INPUTS                                                                             \
   "Tensor query, Tensor key, Tensor value, Tensor? persistent_key, Tensor? persistent_value, "     \
   "Tensor? memory_key, Tensor? memory_value, Tensor? cu_seqlens, Tensor? seq_start, "              \
-  "Tensor? seq_end, int? segment_len, int? window_size, bool is_causal, bool memory_is_causal, "   \
-  "int query_offset, float scale"
+  "Tensor? seq_end, SymInt? segment_len, SymInt? window_size, bool is_causal, bool memory_is_causal, "   \
+  "SymInt query_offset, float scale"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) {
-  m.def("segmented_attention(" MEMATTN_INPUTS ") -> (Tensor out, Tensor lse, Tensor lse_low)");
-  m.def("segmented_attention_backward(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, Tensor lse_low, "
+  m.def("segmented_attention(" MEMATTN_INPUTS ") -> (Tensor out, Tensor lse, Tensor lse2)");
+  m.def("segmented_attention_backward(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse2, "
         MEMATTN_INPUTS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memattn.continual import train_continual
+    from memattn.dtgma import DTGMAModel
     from memattn.models import (
         AttentionConfig,
         MemAttnCache,
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
         MemAttnForCausalLM,
         MemAttnModel,
     )
-    from memattn.models.dtgma import DTGMAModel
     from memattn.nn import FutureAttention, RotaryEmbedding, SegmentedAttention, TaskLinear
     from memattn.ops import (
         AttentionOutput,
@@ -76,7 +76,7 @@ _HOMES = {
         "MemAttnForCausalLM",
         "MemAttnModel",
     ),
-    "memattn.models.dtgma": ("DTGMAModel",),
+    "memattn.dtgma": ("DTGMAModel",),
     "memattn.continual": ("train_continual",),
 }
 

@@ -7,29 +7,39 @@ import torch
 from torch import Tensor
 
 
-def assert_within_budget(name: str, actual: Tensor, low: Tensor, high: Tensor) -> None:
-    """Assert that ``actual`` errs at most twice as much as plain PyTorch in the same dtype.
+def error_and_budget(name: str, actual: Tensor, low: Tensor, high: Tensor) -> tuple[float, float]:
+    """The largest error of ``actual``, and the largest that it may have.
 
     Args:
-        name: What is compared, for the message.
+        name: What is compared, for messages.
         actual: The result under test.
         low: The same from plain PyTorch in the dtype of ``actual``.
         high: The same in float64. The budget is twice the largest error of ``low`` plus one
-            rounding step of the output's dtype at the largest value. NaN fails, and infinities
-            must match.
+            rounding step of the output's dtype at the largest value.
+
+    Raises:
+        AssertionError: If shape or dtype differ, for NaN, and where infinities do not match.
     """
     assert actual.shape == high.shape, f"{name}: shape {actual.shape}, not {high.shape}"
     assert actual.dtype == low.dtype, f"{name}: dtype {actual.dtype}, not {low.dtype}"
     if high.numel() == 0:
-        return
-    actual64, low64, high = (t.detach().to("cpu", torch.float64) for t in (actual, low, high))
+        return 0.0, 0.0
+    actual64, low64, high = (t.detach().to(high.device, torch.float64) for t in (actual, low, high))
     assert not actual64.isnan().any(), f"{name}: NaN"
     infinite = high.isinf()
     assert torch.equal(actual64[infinite], high[infinite]), f"{name}: infinities differ"
     actual64, low64, high = (t.masked_fill(infinite, 0.0) for t in (actual64, low64, high))
-    error = (actual64 - high).abs().max().item()
     step = torch.finfo(actual.dtype).eps * high.abs().max().item()
     budget = 2.0 * (low64 - high).abs().max().item() + step
+    return (actual64 - high).abs().max().item(), budget
+
+
+def assert_within_budget(name: str, actual: Tensor, low: Tensor, high: Tensor) -> None:
+    """Assert that ``actual`` errs at most twice as much as plain PyTorch in the same dtype.
+
+    The arguments are those of ``error_and_budget``.
+    """
+    error, budget = error_and_budget(name, actual, low, high)
     assert error <= budget, f"{name}: error {error:.3e} over the budget {budget:.3e}"
 
 

@@ -16,7 +16,7 @@ from memattn.testing import (
     run_with_gradients,
 )
 from memattn_kernels import configs
-from memattn_kernels.segmented_attention import backward, segmented_attention_op
+from memattn_kernels.segmented_attention import backward
 from memattn_kernels.segmented_attention import segmented_attention as triton_attention
 
 SMALL = {"B": 1, "H": 2, "Hkv": 1}
@@ -42,19 +42,6 @@ def arguments(tensors: dict[str, torch.Tensor], window_size: int | None = None) 
     return (q, k, v, *(None,) * 8, window_size, True, False, 0, 0.25)
 
 
-@pytest.mark.usefixtures("poisoned_memory")
-def test_writes_all_it_returns():
-    tensors = make_segmented_inputs(**SMALL, P=3, M=2, segment_len=16, device=DEVICE)
-    bounds = torch.tensor([35], dtype=torch.int32, device=DEVICE)
-    check(tensors, segment_len=16, window_size=5, seq_end=bounds)
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("sizes", [dict(T=0, S=5), dict(T=5, S=0), dict(B=0, T=5)], ids=str)
-def test_empty_inputs(sizes: dict[str, int]):
-    check(make_segmented_inputs(**SMALL | sizes, P=2, device=DEVICE), window_size=3)
-
-
 def test_persistent_gradient_over_several_chunks(monkeypatch: pytest.MonkeyPatch):
     tensors = make_segmented_inputs(**SMALL | {"B": 2}, T=21, P=3, device=DEVICE)
     bounds = torch.tensor([0, 9], dtype=torch.int32, device=DEVICE)
@@ -64,82 +51,6 @@ def test_persistent_gradient_over_several_chunks(monkeypatch: pytest.MonkeyPatch
     # added in another order
     torch.testing.assert_close(parts["d_persistent_key"], whole["d_persistent_key"])
     torch.testing.assert_close(parts["d_query"], whole["d_query"], rtol=0, atol=0)
-
-
-def test_lengths_near_the_largest_integer():
-    tensors = make_segmented_inputs(**SMALL, T=20, M=2, segment_len=20, n_segments=3, device=DEVICE)
-    check(tensors, segment_len=2**31 - 1, window_size=2**31 - 1)
-
-
-def test_any_strides_give_the_same_bits():
-    tensors = make_segmented_inputs(**SMALL | {"B": 2}, T=18, device=DEVICE)
-    tensors["value"] = tensors["value"][:1].expand(2, -1, -1, -1)
-    options = {"window_size": 7, "backend": "triton"}
-    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    expected = run_with_gradients(segmented_attention, plain, options)
-
-    def strided(**leaves: torch.Tensor):
-        # tokens before heads, rows with gaps, elements that are not adjacent
-        leaves["query"] = leaves["query"].transpose(1, 2).contiguous().transpose(1, 2)
-        leaves["key"] = torch.nn.functional.pad(leaves["key"], (3, 5))[..., 3:-5]
-        leaves["value"] = leaves["value"].mT.contiguous().mT
-        return segmented_attention(**leaves, **options)
-
-    for name, result in run_with_gradients(strided, tensors, {}).items():
-        assert torch.equal(result, expected[name]), name
-
-
-def test_output_has_the_memory_order_of_the_query():
-    tensors = make_segmented_inputs(**SMALL, T=5, D=16, Dv=24, device=DEVICE)
-    tensors["query"] = tensors["query"].transpose(1, 2).contiguous().transpose(1, 2)
-    out, _ = triton_attention(*arguments(tensors))
-    assert out.transpose(1, 2).is_contiguous() and not out.is_contiguous()
-
-
-def test_bfloat16_in_the_interpreter():
-    tensors = make_segmented_inputs(
-        **SMALL, T=20, P=3, M=2, segment_len=16, dtype=torch.bfloat16, device=DEVICE
-    )
-    results = check(tensors, segment_len=16, window_size=7)
-    assert all(t.dtype == torch.bfloat16 for name, t in results.items() if name != "lse")
-
-
-def test_opcheck():
-    tensors = make_segmented_inputs(**SMALL, T=6, device=DEVICE)
-    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-    torch.library.opcheck(segmented_attention_op, arguments(leaves, 3))
-
-
-def test_compiles_once_for_all_lengths():
-    function = torch.compile(triton_attention, fullgraph=True, dynamic=True, backend="aot_eager")
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for T in (9, 14):
-            args = arguments(make_segmented_inputs(**SMALL, T=T, device=DEVICE), 4)
-            for actual, expected in zip(function(*args), triton_attention(*args), strict=True):
-                assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("name", ["query", "value"])
-def test_names_the_argument_of_a_wide_head(name: str):
-    sizes = {"D": 257, "Dv": 16} if name == "query" else {"Dv": 257}
-    tensors = make_segmented_inputs(**SMALL, T=3, **sizes, device=DEVICE)
-    with pytest.raises(NotImplementedError, match=rf'^{name} must have .*257; backend "reference"'):
-        segmented_attention(**tensors, backend="triton")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_gradients_repeat_bit_for_bit(dtype: torch.dtype):
-    tensors = make_segmented_inputs(
-        T=1500, D=64, P=16, M=16, segment_len=256, dtype=dtype, device=DEVICE
-    )
-    options = {"segment_len": 256, "window_size": 128, "backend": "triton"}
-    first = run_with_gradients(segmented_attention, tensors, options)
-    for _ in range(100):
-        again = run_with_gradients(segmented_attention, tensors, options)
-        assert all(torch.equal(again[name], result) for name, result in first.items())
 
 
 @pytest.mark.gpu
@@ -179,6 +90,7 @@ def test_packed_documents_in_a_cuda_graph():
 def test_retune_knows_kernels_of_the_tables():
     assert retune.CANDIDATES["half"].keys() == retune.CANDIDATES["float"].keys()
     assert retune.CANDIDATES["half"].keys() == configs.table("sm_90").keys()
+    assert retune.CAPPED_CANDIDATES.keys() == configs.table("sm_90").keys()
 
 
 @pytest.mark.parametrize("kernel", configs.table("sm_90"))
@@ -213,12 +125,21 @@ def test_a_table_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ({"BLOCK_M": 48}, "BLOCK_M must be a power of two in 16 ... 256, got 48"),
         ({"BLOCK_N": 8}, "BLOCK_N must be a power of two in 16 ... 256, got 8"),
         ({"num_stages": "2"}, "num_stages must be an integer in 1 ... 16, got 2"),
-        ({"warps": 4}, "segmented_attention_fwd, 64, half must have BLOCK_M, BLOCK_N"),
+        ({"maxnreg": 256}, "maxnreg must be an integer in 32 ... 255, got 256"),
+        ({"warps": 4}, "half must have BLOCK_M, .* num_stages and perhaps maxnreg, got"),
     ],
 )
 def test_names_the_wrong_entry_of_a_table(tmp_path: Path, entry: dict, message: str):
     with pytest.raises(ValueError, match=message):
         configs.read(changed_table(tmp_path / "table.json", **entry))
+
+
+def test_a_cap_on_registers_is_for_nvidia_only(tmp_path: Path):
+    path = changed_table(tmp_path / "table.json", maxnreg=128)
+    assert configs.read(path)["segmented_attention_fwd"]["64"]["half"]["maxnreg"] == 128
+    path.write_text(path.read_text().replace("sm_00", "gfx942"))
+    with pytest.raises(ValueError, match=r"must have BLOCK_M, BLOCK_N, num_warps, num_stages, got"):
+        configs.read(path)
 
 
 def test_names_the_file_that_is_no_table(tmp_path: Path):
@@ -254,6 +175,17 @@ def test_retune_chooses_the_fastest_that_runs():
     )
     assert best == (trials[2], 1.0)
     assert seen[:3] == ["out of shared memory", 2.0, 1.0] and len(seen) == len(trials)
+
+
+@pytest.mark.parametrize("kernel", configs.table("sm_90"))
+def test_retune_offers_a_cap_on_registers_at_head_dimension_64(kernel: str):
+    caps = {}
+    for width, kind in ((64, "half"), (64, "float"), (128, "half")):
+        present = configs.table("sm_90")[kernel][str(width)][kind]
+        others = list(retune.trials(kernel, width, kind, present))[1:]
+        caps[width, kind] = {trial.config.get("maxnreg") for trial in others}
+    expected = {None} if kernel.endswith("decode") else {None, 128}
+    assert caps == {(64, "half"): expected, (64, "float"): {None}, (128, "half"): {None}}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

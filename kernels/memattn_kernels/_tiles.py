@@ -20,15 +20,32 @@ from memattn_kernels._common import (
 
 
 @triton.jit
+def columns_between(lo, hi, n, BLOCK: tl.constexpr, IS_RELATIVE: tl.constexpr):
+    """Whether rows see the columns from ``n``: ``lo[r] <= column < hi[r]``, ``[rows, BLOCK]``.
+
+    IS_RELATIVE counts columns from ``n``, which makes them constants: fewer instructions, but a few
+    registers more where bounds and other sources wait in them.
+    """
+    columns = tl.arange(0, BLOCK)
+    if IS_RELATIVE:
+        lo -= n
+        hi -= n
+    else:
+        columns += n
+    return (columns[None, :] >= lo[:, None]) & (columns[None, :] < hi[:, None])
+
+
+@triton.jit
 def _attend_tile(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
                  D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                 BLOCK_DV: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+                 BLOCK_DV: tl.constexpr, IS_RELATIVE: tl.constexpr,
+                 MASKED: tl.constexpr):  # fmt: skip
     """One tile of keys from column ``n``."""
     k = load_tile(k_ptr, n, stride_k, last, D, BLOCK_N, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
-        offs_n = (n + tl.arange(0, BLOCK_N))[None, :]
-        scores = tl.where((offs_n >= lo[:, None]) & (offs_n < hi[:, None]), scores, -float("inf"))
+        mask = columns_between(lo, hi, n, BLOCK_N, IS_RELATIVE)
+        scores = tl.where(mask, scores, -float("inf"))
     v = load_tile(v_ptr, n, stride_v, last, DV, BLOCK_N, BLOCK_DV, MASKED)
     return online_softmax_step(acc, l_i, m_i, scores, v, scale)
 
@@ -36,8 +53,12 @@ def _attend_tile(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, 
 @triton.jit
 def attend(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid, scale,
            D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-           BLOCK_DV: tl.constexpr, HAS_WHOLE_TILES: tl.constexpr):  # fmt: skip
-    """Add all keys of one source to the running softmax: row ``r`` sees ``[lo[r], hi[r])``."""
+           BLOCK_DV: tl.constexpr, IS_RELATIVE: tl.constexpr,
+           HAS_WHOLE_TILES: tl.constexpr):  # fmt: skip
+    """Add all keys of one source to the running softmax: row ``r`` sees ``[lo[r], hi[r])``.
+
+    IS_RELATIVE is that of ``columns_between``.
+    """
     first, full_first, full_last, last = tile_ranges(lo, hi, valid, BLOCK_N)
     if not HAS_WHOLE_TILES:
         full_first = first
@@ -46,13 +67,13 @@ def attend(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid, sc
         n = partial_tile(index, first, full_first, full_last, BLOCK_N)
         acc, l_i, m_i = _attend_tile(
             acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_RELATIVE, True,
         )  # fmt: skip
     if HAS_WHOLE_TILES:
         for n in range(full_first, full_last, BLOCK_N):
             acc, l_i, m_i = _attend_tile(
                 acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_RELATIVE, False,
             )  # fmt: skip
     return acc, l_i, m_i
 
@@ -72,8 +93,7 @@ def _dq_tile(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_tar
         x -= residual[:, None]
     p = power(x, q.dtype)
     ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-    offs_n = (n + tl.arange(0, BLOCK_N))[None, :]
-    mask = (offs_n >= lo[:, None]) & (offs_n < hi[:, None])
+    mask = columns_between(lo, hi, n, BLOCK_N, False)
     if IS_CORRECTED:
         if MASKED:
             ds = tl.where(mask, ds, 0.0)
@@ -147,8 +167,7 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
     if q.dtype == tl.float32:
         x -= tl.load(residual_ptr + row + columns, mask=mask_m, other=0.0)[None, :]
     p = power(x, q.dtype)
-    offs_m = (t + columns)[None, :]
-    mask = (offs_m >= lo[:, None]) & (offs_m < hi[:, None])
+    mask = columns_between(lo, hi, t, BLOCK_M, False)
     if MASKED:
         p = tl.where(mask, p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")

@@ -91,6 +91,7 @@ def measure_case(
     directions: Sequence[str] = DIRECTIONS,
     peers: Sequence[str] | None = None,
     effort: Effort,
+    check_peers: bool = True,
 ) -> list[Row]:
     """Time our operator and its peers on one case. Our operator must have passed ``check_all``.
 
@@ -100,6 +101,7 @@ def measure_case(
         directions: From ``DIRECTIONS``.
         peers: Names of peers, or None for all that the case has.
         effort: How long to measure.
+        check_peers: Whether to compare the peers' results first; False where that was done.
 
     Returns:
         One row for each direction and competitor, ours first.
@@ -111,9 +113,9 @@ def measure_case(
     wanted = {n: peer for n, peer in case.peers().items() if peers is None or n in peers}
     if wanted:
         gradients = any(d != "forward" for d in directions) and case.rows_are_independent()
-        oracle = Oracle(case, gradients=gradients)
+        oracle = Oracle(case, gradients=gradients) if check_peers else None
         for name, peer in wanted.items():
-            competitors.append(_admit(oracle, name, peer, directions, effort))
+            competitors.append(_admit(case, oracle, name, peer, directions, effort))
         del oracle
     rows = []
     for direction in directions:
@@ -149,9 +151,14 @@ def _interleave(
 
 
 def _admit(
-    oracle: Oracle, name: str, peer: Peer, directions: Sequence[str], effort: Effort
+    case: Case,
+    oracle: Oracle | None,
+    name: str,
+    peer: Peer,
+    directions: Sequence[str],
+    effort: Effort,
 ) -> Competitor:
-    """Build a peer and check its results; say why where that fails."""
+    """Build a peer and check its results where there is an oracle; say why where that fails."""
     competitor = Competitor(name)
     reason = None
     if peer.compiled and not effort.compiled:
@@ -161,7 +168,7 @@ def _admit(
     if reason is None:
         needs = {direction: direction != "forward" for direction in directions}
         for gradients in sorted(set(needs.values()), reverse=True):
-            problem = _try_peer(oracle, competitor, peer, gradients)
+            problem = _try_peer(case, oracle, competitor, peer, gradients)
             if problem is not None:
                 competitor.reasons |= {d: problem for d in needs if needs[d] >= gradients}
                 # built anew for what is left: after a compilation that failed, PyTorch would run
@@ -172,7 +179,9 @@ def _admit(
     return competitor
 
 
-def _try_peer(oracle: Oracle, competitor: Competitor, peer: Peer, gradients: bool) -> str | None:
+def _try_peer(
+    case: Case, oracle: Oracle | None, competitor: Competitor, peer: Peer, gradients: bool
+) -> str | None:
     """Check a peer, and return what is wrong with it, if anything."""
     with warnings.catch_warnings(record=True) as caught:
         # PyTorch tells by warnings why a backend refuses
@@ -180,10 +189,11 @@ def _try_peer(oracle: Oracle, competitor: Competitor, peer: Peer, gradients: boo
         try:
             if competitor.forward is None:
                 competitor.forward = peer.build()
-            if peer.yardstick is None:
+            if oracle is not None and peer.yardstick is None:
                 check_peer(oracle, competitor.forward, gradients=gradients)
             else:
-                call_of(oracle.case, competitor.forward, "forward+backward")()
+                direction = "forward+backward" if gradients else "forward"
+                call_of(case, competitor.forward, direction)()
         except Exception as error:  # a peer may fail in any way; the row says how
             texts = [str(error), *(str(warning.message) for warning in caught)]
             lines = [text.strip().splitlines()[0] for text in texts if text.strip()]

@@ -6,7 +6,6 @@ abort it. A candidate counts only if outputs and gradients are within the error 
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +17,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from memattn.files import write_text
+
 Config = dict[str, int]
 DTYPES = {"half": "bfloat16", "float": "float32"}
 # a candidate that takes longer, with its compilation, is no candidate
 TIMEOUT_SECONDS = 300
-# BLOCK_M, BLOCK_N, num_warps, num_stages; by the part of a kernel's name that operators share
+# BLOCK_M, BLOCK_N, num_warps, num_stages and perhaps a cap on registers; by the part of a kernel's
+# name that operators share
 _SHARED_CANDIDATES = {
     "half": {
         "fwd": [
@@ -59,26 +61,44 @@ _SHARED_CANDIDATES = {
 }  # fmt: skip
 
 
+# at head dimension 64 a cap makes room for two programs on a multiprocessor; NVIDIA only
+_CAPPED_CANDIDATES = {
+    "fwd": [(128, 64, 8, 3, 128), (128, 64, 8, 2, 128), (64, 64, 4, 3, 128)],
+    "decode": [],
+    "bwd_dq": [(128, 64, 8, 3, 128), (128, 64, 8, 2, 128), (64, 64, 4, 2, 128)],
+    "bwd_dkdv": [(32, 128, 8, 3, 128), (32, 128, 8, 2, 128), (32, 64, 4, 2, 128)],
+}
+
+
 # kernels with the candidates of another
 _RELATIVES: dict[str, str] = {
+    "fwd_loss": "fwd",
+    "bwd_dkdv_grouped": "bwd_dkdv",
     "bwd_dq_target": "bwd_dq",
     "bwd_dkdv_target": "bwd_dkdv",
     "bwd_table": "bwd_dkdv",
 }
 _KERNELS: dict[str, tuple[str, ...]] = {
-    "segmented_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv"),
-    "future_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv", *_RELATIVES),
+    "segmented_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv", "bwd_dkdv_grouped"),
+    "future_attention": (
+        *("fwd", "fwd_loss", "decode", "bwd_dq", "bwd_dq_target", "bwd_dkdv", "bwd_dkdv_target"),
+        "bwd_table",
+    ),
     "task_masked_attention": ("fwd", "bwd_dq", "bwd_dkdv"),
 }
-# values by dtype class and name of the kernel
-CANDIDATES = {
-    kind: {
+
+
+def _by_kernel(shared: dict[str, list[tuple]]) -> dict[str, list[tuple]]:
+    """Candidates by the name of the kernel."""
+    return {
         f"{operator}_{part}": shared[_RELATIVES.get(part, part)]
         for operator, parts in _KERNELS.items()
         for part in parts
     }
-    for kind, shared in _SHARED_CANDIDATES.items()
-}
+
+
+CANDIDATES = {kind: _by_kernel(shared) for kind, shared in _SHARED_CANDIDATES.items()}
+CAPPED_CANDIDATES = _by_kernel(_CAPPED_CANDIDATES)
 
 
 @dataclass(frozen=True)
@@ -118,8 +138,6 @@ def retune(
     """
     if not torch.cuda.is_available():
         raise RuntimeError("retune needs a CUDA device, and torch sees none")
-    import triton
-
     from memattn_kernels import configs
 
     known = CANDIDATES["half"]
@@ -143,29 +161,41 @@ def retune(
                 if best is not None:
                     table[kernel][str(width)][kind] = dict(best[0].config)
                     milliseconds[f"{kernel}/{width}/{kind}"] = best[1]
+    return write_table(path, table, milliseconds)
+
+
+def write_table(
+    path: str | Path, table: dict[str, Any], milliseconds: dict[str, float]
+) -> dict[str, Any]:
+    """Write a measured table of configurations, whole or not at all; returns what it holds."""
+    import triton
+
+    from memattn_kernels import configs
+
+    device = torch.device("cuda", 0)
     content = {
-        "architecture": configs.device_architecture(torch.device("cuda", 0)),
+        "architecture": configs.device_architecture(device),
         "source": "measured by memattn bench --retune",
-        "device": torch.cuda.get_device_name(0),
+        "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "kernels": table,
         "milliseconds": milliseconds,
     }
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
+    write_text(Path(path), json.dumps(content, indent=2) + "\n")
     return content
 
 
 def trials(kernel: str, head_dim: int, kind: str, present: Config) -> Iterator[Trial]:
     """The present configuration, then every other candidate."""
-    from memattn_kernels.configs import OPTIONS
+    from memattn_kernels.configs import OPTIONAL, OPTIONS
 
     yield Trial(kernel, head_dim, kind, present)
-    for values in CANDIDATES[kind][kernel]:
-        config = dict(zip(OPTIONS, values, strict=True))
+    candidates = CANDIDATES[kind][kernel]
+    if head_dim == 64 and kind == "half" and torch.version.hip is None:
+        candidates = candidates + CAPPED_CANDIDATES[kernel]
+    for values in candidates:
+        config = dict(zip(OPTIONS + OPTIONAL, values, strict=False))
         if config != present:
             yield Trial(kernel, head_dim, kind, config)
 
@@ -199,24 +229,28 @@ def measure(trial: Trial) -> float | str:
 
 
 def run_trial(trial: Trial) -> float:
-    """Check a candidate, then time it, in this process; milliseconds.
+    """Check a candidate, then time it, in this process; milliseconds."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("a trial needs a CUDA device, and torch sees none")
+    check_trial(trial)
+    return time_trial(trial)
 
-    A backward kernel is timed with its neighbours, whose configurations stay the same.
+
+def check_trial(trial: Trial, *, length: int = 700) -> None:
+    """Compile a candidate and check its results; it stays in this process's table.
+
+    Raises:
+        AssertionError: If results or gradients leave the error budget.
     """
-    from triton.testing import do_bench
-
     from memattn.testing import assert_results_within_budget, run_with_gradients
-    from memattn_kernels import configs
 
-    table = configs.table(configs.architecture(torch.device("cuda", 0)))
-    table[trial.kernel][str(trial.head_dim)][trial.kind] = trial.config
-    dtype = getattr(torch, DTYPES[trial.kind])
+    operator, make_inputs, passes = _use(trial)
     decode = trial.kernel.endswith("decode")
-    operator, make_inputs, passes = work(trial.kernel)
-    make_inputs = partial(make_inputs, D=trial.head_dim, device="cuda", dtype=dtype)
-
-    small = make_inputs(T=7 if decode else 700, S=700)
-    options = passes[-1] | ({"query_offset": 693} if decode else {})
+    dtype = getattr(torch, DTYPES[trial.kind])
+    # as many heads as are timed: another number may be another kernel
+    heads = {"B": 1, "H": 16, "Hkv": key_heads(trial.kernel)} if torch.cuda.is_available() else {}
+    small = make_inputs(T=7 if decode else length, S=length, **heads)
+    options = passes[-1] | ({"query_offset": length - 7} if decode else {})
     results = [
         run_with_gradients(operator, small, options | {"backend": backend}, dtype=precision)
         for backend, precision in (
@@ -227,8 +261,18 @@ def run_trial(trial: Trial) -> float:
     ]
     assert_results_within_budget(*results)
 
+
+def time_trial(trial: Trial) -> float:
+    """Milliseconds of a candidate that ``check_trial`` has passed.
+
+    A backward kernel is timed with its neighbours, whose configurations stay the same.
+    """
+    from triton.testing import do_bench
+
+    operator, make_inputs, passes = _use(trial)
+    decode = trial.kernel.endswith("decode")
     T, S = (1, 4096) if decode else (4096, 4096)
-    tensors = make_inputs(B=8 if decode else 2, H=16, Hkv=4, T=T, S=S)
+    tensors = make_inputs(B=8 if decode else 2, H=16, Hkv=key_heads(trial.kernel), T=T, S=S)
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     total = 0.0
     for options in passes:
@@ -244,11 +288,47 @@ def run_trial(trial: Trial) -> float:
     return total
 
 
+def key_heads(kernel: str) -> int:
+    """Key heads for 16 query heads: groups of four where the kernel takes any."""
+    return 16 if kernel == "segmented_attention_bwd_dkdv" else 4
+
+
+def _use(trial: Trial) -> tuple[Callable, Callable, list[dict[str, Any]]]:
+    """Put a candidate into this process's table; the ``work`` that it does, on this device."""
+    from memattn_kernels import configs
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    table = configs.table(table_name())
+    # its neighbours keep the configurations that the process began with
+    table.update(json.loads(_first_table(table_name())))
+    table[trial.kernel][str(trial.head_dim)][trial.kind] = trial.config
+    operator, make_inputs, passes = work(trial.kernel)
+    dtype = getattr(torch, DTYPES[trial.kind])
+    return operator, partial(make_inputs, D=trial.head_dim, device=device, dtype=dtype), passes
+
+
+def table_name() -> str:
+    """The architecture of the table in use; the interpreter reads no table."""
+    from memattn_kernels import configs
+
+    if not torch.cuda.is_available():
+        return "sm_90"
+    return configs.architecture(torch.device("cuda", 0))
+
+
+@cache
+def _first_table(name: str) -> str:
+    """A table as the process found it, as JSON."""
+    from memattn_kernels import configs
+
+    return json.dumps(configs.table(name))
+
+
 def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
     """What a kernel is timed with: the operator, what makes its inputs, and options of each pass.
 
     Segmented attention runs dense causal, then segmented with persistent keys. Future attention
-    runs with a loss where there is one to speed up; its gradient passes through the target for the
+    runs with a loss but for the forward without one; its gradient passes through the target for the
     kernels that are there for it. Task-masked attention runs with full tiles, then with partial
     ones.
     """
@@ -260,7 +340,7 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
         make_inputs = partial(testing.make_segmented_inputs, P=16)
         return ops.segmented_attention, make_inputs, [{}, {"segment_len": 512, "window_size": 512}]
     options: dict[str, Any] = {"future_dim": 128}
-    if kernel.endswith("decode"):
+    if kernel.endswith(("fwd", "decode")):
         return ops.future_attention, testing.make_future_inputs, [options]
     loss = {"loss_type": "mse", "detach_target": not kernel.endswith("_target")}
     return ops.future_attention_loss, testing.make_future_inputs, [options | loss]

@@ -73,7 +73,7 @@ def run_suite(
         "roofs": report.roof_records(found.roofs),
         "rows": [report.row_record(row, found.roofs.get(roof_key(row.case))) for row in rows],
         "sweeps": _sweep_records(found),
-        "bars": [_bar_record(bar, found, backend, effort) for bar in bars],
+        "bars": [bar_record(bar, found, backend, effort) for bar in bars],
     }
     report.print_rows(suite, record["rows"])
     _print_bars(record["bars"])
@@ -115,7 +115,8 @@ def _sweep_records(found: Found) -> list[dict[str, Any]]:
     return records
 
 
-def _bar_record(bar: Bar, found: Found, backend: str, effort: Effort) -> dict[str, Any]:
+def bar_record(bar: Bar, found: Found, backend: str, effort: Effort) -> dict[str, Any]:
+    """What a bar requires and what was reached, for JSON."""
     reached = bar.reached(found)
     record: dict[str, Any] = {
         "bar": bar.name,

@@ -35,16 +35,16 @@ def _wide(query: Tensor, *shape: int | torch.SymInt) -> Tensor:
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     shape = query.shape[:3]
     out, out_future = (query.new_empty(*shape, value.shape[-1]) for _ in range(2))
-    return out, out_future, _wide(query, *shape), _wide(query, *shape)
+    return out, out_future, _wide(query, *shape), _wide(query, 2, *shape)
 
 
 @torch.library.register_fake("memattn_cpp::future_attention_loss")
 def _fake_loss(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     shape, width = query.shape[:3], value.shape[-1]
     out_future, target = (_wide(query, *shape, width) for _ in range(2))
-    lse, lse_low, lse_target, lse_target_low = (_wide(query, *shape) for _ in range(4))
+    lse2, target_lse2 = (_wide(query, 2, *shape) for _ in range(2))
     out = query.new_empty(*shape, width)
-    return out, _wide(query), lse, lse_low, out_future, target, lse_target, lse_target_low
+    return out, _wide(query), _wide(query, *shape), lse2, out_future, target, target_lse2
 
 
 def _fake_gradients(*inputs: Any) -> tuple[Tensor, ...]:
@@ -55,25 +55,26 @@ def _fake_gradients(*inputs: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("memattn_cpp::future_attention_backward")
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return _fake_gradients(*arguments[7:])  # after 3 cotangents and 4 results
+    return _fake_gradients(*arguments[6:])  # after 3 cotangents and 3 results
 
 
 @torch.library.register_fake("memattn_cpp::future_attention_loss_backward")
 def _fake_loss_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return _fake_gradients(*arguments[10:])  # after 3 cotangents and 7 results
+    return _fake_gradients(*arguments[8:])  # after 3 cotangents and 5 results
 
 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     tensors, ctx.options = inputs[: N_TENSORS + N_BOUNDS], inputs[N_TENSORS + N_BOUNDS :]
-    # the loss itself is not needed again
-    results = [t for t in output if t.dim()]
+    # the loss and lse, the third result, are not needed again
+    results = [t for i, t in enumerate(output) if t.dim() and i != 2]
     ctx.n_results = len(results)
     ctx.save_for_backward(*results, *tensors)
 
 
 def _gradients(ctx: Any, backward: Any, cotangents: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors[ctx.n_results :]
-    grads = backward(*cotangents, *ctx.saved_tensors, *ctx.options)
+    saved = ctx.saved_tensors  # read once: non-reentrant checkpointing frees what it handed out
+    grads = backward(*cotangents, *saved, *ctx.options)
+    tensors = saved[ctx.n_results :]
     given = (g if t is not None else None for g, t in zip(grads, tensors, strict=False))
     return (*given, *[None] * (N_BOUNDS + len(ctx.options)))
 

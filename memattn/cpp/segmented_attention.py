@@ -23,13 +23,13 @@ def segmented_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("memattn_cpp::segmented_attention")
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     shape = query.shape[:3]
-    lse, lse_low = (query.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    return query.new_empty(*shape, value.shape[-1]), lse, lse_low
+    lse, lse2 = (query.new_empty(s, dtype=torch.float32) for s in (shape, (2, *shape)))
+    return query.new_empty(*shape, value.shape[-1]), lse, lse2
 
 
 @torch.library.register_fake("memattn_cpp::segmented_attention_backward")
 def _fake_backward(
-    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, lse_low: Tensor, *inputs: Any
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse2: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
     query = inputs[0]
     grads = [query.new_empty(t.shape) for t in inputs[:3]]
@@ -42,14 +42,15 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     tensors, ctx.options = inputs[: N_TENSORS + N_BOUNDS], inputs[N_TENSORS + N_BOUNDS :]
-    ctx.save_for_backward(*output, *tensors)
+    out, _, lse2 = output
+    ctx.save_for_backward(out, lse2, *tensors)
 
 
 def _backward_formula(
-    ctx: Any, d_out: Tensor, d_lse: Tensor, d_lse_low: Tensor
+    ctx: Any, d_out: Tensor, d_lse: Tensor, d_lse2: Tensor
 ) -> tuple[Tensor | None, ...]:
-    out, lse, lse_low, *tensors = ctx.saved_tensors
-    grads = _backward(d_out, d_lse, out, lse, lse_low, *tensors, *ctx.options)
+    out, lse2, *tensors = ctx.saved_tensors
+    grads = _backward(d_out, d_lse, out, lse2, *tensors, *ctx.options)
     given = (g if t is not None else None for g, t in zip(grads, tensors, strict=False))
     return (*given, *[None] * (N_BOUNDS + len(ctx.options)))
 

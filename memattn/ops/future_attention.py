@@ -18,6 +18,7 @@ from memattn.ops._attention import (
     autocast,
     check_query_key_value,
     check_tensors,
+    longest,
     sequence_lengths,
 )
 from memattn.ops._dispatch import resolve_backend
@@ -273,8 +274,8 @@ def _checked(
         *(query, S, cu_seqlens, seq_start, seq_end, query_offset),
         wanted_for=None if by_distance else n_ctx,
     )
-    if not by_distance and lengths is not None and max(lengths, default=0) > n_ctx:
-        needed = max(lengths) - 1
+    if not by_distance and lengths is not None and longest(lengths) > n_ctx:
+        needed = longest(lengths) - 1
         must("future_key", f"have a row for each position, at least {needed}", table_len)
 
     if per_sequence and cu_seqlens is not None:  # one table with the rows of all documents

@@ -18,6 +18,7 @@ from memattn.ops._attention import (
     autocast,
     check_query_key_value,
     check_tensors,
+    longest,
     sequence_lengths,
 )
 from memattn.ops._dispatch import resolve_backend
@@ -157,7 +158,7 @@ def segmented_attention(
     )
     if memory_key is not None and segment_len is not None and lengths is not None:
         counts = [-(-max(length, 0) // segment_len) for length in lengths]
-        n_segments = max(counts, default=0) if cu_seqlens is None else sum(counts)
+        n_segments = longest(counts) if cu_seqlens is None else sum(counts)
         if memory_key.shape[2] < n_segments:
             must("memory_key", f"have at least n_segments={n_segments}", memory_key.shape[2])
 

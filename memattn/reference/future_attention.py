@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memattn.reference._softmax import documents, hide_unseen, masked_softmax
+from memattn.reference._softmax import documents, hide_unseen, masked_softmax, scaled_scores
 
 
 class _Bands(NamedTuple):
@@ -79,7 +79,7 @@ def future_attention_loss(
     both = bands.causal | bands.ahead
     key, value = (hide_unseen(t.repeat_interleave(groups, 1), both) for t in (key, value))
     query = query.masked_fill(~both.any(-1, keepdim=True), 0.0)
-    weights, _ = masked_softmax((query @ key.mT) * scale, both)
+    weights, _ = masked_softmax(scaled_scores(query, key, scale), both)
     target = weights.masked_fill(~bands.ahead, 0.0) @ value
     if detach_target:
         target = target.detach()
@@ -110,7 +110,8 @@ def _split_softmax(query, key, value, future_key, future_value, future_query, ba
         hide_unseen(t.repeat_interleave(H // t.shape[1], 1), bands.future)
         for t in (future_key, future_value)
     )
-    scores = torch.cat([query @ key.mT, future_query @ future_key.mT], -1) * scale
+    pairs = ((query, key), (future_query, future_key))
+    scores = torch.cat([scaled_scores(q, k, scale) for q, k in pairs], -1)
     weights, lse = masked_softmax(scores, mask)
     out_future = weights[..., S:] @ future_value
     return weights[..., :S] @ value + out_future, out_future, lse

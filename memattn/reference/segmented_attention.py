@@ -7,7 +7,7 @@ Keys stand in the order persistent, memory, tokens. Everything here follows the 
 import torch
 from torch import Tensor
 
-from memattn.reference._softmax import documents, hide_unseen, masked_softmax
+from memattn.reference._softmax import documents, hide_unseen, masked_softmax, scaled_scores
 
 
 def segmented_attention(
@@ -75,5 +75,5 @@ def segmented_attention(
         for tensors in (keys, values)
     )
     query = query.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # an empty row may hold anything
-    weights, lse = masked_softmax((query @ key.mT) * scale, mask)
+    weights, lse = masked_softmax(scaled_scores(query, key, scale), mask)
     return weights @ value, lse

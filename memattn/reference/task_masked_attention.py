@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from memattn.reference._softmax import hide_unseen, masked_softmax
+from memattn.reference._softmax import hide_unseen, masked_softmax, scaled_scores
 
 
 def task_masked_attention(
@@ -41,5 +41,5 @@ def task_masked_attention(
         hide_unseen(t.repeat_interleave(H // max(t.shape[1], 1), 1), allowed) for t in (key, value)
     )
     query = query.masked_fill(~allowed.any(-1, keepdim=True), 0.0)  # an empty row may hold anything
-    weights, lse = masked_softmax((query @ key.mT) * scale, allowed)
+    weights, lse = masked_softmax(scaled_scores(query, key, scale), allowed)
     return weights @ value, lse

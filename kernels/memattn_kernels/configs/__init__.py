@@ -18,7 +18,11 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (64, 128, 256)
 DTYPE_CLASSES = ("half", "float")
 OPTIONS: tuple[str, ...] = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+# a cap on the registers of one thread, so that more programs fit a multiprocessor; NVIDIA only
+OPTIONAL: tuple[str, ...] = ("maxnreg",)
 MAX_BLOCK = 256
+# smallest and largest value; for tile lengths these are 16 and MAX_BLOCK
+LIMITS = {"num_stages": (1, 16), "num_warps": (1, 16), "maxnreg": (32, 255)}
 # at most this many queries run as "decode", on tiles of 16 queries
 DECODE_LENGTH = 16
 # small tiles, so that small tests cross their borders
@@ -38,7 +42,8 @@ def lookup(kernel: str, tensor: Tensor, width: int) -> dict[str, int]:
         width: The largest padded head dimension.
 
     Returns:
-        ``BLOCK_M``, ``BLOCK_N``, ``num_warps`` and ``num_stages``.
+        Tile lengths ``BLOCK_M`` and ``BLOCK_N``, and options of the launch: ``num_warps``,
+        ``num_stages`` and perhaps ``maxnreg``.
     """
     if IS_INTERPRETED:
         return INTERPRETED_MASKS if kernel.startswith("task_masked") else INTERPRETED
@@ -95,23 +100,27 @@ def read(path: str | Path) -> dict:
     kernels = content.get("kernels") if isinstance(content, dict) else None
     if not isinstance(kernels, dict):
         raise ValueError(f'{path} must hold an object "kernels", got {type(kernels).__name__}')
+    is_amd = str(content.get("architecture")).startswith("gfx")
     for kernel, widths in kernels.items():
         for width in map(str, WIDTHS):
             for kind in DTYPE_CLASSES:
                 entry = f"{path}: {kernel}, {width}, {kind}"
-                _check(entry, widths.get(width, {}).get(kind))
+                _check(entry, widths.get(width, {}).get(kind), () if is_amd else OPTIONAL)
     return kernels
 
 
-def _check(entry: str, config: object) -> None:
+def _check(entry: str, config: object, optional: tuple[str, ...]) -> None:
     """Raise ValueError unless this is a configuration that a kernel can be launched with."""
-    if not isinstance(config, dict) or sorted(config) != sorted(OPTIONS):
-        raise ValueError(f"{entry} must have {', '.join(OPTIONS)}, got {config}")
+    known = OPTIONS + optional
+    if not isinstance(config, dict) or not set(OPTIONS) <= config.keys() <= set(known):
+        also = f" and perhaps {', '.join(optional)}" if optional else ""
+        raise ValueError(f"{entry} must have {', '.join(OPTIONS)}{also}, got {config}")
     for option, value in config.items():
-        low, high = (16, MAX_BLOCK) if option.startswith("BLOCK") else (1, 16)
-        power = option == "num_stages" or (isinstance(value, int) and value & (value - 1) == 0)
-        if not isinstance(value, int) or not power or not low <= value <= high:
-            kind = "an integer" if option == "num_stages" else "a power of two"
+        low, high = LIMITS.get(option, (16, MAX_BLOCK))
+        any_integer = option in ("num_stages", "maxnreg")
+        fits = any_integer or (isinstance(value, int) and value & (value - 1) == 0)
+        if not isinstance(value, int) or not fits or not low <= value <= high:
+            kind = "an integer" if any_integer else "a power of two"
             raise ValueError(f"{entry}: {option} must be {kind} in {low} ... {high}, got {value}")
 
 

@@ -96,7 +96,7 @@ def _future_attention_fwd_kernel(
     lo, hi = past_of_query(i, start, end, S)
     acc, l_past, m_past = attend(
         acc, no_sum, no_max, q, k_ptr, v_ptr, stride_kt, stride_vt,
-        lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_WHOLE_TILES,
+        lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_WHOLE_TILES,
     )  # fmt: skip
 
     fq = q
@@ -115,7 +115,7 @@ def _future_attention_fwd_kernel(
             acc_future, l_future, m_future, fq, fk_ptr + b * stride_fkb + h // GF * stride_fkh,
             fv_ptr + b * stride_fvb + h // GF * stride_fvh, stride_fkt, stride_fvt,
             lo, tl.where(group == part, hi, lo), valid & (group == part), scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
             HAS_WHOLE_TILES and documents_ptr is None,
         )  # fmt: skip
 
@@ -140,7 +140,7 @@ def _future_attention_fwd_kernel(
         acc, l_ahead, m_ahead = attend(
             acc, no_sum, no_max, q, k_ptr, v_ptr, stride_kt, stride_vt,
             lo, tl.where(whole, hi, lo), whole, scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_WHOLE_TILES,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_WHOLE_TILES,
         )  # fmt: skip
         m, l, _, factor = _join(m_past, l_past, m_ahead, l_ahead, q.dtype)
         target, lse, residual = finish_softmax(acc * factor[:, None], l, m, whole, q.dtype)
@@ -238,7 +238,9 @@ def future_attention_op(
         *(seq_end, table_len, by_distance, future_dim, query_offset, scale),
     )
     B, H, T, _ = query.shape
-    kernel = "fwd" if T > configs.DECODE_LENGTH else "decode"
+    kernel = "decode"
+    if T > configs.DECODE_LENGTH:  # a loss has a third loop, and smaller tiles
+        kernel = "fwd" if loss_type is None else "fwd_loss"
     config = configs.lookup(f"future_attention_{kernel}", query, tile_width(inputs))
     # the loss of each row and whether it counts
     losses = None if loss_type is None else lse.new_empty(2, B, H, T)

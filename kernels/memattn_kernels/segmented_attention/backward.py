@@ -131,9 +131,9 @@ def _launch_dkdv(source: str, query: Tensor, key: Tensor, value: Tensor, d_key: 
     ``shared`` has the arguments that are the same for all sources; what the kernel does not take
     stays behind.
     """
-    config = configs.lookup(
-        "segmented_attention_bwd_dkdv", query, max(shared["BLOCK_D"], shared["BLOCK_DV"])
-    )
+    # a loop over the query heads of a group holds registers that other tiles need
+    name = "segmented_attention_bwd_dkdv" + "_grouped" * (shared["G"] > 1)
+    config = configs.lookup(name, query, max(shared["BLOCK_D"], shared["BLOCK_DV"]))
     if source != "token":
         config = config | {"BLOCK_N": block_length(config["BLOCK_N"], n_keys)}
     n_programs = triton.cdiv(n_keys, config["BLOCK_N"]) * n_parts * key.shape[0] * key.shape[1]

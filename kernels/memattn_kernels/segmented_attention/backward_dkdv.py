@@ -19,6 +19,7 @@ from memattn_kernels._common import (
     store_tile,
     tile_ranges,
 )
+from memattn_kernels._tiles import columns_between
 from memattn_kernels.segmented_attention.intervals import queries_of_token
 
 
@@ -74,15 +75,21 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
     if q.dtype == tl.float32:
         x -= tl.load(residual_ptr + t + columns, mask=offs_m < last, other=0.0)[None, :]
     p = power(x, q.dtype)
-    mask = (offs_m[None, :] >= lo[:, None]) & (offs_m[None, :] < hi[:, None])
+    # wide rows: a shorter mask, and none that lives until the end. Narrow ones fit two programs on
+    # a multiprocessor only with one address for all columns
+    IS_WIDE: tl.constexpr = BLOCK_D > 64
+    mask = columns_between(lo, hi, t, BLOCK_M, IS_WIDE)
     if MASKED:
         p = tl.where(mask, p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     ds = tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :]
     if q.dtype == tl.float32 and dlse_ptr is not None:
         ds += tl.load(dlse_ptr + t + columns, mask=offs_m < last, other=0.0)[None, :]
+    # delta may be NaN where p is 0
+    if MASKED and IS_WIDE:
+        ds = tl.where(p != 0.0, ds, 0.0)
     ds *= p
-    if MASKED:  # delta may be NaN where p is 0
+    if MASKED and not IS_WIDE:
         ds = tl.where(mask, ds, 0.0)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv

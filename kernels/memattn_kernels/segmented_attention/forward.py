@@ -75,27 +75,34 @@ def segmented_attention_fwd_kernel(
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
 
+    HAS_BOUNDS: tl.constexpr = seq_start_ptr is not None or seq_end_ptr is not None
+    HAS_MORE_KEYS: tl.constexpr = pk_ptr is not None or mk_ptr is not None
+    IS_PLAIN: tl.constexpr = BLOCK_D <= 128 and not HAS_BOUNDS and not HAS_MORE_KEYS
     if pk_ptr is not None:
         lo = tl.zeros([BLOCK_M], dtype=tl.int32)
         acc, l_i, m_i = attend(
             acc, l_i, m_i, q, pk_ptr + h_kv * stride_pkh, pv_ptr + h_kv * stride_pvh,
             stride_pkt, stride_pvt, lo, lo + P, valid, scale,
-            D, DV, BLOCK_NP, BLOCK_D, BLOCK_DV, False,
+            D, DV, BLOCK_NP, BLOCK_D, BLOCK_DV, IS_PLAIN, False,
         )  # fmt: skip
     if mk_ptr is not None:
         lo, hi = memory_of_query(i, start, first_segment, n_memory, L, M, MEMORY_IS_CAUSAL)
         acc, l_i, m_i = attend(
             acc, l_i, m_i, q, mk_ptr + b * stride_mkb + h_kv * stride_mkh,
             mv_ptr + b * stride_mvb + h_kv * stride_mvh, stride_mkt, stride_mvt,
-            lo, hi, valid, scale, D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, False,
+            lo, hi, valid, scale, D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, IS_PLAIN, False,
         )  # fmt: skip
     lo, hi = tokens_of_query(i, start, end, S, L, W, IS_CAUSAL)
     acc, l_i, m_i = attend(
         acc, l_i, m_i, q, k_ptr + b * stride_kb + h_kv * stride_kh,
         v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt,
-        lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_PLAIN, True,
     )  # fmt: skip
 
+    if IS_PLAIN and documents_ptr is None:
+        # written anew: ``valid`` would hold a register through the loops
+        valid = (i < query_offset + T) & (offs_m >= start - query_offset)
+        valid &= offs_m < end - query_offset
     out, lse, residual = finish_softmax(acc, l_i, m_i, valid, q.dtype)
     o_ptr += b * stride_ob + h * stride_oh
     store_tile(o_ptr, t, stride_ot, T, out, DV, BLOCK_M, BLOCK_DV)

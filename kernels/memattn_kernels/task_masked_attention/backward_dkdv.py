@@ -73,7 +73,8 @@ def _dkdv_step(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
     return dk, dv
 
 
-@triton.jit(do_not_specialize=RUNTIME_SIZES)
+# with one query head for each key head, a constant G, ptxas would wait after each matrix product
+@triton.jit(do_not_specialize=(*RUNTIME_SIZES, "G"))
 def task_masked_attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, task_ptr, seq_start_ptr, seq_end_ptr,  # inputs; bounds may be None
     bits_ptr, slots_ptr, query_node_ptr, key_node_ptr, tiles_ptr, counts_ptr,  # mask

@@ -162,6 +162,8 @@ def task_masked_attention_fwd_kernel(
     if seq_start_ptr is not None:
         empty_rows_before(o_ptr, t, stride_ot, tl.minimum(start, T), DV, BLOCK_M, BLOCK_DV)
         tl.store(lse_ptr + row + i, float("-inf"), mask=i < tl.minimum(start, T))
+        if residual_ptr is not None:
+            tl.store(residual_ptr + row + i, 0.0, mask=i < tl.minimum(start, T))
 
 
 def mask_inputs(

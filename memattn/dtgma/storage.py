@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from memattn.checks import check_floating, check_shape, must
-from memattn.models._dtgma_files import (
+from memattn.dtgma.files import (
     ModelFile,
     TaskFile,
     check_tensors,
     hash_tensors,
     refused,
 )
-from memattn.models._dtgma_layers import TaskName
-from memattn.models._dtgma_tasks import TaskModel
+from memattn.dtgma.layers import TaskName
+from memattn.dtgma.tasks import TaskModel
 
 _Model = TypeVar("_Model", bound="StoredTaskModel")
 

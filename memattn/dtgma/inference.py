@@ -1,15 +1,27 @@
 """Which task a sample belongs to, where nobody says so."""
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from memattn.checks import check_shape, check_tensor, must
+from memattn.dtgma.layers import TaskName
 
-if TYPE_CHECKING:
-    from memattn.models.dtgma import DTGMAModel
+
+class Classifier(Protocol):
+    """What inference asks of a ``DTGMAModel``."""
+
+    @property
+    def tasks(self) -> Sequence[TaskName]: ...
+
+    def prototypes(self, task: TaskName) -> Tensor | None: ...
+
+    def prototype_features(self, x: Tensor) -> Tensor: ...
+
+    def __call__(self, x: Tensor, task_id: TaskName) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -31,7 +43,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 @torch.no_grad()
-def nearest_prototype(model: "DTGMAModel", x: Tensor) -> Tensor:
+def nearest_prototype(model: Classifier, x: Tensor) -> Tensor:
     """The place among ``model.tasks`` of the task that has the nearest prototype, int64 ``[B]``."""
     nearest = []
     for task in model.tasks:
@@ -48,7 +60,7 @@ def nearest_prototype(model: "DTGMAModel", x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def lowest_entropy(model: "DTGMAModel", x: Tensor) -> Tensor:
+def lowest_entropy(model: Classifier, x: Tensor) -> Tensor:
     """The place of the task whose classifier is the most certain, int64 ``[B]``.
 
     The entropy is divided by that of a uniform guess, so that tasks of few classes are not

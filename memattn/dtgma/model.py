@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memattn.checks import check_bool, check_int, check_tensor, must
-from memattn.models._dtgma_layers import DTGMALayer, TaskColumn, TaskName
-from memattn.models._dtgma_storage import StoredTaskModel
-from memattn.models._dtgma_tasks import ParameterReport, listed
-from memattn.models._task_inference import class_means, lowest_entropy, nearest_prototype
+from memattn.dtgma.inference import class_means, lowest_entropy, nearest_prototype
+from memattn.dtgma.layers import DTGMALayer, TaskColumn, TaskName
+from memattn.dtgma.storage import StoredTaskModel
+from memattn.dtgma.tasks import ParameterReport, listed
 from memattn.nn.task_linear import TaskGroups, group_by_task
 from memattn.nn.task_tokens import TokenProjection
 

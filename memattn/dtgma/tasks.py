@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from memattn.checks import check_int, check_tensor, must
-from memattn.models._dtgma_layers import TaskColumn, TaskName, plain_name
-from memattn.models._task_graph import TaskGraph
+from memattn.dtgma.graph import TaskGraph
+from memattn.dtgma.layers import TaskColumn, TaskName, plain_name
 from memattn.nn.task_linear import TaskLinear
 from memattn.nn.task_tokens import TokenProjection
 

@@ -1,0 +1,126 @@
+"""Stage "retune": other tile configurations of the kernels that are furthest from their roof."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from memattn.bench import retune
+from memattn.bench.gpu.pool import Job, Pool, Result
+
+DRY_LENGTH = 20
+DRY_HEAD_DIM = 64  # as in the tables; the interpreter takes its own tiles
+CHECK_SECONDS, TIME_SECONDS = 90, 60
+PARTS = {"forward": ("fwd",), "backward": ("bwd_dkdv", "bwd_dq")}
+
+
+def targets(rows: Iterable[Mapping[str, Any]], operators: Iterable[str]) -> list[tuple[str, int]]:
+    """Kernels and head dimensions, the furthest from the roof first; all if nothing is known."""
+    shares: dict[tuple[str, int], float] = {}
+    for row in rows:
+        width, share = row["sizes"].get("D"), row.get("roof_share")
+        if row["competitor"] != "memattn" or share is None or width not in (64, 128):
+            continue
+        for part in PARTS.get(row["direction"], ()):
+            kernel = f"{row['operator']}_{part}"
+            shares[kernel, width] = min(share, shares.get((kernel, width), share))
+    if shares:
+        return sorted(shares, key=lambda target: shares[target])
+    parts = [part for each in PARTS.values() for part in each]
+    return [
+        (f"{operator}_{part}", D) for D in (64, 128) for operator in operators for part in parts
+    ]
+
+
+def jobs(kernel: str, head_dim: int, task: str, *, dry: bool) -> list[Job]:
+    """A job for each candidate, the shipped one first."""
+    from memattn_kernels import configs
+
+    present = configs.table(retune.table_name())[kernel][str(head_dim)]["half"]
+    candidates = list(retune.trials(kernel, head_dim, "half", present))
+    return [
+        {
+            "task": task,
+            "kernel": kernel,
+            "head_dim": head_dim,
+            "kind": "half",
+            "config": trial.config,
+            "label": f"{kernel} D={head_dim} {describe(trial.config)}",
+            "dry": dry,
+        }
+        for trial in (candidates[:1] if dry else candidates)
+    ]
+
+
+def describe(config: Mapping[str, int]) -> str:
+    """A configuration in a few words."""
+    text = f"{config['BLOCK_M']}x{config['BLOCK_N']}, {config['num_warps']} warps"
+    text += f", {config['num_stages']} stages"
+    return text + (f", {config['maxnreg']} registers" if "maxnreg" in config else "")
+
+
+def check(job: Job) -> Result:
+    """Compile a candidate and check its results."""
+    trial = _trial(job)
+    try:
+        retune.check_trial(trial, length=DRY_LENGTH if job["dry"] else 700)
+    except AssertionError as error:
+        return {"status": "wrong", "reason": str(error)}
+    return {"status": "ok"}
+
+
+def measure(job: Job) -> Result:
+    """Time a candidate that was checked."""
+    if job["dry"]:
+        return {"status": "ok", "milliseconds": None}
+    return {"status": "ok", "milliseconds": round(retune.time_trial(_trial(job)), 4)}
+
+
+def _trial(job: Job) -> retune.Trial:
+    return retune.Trial(job["kernel"], job["head_dim"], job["kind"], job["config"])
+
+
+def run(
+    checkers: Pool,
+    timer: Pool,
+    chosen: list[tuple[str, int]],
+    folder: Path,
+    on_result: Callable[[Job, Result], None],
+    *,
+    dry: bool,
+    deadline: float,
+) -> None:
+    """Tune kernel after kernel until the deadline; after each the table of the best is written."""
+    from memattn_kernels import configs
+
+    table = json.loads(json.dumps(configs.table(retune.table_name())))
+    milliseconds: dict[str, float] = {}
+    for kernel, head_dim in chosen[:1] if dry else chosen:
+        if time.monotonic() >= deadline:
+            return
+        passed: list[dict[str, int]] = []
+
+        def checked(job: Job, result: Result, passed: list = passed) -> None:
+            if result["status"] == "ok":
+                passed.append(job["config"])
+            else:
+                on_result(job, result)
+
+        best: dict[str, Any] = {}
+
+        def timed(job: Job, result: Result, best: dict = best) -> None:
+            on_result(job, result)
+            value = result.get("milliseconds")
+            if value is not None and value < best.get("milliseconds", float("inf")):
+                best.update(milliseconds=value, config=job["config"])
+
+        candidates = jobs(kernel, head_dim, "tune-check", dry=dry)
+        checkers.run(candidates, checked, deadline=deadline, job_seconds=CHECK_SECONDS)
+        ready = jobs(kernel, head_dim, "tune-time", dry=dry)
+        ready = [job for job in ready if job["config"] in passed]
+        timer.run(ready, timed, deadline=deadline, job_seconds=TIME_SECONDS)
+        if best:
+            table[kernel][str(head_dim)]["half"] = best["config"]
+            milliseconds[f"{kernel}/{head_dim}/half"] = best["milliseconds"]
+            retune.write_table(folder / "table.json", table, milliseconds)
