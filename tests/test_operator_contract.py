@@ -86,6 +86,8 @@ def test_large_scores(spec, backend, dtype):
     }
     names = [*spec.rows, *(f"d_{name}" for name in tensors if name.endswith("value"))]
     for variant in spec.each_variant(backend):
+        if dtype == torch.float16 and variant.get("loss_type") == "cosine":
+            continue  # its gradient grows as 1 / |out_future|, here beyond the range of float16
         actual = check(spec.operator, tensors, {**options, **variant}, names)
         assert all(result.isfinite().all() for result in actual.values())
 

@@ -159,7 +159,9 @@ def future_attention_loss(
         future_value: The same with ``Dv`` features.
         future_dim: Positions that a query sees ahead.
         loss_type: ``"mse"``, the mean squared error, or ``"cosine"``, ``(1 - cos) / 2``, between
-            0 for the same direction and 1 for the opposite one.
+            0 for the same direction and 1 for the opposite one. Its gradient grows as the inverse
+            of the length of ``out_future``: in float16 it leaves the range of the dtype where a
+            row gives its future next to no weight, and is NaN then.
         detach_target: Whether the target counts as a constant. Otherwise the loss reaches
             ``query``, ``key`` and ``value`` through it too.
         future_query: ``[B, H, T, D]`` or None.
