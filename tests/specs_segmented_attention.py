@@ -193,7 +193,7 @@ SEGMENTED = OperatorSpec(
     },
     compiled={
         "all-sources": lambda T: Case(
-            dict(H=2, Hkv=1, T=T, P=3, M=4, segment_len=4, Dv=24),
+            dict(H=2, Hkv=1, T=T, P=5, M=4, segment_len=4, Dv=24),
             dict(segment_len=4, window_size=3, memory_is_causal=True),
         ),
         "padded": lambda T: Case(
