@@ -191,7 +191,7 @@ SEGMENTED = OperatorSpec(
             dict(seq_start=[-3, 2], seq_end=[21, 20]),
         ),
     },
-    compiled={
+    compiled={  # no two sizes alike at the first length: torch would take them for one
         "all-sources": lambda T: Case(
             dict(H=2, Hkv=1, T=T, P=5, M=4, segment_len=4, Dv=24),
             dict(segment_len=4, window_size=3, memory_is_causal=True),

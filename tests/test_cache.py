@@ -158,7 +158,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("memattn.models.cache.save_file", fill_the_disk)
+    monkeypatch.setattr("memattn.models.cache_file.save_file", fill_the_disk)
     with pytest.raises(OSError, match="no space left"):
         cache.save(path)
     assert path.read_bytes() == before

@@ -1,7 +1,7 @@
 """The shipped Triton configurations, compiled ahead of time: no GPU is needed.
 
-An ordinary run compiles every kernel for every architecture at one head dimension, and the widest
-in float32; ``-m slow`` compiles all. ``python -m memattn_kernels.aot`` prints all as a table.
+An ordinary run compiles the plain forms for one architecture; ``-m slow`` compiles all forms of all
+kernels. ``python -m memattn_kernels.aot`` prints all as a table. Reports are kept in ``build/aot``.
 """
 
 import faulthandler
@@ -9,19 +9,27 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from memattn_kernels import aot, configs
-from memattn_kernels.aot import SHARED_LIMITS, TARGETS, TENSOR_MEMORY_LIMIT
+import triton
 
+from memattn_kernels import aot, configs, machine_code
+from memattn_kernels.aot import TARGETS
+from memattn_kernels.aot_checks import faults, read_counts, worse, write_counts
+from memattn_kernels.aot_kernel import Report
+from memattn_kernels.machine_code import HotLoop
+
+ROOT = Path(__file__).parents[1]
 KERNELS = Path(configs.__file__).parents[2]
-TITLES = {kernel.title for kernel in aot.declared()}
-# bytes of a thread: eight registers, stored and loaded once by a program and in no loop
-MAX_SPILLED = 32
+COUNTS = ROOT / "docs/kernels/counts.json"
+DECLARED = list(aot.declared())
+TITLES = {kernel.title for kernel in DECLARED}
+PLAIN = ("*_fwd-*plain", "*_bwd_dq-*plain", "*_bwd_dkdv-*plain")
 # kernels whose tiles are too small for the newest tensor cores
 SMALL_SOURCES = ("-persistent", "-memory")
 TENSOR_CORES = {
@@ -32,17 +40,38 @@ TENSOR_CORES = {
 }
 
 
-def compile_ahead(folder: Path, *arguments: str) -> list[dict]:
-    """The reports of ``python -m memattn_kernels.aot``, in a process without the interpreter."""
+def run_python(*arguments: str) -> str:
+    """What ``python`` prints, in a process without the interpreter of Triton."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    path = folder / "reports.json"
-    subprocess.run(
-        [sys.executable, "-m", "memattn_kernels.aot", "--json", str(path), *arguments],
+    return subprocess.run(
+        [sys.executable, *arguments],
         check=True,
-        stdout=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
         env=environment | {"PYTHONPATH": str(KERNELS)},
+    ).stdout
+
+
+def compile_ahead(folder: Path, *arguments: str, cache: Path = ROOT / "build/aot") -> list[dict]:
+    """The reports of ``python -m memattn_kernels.aot``."""
+    path = folder / "reports.json"
+    run_python(
+        *("-m", "memattn_kernels.aot", "--json", str(path), "--cache", str(cache), *arguments)
     )
     return json.loads(path.read_text())
+
+
+def load(report: dict) -> Report:
+    """A report as it was before it was JSON."""
+    values = {name: report[name] for name in Report.__dataclass_fields__}
+    return Report(**values | {"loops": [HotLoop(**loop) for loop in report["loops"]]})
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The plain forms that most calls run, on one architecture."""
+    filters = ("--arch", "sm_90", "--dtype", "bfloat16", "--head-dim", "128", "--kernel", *PLAIN)
+    return compile_ahead(tmp_path_factory.mktemp("aot"), *filters)
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +90,18 @@ def whole(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory)
 
 
 def check(report: dict) -> None:
-    """Compiled without spills, and within the memory of the card."""
-    name = report["name"]
-    assert report["error"] is None, f"{name}: {report['error']}"
-    limit = SHARED_LIMITS[report["arch"]]
-    assert report["shared"] <= limit, f"{name}: {report['shared']} B shared, {limit} B are there"
-    assert report["tensor_memory"] <= TENSOR_MEMORY_LIMIT, f"{name}: {report['tensor_memory']}"
-    assert report["spilled"] <= MAX_SPILLED, f"{name}: spills {report['spilled']} B"
+    """Compiled without a fault: see ``aot_checks``."""
+    assert not report["faults"], f"{report['name']}: {'; '.join(report['faults'])}"
+
+
+def check_counts(reports: list[dict]) -> None:
+    """No hot loop is longer than the committed count, and as many programs fit."""
+    old = read_counts(COUNTS)
+    if not old:
+        pytest.skip(f"{COUNTS.name} is of another version of Triton")
+    found = worse(old, {report["name"]: load(report) for report in reports})
+    update = "python -m memattn_kernels.aot --arch sm_90 --dtype bfloat16 --update docs/kernels/"
+    assert not found, f"{found}; if that is meant: {update}{COUNTS.name}"
 
 
 def check_tensor_cores(report: dict) -> None:
@@ -79,6 +113,17 @@ def check_tensor_cores(report: dict) -> None:
         assert "wgmma.mma_async" in found, report["name"]
 
 
+def test_plain_forms_compile_without_a_fault(plain: list[dict]):
+    assert len(plain) == 12
+    for report in plain:
+        check(report)
+        check_tensor_cores(report)
+        assert report["programs"] >= 1 and len(report["loops"]) >= 2
+        # masked tiles come first and cost more
+        assert report["loops"][0]["instructions"] > report["loops"][1]["instructions"]
+    check_counts(plain)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", TARGETS)
 def test_half_precision_compiles_to_tensor_cores(half: list[dict], arch: str):
@@ -87,13 +132,14 @@ def test_half_precision_compiles_to_tensor_cores(half: list[dict], arch: str):
     for report in chosen:
         check(report)
         check_tensor_cores(report)
+    check_counts(chosen)
 
 
 @pytest.mark.slow
 def test_the_widest_float32_compiles(tmp_path: Path):
     """The tightest in registers and shared memory."""
     reports = compile_ahead(tmp_path, "--dtype", "float32", "--head-dim", "256", "--arch", "sm_90")
-    assert {report["kernel"] for report in reports} == TITLES
+    assert {report["kernel"] for report in reports} == {k.title for k in DECLARED if k.in_float32}
     for report in reports:
         check(report)
 
@@ -102,16 +148,18 @@ def test_the_widest_float32_compiles(tmp_path: Path):
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_configuration_compiles(whole: list[dict], arch: str):
     chosen = [report for report in whole if report["arch"] == arch]
-    assert len(chosen) == len(TITLES) * len(configs.WIDTHS) * len(configs.DTYPE_CLASSES)
+    n_forms = sum(1 + kernel.in_float32 for kernel in DECLARED)
+    assert len(chosen) == n_forms * len(configs.WIDTHS)
     for report in chosen:
         check(report)
         if report["dtype"] != "float32":
             check_tensor_cores(report)
+    check_counts(chosen)
 
 
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_every_table_has_every_kernel(arch: str):
-    assert configs.table(arch).keys() == {kernel.name for kernel in aot.declared()}
+    assert configs.table(arch).keys() == {kernel.name for kernel in DECLARED}
 
 
 def test_a_compiler_fault_is_reported(monkeypatch: pytest.MonkeyPatch):
@@ -126,3 +174,93 @@ def test_a_compiler_fault_is_reported(monkeypatch: pytest.MonkeyPatch):
     assert report.error is not None and "aborted" in report.error
     assert variant.name.startswith("sm_80-segmented_attention_fwd-64")
     assert "aborted" in aot.markdown([variant], {variant.name: report})
+
+
+LOOP = HotLoop(instructions=300, products=8, waits=1, spills=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"error": "no"}, "no"),
+        ({"shared": 300_000}, "needs 300000 B of shared memory, 232448 are there"),
+        ({"tensor_memory": 1024}, "needs 1024 columns of tensor memory"),
+        ({"is_serialised": True}, "ptxas serialises its matrix products"),
+        ({"spilled": 40}, "spills 40 B, 32 may be"),
+        ({"loops": [LOOP, replace(LOOP, spills=2)]}, "spills in a hot loop: 2 loads and stores"),
+        ({"programs": 1}, "1 programs on a multiprocessor, 2 were promised"),
+    ],
+)
+def test_names_the_fault(changes: dict, fault: str):
+    variant = next(aot.variants(("sm_90",), (64,), ("bfloat16",), ("segmented_attention_fwd",)))
+    assert variant.config["maxnreg"] == 128
+    report = Report(registers=128, shared=65536, programs=2, loops=[LOOP], spilled=32)
+    assert faults(variant, report) == []
+    (found,) = faults(variant, replace(report, **changes))
+    assert found.startswith(fault)
+
+
+def test_a_longer_loop_and_fewer_programs_are_worse(tmp_path: Path):
+    path = tmp_path / "counts.json"
+    report = Report(registers=128, programs=2, loops=[LOOP])
+    write_counts(path, {"a": report, "b": report})
+    old = read_counts(path)
+    assert worse(old, {"a": report, "new": report}) == []
+    longer = replace(report, programs=1, loops=[replace(LOOP, instructions=307), LOOP])
+    assert worse(old, {"b": longer}) == [
+        "b: 1 programs on a multiprocessor, not 2",
+        "b: 2 hot loops, not 1",
+        "b: 307 instructions in a hot loop, not 300",
+    ]
+    write_counts(path, {"b": longer})
+    assert read_counts(path) == old | {"b": [128, 0, 1, [307, 300]]}
+    path.write_text(path.read_text().replace(triton.__version__, "0.0"))
+    assert read_counts(path) == {}
+
+
+def test_programs_of_a_multiprocessor():
+    assert machine_code.programs_per_core("sm_90", 256, 128, 65536) == 2
+    assert machine_code.programs_per_core("sm_90", 256, 129, 65536) == 1
+    assert machine_code.programs_per_core("sm_90", 256, 64, 120_000) == 1
+    assert machine_code.programs_per_core("sm_100", 128, 32, 1024, tensor_memory=256) == 2
+
+
+def test_reads_the_loops_of_assembly():
+    code = """
+    s_mov_b32 s0, 0
+.LBB0_1:
+    v_add_u32 v0, v0, 1
+.LBB0_2: ; inner
+    v_mfma_f32_32x32x8f16 a[0:15], v[0:1], v[2:3], a[0:15]
+    scratch_load_dword v1, off, s32
+    s_cbranch_scc1 .LBB0_2
+    s_cbranch_scc1 .LBB0_1
+"""
+    (loop,) = machine_code.hot_loops(code)
+    assert loop == HotLoop(instructions=3, products=1, waits=0, spills=1)
+
+
+SERIALISED = """
+from dataclasses import replace
+from memattn_kernels import aot
+name = "task_masked_attention_bwd_dkdv-dense-plain"
+variant = next(aot.variants(("sm_90",), (64,), ("bfloat16",), (name,)))
+of_g = lambda *arguments: variant.kernel.constants(*arguments) | {"G": 1}
+serial = replace(variant, kernel=replace(variant.kernel, constants=of_g))
+print([aot.inspect(v).is_serialised for v in (variant, serial)])
+"""
+
+
+def test_sees_that_ptxas_serialises_products():
+    assert run_python("-c", SERIALISED).strip() == "[False, True]"
+
+
+def test_reports_are_kept(tmp_path: Path):
+    filters = ("--arch", "sm_90", "--dtype", "bfloat16", "--head-dim", "64")
+    filters += ("--kernel", "segmented_attention_decode-plain")
+    cache = tmp_path / "cache"
+    (first,) = compile_ahead(tmp_path, *filters, cache=cache)
+    (path,) = cache.glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"registers": 7}))
+    (kept,) = compile_ahead(tmp_path, *filters, cache=cache)
+    assert kept == first | {"registers": 7}

@@ -1,34 +1,42 @@
 """Compile every shipped configuration ahead of time, without a GPU, and say what it needs.
 
-``python -m memattn_kernels.aot`` prints a table of registers, spilled bytes, shared memory and
-tensor-core instructions for each kernel, head dimension, dtype and architecture. Every variant is
-compiled in a process of its own, as a compiler that aborts takes its process with it.
+``python -m memattn_kernels.aot`` prints a table of registers, spilled bytes, shared memory,
+programs on a multiprocessor and the instructions of hot loops for each kernel, form, head
+dimension, dtype and architecture, and fails if ``aot_checks`` finds a fault. Every variant is
+compiled in a process of its own, as a compiler that aborts takes its process with it. Reports are
+kept by the hash of all that they depend on, so that only what changed is compiled anew.
 """
 
 import argparse
+import contextlib
+import hashlib
 import importlib
+import io
 import json
 import multiprocessing
+import os
 import pkgutil
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import memattn_kernels
-from memattn_kernels import configs
+from memattn_kernels import configs, machine_code
 from memattn_kernels._common import IS_INTERPRETED
-from memattn_kernels.aot_kernel import TRITON_TYPES, AotKernel
+from memattn_kernels.aot_checks import faults, write_counts
+from memattn_kernels.aot_kernel import TRITON_TYPES, AotKernel, Report, Variant
+from memattn_kernels.machine_code import HotLoop
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,38 +44,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# bytes of shared memory that one program may have
-SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-TENSOR_MEMORY_LIMIT = 512
+# counts up when reports change their meaning
+REPORT_VERSION = 1
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One kernel for one architecture, head dimension and dtype."""
-
-    kernel: AotKernel
-    arch: str
-    head_dim: int
-    dtype: str
-    config: dict[str, int] = field(hash=False)
-
-    @property
-    def name(self) -> str:
-        """A short name, such as ``sm_90-segmented_attention_fwd-64-bfloat16``."""
-        return f"{self.arch}-{self.kernel.title}-{self.head_dim}-{self.dtype}"
-
-
-@dataclass(kw_only=True)
-class Report:
-    """What the compiler made of a variant; ``error`` is None if it compiled."""
-
-    error: str | None = None
-    registers: int = 0
-    spilled: int = 0  # bytes of stack for one thread
-    shared: int = 0  # bytes for one program
-    tensor_memory: int = 0  # columns for one program, on sm_100
-    tensor_cores: dict[str, int] = field(default_factory=dict)  # instructions by name
 
 
 def declared() -> Iterator[AotKernel]:
@@ -98,6 +77,8 @@ def variants(
                 continue
             for width in widths:
                 for dtype in dtypes:
+                    if dtype == "float32" and not kernel.in_float32:
+                        continue
                     kind = "float" if dtype == "float32" else "half"
                     config = configs.table(arch)[kernel.name][str(width)][kind]
                     yield Variant(
@@ -105,61 +86,93 @@ def variants(
                     )
 
 
-def compile_variant(variant: Variant) -> triton.compiler.CompiledKernel:
-    """Compile one variant for its architecture; no GPU is needed.
+def compile_variant(variant: Variant) -> tuple[triton.compiler.CompiledKernel, str]:
+    """Compile one variant for its architecture, and what ptxas said; no GPU is needed.
 
     Raises:
         RuntimeError: If this process runs Triton's interpreter.
     """
     if IS_INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET must be unset to compile kernels, got 1")
+    constants, types = _signature(variant)
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, kind) in enumerate(types.items())
+        if kind != "constexpr" and (name.endswith("_ptr") or name.startswith("stride"))
+    }
+    options = {name: n for name, n in variant.config.items() if not name.startswith("BLOCK")}
+    source = ASTSource(variant.kernel.function, types, constants, attributes)
+    log = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.compilation.always_compile = True  # a cached kernel would say nothing
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=TARGETS[variant.arch], options=options)
+    return compiled, log.getvalue()
+
+
+def _signature(variant: Variant) -> tuple[dict[str, object], dict[str, str]]:
+    """Compile-time arguments, and the types of all, by name."""
     kernel = variant.kernel
     constants = kernel.constants(variant.head_dim, variant.dtype, variant.config)
-    types, attributes = {}, {}
-    for index, name in enumerate(kernel.function.arg_names):
-        if name in constants:
-            types[name] = "constexpr"
-            continue
-        types[name] = kernel.argument_type(name, variant.dtype)
-        if name.endswith("_ptr") or (name.startswith("stride") and variant.head_dim >= 16):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    options = {name: n for name, n in variant.config.items() if not name.startswith("BLOCK")}
-    source = ASTSource(kernel.function, types, constants, attributes)
-    return triton.compile(source, target=TARGETS[variant.arch], options=options)
+    types = {
+        name: "constexpr" if name in constants else kernel.argument_type(name, variant.dtype)
+        for name in kernel.function.arg_names
+    }
+    return constants, types
 
 
 def inspect(variant: Variant) -> Report:
     """Compile a variant and read registers, spills, shared memory and instructions."""
-    compiled = compile_variant(variant)
+    compiled, log = compile_variant(variant)
     text = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
-    counts: dict[str, int] = {}
-    for instruction in TENSOR_CORES.findall(text):
-        counts[instruction] = counts.get(instruction, 0) + 1
-    if "cubin" in compiled.asm:
-        registers, spilled = _cubin_usage(compiled.asm["cubin"])
-    else:
+    cubin = compiled.asm.get("cubin")
+    if cubin is None:
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
         spilled = int(re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text)[0])
+    else:
+        registers, spilled = machine_code.resource_usage(cubin)
+    shared = compiled.metadata.shared
+    tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
+    threads = compiled.metadata.num_warps * compiled.metadata.warp_size
     return Report(
         registers=registers,
         spilled=spilled,
-        shared=compiled.metadata.shared,
-        tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
-        tensor_cores=counts,
+        shared=shared,
+        tensor_memory=tensor_memory,
+        tensor_cores=dict(Counter(TENSOR_CORES.findall(text))),
+        programs=machine_code.programs_per_core(
+            variant.arch, threads, registers, shared, tensor_memory
+        ),
+        is_serialised="C7515" in log,
+        loops=machine_code.hot_loops(text if cubin is None else cubin),
     )
 
 
-def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of one thread, from the tool in Triton's wheel."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    usage = re.findall(r"REG:(\d+) STACK:(\d+)", text)
-    return int(usage[-1][0]), int(usage[-1][1])
+def report_key(variant: Variant) -> str:
+    """The hash of all that a report depends on: kernel and helpers, arguments, versions."""
+    constants, types = _signature(variant)
+    arguments = [sorted(d.items(), key=str) for d in (variant.config, constants, types)]
+    kernel = variant.kernel.function.cache_key  # of its source and that of its helpers
+    parts = [kernel, variant.arch, triton.__version__, REPORT_VERSION, *arguments]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _kept_report(folder: Path, variant: Variant) -> Report | None:
+    """The report of a variant from an earlier run."""
+    path = folder / f"{report_key(variant)}.json"
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    return Report(**content | {"loops": [HotLoop(**loop) for loop in content["loops"]]})
+
+
+def _keep_report(folder: Path, variant: Variant, report: Report) -> None:
+    """Keep what another run need not compile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{report_key(variant)}.json"
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(asdict(report)))
+    os.replace(unfinished, path)
 
 
 def _work(connection: Connection, variant: Variant) -> None:
@@ -174,21 +187,27 @@ def _work(connection: Connection, variant: Variant) -> None:
 def inspect_all(
     chosen: list[Variant],
     n_jobs: int = 2,
-    on_report: Callable[[Variant, Report], None] = lambda variant, report: None,
+    folder: Path | None = None,
 ) -> dict[str, Report]:
     """Inspect variants in ``n_jobs`` processes at a time.
 
     Args:
         chosen: The variants.
         n_jobs: Processes at a time.
-        on_report: Called with each variant as it is done.
+        folder: Where reports are kept from run to run, or None.
 
     Returns:
         The reports by the variants' names, in their order.
     """
     context = multiprocessing.get_context("fork")  # torch and Triton are loaded once
     reports: dict[str, Report] = {variant.name: Report() for variant in chosen}
-    waiting, running = list(reversed(chosen)), {}
+    waiting, running = [], {}
+    for variant in reversed(chosen):
+        kept = None if folder is None else _kept_report(folder, variant)
+        if kept is None:
+            waiting.append(variant)
+        else:
+            reports[variant.name] = kept
     while waiting or running:
         while waiting and len(running) < n_jobs:
             variant = waiting.pop()
@@ -207,7 +226,8 @@ def inspect_all(
             process.join()
             receiver.close()
             reports[variant.name] = report
-            on_report(variant, report)
+            if folder is not None and report.error is None:
+                _keep_report(folder, variant, report)
     return reports
 
 
@@ -227,22 +247,22 @@ def markdown(chosen: list[Variant], reports: dict[str, Report]) -> str:
     """A table of the reports."""
     lines = [
         "| architecture | kernel | D | dtype | tile | warps | stages | registers | spilled B "
-        "| shared B | tensor cores |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| shared B | programs | hot loops | faults |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in chosen:
         report, config = reports[variant.name], variant.config
         head = f"| {variant.arch} | {variant.kernel.title} | {variant.head_dim} | {variant.dtype} "
         head += f"| {config['BLOCK_M']} x {config['BLOCK_N']} | {config['num_warps']} "
         head += f"| {config['num_stages']} "
-        counts = ", ".join(f"{n} {name}" for name, n in report.tensor_cores.items()) or "none"
-        tail = f"| {report.registers} | {report.spilled} | {report.shared} | {counts} |"
-        lines.append(head + (tail if report.error is None else f"| {report.error} | | | |"))
+        loops = " / ".join(str(loop.instructions) for loop in report.loops)
+        tail = f"| {report.registers} | {report.spilled} | {report.shared} | {report.programs} "
+        lines.append(f"{head}{tail}| {loops} | {'; '.join(faults(variant, report))} |")
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the table; write it as JSON too if asked."""
+    """Print the table; exit with 1 if a kernel has a fault."""
     parser = argparse.ArgumentParser(prog="python -m memattn_kernels.aot", description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--head-dim", nargs="+", type=int, default=list(configs.WIDTHS))
@@ -252,16 +272,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kernel", nargs="+", default=["*"], help="patterns, such as '*_fwd'")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("build/aot"), help="keep reports in this folder"
+    )
+    parser.add_argument("--update", type=Path, help="renew these counts, docs/kernels/counts.json")
     args = parser.parse_args(argv)
     filters = (args.arch, args.head_dim, args.dtype, args.kernel)
     chosen = list(variants(*map(tuple, filters)))
     if not chosen:
         parser.error(f"--kernel must match a kernel, got {' '.join(args.kernel)}")
-    reports = inspect_all(chosen, args.jobs)
+    reports = inspect_all(chosen, args.jobs, args.cache)
+    found = {v.name: faults(v, reports[v.name]) for v in chosen}
     if args.json:
-        content = [describe(v) | asdict(reports[v.name]) for v in chosen]
+        content = [
+            describe(v) | asdict(reports[v.name]) | {"faults": found[v.name]} for v in chosen
+        ]
         args.json.write_text(json.dumps(content, indent=1))
+    if args.update:
+        write_counts(args.update, reports)
     sys.stdout.write(markdown(chosen, reports))
+    if any(found.values()) and not args.json:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 
 import triton
 
+from memattn_kernels.machine_code import HotLoop
+
 TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+
+def is_specialized(function: triton.JITFunction, argument: str) -> bool:
+    """Whether a launch makes an integer argument that is 1 a compile-time constant."""
+    return not function.params[function.arg_names.index(argument)].do_not_specialize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +28,7 @@ class AotKernel:
         function: The kernel.
         constants: Gives the compile-time arguments, and those that are None, by name, from the head
             dimension, the dtype's name and the configuration.
+        in_float32: Whether float32, which runs without tensor cores, is compiled too.
         types: Triton's types, by name, of the run-time arguments that are not as usual. As usual
             ``*_ptr`` points to the dtype of the inputs, ``scale`` is float32, all else is int32.
     """
@@ -29,6 +37,7 @@ class AotKernel:
     part: str = ""
     function: triton.JITFunction
     constants: Callable[[int, str, dict[str, int]], dict[str, object]]
+    in_float32: bool = True
     types: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -43,3 +52,34 @@ class AotKernel:
         if argument.endswith("_ptr"):
             return "*" + TRITON_TYPES[dtype]
         return "fp32" if argument == "scale" else "i32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One kernel for one architecture, head dimension and dtype."""
+
+    kernel: AotKernel
+    arch: str
+    head_dim: int
+    dtype: str
+    config: dict[str, int] = field(hash=False)
+
+    @property
+    def name(self) -> str:
+        """A short name, such as ``sm_90-segmented_attention_fwd-64-bfloat16``."""
+        return f"{self.arch}-{self.kernel.title}-{self.head_dim}-{self.dtype}"
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What the compiler made of a variant; ``error`` is None if it compiled."""
+
+    error: str | None = None
+    registers: int = 0
+    spilled: int = 0  # bytes of stack for one thread
+    shared: int = 0  # bytes for one program
+    tensor_memory: int = 0  # columns for one program, on sm_100
+    tensor_cores: dict[str, int] = field(default_factory=dict)  # instructions by name
+    programs: int = 0  # that a multiprocessor holds
+    is_serialised: bool = False  # ptxas waits after each matrix product of a warpgroup
+    loops: list[HotLoop] = field(default_factory=list)

@@ -72,13 +72,18 @@ _CAPPED_CANDIDATES = {
 
 # kernels with the candidates of another
 _RELATIVES: dict[str, str] = {
+    "fwd_loss": "fwd",
+    "bwd_dkdv_grouped": "bwd_dkdv",
     "bwd_dq_target": "bwd_dq",
     "bwd_dkdv_target": "bwd_dkdv",
     "bwd_table": "bwd_dkdv",
 }
 _KERNELS: dict[str, tuple[str, ...]] = {
-    "segmented_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv"),
-    "future_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv", *_RELATIVES),
+    "segmented_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv", "bwd_dkdv_grouped"),
+    "future_attention": (
+        *("fwd", "fwd_loss", "decode", "bwd_dq", "bwd_dq_target", "bwd_dkdv", "bwd_dkdv_target"),
+        "bwd_table",
+    ),
     "task_masked_attention": ("fwd", "bwd_dq", "bwd_dkdv"),
 }
 
@@ -243,7 +248,7 @@ def check_trial(trial: Trial, *, length: int = 700) -> None:
     decode = trial.kernel.endswith("decode")
     dtype = getattr(torch, DTYPES[trial.kind])
     # as many heads as are timed: another number may be another kernel
-    heads = {"B": 1, "H": 16, "Hkv": 4} if torch.cuda.is_available() else {}
+    heads = {"B": 1, "H": 16, "Hkv": key_heads(trial.kernel)} if torch.cuda.is_available() else {}
     small = make_inputs(T=7 if decode else length, S=length, **heads)
     options = passes[-1] | ({"query_offset": length - 7} if decode else {})
     results = [
@@ -267,7 +272,7 @@ def time_trial(trial: Trial) -> float:
     operator, make_inputs, passes = _use(trial)
     decode = trial.kernel.endswith("decode")
     T, S = (1, 4096) if decode else (4096, 4096)
-    tensors = make_inputs(B=8 if decode else 2, H=16, Hkv=4, T=T, S=S)
+    tensors = make_inputs(B=8 if decode else 2, H=16, Hkv=key_heads(trial.kernel), T=T, S=S)
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     total = 0.0
     for options in passes:
@@ -281,6 +286,11 @@ def time_trial(trial: Trial) -> float:
             run = attend
         total += cast(float, do_bench(run, return_mode="median"))
     return total
+
+
+def key_heads(kernel: str) -> int:
+    """Key heads for 16 query heads: groups of four where the kernel takes any."""
+    return 16 if kernel == "segmented_attention_bwd_dkdv" else 4
 
 
 def _use(trial: Trial) -> tuple[Callable, Callable, list[dict[str, Any]]]:
@@ -318,7 +328,7 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
     """What a kernel is timed with: the operator, what makes its inputs, and options of each pass.
 
     Segmented attention runs dense causal, then segmented with persistent keys. Future attention
-    runs with a loss where there is one to speed up; its gradient passes through the target for the
+    runs with a loss but for the forward without one; its gradient passes through the target for the
     kernels that are there for it. Task-masked attention runs with full tiles, then with partial
     ones.
     """
@@ -330,7 +340,7 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
         make_inputs = partial(testing.make_segmented_inputs, P=16)
         return ops.segmented_attention, make_inputs, [{}, {"segment_len": 512, "window_size": 512}]
     options: dict[str, Any] = {"future_dim": 128}
-    if kernel.endswith("decode"):
+    if kernel.endswith(("fwd", "decode")):
         return ops.future_attention, testing.make_future_inputs, [options]
     loss = {"loss_type": "mse", "detach_target": not kernel.endswith("_target")}
     return ops.future_attention_loss, testing.make_future_inputs, [options | loss]

@@ -1,26 +1,20 @@
 """The state of sequences between calls: keys and values that later tokens see, and positions."""
 
-import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from memattn.checks import check_shape, check_tensor, must
+from memattn.models.cache_file import SavedCache, read_cache, write_cache
 from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
 from memattn.models.padding import BLOCK, block_bounds, check_longest, check_mask
-from memattn.parts import PartState, SequenceBounds, part_type
+from memattn.parts import PartState, SequenceBounds
 from memattn.parts.state import OPEN
-
-FORMAT, OLD_FORMAT = "memattn-cache-2", "memattn-cache-1"
 
 
 class MemAttnCache(Cache):
@@ -335,30 +329,8 @@ class MemAttnCache(Cache):
         """
         if self.seq_start is None or self.seq_end is None:
             must("cache", "hold sequences to be saved", "an empty cache")
-        tensors = {"seq_start": self.seq_start, "seq_end": self.seq_end}
-        for i, layer in enumerate(self.layers):
-            for name, state in layer.parts.items():
-                kinds = {"tokens": state.tokens, "rows": state.rows}
-                if state.restart is not None:
-                    kinds["restart"] = {"rows": state.restart}
-                tensors |= {
-                    f"layers.{i}.{name}.{kind}.{key}": tensor
-                    for kind, group in kinds.items()
-                    for key, tensor in group.items()
-                }
-        # copies: safetensors refuses tensors that share memory, as two layers' may
-        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-        layers = json.dumps([layer.describe() for layer in self.layers])
-        metadata = {"format": FORMAT, "position": str(self.position), "layers": layers}
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        layers = [layer.parts for layer in self.layers]
+        write_cache(path, SavedCache(layers, self.position, self.seq_start, self.seq_end))
 
     @classmethod
     def load(
@@ -374,34 +346,9 @@ class MemAttnCache(Cache):
             FileNotFoundError: If there is no such file.
             ValueError: If it is damaged or no saved cache.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path must be a file, got {path}")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"path must be a saved MemAttnCache, got {path} ({error})") from error
-        cache = object.__new__(cls)
-        if metadata.get("format") == OLD_FORMAT:
-            spans = json.loads(metadata["spans"])
-            cache._setup([{"attention": PartState("", *span)} for span in spans])
-            tensors = {_new_name(name): tensor for name, tensor in tensors.items()}
-        elif metadata.get("format") == FORMAT:
-            layers = json.loads(metadata["layers"])
-            cache._setup([{n: _empty(facts) for n, facts in parts.items()} for parts in layers])
-        else:
-            must("path", f"be a saved MemAttnCache of format {FORMAT}", metadata.get("format"))
-        cache.position = int(metadata["position"])
-        cache.seq_start = tensors.pop("seq_start").cpu()
-        cache.seq_end = tensors.pop("seq_end").cpu()
-        for name, tensor in tensors.items():
-            _, i, part, kind, key = name.split(".", 4)
-            state = cache.layers[int(i)].parts[part]
-            if kind == "restart":
-                state.restart = tensor.cpu()
-            else:
-                getattr(state, kind)[key] = tensor
+        saved, cache = read_cache(path, device), object.__new__(cls)
+        cache._setup(saved.layers)
+        cache.position, cache.seq_start, cache.seq_end = saved[1:]
         cache._mark_visible()
         return cache
 
@@ -414,24 +361,12 @@ def _empty_states(config: MemAttnConfig) -> list[dict[str, PartState]]:
     ]
 
 
-def _empty(facts: dict[str, Any]) -> PartState:
-    """The state that ``PartState.describe`` described; files of the first format name no part."""
-    kind = facts["kind"]
-    return (part_type(kind, "path").state_type if kind else PartState)(**facts)
-
-
 def _describe(state: PartState) -> str:
     """A state in words, with what is not None."""
     facts = {name: value for name, value in state.describe().items() if value is not None}
     kind = facts.pop("kind")
     inside = ", ".join(f"{name}={value}" for name, value in facts.items())
     return f"{kind or 'attention'}({inside})" if inside else kind or "attention"
-
-
-def _new_name(name: str) -> str:
-    """The name of a tensor of the first format, which had keys and values of attention alone."""
-    prefix, _, key = name.rpartition(".")
-    return f"{prefix}.attention.tokens.{key}" if prefix else name
 
 
 def _check_past(past_mask: Tensor, start: Tensor, end: Tensor) -> None:

@@ -37,7 +37,7 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
     roles = parameter_roles()
     tables = table_parameters(model)
     memory_lr = config.memory_lr or config.base_model_lr
-    first = [("base", config.base_model_lr), ("memory", memory_lr)]
+    first: list[tuple[str, float]] = [("base", config.base_model_lr), ("memory", memory_lr)]
     members: dict[tuple[str, float, bool], list[nn.Parameter]] = {
         (*rate, decays): [] for rate in first for decays in (True, False)
     }
@@ -45,10 +45,10 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
         if parameter.requires_grad:
             role = roles.get(name) or _default_role(name, parameter, tables)
             is_memory = role.kind == "memory" or is_memory_parameter(name)
-            rate = first[is_memory]
+            whose, rate = first[is_memory]
             if role.learning_rate is not None:
-                rate = ("own", role.learning_rate)
-            members.setdefault((*rate, role.kind == "weight"), []).append(parameter)
+                whose, rate = "own", role.learning_rate
+            members.setdefault((whose, rate, role.kind == "weight"), []).append(parameter)
     return [
         {"params": params, "lr": rate, "weight_decay": config.weight_decay * decays}
         for (_, rate, decays), params in members.items()

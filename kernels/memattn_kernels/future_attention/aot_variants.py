@@ -1,8 +1,9 @@
 """What the ahead-of-time gate compiles of future attention.
 
-Kernels have all they may: a cosine loss, queries of their own for the future, every cotangent,
-bounds of sequences. The table is shared and by position. A target that has a gradient has entries
-of its own.
+The largest form of a kernel has all it may: a cosine loss, queries of their own for the future,
+every cotangent, bounds of sequences, groups of query heads. The table is shared and by position. A
+loss in the forward, and a target that has a gradient, have entries of their own. The plain forms
+have none of these, and one query head for each key head.
 """
 
 from functools import partial
@@ -25,7 +26,8 @@ TABLE_TYPES = TYPES | {"dk_ptr": "*fp32", "dv_ptr": "*fp32"}
 
 def _constants(
     function: triton.JITFunction,
-    has_target: bool,
+    name: str,
+    form: str,
     head_dim: int,
     dtype: str,
     config: dict[str, int],
@@ -45,7 +47,14 @@ def _constants(
     absent = ["documents_ptr", "cu_seqlens_ptr"]
     if dtype != "float32":
         absent += ["residual_ptr", "residual_target_ptr"]
-    if not has_target:
+    if name == "fwd":
+        absent += ["loss_ptr", "counts_ptr", "target_ptr"]
+    if form == "plain":
+        constants |= {"G": 1, "GF": 1}
+        absent += ["fq_ptr", "dfq_ptr", "seq_start_ptr", "seq_end_ptr", "dlse_ptr", "dof_ptr"]
+        if name == "bwd_dq":
+            absent += ["of_ptr", "df_ptr", "dloss_ptr", "target_ptr"]
+    if name not in ("fwd_loss", "decode") and "target" not in name:
         absent += ["dtarget_ptr", "lse_target_ptr", "residual_target_ptr", "scaled_lse_target_ptr",
                    "delta_target_ptr"]  # fmt: skip
     constants |= dict.fromkeys(absent)
@@ -56,11 +65,14 @@ KERNELS = tuple(
     AotKernel(
         name=f"future_attention_{name}",
         function=function,
-        constants=partial(_constants, function, name in ("fwd", "decode") or "target" in name),
+        part=form,
+        constants=partial(_constants, function, name, form),
+        in_float32=not form,
         types=TABLE_TYPES if name == "bwd_table" else TYPES,
     )
     for name, function in (
         ("fwd", forward._future_attention_fwd_kernel),
+        ("fwd_loss", forward._future_attention_fwd_kernel),
         ("decode", forward._future_attention_fwd_kernel),
         ("bwd_dq", backward_kernels.future_attention_bwd_dq_kernel),
         ("bwd_dq_target", backward_kernels.future_attention_bwd_dq_kernel),
@@ -68,4 +80,5 @@ KERNELS = tuple(
         ("bwd_dkdv_target", backward_kernels.future_attention_bwd_dkdv_kernel),
         ("bwd_table", backward_kernels.future_attention_bwd_table_kernel),
     )
+    for form in ("", "plain")
 )

@@ -182,7 +182,9 @@ def launch_forward(args: FutureAttentionArgs, results: dict[str, Tensor]) -> Non
         return
     has_loss = args.loss_type is not None
     inputs = kernel_inputs(args)
-    kernel = "fwd" if query.shape[2] > configs.DECODE_LENGTH else "decode"
+    kernel = "decode"
+    if query.shape[2] > configs.DECODE_LENGTH:  # a loss has a third loop, and smaller tiles
+        kernel = "fwd_loss" if has_loss else "fwd"
     config = lookup(f"future_attention_{kernel}", query, inputs)
     # the loss of each row and whether it counts
     losses = lse.new_empty(2, *lse.shape) if has_loss else None

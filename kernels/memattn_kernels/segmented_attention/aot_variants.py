@@ -1,10 +1,14 @@
 """What the ahead-of-time gate compiles of segmented attention.
 
-All sources of keys, segments, windows and the bounds of sequences are there, and queries are
-causal; packed documents only take away the bounds' arithmetic.
+The largest form of a kernel has all sources of keys, segments, windows, the bounds of sequences and
+groups of query heads; queries are causal, and packed documents only take away the bounds'
+arithmetic. The plain forms are those that most calls run: tokens alone, one query head for each key
+head; causal, not causal ("full") and with a window.
 """
 
 from functools import partial
+
+import triton
 
 from memattn_kernels._common import block_length, block_width
 from memattn_kernels.aot_kernel import AotKernel
@@ -19,6 +23,18 @@ TYPES = dict.fromkeys(("seq_start_ptr", "seq_end_ptr"), "*i32") | dict.fromkeys(
 )
 # partial sums
 PERSISTENT_TYPES = TYPES | {"dk_ptr": "*fp32", "dv_ptr": "*fp32"}
+
+
+PLAIN_FORMS = ("plain", "full", "window")
+
+
+def _form_constants(form: str) -> dict[str, object]:
+    """What a plain form takes away; nothing for the largest form, whose name is empty."""
+    if not form:
+        return {}
+    absent = ["pk_ptr", "pv_ptr", "mk_ptr", "mv_ptr", "segments_ptr", "seq_start_ptr"]
+    absent += ["seq_end_ptr", "dlse_ptr", "L"] + ["W"] * (form != "window")
+    return dict.fromkeys(absent) | {"G": 1, "IS_CAUSAL": form != "full"}
 
 
 def _shared_constants(head_dim: int, dtype: str, config: dict[str, int]) -> dict[str, object]:
@@ -36,45 +52,67 @@ def _shared_constants(head_dim: int, dtype: str, config: dict[str, int]) -> dict
     return constants if dtype == "float32" else constants | {"residual_ptr": None}
 
 
-def _row_constants(head_dim: int, dtype: str, config: dict[str, int]) -> dict[str, object]:
+def _taken(function: triton.JITFunction, constants: dict[str, object]) -> dict[str, object]:
+    """Those that the kernel has."""
+    return {name: value for name, value in constants.items() if name in function.arg_names}
+
+
+def _row_constants(
+    function: triton.JITFunction, form: str, head_dim: int, dtype: str, config: dict[str, int]
+) -> dict[str, object]:
     """Compile-time arguments of the query-stationary kernels."""
     extra = block_length(config["BLOCK_N"], N_EXTRA)
     tiles = {"BLOCK_NP": extra, "BLOCK_NM": extra, "MEMORY_IS_CAUSAL": True}
-    return _shared_constants(head_dim, dtype, config) | tiles
+    constants = _shared_constants(head_dim, dtype, config) | tiles | _form_constants(form)
+    return _taken(function, constants)
 
 
 def _key_constants(
-    source: str, head_dim: int, dtype: str, config: dict[str, int]
+    source: str,
+    form: str,
+    is_grouped: bool,
+    head_dim: int,
+    dtype: str,
+    config: dict[str, int],
 ) -> dict[str, object]:
     """Compile-time arguments of the key-stationary kernel for one source of keys."""
     constants = _shared_constants(head_dim, dtype, config)
     if source != "token":
         constants["BLOCK_N"] = block_length(config["BLOCK_N"], N_EXTRA)
-    return constants | {"SOURCE": source, "segments_ptr": None}
+    constants |= {"SOURCE": source, "segments_ptr": None} | _form_constants(form) | {"G": 1}
+    if is_grouped:
+        del constants["G"]
+    return _taken(segmented_attention_bwd_dkdv_kernel, constants)
 
 
 KERNELS = (
     *(
         AotKernel(
             name=f"segmented_attention_{name}",
+            part=form,
             function=function,
-            constants=_row_constants,
+            constants=partial(_row_constants, function, form),
+            in_float32=not form,
             types=TYPES,
         )
-        for name, function in (
-            ("fwd", segmented_attention_fwd_kernel),
-            ("decode", segmented_attention_fwd_kernel),
-            ("bwd_dq", segmented_attention_bwd_dq_kernel),
+        for name, function, forms in (
+            ("fwd", segmented_attention_fwd_kernel, ("", *PLAIN_FORMS)),
+            ("decode", segmented_attention_fwd_kernel, ("", "plain")),
+            ("bwd_dq", segmented_attention_bwd_dq_kernel, ("", *PLAIN_FORMS)),
         )
+        for form in forms
     ),
     *(
         AotKernel(
-            name="segmented_attention_bwd_dkdv",
-            part=source,
+            name="segmented_attention_bwd_dkdv" + "_grouped" * is_grouped,
+            part=f"{source}-{form}" if form else source,
             function=segmented_attention_bwd_dkdv_kernel,
-            constants=partial(_key_constants, source),
+            constants=partial(_key_constants, source, form, is_grouped),
+            in_float32=not form,
             types=PERSISTENT_TYPES if source == "persistent" else TYPES,
         )
+        for is_grouped in (False, True)
         for source in ("token", "persistent", "memory")
+        for form in ("", *PLAIN_FORMS * (source == "token"))
     ),
 )

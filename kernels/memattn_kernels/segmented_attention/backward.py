@@ -93,7 +93,9 @@ def _launch_dkdv(
     ``shared`` has the arguments that are the same for all sources.
     """
     n_keys = {"token": shared["S"], "persistent": shared["P"], "memory": shared["M"]}[source]
-    config = lookup("segmented_attention_bwd_dkdv", shared["q_ptr"], shared)
+    # a loop over the query heads of a group holds registers that other tiles need
+    name = "segmented_attention_bwd_dkdv" + "_grouped" * (shared["G"] > 1)
+    config = lookup(name, shared["q_ptr"], shared)
     if source != "token":
         config = config | {"BLOCK_N": block_length(config["BLOCK_N"], n_keys)}
     n_programs = triton.cdiv(n_keys, config["BLOCK_N"]) * n_parts * key.shape[0] * key.shape[1]

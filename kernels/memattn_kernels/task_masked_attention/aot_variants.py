@@ -1,12 +1,15 @@
 """What the ahead-of-time gate compiles of task-masked attention.
 
-Both forms of a mask, with the bounds of sequences and causal queries.
+Both forms of a mask, with the bounds of sequences, groups of query heads and causal queries; and
+the plain forms that most calls run: no bounds, one query head for each key head.
 """
 
 from functools import partial
 
+import triton
+
 from memattn_kernels._common import block_width
-from memattn_kernels.aot_kernel import AotKernel
+from memattn_kernels.aot_kernel import AotKernel, is_specialized
 from memattn_kernels.task_masked_attention.backward_dkdv import (
     task_masked_attention_bwd_dkdv_kernel,
 )
@@ -22,7 +25,14 @@ TYPES = dict.fromkeys(
 )  # fmt: skip
 
 
-def _constants(form: str, head_dim: int, dtype: str, config: dict[str, int]) -> dict[str, object]:
+def _constants(
+    function: triton.JITFunction,
+    mask: str,
+    form: str,
+    head_dim: int,
+    dtype: str,
+    config: dict[str, int],
+) -> dict[str, object]:
     """The compile-time arguments."""
     constants: dict[str, object] = {
         "D": head_dim,
@@ -31,20 +41,26 @@ def _constants(form: str, head_dim: int, dtype: str, config: dict[str, int]) -> 
         "BLOCK_DV": block_width(head_dim),
         "BLOCK_M": config["BLOCK_M"],
         "BLOCK_N": config["BLOCK_N"],
-        "IS_CAUSAL": True,
+        "IS_CAUSAL": form != "full",
     }
-    absent = ["slots_ptr"] if form == "graph" else ["query_node_ptr", "key_node_ptr"]
+    absent = ["slots_ptr"] if mask == "graph" else ["query_node_ptr", "key_node_ptr"]
     if dtype != "float32":
         absent.append("residual_ptr")
-    return constants | dict.fromkeys(absent)
+    if form:
+        absent += ["seq_start_ptr", "seq_end_ptr", "dlse_ptr"]
+        if is_specialized(function, "G"):
+            constants["G"] = 1
+    constants |= dict.fromkeys(absent)
+    return {name: value for name, value in constants.items() if name in function.arg_names}
 
 
 KERNELS = tuple(
     AotKernel(
         name=f"task_masked_attention_{name}",
-        part=form,
+        part=f"{mask}-{form}" if form else mask,
         function=function,
-        constants=partial(_constants, form),
+        constants=partial(_constants, function, mask, form),
+        in_float32=not form,
         types=TYPES,
     )
     for name, function in (
@@ -52,5 +68,6 @@ KERNELS = tuple(
         ("bwd_dq", task_masked_attention_bwd_dq_kernel),
         ("bwd_dkdv", task_masked_attention_bwd_dkdv_kernel),
     )
-    for form in ("dense", "graph")
+    for mask, forms in (("dense", ("", "plain", "full")), ("graph", ("", "plain")))
+    for form in forms
 )

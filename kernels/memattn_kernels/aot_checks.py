@@ -1,0 +1,89 @@
+"""What the ahead-of-time gate asks of a compiled kernel, and the counts that it compares with."""
+
+import json
+from pathlib import Path
+
+import triton
+
+from memattn_kernels.aot_kernel import Report, Variant
+
+# bytes of shared memory that one program may have
+SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+TENSOR_MEMORY_LIMIT = 512
+# bytes of a thread: eight registers, stored and loaded once by a program, and in no hot loop
+COLD_SPILL_LIMIT = 32
+# a hot loop may be this much longer than the committed count
+TOLERANCE = 0.02
+
+
+def promised_programs(config: dict[str, int]) -> int:
+    """How many programs a multiprocessor holds by the configuration: a cap on registers says it."""
+    if "maxnreg" not in config:
+        return 1
+    return 65536 // (32 * config["num_warps"] * config["maxnreg"])
+
+
+def faults(variant: Variant, report: Report) -> list[str]:
+    """What keeps a compiled kernel from being shipped; each names what was found."""
+    if report.error is not None:
+        return [report.error]
+    found = []
+    limit = SHARED_LIMITS[variant.arch]
+    if report.shared > limit:
+        found.append(f"needs {report.shared} B of shared memory, {limit} are there")
+    if report.tensor_memory > TENSOR_MEMORY_LIMIT:
+        found.append(f"needs {report.tensor_memory} columns of tensor memory")
+    if report.is_serialised:
+        found.append("ptxas serialises its matrix products (C7515)")
+    in_loops = sum(loop.spills for loop in report.loops)
+    if in_loops:
+        found.append(f"spills in a hot loop: {in_loops} loads and stores")
+    if report.spilled > COLD_SPILL_LIMIT:
+        found.append(f"spills {report.spilled} B, {COLD_SPILL_LIMIT} may be")
+    promised = promised_programs(variant.config)
+    if report.programs < promised:
+        found.append(f"{report.programs} programs on a multiprocessor, {promised} were promised")
+    return found
+
+
+def counts(reports: dict[str, Report]) -> dict[str, list]:
+    """What is committed of the reports: registers, spilled bytes, programs, and hot loops."""
+    return {
+        name: [r.registers, r.spilled, r.programs, [loop.instructions for loop in r.loops]]
+        for name, r in reports.items()
+        if r.error is None
+    }
+
+
+def write_counts(path: Path, reports: dict[str, Report]) -> None:
+    """Renew the entries of these kernels; those of another version of Triton go."""
+    old = read_counts(path) if path.exists() else {}
+    lines = [
+        f"  {json.dumps(name)}: {json.dumps(entry)}"
+        for name, entry in sorted((old | counts(reports)).items())
+    ]
+    head = f'{{\n "triton": "{triton.__version__}",\n "counts": {{\n'
+    path.write_text(head + ",\n".join(lines) + "\n }\n}\n")
+
+
+def read_counts(path: Path) -> dict[str, list]:
+    """The committed counts by name; empty if another version of Triton made them."""
+    content = json.loads(path.read_text())
+    return content["counts"] if content["triton"] == triton.__version__ else {}
+
+
+def worse(old: dict[str, list], reports: dict[str, Report]) -> list[str]:
+    """What became worse than the committed counts: longer loops, and fewer programs."""
+    found = []
+    for name, (_, _, programs, loops) in counts(reports).items():
+        if name not in old:
+            continue
+        _, _, old_programs, old_loops = old[name]
+        if programs < old_programs:
+            found.append(f"{name}: {programs} programs on a multiprocessor, not {old_programs}")
+        if len(loops) != len(old_loops):
+            found.append(f"{name}: {len(loops)} hot loops, not {len(old_loops)}")
+        for new, before in zip(loops, old_loops, strict=False):
+            if new > before * (1 + TOLERANCE):
+                found.append(f"{name}: {new} instructions in a hot loop, not {before}")
+    return found
