@@ -214,10 +214,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor d_query = empty({a.B, a.H, a.T, D}, query, dtype);
   Tensor d_key = empty({a.B, a.Hkv, a.S, D}, query, dtype);
   Tensor d_value = empty({a.B, a.Hkv, a.S, Dv}, query, dtype);
-  Tensor d_pk = empty({persistent_key ? a.Hkv : 0, P, D}, query, dtype);
-  Tensor d_pv = empty({persistent_key ? a.Hkv : 0, P, Dv}, query, dtype);
-  Tensor d_mk = empty({memory_key ? a.B : 0, a.Hkv, n_segments, M, D}, query, dtype);
-  Tensor d_mv = empty({memory_key ? a.B : 0, a.Hkv, n_segments, M, Dv}, query, dtype);
+  // of size 0 where there are none
+  auto or_empty = [&](bool given, std::initializer_list<int64_t> sizes) {
+    return given ? empty(sizes, query, dtype) : empty({0}, query, dtype);
+  };
+  Tensor d_pk = or_empty(persistent_key.has_value(), {a.Hkv, P, D});
+  Tensor d_pv = or_empty(persistent_key.has_value(), {a.Hkv, P, Dv});
+  Tensor d_mk = or_empty(memory_key.has_value(), {a.B, a.Hkv, n_segments, M, D});
+  Tensor d_mv = or_empty(memory_key.has_value(), {a.B, a.Hkv, n_segments, M, Dv});
   out = torch::stable::contiguous(out), lse2 = torch::stable::contiguous(lse2);
   d_lse = torch::stable::contiguous(d_lse);
   a.out = view_of(out), a.d_out = view_of(d_out), a.d_query = view_of(d_query);
@@ -341,18 +345,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 }  // namespace
 }  // namespace memattn
 
-#define MEMATTN_INPUTS                                                                             \
-  "Tensor query, Tensor key, Tensor value, Tensor? persistent_key, Tensor? persistent_value, "     \
-  "Tensor? memory_key, Tensor? memory_value, Tensor? cu_seqlens, Tensor? seq_start, "              \
-  "Tensor? seq_end, SymInt? segment_len, SymInt? window_size, bool is_causal, bool memory_is_causal, "   \
-  "SymInt query_offset, float scale"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) {
-  m.def("segmented_attention(" MEMATTN_INPUTS ") -> (Tensor out, Tensor lse, Tensor lse2)");
-  m.def("segmented_attention_backward(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse2, "
-        MEMATTN_INPUTS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
+// the schemas are made from the signature in memattn_kernels/signatures.py
 STABLE_TORCH_LIBRARY_IMPL(memattn_cpp, CPU, m) {
   m.impl("segmented_attention", TORCH_BOX(&memattn::forward));
   m.impl("segmented_attention_backward", TORCH_BOX(&memattn::backward));

@@ -337,11 +337,12 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Inputs& in, const Tensor& 
   return {d_query, d_key, d_value};
 }
 
+// the lists by tiles of keys are not read: both passes go through the tiles of queries
 #define MEMATTN_PARAMETERS                                                                     \
   Tensor query, Tensor key, Tensor value, Tensor task_id, Tensor bits, OptionalTensor slots,   \
       OptionalTensor query_node, OptionalTensor key_node, Tensor query_tiles,                  \
-      Tensor query_counts, OptionalTensor seq_start, OptionalTensor seq_end, bool is_causal,   \
-      double scale
+      Tensor query_counts, Tensor, Tensor, OptionalTensor seq_start, OptionalTensor seq_end,   \
+      bool is_causal, double scale
 #define MEMATTN_TAKEN                                                                          \
   Inputs{query,    key,         value,        task_id,   bits,    slots,     query_node,       \
          key_node, query_tiles, query_counts, seq_start, seq_end, is_causal, scale}
@@ -358,17 +359,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor d_out, Tensor d_lse, Tensor o
 }  // namespace
 }  // namespace memattn
 
-#define MEMATTN_INPUTS                                                                          \
-  "Tensor query, Tensor key, Tensor value, Tensor task_id, Tensor bits, Tensor? slots, "        \
-  "Tensor? query_node, Tensor? key_node, Tensor query_tiles, Tensor query_counts, "             \
-  "Tensor? seq_start, Tensor? seq_end, bool is_causal, float scale"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) {
-  m.def("task_masked_attention(" MEMATTN_INPUTS ") -> (Tensor out, Tensor lse, Tensor lse2)");
-  m.def("task_masked_attention_backward(Tensor d_out, Tensor d_lse, Tensor out, "
-        "Tensor lse2, " MEMATTN_INPUTS ") -> (Tensor, Tensor, Tensor)");
-}
-
+// the schemas are made from the signature in memattn_kernels/signatures.py
 STABLE_TORCH_LIBRARY_IMPL(memattn_cpp, CPU, m) {
   m.impl("task_masked_attention", TORCH_BOX(&memattn::forward));
   m.impl("task_masked_attention_backward", TORCH_BOX(&memattn::backward));

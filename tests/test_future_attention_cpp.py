@@ -91,8 +91,9 @@ def raw_arguments(tensors, **changes):
     named = dict.fromkeys(("future_query", "cu_seqlens", "seq_start", "seq_end"))
     rest = dict(table_len=tensors["future_key"].shape[-2], by_distance=False, future_dim=3)
     order = ("query", "key", "value", "future_key", "future_value")
-    named = {name: tensors[name] for name in order} | named | rest
-    return tuple((named | dict(query_offset=0, scale=0.25) | changes).values())
+    named = {name: tensors[name] for name in order} | named
+    rest |= dict(query_offset=0, scale=0.25, loss_type=None, detach_target=True)
+    return tuple((named | rest | changes).values())
 
 
 WRONG = {
@@ -122,6 +123,6 @@ def test_the_extension_refuses_what_it_would_read_outside(message):
 
 def test_the_extension_refuses_an_unknown_loss():
     with pytest.raises(RuntimeError, match="loss_type must be one of mse, cosine, got huber"):
-        torch.ops.memattn_cpp.future_attention_loss(
-            *raw_arguments(make_future_inputs(T=9)), "huber", True
+        torch.ops.memattn_cpp.future_attention(
+            *raw_arguments(make_future_inputs(T=9), loss_type="huber")
         )

@@ -15,6 +15,7 @@ from memattn.testing import (
 )
 from memattn_kernels.future_attention import backward
 from memattn_kernels.future_attention import future_attention_loss as triton_loss
+from memattn_kernels.signatures import FutureAttentionArgs
 
 pytestmark = pytest.mark.operator
 SMALL = {"B": 1, "H": 2, "Hkv": 1}
@@ -38,10 +39,11 @@ def bounds(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def arguments(tensors: dict[str, torch.Tensor], future_dim: int) -> tuple:
-    """Positional arguments of the kernels' own function."""
-    table_len = tensors["future_key"].shape[-2]
-    return (*tensors.values(), *(None,) * 4, table_len, False, future_dim, 0, 0.25)
+def arguments(tensors: dict[str, torch.Tensor], **options) -> FutureAttentionArgs:
+    """Arguments of the kernels' own function, by position."""
+    usual = dict.fromkeys(FutureAttentionArgs._fields)
+    usual |= dict(table_len=tensors["future_key"].shape[-2], by_distance=False, query_offset=0)
+    return FutureAttentionArgs(**{**usual, "scale": 0.25, **tensors, **options})
 
 
 @pytest.mark.parametrize("future_index", ["position", "distance"])
@@ -121,12 +123,12 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_packed_documents_in_a_cuda_graph():
     tensors = make_future_inputs(**SMALL, T=300, D=64, dtype=torch.bfloat16, device="cuda")
-    args = list(arguments(tensors, 64))
-    leaves = [tensor.requires_grad_() for tensor in args[:5]]
-    args[6] = bounds(0, 100, 300)
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    options = dict(loss_type="mse", detach_target=False, cu_seqlens=bounds(0, 100, 300))
+    args = arguments(tensors, future_dim=64, **options)
 
     def step() -> list[torch.Tensor]:
-        out, loss, _ = triton_loss(*args, "mse", False)
+        out, loss, _ = triton_loss(args)
         return [out, *torch.autograd.grad(out.float().sum() + loss, leaves)]
 
     expected = [tensor.clone() for tensor in step()]

@@ -86,10 +86,13 @@ def test_large_scores(spec, backend, dtype):
     }
     names = [*spec.rows, *(f"d_{name}" for name in tensors if name.endswith("value"))]
     for variant in spec.each_variant(backend):
-        if dtype == torch.float16 and variant.get("loss_type") == "cosine":
-            continue  # its gradient grows as 1 / |out_future|, here beyond the range of float16
-        actual = check(spec.operator, tensors, {**options, **variant}, names)
-        assert all(result.isfinite().all() for result in actual.values())
+        # parts of the future below what float16 holds: the definition, which rounds them, has no
+        # gradient of their cosine
+        is_known = dtype != torch.float16 or variant.get("loss_type") != "cosine"
+        known = names if is_known else spec.rows
+        actual = check(spec.operator, tensors, {**options, **variant}, known)
+        if is_known or backend == "cpp":  # which rounds none of them
+            assert all(result.isfinite().all() for result in actual.values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -114,6 +114,8 @@ def test_names_the_wrong_argument(message):
 @needs_cpp
 def test_the_extension_refuses_what_it_would_read_outside():
     """The operator checks first; a caller of the raw operator must not crash either."""
+    import memattn.cpp.segmented_attention  # noqa: F401  registers the operator
+
     op = torch.ops.memattn_cpp.segmented_attention.default
     t = make_segmented_inputs(B=1, T=9, M=2, segment_len=4, n_segments=1)
     args = [t["query"], t["key"], t["value"], None, None, t["memory_key"], t["memory_value"]]

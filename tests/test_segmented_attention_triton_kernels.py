@@ -18,6 +18,7 @@ from memattn.testing import (
 from memattn_kernels import configs
 from memattn_kernels.segmented_attention import backward
 from memattn_kernels.segmented_attention import segmented_attention as triton_attention
+from memattn_kernels.signatures import SegmentedAttentionArgs
 
 SMALL = {"B": 1, "H": 2, "Hkv": 1}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,10 +37,11 @@ def check(tensors: dict[str, torch.Tensor], **options) -> dict[str, torch.Tensor
     return actual
 
 
-def arguments(tensors: dict[str, torch.Tensor], window_size: int | None = None) -> tuple:
-    """Positional arguments of the kernels' own function, for causal attention."""
-    q, k, v = tensors["query"], tensors["key"], tensors["value"]
-    return (q, k, v, *(None,) * 8, window_size, True, False, 0, 0.25)
+def arguments(tensors: dict[str, torch.Tensor], **options) -> SegmentedAttentionArgs:
+    """Arguments of the kernels' own function, for causal attention."""
+    empty = dict.fromkeys(SegmentedAttentionArgs._fields)
+    usual = dict(is_causal=True, memory_is_causal=False, query_offset=0, scale=0.25)
+    return SegmentedAttentionArgs(**{**empty, **usual, **tensors, **options})
 
 
 def test_persistent_gradient_over_several_chunks(monkeypatch: pytest.MonkeyPatch):
@@ -76,12 +78,12 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_packed_documents_in_a_cuda_graph():
     tensors = make_segmented_inputs(B=1, T=300, D=64, dtype=torch.bfloat16, device="cuda")
-    args = list(arguments(tensors, 64))
-    args[7] = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
-    expected = triton_attention(*args)[0].clone()
+    cu_seqlens = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
+    args = arguments(tensors, window_size=64, cu_seqlens=cu_seqlens)
+    expected = triton_attention(args)[0].clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = triton_attention(*args)
+        out, _ = triton_attention(args)
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)

@@ -141,8 +141,7 @@ def raw_arguments(mask, **changes):
     """Arguments of ``torch.ops.memattn_cpp.task_masked_attention``, in its order."""
     named = make_segmented_inputs(T=mask.n_queries, S=mask.n_keys)
     named |= dict(task_id=int32(0, 1))
-    unread = ("key_tiles", "key_counts")
-    named |= {name: t for name, t in mask.tensors._asdict().items() if name not in unread}
+    named |= mask.tensors._asdict()
     named |= dict(seq_start=None, seq_end=None, is_causal=False, scale=0.25)
     return tuple((named | changes).values())
 
