@@ -192,7 +192,8 @@ class FutureConfig(AttentionPart):
         if rotary is not None:
             rows = layer.future_positions(hidden_states, offset=context.offset)
             angles = lambda: rotary(rows, hidden_states.dtype)
-            turns = context.once((self.kind, rows.shape[1]), angles)
+            # not by the number of rows: a length in the key would compile anew for each length
+            turns = context.once((self.kind, layer.future_dim), angles)
         out, loss = layer(
             hidden_states,
             future_rotary=turns,
