@@ -136,10 +136,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(
       const auto more = make_tiles(a, b, hkv, 0, a.T);
       tiles.insert(tiles.end(), more.begin(), more.end());
     }
-  const Kernels& k = kernels();
+  const auto& k = kernels().segmented;
   parallel_work(
       tiles.size(), [&] { return buffer(k.forward_scratch(a)); },
-      [&](int64_t i, Buffer& scratch) { k.segmented_forward(a, tiles[i], scratch.get()); });
+      [&](int64_t i, Buffer& scratch) { k.forward(a, tiles[i], scratch.get()); });
   return {out, lse, lse2};
 }
 
@@ -228,10 +228,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   take_pair(lse2, a.lse2_high, a.lse2_low);
   a.d_lse = static_cast<const float*>(d_lse.data_ptr());
 
-  const float factor = static_cast<float>(scale);
-  const Kernels& k = kernels();
-  const int64_t ldk = (D + k.lanes - 1) / k.lanes * k.lanes;
-  const int64_t ldv = (Dv + k.lanes - 1) / k.lanes * k.lanes;
+  const auto& k = kernels().segmented;
+  const KeyGradients tokens(view_of(d_key), view_of(d_value), a.S, D, Dv, scale);
+  const KeyGradients persistents(view_of(d_pk), view_of(d_pv), P, D, Dv, scale);
+  const KeyGradients memories(view_of(d_mk), view_of(d_mv), n_segments * M, D, Dv, scale);
   // one owner for each (sequence, key head); split further only where that leaves threads idle
   const int64_t threads = torch::stable::get_num_threads(), owners = a.B * a.Hkv;
   const bool even = owners >= 4 * threads || (owners && owners % threads == 0);
@@ -251,36 +251,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   first_chunk.push_back(chunks.size());
 
-  auto d_key_of = [&](int64_t owner) {
-    return GradientRows{view_of(d_key), owner * a.S * D, D, ldk, factor};
-  };
-  auto d_value_of = [&](int64_t owner) {
-    return GradientRows{view_of(d_value), owner * a.S * Dv, Dv, ldv, 1.0f};
-  };
   auto store_memory = [&](int64_t owner) {
-    std::vector<Part> dmk, dmv;
-    for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c) {
-      const int64_t s0 = chunks[c].segment_begin * M, s1 = chunks[c].segment_end * M;
-      dmk.push_back({chunks[c].grads.d_memory_key, s0, s1});
-      dmv.push_back({chunks[c].grads.d_memory_value, s0, s1});
-    }
-    const int64_t n = n_segments * M;
-    store_sum(view_of(d_mk), owner * n * D, n, D, ldk, factor, dmk);
-    store_sum(view_of(d_mv), owner * n * Dv, n, Dv, ldv, 1.0f, dmv);
+    std::vector<Part> parts;
+    for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c)
+      parts.push_back({chunks[c].grads.d_memory_key, chunks[c].segment_begin * M,
+                       chunks[c].segment_end * M});
+    memories.store(owner, parts);
   };
   auto store_tokens = [&](int64_t owner) {
-    std::vector<Part> dk, dv;
-    for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c) {
-      dk.push_back({chunks[c].grads.d_key, chunks[c].key_begin, chunks[c].key_end});
-      dv.push_back({chunks[c].grads.d_value, chunks[c].key_begin, chunks[c].key_end});
-    }
-    store_sum(view_of(d_key), owner * a.S * D, a.S, D, ldk, factor, dk);
-    store_sum(view_of(d_value), owner * a.S * Dv, a.S, Dv, ldv, 1.0f, dv);
+    std::vector<Part> parts;
+    for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c)
+      parts.push_back({chunks[c].grads.d_key, chunks[c].key_begin, chunks[c].key_end});
+    tokens.store(owner, parts);
   };
 
   // persistent sums stay until the end, since every sequence adds to them
-  Buffer persistent = buffer(chunks.size() * P * (ldk + ldv));
-  const int64_t persistent_size = P * (ldk + ldv);
+  const int64_t persistent_size = persistents.floats(P);
+  Buffer persistent = buffer(chunks.size() * persistent_size);
   // an owner that is not split stores its sums at once, so its thread uses their memory again
   struct State {
     Buffer scratch, sums;
@@ -293,8 +280,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         const std::vector<Tile> tiles = make_tiles(a, c.b, c.hkv, c.t_begin, c.t_end);
         const std::vector<Reach> reach = reaches(a, tiles);
         const int64_t keys = split > 1 ? c.key_end - c.key_begin : SlidingSums::rows_for(reach);
-        const int64_t memories = (c.segment_end - c.segment_begin) * M;
-        const int64_t floats = (keys + memories) * (ldk + ldv);
+        const int64_t memory_rows = (c.segment_end - c.segment_begin) * M;
+        const int64_t floats = tokens.floats(keys + memory_rows);
         if (split > 1) {
           c.sums = buffer(floats);
         } else if (!state.sums || state.floats < floats) {
@@ -303,22 +290,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         float* sums = split > 1 ? c.sums.get() : state.sums.get();
         std::fill_n(sums, floats, 0.0f);
         SegmentedGrads& g = c.grads;
-        g.d_key = sums, g.d_value = g.d_key + keys * ldk, g.key_begin = c.key_begin;
-        g.d_memory_key = g.d_value + keys * ldv;
-        g.d_memory_value = g.d_memory_key + memories * ldk;
+        g.d_key = sums, g.d_value = tokens.values(sums, keys), g.key_begin = c.key_begin;
+        g.d_memory_key = sums + tokens.floats(keys);
+        g.d_memory_value = memories.values(g.d_memory_key, memory_rows);
         g.segment_begin = c.segment_begin;
         g.d_persistent_key = persistent.get() + i * persistent_size;
-        g.d_persistent_value = g.d_persistent_key + P * ldk;
+        g.d_persistent_value = persistents.values(g.d_persistent_key, P);
         std::fill_n(g.d_persistent_key, persistent_size, 0.0f);
         if (split > 1) {
-          for (const Tile& tile : tiles) k.segmented_backward(a, tile, g, state.scratch.get());
+          for (const Tile& tile : tiles) k.backward(a, tile, g, state.scratch.get());
           return;
         }
-        SlidingSums sliding(d_key_of(i), d_value_of(i), a.S, reach, keys, sums);
+        SlidingSums sliding(tokens, i, reach, keys, sums);
         for (size_t n = 0; n < tiles.size(); ++n) {
           sliding.slide_to(reach[n]);
           g.key_begin = sliding.first();
-          k.segmented_backward(a, tiles[n], g, state.scratch.get());
+          k.backward(a, tiles[n], g, state.scratch.get());
         }
         sliding.finish();
         if (M) store_memory(i);
@@ -330,14 +317,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     });
   if (P)
     for (int64_t hkv = 0; hkv < a.Hkv; ++hkv) {
-      std::vector<Part> dk, dv;
+      std::vector<Part> parts;
       for (const Chunk& c : chunks)
-        if (c.hkv == hkv) {
-          dk.push_back({c.grads.d_persistent_key, 0, P});
-          dv.push_back({c.grads.d_persistent_value, 0, P});
-        }
-      store_sum(view_of(d_pk), hkv * P * D, P, D, ldk, factor, dk);
-      store_sum(view_of(d_pv), hkv * P * Dv, P, Dv, ldv, 1.0f, dv);
+        if (c.hkv == hkv) parts.push_back({c.grads.d_persistent_key, 0, P});
+      persistents.store(hkv, parts);
     }
   return {d_query, d_key, d_value, d_pk, d_pv, d_mk, d_mv};
 }
