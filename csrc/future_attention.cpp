@@ -129,10 +129,10 @@ Results run_forward(const Inputs& in) {
       const auto more = make_tiles(a, b, hkv, 0, a.T);
       tiles.insert(tiles.end(), more.begin(), more.end());
     }
-  const Kernels& k = kernels();
+  const auto& k = kernels().future;
   parallel_work(
-      tiles.size(), [&] { return buffer(k.future.forward_scratch(a)); },
-      [&](int64_t i, Buffer& scratch) { k.future.forward(a, tiles[i], scratch.get()); });
+      tiles.size(), [&] { return buffer(k.forward_scratch(a)); },
+      [&](int64_t i, Buffer& scratch) { k.forward(a, tiles[i], scratch.get()); });
   const double sum = std::accumulate(row_loss.begin(), row_loss.end(), 0.0);
   if (has_loss) *floats(r.loss) = static_cast<float>(sum / static_cast<double>(count_whole(a)));
   return r;
@@ -156,13 +156,10 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
   Tensor d_future_query = a.separate_query ? empty({a.B, a.H, a.T, D}, in.query, dtype)
                                            : empty({0}, in.query, dtype);  // there is none
   a.d_query = view_of(d_query), a.d_future_query = view_of(d_future_query);
-  const View to_key = view_of(d_key), to_value = view_of(d_value);
-  const View to_future_key = view_of(d_future_key), to_future_value = view_of(d_future_value);
 
-  const float factor = static_cast<float>(a.scale);
-  const Kernels& k = kernels();
-  const int64_t ldk = (D + k.lanes - 1) / k.lanes * k.lanes;
-  const int64_t ldv = (Dv + k.lanes - 1) / k.lanes * k.lanes;
+  const auto& k = kernels().future;
+  const KeyGradients tokens(view_of(d_key), view_of(d_value), a.S, D, Dv, a.scale);
+  const KeyGradients tables(view_of(d_future_key), view_of(d_future_value), a.R, D, Dv, a.scale);
   const FutureOwners owners(a, per_sequence);
   std::vector<FutureChunk> chunks;
   for (int64_t owner = 0; owner < owners.count(); ++owner)
@@ -170,32 +167,22 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
 
   // rows of the token gradients, from all units of one key head in one sequence
   auto store_tokens = [&](int64_t head, const std::vector<const FutureUnit*>& units) {
-    std::vector<Part> keys, values;
-    for (const FutureUnit* u : units) {
-      const float* sums = u->sums.get();
-      keys.push_back({sums, u->key_begin, u->key_end});
-      values.push_back({sums + (u->key_end - u->key_begin) * ldk, u->key_begin, u->key_end});
-    }
-    store_sum(to_key, head * a.S * D, a.S, D, ldk, factor, keys);
-    store_sum(to_value, head * a.S * Dv, a.S, Dv, ldv, 1.0f, values);
+    std::vector<Part> parts;
+    for (const FutureUnit* u : units) parts.push_back({u->sums.get(), u->key_begin, u->key_end});
+    tokens.store(head, parts);
   };
   // rows of the table's gradients, from the chunks [first, last) of one owner
   auto store_table = [&](size_t first, size_t last, int64_t head) {
     const int64_t owner = chunks[first].owner;
     const int64_t table = owner / owners.groups;  // 0 where it is shared
-    const int64_t rows =
-        (table * a.Hf + owner % owners.groups * owners.table_heads + head) * a.R;
-    std::vector<Part> keys, values;
+    std::vector<Part> parts;
     for (size_t c = first; c < last; ++c) {
       const FutureChunk& ch = chunks[c];
-      const int64_t n = ch.future_end - ch.future_begin;
-      const float* sums = ch.sums.get() + head * n * ldk;
-      const float* value_sums = ch.sums.get() + owners.table_heads * n * ldk + head * n * ldv;
-      keys.push_back({sums, ch.future_begin, ch.future_end});
-      values.push_back({value_sums, ch.future_begin, ch.future_end});
+      const float* sums = ch.sums.get() + head * tables.floats(ch.future_end - ch.future_begin);
+      parts.push_back({sums, ch.future_begin, ch.future_end});
     }
-    store_sum(to_future_key, rows * D, a.R, D, ldk, factor, keys);
-    store_sum(to_future_value, rows * Dv, a.R, Dv, ldv, 1.0f, values);
+    const int64_t first_head = owner % owners.groups * owners.table_heads;
+    tables.store(table * a.Hf + first_head + head, parts);
   };
 
   // a unit that has all queries of its key head stores its sums at once, so that its thread uses
@@ -205,27 +192,28 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
     int64_t floats = 0;
   };
   parallel_work(
-      chunks.size(), [&] { return State{buffer(k.future.backward_scratch(a)), nullptr}; },
+      chunks.size(), [&] { return State{buffer(k.backward_scratch(a)), nullptr}; },
       [&](int64_t i, State& state) {
         FutureChunk& c = chunks[i];
         const int64_t future_rows = c.future_end - c.future_begin;
-        const int64_t table_floats = owners.table_heads * future_rows * (ldk + ldv);
+        const int64_t table_floats = owners.table_heads * tables.floats(future_rows);
         c.sums = buffer(table_floats);
         std::fill_n(c.sums.get(), table_floats, 0.0f);
         FutureGrads g{};
         g.d_future_key = c.sums.get();
-        g.d_future_value = g.d_future_key + owners.table_heads * future_rows * ldk;
+        g.d_future_value = tables.values(g.d_future_key, future_rows);
         g.future_begin = c.future_begin, g.future_rows = future_rows;
         g.table_head_begin = c.owner % owners.groups * owners.table_heads;
         for (FutureUnit& unit : c.units) {
-          const int64_t keys = unit.key_end - unit.key_begin, floats = keys * (ldk + ldv);
+          const int64_t keys = unit.key_end - unit.key_begin, floats = tokens.floats(keys);
           if (!state.sums || state.floats < floats)
             state.sums = buffer(floats), state.floats = floats;
           unit.sums = std::move(state.sums);
           std::fill_n(unit.sums.get(), floats, 0.0f);
-          g.d_key = unit.sums.get(), g.d_value = g.d_key + keys * ldk, g.key_begin = unit.key_begin;
+          g.d_key = unit.sums.get(), g.d_value = tokens.values(g.d_key, keys);
+          g.key_begin = unit.key_begin;
           for (const Tile& tile : make_tiles(a, unit.b, unit.hkv, unit.t_begin, unit.t_end))
-            k.future.backward(a, tile, g, state.scratch.get());
+            k.backward(a, tile, g, state.scratch.get());
           if (unit.t_end - unit.t_begin == a.T) {
             store_tokens(unit.b * a.Hkv + unit.hkv, {&unit});
             state.sums = std::move(unit.sums);

@@ -83,10 +83,11 @@ static void for_each_future_block(const FutureArgs& a, const Tile& tile, const F
         const bool sees = r.table == table && rows.head[i] / group == head;
         lo = sees ? r.future_lo : 0, hi = sees ? r.future_hi : 0;
       });
-      const int64_t base = grads ? (head - grads->table_head_begin) * grads->future_rows : 0;
+      const int64_t sums = grads ? grads->future_rows * (ldk + ldv) : 0;  // of a head
+      const int64_t base = grads ? (head - grads->table_head_begin) * sums : 0;
       walk(FUTURE, a.future_key, a.future_value, head,
-           grads ? grads->d_future_key + base * ldk : nullptr,
-           grads ? grads->d_future_value + base * ldv : nullptr, grads ? grads->future_begin : 0);
+           grads ? grads->d_future_key + base : nullptr,
+           grads ? grads->d_future_value + base : nullptr, grads ? grads->future_begin : 0);
     }
   if (with_target) {
     fill([&](int64_t i, int32_t& lo, int32_t& hi) {

@@ -42,4 +42,49 @@ inline void store_sum(const View& to, int64_t offset, int64_t n, int64_t width, 
   }
 }
 
+// A gradient [rows, width] of one head, written once to rows at `offset` of a contiguous tensor.
+struct GradientRows {
+  View to;
+  int64_t offset, width, ld;  // ld: floats between two rows of the sums
+  float factor;
+};
+
+// Owner of the gradients of keys and values, [heads, rows, D or Dv]. Their sums are [n][ldk] for some
+// n keys and behind that [n][ldv] for their values, rows padded to whole vectors.
+class KeyGradients {
+ public:
+  const int64_t rows, ldk, ldv;
+
+  KeyGradients(View d_key, View d_value, int64_t rows, int64_t D, int64_t Dv, double scale)
+      : rows(rows), ldk(padded(D)), ldv(padded(Dv)), d_key(d_key), d_value(d_value), D(D), Dv(Dv),
+        factor(static_cast<float>(scale)) {}
+
+  // Floats of the sums of n keys, and where those of the values begin.
+  int64_t floats(int64_t n) const { return n * (ldk + ldv); }
+  float* values(float* sums, int64_t n) const { return sums + n * ldk; }
+
+  GradientRows keys_of(int64_t head) const { return {d_key, head * rows * D, D, ldk, factor}; }
+  GradientRows values_of(int64_t head) const { return {d_value, head * rows * Dv, Dv, ldv, 1.0f}; }
+
+  // Writes the rows of a head: the sum of the parts, which have the sums of their keys.
+  void store(int64_t head, const std::vector<Part>& parts) const {
+    std::vector<Part> of_values(parts);
+    for (Part& part : of_values) part.data += (part.end - part.begin) * ldk;
+    write(keys_of(head), parts), write(values_of(head), of_values);
+  }
+
+ private:
+  static int64_t padded(int64_t width) {
+    const int64_t lanes = kernels().lanes;
+    return (width + lanes - 1) / lanes * lanes;
+  }
+  void write(const GradientRows& g, const std::vector<Part>& parts) const {
+    store_sum(g.to, g.offset, rows, g.width, g.ld, g.factor, parts);
+  }
+
+  View d_key, d_value;
+  int64_t D, Dv;
+  float factor;
+};
+
 }  // namespace memattn

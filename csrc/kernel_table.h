@@ -4,10 +4,8 @@ static constexpr Kernels make_kernels(const char* name) {
   return {name,
           VL,
           TILE_ROWS,
-          forward_scratch<SegmentedArgs>,
-          backward_scratch<SegmentedArgs>,
-          segmented_forward,
-          segmented_backward,
+          {forward_scratch<SegmentedArgs>, backward_scratch<SegmentedArgs>, segmented_forward,
+           segmented_backward},
           {future_forward_scratch, future_backward_scratch, future_forward, future_backward},
           {task_forward_scratch, task_backward_scratch, task_forward, task_backward}};
 }

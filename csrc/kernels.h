@@ -101,16 +101,9 @@ struct FutureGrads {
   float* d_key;    // [keys, D rounded up to lanes]
   float* d_value;  // [keys, Dv rounded up to lanes]
   int64_t key_begin;
-  float* d_future_key;  // [table heads, future_rows, ...]
-  float* d_future_value;
+  float* d_future_key;  // [future_rows, ...] of the first table head
+  float* d_future_value;  // behind it, and behind that the next head
   int64_t future_begin, future_rows, table_head_begin;
-};
-
-struct FutureKernels {
-  int64_t (*forward_scratch)(const FutureArgs&);
-  int64_t (*backward_scratch)(const FutureArgs&);
-  void (*forward)(const FutureArgs&, const Tile&, float* scratch);
-  void (*backward)(const FutureArgs&, const Tile&, const FutureGrads&, float* scratch);
 };
 
 // Tiles of a task mask: so many queries by so many keys.
@@ -147,24 +140,23 @@ struct KeyGrads {
   int64_t key_begin;
 };
 
-struct TaskKernels {
-  int64_t (*forward_scratch)(const TaskArgs&);
-  int64_t (*backward_scratch)(const TaskArgs&);
-  void (*forward)(const TaskArgs&, const Tile&, float* scratch);
-  void (*backward)(const TaskArgs&, const Tile&, const KeyGrads&, float* scratch);
+// The kernels of one operator.
+template <class Args, class Grads>
+struct OperatorKernels {
+  // floats of scratch that one thread needs
+  int64_t (*forward_scratch)(const Args&);
+  int64_t (*backward_scratch)(const Args&);
+  void (*forward)(const Args&, const Tile&, float* scratch);
+  void (*backward)(const Args&, const Tile&, const Grads&, float* scratch);
 };
 
 struct Kernels {
   const char* name;
   int64_t lanes;      // gradient rows are padded to a multiple of this
   int64_t tile_rows;  // most query rows of a tile
-  // floats of scratch that one thread needs
-  int64_t (*forward_scratch)(const SegmentedArgs&);
-  int64_t (*backward_scratch)(const SegmentedArgs&);
-  void (*segmented_forward)(const SegmentedArgs&, const Tile&, float* scratch);
-  void (*segmented_backward)(const SegmentedArgs&, const Tile&, const SegmentedGrads&, float* scratch);
-  FutureKernels future;
-  TaskKernels task;
+  OperatorKernels<SegmentedArgs, SegmentedGrads> segmented;
+  OperatorKernels<FutureArgs, FutureGrads> future;
+  OperatorKernels<TaskArgs, KeyGrads> task;
 };
 
 const Kernels& portable_kernels();

@@ -13,13 +13,24 @@ struct Document {
   int64_t start, end, first_segment;
 };
 
+// The arguments of both operators, in their order.
 struct Inputs {
+  Tensor query, key, value;
+  OptionalTensor persistent_key, persistent_value, memory_key, memory_value;
+  OptionalTensor cu_seqlens, seq_start, seq_end;
+  OptionalInt segment_len, window_size;
+  bool is_causal, memory_is_causal;
+  int64_t query_offset;
+  double scale;
+};
+
+struct Call {
   SegmentedArgs args;
   std::vector<RowRange> rows;
 };
 
-RowRange row_range(const SegmentedArgs& a, int64_t i, const Document& doc, OptionalInt segment_len,
-                   OptionalInt window_size, bool is_causal, bool memory_is_causal) {
+RowRange row_range(const SegmentedArgs& a, int64_t i, const Document& doc, const Inputs& in) {
+  const OptionalInt &segment_len = in.segment_len, &window_size = in.window_size;
   RowRange r{0, 0, 0, 0, 0};
   if (i < doc.start || i >= doc.end) return r;
   int64_t lo = doc.start, hi = doc.end;
@@ -35,7 +46,7 @@ RowRange row_range(const SegmentedArgs& a, int64_t i, const Document& doc, Optio
       hi = std::max(hi, i + w);
     }
   }
-  if (is_causal) hi = i + 1;
+  if (in.is_causal) hi = i + 1;
   lo = std::max({lo, doc.start, int64_t{0}});
   hi = std::min({hi, doc.end, a.S});
   if (lo < hi) r.lo = static_cast<int32_t>(lo), r.hi = static_cast<int32_t>(hi);
@@ -43,16 +54,15 @@ RowRange row_range(const SegmentedArgs& a, int64_t i, const Document& doc, Optio
   if (a.M) {
     r.segment = static_cast<int32_t>(doc.first_segment + (i - doc.start) / *segment_len);
     r.memory = static_cast<int32_t>(
-        memory_is_causal ? std::min(a.M, (i - doc.start) % *segment_len + 1) : a.M);
+        in.memory_is_causal ? std::min(a.M, (i - doc.start) % *segment_len + 1) : a.M);
   }
   return r;
 }
 
 // What every query sees; refuses anything that would read outside a tensor.
-std::vector<RowRange> row_ranges(SegmentedArgs& a, int64_t n_segments, const OptionalTensor& cu_seqlens,
-                                 const OptionalTensor& seq_start, const OptionalTensor& seq_end,
-                                 OptionalInt segment_len, OptionalInt window_size, bool is_causal,
-                                 bool memory_is_causal, int64_t query_offset) {
+std::vector<RowRange> row_ranges(SegmentedArgs& a, const Inputs& in) {
+  const OptionalTensor &seq_start = in.seq_start, &seq_end = in.seq_end;
+  const int64_t n_segments = in.memory_key ? in.memory_key->size(2) : 0;
   STD_TORCH_CHECK(a.S < INT32_MAX && a.T < INT32_MAX, "memattn_cpp takes lengths below 2^31");
   const bool alike = !seq_start && !seq_end;
   const int64_t sequences = alike ? std::min<int64_t>(a.B, 1) : a.B;
@@ -61,23 +71,24 @@ std::vector<RowRange> row_ranges(SegmentedArgs& a, int64_t n_segments, const Opt
   std::vector<RowRange> rows(sequences * a.T);
   for (int64_t b = 0; b < sequences; ++b) {
     std::vector<Document> documents;
-    if (cu_seqlens) {
-      const auto bounds = int_values(*cu_seqlens);
+    if (in.cu_seqlens) {
+      const auto bounds = int_values(*in.cu_seqlens);
       int64_t segments = 0;
       for (size_t d = 0; d + 1 < bounds.size(); ++d) {
         STD_TORCH_CHECK(bounds[d] >= 0 && bounds[d] <= bounds[d + 1], "cu_seqlens must rise");
         documents.push_back({bounds[d], bounds[d + 1], segments});
-        if (segment_len) segments += (bounds[d + 1] - bounds[d] + *segment_len - 1) / *segment_len;
+        if (in.segment_len)
+          segments += (bounds[d + 1] - bounds[d] + *in.segment_len - 1) / *in.segment_len;
       }
     } else {
       documents.push_back({starts[b], ends[b], 0});
     }
     size_t d = 0;
     for (int64_t t = 0; t < a.T; ++t) {
-      const int64_t i = t + query_offset;
+      const int64_t i = t + in.query_offset;
       while (d + 1 < documents.size() && i >= documents[d].end) ++d;
       RowRange& r = rows[b * a.T + t];
-      r = row_range(a, i, documents[d], segment_len, window_size, is_causal, memory_is_causal);
+      r = row_range(a, i, documents[d], in);
       STD_TORCH_CHECK(!r.memory || r.segment < n_segments, "memory_key must have at least n_segments=",
                       r.segment + 1, ", got ", n_segments);
     }
@@ -86,44 +97,42 @@ std::vector<RowRange> row_ranges(SegmentedArgs& a, int64_t n_segments, const Opt
   return rows;
 }
 
-Inputs make_inputs(const Tensor& query, const Tensor& key, const Tensor& value,
-                   const OptionalTensor& persistent_key, const OptionalTensor& persistent_value,
-                   const OptionalTensor& memory_key, const OptionalTensor& memory_value,
-                   const OptionalTensor& cu_seqlens, const OptionalTensor& seq_start,
-                   const OptionalTensor& seq_end, OptionalInt segment_len, OptionalInt window_size,
-                   bool is_causal, bool memory_is_causal, int64_t query_offset, double scale) {
-  Inputs in;
-  SegmentedArgs& a = in.args;
+Call make_call(const Inputs& in) {
+  Call call;
+  SegmentedArgs& a = call.args;
   a = SegmentedArgs{};
-  a.B = query.size(0), a.H = query.size(1), a.T = query.size(2), a.D = query.size(3);
-  a.Hkv = key.size(1), a.S = key.size(2), a.Dv = value.size(3);
-  a.scale = scale;
-  a.query = view_of(query), a.key = view_of(key), a.value = view_of(value);
-  if (persistent_key) {
-    a.P = persistent_key->size(1);
-    a.persistent_key = view_of(*persistent_key), a.persistent_value = view_of(*persistent_value);
+  a.B = in.query.size(0), a.H = in.query.size(1), a.T = in.query.size(2), a.D = in.query.size(3);
+  a.Hkv = in.key.size(1), a.S = in.key.size(2), a.Dv = in.value.size(3);
+  a.scale = in.scale;
+  a.query = view_of(in.query), a.key = view_of(in.key), a.value = view_of(in.value);
+  if (in.persistent_key) {
+    a.P = in.persistent_key->size(1);
+    a.persistent_key = view_of(*in.persistent_key);
+    a.persistent_value = view_of(*in.persistent_value);
   }
-  int64_t n_segments = 0;
-  if (memory_key) {
-    n_segments = memory_key->size(2), a.M = memory_key->size(3);
-    a.memory_key = view_of(*memory_key), a.memory_value = view_of(*memory_value);
+  if (in.memory_key) {
+    a.M = in.memory_key->size(3);
+    a.memory_key = view_of(*in.memory_key), a.memory_value = view_of(*in.memory_value);
   }
-  in.rows = row_ranges(a, n_segments, cu_seqlens, seq_start, seq_end, segment_len, window_size,
-                       is_causal, memory_is_causal, query_offset);
-  a.rows = in.rows.data();
-  return in;
+  call.rows = row_ranges(a, in);
+  a.rows = call.rows.data();
+  return call;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(
-    Tensor query, Tensor key, Tensor value, OptionalTensor persistent_key,
-    OptionalTensor persistent_value, OptionalTensor memory_key, OptionalTensor memory_value,
-    OptionalTensor cu_seqlens, OptionalTensor seq_start, OptionalTensor seq_end,
-    OptionalInt segment_len, OptionalInt window_size, bool is_causal, bool memory_is_causal,
-    int64_t query_offset, double scale) {
-  Inputs in = make_inputs(query, key, value, persistent_key, persistent_value, memory_key,
-                          memory_value, cu_seqlens, seq_start, seq_end, segment_len, window_size,
-                          is_causal, memory_is_causal, query_offset, scale);
-  SegmentedArgs& a = in.args;
+#define MEMATTN_PARAMETERS                                                                       \
+  Tensor query, Tensor key, Tensor value, OptionalTensor persistent_key,                         \
+      OptionalTensor persistent_value, OptionalTensor memory_key, OptionalTensor memory_value,   \
+      OptionalTensor cu_seqlens, OptionalTensor seq_start, OptionalTensor seq_end,               \
+      OptionalInt segment_len, OptionalInt window_size, bool is_causal, bool memory_is_causal,   \
+      int64_t query_offset, double scale
+#define MEMATTN_TAKEN                                                                            \
+  Inputs{query,       key,         value,     persistent_key,   persistent_value, memory_key,    \
+         memory_value, cu_seqlens, seq_start, seq_end,          segment_len,      window_size,   \
+         is_causal,   memory_is_causal,       query_offset,     scale}
+
+std::tuple<Tensor, Tensor, Tensor> forward(MEMATTN_PARAMETERS) {
+  Call call = make_call(MEMATTN_TAKEN);
+  SegmentedArgs& a = call.args;
   Tensor out = empty({a.B, a.H, a.T, a.Dv}, query, query.scalar_type());
   Tensor lse = empty({a.B, a.H, a.T}, query, ScalarType::Float);
   Tensor lse2 = empty({2, a.B, a.H, a.T}, query, ScalarType::Float);
@@ -136,10 +145,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(
       const auto more = make_tiles(a, b, hkv, 0, a.T);
       tiles.insert(tiles.end(), more.begin(), more.end());
     }
-  const Kernels& k = kernels();
+  const auto& k = kernels().segmented;
   parallel_work(
       tiles.size(), [&] { return buffer(k.forward_scratch(a)); },
-      [&](int64_t i, Buffer& scratch) { k.segmented_forward(a, tiles[i], scratch.get()); });
+      [&](int64_t i, Buffer& scratch) { k.forward(a, tiles[i], scratch.get()); });
   return {out, lse, lse2};
 }
 
@@ -199,15 +208,9 @@ std::vector<Reach> reaches(const SegmentedArgs& a, const std::vector<Tile>& tile
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor d_out, Tensor d_lse, Tensor out, Tensor lse2, Tensor query, Tensor key,
-    Tensor value, OptionalTensor persistent_key, OptionalTensor persistent_value, OptionalTensor memory_key,
-    OptionalTensor memory_value, OptionalTensor cu_seqlens, OptionalTensor seq_start,
-    OptionalTensor seq_end, OptionalInt segment_len, OptionalInt window_size, bool is_causal,
-    bool memory_is_causal, int64_t query_offset, double scale) {
-  Inputs in = make_inputs(query, key, value, persistent_key, persistent_value, memory_key,
-                          memory_value, cu_seqlens, seq_start, seq_end, segment_len, window_size,
-                          is_causal, memory_is_causal, query_offset, scale);
-  SegmentedArgs& a = in.args;
+    Tensor d_out, Tensor d_lse, Tensor out, Tensor lse2, MEMATTN_PARAMETERS) {
+  Call call = make_call(MEMATTN_TAKEN);
+  SegmentedArgs& a = call.args;
   const ScalarType dtype = query.scalar_type();
   const int64_t n_segments = memory_key ? memory_key->size(2) : 0;
   const int64_t P = a.P, M = a.M, D = a.D, Dv = a.Dv;
@@ -228,10 +231,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   take_pair(lse2, a.lse2_high, a.lse2_low);
   a.d_lse = static_cast<const float*>(d_lse.data_ptr());
 
-  const float factor = static_cast<float>(scale);
-  const Kernels& k = kernels();
-  const int64_t ldk = (D + k.lanes - 1) / k.lanes * k.lanes;
-  const int64_t ldv = (Dv + k.lanes - 1) / k.lanes * k.lanes;
+  const auto& k = kernels().segmented;
+  const KeyGradients tokens(view_of(d_key), view_of(d_value), a.S, D, Dv, scale);
+  const KeyGradients persistents(view_of(d_pk), view_of(d_pv), P, D, Dv, scale);
+  const KeyGradients memories(view_of(d_mk), view_of(d_mv), n_segments * M, D, Dv, scale);
   // one owner for each (sequence, key head); split further only where that leaves threads idle
   const int64_t threads = torch::stable::get_num_threads(), owners = a.B * a.Hkv;
   const bool even = owners >= 4 * threads || (owners && owners % threads == 0);
@@ -251,36 +254,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   first_chunk.push_back(chunks.size());
 
-  auto d_key_of = [&](int64_t owner) {
-    return GradientRows{view_of(d_key), owner * a.S * D, D, ldk, factor};
-  };
-  auto d_value_of = [&](int64_t owner) {
-    return GradientRows{view_of(d_value), owner * a.S * Dv, Dv, ldv, 1.0f};
-  };
   auto store_memory = [&](int64_t owner) {
-    std::vector<Part> dmk, dmv;
-    for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c) {
-      const int64_t s0 = chunks[c].segment_begin * M, s1 = chunks[c].segment_end * M;
-      dmk.push_back({chunks[c].grads.d_memory_key, s0, s1});
-      dmv.push_back({chunks[c].grads.d_memory_value, s0, s1});
-    }
-    const int64_t n = n_segments * M;
-    store_sum(view_of(d_mk), owner * n * D, n, D, ldk, factor, dmk);
-    store_sum(view_of(d_mv), owner * n * Dv, n, Dv, ldv, 1.0f, dmv);
+    std::vector<Part> parts;
+    for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c)
+      parts.push_back({chunks[c].grads.d_memory_key, chunks[c].segment_begin * M,
+                       chunks[c].segment_end * M});
+    memories.store(owner, parts);
   };
   auto store_tokens = [&](int64_t owner) {
-    std::vector<Part> dk, dv;
-    for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c) {
-      dk.push_back({chunks[c].grads.d_key, chunks[c].key_begin, chunks[c].key_end});
-      dv.push_back({chunks[c].grads.d_value, chunks[c].key_begin, chunks[c].key_end});
-    }
-    store_sum(view_of(d_key), owner * a.S * D, a.S, D, ldk, factor, dk);
-    store_sum(view_of(d_value), owner * a.S * Dv, a.S, Dv, ldv, 1.0f, dv);
+    std::vector<Part> parts;
+    for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c)
+      parts.push_back({chunks[c].grads.d_key, chunks[c].key_begin, chunks[c].key_end});
+    tokens.store(owner, parts);
   };
 
   // persistent sums stay until the end, since every sequence adds to them
-  Buffer persistent = buffer(chunks.size() * P * (ldk + ldv));
-  const int64_t persistent_size = P * (ldk + ldv);
+  const int64_t persistent_size = persistents.floats(P);
+  Buffer persistent = buffer(chunks.size() * persistent_size);
   // an owner that is not split stores its sums at once, so its thread uses their memory again
   struct State {
     Buffer scratch, sums;
@@ -293,8 +283,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         const std::vector<Tile> tiles = make_tiles(a, c.b, c.hkv, c.t_begin, c.t_end);
         const std::vector<Reach> reach = reaches(a, tiles);
         const int64_t keys = split > 1 ? c.key_end - c.key_begin : SlidingSums::rows_for(reach);
-        const int64_t memories = (c.segment_end - c.segment_begin) * M;
-        const int64_t floats = (keys + memories) * (ldk + ldv);
+        const int64_t memory_rows = (c.segment_end - c.segment_begin) * M;
+        const int64_t floats = tokens.floats(keys + memory_rows);
         if (split > 1) {
           c.sums = buffer(floats);
         } else if (!state.sums || state.floats < floats) {
@@ -303,22 +293,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         float* sums = split > 1 ? c.sums.get() : state.sums.get();
         std::fill_n(sums, floats, 0.0f);
         SegmentedGrads& g = c.grads;
-        g.d_key = sums, g.d_value = g.d_key + keys * ldk, g.key_begin = c.key_begin;
-        g.d_memory_key = g.d_value + keys * ldv;
-        g.d_memory_value = g.d_memory_key + memories * ldk;
+        g.d_key = sums, g.d_value = tokens.values(sums, keys), g.key_begin = c.key_begin;
+        g.d_memory_key = sums + tokens.floats(keys);
+        g.d_memory_value = memories.values(g.d_memory_key, memory_rows);
         g.segment_begin = c.segment_begin;
         g.d_persistent_key = persistent.get() + i * persistent_size;
-        g.d_persistent_value = g.d_persistent_key + P * ldk;
+        g.d_persistent_value = persistents.values(g.d_persistent_key, P);
         std::fill_n(g.d_persistent_key, persistent_size, 0.0f);
         if (split > 1) {
-          for (const Tile& tile : tiles) k.segmented_backward(a, tile, g, state.scratch.get());
+          for (const Tile& tile : tiles) k.backward(a, tile, g, state.scratch.get());
           return;
         }
-        SlidingSums sliding(d_key_of(i), d_value_of(i), a.S, reach, keys, sums);
+        SlidingSums sliding(tokens, i, reach, keys, sums);
         for (size_t n = 0; n < tiles.size(); ++n) {
           sliding.slide_to(reach[n]);
           g.key_begin = sliding.first();
-          k.segmented_backward(a, tiles[n], g, state.scratch.get());
+          k.backward(a, tiles[n], g, state.scratch.get());
         }
         sliding.finish();
         if (M) store_memory(i);
@@ -330,14 +320,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     });
   if (P)
     for (int64_t hkv = 0; hkv < a.Hkv; ++hkv) {
-      std::vector<Part> dk, dv;
+      std::vector<Part> parts;
       for (const Chunk& c : chunks)
-        if (c.hkv == hkv) {
-          dk.push_back({c.grads.d_persistent_key, 0, P});
-          dv.push_back({c.grads.d_persistent_value, 0, P});
-        }
-      store_sum(view_of(d_pk), hkv * P * D, P, D, ldk, factor, dk);
-      store_sum(view_of(d_pv), hkv * P * Dv, P, Dv, ldv, 1.0f, dv);
+        if (c.hkv == hkv) parts.push_back({c.grads.d_persistent_key, 0, P});
+      persistents.store(hkv, parts);
     }
   return {d_query, d_key, d_value, d_pk, d_pv, d_mk, d_mv};
 }

@@ -8,13 +8,6 @@
 
 namespace memattn {
 
-// A gradient [S, width] of one head, written once to rows at `offset` of a contiguous tensor.
-struct GradientRows {
-  View to;
-  int64_t offset, width, ld;  // ld: floats between two rows of the sums
-  float factor;
-};
-
 // What the tiles of an owner reach of its keys, tile by tile.
 struct Reach {
   int64_t begin, end;  // the first key of this and later tiles, the last of this and earlier ones
@@ -32,12 +25,13 @@ class SlidingSums {
     return std::max<int64_t>(0, std::min(2 * most, end - begin));
   }
 
-  SlidingSums(const GradientRows& d_key, const GradientRows& d_value, int64_t keys,
-              const std::vector<Reach>& tiles, int64_t rows, float* memory)
-      : gradients{d_key, d_value}, keys(keys), rows(rows), begin(tiles.empty() ? 0 : tiles[0].begin) {
-    sums[0] = memory, sums[1] = memory + rows * d_key.ld;
-    
-  }
+  SlidingSums(const KeyGradients& owner, int64_t head, const std::vector<Reach>& tiles,
+              int64_t rows, float* memory)
+      : gradients{owner.keys_of(head), owner.values_of(head)},
+        keys(owner.rows),
+        rows(rows),
+        begin(tiles.empty() ? 0 : tiles[0].begin),
+        sums{memory, owner.values(memory, rows)} {}
 
   // Makes room for the keys of a tile; the rows of key `first()` come first in the memory.
   void slide_to(const Reach& tile) {

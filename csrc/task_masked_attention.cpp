@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const Inputs& in) {
       const auto more = tiles_of(a, b, hkv, 0, a.query_end[b] - a.start[b]);
       tiles.insert(tiles.end(), more.begin(), more.end());
     }
-  const TaskKernels& k = kernels().task;
+  const auto& k = kernels().task;
   parallel_work(
       tiles.size(), [&] { return buffer(k.forward_scratch(a)); },
       [&](int64_t i, Buffer& scratch) { k.forward(a, tiles[i], scratch.get()); });
@@ -260,16 +260,8 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Inputs& in, const Tensor& 
   take_pair(lse2, a.lse2_high, a.lse2_low);
   a.d_lse = static_cast<const float*>(d_lse.data_ptr());
 
-  const Kernels& k = kernels();
-  const int64_t ldk = (a.D + k.lanes - 1) / k.lanes * k.lanes;
-  const int64_t ldv = (a.Dv + k.lanes - 1) / k.lanes * k.lanes;
-  auto d_key_of = [&](int64_t owner) {
-    return GradientRows{view_of(d_key), owner * a.S * a.D, a.D, ldk, static_cast<float>(a.scale)};
-  };
-  auto d_value_of = [&](int64_t owner) {
-    return GradientRows{view_of(d_value), owner * a.S * a.Dv, a.Dv, ldv, 1.0f};
-  };
-
+  const auto& k = kernels().task;
+  const KeyGradients gradients(view_of(d_key), view_of(d_value), a.S, a.D, a.Dv, a.scale);
   std::vector<Chunk> chunks;
   std::vector<size_t> first_chunk;
   for (int64_t b = 0; b < a.B; ++b) {
@@ -284,18 +276,10 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Inputs& in, const Tensor& 
   std::vector<std::atomic<int64_t>> done(a.B * a.Hkv);
 
   auto store_chunks = [&](int64_t owner) {
-    std::vector<Part> keys, values;
-    for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c) {
-      const Chunk& chunk = chunks[c];
-      const float* sums = chunk.sums.get();
-      keys.push_back({sums, chunk.key_begin, chunk.key_end});
-      sums += (chunk.key_end - chunk.key_begin) * ldk;
-      values.push_back({sums, chunk.key_begin, chunk.key_end});
-    }
-    auto store = [&](const GradientRows& g, const std::vector<Part>& parts) {
-      store_sum(g.to, g.offset, a.S, g.width, g.ld, g.factor, parts);
-    };
-    store(d_key_of(owner), keys), store(d_value_of(owner), values);
+    std::vector<Part> parts;
+    for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c)
+      parts.push_back({chunks[c].sums.get(), chunks[c].key_begin, chunks[c].key_end});
+    gradients.store(owner, parts);
     for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c) chunks[c].sums.reset();
   };
 
@@ -305,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Inputs& in, const Tensor& 
     int64_t floats = 0;
   };
   parallel_work(
-      chunks.size(), [&] { return State{buffer(k.task.backward_scratch(a)), nullptr}; },
+      chunks.size(), [&] { return State{buffer(k.backward_scratch(a)), nullptr}; },
       [&](int64_t i, State& state) {
         Chunk& c = chunks[i];
         const size_t parts = first_chunk[c.owner + 1] - first_chunk[c.owner];
@@ -314,23 +298,22 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Inputs& in, const Tensor& 
         if (!tiles.empty() && reach[0].begin < reach.back().end)
           c.key_begin = reach[0].begin, c.key_end = reach.back().end;
         const int64_t keys = parts > 1 ? c.key_end - c.key_begin : SlidingSums::rows_for(reach);
-        const int64_t floats = keys * (ldk + ldv);
+        const int64_t floats = gradients.floats(keys);
         if (!state.sums || state.floats < floats)
           state.sums = buffer(floats), state.floats = floats;
         std::fill_n(state.sums.get(), floats, 0.0f);
         if (parts > 1) {
           c.sums = std::move(state.sums);
-          const KeyGrads grads{c.sums.get(), c.sums.get() + keys * ldk, c.key_begin};
-          for (const Tile& tile : tiles) k.task.backward(a, tile, grads, state.scratch.get());
+          const KeyGrads grads{c.sums.get(), gradients.values(c.sums.get(), keys), c.key_begin};
+          for (const Tile& tile : tiles) k.backward(a, tile, grads, state.scratch.get());
           if (done[c.owner].fetch_add(1) + 1 == static_cast<int64_t>(parts)) store_chunks(c.owner);
           return;
         }
-        SlidingSums sliding(d_key_of(c.owner), d_value_of(c.owner), a.S, reach, keys,
-                            state.sums.get());
+        SlidingSums sliding(gradients, c.owner, reach, keys, state.sums.get());
         for (size_t n = 0; n < tiles.size(); ++n) {
           sliding.slide_to(reach[n]);
           const KeyGrads grads{sliding.d_key(), sliding.d_value(), sliding.first()};
-          k.task.backward(a, tiles[n], grads, state.scratch.get());
+          k.backward(a, tiles[n], grads, state.scratch.get());
         }
         sliding.finish();
       });

@@ -192,8 +192,8 @@ class FutureConfig(AttentionPart):
         if rotary is not None:
             rows = layer.future_positions(hidden_states, offset=context.offset)
             angles = lambda: rotary(rows, hidden_states.dtype)
-            # not by the number of rows: a length in the key would compile anew for each length
-            turns = context.once((self.kind, layer.future_dim), angles)
+            # by what decides the rows, and not by their number, which compilation would fix
+            turns = context.once((self.kind, self.source, self.future_dim), angles)
         out, loss = layer(
             hidden_states,
             future_rotary=turns,
