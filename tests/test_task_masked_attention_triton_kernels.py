@@ -93,6 +93,38 @@ def test_writes_all_it_returns(is_causal: bool):
     check(tensors, seq_start=start, seq_end=end, **options)
 
 
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_nan_in_keys_of_hidden_pairs_stays_away(is_causal: bool, start: int):
+    """Pairs that the mask allows, but bounds or causality hide, in tiles that other keys share."""
+    T = 75
+    pairs = torch.rand(T, T, generator=torch.Generator().manual_seed(0)) < 0.5
+    hidden = torch.tensor([20, 50, 66])
+    pairs[:, hidden] = False
+    pairs[70:, 20] = True  # queries past the end
+    pairs[70:, 50] = True
+    if is_causal:
+        pairs[2:50, 50] = True
+        pairs[:66, 66] = True
+    tensors = make_segmented_inputs(B=1, H=1, Hkv=1, T=T, device=DEVICE)
+    poisoned = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name in ("key", "value"):
+        tensors[name][:, :, start + hidden] = 0.0
+        poisoned[name][:, :, start + hidden] = torch.nan
+    options: dict = dict(
+        task_mask=TaskMask.from_dense(pairs[None]).to(DEVICE),
+        task_id=0,
+        is_causal=is_causal,
+        seq_start=torch.tensor([start], dtype=torch.int32, device=DEVICE),
+        seq_end=torch.tensor([start + 70], dtype=torch.int32, device=DEVICE),
+        backend="triton",
+    )
+    expected = run_with_gradients(task_masked_attention, tensors, options)
+    results = run_with_gradients(task_masked_attention, poisoned, options)
+    for name, result in results.items():
+        assert torch.equal(result, expected[name]), name
+
+
 def test_empty_batch():
     mask = make_mask(form="dense", n=1, T=5, S=5).to(DEVICE)
     tensors = make_segmented_inputs(B=0, H=2, Hkv=1, T=5, device=DEVICE)
