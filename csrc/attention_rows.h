@@ -55,11 +55,9 @@ static MEMATTN_INLINE void forward_rows(const Args& a, const Tile& tile, const Q
     store_row(a.out, at(a.out, tile.b, h, t), a.out.stride[3], a.Dv, block_scratch + i * ldv);
     const SoftmaxState<NV>& state = states[i / PANEL];
     const int64_t v = i % PANEL / VL, in_vector = i % VL;
-    const float sum = state.sum[v][in_vector];
-    const double top = (double)state.high[v][in_vector] + state.low[v][in_vector];
-    const Split lse((top + __builtin_log2((double)sum)) / LOG2E);
-    a.lse[flat] = sum == 0.0f ? -__builtin_inff() : lse.high;
-    a.lse_low[flat] = sum == 0.0f ? 0.0f : lse.low;
+    const RowLse lse(state.high[v][in_vector], state.low[v][in_vector],
+                     state.sum[v][in_vector]);
+    a.lse[flat] = lse.natural, a.lse2_high[flat] = lse.high, a.lse2_low[flat] = lse.low;
   }
 }
 
@@ -99,9 +97,8 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
     if (rows.empty(i)) continue;
     const int64_t flat = (tile.b * a.H + rows.head[i]) * a.T + rows.t[i];
     d_lse[i] = a.d_lse[flat];
-    if (a.lse[flat] == -__builtin_inff()) continue;
-    const Split lse = Split::coarse(((double)a.lse[flat] + a.lse_low[flat]) * LOG2E);
-    lse_high[i] = lse.high, lse_low[i] = lse.low;
+    if (a.lse2_high[flat] != -__builtin_inff())
+      saved_lse(a.lse2_high[flat], a.lse2_low[flat], lse_high + i, lse_low + i);
   }
 
   // the weights of the keys [span.first, span.last) in panel p, and the gradients of these weights
@@ -114,12 +111,14 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
                      block.value.stride, d_out + p * a.Dv * PANEL, PANEL, dw, PANEL);
     const vf* high = (const vf*)(lse_high + p * PANEL);
     const vf* low = (const vf*)(lse_low + p * PANEL);
+    with_large_lanes<NV>(low, [&](auto some_large) {
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < n; ++j)
-      for (int v = 0; v < NV; ++v) {
-        vf* w = (vf*)weights + j * NV + v;
-        *w = weight(*w, scale2, high[v], low[v]);
-      }
+      for (int64_t j = 0; j < n; ++j)
+        for (int v = 0; v < NV; ++v) {
+          vf* w = (vf*)weights + j * NV + v;
+          *w = saved_weight<some_large>(*w, scale2, high[v], low[v]);
+        }
+    });
   };
 
   // delta = sum over d of out * d_out = sum over keys of w * dw / sum of w. With few keys the second

@@ -7,7 +7,8 @@ constexpr int64_t TILE_ROWS = 64;    // query rows of a tile; a multiple of ever
 constexpr int64_t BLOCK_KEYS = 96;   // keys of a block; a multiple of the micro-tile rows
 constexpr double LOG2E = 1.4426950408889634;
 constexpr int64_t WEIGHTS_RUN = 16;  // weights summed in one go
-constexpr float NO_SCORE = -1e30f;   // running maximum before the first key
+constexpr float NO_SCORE = -3e38f;   // running maximum before the first key
+constexpr float LARGE = 65536.0f;    // a maximum of this size is that of a large lane
 
 // How many terms a tile sums in one go, by the keys that its rows see. The fewer they are, the less
 // rounding errors average out, and the less time matters.
@@ -169,6 +170,15 @@ struct Span {
   }
 };
 
+// ---- weights -------------------------------------------------------------------------------
+//
+// A weight is 2^(s * scale2 - lse), with the log-sum-exp in units of log 2 as the sum of two floats.
+// Below LARGE the exponent is exact but for its own size. From there on scores are so large that
+// float32 rounds them by more than a weight's precision: a large lane rounds s * scale2 once, as
+// plain float32 arithmetic does, so that the largest key has exponent 0 exactly at any size. Its
+// `high` is the maximum alone, and its `low` is 1 + log2(sum of weights): at least 1, while that of
+// another lane is below 1/2.
+
 constexpr float COARSE = 12288.0f;  // what is added to it loses all below 2^-10
 
 // A number as the sum of two floats, so that a product with it rounds only once. The low part of a
@@ -196,6 +206,42 @@ static MEMATTN_INLINE vf weight(vf s, Split scale2, vf high, vf low) {
   return exp2_nonpositive(fma(s, scale2.high, -high), [&](vf n) {
     return fma(s, scale2.high, -(high + n)) + fma(s, scale2.low, -low);
   });
+}
+
+// The same of a large lane.
+static MEMATTN_INLINE vf large_weight(vf s, Split scale2, vf high, vf log_sum) {
+  const vf x = s * scale2.high - high;
+  return exp2_nonpositive(x - log_sum, [&](vf n) { return (x - n) - log_sum; });
+}
+
+static MEMATTN_INLINE vi is_large(vf maximum) {
+  return ((maximum >= LARGE) | (maximum <= -LARGE)) & (maximum != NO_SCORE);
+}
+static MEMATTN_INLINE vi is_large_low(vf low) { return low >= 0.5f; }
+
+template <int NV>
+static MEMATTN_INLINE bool any(const vi* lanes) {
+  vi some{};
+  for (int v = 0; v < NV; ++v) some |= lanes[v];
+  int32_t all = 0;
+  for (int i = 0; i < VL; ++i) all |= some[i];
+  return all != 0;
+}
+
+// weight() of lanes whose log-sum-exp is saved; large ones are asked for only where there are any.
+template <bool SOME_LARGE>
+static MEMATTN_INLINE vf saved_weight(vf s, Split scale2, vf high, vf low) {
+  const vf w = weight(s, scale2, high, low);
+  if constexpr (!SOME_LARGE) return w;
+  return select(is_large_low(low), large_weight(s, scale2, high, low - 1.0f), w);
+}
+
+// Calls use(std::true_type or std::false_type) by whether a lane of the panel is large.
+template <int NV, class Use>
+static MEMATTN_INLINE void with_large_lanes(const vf* low, Use use) {
+  vi large[NV];
+  for (int v = 0; v < NV; ++v) large[v] = is_large_low(low[v]);
+  any<NV>(large) ? use(std::true_type()) : use(std::false_type());
 }
 
 // The mean of `x` under weights, each sum in two floats: where one weight is large, x less the mean
@@ -227,31 +273,17 @@ struct WeightedMean {
 };
 
 // Online softmax state of one panel: the maximum in units of log 2 as a sum of two floats, the first
-// coarse, so that the largest key has weight 1 exactly, and the sum of the weights.
+// coarse, so that the largest key has weight 1 exactly, and the sum of the weights. In a large lane
+// the first float is the maximum, and the second 0.
 template <int NV>
 struct SoftmaxState {
   vf high[NV], low[NV], sum[NV];
 };
 
-// Takes in one panel of scores [n][PANEL] without their scale, and turns them into weights in place.
-// `alpha` is the factor of what was summed before.
-template <int NV>
-static MEMATTN_INLINE void softmax_step(float* scores, int64_t n, Split scale2,
-                                        SoftmaxState<NV>* state, vf* alpha) {
-  vf top[NV], high[NV], low[NV], sum[NV];
-  for (int v = 0; v < NV; ++v) top[v] = broadcast(NO_SCORE), sum[v] = vf{};
-  for (int64_t j = 0; j < n; ++j)
-    for (int v = 0; v < NV; ++v) {
-      const vf s = ((const vf*)scores)[j * NV + v];
-      top[v] = greater(s, top[v]);
-    }
-  for (int v = 0; v < NV; ++v) {
-    high[v] = (top[v] * scale2.high + COARSE) - COARSE;
-    low[v] = fma(top[v], scale2.low, fma(top[v], scale2.high, -high[v]));
-    const vi higher = high[v] > state->high[v];
-    high[v] = select(higher, high[v], state->high[v]);
-    low[v] = select(higher, low[v], state->low[v]);
-  }
+// Turns scores into weights and adds these up.
+template <bool SOME_LARGE, int NV>
+static MEMATTN_INLINE void softmax_weights(float* scores, int64_t n, Split scale2, const vf* high,
+                                           const vf* low, const vi* large, vf* sum) {
   for (int64_t begin = 0; begin < n; begin += WEIGHTS_RUN) {
     vf part[NV];
     for (int v = 0; v < NV; ++v) part[v] = vf{};
@@ -259,17 +291,73 @@ static MEMATTN_INLINE void softmax_step(float* scores, int64_t n, Split scale2,
     for (int64_t j = begin; j < end; ++j)
       for (int v = 0; v < NV; ++v) {
         vf* s = (vf*)scores + j * NV + v;
-        *s = weight(*s, scale2, high[v], low[v]);
+        vf w = weight(*s, scale2, high[v], low[v]);
+        if constexpr (SOME_LARGE)
+          w = select(large[v], large_weight(*s, scale2, high[v], vf{}), w);
+        *s = w;
         part[v] += *s;
       }
     for (int v = 0; v < NV; ++v) sum[v] += part[v];
   }
+}
+
+// Takes in one panel of scores [n][PANEL] without their scale, and turns them into weights in place.
+// `alpha` is the factor of what was summed before.
+template <int NV>
+static MEMATTN_INLINE void softmax_step(float* scores, int64_t n, Split scale2,
+                                        SoftmaxState<NV>* state, vf* alpha) {
+  vf top[NV], high[NV], low[NV], sum[NV];
+  vi large[NV];
+  for (int v = 0; v < NV; ++v) top[v] = broadcast(-__builtin_inff()), sum[v] = vf{};
+  for (int64_t j = 0; j < n; ++j)
+    for (int v = 0; v < NV; ++v) {
+      const vf s = ((const vf*)scores)[j * NV + v];
+      top[v] = greater(s, top[v]);
+    }
+  for (int v = 0; v < NV; ++v) {
+    const vf exact = top[v] * scale2.high;
+    high[v] = (exact + COARSE) - COARSE;
+    low[v] = fma(top[v], scale2.low, fma(top[v], scale2.high, -high[v]));
+    large[v] = is_large(exact);
+    high[v] = select(large[v], exact, high[v]), low[v] = select(large[v], vf{}, low[v]);
+    const vi higher = high[v] > state->high[v];  // not for a lane that sees no key of these
+    high[v] = select(higher, high[v], state->high[v]);
+    low[v] = select(higher, low[v], state->low[v]);
+    large[v] = is_large(high[v]);
+  }
+  if (any<NV>(large)) softmax_weights<true, NV>(scores, n, scale2, high, low, large, sum);
+  else softmax_weights<false, NV>(scores, n, scale2, high, low, large, sum);
   for (int v = 0; v < NV; ++v) {
     const vf rise = state->high[v] - high[v], low_rise = state->low[v] - low[v];
     alpha[v] = exp2_nonpositive(rise, [&](vf n) { return (rise - n) + low_rise; });
     state->sum[v] = fma(state->sum[v], alpha[v], sum[v]);
     state->high[v] = high[v], state->low[v] = low[v];
   }
+}
+
+// The log-sum-exp of a row: in natural units, and in units of log 2 as the backward wants it.
+struct RowLse {
+  float natural = -__builtin_inff(), high = -__builtin_inff(), low = 0.0f;
+
+  // `top` and its rest are the state's maximum; no key where the sum is 0
+  RowLse(float top, float rest, double sum) {
+    if (sum == 0.0) return;
+    const double log_sum = __builtin_log2(sum), all = ((double)top + rest) + log_sum;
+    natural = (float)(all / LOG2E);
+    const bool large = top >= LARGE || top <= -LARGE;
+    high = large ? top : (float)all;
+    low = large ? (float)(1.0 + log_sum) : (float)(all - high);
+  }
+};
+
+// What the backward subtracts from exponents, of a row that has keys.
+static MEMATTN_INLINE void saved_lse(float high, float low, float* to_high, float* to_low) {
+  if (low >= 0.5f) {
+    *to_high = high, *to_low = low;
+    return;
+  }
+  const Split lse = Split::coarse((double)high + low);
+  *to_high = lse.high, *to_low = lse.low;
 }
 
 template <int NV>

@@ -3,6 +3,7 @@
 // memattn/reference/future_attention.py.
 #include <map>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -22,6 +23,8 @@ struct Inputs {
   bool by_distance;
   int64_t future_dim, query_offset;
   double scale;
+  std::optional<std::string> loss_type;
+  bool detach_target;
 };
 
 struct Call {
@@ -29,10 +32,11 @@ struct Call {
   std::vector<FutureRow> rows;
 };
 
-FutureLoss loss_of(const std::string& loss_type) {
-  STD_TORCH_CHECK(loss_type == "mse" || loss_type == "cosine",
-                  "loss_type must be one of mse, cosine, got ", loss_type);
-  return loss_type == "mse" ? FutureLoss::mse : FutureLoss::cosine;
+FutureLoss loss_of(const std::optional<std::string>& loss_type) {
+  if (!loss_type) return FutureLoss::none;
+  STD_TORCH_CHECK(*loss_type == "mse" || *loss_type == "cosine",
+                  "loss_type must be one of mse, cosine, got ", *loss_type);
+  return *loss_type == "mse" ? FutureLoss::mse : FutureLoss::cosine;
 }
 
 View table_view(const Tensor& table) {
@@ -42,7 +46,7 @@ View table_view(const Tensor& table) {
   return view;
 }
 
-Call make_call(const Inputs& in, FutureLoss loss) {
+Call make_call(const Inputs& in) {
   STD_TORCH_CHECK(in.query.dim() == 4 && in.key.dim() == 4 && in.value.dim() == 4,
                   "query, key and value must have 4 axes");
   STD_TORCH_CHECK(in.future_key.dim() == 3 || in.future_key.dim() == 4,
@@ -70,7 +74,7 @@ Call make_call(const Inputs& in, FutureLoss loss) {
   if (in.cu_seqlens) check_bounds("cu_seqlens", in.cu_seqlens, in.cu_seqlens->numel());
   check_bounds("seq_start", in.seq_start, a.B);
   check_bounds("seq_end", in.seq_end, a.B);
-  a.scale = in.scale, a.loss = loss;
+  a.scale = in.scale, a.loss = loss_of(in.loss_type);
   a.query = view_of(in.query), a.key = view_of(in.key), a.value = view_of(in.value);
   a.future_key = table_view(in.future_key), a.future_value = table_view(in.future_value);
   a.separate_query = in.future_query.has_value();
@@ -94,28 +98,28 @@ int64_t count_whole(const FutureArgs& a) {
 
 // What a forward pass leaves: the results, and what the backward needs besides.
 struct Results {
-  Tensor out, out_future, lse, lse_low, target, lse_target, lse_target_low, loss;
+  Tensor out, out_future, lse, lse2, target, target_lse2, loss;
 };
 
-Results run_forward(const Inputs& in, FutureLoss loss) {
-  Call call = make_call(in, loss);
+Results run_forward(const Inputs& in) {
+  Call call = make_call(in);
   FutureArgs& a = call.args;
-  const bool has_loss = loss != FutureLoss::none;
+  const bool has_loss = a.loss != FutureLoss::none;
   const Tensor& like = in.query;
   const ScalarType dtype = like.scalar_type(), wide = ScalarType::Float;
   // the loss is taken from what was not rounded
   Results r{empty({a.B, a.H, a.T, a.Dv}, like, dtype),
             empty({a.B, a.H, a.T, a.Dv}, like, has_loss ? wide : dtype),
             empty({a.B, a.H, a.T}, like, wide),
-            empty({a.B, a.H, a.T}, like, wide),
-            empty({has_loss ? a.B : 0, a.H, a.T, a.Dv}, like, wide),
-            empty({has_loss ? a.B : 0, a.H, a.T}, like, wide),
-            empty({has_loss ? a.B : 0, a.H, a.T}, like, wide),
-            empty({}, like, wide)};
+            empty({2, a.B, a.H, a.T}, like, wide),
+            has_loss ? empty({a.B, a.H, a.T, a.Dv}, like, wide) : empty({0}, like, wide),
+            has_loss ? empty({2, a.B, a.H, a.T}, like, wide) : empty({0}, like, wide),
+            has_loss ? empty({}, like, wide) : empty({0}, like, wide)};
   a.out = view_of(r.out), a.out_future = view_of(r.out_future), a.target = view_of(r.target);
   auto floats = [](Tensor& t) { return static_cast<float*>(t.data_ptr()); };
-  a.lse = floats(r.lse), a.lse_low = floats(r.lse_low);
-  a.lse_target = floats(r.lse_target), a.lse_target_low = floats(r.lse_target_low);
+  a.lse = floats(r.lse);
+  take_pair(r.lse2, a.lse2_high, a.lse2_low);
+  take_pair(r.target_lse2, a.target2_high, a.target2_low);
   std::vector<double> row_loss(has_loss ? a.B * a.H * a.T : 0);
   a.row_loss = row_loss.data();
 
@@ -130,7 +134,7 @@ Results run_forward(const Inputs& in, FutureLoss loss) {
       tiles.size(), [&] { return buffer(k.future.forward_scratch(a)); },
       [&](int64_t i, Buffer& scratch) { k.future.forward(a, tiles[i], scratch.get()); });
   const double sum = std::accumulate(row_loss.begin(), row_loss.end(), 0.0);
-  *floats(r.loss) = static_cast<float>(sum / static_cast<double>(count_whole(a)));
+  if (has_loss) *floats(r.loss) = static_cast<float>(sum / static_cast<double>(count_whole(a)));
   return r;
 }
 
@@ -149,7 +153,8 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
   Tensor d_key = empty({a.B, a.Hkv, a.S, D}, in.query, dtype);
   Tensor d_value = empty({a.B, a.Hkv, a.S, Dv}, in.query, dtype);
   Tensor d_future_key = table(D), d_future_value = table(Dv);
-  Tensor d_future_query = empty({a.separate_query ? a.B : 0, a.H, a.T, D}, in.query, dtype);
+  Tensor d_future_query = a.separate_query ? empty({a.B, a.H, a.T, D}, in.query, dtype)
+                                           : empty({0}, in.query, dtype);  // there is none
   a.d_query = view_of(d_query), a.d_future_query = view_of(d_future_query);
   const View to_key = view_of(d_key), to_value = view_of(d_value);
   const View to_future_key = view_of(d_future_key), to_future_value = view_of(d_future_value);
@@ -256,19 +261,18 @@ Gradients run_backward(const Inputs& in, FutureArgs& a) {
 
 // Checks what a forward pass returned and its cotangents, and points `a` at them.
 struct Saved {
-  Tensor out, out_future, lse, lse_low, d_lse;
+  Tensor out, out_future, lse2, d_lse;
 };
 
 void take_saved(FutureArgs& a, const Tensor& d_out, Saved& s) {
   check_shape("d_out", d_out, {a.B, a.H, a.T, a.Dv});
   check_shape("out", s.out, {a.B, a.H, a.T, a.Dv});
   check_shape("out_future", s.out_future, {a.B, a.H, a.T, a.Dv});
-  for (Tensor* t : {&s.lse, &s.lse_low, &s.d_lse}) check_shape("lse", *t, {a.B, a.H, a.T});
-  for (Tensor* t : {&s.out, &s.out_future, &s.lse, &s.lse_low, &s.d_lse})
-    *t = torch::stable::contiguous(*t);
+  check_shape("d_lse", s.d_lse, {a.B, a.H, a.T});
+  check_shape("lse2", s.lse2, {2, a.B, a.H, a.T});
+  for (Tensor* t : {&s.out, &s.out_future, &s.lse2, &s.d_lse}) *t = torch::stable::contiguous(*t);
   a.d_out = view_of(d_out), a.out = view_of(s.out), a.out_future = view_of(s.out_future);
-  a.lse = static_cast<float*>(s.lse.data_ptr());
-  a.lse_low = static_cast<float*>(s.lse_low.data_ptr());
+  take_pair(s.lse2, a.lse2_high, a.lse2_low);
   a.d_lse = static_cast<const float*>(s.d_lse.data_ptr());
 }
 
@@ -276,51 +280,41 @@ void take_saved(FutureArgs& a, const Tensor& d_out, Saved& s) {
   Tensor query, Tensor key, Tensor value, Tensor future_key, Tensor future_value,                \
       OptionalTensor future_query, OptionalTensor cu_seqlens, OptionalTensor seq_start,          \
       OptionalTensor seq_end, int64_t table_len, bool by_distance, int64_t future_dim,           \
-      int64_t query_offset, double scale
+      int64_t query_offset, double scale, std::optional<std::string> loss_type, bool detach_target
 #define MEMATTN_TAKEN                                                                            \
-  Inputs{query,      key,       value,   future_key, future_value, future_query, cu_seqlens,     \
-         seq_start,  seq_end,   table_len, by_distance, future_dim, query_offset, scale}
+  Inputs{query,     key,         value,      future_key, future_value, future_query,             \
+         cu_seqlens, seq_start,   seq_end,    table_len,  by_distance,  future_dim,              \
+         query_offset, scale,     loss_type,  detach_target}
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(MEMATTN_PARAMETERS) {
-  Results r = run_forward(MEMATTN_TAKEN, FutureLoss::none);
-  return {r.out, r.out_future, r.lse, r.lse_low};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(MEMATTN_PARAMETERS) {
+  Results r = run_forward(MEMATTN_TAKEN);
+  return {r.out, r.out_future, r.lse, r.loss, r.lse2, r.target, r.target_lse2};
 }
 
-Gradients backward(Tensor d_out, Tensor d_out_future, Tensor d_lse, Tensor out, Tensor out_future,
-                   Tensor lse, Tensor lse_low, MEMATTN_PARAMETERS) {
+// without a gradient of out_future or loss, that is 0
+Gradients backward(Tensor d_out, OptionalTensor d_out_future, Tensor d_lse, OptionalTensor d_loss,
+                   Tensor out, Tensor out_future, Tensor lse2, Tensor target, Tensor target_lse2,
+                   MEMATTN_PARAMETERS) {
   const Inputs in = MEMATTN_TAKEN;
-  Call call = make_call(in, FutureLoss::none);
-  Saved saved{out, out_future, lse, lse_low, d_lse};
-  take_saved(call.args, d_out, saved);
-  check_shape("d_out_future", d_out_future, {call.args.B, call.args.H, call.args.T, call.args.Dv});
-  call.args.d_out_future = view_of(d_out_future);
-  return run_backward(in, call.args);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(
-    MEMATTN_PARAMETERS, std::string loss_type, bool) {
-  Results r = run_forward(MEMATTN_TAKEN, loss_of(loss_type));
-  return {r.out, r.loss, r.lse, r.lse_low, r.out_future, r.target, r.lse_target, r.lse_target_low};
-}
-
-Gradients loss_backward(Tensor d_out, Tensor d_loss, Tensor d_lse, Tensor out, Tensor lse,
-                        Tensor lse_low, Tensor out_future, Tensor target, Tensor lse_target,
-                        Tensor lse_target_low, MEMATTN_PARAMETERS, std::string loss_type,
-                        bool detach_target) {
-  const Inputs in = MEMATTN_TAKEN;
-  Call call = make_call(in, loss_of(loss_type));
+  Call call = make_call(in);
   FutureArgs& a = call.args;
-  Saved saved{out, out_future, lse, lse_low, d_lse};
+  Saved saved{out, out_future, lse2, d_lse};
   take_saved(a, d_out, saved);
+  Tensor zeros;
+  if (a.loss == FutureLoss::none) {
+    if (d_out_future) check_shape("d_out_future", *d_out_future, {a.B, a.H, a.T, a.Dv});
+    else zeros = torch::stable::new_zeros(d_out, {a.B, a.H, a.T, a.Dv});
+    a.d_out_future = view_of(d_out_future ? *d_out_future : zeros);
+    return run_backward(in, a);
+  }
   check_shape("target", target, {a.B, a.H, a.T, a.Dv});
-  for (Tensor* t : {&lse_target, &lse_target_low}) check_shape("lse_target", *t, {a.B, a.H, a.T});
-  for (Tensor* t : {&target, &lse_target, &lse_target_low}) *t = torch::stable::contiguous(*t);
-  check_shape("d_loss", d_loss, {});
+  check_shape("target_lse2", target_lse2, {2, a.B, a.H, a.T});
+  for (Tensor* t : {&target, &target_lse2}) *t = torch::stable::contiguous(*t);
+  if (d_loss) check_shape("d_loss", *d_loss, {});
   a.target = view_of(target);
-  a.lse_target = static_cast<float*>(lse_target.data_ptr());
-  a.lse_target_low = static_cast<float*>(lse_target_low.data_ptr());
-  const double count = static_cast<double>(count_whole(a));
-  a.d_row_loss = *static_cast<const float*>(d_loss.data_ptr()) / count;
+  take_pair(target_lse2, a.target2_high, a.target2_low);
+  const double d_mean = d_loss ? *static_cast<const float*>(d_loss->data_ptr()) : 0.0;
+  a.d_row_loss = d_mean / static_cast<double>(count_whole(a));
   a.through_target = !detach_target;
   return run_backward(in, a);
 }
@@ -328,29 +322,8 @@ Gradients loss_backward(Tensor d_out, Tensor d_loss, Tensor d_lse, Tensor out, T
 }  // namespace
 }  // namespace memattn
 
-#define MEMATTN_INPUTS                                                                           \
-  "Tensor query, Tensor key, Tensor value, Tensor future_key, Tensor future_value, "             \
-  "Tensor? future_query, Tensor? cu_seqlens, Tensor? seq_start, Tensor? seq_end, "               \
-  "int table_len, bool by_distance, int future_dim, int query_offset, float scale"
-#define MEMATTN_LOSS MEMATTN_INPUTS ", str loss_type, bool detach_target"
-#define MEMATTN_GRADIENTS " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) {
-  m.def("future_attention(" MEMATTN_INPUTS
-        ") -> (Tensor out, Tensor out_future, Tensor lse, Tensor lse_low)");
-  m.def("future_attention_backward(Tensor d_out, Tensor d_out_future, Tensor d_lse, Tensor out, "
-        "Tensor out_future, Tensor lse, Tensor lse_low, " MEMATTN_INPUTS ")" MEMATTN_GRADIENTS);
-  m.def("future_attention_loss(" MEMATTN_LOSS
-        ") -> (Tensor out, Tensor loss, Tensor lse, Tensor lse_low, Tensor out_future, "
-        "Tensor target, Tensor lse_target, Tensor lse_target_low)");
-  m.def("future_attention_loss_backward(Tensor d_out, Tensor d_loss, Tensor d_lse, Tensor out, "
-        "Tensor lse, Tensor lse_low, Tensor out_future, Tensor target, Tensor lse_target, "
-        "Tensor lse_target_low, " MEMATTN_LOSS ")" MEMATTN_GRADIENTS);
-}
-
+// the schemas are made from the signature in memattn_kernels/signatures.py
 STABLE_TORCH_LIBRARY_IMPL(memattn_cpp, CPU, m) {
   m.impl("future_attention", TORCH_BOX(&memattn::forward));
   m.impl("future_attention_backward", TORCH_BOX(&memattn::backward));
-  m.impl("future_attention_loss", TORCH_BOX(&memattn::loss_forward));
-  m.impl("future_attention_loss_backward", TORCH_BOX(&memattn::loss_backward));
 }

@@ -59,12 +59,14 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
   }
   load_rows(a.d_out, tile, rows, a.Dv, ldv, g_rows);
   to_panels(g_rows, ldv, rows.lanes, a.Dv, PANEL, g);
-  load_rows(a.out, tile, rows, a.Dv, ldv, out_rows);
-  // in the order of the products below: a row with one key gets gradient 0 exactly
-  row_dot_products(out_rows, ldv, g, PANEL, rows.lanes, a.Dv, runs.dims, delta);
+  // delta is that of the past's part of out and that of the future's, each with its own gradient in
+  // the order of the products below: a row with one key gets gradient 0 exactly
+  load_rows(a.out, tile, rows, a.Dv, ldv, target_rows);
+  load_rows(a.out_future, tile, rows, a.Dv, ldv, out_rows);
+  for (int64_t i = 0; i < rows.lanes * ldv; ++i) target_rows[i] -= out_rows[i];
+  row_dot_products(target_rows, ldv, g, PANEL, rows.lanes, a.Dv, runs.dims, delta);
 
   // the gradient of out_future itself, then with that of out, which contains it
-  load_rows(a.out_future, tile, rows, a.Dv, ldv, out_rows);
   if (has_loss) {
     load_rows(a.target, tile, rows, a.Dv, ldv, target_rows);
     __builtin_memset(future_g_rows, 0, rows.lanes * ldv * 4);
@@ -82,11 +84,11 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
     load_rows(a.d_out_future, tile, rows, a.Dv, ldv, future_g_rows);
   }
   to_panels(future_g_rows, ldv, rows.lanes, a.Dv, PANEL, future_g);
+  for (int64_t i = 0; i < rows.lanes * ldv; ++i) future_g_rows[i] += g_rows[i];
+  for (int64_t i = 0; i < rows.lanes * a.Dv; ++i) future_g[i] += g[i];
   // the second part of delta, on lanes that are not needed yet
   row_dot_products(out_rows, ldv, future_g, PANEL, rows.lanes, a.Dv, runs.dims, target_d_lse);
   for (int64_t i = 0; i < rows.lanes; ++i) delta[i] += target_d_lse[i], target_d_lse[i] = 0.0f;
-  for (int64_t i = 0; i < rows.lanes * ldv; ++i) future_g_rows[i] += g_rows[i];
-  for (int64_t i = 0; i < rows.lanes * a.Dv; ++i) future_g[i] += g[i];
 
   for (int64_t i = 0; i < rows.lanes; ++i) {
     auto set = [&](const float* high, const float* low, float* to_high, float* to_low) {
@@ -95,12 +97,11 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
         to_high[i] = -NO_SCORE;
         return;
       }
-      const Split lse = Split::coarse(((double)high[rows.flat[i]] + low[rows.flat[i]]) * LOG2E);
-      to_high[i] = lse.high, to_low[i] = lse.low;
+      saved_lse(high[rows.flat[i]], low[rows.flat[i]], to_high + i, to_low + i);
     };
-    set(a.lse, a.lse_low, lse_high, lse_low);
+    set(a.lse2_high, a.lse2_low, lse_high, lse_low);
     if (i < rows.n && !rows.empty(i)) d_lse[i] = a.d_lse[rows.flat[i]];
-    if (with_target) set(a.lse_target, a.lse_target_low, target_high, target_low);
+    if (with_target) set(a.target2_high, a.target2_low, target_high, target_low);
   }
 
   const QuerySide sides[3] = {
@@ -136,12 +137,16 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
           const vf high = ((const vf*)side.lse_high)[at], low = ((const vf*)side.lse_low)[at];
           const vf t_high = ((const vf*)target_high)[at], t_low = ((const vf*)target_low)[at];
           WeightedMean& mean = kind == AHEAD ? target_means[at] : means[at];
-          for (int64_t j = 0; j < span.last - span.first; ++j) {
-            const vf s = ((const vf*)p_all)[j * NV + v];
-            mean.add(weight(s, scale2, high, low), ((const vf*)ds_all)[j * NV + v]);
-            if (with_target && kind == PAST)  // its values are not in the target
-              target_means[at].add(weight(s, scale2, t_high, t_low), vf{});
-          }
+          const vf lows[2] = {low, t_low};
+          with_large_lanes<2>(lows, [&](auto some_large) {
+            for (int64_t j = 0; j < span.last - span.first; ++j) {
+              const vf s = ((const vf*)p_all)[j * NV + v];
+              mean.add(saved_weight<some_large>(s, scale2, high, low),
+                       ((const vf*)ds_all)[j * NV + v]);
+              if (with_target && kind == PAST)  // its values are not in the target
+                target_means[at].add(saved_weight<some_large>(s, scale2, t_high, t_low), vf{});
+            }
+          });
         }
       }
     });
@@ -177,18 +182,21 @@ static void future_backward_tile(const FutureArgs& a, const Tile& tile, const Fu
         const vf t_mean = ((const vf*)target_delta)[at];
         vf* w = (vf*)weights + v;
         vf* d = (vf*)ds + v;
-        if (also_target)  // the past enters the target through its log-sum-exp
-          for (int64_t j = 0; j < n * NV; j += NV) {
-            const vf in_target = weight(w[j], scale2, t_high, t_low);
-            w[j] = weight(w[j], scale2, high, low);
-            d[j] = fma(-in_target, t_mean, w[j] * ((d[j] - mean) + extra));
-          }
-        else
+        const vf lows[2] = {low, also_target ? t_low : low};
+        with_large_lanes<2>(lows, [&](auto some_large) {
+          if (also_target)  // the past enters the target through its log-sum-exp
+            for (int64_t j = 0; j < n * NV; j += NV) {
+              const vf in_target = saved_weight<some_large>(w[j], scale2, t_high, t_low);
+              w[j] = saved_weight<some_large>(w[j], scale2, high, low);
+              d[j] = fma(-in_target, t_mean, w[j] * ((d[j] - mean) + extra));
+            }
+          else
 #pragma GCC unroll 2
-          for (int64_t j = 0; j < n * NV; j += NV) {
-            w[j] = weight(w[j], scale2, high, low);
-            d[j] = w[j] * ((d[j] - mean) + extra);
-          }
+            for (int64_t j = 0; j < n * NV; j += NV) {
+              w[j] = saved_weight<some_large>(w[j], scale2, high, low);
+              d[j] = w[j] * ((d[j] - mean) + extra);
+            }
+        });
       }
       add_weighted<NV>(a.D, n, runs.keys, block.key.data + skip * block.key.stride,
                        block.key.stride, ds, PANEL, side.d_q + p * a.D * PANEL, PANEL, nullptr);

@@ -143,27 +143,29 @@ static void row_loss_gradient(FutureLoss loss, double factor, const float* x, co
 
 // ---- forward -----------------------------------------------------------------------------------
 
-// The maximum of one softmax, in units of log 2, and the sum of its weights.
+// The maximum of one softmax, in units of log 2 as a sum of two floats, and the sum of its weights.
 struct Weighed {
-  double top = 0.0, sum = 0.0;
+  float high = 0.0f, low = 0.0f;
+  double sum = 0.0;
+
+  double top() const { return (double)high + low; }
 };
 
 // Two softmaxes as one: the factor of each one's weighted sum, and the log-sum-exp.
 struct Merged {
   float first = 0.0f, second = 0.0f;
-  Split lse{0.0};
+  RowLse lse{0.0f, 0.0f, 0.0};
 
   Merged(const Weighed& a, const Weighed& b) {
     // compared so that NaN counts as a weight: it must reach the output
     const bool has_a = a.sum != 0.0, has_b = b.sum != 0.0;
-    lse.high = -__builtin_inff();
     if (!has_a && !has_b) return;
-    const double top = !has_b || (has_a && a.top > b.top) ? a.top : b.top;
-    const double in_a = has_a ? __builtin_exp2(a.top - top) : 0.0;
-    const double in_b = has_b ? __builtin_exp2(b.top - top) : 0.0;
+    const Weighed& most = !has_b || (has_a && a.top() > b.top()) ? a : b;
+    const double in_a = has_a ? __builtin_exp2(a.top() - most.top()) : 0.0;
+    const double in_b = has_b ? __builtin_exp2(b.top() - most.top()) : 0.0;
     const double sum = in_a * a.sum + in_b * b.sum;
     first = (float)(in_a / sum), second = (float)(in_b / sum);
-    lse = Split((top + __builtin_log2(sum)) / LOG2E);
+    lse = RowLse(most.high, most.low, sum);
   }
 };
 
@@ -210,18 +212,21 @@ static void future_forward_tile(const FutureArgs& a, const Tile& tile, float* sc
     auto state = [&](Keys kind) {
       const SoftmaxState<NV>& s = states[kind][i / PANEL];
       const int64_t v = i % PANEL / VL, lane = i % VL;
-      return Weighed{(double)s.high[v][lane] + s.low[v][lane], s.sum[v][lane]};
+      return Weighed{s.high[v][lane], s.low[v][lane], s.sum[v][lane]};
     };
     const Merged both(state(PAST), state(FUTURE));
     norm[PAST][i] = both.first, norm[FUTURE][i] = both.second;
-    if (i < rows.n) a.lse[rows.flat[i]] = both.lse.high, a.lse_low[rows.flat[i]] = both.lse.low;
+    if (i < rows.n) {
+      a.lse[rows.flat[i]] = both.lse.natural;
+      a.lse2_high[rows.flat[i]] = both.lse.high, a.lse2_low[rows.flat[i]] = both.lse.low;
+    }
     if (!with_target) continue;
     // only rows that count have a target
     const bool counts = i < rows.n && rows.range[i]->mid < rows.range[i]->hi;
     const Merged real(counts ? state(PAST) : Weighed{}, counts ? state(AHEAD) : Weighed{});
     norm[AHEAD][i] = real.second;
     if (i < rows.n)
-      a.lse_target[rows.flat[i]] = real.lse.high, a.lse_target_low[rows.flat[i]] = real.lse.low;
+      a.target2_high[rows.flat[i]] = real.lse.high, a.target2_low[rows.flat[i]] = real.lse.low;
   }
   for (int64_t p = 0; p * PANEL < rows.lanes; ++p)
     for (int64_t v = 0; v < NV; ++v) {

@@ -31,7 +31,7 @@ struct SegmentedArgs {
   View persistent_key, persistent_value;  // [Hkv, P, D or Dv]
   View memory_key, memory_value;     // [B, Hkv, n_segments, M, D or Dv]
   float* lse;                        // [B, H, T]
-  float* lse_low;                    // [B, H, T], what float32 lost of lse
+  float *lse2_high, *lse2_low;       // [B, H, T], what the backward needs of it (RowLse)
   const RowRange* rows;              // [B or 1, T]
   int64_t rows_stride;               // T, or 0 where all sequences are alike
   // backward only
@@ -75,10 +75,11 @@ struct FutureArgs {
   bool separate_query;
   View future_key, future_value;    // [B, Hf, R, D or Dv], the first stride 0 for a shared table
   View out, out_future;             // [B, H, T, Dv]
-  float *lse, *lse_low;             // [B, H, T], and what float32 lost of it
+  float *lse;                       // [B, H, T]
+  float *lse2_high, *lse2_low;      // [B, H, T], what the backward needs of it (RowLse)
   FutureLoss loss;
   View target;                      // [B, H, T, Dv]
-  float *lse_target, *lse_target_low;  // [B, H, T], -inf for a row that does not count
+  float *target2_high, *target2_low;  // the same of the target, -inf for a row that does not count
   double* row_loss;                 // [B, H, T], forward only
   const FutureRow* rows;            // [B or 1, T]
   int64_t rows_stride;              // T, or 0 where all sequences are alike
@@ -122,7 +123,7 @@ struct TaskArgs {
   bool is_causal;
   View query, key, value, out;       // [B, H or Hkv, T or S, D or Dv]
   float* lse;                        // [B, H, T]
-  float* lse_low;                    // [B, H, T], what float32 lost of lse
+  float *lse2_high, *lse2_low;       // [B, H, T], what the backward needs of it (RowLse)
   // [B]; queries of a sequence are rows [start, query_end), keys [start, key_end)
   const int64_t *task, *start, *query_end, *key_end;
   int64_t mask_heads, tile_rows, tile_cols;  // of a mask, in tiles

@@ -126,10 +126,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   SegmentedArgs& a = in.args;
   Tensor out = empty({a.B, a.H, a.T, a.Dv}, query, query.scalar_type());
   Tensor lse = empty({a.B, a.H, a.T}, query, ScalarType::Float);
-  Tensor lse_low = empty({a.B, a.H, a.T}, query, ScalarType::Float);
+  Tensor lse2 = empty({2, a.B, a.H, a.T}, query, ScalarType::Float);
   a.out = view_of(out);
   a.lse = static_cast<float*>(lse.data_ptr());
-  a.lse_low = static_cast<float*>(lse_low.data_ptr());
+  take_pair(lse2, a.lse2_high, a.lse2_low);
   std::vector<Tile> tiles;
   for (int64_t b = 0; b < a.B; ++b)
     for (int64_t hkv = 0; hkv < a.Hkv; ++hkv) {
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   parallel_work(
       tiles.size(), [&] { return buffer(k.forward_scratch(a)); },
       [&](int64_t i, Buffer& scratch) { k.segmented_forward(a, tiles[i], scratch.get()); });
-  return {out, lse, lse_low};
+  return {out, lse, lse2};
 }
 
 // The queries [t_begin, t_end) of key head (b, hkv), with the keys and segments that they reach.
@@ -199,7 +199,7 @@ std::vector<Reach> reaches(const SegmentedArgs& a, const std::vector<Tile>& tile
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, Tensor lse_low, Tensor query, Tensor key,
+    Tensor d_out, Tensor d_lse, Tensor out, Tensor lse2, Tensor query, Tensor key,
     Tensor value, OptionalTensor persistent_key, OptionalTensor persistent_value, OptionalTensor memory_key,
     OptionalTensor memory_value, OptionalTensor cu_seqlens, OptionalTensor seq_start,
     OptionalTensor seq_end, OptionalInt segment_len, OptionalInt window_size, bool is_causal,
@@ -214,15 +214,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor d_query = empty({a.B, a.H, a.T, D}, query, dtype);
   Tensor d_key = empty({a.B, a.Hkv, a.S, D}, query, dtype);
   Tensor d_value = empty({a.B, a.Hkv, a.S, Dv}, query, dtype);
-  Tensor d_pk = empty({persistent_key ? a.Hkv : 0, P, D}, query, dtype);
-  Tensor d_pv = empty({persistent_key ? a.Hkv : 0, P, Dv}, query, dtype);
-  Tensor d_mk = empty({memory_key ? a.B : 0, a.Hkv, n_segments, M, D}, query, dtype);
-  Tensor d_mv = empty({memory_key ? a.B : 0, a.Hkv, n_segments, M, Dv}, query, dtype);
-  out = torch::stable::contiguous(out), lse = torch::stable::contiguous(lse);
-  d_lse = torch::stable::contiguous(d_lse), lse_low = torch::stable::contiguous(lse_low);
+  // of size 0 where there are none
+  auto or_empty = [&](bool given, std::initializer_list<int64_t> sizes) {
+    return given ? empty(sizes, query, dtype) : empty({0}, query, dtype);
+  };
+  Tensor d_pk = or_empty(persistent_key.has_value(), {a.Hkv, P, D});
+  Tensor d_pv = or_empty(persistent_key.has_value(), {a.Hkv, P, Dv});
+  Tensor d_mk = or_empty(memory_key.has_value(), {a.B, a.Hkv, n_segments, M, D});
+  Tensor d_mv = or_empty(memory_key.has_value(), {a.B, a.Hkv, n_segments, M, Dv});
+  out = torch::stable::contiguous(out), lse2 = torch::stable::contiguous(lse2);
+  d_lse = torch::stable::contiguous(d_lse);
   a.out = view_of(out), a.d_out = view_of(d_out), a.d_query = view_of(d_query);
-  a.lse = static_cast<float*>(lse.data_ptr());
-  a.lse_low = static_cast<float*>(lse_low.data_ptr());
+  take_pair(lse2, a.lse2_high, a.lse2_low);
   a.d_lse = static_cast<const float*>(d_lse.data_ptr());
 
   const float factor = static_cast<float>(scale);
@@ -342,18 +345,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 }  // namespace
 }  // namespace memattn
 
-#define MEMATTN_INPUTS                                                                             \
-  "Tensor query, Tensor key, Tensor value, Tensor? persistent_key, Tensor? persistent_value, "     \
-  "Tensor? memory_key, Tensor? memory_value, Tensor? cu_seqlens, Tensor? seq_start, "              \
-  "Tensor? seq_end, int? segment_len, int? window_size, bool is_causal, bool memory_is_causal, "   \
-  "int query_offset, float scale"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) {
-  m.def("segmented_attention(" MEMATTN_INPUTS ") -> (Tensor out, Tensor lse, Tensor lse_low)");
-  m.def("segmented_attention_backward(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, Tensor lse_low, "
-        MEMATTN_INPUTS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
+// the schemas are made from the signature in memattn_kernels/signatures.py
 STABLE_TORCH_LIBRARY_IMPL(memattn_cpp, CPU, m) {
   m.impl("segmented_attention", TORCH_BOX(&memattn::forward));
   m.impl("segmented_attention_backward", TORCH_BOX(&memattn::backward));

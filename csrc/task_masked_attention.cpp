@@ -134,10 +134,9 @@ std::vector<Tile> tiles_of(const TaskArgs& a, int64_t b, int64_t hkv, int64_t t_
   return make_tiles(a, b, hkv, t_begin, t_end, a.mask_heads == 1);
 }
 
-// Fills the rows of `t`, [B, H, T, width], that lie outside the sequences.
+// Fills the rows of `data`, [B, H, T, width], that lie outside the sequences.
 template <class Element>
-void fill_outside(const TaskArgs& a, Tensor& t, int64_t width, Element value) {
-  auto* data = static_cast<Element*>(t.data_ptr());
+void fill_outside(const TaskArgs& a, Element* data, int64_t width, Element value) {
   for (int64_t head = 0; head < a.B * a.H; ++head) {
     const int64_t b = head / a.H, start = std::min(a.start[b], a.T);
     Element* rows = data + head * a.T * width;
@@ -147,8 +146,8 @@ void fill_outside(const TaskArgs& a, Tensor& t, int64_t width, Element value) {
 }
 
 void zero_outside(const TaskArgs& a, Tensor& t, int64_t width) {
-  if (t.element_size() == 4) fill_outside<float>(a, t, width, 0.0f);
-  else fill_outside<uint16_t>(a, t, width, 0);
+  if (t.element_size() == 4) fill_outside(a, static_cast<float*>(t.data_ptr()), width, 0.0f);
+  else fill_outside(a, static_cast<uint16_t*>(t.data_ptr()), width, uint16_t{0});
 }
 
 std::tuple<Tensor, Tensor, Tensor> run_forward(const Inputs& in) {
@@ -157,13 +156,13 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const Inputs& in) {
   TaskArgs& a = call.args;
   Tensor out = empty({a.B, a.H, a.T, a.Dv}, in.query, in.query.scalar_type());
   Tensor lse = empty({a.B, a.H, a.T}, in.query, ScalarType::Float);
-  Tensor lse_low = empty({a.B, a.H, a.T}, in.query, ScalarType::Float);
+  Tensor lse2 = empty({2, a.B, a.H, a.T}, in.query, ScalarType::Float);
   zero_outside(a, out, a.Dv);
-  fill_outside(a, lse, 1, -INFINITY);
-  fill_outside(a, lse_low, 1, 0.0f);
   a.out = view_of(out);
   a.lse = static_cast<float*>(lse.data_ptr());
-  a.lse_low = static_cast<float*>(lse_low.data_ptr());
+  take_pair(lse2, a.lse2_high, a.lse2_low);
+  fill_outside(a, a.lse, 1, -INFINITY), fill_outside(a, a.lse2_high, 1, -INFINITY);
+  fill_outside(a, a.lse2_low, 1, 0.0f);
   std::vector<Tile> tiles;
   for (int64_t b = 0; b < a.B; ++b)
     for (int64_t hkv = 0; hkv < a.Hkv; ++hkv) {
@@ -174,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const Inputs& in) {
   parallel_work(
       tiles.size(), [&] { return buffer(k.forward_scratch(a)); },
       [&](int64_t i, Buffer& scratch) { k.forward(a, tiles[i], scratch.get()); });
-  return {out, lse, lse_low};
+  return {out, lse, lse2};
 }
 
 // ---- backward ----------------------------------------------------------------------------------
@@ -244,8 +243,7 @@ struct Chunk {
 };
 
 std::tuple<Tensor, Tensor, Tensor> run_backward(const Inputs& in, const Tensor& d_out,
-                                                Tensor d_lse, const Tensor& out, Tensor lse,
-                                                Tensor lse_low) {
+                                                Tensor d_lse, const Tensor& out, Tensor lse2) {
   Call call;
   make_call(in, call);
   TaskArgs& a = call.args;
@@ -255,13 +253,11 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Inputs& in, const Tensor& 
   Tensor d_value = empty({a.B, a.Hkv, a.S, a.Dv}, in.query, dtype);
   zero_outside(a, d_query, a.D);
   for (const Tensor* t : {&d_out, &out}) check_shape("out", *t, {a.B, a.H, a.T, a.Dv});
-  for (Tensor* t : {&lse, &lse_low, &d_lse}) {
-    check_shape("lse", *t, {a.B, a.H, a.T});
-    *t = torch::stable::contiguous(*t);
-  }
+  check_shape("d_lse", d_lse, {a.B, a.H, a.T});
+  check_shape("lse2", lse2, {2, a.B, a.H, a.T});
+  d_lse = torch::stable::contiguous(d_lse), lse2 = torch::stable::contiguous(lse2);
   a.out = view_of(out), a.d_out = view_of(d_out), a.d_query = view_of(d_query);
-  a.lse = static_cast<float*>(lse.data_ptr());
-  a.lse_low = static_cast<float*>(lse_low.data_ptr());
+  take_pair(lse2, a.lse2_high, a.lse2_low);
   a.d_lse = static_cast<const float*>(d_lse.data_ptr());
 
   const Kernels& k = kernels();
@@ -341,11 +337,12 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Inputs& in, const Tensor& 
   return {d_query, d_key, d_value};
 }
 
+// the lists by tiles of keys are not read: both passes go through the tiles of queries
 #define MEMATTN_PARAMETERS                                                                     \
   Tensor query, Tensor key, Tensor value, Tensor task_id, Tensor bits, OptionalTensor slots,   \
       OptionalTensor query_node, OptionalTensor key_node, Tensor query_tiles,                  \
-      Tensor query_counts, OptionalTensor seq_start, OptionalTensor seq_end, bool is_causal,   \
-      double scale
+      Tensor query_counts, Tensor, Tensor, OptionalTensor seq_start, OptionalTensor seq_end,   \
+      bool is_causal, double scale
 #define MEMATTN_TAKEN                                                                          \
   Inputs{query,    key,         value,        task_id,   bits,    slots,     query_node,       \
          key_node, query_tiles, query_counts, seq_start, seq_end, is_causal, scale}
@@ -354,25 +351,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(MEMATTN_PARAMETERS) {
   return run_forward(MEMATTN_TAKEN);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse,
-                                            Tensor lse_low, MEMATTN_PARAMETERS) {
-  return run_backward(MEMATTN_TAKEN, d_out, d_lse, out, lse, lse_low);
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse2,
+                                            MEMATTN_PARAMETERS) {
+  return run_backward(MEMATTN_TAKEN, d_out, d_lse, out, lse2);
 }
 
 }  // namespace
 }  // namespace memattn
 
-#define MEMATTN_INPUTS                                                                          \
-  "Tensor query, Tensor key, Tensor value, Tensor task_id, Tensor bits, Tensor? slots, "        \
-  "Tensor? query_node, Tensor? key_node, Tensor query_tiles, Tensor query_counts, "             \
-  "Tensor? seq_start, Tensor? seq_end, bool is_causal, float scale"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) {
-  m.def("task_masked_attention(" MEMATTN_INPUTS ") -> (Tensor out, Tensor lse, Tensor lse_low)");
-  m.def("task_masked_attention_backward(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, "
-        "Tensor lse_low, " MEMATTN_INPUTS ") -> (Tensor, Tensor, Tensor)");
-}
-
+// the schemas are made from the signature in memattn_kernels/signatures.py
 STABLE_TORCH_LIBRARY_IMPL(memattn_cpp, CPU, m) {
   m.impl("task_masked_attention", TORCH_BOX(&memattn::forward));
   m.impl("task_masked_attention_backward", TORCH_BOX(&memattn::backward));

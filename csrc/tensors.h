@@ -122,6 +122,11 @@ std::vector<Tile> make_tiles(const Args& a, int64_t b, int64_t hkv, int64_t t_be
   return tiles;
 }
 
+// The two parts of a contiguous [2, B, H, T], for a.lse2_high and a.lse2_low.
+inline void take_pair(const Tensor& pair, float*& high, float*& low) {
+  high = static_cast<float*>(pair.data_ptr()), low = high + pair.numel() / 2;
+}
+
 // Runs work(i, thread's state) for i in [0, n), handed out one by one: tiles differ in cost.
 template <class State, class Work>
 void parallel_work(int64_t n, State make_state, Work work) {

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memattn.continual import train_continual
+    from memattn.dtgma import DTGMAModel
     from memattn.models import (
         AttentionConfig,
-        FutureConfig,
         MemAttnCache,
         MemAttnConfig,
         MemAttnForCausalLM,
         MemAttnModel,
     )
-    from memattn.models.dtgma import DTGMAModel
     from memattn.nn import FutureAttention, RotaryEmbedding, SegmentedAttention, TaskLinear
     from memattn.ops import (
         AttentionOutput,
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
         segmented_attention,
         task_masked_attention,
     )
+    from memattn.parts.future import FutureConfig
 
 __version__ = "0.1.0"
 
@@ -76,7 +76,7 @@ _HOMES = {
         "MemAttnForCausalLM",
         "MemAttnModel",
     ),
-    "memattn.models.dtgma": ("DTGMAModel",),
+    "memattn.dtgma": ("DTGMAModel",),
     "memattn.continual": ("train_continual",),
 }
 

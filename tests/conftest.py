@@ -1,4 +1,4 @@
-"""Run Triton's kernels in its interpreter where there is no GPU, and poison fresh memory."""
+"""Triton's interpreter where there is no GPU, fresh memory that is poisoned, long tests first."""
 
 import os
 from collections.abc import Callable
@@ -40,3 +40,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# tests of a file here share what takes minutes to make
+TOGETHER = ("test_triton_aot.py", "test_train_distributed.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first.
+
+    At the end of a run a long one would leave the other workers idle, which take each other's last
+    tests, and with them what tests of a file share a second time.
+    """
+
+    def is_short(item: pytest.Item) -> bool:
+        return item.path.name not in TOGETHER and item.get_closest_marker("slow") is None
+
+    items.sort(key=is_short)

@@ -1,38 +1,12 @@
 """Task masks and inputs for tests."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from memattn import TaskMask
 from memattn.testing import make_segmented_inputs
-
-# name: (sizes, mask form, options, index tensors); a mask has n tasks, over T queries and S keys
-CASES = {
-    "one": (dict(B=1, T=1), dict(form="graph", nodes=1), {}, {}),
-    "small": (dict(T=20), dict(form="dense"), {}, {}),
-    "graph": (dict(T=135), dict(form="graph", nodes=5), {}, {}),
-    "graph-causal": (dict(T=135), dict(form="graph", nodes=40), dict(is_causal=True), {}),
-    "heads": (dict(T=40, heads=True), dict(form="dense"), {}, {}),
-    "graph-heads": (dict(T=40, heads=True), dict(form="graph", nodes=7), dict(scale=0.2), {}),
-    "blocks": (dict(T=270, B=1), dict(form="blocks"), {}, {}),
-    "blocks-causal": (dict(T=270, B=1, H=1), dict(form="blocks"), dict(is_causal=True), {}),
-    "cross": (dict(T=33, S=140), dict(form="dense"), {}, {}),
-    "cross-graph": (dict(T=140, S=33, D=13, Dv=7), dict(form="graph", nodes=9), {}, {}),
-    "multi-query": (dict(T=60, H=4, Hkv=1), dict(form="graph", nodes=33), {}, {}),
-    "full": (dict(T=130), dict(form="full"), {}, {}),
-    "nothing": (dict(T=33), dict(form="nothing"), {}, {}),
-    "padded-left": (
-        dict(T=135),
-        dict(form="graph", nodes=6),
-        {},
-        dict(seq_start=[5, 134]),
-    ),
-    "padded": (
-        dict(T=135),
-        dict(form="dense"),
-        dict(is_causal=True),
-        dict(seq_start=[3, 0], seq_end=[134, 0]),
-    ),
-}
 
 
 def make_mask(
@@ -47,7 +21,13 @@ def make_mask(
             torch.randint(nodes, (length,), generator=generator).sort().values for length in (T, S)
         )
         return TaskMask.from_graph(edges, query_node, key_node)
-    return TaskMask.from_dense(make_pairs(form, n, T, S, heads, generator))
+    if form == "halves":  # the second of two nodes does not see itself
+        edges = torch.tensor([[True, True], [True, False]]).expand(n, *heads, 2, 2)
+        return TaskMask.from_graph(edges, *((torch.arange(x) >= 2 * x // 3).int() for x in (T, S)))
+    pairs = make_pairs("dense" if form == "graph-holes" else form, n, T, S, heads, generator)
+    if form == "graph-holes":  # each place a node of its own
+        return TaskMask.from_graph(pairs, torch.arange(T), torch.arange(S))
+    return TaskMask.from_dense(pairs)
 
 
 def make_pairs(form: str, n: int, T: int, S: int, heads: tuple, generator) -> torch.Tensor:
@@ -58,6 +38,8 @@ def make_pairs(form: str, n: int, T: int, S: int, heads: tuple, generator) -> to
     if form == "nothing":
         return torch.zeros(shape, dtype=torch.bool)
     mask = torch.rand(shape, generator=generator) < 0.2
+    if form == "some":  # each query sees at least its own place
+        return mask | torch.eye(T, S, dtype=torch.bool)
     mask[..., T // 3, :] = False  # a query without keys
     mask[..., S // 2] = False  # a key without queries
     if form == "blocks":  # empty, full and partial tiles
@@ -68,16 +50,38 @@ def make_pairs(form: str, n: int, T: int, S: int, heads: tuple, generator) -> to
     return mask
 
 
-def make_case(name: str, *, dtype=torch.float32, device="cpu", n_tasks: int = 3) -> tuple:
-    """Inputs ``query, key, value`` and options of a named case, the mask and tasks among them."""
-    sizes, mask, options, bounds = CASES[name]
-    sizes = {"B": 2, "H": 2, "Hkv": 1, **sizes}
-    heads = sizes.pop("heads", False)
-    T, B = sizes["T"], sizes["B"]
-    tensors = make_segmented_inputs(**sizes, dtype=dtype, device=device)
-    mask = make_mask(**mask, n=n_tasks, T=T, S=sizes.get("S", T), H=sizes["H"] if heads else 1).to(
-        device
-    )
+def make_task_masked_inputs(
+    *,
+    form: str,
+    T: int,
+    B: int = 2,
+    H: int = 2,
+    Hkv: int = 1,
+    S: int | None = None,
+    heads: bool = False,
+    nodes: int = 4,
+    n_tasks: int = 3,
+    device: str = "cpu",
+    **sizes: Any,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Inputs ``query, key, value`` and options, the mask and a task for each sequence."""
+    S = T if S is None else S
+    tensors = make_segmented_inputs(B=B, H=H, Hkv=Hkv, T=T, S=S, device=device, **sizes)
+    mask = make_mask(form=form, n=n_tasks, T=T, S=S, H=H if heads else 1, nodes=nodes)
     task_id = torch.arange(B, device=device).flip(0) % n_tasks
-    bounds = {k: torch.tensor(v, dtype=torch.int32, device=device) for k, v in bounds.items()}
-    return tensors, dict(task_mask=mask, task_id=task_id, **options, **bounds)
+    return tensors, dict(task_mask=mask.to(device), task_id=task_id)
+
+
+def pad_task_mask(
+    tensors: dict[str, Tensor], options: dict[str, Any], left: int, right: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The mask with more rows and columns, all of them allowed: what counts is the bounds."""
+    mask, more = options["task_mask"], left + right
+    pairs = torch.stack([mask.dense(task) for task in range(mask.n_tasks)])
+    pairs = torch.nn.functional.pad(pairs, (0, more, 0, more), value=True)
+    if mask.tensors.query_node is not None:  # keep the form
+        nodes = torch.arange(pairs.shape[-1])
+        mask = TaskMask.from_graph(pairs.cpu(), nodes, nodes)
+    else:
+        mask = TaskMask.from_dense(pairs.cpu())
+    return tensors, options | dict(task_mask=mask.to(tensors["query"].device))

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from memattn.bench.gpu import correctness, session, speed
+from memattn.bench.gpu import compare, correctness, session, speed
 from memattn.bench.gpu.__main__ import main, read_plan
 from memattn.bench.gpu.page import page
 from memattn.bench.gpu.pool import Pool
@@ -43,7 +43,7 @@ def results(folder: Path) -> list[dict]:
 
 
 def test_the_whole_session_runs_without_a_card(tmp_path: Path):
-    process = start(tmp_path, "--seconds", "200")
+    process = start(tmp_path, "--seconds", "900", "--before", str(ROOT))
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
     found = results(tmp_path)
@@ -117,6 +117,19 @@ def test_every_bar_of_a_gpu_is_planned():
     assert [job["peers"] for job in jobs[:4]].count([]) == 3
 
 
+def test_builds_are_compared_by_their_fastest_rounds():
+    job = {"task": "before", "case": "causal", "direction": "forward"}
+    times = {"before": (3.0, 2.0), "now": (1.0, 1.5)}
+    pairs = [
+        (job | {"build": build}, {"status": "ok", "milliseconds": value})
+        for build, values in times.items()
+        for value in values
+    ]
+    (row,) = compare.ratios(pairs)
+    assert row["speedup"] == 2.0 and row["now"] == [1.0, 1.5]
+    assert compare.ratios(pairs[:2]) == []
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -140,8 +153,10 @@ def test_plans_pick_stages_and_operators():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sped"], "PLAN must have stages (correct, speed, tests, retune) and operators"),
+        (["sped"], "PLAN must have stages (correct, before, speed, tests, retune) and operators"),
         (["--seconds", "1"], "seconds must be between 10 and 86400, got 1.0"),
+        (["before"], "before must be given for the stage of that name, got None"),
+        (["--before", "/"], "before must be a checkout of this project, got /"),
         (["--workers", "0"], "workers must be between 1 and 256, got 0"),
     ],
 )

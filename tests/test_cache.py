@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_factories import SYSTEMS, logits_of, make_config, make_model, make_tokens, pad_left
+from model_factories import SYSTEMS, logits_of, make_model, make_tokens, pad_left
 
 from memattn.models import MemAttnCache
+from memattn.parts import PartState
 
 EXACT = dict(rtol=0, atol=1e-12)
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
@@ -157,7 +158,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("memattn.models.cache.save_file", fill_the_disk)
+    monkeypatch.setattr("memattn.models.cache_file.save_file", fill_the_disk)
     with pytest.raises(OSError, match="no space left"):
         cache.save(path)
     assert path.read_bytes() == before
@@ -252,7 +253,7 @@ def test_cropped_columns_are_forgotten(system):
         torch.testing.assert_close(actual[:, :right], expected[:, begin:end], **EXACT)
         cache.crop(-wrong)
         assert cache.position == end
-        assert cache.layers[0].kept == cache.layers[0].keep
+        assert cache.layers[0].kept == cache.layers[0].parts["attention"].keep
     actual, _ = run_pieces(model, tokens[:, 21:], [9], cache=cache)
     torch.testing.assert_close(actual, expected[:, 21:], **EXACT)
 
@@ -315,10 +316,9 @@ def _grads(model, function):
     position=st.integers(12, 30),
 )
 def test_what_is_kept_is_exactly_what_can_be_seen(segment_len, window_size, starts, position):
-    layer = MemAttnCache(make_config()).layers[0]
-    layer.segment_len, layer.window_size = segment_len, window_size
+    state = PartState("segmented", segment_len, window_size)
     end = torch.full((len(starts),), 1 << 62)
-    first = layer.visible_from(position, torch.tensor(starts), end)
+    first = state.visible_from(position, torch.tensor(starts), end)
 
     def sees(start, i, j):
         if segment_len is None and window_size is None:

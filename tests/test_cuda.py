@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from model_factories import make_model, make_tokens
-from segmented_factories import check_against_reference
+from operator_contract import check
 from torch import Tensor
 
 from memattn import TaskMask, segmented_attention, task_masked_attention
@@ -137,4 +137,5 @@ def test_every_head_dimension_of_segmented_attention(dtype: torch.dtype, D: int)
     tensors = make_segmented_inputs(
         T=700, D=D, P=5, M=9, segment_len=100, dtype=dtype, device="cuda"
     )
-    check_against_reference("triton", tensors, {"segment_len": 100, "window_size": 150})
+    options = {"segment_len": 100, "window_size": 150, "backend": "triton"}
+    check(segmented_attention, tensors, options)

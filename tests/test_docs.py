@@ -1,5 +1,7 @@
 """Every code block of the documentation runs."""
 
+import itertools
+import json
 import os
 import re
 import shlex
@@ -41,20 +43,37 @@ def test_python_blocks_run(page, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+def commands(page: Path) -> list[list[str]]:
+    """Commands of the bash blocks, each split into words."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=ids)
 def test_commands_run(page, tmp_path):
-    """Commands run in a copy of the configurations; what make would run is only looked up."""
+    """In a copy of the configurations, in order; what make would run is only looked up.
+
+    The first command of memattn runs as the console script that is installed, those that follow
+    each other after it in one process.
+    """
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
-        command = shlex.split(line, comments=True)
-        if not command:
-            continue
-        if command[0] == "make":
-            command, cwd = ["make", "--dry-run", *command[1:]], ROOT
-        else:
-            cwd = tmp_path
-        result = run(command, cwd)
-        assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+    first = True
+    for program, words in itertools.groupby(commands(page), key=lambda words: words[0]):
+        group = list(words)
+        todo = [(command, tmp_path) for command in group]
+        if program == "make":
+            todo = [(["make", "--dry-run", *command[1:]], ROOT) for command in group]
+        elif program == "memattn":
+            todo = [(group.pop(0), tmp_path)] if first else []
+            first = False
+            if group:
+                script = str(ROOT / "tests" / "run_commands.py")
+                todo.append(([sys.executable, script, json.dumps(group)], tmp_path))
+        for command, cwd in todo:
+            result = run(command, cwd)
+            shown = f"{command}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+            assert result.returncode == 0, shown
 
 
 def test_links_between_pages_lead_somewhere():

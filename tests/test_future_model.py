@@ -109,7 +109,7 @@ def test_layers_outside_the_range_are_causal():
     model = make_model(start_layer=1, end_layer=3, num_hidden_layers=4)
     kinds = [type(layer.attention) for layer in model.model.layers]
     assert kinds == [SegmentedAttention, FutureAttention, FutureAttention, SegmentedAttention]
-    assert make_config(num_hidden_layers=2).attention.future.layers(2) == range(2)
+    assert make_config(num_hidden_layers=2).attention.layers(2) == range(2)
     assert isinstance(make_model("computed").model.layers[0].attention.future, FutureComputed)
 
 
@@ -138,8 +138,8 @@ def test_the_losses_of_layers_are_averaged_and_added_in_training_only(loss_type)
 def test_the_future_loss_is_computed_where_it_is_wanted():
     model, tokens = make_model(), make_tokens()
     assert model(tokens).future_loss is None
-    assert model(tokens, output_future_loss=True).future_loss > 0
-    assert model(tokens, labels=tokens, output_future_loss=False).future_loss is None
+    assert model(tokens, output_losses=True).future_loss > 0
+    assert model(tokens, labels=tokens, output_losses=False).future_loss is None
     model.train()
     assert model(tokens).future_loss > 0
     without = make_model(loss_type=None).train()(tokens, labels=tokens)
@@ -275,13 +275,13 @@ def test_config_survives_json():
     config = make_config("computed", start_layer=1, loss_type=None, **GPT)
     again = MemAttnConfig.from_dict(json.loads(config.to_json_string()))
     assert again.attention == config.attention
-    assert again.attention.future == FutureConfig(
+    assert again.attention == FutureConfig(
         future_dim=5, source="computed", source_rank=3, start_layer=1, loss_type=None
     )
     assert (again.position_embedding, again.norm, again.mlp) == ("learned", "layer", "gelu")
     assert again.intermediate_size == SIZES["intermediate_size"]
-    assert PRESETS["future"]().attention.future == FutureConfig()
-    assert AttentionConfig(kind="future").future == FutureConfig()
+    assert PRESETS["future"]().attention == FutureConfig()
+    assert AttentionConfig(kind="future") == FutureConfig()
 
 
 def test_what_the_gpt_parts_are():
@@ -301,19 +301,19 @@ def test_what_the_gpt_parts_are():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        (dict(future_dim=0), ValueError, "attention.future.future_dim must be at least 1, got 0"),
+        (dict(future_dim=0), ValueError, "attention.future_dim must be at least 1, got 0"),
         (
             dict(future_dim=40),
             ValueError,
-            "attention.future.future_dim must be at most max_position_embeddings - 1 = 39, got 40",
+            "attention.future_dim must be at most max_position_embeddings - 1 = 39, got 40",
         ),
-        (dict(source="x"), ValueError, "attention.future.source must be one of table, relative"),
-        (dict(source_rank=0), ValueError, "attention.future.source_rank must be at least 1"),
-        (dict(loss_type="l1"), ValueError, "attention.future.loss_type must be None or one of mse"),
+        (dict(source="x"), ValueError, "attention.source must be one of table, relative"),
+        (dict(source_rank=0), ValueError, "attention.source_rank must be at least 1"),
+        (dict(loss_type="l1"), ValueError, "attention.loss_type must be None or one of mse"),
         (
             dict(loss_coefficient=-1.0),
             ValueError,
-            "attention.future.loss_coefficient must be finite and at least 0, got -1.0",
+            "attention.loss_coefficient must be finite and at least 0, got -1.0",
         ),
         (dict(start_layer=2), ValueError, "start_layer must be below num_hidden_layers=2, got 2"),
         (dict(start_layer=-1), ValueError, "start_layer must be at least 0, got -1"),
@@ -321,9 +321,9 @@ def test_what_the_gpt_parts_are():
         (
             dict(start_layer=1, end_layer=1),
             ValueError,
-            "attention.future.end_layer must be at least 2, got 1",
+            "attention.end_layer must be at least 2, got 1",
         ),
-        (dict(detach_target="no"), TypeError, "attention.future.detach_target must be True or"),
+        (dict(detach_target="no"), TypeError, "attention.detach_target must be True or"),
         (
             dict(position_embedding="alibi"),
             ValueError,
@@ -365,7 +365,7 @@ def test_config_error_messages(options, error, message):
         (
             lambda: MemAttnConfig(future_dim=4),
             TypeError,
-            "future_dim must be given as a field of attention.future, got 4",
+            "future_dim must be given as a field of attention, got 4",
         ),
     ],
 )

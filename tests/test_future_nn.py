@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.nn import (
     FutureAttention,
     FutureComputed,
@@ -16,6 +15,7 @@ from memattn.nn import (
     sequence_positions,
 )
 from memattn.ops import future_attention
+from memattn.parts import PartState
 
 E, F_DIM, N_CTX = 32, 5, 24
 SOURCES = ["table", "relative", "computed"]
@@ -302,19 +302,19 @@ def test_pieces_with_a_cache_equal_one_pass(source):
     attention = make_attention(source, num_kv_heads=2).eval()
     hidden = make_hidden()
     whole = run(attention, hidden).hidden_states
-    cache, offset, parts = MemAttnCacheLayer(), 0, []
+    cache, offset, parts = PartState("future"), 0, []
     cache.keep = N_CTX
     for piece in hidden.split([1, 9, 1, 1, 8, 3, 1], 1):
         parts.append(run(attention, piece, offset=offset, cache=cache).hidden_states)
         offset += piece.shape[1]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-13)
-    assert ("latent" in cache.state) == (source == "computed")
+    assert ("latent" in cache.tokens) == (source == "computed")
 
 
 def test_decoding_makes_only_the_rows_that_are_seen():
     attention = make_attention("computed").eval()
     hidden, lengths = make_hidden(T=12), []
-    cache = MemAttnCacheLayer()
+    cache = PartState("future")
     cache.keep = N_CTX
     hook = attention.future.key_proj.register_forward_hook(
         lambda module, args, out: lengths.append(out.shape[1])

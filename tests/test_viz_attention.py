@@ -75,6 +75,17 @@ def test_masses_are_those_of_the_attention_matrix(system):
         assert min(mass.min() for mass in masses.values()) > 0.0
 
 
+@pytest.mark.parametrize("system", ["both", "future"])
+def test_subclasses_of_attention_layers_are_drawn(system):
+    model, tokens = make_model(system), make_tokens()
+    expected = attention_mass(model, tokens)
+    for layer in model.model.layers:
+        layer.attention.__class__ = type("Mine", (type(layer.attention),), {})
+    masses = attention_mass(model, tokens)
+    assert masses.keys() == expected.keys()
+    assert all(torch.equal(masses[name], expected[name]) for name in expected)
+
+
 def test_masses_leave_the_model_as_it_was():
     model = make_model("both").train()
     ids = make_tokens()

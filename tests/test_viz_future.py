@@ -7,7 +7,8 @@ from model_factories import make_model
 from memattn.cli import main
 from memattn.data import train_tokenizer
 from memattn.nn import FutureAttention
-from memattn.viz import FutureMeasures, attention_mass, measure_future, plot_future
+from memattn.parts.future import FutureMeasures
+from memattn.viz import attention_mass, measure_future, plot_future
 
 T = 12
 CASES = {

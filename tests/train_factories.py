@@ -70,5 +70,5 @@ def tiny_config(
 
 
 def columns(rows: list[dict[str, Any]], *names: str) -> list[tuple]:
-    """Those columns of metrics that do not depend on the clock."""
-    return [tuple(row[name] for name in names) for row in rows]
+    """Some columns of metrics; None where a run has no such column."""
+    return [tuple(row.get(name) for name in names) for row in rows]

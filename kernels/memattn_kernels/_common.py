@@ -216,13 +216,6 @@ def check_head_dim(name: str, width: int) -> None:
         )
 
 
-def refuse_second_derivative(ctx, *grads) -> tuple:
-    """What is registered as the gradient of a backward operator."""
-    raise RuntimeError(
-        "memattn's kernels are differentiable once; backend='reference' is as often as you like"
-    )
-
-
 def device_guard(tensor: Tensor) -> torch.cuda.device_of:
     """Launch on the device of ``tensor``."""
     return torch.cuda.device_of(tensor)

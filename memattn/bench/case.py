@@ -9,7 +9,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ import memattn.bench
 import memattn.ops
 from memattn.bench.roofline import Work
 from memattn.checks import check_int, must
-
-if TYPE_CHECKING:
-    from memattn.bench.bars import Bar
 
 # from named inputs to the output; differentiable in the inputs
 Forward = Callable[[dict[str, Tensor]], Tensor]
@@ -102,8 +99,8 @@ class Case(ABC):
         return replace(self, T=T)
 
     @classmethod
-    def bars(cls, suite: str) -> "Sequence[Bar]":
-        """What this operator must reach in a suite of bars."""
+    def bars(cls, suite: str) -> Sequence[Any]:
+        """What this operator must reach in a suite of bars: each a ``Bar``, made of cases."""
         return ()
 
     @classmethod

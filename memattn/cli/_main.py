@@ -94,6 +94,11 @@ def _summary(name: str) -> str:
     """First line of the docstring of a subcommand, read without importing it."""
     file = Path(__file__).with_name(f"{name}.py")
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            file = (
+                Path(__file__).parents[2].joinpath(*str(node.module).split(".")).with_suffix(".py")
+            )
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return (ast.get_docstring(node) or "").partition("\n")[0]
     raise LookupError(f"{file} must define the function {name}")

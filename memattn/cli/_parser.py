@@ -7,6 +7,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
+from memattn.yaml_text import plain_text, text_mode
+
 
 def build_parser(
     function: Callable[..., Any], prog: str
@@ -22,7 +24,9 @@ def build_parser(
     description = "\n\n".join(
         filter(None, [docstring.short_description, docstring.long_description])
     )
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, parser_mode=text_mode(function)
+    )
     parser.add_argument("--config", action="config", help="YAML file with values of the options.")
     helps = {param.arg_name: param.description or "" for param in docstring.params}
     hints = get_type_hints(function)
@@ -57,7 +61,11 @@ def build_parser(
         given = parser.instantiate(values)
         names = inspect.signature(function).parameters
         # positional values cannot have a default in the parser, so theirs is that of the function
-        return {name: given[name] for name in names if not (name in own and given[name] is None)}
+        return {
+            name: plain_text(given[name])
+            for name in names
+            if not (name in own and given[name] is None)
+        }
 
     return parser, build
 

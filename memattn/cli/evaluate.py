@@ -59,6 +59,7 @@ def evaluate(
         ("tokens", f"{result.num_tokens:,}"),
         ("words", f"{result.num_words:,}"),
         ("bytes", f"{result.num_bytes:,}"),
+        *((name, f"{value:.4f}") for name, value in result.losses.items()),
     ):
         table.add_row(measure, value)
     Console().print(table)

@@ -6,9 +6,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-VIEWS = ("attention", "future")
-
-
 def plot(
     runs: list[str],
     out: str | None = None,
@@ -21,33 +18,35 @@ def plot(
 
     memattn plot attention MODEL --text TEXT draws a heat map of the share of attention that each
     layer and head of the model puts on each source of keys while it reads the text: tokens of the
-    segment, those of the window beside them, persistent keys, future keys.
+    segment, those of the window beside them, persistent keys, and those that a part adds.
 
-    memattn plot future MODEL --text TEXT draws the same for future keys alone, and at each
-    position the cosine between the future part of a layer's output and what the real keys would
-    have given.
+    memattn plot VIEW MODEL --text TEXT draws the picture of that name of a part of the model. The
+    message for a view that there is not names those there are.
 
     Args:
-        runs: Run folders, as memattn train writes them; or attention or future, and one model, as
-            memattn generate takes it. A run folder of such a name is ./attention.
-        out: Picture to write: .png, .svg or .pdf; by default curves.png, attention.png or
-            future.png.
+        runs: Run folders, as memattn train writes them; or a view, and one model, as memattn
+            generate takes it. A run folder of such a name is ./attention.
+        out: Picture to write: .png, .svg or .pdf; by default curves.png, or VIEW.png.
         x: What the horizontal axis of loss curves counts.
         text: Text that the model reads; - for the standard input.
     """
     from rich.console import Console
 
-    view, models = runs[0], runs[1:]
-    if view in VIEWS:
-        if len(models) != 1:
-            raise ValueError(f"runs must be {view} and one model, got {len(models)} models")
+    from memattn import models  # knows the parts
+    from memattn.parts.views import part_views
+
+    assert models
+    view, names = runs[0], ("attention", *part_views())
+    if view in names:
+        if len(runs) != 2:
+            raise ValueError(f"runs must be {view} and one model, got {len(runs) - 1} models")
         if text is None:
             raise ValueError(f"text must be given to plot {view}, got None")
         out = out or f"{view}.png"
-        {"attention": _plot_attention, "future": _plot_future}[view](models[0], out, text)
+        _plot_view(view, runs[1], out, text)
     else:
         if text is not None:
-            raise ValueError(f"text must be left out but for {' and '.join(VIEWS)}, got a text")
+            raise ValueError(f"text must be left out but for {' and '.join(names)}, got a text")
         out = out or "curves.png"
         _plot_curves(runs, out, x)
     Console().print(f"wrote {out}", highlight=False)
@@ -69,18 +68,16 @@ def _plot_curves(runs: list[str], out: str, x: str) -> None:
     plot_curves(metrics, out, x=x)
 
 
-def _plot_attention(name: str, out: str, text: str) -> None:
-    from memattn.viz.attention import attention_mass, plot_attention_mass
+def _plot_view(view: str, name: str, out: str, text: str) -> None:
+    from memattn.parts.views import part_views
+    from memattn.viz import attention_mass, plot_attention_mass, plot_view
 
     model, ids = _read(name, text)
-    plot_attention_mass(attention_mass(model, ids), out, title=f"{name}, {ids.numel():,} tokens")
-
-
-def _plot_future(name: str, out: str, text: str) -> None:
-    from memattn.viz.future import measure_future, plot_future
-
-    model, ids = _read(name, text)
-    plot_future(measure_future(model, ids), out, title=f"{name}, {ids.numel():,} tokens")
+    title = f"{name}, {ids.numel():,} tokens"
+    if view == "attention":
+        plot_attention_mass(attention_mass(model, ids), out, title=title)
+    else:
+        plot_view(view, part_views()[view].measure(model, ids), out, title=title)
 
 
 def _read(name: str, text: str) -> "tuple[Any, Tensor]":

@@ -19,7 +19,7 @@ from memattn.continual.sources import read_tensors, tensor_stream
 from memattn.continual.streams import Scenario, Stream, Task
 
 if TYPE_CHECKING:
-    from memattn.models.dtgma import DTGMAModel, TaskName
+    from memattn.dtgma import DTGMAModel, TaskName
 
 READS = ("none", "previous", "all")
 _EVAL_ROWS = 1024

@@ -1,60 +1,22 @@
-"""Segmented attention of the C++ extension: fake kernels and autograd."""
+"""Segmented attention of the C++ extension."""
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 from torch import Tensor
 
-import memattn._C  # noqa: F401  registers torch.ops.memattn_cpp
-from memattn.cpp._once import differentiable_once
+from memattn.cpp._register import empty_results, register_cpp
+from memattn_kernels.signatures import SegmentedAttentionArgs
 
-_forward = torch.ops.memattn_cpp.segmented_attention.default
-_backward = torch.ops.memattn_cpp.segmented_attention_backward.default
-N_TENSORS = 7  # query, key, value, and the persistent and memory pairs
-N_BOUNDS = 3  # cu_seqlens, seq_start, seq_end
-
-
-def segmented_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """``out`` and ``lse``; the arguments are those of the reference, in its order."""
-    return _forward(*inputs)[:2]
-
-
-@torch.library.register_fake("memattn_cpp::segmented_attention")
-def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    shape = query.shape[:3]
-    lse, lse_low = (query.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    return query.new_empty(*shape, value.shape[-1]), lse, lse_low
-
-
-@torch.library.register_fake("memattn_cpp::segmented_attention_backward")
-def _fake_backward(
-    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, lse_low: Tensor, *inputs: Any
-) -> tuple[Tensor, ...]:
-    query = inputs[0]
-    grads = [query.new_empty(t.shape) for t in inputs[:3]]
-    for t in inputs[3:5]:
-        grads.append(query.new_empty((0, 0, query.shape[-1]) if t is None else t.shape))
-    for t in inputs[5:N_TENSORS]:
-        grads.append(query.new_empty((0, 0, 0, 0, query.shape[-1]) if t is None else t.shape))
-    return tuple(grads)
-
-
-def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options = inputs[: N_TENSORS + N_BOUNDS], inputs[N_TENSORS + N_BOUNDS :]
-    ctx.save_for_backward(*output, *tensors)
-
-
-def _backward_formula(
-    ctx: Any, d_out: Tensor, d_lse: Tensor, d_lse_low: Tensor
-) -> tuple[Tensor | None, ...]:
-    out, lse, lse_low, *tensors = ctx.saved_tensors
-    grads = _backward(d_out, d_lse, out, lse, lse_low, *tensors, *ctx.options)
-    given = (g if t is not None else None for g, t in zip(grads, tensors, strict=False))
-    return (*given, *[None] * (N_BOUNDS + len(ctx.options)))
-
-
-torch.library.register_autograd(
-    "memattn_cpp::segmented_attention", _backward_formula, setup_context=_setup_context
+_operator = register_cpp(
+    "segmented_attention",
+    SegmentedAttentionArgs,
+    results="out lse lse2",
+    cotangents="out lse",
+    saved="out lse2",
+    gradients="query key value persistent_key persistent_value memory_key memory_value",
+    empty_results=empty_results,
 )
-differentiable_once("memattn_cpp::segmented_attention_backward")
+
+
+def segmented_attention(args: SegmentedAttentionArgs) -> tuple[Tensor, Tensor]:
+    """Return ``out [B, H, T, Dv]`` and ``lse [B, H, T]``."""
+    out, lse, _ = _operator(*args)
+    return out, lse

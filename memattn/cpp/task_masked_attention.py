@@ -1,70 +1,25 @@
-"""Task-masked attention of the C++ extension: fake kernels and autograd."""
+"""Task-masked attention of the C++ extension.
 
-from collections.abc import Sequence
-from typing import Any
+Both passes go through the tiles of queries, so the mask's lists by tiles of keys are not read.
+"""
 
-import torch
 from torch import Tensor
 
-import memattn._C  # noqa: F401  registers torch.ops.memattn_cpp
-from memattn.cpp._once import differentiable_once
+from memattn.cpp._register import empty_results, register_cpp
+from memattn_kernels.signatures import TaskMaskedAttentionArgs
 
-_forward = torch.ops.memattn_cpp.task_masked_attention.default
-_backward = torch.ops.memattn_cpp.task_masked_attention_backward.default
-N_OPTIONS = 2  # is_causal and scale, after all tensors
-
-
-def task_masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    task_id: Tensor,
-    bits: Tensor,
-    slots: Tensor | None,
-    query_node: Tensor | None,
-    key_node: Tensor | None,
-    query_tiles: Tensor,
-    query_counts: Tensor,
-    key_tiles: Tensor,
-    key_counts: Tensor,
-    *bounds_and_options: Any,
-) -> tuple[Tensor, Tensor]:
-    """``out`` and ``lse``; the mask is the fields of ``MaskTensors``.
-
-    Both passes go through the tiles of queries, so the lists by tiles of keys are not read.
-    """
-    mask = (bits, slots, query_node, key_node, query_tiles, query_counts)
-    return _forward(query, key, value, task_id, *mask, *bounds_and_options)[:2]
-
-
-@torch.library.register_fake("memattn_cpp::task_masked_attention")
-def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    shape = query.shape[:3]
-    lse, lse_low = (query.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    return query.new_empty(*shape, value.shape[-1]), lse, lse_low
-
-
-@torch.library.register_fake("memattn_cpp::task_masked_attention_backward")
-def _fake_backward(
-    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, lse_low: Tensor, *inputs: Any
-) -> tuple[Tensor, ...]:
-    return tuple(inputs[0].new_empty(t.shape) for t in inputs[:3])
-
-
-def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options = inputs[:-N_OPTIONS], inputs[-N_OPTIONS:]
-    ctx.save_for_backward(*output, *tensors)
-
-
-def _backward_formula(
-    ctx: Any, d_out: Tensor, d_lse: Tensor, d_lse_low: Tensor
-) -> tuple[Tensor | None, ...]:
-    out, lse, lse_low, *tensors = ctx.saved_tensors
-    grads = _backward(d_out, d_lse, out, lse, lse_low, *tensors, *ctx.options)
-    return (*grads, *[None] * (len(tensors) - len(grads) + N_OPTIONS))
-
-
-torch.library.register_autograd(
-    "memattn_cpp::task_masked_attention", _backward_formula, setup_context=_setup_context
+_operator = register_cpp(
+    "task_masked_attention",
+    TaskMaskedAttentionArgs,
+    results="out lse lse2",
+    cotangents="out lse",
+    saved="out lse2",
+    gradients="query key value",
+    empty_results=empty_results,
 )
-differentiable_once("memattn_cpp::task_masked_attention_backward")
+
+
+def task_masked_attention(args: TaskMaskedAttentionArgs) -> tuple[Tensor, Tensor]:
+    """Return ``out [B, H, T, Dv]`` and ``lse [B, H, T]``."""
+    out, lse, _ = _operator(*args)
+    return out, lse

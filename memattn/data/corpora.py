@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memattn.checks import must
-from memattn.data.documents import Document
+from memattn.data.document import Document
 from memattn.data.readers import read_dictd, read_enwiki_sample, read_sotu, read_wiki
 from memattn.files import describe_failure, sha256_of
 

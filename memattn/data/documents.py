@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memattn.checks import must
+from memattn.data.corpora import CORPORA, fetch_corpus
+from memattn.data.document import Document
 
 _SUFFIXES = (".txt", ".md", ".jsonl")
-
-
-class Document(NamedTuple):
-    """One text with its identity."""
-
-    title: str  # "" where it has no name of its own
-    text: str
 
 
 class Split(NamedTuple):
@@ -119,9 +114,6 @@ def _load(
     cache_dir: str | Path,
 ) -> list[Document]:
     """Load one source."""
-    # the registry needs Document, hence not at the top
-    from memattn.data.corpora import CORPORA, fetch_corpus
-
     path = Path(source).expanduser()
     if source in CORPORA or path.exists():
         for name, value in (("subset", subset), ("split", split)):

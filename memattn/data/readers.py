@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from memattn.data.documents import Document
+from memattn.data.document import Document
 
 _MIN_WORDS = 50  # shorter Wikipedia articles are stubs and lists
 

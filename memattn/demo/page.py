@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from memattn.demo.continual import HEADS, continual_rows
-from memattn.demo.run import format_bytes, table_rows
+from memattn.demo.rows import format_bytes, table_rows
 from memattn.files import write_text
 from memattn.viz import draw_curves, draw_influence, draw_state, plot_curves, to_svg
 

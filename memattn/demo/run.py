@@ -18,7 +18,9 @@ from rich.table import Table
 
 from memattn.demo.continual import continual_table, measure_continual
 from memattn.demo.measure import measure_model
+from memattn.demo.page import write_page
 from memattn.demo.plan import WARMUP_STEPS, Plan, Stage, Turn
+from memattn.demo.rows import table_rows
 from memattn.files import write_text
 from memattn.models import PRESETS
 from memattn.train import DataConfig, ModelConfig, TrainConfig, TrainingConfig, train
@@ -132,8 +134,6 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
         "results": results,
         "continual": continual,
     }
-    from memattn.demo.page import write_page
-
     write_text(out / "results.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     curves = {r["preset"]: read_metrics(out / r["preset"] / "metrics.csv") for r in results}
     page = write_page(out, report, curves)
@@ -265,26 +265,6 @@ def _table(report: dict[str, Any]) -> Table:
         style = "green" if cells[-1].startswith("all 0") else "red"
         table.add_row(*cells[:-1], f"[{style}]{cells[-1]}[/]")
     return table
-
-
-def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The cells of the comparison, as text."""
-    return [
-        (
-            result["preset"],
-            f"{result['held_out_loss']:.3f}",
-            f"{result['tokens_per_second']:,.0f}",
-            format_bytes(result["state_bytes"][-1][1]),
-            f"{result['parameters'] / 1e6:.2f} M",
-            result["audit"]["verdict"],
-        )
-        for result in report["results"]
-    ]
-
-
-def format_bytes(size: float) -> str:
-    """A size in KiB or MiB."""
-    return f"{size / 2**20:,.2f} MiB" if size >= 2**20 else f"{size / 2**10:,.0f} KiB"
 
 
 def _device() -> str:

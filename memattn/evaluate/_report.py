@@ -13,7 +13,7 @@ class AuditRow:
     """One comparison of two runs of a model.
 
     Args:
-        check: The property, such as ``"future leak"``.
+        check: The property, such as ``"batch coupling"``.
         case: What was changed or how the sequence was cut.
         dtype: The dtype that the model ran in, such as ``"float64"``.
         value: The largest difference that was seen: absolute where the bound is 0, relative to the

@@ -14,7 +14,7 @@ RELATIVE_BOUND = 1e-10
 MAX_DEFAULT_LEN = 640
 ROUNDING = 1e-12
 Finding = tuple[str, float | None, float, str]  # case, value, bound, where
-LENGTHS = ("segment_len", "window_size", "sliding_window", "attention_chunk_size", "future_dim")
+LENGTHS = ("segment_len", "window_size", "sliding_window", "attention_chunk_size")
 
 
 def audit(
@@ -69,7 +69,7 @@ def audit(
     if not noise > 0.0:
         raise ValueError(f"noise must be positive, got {noise}")
     longest = getattr(config, "max_position_embeddings", None) or MAX_DEFAULT_LEN
-    reach = max(_lengths(config), default=0)
+    reach: int = max(getattr(config, "reach", 0), *_lengths(config), 0)  # parts know their own
     if seq_len is None:
         seq_len = min(max(48, 2 * reach + 13), MAX_DEFAULT_LEN, longest)
     if not 12 <= seq_len <= longest:

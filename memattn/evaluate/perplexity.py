@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +26,14 @@ class Perplexity:
         num_tokens: Tokens that were predicted.
         num_bytes: UTF-8 bytes of the text; None for batches, which do not know theirs.
         num_words: Words of the text, split at white space; None for batches.
+        losses: Means of the losses that parts of the model return, by name.
     """
 
     loss: float
     num_tokens: int
     num_bytes: int | None = None
     num_words: int | None = None
+    losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -123,24 +125,36 @@ def perplexity(
             batches = _with_progress(batches, -(-len(windows) // batch_size))
         num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
         num_words = sum(len(text.split()) for text in texts)
-    total, num_tokens = _sum_loss(model, batches)
+    total, num_tokens, losses = _sum_loss(model, batches)
     if num_tokens == 0:
         raise ValueError("data must have at least one token to predict, got none")
     return Perplexity(
-        loss=total / num_tokens, num_tokens=num_tokens, num_bytes=num_bytes, num_words=num_words
+        loss=total / num_tokens,
+        num_tokens=num_tokens,
+        num_bytes=num_bytes,
+        num_words=num_words,
+        losses=losses,
     )
 
 
 @torch.no_grad()
-def _sum_loss(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
-    """Sum of the loss over all targets, and their number."""
+def _sum_loss(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int, dict[str, float]]:
+    """Sum of the loss over all targets, their number, and the means of the losses of parts."""
+    names = getattr(getattr(model, "config", None), "losses", ())
+    options = {"output_losses": True} if names else {}
+    parts = dict.fromkeys(names, (0.0, 0.0))
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     total, num_tokens = 0.0, 0
     try:
         for inputs, targets in batches:
-            logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
+            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+            output = model(**inputs, **options)
+            logits = output.logits
+            for name, (value, n) in parts.items():
+                count = output.loss_counts[name].item()
+                parts[name] = (value + output.losses[name].item() * count, n + count)
             losses = F.cross_entropy(
                 logits.flatten(0, 1).float(),
                 targets.flatten().to(device),
@@ -151,7 +165,7 @@ def _sum_loss(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
             num_tokens += int((targets != IGNORE).sum())
     finally:
         model.train(was_training)
-    return total, num_tokens
+    return total, num_tokens, {name: value / n for name, (value, n) in parts.items() if n}
 
 
 def _shifted(batches: Iterable[dict[str, Tensor]]) -> Iterator[Batch]:

@@ -1,28 +1,26 @@
 """Models for Hugging Face transformers: the composable decoder, its configuration and its state."""
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from memattn.models.cache import MemAttnCache
-from memattn.models.config import (
-    PRESETS,
-    AttentionConfig,
-    FutureConfig,
-    MemAttnConfig,
-    register_preset,
-)
+from memattn.models.config import PRESETS, MemAttnConfig, register_preset
 from memattn.models.decoder import MemAttnForCausalLM, MemAttnModel, MemAttnPreTrainedModel
 from memattn.models.hf_attention import register_hf_attention
+from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
+from memattn.parts import PARTS, AttentionConfig
 
 AutoConfig.register(MemAttnConfig.model_type, MemAttnConfig)
 AutoModel.register(MemAttnConfig, MemAttnModel)
 AutoModelForCausalLM.register(MemAttnConfig, MemAttnForCausalLM)
+register_class_name(MemAttnForCausalLM)
 register_hf_attention()
 
 __all__ = [
     "PRESETS",
     "AttentionConfig",
-    "FutureConfig",
     "MemAttnCache",
     "MemAttnCausalLMOutput",
     "MemAttnConfig",
@@ -33,3 +31,11 @@ __all__ = [
     "register_hf_attention",
     "register_preset",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The configuration of a part, whose home is ``memattn.parts``."""
+    for part in PARTS.values():
+        if part.__name__ == name:
+            return part
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,56 +1,124 @@
 """One block of the decoder, assembled from the parts its configuration names."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
-from memattn.nn import GELUMLP, FutureAttention, SegmentedAttention, SwiGLU
+from memattn.nn import GELUMLP, SwiGLU
+from memattn.parts import PartContext
+
+Losses = dict[str, tuple[Tensor, Tensor]]
 
 
 class BlockOutput(NamedTuple):
-    """Hidden states, and the loss of the block's future attention where there is one."""
+    """Hidden states, the losses of the parts, and what goes on to the next block."""
 
     hidden_states: Tensor  # [B, T, E]
-    future_loss: Tensor | None  # scalar, float32
+    losses: Losses  # by name: sum and count
+    carry: dict[str, Tensor]  # by name
 
 
 class MemAttnBlock(GradientCheckpointingLayer):
-    """Attention and MLP, each behind a norm and around a residual.
+    """Attention, MLP and further parts, each behind a norm and around a residual.
 
     Args:
         config: Configuration of the model.
-        layer_idx: Number of the block, from 0; not all need have the same attention.
+        layer_idx: Number of the block, from 0; not all need have the same parts.
     """
 
     def __init__(self, config: MemAttnConfig, layer_idx: int) -> None:
         super().__init__()
         assert config.intermediate_size is not None
         mlp = GELUMLP if config.mlp == "gelu" else SwiGLU
+        self.layer_idx = layer_idx
+        self.part_configs = config.layer_parts(layer_idx)
+        build = lambda name: self.part_configs[name].build(config.sizes, layer_idx)
+        added = [name for name in self.part_configs if name != "attention"]
         self.attention_norm = make_norm(config)
-        self.attention = _make_attention(config, layer_idx)
+        self.attention = build("attention")
         self.mlp_norm = make_norm(config)
         self.mlp = mlp(config.hidden_size, config.intermediate_size)
+        self.part_norms = nn.ModuleDict({name: make_norm(config) for name in added})
+        self.parts = nn.ModuleDict({name: build(name) for name in added})
+        configs = self.part_configs.values()
+        self.loss_names = tuple(dict.fromkeys(name for part in configs for name in part.losses))
+        self.carry_names = tuple(dict.fromkeys(name for part in configs for name in part.carries))
+
+    def module_of(self, name: str) -> nn.Module:
+        """The module of a part of this block."""
+        return self.attention if name == "attention" else self.parts[name]
+
+    def call(
+        self,
+        hidden_states: Tensor,
+        carry: Mapping[str, Tensor],
+        context: PartContext,
+        cache: MemAttnCacheLayer | None,
+    ) -> BlockOutput:
+        """Run the block; under checkpointing only tensors go in and out, one by one."""
+        names = tuple(carry)
+        outputs = self(hidden_states, *carry.values(), names=names, context=context, cache=cache)
+        hidden_states, rest = outputs[0], list(outputs[1:])
+        losses = {}
+        for name in self.loss_names if context.measure_losses else ():
+            losses[name] = (rest.pop(0), rest.pop(0))
+        names = dict.fromkeys((*names, *self.carry_names))
+        return BlockOutput(hidden_states, losses, dict(zip(names, rest, strict=True)))
 
     def forward(
         self,
         hidden_states: Tensor,
-        *,
-        future_rotary: tuple[Tensor, Tensor] | None = None,
-        output_future_loss: bool = False,
-        **sequences: Any,
-    ) -> BlockOutput:
-        """Map ``[B, T, E]`` to ``[B, T, E]``; ``sequences`` are keywords of every attention."""
-        normed, loss = self.attention_norm(hidden_states), None
-        if isinstance(self.attention, FutureAttention):
-            attended, loss = self.attention(
-                normed, future_rotary=future_rotary, output_loss=output_future_loss, **sequences
+        *carried: Tensor,
+        names: tuple[str, ...],
+        context: PartContext,
+        cache: MemAttnCacheLayer | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Map ``[B, T, E]`` to ``[B, T, E]``, the losses' sums and counts, and what goes on."""
+        carry = dict(zip(names, carried, strict=True))
+        losses: Losses = {}
+        for place in ("before_attention", "attention", "after_attention", "mlp", "after_mlp"):
+            if place == "mlp":
+                hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+            for name, part in self.part_configs.items():
+                if part.place == place:
+                    hidden_states = self._run(name, hidden_states, carry, losses, context, cache)
+        flat = [hidden_states]
+        if context.measure_losses:
+            for name in self.loss_names:
+                flat += losses[name]
+        return (*flat, *carry.values())
+
+    def _run(
+        self,
+        name: str,
+        hidden_states: Tensor,
+        carry: dict[str, Tensor],
+        losses: Losses,
+        context: PartContext,
+        cache: MemAttnCacheLayer | None,
+    ) -> Tensor:
+        """Add the output of one part to the residual, its losses and carry to those there are."""
+        part = self.part_configs[name]
+        norm = self.attention_norm if name == "attention" else self.part_norms[name]
+        own = context.of_part(None if cache is None else cache.parts[name], carry)
+        output = part.run(self.module_of(name), norm(hidden_states), own)
+        wanted = part.losses.keys() if context.measure_losses else set()
+        if output.losses.keys() != wanted or output.carry.keys() - set(part.carries):
+            raise ValueError(
+                f"{part.path} must return losses {sorted(wanted)} and carry of "
+                f"{list(part.carries)}, got {sorted(output.losses)} and {sorted(output.carry)}"
             )
-        else:
-            attended = self.attention(normed, **sequences)
-        hidden_states = hidden_states + attended
-        return BlockOutput(hidden_states + self.mlp(self.mlp_norm(hidden_states)), loss)
+        for loss, (total, count) in output.losses.items():
+            before = losses.get(loss)
+            losses[loss] = (
+                (total, count) if before is None else (before[0] + total, before[1] + count)
+            )
+        carry |= output.carry
+        return hidden_states + output.hidden_states
 
 
 def make_norm(config: MemAttnConfig) -> nn.Module:
@@ -58,30 +126,3 @@ def make_norm(config: MemAttnConfig) -> nn.Module:
     if config.norm == "layer":
         return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps, bias=False)
     return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
-def _make_attention(config: MemAttnConfig, layer_idx: int) -> FutureAttention | SegmentedAttention:
-    part, future = config.attention, config.attention.future
-    heads: dict[str, Any] = dict(
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        backend=part.backend,
-    )
-    if future is not None and layer_idx in future.layers(config.num_hidden_layers):
-        return FutureAttention(
-            **heads,
-            future_dim=future.future_dim,
-            num_positions=config.max_position_embeddings,
-            source=future.source,
-            source_rank=future.source_rank,
-            loss_type=future.loss_type,
-            detach_target=future.detach_target,
-        )
-    return SegmentedAttention(
-        **heads,
-        segment_len=part.segment_len,
-        window_size=part.window_size,
-        num_persistent_tokens=part.num_persistent_tokens,
-    )

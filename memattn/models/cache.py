@@ -1,32 +1,27 @@
 """The state of sequences between calls: keys and values that later tokens see, and positions."""
 
-import json
 import os
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from memattn.checks import check_shape, check_tensor, must
-from memattn.models.cache_layer import OPEN, SEQUENCES, MemAttnCacheLayer
+from memattn.models.cache_file import SavedCache, read_cache, write_cache
+from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
-from memattn.models.padding import BLOCK, SequenceBounds, block_bounds, check_longest, check_mask
-
-FORMAT = "memattn-cache-1"
+from memattn.models.padding import BLOCK, block_bounds, check_longest, check_mask
+from memattn.parts import PartState, SequenceBounds
+from memattn.parts.state import OPEN
 
 
 class MemAttnCache(Cache):
     """Everything that a batch of sequences carries from one call to the next.
 
-    Each layer keeps the keys that later tokens can see: all for causal attention, and at most
-    ``max(segment_len, window_size)`` for segmented attention. Rows may be padded on either side;
+    Each layer holds what each of its parts keeps: of attention, the keys that later tokens can see,
+    all or at most ``max(segment_len, window_size)``. Rows may be padded on either side;
     a row that was padded on the right has ended, and only ``reset`` lets it begin anew. It works
     with ``generate()``, beam search included.
 
@@ -48,14 +43,42 @@ class MemAttnCache(Cache):
     layers: list[MemAttnCacheLayer]
 
     def __init__(self, config: MemAttnConfig) -> None:
-        part = config.attention
-        self._setup([(part.segment_len, part.window_size)] * config.num_hidden_layers)
+        self._setup(_empty_states(config))
+        self._config = config
 
-    def _setup(self, spans: Sequence[tuple[int | None, int | None]]) -> None:
-        super().__init__(layers=[MemAttnCacheLayer(*span) for span in spans])
+    def _setup(self, layers: Sequence[Mapping[str, PartState]]) -> None:
+        super().__init__(layers=[MemAttnCacheLayer(parts) for parts in layers])
         self.position = 0
         self.seq_start: Tensor | None = None
         self.seq_end: Tensor | None = None
+        self._config: MemAttnConfig | None = None  # of a model that it is known to fit
+
+    def _like(self) -> "MemAttnCache":
+        """An empty cache with the same layers."""
+        other = object.__new__(MemAttnCache)
+        other._setup([{n: s.fresh() for n, s in layer.parts.items()} for layer in self.layers])
+        other._config = self._config
+        return other
+
+    def _states(self) -> Iterator[PartState]:
+        """The states of all parts of all layers."""
+        for layer in self.layers:
+            yield from layer.parts.values()
+
+    def check_fits(self, config: MemAttnConfig) -> None:
+        """Raise ValueError unless the layers have the parts that the model has there."""
+        if self._config is config:
+            return
+        wanted = _empty_states(config)
+        if len(wanted) != len(self.layers):
+            must("past_key_values", f"have {len(wanted)} layers", len(self.layers))
+        for i, (layer, parts) in enumerate(zip(self.layers, wanted, strict=True)):
+            own = layer.parts
+            if own.keys() != parts.keys() or not all(own[n].fits(parts[n]) for n in own):
+                expected = ", ".join(map(_describe, parts.values()))
+                got = ", ".join(map(_describe, own.values()))
+                must("past_key_values", f"be of {expected} in layer {i}", got)
+        self._config = config
 
     @property
     def batch_size(self) -> int:
@@ -66,7 +89,7 @@ class MemAttnCache(Cache):
     def nbytes(self) -> int:
         """Size of the state of all layers in bytes."""
         return sum(
-            t.numel() * t.element_size() for layer in self.layers for t in layer.state.values()
+            t.numel() * t.element_size() for state in self._states() for t in state.tensors()
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -80,11 +103,10 @@ class MemAttnCache(Cache):
         attention_mask: Tensor | None,
         device: torch.device,
         max_length: int | None = None,
-    ) -> list[SequenceBounds]:
-        """Move on by ``num_columns`` tokens and return the bounds that each layer needs.
+    ) -> None:
+        """Move on by ``num_columns`` tokens, and give the state of each part its bounds.
 
-        Called once at the beginning of a forward pass; each layer's ``update`` then appends its
-        keys.
+        Called once at the beginning of a forward pass; each part then appends to its state.
 
         Args:
             batch_size: Rows of the batch, the same at every call.
@@ -125,37 +147,37 @@ class MemAttnCache(Cache):
         self.seq_start, self.seq_end, self.position = start, end, p + T
 
         known: dict[tuple, SequenceBounds] = {}  # most layers are alike
-        bounds = []
-        for layer in self.layers:
-            kind = (layer.kept, layer.segment_len, layer.window_size)
+        for state in self._states():
+            kind = (state.kept, state.segment_len, state.window_size)
             if kind not in known:
-                known[kind] = self._bounds(layer, T, device)
-            bounds.append(known[kind])
+                known[kind] = self._bounds(state, T, device)
+            state.bounds = known[kind]
+            state.begin()
         self._mark_visible()
-        return bounds
 
-    def _bounds(self, layer: MemAttnCacheLayer, T: int, device: torch.device) -> SequenceBounds:
-        """The rows' bounds in columns of the layer's keys, with the ``T`` new ones at the end."""
+    def _bounds(self, state: PartState, T: int, device: torch.device) -> SequenceBounds:
+        """The rows' bounds in columns of the state's tokens, with the ``T`` new ones at the end."""
         assert self.seq_start is not None and self.seq_end is not None
-        S = layer.kept + T
+        S = state.kept + T
         first_column = self.position - S
         start = (self.seq_start - first_column).to(torch.int32)
         end = (self.seq_end - first_column).clamp(max=S).to(torch.int32)
-        whole = not start.any() if layer.segment_len is not None else not (start > 0).any()
+        whole = not start.any() if state.segment_len is not None else not (start > 0).any()
         return SequenceBounds(
             None if whole else start.to(device), None if (end == S).all() else end.to(device)
         )
 
     def _mark_visible(self) -> None:
-        """Tell each layer how many of the newest keys later tokens can see."""
+        """Tell each state how many of the newest tokens later ones can see."""
         assert self.seq_start is not None and self.seq_end is not None
         first: dict[tuple, int] = {}
-        for layer in self.layers:
-            kind = (layer.segment_len, layer.window_size)
+        for state in self._states():
+            kind = (state.segment_len, state.window_size)
             if kind not in first:
-                first[kind] = layer.visible_from(self.position, self.seq_start, self.seq_end)
+                first[kind] = state.visible_from(self.position, self.seq_start, self.seq_end)
+            state.keep = self.position - first[kind]
+        for layer in self.layers:
             layer.position = self.position
-            layer.keep = self.position - first[kind]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -171,8 +193,7 @@ class MemAttnCache(Cache):
                 go on. None empties the cache, which then takes any batch size.
         """
         if mask is None:
-            spans = [(layer.segment_len, layer.window_size) for layer in self.layers]
-            self._setup(spans)
+            self.__dict__.update(self._like().__dict__)
             return
         check_tensor("mask", mask)
         if self.seq_start is None or self.seq_end is None:
@@ -183,25 +204,24 @@ class MemAttnCache(Cache):
         mask = mask.cpu()
         self.seq_start = self.seq_start.masked_fill(mask, self.position)
         self.seq_end = self.seq_end.masked_fill(mask, OPEN)
+        for state in self._states():
+            state.reset(mask)
         self._trim()
 
     def _trim(self) -> None:
         """Drop what no later token can see, after rows changed."""
         if self.seq_start is not None:
             self._mark_visible()
-            for layer in self.layers:
-                if layer.state:
-                    layer.trim()
+            for state in self._states():
+                state.trim()
 
     def _map(self, function: Any) -> "MemAttnCache":
         """A cache of the same kind with ``function`` applied to every tensor of every layer."""
-        other = object.__new__(MemAttnCache)
-        other._setup([(layer.segment_len, layer.window_size) for layer in self.layers])
+        other = self._like()
         other.position, other.seq_start, other.seq_end = self.position, self.seq_start, self.seq_end
         for new, layer in zip(other.layers, self.layers, strict=True):
-            new.state = {name: function(tensor) for name, tensor in layer.state.items()}
-            new.position, new.keep = layer.position, layer.keep
-            new.record_past = layer.record_past
+            new.parts = {name: state.apply(function) for name, state in layer.parts.items()}
+            new.position = layer.position
         return other
 
     def detach(self) -> "MemAttnCache":
@@ -234,33 +254,24 @@ class MemAttnCache(Cache):
         """
         if not caches:
             must("caches", "hold at least one cache", "none")
-        spans = [(layer.segment_len, layer.window_size) for layer in caches[0].layers]
         position = max(cache.position for cache in caches)
-        merged = object.__new__(cls)
-        merged._setup(spans)
+        merged = caches[0]._like()
+        layers = [layer.describe() for layer in merged.layers]
         starts, ends = [], []
         for cache in caches:
             if cache.seq_start is None or cache.seq_end is None:
                 must("caches", "hold sequences", "an empty cache")
-            if [(layer.segment_len, layer.window_size) for layer in cache.layers] != spans:
+            if [layer.describe() for layer in cache.layers] != layers:
                 must("caches", "have the same layers", "others")
             # the newest columns are aligned, so that shorter rows are padded on the left
             shift = position - cache.position
             starts.append(cache.seq_start + shift)
             ends.append(torch.where(cache.seq_end == OPEN, OPEN, cache.seq_end + shift))
-        merged.position, merged.seq_start, merged.seq_end = (
-            position,
-            torch.cat(starts),
-            torch.cat(ends),
-        )
+        merged.position = position
+        merged.seq_start, merged.seq_end = torch.cat(starts), torch.cat(ends)
         for i, layer in enumerate(merged.layers):
-            parts = [cache.layers[i] for cache in caches]
-            kept = max(part.kept for part in parts)
-            for name in parts[0].state:
-                tensors = [part.state[name] for part in parts]
-                if name in SEQUENCES:
-                    tensors = [F.pad(t, (0, 0, kept - t.shape[2], 0)) for t in tensors]
-                layer.state[name] = torch.cat(tensors)
+            for name, state in layer.parts.items():
+                layer.parts[name] = state.merge([cache.layers[i].parts[name] for cache in caches])
         merged._trim()
         return merged
 
@@ -278,8 +289,8 @@ class MemAttnCache(Cache):
 
     def activate_past_recording(self) -> None:
         """Keep the whole past from now on, until ``crop``: for decoding that guesses ahead."""
-        for layer in self.layers:
-            layer.record_past = True
+        for state in self._states():
+            state.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest columns, and then what no later token can see.
@@ -288,8 +299,8 @@ class MemAttnCache(Cache):
             tokens_to_remove: The number of columns, as transformers counts: 0 or negative.
 
         Raises:
-            ValueError: If it is positive, more than there are, or a layer has dropped keys that
-                are needed again; call ``activate_past_recording`` before the columns are added.
+            ValueError: If it is positive, more than there are, or a part has dropped what is needed
+                again; call ``activate_past_recording`` before the columns are added.
         """
         position = self.position + tokens_to_remove
         if not 0 <= position <= self.position:
@@ -298,15 +309,14 @@ class MemAttnCache(Cache):
             return
         start = self.seq_start.clamp(max=position)
         end = torch.where(self.seq_end < position, self.seq_end, OPEN)
-        for layer in self.layers:
-            oldest = self.position - layer.kept
-            if layer.visible_from(position, start, end) < oldest:
-                must("tokens_to_remove", "leave what later tokens see", tokens_to_remove)
-        self.seq_start, self.seq_end = start, end
-        removed, self.position = self.position - position, position
+        removed = self.position - position
+        for state in self._states():
+            oldest = self.position - state.kept
+            state.check_crop(removed, oldest, state.visible_from(position, start, end))
+        self.seq_start, self.seq_end, self.position = start, end, position
         self._mark_visible()
-        for layer in self.layers:
-            layer.crop(removed)
+        for state in self._states():
+            state.crop(removed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to one safetensors file, whole or not at all.
@@ -319,21 +329,8 @@ class MemAttnCache(Cache):
         """
         if self.seq_start is None or self.seq_end is None:
             must("cache", "hold sequences to be saved", "an empty cache")
-        tensors = {"seq_start": self.seq_start, "seq_end": self.seq_end}
-        for i, layer in enumerate(self.layers):
-            tensors |= {f"layers.{i}.{name}": t for name, t in layer.state.items()}
-        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        spans = [(layer.segment_len, layer.window_size) for layer in self.layers]
-        metadata = {"format": FORMAT, "position": str(self.position), "spans": json.dumps(spans)}
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        layers = [layer.parts for layer in self.layers]
+        write_cache(path, SavedCache(layers, self.position, self.seq_start, self.seq_end))
 
     @classmethod
     def load(
@@ -349,26 +346,27 @@ class MemAttnCache(Cache):
             FileNotFoundError: If there is no such file.
             ValueError: If it is damaged or no saved cache.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path must be a file, got {path}")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"path must be a saved MemAttnCache, got {path} ({error})") from error
-        if metadata.get("format") != FORMAT:
-            must("path", f"be a saved MemAttnCache of format {FORMAT}", metadata.get("format"))
-        cache = object.__new__(cls)
-        cache._setup([tuple(span) for span in json.loads(metadata["spans"])])
-        cache.position = int(metadata["position"])
-        cache.seq_start = tensors.pop("seq_start").cpu()
-        cache.seq_end = tensors.pop("seq_end").cpu()
-        for name, tensor in tensors.items():
-            _, i, key = name.split(".", 2)
-            cache.layers[int(i)].state[key] = tensor
+        saved, cache = read_cache(path, device), object.__new__(cls)
+        cache._setup(saved.layers)
+        cache.position, cache.seq_start, cache.seq_end = saved[1:]
         cache._mark_visible()
         return cache
+
+
+def _empty_states(config: MemAttnConfig) -> list[dict[str, PartState]]:
+    """The empty state of each part of each layer of a model."""
+    return [
+        {name: part.new_state() for name, part in config.layer_parts(i).items()}
+        for i in range(config.num_hidden_layers)
+    ]
+
+
+def _describe(state: PartState) -> str:
+    """A state in words, with what is not None."""
+    facts = {name: value for name, value in state.describe().items() if value is not None}
+    kind = facts.pop("kind")
+    inside = ", ".join(f"{name}={value}" for name, value in facts.items())
+    return f"{kind or 'attention'}({inside})" if inside else kind or "attention"
 
 
 def _check_past(past_mask: Tensor, start: Tensor, end: Tensor) -> None:

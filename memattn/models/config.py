@@ -1,142 +1,36 @@
-"""Configuration of the decoder: sizes, and one frozen dataclass for each part of a block."""
+"""Configuration of the decoder: sizes, and the parts that its layers are made of."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import field, fields
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from memattn.checks import check_bool, check_int, must
-from memattn.nn.future_attention import SOURCES
-from memattn.ops._dispatch import BACKENDS
-from memattn.ops.future_attention import LOSS_TYPES
+from memattn.checks import check_int, must
+from memattn.parts import PARTS, PartConfig, Sizes, make_part
+from memattn.parts.causal import CausalConfig
+from memattn.parts.future import FutureConfig
+from memattn.parts.old_spellings import upgrade_attention
+from memattn.parts.segmented import SegmentedConfig
 
-ATTENTION_KINDS = ("causal", "segmented", "future")
 POSITION_EMBEDDINGS = ("rope", "learned")
 NORMS = ("rms", "layer")
 MLPS = ("swiglu", "gelu")
 
 
-@dataclass(frozen=True, kw_only=True)
-class FutureConfig:
-    """Which layers see learned keys for the positions ahead, and what trains these.
+def _preset(part: type[PartConfig], summary: str, **defaults: Any) -> Any:
+    """A class method that makes the configuration with one kind of attention."""
+    own = {part_field.name for part_field in fields(part)}
 
-    Attributes:
-        future_dim: Positions that a token sees ahead, at most ``max_position_embeddings - 1``
-            unless ``source`` is ``"relative"``.
-        source: Where future keys come from: ``"table"``, parameters at absolute positions,
-            ``"relative"``, parameters by distance, or ``"computed"``, the table plus a low-rank
-            projection of the token ``future_dim`` positions earlier.
-        source_rank: Rank of that projection. Only for ``"computed"``.
-        start_layer: The first layer with future keys, counted from 0.
-        end_layer: The layer after the last one with future keys; None means all from
-            ``start_layer`` on. The other layers are plain causal attention.
-        loss_type: ``"mse"`` or ``"cosine"``, how the future part of each layer's output is
-            compared with what the real keys would give, or None for no such loss.
-        loss_coefficient: What the mean of the layers' losses is multiplied by before it is added
-            to the loss in training mode. 0 measures it without training on it.
-        detach_target: Whether the loss leaves the real keys, values and queries of its target
-            alone.
+    def make(cls: "type[MemAttnConfig]", **options: Any) -> "MemAttnConfig":
+        chosen = {name: options.pop(name) for name in own & options.keys()}
+        return cls(attention=part(**defaults | chosen), **cls._check_sizes(options))
+
+    make.__doc__ = f"""{summary}
+
+    Keywords are the fields of ``{part.__name__}``, and further fields of the configuration.
     """
-
-    future_dim: int = 64
-    source: str = "table"
-    source_rank: int = 16
-    start_layer: int = 0
-    end_layer: int | None = None
-    loss_type: str | None = "mse"
-    loss_coefficient: float = 1.0
-    detach_target: bool = True
-
-    def __post_init__(self) -> None:
-        name = "attention.future"
-        check_int(f"{name}.future_dim", self.future_dim, 1)
-        if self.source not in SOURCES:
-            must(f"{name}.source", f"be one of {', '.join(SOURCES)}", repr(self.source))
-        check_int(f"{name}.source_rank", self.source_rank, 1)
-        check_int(f"{name}.start_layer", self.start_layer, 0)
-        if self.end_layer is not None:
-            check_int(f"{name}.end_layer", self.end_layer, self.start_layer + 1)
-        if self.loss_type is not None and self.loss_type not in LOSS_TYPES:
-            allowed = f"be None or one of {', '.join(LOSS_TYPES)}"
-            must(f"{name}.loss_type", allowed, repr(self.loss_type))
-        if not 0.0 <= self.loss_coefficient < float("inf"):
-            must(f"{name}.loss_coefficient", "be finite and at least 0", self.loss_coefficient)
-        check_bool(f"{name}.detach_target", self.detach_target)
-
-    def layers(self, num_hidden_layers: int) -> range:
-        """The layers with future keys."""
-        end = num_hidden_layers if self.end_layer is None else self.end_layer
-        return range(self.start_layer, end)
-
-    def check_sizes(self, num_hidden_layers: int, max_position_embeddings: int) -> None:
-        """Raise ValueError unless layers and positions are within those of the model."""
-        name, n = "attention.future", num_hidden_layers
-        if self.start_layer >= n:
-            must(f"{name}.start_layer", f"be below num_hidden_layers={n}", self.start_layer)
-        if self.end_layer is not None and self.end_layer > n:
-            must(f"{name}.end_layer", f"be at most num_hidden_layers={n}", self.end_layer)
-        limit = max_position_embeddings - 1
-        if self.source != "relative" and self.future_dim > limit:
-            allowed = f"be at most max_position_embeddings - 1 = {limit}"
-            must(f"{name}.future_dim", allowed, self.future_dim)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """Which keys a token sees.
-
-    Attributes:
-        kind: ``"causal"``, all earlier tokens, ``"segmented"``, those of its own segment and of
-            the sliding window, or ``"future"``, all earlier tokens and learned keys for the
-            positions ahead.
-        segment_len: Tokens in a segment; None means no segments. Only for ``"segmented"``.
-        window_size: Keys in the sliding window, the query's own included; None means no window.
-            Only for ``"segmented"``, which needs one of the two.
-        num_persistent_tokens: Learned keys and values that every token sees. Not for
-            ``"future"``.
-        future: What a token sees ahead, a ``FutureConfig`` or its fields as a dict. Only for
-            ``"future"``, where None means the fields' defaults.
-        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
-    """
-
-    kind: str = "causal"
-    segment_len: int | None = None
-    window_size: int | None = None
-    num_persistent_tokens: int = 0
-    future: FutureConfig | None = None
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.kind not in ATTENTION_KINDS:
-            must("attention.kind", f"be one of {', '.join(ATTENTION_KINDS)}", repr(self.kind))
-        for name in ("segment_len", "window_size"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if self.kind != "segmented":
-                must(f"attention.{name}", f'be None with attention.kind "{self.kind}"', value)
-            check_int(f"attention.{name}", value, 1)
-        if self.kind == "segmented" and self.segment_len is None and self.window_size is None:
-            must("attention.segment_len", 'be given for kind "segmented", or window_size', None)
-        check_int("attention.num_persistent_tokens", self.num_persistent_tokens, 0)
-        self._check_future()
-        if self.backend not in BACKENDS:
-            must("attention.backend", f"be one of {', '.join(BACKENDS)}", repr(self.backend))
-
-    def _check_future(self) -> None:
-        future = self.future
-        if self.kind == "future" and (future is None or isinstance(future, dict)):
-            future = FutureConfig(**(future or {}))
-            object.__setattr__(self, "future", future)  # frozen
-        if self.kind == "future" and self.num_persistent_tokens:
-            allowed = 'be 0 with attention.kind "future"'
-            must("attention.num_persistent_tokens", allowed, self.num_persistent_tokens)
-        if self.kind != "future" and future is not None:
-            must("attention.future", f'be None with attention.kind "{self.kind}"', future)
-        if future is not None and not isinstance(future, FutureConfig):
-            kind = type(future).__name__
-            must("attention.future", "be a FutureConfig or a dict", kind, TypeError)
+    return classmethod(make)
 
 
 class MemAttnConfig(PreTrainedConfig):
@@ -153,8 +47,8 @@ class MemAttnConfig(PreTrainedConfig):
         intermediate_size: Features inside the MLP; None means 8/3 of ``hidden_size``, rounded up
             to a multiple of 64, for ``"swiglu"``, and 4 times ``hidden_size`` for ``"gelu"``.
         max_position_embeddings: Longest sequence that the model is meant for. It is a limit where
-            positions have parameters: learned position embeddings and future keys, unless these
-            are relative. Otherwise only tokenizers and servers read it.
+            positions have parameters: learned position embeddings, and parts that say so. Otherwise
+            only tokenizers and servers read it.
         position_embedding: ``"rope"``, rotary positions in every attention layer, or
             ``"learned"``, parameters added to the embedded tokens.
         norm: ``"rms"``, RMSNorm, or ``"layer"``, LayerNorm without bias.
@@ -165,11 +59,14 @@ class MemAttnConfig(PreTrainedConfig):
         tie_word_embeddings: Whether the output layer shares the weights of the embedding.
         initializer_range: Standard deviation of new weights.
         use_cache: Whether inference keeps the state of the sequences.
-        attention: Which keys a token sees, an ``AttentionConfig`` or its fields as a dict.
+        attention: Which keys a token sees: a part that stands instead of attention, such as
+            ``{"kind": "segmented", "segment_len": 128}``.
+        parts: Further parts, in their order; each a ``PartConfig``, or its kind and fields as a
+            dict.
     """
 
     model_type = "memattn"
-    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "future_loss"]
+    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "losses", "loss_counts"]
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -190,13 +87,14 @@ class MemAttnConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    attention: Any = field(default_factory=CausalConfig)
+    parts: Any = field(default_factory=list)
 
     def __post_init__(self, **kwargs: Any) -> None:
         # transformers keeps unknown fields; those of a part would be ignored silently
-        for part, path in ((AttentionConfig, "attention"), (FutureConfig, "attention.future")):
-            for name in kwargs.keys() & {part_field.name for part_field in fields(part)}:
-                must(name, f"be given as a field of {path}", kwargs[name], TypeError)
+        places = _part_fields()
+        for name in kwargs.keys() & places.keys():
+            must(name, f"be given as a field of {places[name]}", kwargs[name], TypeError)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             check_int(name, getattr(self, name), 1)
         for name, choices in (
@@ -232,99 +130,109 @@ class MemAttnConfig(PreTrainedConfig):
         check_int("max_position_embeddings", self.max_position_embeddings, 1)
         if not self.rms_norm_eps > 0:
             must("rms_norm_eps", "be positive", self.rms_norm_eps)
-        if isinstance(self.attention, dict):
-            self.attention = AttentionConfig(**self.attention)
-        if not isinstance(self.attention, AttentionConfig):
-            kind = type(self.attention).__name__
-            must("attention", "be an AttentionConfig or a dict", kind, TypeError)
-        if self.attention.future is not None:
-            self.attention.future.check_sizes(self.num_hidden_layers, self.max_position_embeddings)
+        self._make_parts()
         super().__post_init__(**kwargs)
-        rope = self.rope_parameters or {}
-        if rope.get("rope_type") != "default":
-            must("rope_parameters", 'have rope_type "default"', rope.get("rope_type"))
-        if not rope["rope_theta"] > 0:
-            must("rope_theta", "be positive", rope["rope_theta"])
+        _check_rope(self.rope_parameters or {})
+
+    def _make_parts(self) -> None:
+        """Turn parts given as plain values into configurations, and check them together."""
+        self.attention = make_part(upgrade_attention(self.attention), "attention", attention=True)
+        if not isinstance(self.parts, list | tuple):
+            must("parts", "be a list", type(self.parts).__name__, TypeError)
+        self.parts = [
+            make_part(part, f"parts[{i}]", attention=False) for i, part in enumerate(self.parts)
+        ]
+        coefficients: dict[str, float] = {}
+        for part in (everything := [self.attention, *self.parts]):
+            others = [other for other in everything if other is not part]
+            number = sum(other.kind == part.kind for other in everything)
+            if number > 1 and not part.repeatable:
+                must("parts", f"have {part.kind} at most once", f"it {number} times")
+            part.check(self.sizes, others)
+            for name, coefficient in part.losses.items():
+                if coefficients.setdefault(name, coefficient) != coefficient:
+                    must(f"{part.path}.{name}", f"count {coefficients[name]}", coefficient)
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes that parts know of."""
+        assert self.head_dim is not None and self.num_key_value_heads is not None
+        return Sizes(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            num_layers=self.num_hidden_layers,
+            max_positions=self.max_position_embeddings,
+        )
+
+    def named_parts(self) -> dict[str, PartConfig]:
+        """All parts by the names that their modules and states have."""
+        named = {"attention": self.attention}
+        for part in self.parts:
+            twins = sum(name.partition("-")[0] == part.kind for name in named)
+            named[part.kind if not twins else f"{part.kind}-{twins + 1}"] = part
+        return named
+
+    def layer_parts(self, layer: int) -> dict[str, PartConfig]:
+        """The parts of one layer by name."""
+        found = {n: part.in_layer(layer, self.sizes) for n, part in self.named_parts().items()}
+        return {name: part for name, part in found.items() if part is not None}
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Losses that parts return beside the cross-entropy, with their coefficients."""
+        return {k: v for part in self.named_parts().values() for k, v in part.losses.items()}
+
+    @property
+    def reach(self) -> int:
+        """Tokens in the longest window or segment of a part; 0 where there is none."""
+        return max(part.reach for part in self.named_parts().values())
 
     @property
     def position_limit(self) -> int | None:
         """Tokens of the longest sequence that the model has parameters for; None means no limit."""
-        future = self.attention.future
-        absolute = future is not None and future.source != "relative"
-        if absolute or self.position_embedding == "learned":
-            return self.max_position_embeddings
-        return None
+        limits = any(part.limits_length for part in self.named_parts().values())
+        return self.max_position_embeddings if limits or self.embeds_positions else None
+
+    @property
+    def embeds_positions(self) -> bool:
+        """Whether positions have parameters that are added to the embedded tokens."""
+        return self.position_embedding == "learned"
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values that JSON can hold."""
-        return {
-            name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-            for name, value in super().to_dict().items()
-        }
+        return _plain(super().to_dict())
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read the values of ``to_dict``; ``attention`` may be replaced by a keyword, as a dict."""
-        if "attention" in kwargs:
-            config_dict = config_dict | {"attention": kwargs.pop("attention")}
-        return super().from_dict(config_dict, **kwargs)
+        """Read the values of ``to_dict``; keywords replace fields, and are checked as these are."""
+        own = {config_field.name for config_field in fields(cls)} | _part_fields().keys()
+        own -= {base.name for base in fields(PreTrainedConfig)}  # those transformers sees to
+        given = {name: kwargs.pop(name) for name in (own | _ROPE_KEYWORDS) & kwargs.keys()}
+        if "rope_theta" in given and "rope_parameters" not in given:
+            rope = config_dict.get("rope_parameters") or {}
+            given["rope_parameters"] = rope | {"rope_theta": given.pop("rope_theta")}
+        return super().from_dict(config_dict | given, **kwargs)
 
-    @classmethod
-    def vanilla(cls, **sizes: Any) -> "MemAttnConfig":
-        """A plain causal decoder; ``sizes`` are further fields."""
-        return cls(attention=AttentionConfig(), **cls._check_sizes(sizes))
+    def check(self) -> None:
+        """Raise what construction raises for these values: fields may be set at any time."""
+        type(self).from_dict(self.to_dict())
 
-    @classmethod
-    def segmented(
-        cls,
-        *,
-        segment_len: int | None = 128,
-        window_size: int | None = 128,
-        num_persistent_tokens: int = 4,
-        backend: str = "auto",
-        **sizes: Any,
-    ) -> "MemAttnConfig":
-        """A decoder that attends within segments and a window; ``sizes`` are further fields."""
-        attention = AttentionConfig(
-            kind="segmented",
-            segment_len=segment_len,
-            window_size=window_size,
-            num_persistent_tokens=num_persistent_tokens,
-            backend=backend,
-        )
-        return cls(attention=attention, **cls._check_sizes(sizes))
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write ``config.json``; what could not be loaded is not saved."""
+        self.check()
+        super().save_pretrained(save_directory, *args, **kwargs)
 
-    @classmethod
-    def future(
-        cls,
-        *,
-        future_dim: int = 64,
-        source: str = "table",
-        source_rank: int = 16,
-        start_layer: int = 0,
-        end_layer: int | None = None,
-        loss_type: str | None = "mse",
-        loss_coefficient: float = 1.0,
-        detach_target: bool = True,
-        backend: str = "auto",
-        **sizes: Any,
-    ) -> "MemAttnConfig":
-        """A causal decoder that also sees learned keys for the positions ahead.
-
-        The arguments are the fields of ``FutureConfig``; ``sizes`` are further fields.
-        """
-        future = FutureConfig(
-            future_dim=future_dim,
-            source=source,
-            source_rank=source_rank,
-            start_layer=start_layer,
-            end_layer=end_layer,
-            loss_type=loss_type,
-            loss_coefficient=loss_coefficient,
-            detach_target=detach_target,
-        )
-        attention = AttentionConfig(kind="future", future=future, backend=backend)
-        return cls(attention=attention, **cls._check_sizes(sizes))
+    vanilla = _preset(CausalConfig, "A plain causal decoder.")
+    segmented = _preset(
+        SegmentedConfig,
+        "A decoder that attends within segments and a window.",
+        segment_len=128,
+        window_size=128,
+        num_persistent_tokens=4,
+    )
+    future = _preset(FutureConfig, "A causal decoder that sees learned keys for what is ahead.")
 
     @classmethod
     def _check_sizes(cls, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -333,6 +241,38 @@ class MemAttnConfig(PreTrainedConfig):
         for name in sizes.keys() - known:
             must(name, f"be a field of {cls.__name__}", repr(sizes[name]), TypeError)
         return sizes
+
+
+def _part_fields() -> dict[str, str]:
+    """Fields of any part, and where in a configuration such a part stands."""
+    return {
+        part_field.name: "attention" if part.place == "attention" else "parts"
+        for part in PARTS.values()
+        for part_field in fields(part)
+    }
+
+
+def _plain(value: Any) -> Any:
+    """The value with every part in it as plain values."""
+    if isinstance(value, PartConfig):
+        return value.to_dict()
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
+
+
+_ROPE_KEYWORDS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+
+
+def _check_rope(rope: dict[str, Any]) -> None:
+    """Raise ValueError for what the rotary embedding would not do."""
+    if rope.get("rope_type") != "default":
+        must("rope_parameters", 'have rope_type "default"', rope.get("rope_type"))
+    unknown = sorted(rope.keys() - {"rope_type", "rope_theta", "type"})
+    if unknown:
+        must("rope_parameters", "have rope_type and rope_theta alone", ", ".join(unknown))
+    if not rope["rope_theta"] > 0:
+        must("rope_theta", "be positive", rope["rope_theta"])
 
 
 PRESETS: dict[str, Callable[..., MemAttnConfig]] = {

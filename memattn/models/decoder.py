@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, initialization
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils.generic import can_return_tuple
 
@@ -12,9 +12,11 @@ from memattn.checks import check_rank, must
 from memattn.models.block import MemAttnBlock, make_norm
 from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
+from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
 from memattn.models.padding import check_lengths, check_positions, mask_bounds
-from memattn.nn import FutureTable, RotaryEmbedding, SegmentedAttention, sequence_positions
+from memattn.nn import RotaryEmbedding, sequence_positions
+from memattn.parts import PARTS, PartContext, Role, SequenceBounds
 
 
 class MemAttnPreTrainedModel(PreTrainedModel):
@@ -27,16 +29,27 @@ class MemAttnPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MemAttnBlock"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
 
+    def __init__(self, config: MemAttnConfig, *inputs: Any, **kwargs: Any) -> None:
+        if isinstance(config, MemAttnConfig):
+            config.check()  # fields may have been set since it was made
+        super().__init__(config, *inputs, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, SegmentedAttention) and module.persistent_key is not None:
-            initialization.normal_(module.persistent_key, std=std)
-            initialization.normal_(module.persistent_value, std=std)
-        if isinstance(module, FutureTable):
-            initialization.normal_(module.key, std=std)
-            initialization.normal_(module.value, std=std)
+        for init_weights in dict.fromkeys(part.init_weights for part in PARTS.values()):
+            init_weights(module, self.config.initializer_range)
+
+    def parameter_roles(self) -> dict[str, Role]:
+        """What each parameter is that a part says something about, by name."""
+        blocks = ((f"{n}.", m) for n, m in self.named_modules() if isinstance(m, MemAttnBlock))
+        return {
+            prefix + f"{'' if part == 'attention' else 'parts.'}{part}.{name}": role
+            for prefix, block in blocks
+            for part, config in block.part_configs.items()
+            for name, parameter in block.module_of(part).named_parameters()
+            if (role := config.role(name, parameter)) is not None
+        }
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -52,7 +65,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
         assert config.head_dim is not None and config.rope_parameters is not None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = self.rotary = None
-        if config.position_embedding == "learned":
+        if config.embeds_positions:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         else:
             self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters["rope_theta"])
@@ -75,7 +88,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        output_future_loss: bool | None = None,
+        output_losses: bool | None = None,
     ) -> MemAttnModelOutput:
         """Hidden states ``[B, T, E]``; the arguments are those of ``MemAttnForCausalLM``."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -97,17 +110,16 @@ class MemAttnModel(MemAttnPreTrainedModel):
         cache = self._choose_cache(past_key_values, use_cache, cu_seqlens)
 
         offset = 0 if cache is None else cache.position
-        limit = self.config.position_limit
-        seq_start = None  # in columns since the cache began
+        limit, device = self.config.position_limit, hidden_states.device
         if cache is not None:
-            bounds = cache.append_columns(
-                B, T, attention_mask, hidden_states.device, max_length=limit
-            )
+            cache.append_columns(B, T, attention_mask, device, max_length=limit)
+            seq_start = None  # in columns since the cache began
             if cache.seq_start is not None and cache.seq_start.any():
-                seq_start = cache.seq_start.to(hidden_states.device)
+                seq_start = cache.seq_start.to(device)
+            bounds = SequenceBounds(None, None)  # the state of each part has its own
         else:
-            bound = mask_bounds(attention_mask, B, T, cu_seqlens)
-            bounds, seq_start = [bound] * len(self.layers), bound.seq_start
+            bounds = mask_bounds(attention_mask, B, T, cu_seqlens)
+            seq_start = bounds.seq_start
         positions = sequence_positions(
             hidden_states, offset=offset, seq_start=seq_start, cu_seqlens=cu_seqlens
         )
@@ -115,60 +127,46 @@ class MemAttnModel(MemAttnPreTrainedModel):
             check_lengths(positions, attention_mask, limit)
         if position_ids is not None:
             check_positions(position_ids, positions, attention_mask)
+        present = None if attention_mask is None else attention_mask[:, -T:] != 0
         if self.embed_positions is not None:
-            hidden_states = hidden_states + self._position_states(positions, attention_mask)
-        rotary, future_rotary = self._rotary(hidden_states, positions, offset)
+            known = positions if present is None else torch.where(present, positions, 0)
+            hidden_states = hidden_states + self.embed_positions(known.clamp(min=0))
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if output_future_loss is None:
-            output_future_loss = self.training
+        context = PartContext(
+            positions=positions,
+            present=present,
+            bounds=bounds,
+            cu_seqlens=cu_seqlens,
+            offset=offset,
+            rotary=None if self.rotary is None else self.rotary(positions, hidden_states.dtype),
+            rotary_embedding=self.rotary,
+            measure_losses=self.training if output_losses is None else output_losses,
+        )
         all_hidden_states: list[Tensor] = []
-        future_losses: list[Tensor] = []
-        for i, (layer, bound) in enumerate(zip(self.layers, bounds, strict=True)):
+        totals: dict[str, list[Tensor]] = {}
+        counts: dict[str, list[Tensor]] = {}
+        carry: dict[str, Tensor] = {}
+        layer: Any
+        for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            hidden_states, future_loss = layer(
-                hidden_states,
-                rotary=rotary,
-                future_rotary=future_rotary,
-                output_future_loss=output_future_loss,
-                cu_seqlens=cu_seqlens,
-                seq_start=bound.seq_start,
-                seq_end=bound.seq_end,
-                cache=None if cache is None else cache.layers[i],
-            )
-            if future_loss is not None:
-                future_losses.append(future_loss)
+            layer_cache = None if cache is None else cache.layers[i]
+            hidden_states, losses, carry = layer.call(hidden_states, carry, context, layer_cache)
+            for name, (total, count) in losses.items():
+                totals.setdefault(name, []).append(total)
+                counts.setdefault(name, []).append(count)
         hidden_states = self.norm(hidden_states)
+        count = {name: torch.stack(found).sum() for name, found in counts.items()}
+        means = {n: torch.stack(t).sum() / count[n].clamp(min=1.0) for n, t in totals.items()}
         return MemAttnModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=cache,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
-            future_loss=torch.stack(future_losses).mean() if future_losses else None,
+            losses=means or None,
+            loss_counts=count or None,
         )
-
-    def _position_states(self, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Learned embeddings of ``positions [B or 1, T]``; padding may stand anywhere."""
-        assert self.embed_positions is not None
-        if attention_mask is not None:
-            real = attention_mask[:, -positions.shape[1] :] != 0
-            positions = torch.where(real, positions, 0)
-        return self.embed_positions(positions.clamp(min=0))
-
-    def _rotary(
-        self, hidden_states: Tensor, positions: Tensor, offset: int
-    ) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
-        """Cosines and sines of the tokens, and of the rows of future keys where there are any."""
-        if self.rotary is None:
-            return None, None
-        rotary = self.rotary(positions, hidden_states.dtype)
-        future = self.config.attention.future
-        if future is None:
-            return rotary, None
-        attention: Any = self.layers[future.start_layer].attention
-        rows = attention.future_positions(hidden_states, offset=offset)
-        return rotary, self.rotary(rows, hidden_states.dtype)
 
     def _choose_cache(
         self, cache: MemAttnCache | None, use_cache: bool | None, cu_seqlens: Tensor | None
@@ -183,6 +181,8 @@ class MemAttnModel(MemAttnPreTrainedModel):
                 must("use_cache", f"not be True with {what}", use_cache)
         if cache is not None and not isinstance(cache, MemAttnCache):
             must("past_key_values", "be a MemAttnCache", type(cache).__name__, TypeError)
+        if cache is not None:
+            cache.check_fits(self.config)
         if use_cache is None:
             use_cache = self.config.use_cache and not (self.training or packed)
         return MemAttnCache(self.config) if cache is None and use_cache else cache
@@ -205,8 +205,13 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs = True  # the trainer of transformers passes num_items_in_batch
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register_class_name(cls)  # FSDP2 makes such classes too
+
     def __init__(self, config: MemAttnConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # transformers would read it off the name of the class
         self.model = MemAttnModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -226,7 +231,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        output_future_loss: bool | None = None,
+        output_losses: bool | None = None,
     ) -> MemAttnCausalLMOutput:
         """Predict the next token at every position.
 
@@ -248,28 +253,28 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             logits_to_keep: Compute logits for the last so many tokens only, or for the given
                 indices; 0 means all.
             num_items_in_batch: Divide the summed loss by this number, instead of by the number of
-                labels here: for gradient accumulation. The future loss, a mean, counts by the
-                share of the labels that are here.
+                labels here: for gradient accumulation. Losses of parts, which are means, count by
+                the share of the labels that are here.
             output_hidden_states: Whether to return the output of the embedding and of each block.
             output_attentions: Not supported, since fused attention keeps no weights.
-            output_future_loss: Whether to measure the loss of future attention, where the model
-                has one; None means in training mode and with labels.
+            output_losses: Whether to measure the losses of parts, where the model has such; None
+                means in training mode and with labels.
 
         Returns:
             ``logits [B, T, vocab_size]``, ``past_key_values`` if a cache is used, and
             ``hidden_states`` if asked for. With labels, ``lm_loss``, the cross-entropy, and
-            ``loss``: in training mode ``lm_loss + loss_coefficient * future_loss``, where the model
-            has one, and else the same as ``lm_loss``. ``future_loss`` is the mean over the layers.
+            ``loss``: in training mode ``lm_loss`` and each of the ``losses`` of parts times its
+            coefficient, and else the same as ``lm_loss``. ``losses`` are means over the layers.
 
         Raises:
             TypeError: If ``past_key_values`` is not a ``MemAttnCache``.
             ValueError: If shapes do not fit, a row of the mask is not one block of ones, positions
                 differ, a sequence is longer than ``max_position_embeddings`` where that is a
-                limit, or a cache meets packed documents or gradient checkpointing.
+                limit, a cache is of another model, or meets packed documents or checkpointing.
             NotImplementedError: If ``output_attentions`` is set.
         """
-        if output_future_loss is None:
-            output_future_loss = self.training or labels is not None
+        if output_losses is None:
+            output_losses = self.training or labels is not None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -280,7 +285,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             cu_seqlens=cu_seqlens,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            output_future_loss=output_future_loss,
+            output_losses=output_losses,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -295,28 +300,20 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-            if self.training and outputs.future_loss is not None:
-                weight = self._future_weight(labels, num_items_in_batch)
-                loss = lm_loss + weight * outputs.future_loss
+            share: Any = 1.0  # of the labels that are here
+            if num_items_in_batch is not None:
+                share = (labels[:, 1:] != -100).sum() / num_items_in_batch
+            for name, mean in (outputs.losses or {}).items() if self.training else ():
+                loss = loss + self.config.losses[name] * share * mean
         return MemAttnCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             lm_loss=lm_loss,
-            future_loss=outputs.future_loss,
+            losses=outputs.losses,
+            loss_counts=outputs.loss_counts,
         )
-
-    def _future_weight(
-        self, labels: Tensor, num_items_in_batch: Tensor | int | None
-    ) -> Tensor | float:
-        """What the future loss counts: its coefficient, times the share of the labels here."""
-        future = self.config.attention.future
-        assert future is not None
-        if num_items_in_batch is None:
-            return future.loss_coefficient
-        num_labels = (labels[:, 1:] != -100).sum()
-        return future.loss_coefficient * num_labels / num_items_in_batch
 
     def _prepare_cache_for_generation(
         self,

@@ -14,6 +14,11 @@ fields, which are read at every call:
 A query sees its own segment and the window. With neither, attention is what it was. A layer with
 a ``sliding_window`` of its own keeps that, and the two fields apply to the other layers.
 
+A configuration with one of the fields is for this implementation: it is saved with
+``attn_implementation``, so that a model loads as it was saved, and a process without memattn
+refuses to load it rather than attend to everything. An implementation that is named at loading
+comes first.
+
 Padding reaches the kernel as the bounds of each row's sequence and packed documents as
 ``cu_seqlens``: no mask of T x S elements exists at any time.
 """
@@ -31,12 +36,38 @@ from memattn.models.padding import block_bounds, check_mask
 from memattn.ops import segmented_attention
 
 NAME = "memattn_segmented"
+FIELDS = ("memattn_segment_len", "memattn_window_size")
 
 
 def register_hf_attention() -> None:
     """Register ``"memattn_segmented"`` with transformers; importing ``memattn.models`` does it."""
     AttentionInterface.register(NAME, hf_segmented_attention)
     AttentionMaskInterface.register(NAME, hf_sequence_bounds)
+    for name in FIELDS:
+        setattr(PreTrainedConfig, name, _config_field(name))
+
+
+def _config_field(name: str) -> property:
+    """A field of every configuration that chooses this implementation once it has a value.
+
+    transformers does not save the implementation of a model, but reads one from ``config.json``.
+    """
+
+    def get(config: PreTrainedConfig) -> Any:
+        if name not in vars(config):
+            raise AttributeError(f"{type(config).__name__!r} object has no attribute {name!r}")
+        return vars(config)[name]
+
+    def put(config: PreTrainedConfig, value: int | None) -> None:
+        vars(config)[name] = value
+        if any(vars(config).get(field) is not None for field in FIELDS):
+            vars(config)["attn_implementation"] = NAME
+            if vars(config).get("_attn_implementation_internal") is None:
+                vars(config)["_attn_implementation_internal"] = NAME  # at loading, if none is named
+        else:
+            vars(config).pop("attn_implementation", None)
+
+    return property(get, put)
 
 
 def hf_sequence_bounds(
@@ -137,6 +168,10 @@ def hf_segmented_attention(
     elif kwargs.get("cu_seq_lens_q") is not None:
         cu_seqlens = kwargs["cu_seq_lens_q"]
     segment_len, window_size = _spans(module, sliding_window)
+    if sliding_window is not None:
+        # a cache of window 1 gives all earlier keys, but bounds for those in the window
+        reach = sliding_window - 1 + query.shape[2]
+        key, value = key[:, :, -reach:], value[:, :, -reach:]
     out = segmented_attention(
         query,
         key,
@@ -157,7 +192,7 @@ def _spans(module: nn.Module, sliding_window: int | None) -> tuple[int | None, i
     if sliding_window is not None:
         return None, sliding_window
     spans = []
-    for name in ("memattn_segment_len", "memattn_window_size"):
+    for name in FIELDS:
         span = getattr(getattr(module, "config", None), name, None)
         if span is not None:
             check_int(f"config.{name}", span, 1)

@@ -1,20 +1,12 @@
 """Where sequences begin and end: from attention masks to bounds."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from memattn.checks import check_tensor, must
+from memattn.parts import SequenceBounds
 
 BLOCK = "be 0 or 1, with one contiguous block of ones in each row"
-
-
-class SequenceBounds(NamedTuple):
-    """Where sequences begin and end, in columns of the keys of a layer; None means everywhere."""
-
-    seq_start: Tensor | None  # int32 [B]
-    seq_end: Tensor | None  # int32 [B]
 
 
 def block_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from memattn.checks import check_int, check_rank, must
@@ -67,11 +68,11 @@ class MultiHeadAttention(nn.Module):
         """Query ``[B, H, T, D]``, key and value ``[B, Hkv, T, D]`` of ``[B, T, E]``."""
         check_rank("hidden_states", hidden_states, "B T E")
         query, key, value = (
-            proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            rearrange(proj(hidden_states), "b t (h d) -> b h t d", d=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         return query, key, value
 
     def merge_heads(self, out: Tensor) -> Tensor:
         """Map ``[B, H, T, D]`` to ``[B, T, E]``."""
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))

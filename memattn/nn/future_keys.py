@@ -8,6 +8,7 @@ behind for later rows; the cache keeps it) and ``forward`` (the rows).
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -161,7 +162,7 @@ class FutureComputed(FutureTable):
         rows = slice(first_row, num_rows)
         source = self._source(latent, rows, cu_seqlens, seq_start)  # [n, R, rank]
         key, value = (
-            table[:, rows] + proj(source).unflatten(-1, (len(table), -1)).transpose(1, 2)
+            table[:, rows] + rearrange(proj(source), "b t (h d) -> b h t d", h=len(table))
             for table, proj in ((self.key, self.key_proj), (self.value, self.value_proj))
         )
         key = _rotate(key, rotary, first_row)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from memattn.checks import check_int, must
@@ -34,15 +35,15 @@ class ColumnLayout:
             return own
         others = read.index_select(0, self.read_slot.flatten())
         others = others.view(*self.read_slot.shape, *read.shape[1:])
-        return torch.cat([own[:, None], others], 1).flatten(1, 2)
+        return rearrange(torch.cat([own[:, None], others], 1), "b c l e -> b (c l) e")
 
     def split(self, sequences: Tensor) -> tuple[Tensor, Tensor | None]:
         """The inverse of ``join``; read columns are cut off from the gradient."""
         if self.read is None:
             return sequences, None
         n_columns = self.read_slot.shape[1] + 1
-        columns = sequences.unflatten(1, (n_columns, -1))
-        others = columns.detach()[:, 1:].flatten(0, 1)
+        columns = rearrange(sequences, "b (c l) e -> b c l e", c=n_columns)
+        others = rearrange(columns.detach()[:, 1:], "b c l e -> (b c) l e")
         return columns[:, 0], others.index_select(0, self.read_at)
 
 
@@ -86,15 +87,17 @@ class TaskGraphAttention(nn.Module):
         No gradient runs through what read columns compute.
         """
         query, key, value = (
-            layout.join(proj(own, layout.own), self._frozen(proj, read, layout))
-            .unflatten(-1, (self.num_heads, -1))
-            .transpose(1, 2)
+            rearrange(
+                layout.join(proj(own, layout.own), self._frozen(proj, read, layout)),
+                "b s (h d) -> b h s d",
+                h=self.num_heads,
+            )
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = task_masked_attention(
             query, key, value, layout.mask, layout.mask_row, backend=self.backend
         ).out
-        own, read = layout.split(out.transpose(1, 2).flatten(2))
+        own, read = layout.split(rearrange(out, "b h s d -> b s (h d)"))
         return self.o_proj(own, layout.own), self._frozen(self.o_proj, read, layout)
 
     def _frozen(self, proj: TaskLinear, read: Tensor | None, layout: ColumnLayout) -> Tensor | None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -124,7 +125,7 @@ class TokenProjection(nn.Module):
         if image is None or len(image) != 3:
             size = math.ceil(self.input_dim / self.n_tokens)
             x = x.reshape(n, self.input_dim)
-            return F.pad(x, (0, -self.input_dim % size)).unflatten(1, (-1, size))
+            return rearrange(F.pad(x, (0, -self.input_dim % size)), "n (l p) -> n l p", p=size)
         _, height, width = image
         side = self._side(height, width)
         x = F.pad(x.reshape(n, *image), (0, -width % side, 0, -height % side))

@@ -64,7 +64,8 @@ def sequence_lengths(
 ) -> list[int] | None:
     """Check the bounds of sequences or documents, and return how long each of them is.
 
-    A sequence counts up to the last query, a document in full. Values on a CUDA device are read
+    A sequence counts up to the last query, a document in full; sequences that are all alike are one
+    entry. Values on a CUDA device are read
     once for everything that the caller wants to check by them (``wanted_for``, None for nothing),
     or where they depend on each other; what is not read is None.
     """
@@ -93,6 +94,8 @@ def sequence_lengths(
             check_int32_vector(name, bound, query)
             check_shape(name, bound, B=B)
     end = query_offset + T
+    if seq_start is None and seq_end is None:
+        return [end] if B else []
     starts, ends = [0] * B, [end] * B
     # reading bounds waits for a CUDA device, so only where something depends on them
     if seq_start is not None and (seq_end is not None or wanted_for is not None):
@@ -105,3 +108,14 @@ def sequence_lengths(
         if seq_end is not None and last < first:
             must("seq_end", f"be at least seq_start={first}", last)
     return [min(last, end) - first for first, last in zip(starts, ends, strict=True)]
+
+
+def longest(lengths: list[int]) -> int:
+    """The largest of the lengths, 0 for none.
+
+    Not ``max(lengths, default=0)``, which torch.compile does not trace for symbolic lengths.
+    """
+    most = 0
+    for length in lengths:
+        most = max(most, length)
+    return most

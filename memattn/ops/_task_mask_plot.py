@@ -1,6 +1,6 @@
 """Drawing of task masks; loads matplotlib."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import matplotlib.pyplot as plt
 import torch
@@ -11,15 +11,30 @@ from torch import Tensor
 
 from memattn.checks import check_int, must
 
-if TYPE_CHECKING:
-    from memattn.ops.task_mask import TaskMask
-
 MAX_CELLS = 256  # along each axis of the picture
 MAX_NAMED = 10  # tasks in the legend
 _COLOURS = tuple(f"C{i}" for i in range(10))
 
 
-def plot_task_mask(mask: "TaskMask", task: int | None, head: int, ax: Axes | None) -> Axes:
+class DrawnMask(Protocol):
+    """What the picture needs of a ``TaskMask``."""
+
+    @property
+    def n_tasks(self) -> int: ...
+
+    @property
+    def n_heads(self) -> int: ...
+
+    @property
+    def n_queries(self) -> int: ...
+
+    @property
+    def n_keys(self) -> int: ...
+
+    def dense(self, task: int) -> Tensor: ...
+
+
+def plot_task_mask(mask: DrawnMask, task: int | None, head: int, ax: Axes | None) -> Axes:
     """See ``TaskMask.plot``."""
     check_int("head", head, 0)
     if head >= mask.n_heads:

@@ -1,6 +1,6 @@
 """Future attention: one softmax over the past's keys and learned keys for the masked future."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,9 +18,11 @@ from memattn.ops._attention import (
     autocast,
     check_query_key_value,
     check_tensors,
+    longest,
     sequence_lengths,
 )
 from memattn.ops._dispatch import resolve_backend
+from memattn_kernels.signatures import FutureAttentionArgs
 
 FUTURE_INDEXES = ("position", "distance")
 LOSS_TYPES = ("mse", "cosine")
@@ -110,17 +112,28 @@ def future_attention(
         by distance, or differ in a batch.
     """
     args = _checked(
-        *(query, key, value, future_key, future_value, future_dim, future_query, future_index),
-        *(cu_seqlens, seq_start, seq_end, query_offset, scale),
+        query=query,
+        key=key,
+        value=value,
+        future_key=future_key,
+        future_value=future_value,
+        future_dim=future_dim,
+        future_query=future_query,
+        future_index=future_index,
+        cu_seqlens=cu_seqlens,
+        seq_start=seq_start,
+        seq_end=seq_end,
+        query_offset=query_offset,
+        scale=scale,
     )
-    match resolve_backend(backend, args[0]):
+    match resolve_backend(backend, args.query):
         case "triton":
             from memattn_kernels.future_attention import future_attention as impl
         case "cpp":
             from memattn.cpp.future_attention import future_attention as impl
         case "reference":
             from memattn.reference.future_attention import future_attention as impl
-    return FutureAttentionOutput(*impl(*args))
+    return FutureAttentionOutput(*impl(args))
 
 
 def future_attention_loss(
@@ -158,7 +171,9 @@ def future_attention_loss(
         future_value: The same with ``Dv`` features.
         future_dim: Positions that a query sees ahead.
         loss_type: ``"mse"``, the mean squared error, or ``"cosine"``, ``(1 - cos) / 2``, between
-            0 for the same direction and 1 for the opposite one.
+            0 for the same direction and 1 for the opposite one. Its gradient grows as the inverse
+            of the length of ``out_future``: in float16 it leaves the range of the dtype where a
+            row gives its future next to no weight, and is NaN then.
         detach_target: Whether the target counts as a constant. Otherwise the loss reaches
             ``query``, ``key`` and ``value`` through it too.
         future_query: ``[B, H, T, D]`` or None.
@@ -190,21 +205,33 @@ def future_attention_loss(
         must("loss_type", f"be one of {', '.join(LOSS_TYPES)}", repr(loss_type))
     check_bool("detach_target", detach_target)
     args = _checked(
-        *(query, key, value, future_key, future_value, future_dim, future_query, future_index),
-        *(cu_seqlens, seq_start, seq_end, query_offset, scale),
+        query=query,
+        key=key,
+        value=value,
+        future_key=future_key,
+        future_value=future_value,
+        future_dim=future_dim,
+        future_query=future_query,
+        future_index=future_index,
+        cu_seqlens=cu_seqlens,
+        seq_start=seq_start,
+        seq_end=seq_end,
+        query_offset=query_offset,
+        scale=scale,
     )
-    inputs: tuple[Any, ...] = (*args, loss_type, detach_target)
-    match resolve_backend(backend, args[0]):
+    args = args._replace(loss_type=loss_type, detach_target=detach_target)
+    match resolve_backend(backend, args.query):
         case "triton":
             from memattn_kernels.future_attention import future_attention_loss as impl
         case "cpp":
             from memattn.cpp.future_attention import future_attention_loss as impl
         case "reference":
             from memattn.reference.future_attention import future_attention_loss as impl
-    return FutureAttentionLossOutput(*impl(*inputs))
+    return FutureAttentionLossOutput(*impl(args))
 
 
 def _checked(
+    *,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -218,8 +245,8 @@ def _checked(
     seq_end: Tensor | None,
     query_offset: int,
     scale: float | None,
-) -> tuple[Any, ...]:
-    """The arguments of a backend, in the order of ``memattn.reference.future_attention``."""
+) -> FutureAttentionArgs:
+    """The arguments of a backend, without a loss."""
     check_tensors(
         {
             "query": query,
@@ -273,16 +300,29 @@ def _checked(
         *(query, S, cu_seqlens, seq_start, seq_end, query_offset),
         wanted_for=None if by_distance else n_ctx,
     )
-    if not by_distance and lengths is not None and max(lengths, default=0) > n_ctx:
-        needed = max(lengths) - 1
+    if not by_distance and lengths is not None and longest(lengths) > n_ctx:
+        needed = longest(lengths) - 1
         must("future_key", f"have a row for each position, at least {needed}", table_len)
 
     if per_sequence and cu_seqlens is not None:  # one table with the rows of all documents
         future_key, future_value = (
             t.transpose(0, 1).flatten(1, 2) for t in (future_key, future_value)
         )
-    return (
-        *(query, key, value, future_key, future_value, future_query),
-        *(cu_seqlens, seq_start, seq_end, table_len, by_distance),
-        *(future_dim, query_offset, check_scale(scale, D)),
+    return FutureAttentionArgs(
+        query=query,
+        key=key,
+        value=value,
+        future_key=future_key,
+        future_value=future_value,
+        future_query=future_query,
+        cu_seqlens=cu_seqlens,
+        seq_start=seq_start,
+        seq_end=seq_end,
+        table_len=table_len,
+        by_distance=by_distance,
+        future_dim=future_dim,
+        query_offset=query_offset,
+        scale=check_scale(scale, D),
+        loss_type=None,
+        detach_target=True,
     )

@@ -18,9 +18,11 @@ from memattn.ops._attention import (
     autocast,
     check_query_key_value,
     check_tensors,
+    longest,
     sequence_lengths,
 )
 from memattn.ops._dispatch import resolve_backend
+from memattn_kernels.signatures import SegmentedAttentionArgs
 
 
 class AttentionOutput(NamedTuple):
@@ -157,14 +159,27 @@ def segmented_attention(
     )
     if memory_key is not None and segment_len is not None and lengths is not None:
         counts = [-(-max(length, 0) // segment_len) for length in lengths]
-        n_segments = max(counts, default=0) if cu_seqlens is None else sum(counts)
+        n_segments = longest(counts) if cu_seqlens is None else sum(counts)
         if memory_key.shape[2] < n_segments:
             must("memory_key", f"have at least n_segments={n_segments}", memory_key.shape[2])
 
-    args = (
-        *(query, key, value, persistent_key, persistent_value, memory_key, memory_value),
-        *(cu_seqlens, seq_start, seq_end, segment_len, window_size),
-        *(is_causal, memory_is_causal, query_offset, check_scale(scale, D)),
+    args = SegmentedAttentionArgs(
+        query=query,
+        key=key,
+        value=value,
+        persistent_key=persistent_key,
+        persistent_value=persistent_value,
+        memory_key=memory_key,
+        memory_value=memory_value,
+        cu_seqlens=cu_seqlens,
+        seq_start=seq_start,
+        seq_end=seq_end,
+        segment_len=segment_len,
+        window_size=window_size,
+        is_causal=is_causal,
+        memory_is_causal=memory_is_causal,
+        query_offset=query_offset,
+        scale=check_scale(scale, D),
     )
     match resolve_backend(backend, query):
         case "triton":
@@ -173,4 +188,4 @@ def segmented_attention(
             from memattn.cpp.segmented_attention import segmented_attention as impl
         case "reference":
             from memattn.reference.segmented_attention import segmented_attention as impl
-    return AttentionOutput(*impl(*args))
+    return AttentionOutput(*impl(args))

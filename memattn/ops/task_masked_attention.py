@@ -13,6 +13,7 @@ from memattn.ops._attention import (
 from memattn.ops._dispatch import resolve_backend
 from memattn.ops.segmented_attention import AttentionOutput
 from memattn.ops.task_mask import TaskMask
+from memattn_kernels.signatures import TaskMaskedAttentionArgs
 
 
 def task_masked_attention(
@@ -89,29 +90,29 @@ def task_masked_attention(
         if starts is not None and min(starts, default=0) < 0:
             must("seq_start", "be at least 0", min(starts))
 
-    scale = check_scale(scale, D)
+    args = TaskMaskedAttentionArgs(
+        query=query,
+        key=key,
+        value=value,
+        task_id=task_id,
+        **task_mask.tensors._asdict(),
+        seq_start=seq_start,
+        seq_end=seq_end,
+        is_causal=is_causal,
+        scale=check_scale(scale, D),
+    )
     match resolve_backend(backend, query):
         case "reference":
             from memattn.reference.task_masked_attention import task_masked_attention as define
 
             # one copy for each task, whatever the batch
             pairs = torch.stack([task_mask.dense(task) for task in range(task_mask.n_tasks)])
-            mask = pairs[task_id.long()]
-            return AttentionOutput(
-                *define(query, key, value, mask, seq_start, seq_end, is_causal, scale)
-            )
+            return AttentionOutput(*define(args, pairs[task_id.long()]))
         case "triton":
             from memattn_kernels.task_masked_attention import task_masked_attention as impl
         case "cpp":
             from memattn.cpp.task_masked_attention import task_masked_attention as impl
-    t = task_mask.tensors
-    return AttentionOutput(
-        *impl(
-            *(query, key, value, task_id, t.bits, t.slots, t.query_node, t.key_node),
-            *(t.query_tiles, t.query_counts, t.key_tiles, t.key_counts),
-            *(seq_start, seq_end, is_causal, scale),
-        )
-    )
+    return AttentionOutput(*impl(args))
 
 
 def _task_ids(task_id: int | Tensor, n_tasks: int, query: Tensor) -> Tensor:

@@ -1,11 +1,26 @@
 """What the definitions share: a softmax under a mask, and where sequences begin and end."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 Bound = Callable[[Tensor], Tensor]
+
+
+def scaled_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """``query key^T * scale`` in the dtype of the query.
+
+    In half precision the product may overflow where the score does not, so it is formed in float32.
+    """
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return (query @ key.mT) * scale
+    device = query.device.type
+    can_autocast = torch.amp.is_autocast_available(device)
+    # autocast would form the product in half precision all the same
+    with torch.autocast(device, enabled=False) if can_autocast else nullcontext():
+        return ((query.float() @ key.float().mT) * scale).to(query.dtype)
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memattn.reference._softmax import documents, hide_unseen, masked_softmax
+from memattn.reference._softmax import documents, hide_unseen, masked_softmax, scaled_scores
+from memattn_kernels.signatures import FutureAttentionArgs
 
 
 class _Bands(NamedTuple):
@@ -21,71 +22,27 @@ class _Bands(NamedTuple):
     whole: Tensor  # [B or 1, T], the band is not empty and does not leave the sequence
 
 
-def future_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    future_key: Tensor,
-    future_value: Tensor,
-    future_query: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    table_len: int,
-    by_distance: bool,
-    future_dim: int,
-    query_offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``out``, ``out_future`` ``[B, H, T, Dv]`` and ``lse [B, H, T]``.
-
-    ``future_key`` and ``future_value`` are ``[Hf, R, D]`` or ``[B, Hf, R, D]``. ``R`` is
-    ``table_len``, or a multiple of it: then each document has its own ``table_len`` rows.
-    """
-    bands = _bands(
-        *(query, key, future_key, cu_seqlens, seq_start, seq_end),
-        *(table_len, by_distance, future_dim, query_offset),
-    )
-    return _split_softmax(query, key, value, future_key, future_value, future_query, bands, scale)
+def future_attention(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``out``, ``out_future`` ``[B, H, T, Dv]`` and ``lse [B, H, T]``."""
+    return _split_softmax(args, _bands(args))
 
 
-def future_attention_loss(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    future_key: Tensor,
-    future_value: Tensor,
-    future_query: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    table_len: int,
-    by_distance: bool,
-    future_dim: int,
-    query_offset: int,
-    scale: float,
-    loss_type: str,
-    detach_target: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def future_attention_loss(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``out [B, H, T, Dv]``, the scalar ``loss`` and ``lse [B, H, T]``."""
-    bands = _bands(
-        *(query, key, future_key, cu_seqlens, seq_start, seq_end),
-        *(table_len, by_distance, future_dim, query_offset),
-    )
-    out, out_future, lse = _split_softmax(
-        query, key, value, future_key, future_value, future_query, bands, scale
-    )
+    query, key, value = args.query, args.key, args.value
+    bands = _bands(args)
+    out, out_future, lse = _split_softmax(args, bands)
     groups = query.shape[1] // key.shape[1]
     both = bands.causal | bands.ahead
     key, value = (hide_unseen(t.repeat_interleave(groups, 1), both) for t in (key, value))
     query = query.masked_fill(~both.any(-1, keepdim=True), 0.0)
-    weights, _ = masked_softmax((query @ key.mT) * scale, both)
+    weights, _ = masked_softmax(scaled_scores(query, key, args.scale), both)
     target = weights.masked_fill(~bands.ahead, 0.0) @ value
-    if detach_target:
+    if args.detach_target:
         target = target.detach()
     if out.dtype != torch.float64:
         out_future, target = out_future.float(), target.float()
-    if loss_type == "mse":
+    if args.loss_type == "mse":
         rows = (out_future - target).square().mean(-1)
     else:
         rows = (1.0 - torch.nn.functional.cosine_similarity(out_future, target, dim=-1)) / 2.0
@@ -94,12 +51,15 @@ def future_attention_loss(
     return out, loss, lse
 
 
-def _split_softmax(query, key, value, future_key, future_value, future_query, bands, scale):
+def _split_softmax(args: FutureAttentionArgs, bands: _Bands) -> tuple[Tensor, Tensor, Tensor]:
     """One softmax over the keys and the future rows, its two parts of the output and its lse."""
+    query, key, value = args.query, args.key, args.value
     B, H, T, _ = query.shape
     S = key.shape[2]
-    future_key, future_value = (t.expand(B, -1, -1, -1) for t in (future_key, future_value))
-    future_query = query if future_query is None else future_query
+    future_key, future_value = (
+        t.expand(B, -1, -1, -1) for t in (args.future_key, args.future_value)
+    )
+    future_query = query if args.future_query is None else args.future_query
     mask = torch.cat([bands.causal, bands.future], -1)
     empty = ~mask.any(-1, keepdim=True)
     query, future_query = (q.masked_fill(empty, 0.0) for q in (query, future_query))
@@ -110,35 +70,27 @@ def _split_softmax(query, key, value, future_key, future_value, future_query, ba
         hide_unseen(t.repeat_interleave(H // t.shape[1], 1), bands.future)
         for t in (future_key, future_value)
     )
-    scores = torch.cat([query @ key.mT, future_query @ future_key.mT], -1) * scale
+    pairs = ((query, key), (future_query, future_key))
+    scores = torch.cat([scaled_scores(q, k, args.scale) for q, k in pairs], -1)
     weights, lse = masked_softmax(scores, mask)
     out_future = weights[..., S:] @ future_value
     return weights[..., :S] @ value + out_future, out_future, lse
 
 
-def _bands(
-    query,
-    key,
-    future_key,
-    cu_seqlens,
-    seq_start,
-    seq_end,
-    table_len,
-    by_distance,
-    future_dim,
-    query_offset,
-):
-    T, S, R = query.shape[2], key.shape[2], future_key.shape[-2]
-    start, end, number = documents(query, cu_seqlens, seq_start, seq_end)
-    i = torch.arange(T, device=query.device)[:, None] + query_offset  # [T, 1]
+def _bands(args: FutureAttentionArgs) -> _Bands:
+    """What every query sees."""
+    query, table_len = args.query, args.table_len
+    T, S, R = query.shape[2], args.key.shape[2], args.future_key.shape[-2]
+    start, end, number = documents(query, args.cu_seqlens, args.seq_start, args.seq_end)
+    i = torch.arange(T, device=query.device)[:, None] + args.query_offset  # [T, 1]
     j = torch.arange(S, device=query.device)[None, :]  # [1, S]
     row = torch.arange(R, device=query.device)[None, :]  # [1, R]
     start, end, number = start(i), end(i), number(i)
     inside = (i >= start) & (i < end)
     position = i - start  # [B or 1, T, 1]
-    last = position + future_dim  # the last position of the band
-    if by_distance:
-        future = row % table_len < future_dim
+    last = position + args.future_dim  # the last position of the band
+    if args.by_distance:
+        future = row % table_len < args.future_dim
     else:
         last = last.clamp(max=table_len)
         future = (row % table_len + 1 > position) & (row % table_len + 1 <= last)

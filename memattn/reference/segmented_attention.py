@@ -7,57 +7,45 @@ Keys stand in the order persistent, memory, tokens. Everything here follows the 
 import torch
 from torch import Tensor
 
-from memattn.reference._softmax import documents, hide_unseen, masked_softmax
+from memattn.reference._softmax import documents, hide_unseen, masked_softmax, scaled_scores
+from memattn_kernels.signatures import SegmentedAttentionArgs
 
 
-def segmented_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    persistent_key: Tensor | None,
-    persistent_value: Tensor | None,
-    memory_key: Tensor | None,
-    memory_value: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    segment_len: int | None,
-    window_size: int | None,
-    is_causal: bool,
-    memory_is_causal: bool,
-    query_offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def segmented_attention(args: SegmentedAttentionArgs) -> tuple[Tensor, Tensor]:
     """Return ``out [B, H, T, Dv]`` and ``lse [B, H, T]`` of the explicit definition."""
+    query, key, value = args.query, args.key, args.value
+    segment_len, window_size = args.segment_len, args.window_size
     B, H, T, _ = query.shape
     Hkv, S = key.shape[1:3]
-    start, end, first_segment = documents(query, cu_seqlens, seq_start, seq_end, segment_len)
-    i = torch.arange(T, device=query.device)[:, None] + query_offset  # [T, 1]
+    start, end, first_segment = documents(
+        query, args.cu_seqlens, args.seq_start, args.seq_end, segment_len
+    )
+    i = torch.arange(T, device=query.device)[:, None] + args.query_offset  # [T, 1]
     j = torch.arange(S, device=query.device)[None, :]  # [1, S]
 
     # rows of the documents; start and end are [B or 1, T] for rows, taken at the row's position
     start, end = start(i), end(i)  # [B or 1, T, 1]
     inside = (i >= start) & (i < end)
     masks, keys, values = [], [], []
-    if persistent_key is not None and persistent_value is not None:
-        P = persistent_key.shape[1]
+    if args.persistent_key is not None and args.persistent_value is not None:
+        P = args.persistent_key.shape[1]
         masks.append(inside.expand(-1, -1, P))
-        keys.append(persistent_key.expand(B, -1, -1, -1))
-        values.append(persistent_value.expand(B, -1, -1, -1))
-    if memory_key is not None and memory_value is not None:
+        keys.append(args.persistent_key.expand(B, -1, -1, -1))
+        values.append(args.persistent_value.expand(B, -1, -1, -1))
+    if args.memory_key is not None and args.memory_value is not None:
         assert segment_len is not None
-        N, M = memory_key.shape[2:4]
+        N, M = args.memory_key.shape[2:4]
         segment = first_segment(i) + (i - start) // segment_len
         column = torch.arange(N * M, device=query.device)
         allowed = inside & (column // M == segment)
-        if memory_is_causal:
+        if args.memory_is_causal:
             allowed = allowed & (column % M <= (i - start) % segment_len)
         masks.append(allowed)
-        keys.append(memory_key.flatten(2, 3))
-        values.append(memory_value.flatten(2, 3))
+        keys.append(args.memory_key.flatten(2, 3))
+        values.append(args.memory_value.flatten(2, 3))
 
     allowed = inside & (j >= start) & (j < end)
-    if is_causal:
+    if args.is_causal:
         allowed = allowed & (j <= i)
     if segment_len is not None or window_size is not None:
         near = torch.zeros_like(allowed)
@@ -75,5 +63,5 @@ def segmented_attention(
         for tensors in (keys, values)
     )
     query = query.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # an empty row may hold anything
-    weights, lse = masked_softmax((query @ key.mT) * scale, mask)
+    weights, lse = masked_softmax(scaled_scores(query, key, args.scale), mask)
     return weights @ value, lse

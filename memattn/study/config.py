@@ -7,6 +7,7 @@ from typing import Any
 
 from memattn.checks import check_bool, check_int, must
 from memattn.train.config import DataConfig, TrainingConfig, read_config
+from memattn.yaml_text import dump_yaml
 
 NO_LOSS = "none"
 EQUAL_TO = ("baseline", "future")
@@ -107,9 +108,7 @@ class StudyConfig:
 
     def to_yaml(self) -> str:
         """The configuration as YAML, which ``load_study`` reads."""
-        import yaml
-
-        return yaml.safe_dump(asdict(self), sort_keys=False)
+        return dump_yaml(asdict(self))
 
 
 def load_study(path: str | Path) -> StudyConfig:

@@ -78,7 +78,7 @@ def read_run(folder: Path, variant: str, seed: int, max_steps: int) -> RunResult
         seed=seed,
         train_loss=fmean(late),
         val_loss=held_out[-1]["eval_loss"],
-        future_loss=held_out[-1]["eval_future_loss"],
+        future_loss=held_out[-1].get("eval_future_loss"),
         tokens=rows[-1]["tokens"],
         seconds=rows[-1]["seconds"],
     )
@@ -134,7 +134,7 @@ def mean_curves(
     """
     values: dict[float, list[float]] = {}
     for rows in runs:
-        points = [(row["step"], row[column]) for row in rows if row[column] is not None]
+        points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
         for step, value in smooth_curve(points) if smooth else points:
             values.setdefault(step, []).append(value)
     spreads = {s: Spread.of(v) for s, v in sorted(values.items()) if len(v) == len(runs)}

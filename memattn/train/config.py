@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from memattn.checks import check_bool, check_int, must
+from memattn.yaml_text import dump_yaml, plain_text, text_mode
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("no", "fp16", "bf16")
@@ -188,9 +189,7 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """The configuration as YAML, which ``load_config`` reads."""
-        import yaml
-
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return dump_yaml(self.to_dict())
 
 
 def load_config(path: str | Path) -> TrainConfig:
@@ -215,10 +214,10 @@ def read_config(kind: type[Config], path: str | Path) -> Config:
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"config must be a file that exists, got {path}")
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, parser_mode=text_mode(kind))
     parser.add_class_arguments(kind)
     try:
-        return kind(**vars(parser.instantiate(parser.parse_path(path))))
+        return plain_text(kind(**vars(parser.instantiate(parser.parse_path(path)))))
     except ArgumentError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"config must have valid fields, got {path}: {reason}") from error

@@ -31,7 +31,12 @@ from memattn.train.metrics import MetricsLog
 from memattn.train.optim import make_optimizer, make_scheduler
 from memattn.train.progress import TrainProgress
 from memattn.train.setup import build_model, make_batches, prepare_data
-from memattn.train.step import accumulate_gradients, count_batches, held_out_losses
+from memattn.train.step import (
+    accumulate_gradients,
+    count_batches,
+    held_out_losses,
+    part_losses,
+)
 
 # what may differ between a run and its resumption
 _FREE = {
@@ -174,7 +179,12 @@ def train(
     saved = start if start is not None and start.parent == checkpoints.folder else None
     on_main_process(accelerator, lambda: _open_run(folder, config, saved, state.step))
 
-    log = MetricsLog(folder, step=state.step, active=accelerator.is_main_process)
+    log = MetricsLog(
+        folder,
+        step=state.step,
+        active=accelerator.is_main_process,
+        losses=part_losses(model),
+    )
     bar = TrainProgress(options.max_steps, active=progress and accelerator.is_main_process)
     began, trained, trained_seconds = time.perf_counter() - state.seconds, 0, 0.0
     last = options.max_steps if stop_step is None else min(stop_step, options.max_steps)

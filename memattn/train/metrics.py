@@ -3,25 +3,24 @@
 import csv
 import importlib.util
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from memattn.files import write_text
 
-# parts of the loss that a model may report beside it, without their coefficients
-LOSS_PARTS = ("lm_loss", "future_loss")
 COLUMNS = (
-    "step",
-    "tokens",
-    "loss",
-    *LOSS_PARTS,
-    "eval_loss",
-    "eval_future_loss",
-    "learning_rate",
-    "grad_norm",
-    "tokens_per_second",
-    "seconds",
+    *("step", "tokens", "loss", "lm_loss", "eval_loss"),
+    *("learning_rate", "grad_norm", "tokens_per_second", "seconds"),
 )
+
+
+def columns_of(losses: Iterable[str]) -> list[str]:
+    """``COLUMNS``, with those of losses that a model has beside the cross-entropy."""
+    names = list(losses)
+    at = COLUMNS.index("eval_loss")
+    held_out = [f"eval_{name}" for name in names]
+    return [*COLUMNS[:at], *names, "eval_loss", *held_out, *COLUMNS[at + 1 :]]
 
 
 class MetricsLog:
@@ -31,15 +30,19 @@ class MetricsLog:
         folder: Folder of the run.
         step: Step that the run goes on from; rows after it, and a half-written last one, go.
         active: False in all processes but the first, which then write nothing.
+        losses: Names of the model's losses beside the cross-entropy.
     """
 
-    def __init__(self, folder: Path, *, step: int, active: bool):
+    def __init__(self, folder: Path, *, step: int, active: bool, losses: Iterable[str] = ()):
         self._file = self._board = None
         if not active:
             return
         path = folder / "metrics.csv"
-        rows = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
-        write_text(path, _to_csv(rows, header=True))
+        before = read_metrics(path) if path.exists() else []
+        rows = [row for row in before if row["step"] <= step]
+        # an earlier version wrote the same columns for every model
+        self._columns = list(dict.fromkeys([*(before[0] if before else ()), *columns_of(losses)]))
+        write_text(path, _to_csv(rows, self._columns, header=True))
         self._file = path.open("a", encoding="utf-8", newline="", buffering=1)
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -50,7 +53,7 @@ class MetricsLog:
         """Append a row; columns that are not given stay empty."""
         if self._file is None:
             return
-        self._file.write(_to_csv([row]))
+        self._file.write(_to_csv([row], self._columns))
         if self._board is not None:
             for name, value in row.items():
                 if name not in ("step", "tokens", "seconds"):
@@ -67,6 +70,8 @@ class MetricsLog:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Read ``metrics.csv``: numbers, and None where a column is empty.
 
+    Its columns are ``COLUMNS``, and ``<name>`` and ``eval_<name>`` of the model's other losses.
+
     A half-written last row, as a killed run leaves it, is left out.
 
     Raises:
@@ -76,7 +81,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     text = Path(path).read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     reader = csv.DictReader(io.StringIO(whole))
-    if whole and tuple(reader.fieldnames or ()) != COLUMNS:
+    if whole and not set(COLUMNS) <= set(reader.fieldnames or ()):
         raise ValueError(f"metrics must have columns {','.join(COLUMNS)}, got {path}")
     try:
         return [
@@ -90,10 +95,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         raise ValueError(f"metrics must be numbers, got {path} ({error})") from error
 
 
-def _to_csv(rows: list[dict[str, Any]], *, header: bool = False) -> str:
+def _to_csv(rows: list[dict[str, Any]], columns: list[str], *, header: bool = False) -> str:
     """Rows as text; floats with every digit, so that equal text means equal bits."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, list[str](COLUMNS), lineterminator="\n")
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
     if header:
         writer.writeheader()
     writer.writerows(rows)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from memattn.parts import Role
 from memattn.train.config import TrainingConfig
 
 _MEMORY = ("memory", "persistent")
@@ -20,8 +21,10 @@ def is_memory_parameter(name: str) -> bool:
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and weight decay.
 
-    Memory parameters have ``memory_lr``. Weights of two axes decay; norms, biases, embeddings and
-    tables of learned tokens do not. Empty groups are left out.
+    Both follow from a parameter's role: only a weight decays, a memory has ``memory_lr``, and a
+    part may give a role a rate of its own. Parameters that no part speaks for are memories by
+    name, tables where they are rows of an embedding of any class, weights where they have two axes
+    or more, such as the stacked matrices of experts, and else norms. Empty groups are left out.
 
     Args:
         model: Its parameters with ``requires_grad``.
@@ -30,24 +33,43 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
     Returns:
         Groups for AdamW, the base ones first.
     """
-    tables = {
-        f"{prefix}.weight"
-        for prefix, module in model.named_modules()
-        if type(module) is nn.Embedding
-    }
-    members: dict[tuple[bool, bool], list[nn.Parameter]] = {
-        (memory, decays): [] for memory in (False, True) for decays in (True, False)
+    parameter_roles: Any = getattr(model, "parameter_roles", dict)
+    roles = parameter_roles()
+    tables = table_parameters(model)
+    memory_lr = config.memory_lr or config.base_model_lr
+    first: list[tuple[str, float]] = [("base", config.base_model_lr), ("memory", memory_lr)]
+    members: dict[tuple[str, float, bool], list[nn.Parameter]] = {
+        (*rate, decays): [] for rate in first for decays in (True, False)
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.dim() == 2 and name not in tables and "persistent" not in name
-            members[is_memory_parameter(name), decays].append(parameter)
-    rates = {False: config.base_model_lr, True: config.memory_lr or config.base_model_lr}
+            role = roles.get(name) or _default_role(name, parameter, tables)
+            is_memory = role.kind == "memory" or is_memory_parameter(name)
+            whose, rate = first[is_memory]
+            if role.learning_rate is not None:
+                whose, rate = "own", role.learning_rate
+            members.setdefault((whose, rate, role.kind == "weight"), []).append(parameter)
     return [
-        {"params": params, "lr": rates[memory], "weight_decay": config.weight_decay * decays}
-        for (memory, decays), params in members.items()
+        {"params": params, "lr": rate, "weight_decay": config.weight_decay * decays}
+        for (_, rate, decays), params in members.items()
         if params
     ]
+
+
+def _default_role(name: str, parameter: nn.Parameter, tables: set[nn.Parameter]) -> Role:
+    """The role of a parameter that no part speaks for."""
+    if "persistent" in name:
+        return Role("memory")
+    if parameter in tables:
+        return Role("table")
+    return Role("weight" if parameter.dim() >= 2 else "norm")
+
+
+def table_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Embeddings of any class: rows that are looked up."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    tables = (module for module in model.modules() if isinstance(module, kinds))
+    return {parameter for table in tables for parameter in table.parameters(recurse=False)}
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:

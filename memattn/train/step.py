@@ -1,6 +1,5 @@
 """The losses of one optimizer step and of one held-out epoch, each batch by its targets."""
 
-import inspect
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from torch.nn.functional import cross_entropy
 
 from memattn.data.batches import IGNORE, Batch, Batches
 from memattn.train.distributed import reshard, without_sync
-from memattn.train.metrics import LOSS_PARTS
 from memattn.train.optim import smoothing_loss
 
 
@@ -55,11 +53,13 @@ def accumulate_gradients(
         label_smoothing: Share of each target that is spread over the vocabulary.
 
     Returns:
-        ``loss``, and those of ``LOSS_PARTS`` that the model reports, over all processes. Each
-        batch counts by its targets in all of them, so that a part is what the loss has of it.
+        ``loss``, ``lm_loss`` where the model reports it, and the losses of its parts, over all
+        processes. Each batch counts by its targets in all of them, so that a part is what the loss
+        has of it.
     """
-    total = torch.zeros(1 + len(LOSS_PARTS), device=accelerator.device)
-    reported: list[str] = []
+    names = part_losses(accelerator.unwrap_model(model))
+    total = torch.zeros(2 + len(names), device=accelerator.device)
+    has_lm_loss = False
     for i, batch in enumerate(micro):
         last = i == len(micro) - 1
         with nullcontext() if last else without_sync(accelerator, model):
@@ -68,13 +68,22 @@ def accumulate_gradients(
             loss = loss * share
             # gradients are averaged over processes, the loss is their sum
             accelerator.backward(loss * accelerator.num_processes)
-        reported = [name for name in LOSS_PARTS if getattr(output, name, None) is not None]
+        lm_loss = getattr(output, "lm_loss", None)
+        has_lm_loss = lm_loss is not None
         total[0] += loss.detach()
         if share:
-            for j, name in enumerate(reported, 1):
-                total[j] += getattr(output, name).detach() * share
-    loss, *parts = _sum_over_processes(accelerator, total).tolist()
-    return {"loss": loss, **dict(zip(reported, parts, strict=False))}
+            if lm_loss is not None:
+                total[1] += lm_loss.detach() * share
+            for j, name in enumerate(names, 2):
+                total[j] += output.losses[name].detach() * share
+    loss, lm_loss, *parts = _sum_over_processes(accelerator, total).tolist()
+    own = {"lm_loss": lm_loss} if has_lm_loss else {}
+    return {"loss": loss, **own, **dict(zip(names, parts, strict=True))}
+
+
+def part_losses(model: Any) -> tuple[str, ...]:
+    """Names of the losses that parts of a model return beside the cross-entropy."""
+    return tuple(getattr(model.config, "losses", ()))
 
 
 @torch.no_grad()
@@ -82,15 +91,14 @@ def held_out_losses(accelerator: Accelerator, model: Any, batches: Batches) -> d
     """Means over the targets of one epoch.
 
     Returns:
-        ``eval_loss``, the cross-entropy without smoothing or other losses, and
-        ``eval_future_loss`` where there is a loss of future attention. Batches without a position
-        that has such a loss are left out of it.
+        ``eval_loss``, the cross-entropy without smoothing or other losses, and ``eval_<name>`` for
+        each loss of a part. Batches without anything that has such a loss are left out of it.
     """
     model.eval()
-    options = {}
-    if "output_future_loss" in inspect.signature(_class_of(accelerator, model).forward).parameters:
-        options["output_future_loss"] = True
-    total = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    names = part_losses(accelerator.unwrap_model(model))
+    options = {"output_losses": True} if names else {}
+    # of the cross-entropy and of each part: sum over targets, and number of targets
+    total = torch.zeros(1 + len(names), 2, dtype=torch.float64, device=accelerator.device)
     for batch in batches.one_epoch():
         inputs = {name: value.to(accelerator.device) for name, value in batch.items()}
         labels = inputs.pop("labels")[:, 1:]
@@ -100,21 +108,16 @@ def held_out_losses(accelerator: Accelerator, model: Any, batches: Batches) -> d
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
         )
         count = (labels != IGNORE).sum().double()
-        future_loss = getattr(output, "future_loss", None)
-        future = (losses.new_zeros(()) if future_loss is None else future_loss).double()
-        measured = count * (future != 0.0)  # exactly 0: the mean over no position
-        total += torch.stack([losses.double(), count, future * measured, measured])
+        total[0] += torch.stack([losses.double(), count])
+        for j, name in enumerate(names, 1):
+            measured = count * (output.loss_counts[name] > 0)
+            total[j] += torch.stack([output.losses[name].double() * measured, measured])
     reshard(model)
-    loss, count, future, measured = _sum_over_processes(accelerator, total).tolist()
+    (loss, count), *parts = _sum_over_processes(accelerator, total).tolist()
     means = {"eval_loss": loss / count if count else math.nan}
-    if measured:
-        means["eval_future_loss"] = future / measured
-    return means
-
-
-def _class_of(accelerator: Accelerator, model: Any) -> Any:
-    """The class of the model inside what accelerate put around it."""
-    return type(accelerator.unwrap_model(model))
+    return means | {
+        f"eval_{name}": mean / n for name, (mean, n) in zip(names, parts, strict=True) if n
+    }
 
 
 def _num_targets(batch: Batch) -> int:

@@ -1,25 +1,35 @@
 """Pictures of training and of models."""
 
-from memattn.viz.attention import attention_mass, draw_attention_mass, plot_attention_mass
+from functools import partial
+from typing import Any
+
+from memattn.parts.views import draw_attention_mass, part_views
+from memattn.viz.attention import attention_mass, plot_attention_mass
 from memattn.viz.bands import plot_bands
 from memattn.viz.continual import plot_accuracy_matrices, plot_task_graph
 from memattn.viz.curves import draw_curves, plot_curves
 from memattn.viz.figures import draw_influence, draw_state, to_svg
-from memattn.viz.future import FutureMeasures, measure_future, plot_future
+from memattn.viz.views import plot_view
 
 __all__ = [
-    "FutureMeasures",
     "attention_mass",
     "draw_attention_mass",
     "draw_curves",
     "draw_influence",
     "draw_state",
-    "measure_future",
     "plot_accuracy_matrices",
     "plot_attention_mass",
     "plot_bands",
     "plot_curves",
-    "plot_future",
     "plot_task_graph",
+    "plot_view",
     "to_svg",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``measure_<view>`` and ``plot_<view>`` of the pictures of parts."""
+    verb, _, view = name.partition("_")
+    if view in part_views() and verb in ("measure", "plot"):
+        return part_views()[view].measure if verb == "measure" else partial(plot_view, view)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,19 +1,15 @@
 """Where attention goes: the mass that each layer and head puts on each source of keys."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from torch import Tensor, nn
 
 from memattn.checks import must
-from memattn.nn import SegmentedAttention
-from memattn.nn.rotary import apply_rotary
-from memattn.ops import segmented_attention
+from memattn.parts.views import SOURCES, attention_layers, draw_attention_mass, visit_layers
 from memattn.viz.curves import save_figure
 
 
@@ -38,14 +34,15 @@ def attention_mass(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
     Raises:
         TypeError: If the model has no attention layer of a known kind.
     """
-    layers = [module for module in model.modules() if type(module) in SOURCES]
+    layers = attention_layers(model)
     if not layers:
         kinds = ", ".join(kind.__name__ for kind in SOURCES)
         must("model", f"have layers of kind {kinds}", type(model).__name__, TypeError)
     masses: dict[nn.Module, dict[str, Tensor]] = {}
 
     def measure(module: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-        found = SOURCES[type(module)](module, *args, **options)
+        kind = next(kind for kind in type(module).__mro__ if kind in SOURCES)
+        found = SOURCES[kind](module, *args, **options)
         masses[module] = {name: mass.double().mean((0, 2)).cpu() for name, mass in found.items()}
 
     visit_layers(model, input_ids, layers, measure)
@@ -53,62 +50,6 @@ def attention_mass(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
     names = dict.fromkeys(name for mass in found for name in mass)
     none = torch.zeros_like(next(iter(found[0].values())))
     return {name: torch.stack([mass.get(name, none) for mass in found]) for name in names}
-
-
-def visit_layers(
-    model: nn.Module,
-    input_ids: Tensor,
-    layers: Sequence[nn.Module],
-    visit: Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None],
-) -> None:
-    """Run a model once, and call ``visit(layer, args, options)`` before each of these layers."""
-    was_training = model.training
-    hooks = [layer.register_forward_pre_hook(visit, with_kwargs=True) for layer in layers]
-    try:
-        model.eval()(input_ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(was_training)
-
-
-def _segmented_sources(
-    layer: SegmentedAttention,
-    hidden_states: Tensor,
-    *,
-    rotary: tuple[Tensor, Tensor] | None,
-    **bounds: Any,
-) -> dict[str, Tensor]:
-    """Masses ``[B, H, T]`` of tokens and persistent keys."""
-    query, key, value = layer.split_heads(hidden_states)
-    if rotary is not None:
-        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
-    del bounds["cache"]  # None, without use_cache
-
-    def lse(key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        return segmented_attention(
-            query, key, value, backend=layer.backend, **bounds, **options
-        ).lse.double()
-
-    spans = {"segment_len": layer.segment_len, "window_size": layer.window_size}
-    parts = {"tokens": lse(key, value, **spans)}
-    if layer.persistent_key is not None and layer.persistent_value is not None:
-        persistent = (layer.persistent_key, layer.persistent_value)
-        shared = (x.expand(len(query), -1, -1, -1) for x in persistent)
-        parts["persistent"] = lse(*shared, is_causal=False)
-    total = torch.stack(list(parts.values())).logsumexp(0)
-    masses = {name: (part - total).exp() for name, part in parts.items()}
-    if None not in spans.values():
-        segment = (lse(key, value, segment_len=layer.segment_len) - total).exp()
-        window = (masses.pop("tokens") - segment).clamp(min=0.0)
-        masses = {"segment": segment, "window": window, **masses}
-    return masses
-
-
-# kind of layer: its masses [B, H, T] by source, from the arguments of its forward
-SOURCES: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
-    SegmentedAttention: _segmented_sources
-}
 
 
 def plot_attention_mass(masses: Mapping[str, Tensor], path: str | Path, *, title: str = "") -> None:
@@ -128,23 +69,3 @@ def plot_attention_mass(masses: Mapping[str, Tensor], path: str | Path, *, title
     figure.colorbar(images[-1], ax=list(axes), label="share of attention", shrink=0.85)
     figure.suptitle(title)
     save_figure(figure, path)
-
-
-def draw_attention_mass(axes: Axes, source: str, mass: Tensor) -> AxesImage:
-    """Draw the mass ``[layers, heads]`` of one source into a pair of axes.
-
-    Returns:
-        The image, for a colour bar; its colours run from 0 to 1.
-    """
-    image = axes.imshow(mass.numpy(), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
-    if mass.numel() <= 128:  # more numbers could not be read
-        for layer, heads in enumerate(mass.tolist()):
-            for head, share in enumerate(heads):
-                ink = "white" if share < 0.6 else "black"
-                axes.text(head, layer, f"{share:.2f}", ha="center", va="center", color=ink)
-    axes.set_title(source)
-    axes.set_xlabel("head")
-    axes.set_ylabel("layer")
-    axes.set_xticks(range(mass.shape[1]))
-    axes.set_yticks(range(mass.shape[0]))
-    return image

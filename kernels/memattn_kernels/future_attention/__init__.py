@@ -5,16 +5,62 @@ one of the table's rows, and what sees a key or a row is one interval of queries
 directions walk only tiles that hold an allowed pair (see ``intervals``).
 """
 
-from memattn_kernels.future_attention.backward import future_attention_backward_op
-from memattn_kernels.future_attention.forward import (
-    future_attention,
-    future_attention_loss,
-    future_attention_op,
+import torch
+from torch import Tensor
+
+from memattn_kernels._common import empty_rows
+from memattn_kernels._launch import call, empty_gradient, empty_numbers
+from memattn_kernels._operator import register
+from memattn_kernels.future_attention.backward import launch_backward
+from memattn_kernels.future_attention.forward import launch_forward
+from memattn_kernels.signatures import FutureAttentionArgs
+
+
+def _empty_results(args: FutureAttentionArgs) -> tuple[Tensor, ...]:
+    """Besides ``out``, ``out_future``, ``lse`` and ``loss``: what the backward needs.
+
+    That is the number of positions in the loss, the target, its ``lse`` and what float32 rounds
+    off the two ``lse``. Of size 0 are ``loss``, number and target without ``loss_type``, the
+    target's ``lse`` also if it is detached, and the last but for float32 inputs.
+    """
+    query, width = args.query, args.value.shape[-1]
+    lse = empty_numbers(query)
+    has_loss = args.loss_type is not None
+    has_lse = has_loss and not args.detach_target
+    n_residuals = 1 + has_lse if query.dtype == torch.float32 else 0
+    return (
+        empty_rows(query, width),
+        empty_rows(query, width),
+        lse,
+        lse.new_empty(() if has_loss else (0,)),
+        lse.new_empty(() if has_loss else (0,)),
+        empty_rows(query, width) if has_loss else query.new_empty(0),
+        empty_numbers(query, has_lse),
+        lse.new_empty(n_residuals, *lse.shape),
+    )
+
+
+_operator = register(
+    "memattn_kernels::future_attention",
+    FutureAttentionArgs,
+    results="out out_future lse loss count target lse_target residual",
+    cotangents="out? out_future? lse? loss?",
+    saved="out out_future lse count target lse_target residual",
+    gradients="query key value future_key future_value future_query",
+    empty_results=_empty_results,
+    empty_gradient=empty_gradient,
+    forward=launch_forward,
+    backward=launch_backward,
 )
 
-__all__ = [
-    "future_attention",
-    "future_attention_backward_op",
-    "future_attention_loss",
-    "future_attention_op",
-]
+
+def future_attention(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``out``, ``out_future`` ``[B, H, T, Dv]`` and ``lse [B, H, T]``."""
+    out, out_future, lse, *_ = call(_operator, args)
+    return out.to(args.query.dtype), out_future.to(args.query.dtype), lse
+
+
+def future_attention_loss(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``out [B, H, T, Dv]``, the scalar ``loss`` and ``lse [B, H, T]``."""
+    out, _, lse, loss, *_ = call(_operator, args)
+    return out.to(args.query.dtype), loss, lse

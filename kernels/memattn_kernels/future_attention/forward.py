@@ -15,11 +15,6 @@ from torch import Tensor
 
 from memattn_kernels import configs
 from memattn_kernels._common import (
-    IS_INTERPRETED,
-    block_width,
-    check_head_dim,
-    device_guard,
-    empty_rows,
     exponent_factor,
     finish_softmax,
     load_tile,
@@ -29,6 +24,7 @@ from memattn_kernels._common import (
     sequence_of,
     store_tile,
 )
+from memattn_kernels._launch import common_inputs, launch, lookup, n_query_programs
 from memattn_kernels._tiles import attend
 from memattn_kernels.future_attention.intervals import (
     ahead_of_query,
@@ -38,6 +34,7 @@ from memattn_kernels.future_attention.intervals import (
     table_groups,
 )
 from memattn_kernels.future_attention.loss import row_loss
+from memattn_kernels.signatures import FutureAttentionArgs
 
 # lengths that change from call to call: compile once for all their values
 RUNTIME_SIZES = ("T", "S", "table_len", "F", "query_offset")
@@ -155,214 +152,56 @@ def _future_attention_fwd_kernel(
         tl.store(counts_ptr + row, whole.to(tl.float32), mask=mask_m)
 
 
-def kernel_inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    future_key: Tensor,
-    future_value: Tensor,
-    future_query: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    table_len: int,
-    by_distance: bool,
-    future_dim: int,
-    query_offset: int,
-    scale: float,
-) -> dict:
-    """Arguments that the forward and the query-stationary backward kernel share, by name."""
-    B, H, T, D = query.shape
-    S, Dv = key.shape[2], value.shape[-1]
+def kernel_inputs(args: FutureAttentionArgs) -> dict:
+    """Arguments that the kernels share, by name."""
+    B, H = args.query.shape[:2]
+    R, cu_seqlens = args.future_key.shape[-2], args.cu_seqlens
     # a shared table has stride 0 over the batch
-    tables = [rows_ready(t).expand(B, -1, -1, -1) for t in (future_key, future_value)]
-    return {
-        **rows("q", query, "bht"),
-        **rows("k", key, "bht"),
-        **rows("v", value, "bht"),
+    tables = [rows_ready(t).expand(B, -1, -1, -1) for t in (args.future_key, args.future_value)]
+    return common_inputs(args) | dict(
         **rows("fk", tables[0], "bht"),
         **rows("fv", tables[1], "bht"),
-        **rows("fq", future_query, "bht"),
-        "documents_ptr": None if cu_seqlens is None else document_table(cu_seqlens, S),
-        "seq_start_ptr": None if seq_start is None else seq_start.contiguous(),
-        "seq_end_ptr": None if seq_end is None else seq_end.contiguous(),
-        "H": H,
-        "G": H // max(key.shape[1], 1),
-        "GF": H // max(future_key.shape[-3], 1),
-        "T": T,
-        "S": S,
-        "table_len": table_len,
-        "F": future_dim,
-        "query_offset": query_offset,
-        "scale": scale,
-        "BY_DISTANCE": by_distance,
-        "PER_DOCUMENT": future_key.shape[-2] > table_len,
-        "D": D,
-        "DV": Dv,
-        "BLOCK_D": block_width(D),
-        "BLOCK_DV": block_width(Dv),
-    }
-
-
-@torch.library.custom_op("memattn_kernels::future_attention", mutates_args=())
-def future_attention_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    future_key: Tensor,
-    future_value: Tensor,
-    future_query: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    table_len: int,
-    by_distance: bool,
-    future_dim: int,
-    query_offset: int,
-    scale: float,
-    loss_type: str | None,
-    detach_target: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``out``, ``out_future``, ``lse``, ``loss``, and what the backward needs besides.
-
-    That is the number of positions in the loss, the target, its ``lse`` and what float32 rounds
-    off the two ``lse``. Of size 0 are ``loss``, number and target without ``loss_type``, the
-    target's ``lse`` also if it is detached, and the last but for float32 inputs.
-    """
-    outputs = _empty_outputs(query, value, loss_type, detach_target)
-    out, out_future, lse, loss, count, target, lse_target, residual = outputs
-    if lse.numel() == 0:
-        return *outputs[:3], loss.zero_(), count.fill_(1.0), *outputs[5:]
-    inputs = kernel_inputs(
-        *(query, key, value, future_key, future_value, future_query, cu_seqlens, seq_start),
-        *(seq_end, table_len, by_distance, future_dim, query_offset, scale),
+        **rows("fq", args.future_query, "bht"),
+        documents_ptr=None if cu_seqlens is None else document_table(cu_seqlens, args.key.shape[2]),
+        GF=H // max(args.future_key.shape[-3], 1),
+        table_len=args.table_len,
+        F=args.future_dim,
+        query_offset=args.query_offset,
+        BY_DISTANCE=args.by_distance,
+        PER_DOCUMENT=args.table_len < R,
+        IS_COSINE=args.loss_type == "cosine",
     )
-    B, H, T, _ = query.shape
+
+
+def launch_forward(args: FutureAttentionArgs, results: dict[str, Tensor]) -> None:
+    """Fill the results."""
+    query, lse, residual = args.query, results["lse"], results["residual"]
+    loss, count, lse_target = results["loss"], results["count"], results["lse_target"]
+    if lse.numel() == 0:
+        loss.zero_(), count.fill_(1.0)
+        return
+    has_loss = args.loss_type is not None
+    inputs = kernel_inputs(args)
     kernel = "decode"
-    if T > configs.DECODE_LENGTH:  # a loss has a third loop, and smaller tiles
-        kernel = "fwd" if loss_type is None else "fwd_loss"
-    config = configs.lookup(f"future_attention_{kernel}", query, tile_width(inputs))
+    if query.shape[2] > configs.DECODE_LENGTH:  # a loss has a third loop, and smaller tiles
+        kernel = "fwd_loss" if has_loss else "fwd"
+    config = lookup(f"future_attention_{kernel}", query, inputs)
     # the loss of each row and whether it counts
-    losses = None if loss_type is None else lse.new_empty(2, B, H, T)
-    with device_guard(query):
-        _future_attention_fwd_kernel[(triton.cdiv(T, config["BLOCK_M"]) * B * H,)](
-            **inputs,
-            **config,
-            **rows("o", out, "bht"),
-            **rows("of", out_future, "bht"),
-            **rows("target", None if loss_type is None else target, "bht"),
-            lse_ptr=lse,
-            lse_target_ptr=lse_target if lse_target.numel() else None,
-            residual_ptr=residual[0] if len(residual) else None,
-            residual_target_ptr=residual[1] if len(residual) > 1 else None,
-            loss_ptr=None if losses is None else losses[0],
-            counts_ptr=None if losses is None else losses[1],
-            IS_COSINE=loss_type == "cosine",
-        )
+    losses = lse.new_empty(2, *lse.shape) if has_loss else None
+    outputs = dict(
+        **rows("o", results["out"], "bht"),
+        **rows("of", results["out_future"], "bht"),
+        **rows("target", results["target"] if has_loss else None, "bht"),
+        lse_ptr=lse,
+        lse_target_ptr=lse_target if lse_target.numel() else None,
+        residual_ptr=residual[0] if len(residual) else None,
+        residual_target_ptr=residual[1] if len(residual) > 1 else None,
+        loss_ptr=None if losses is None else losses[0],
+        counts_ptr=None if losses is None else losses[1],
+    )
+    programs = n_query_programs(query, config)
+    launch(_future_attention_fwd_kernel, programs, config, inputs, outputs)
     if losses is not None:
         total, counted = losses.flatten(1).sum(1)
         torch.clamp(counted, min=1.0, out=count)
         torch.div(total, count, out=loss)
-    return outputs
-
-
-@future_attention_op.register_fake
-def _(query, key, value, *rest):
-    return _empty_outputs(query, value, *rest[-2:])
-
-
-def _empty_outputs(
-    query: Tensor, value: Tensor, loss_type: str | None, detach_target: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised outputs of the operator."""
-    width = value.shape[-1]
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    has_loss, has_lse = loss_type is not None, loss_type is not None and not detach_target
-    n_residuals = 1 + has_lse if query.dtype == torch.float32 else 0
-    return (
-        empty_rows(query, width),
-        empty_rows(query, width),
-        lse,
-        lse.new_empty(()) if has_loss else lse.new_empty(0),
-        lse.new_empty(()) if has_loss else lse.new_empty(0),
-        empty_rows(query, width) if has_loss else query.new_empty(0),
-        torch.empty_like(lse) if has_lse else lse.new_empty(0),
-        lse.new_empty(n_residuals, *lse.shape),
-    )
-
-
-def tile_width(inputs: dict) -> int:
-    """The largest padded head dimension, by which configurations are looked up."""
-    return max(inputs["BLOCK_D"], inputs["BLOCK_DV"])
-
-
-def future_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    future_key: Tensor,
-    future_value: Tensor,
-    future_query: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    table_len: int,
-    by_distance: bool,
-    future_dim: int,
-    query_offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``out``, ``out_future`` and ``lse``; the arguments are those of the reference.
-
-    Raises:
-        NotImplementedError: If a head dimension is above 256.
-    """
-    out, out_future, lse, *_ = _run(
-        *(query, key, value, future_key, future_value, future_query, cu_seqlens, seq_start),
-        *(seq_end, table_len, by_distance, future_dim, query_offset, scale, None, True),
-    )
-    return out.to(query.dtype), out_future.to(query.dtype), lse
-
-
-def future_attention_loss(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    future_key: Tensor,
-    future_value: Tensor,
-    future_query: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    table_len: int,
-    by_distance: bool,
-    future_dim: int,
-    query_offset: int,
-    scale: float,
-    loss_type: str,
-    detach_target: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``out``, the scalar ``loss`` and ``lse``; the arguments are those of the reference.
-
-    Raises:
-        NotImplementedError: If a head dimension is above 256.
-    """
-    out, _, lse, loss, *_ = _run(
-        *(query, key, value, future_key, future_value, future_query, cu_seqlens, seq_start),
-        *(seq_end, table_len, by_distance, future_dim, query_offset, scale),
-        *(loss_type, detach_target),
-    )
-    return out.to(query.dtype), loss, lse
-
-
-def _run(query: Tensor, key: Tensor, value: Tensor, *rest) -> tuple[Tensor, ...]:
-    """The operator, in float32 for bfloat16 that is interpreted."""
-    check_head_dim("query", query.shape[-1])
-    check_head_dim("value", value.shape[-1])
-    arguments = (query, key, value, *rest)
-    if query.dtype == torch.bfloat16 and IS_INTERPRETED:
-        # the interpreter computes bfloat16 wrongly
-        arguments = (
-            a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
-        )
-    return future_attention_op(*arguments)

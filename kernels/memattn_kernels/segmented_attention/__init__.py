@@ -5,7 +5,29 @@ columns in each of three key sources, and what sees a key is one interval of que
 directions walk only tiles that hold an allowed pair (see ``intervals``).
 """
 
-from memattn_kernels.segmented_attention.backward import segmented_attention_backward_op
-from memattn_kernels.segmented_attention.forward import segmented_attention, segmented_attention_op
+from torch import Tensor
 
-__all__ = ["segmented_attention", "segmented_attention_backward_op", "segmented_attention_op"]
+from memattn_kernels._launch import call, empty_gradient, empty_results
+from memattn_kernels._operator import register
+from memattn_kernels.segmented_attention.backward import launch_backward
+from memattn_kernels.segmented_attention.forward import launch_forward
+from memattn_kernels.signatures import SegmentedAttentionArgs
+
+_operator = register(
+    "memattn_kernels::segmented_attention",
+    SegmentedAttentionArgs,
+    results="out lse residual",
+    cotangents="out? lse?",
+    saved="out lse residual",
+    gradients="query key value persistent_key persistent_value memory_key memory_value",
+    empty_results=empty_results,
+    empty_gradient=empty_gradient,
+    forward=launch_forward,
+    backward=launch_backward,
+)
+
+
+def segmented_attention(args: SegmentedAttentionArgs) -> tuple[Tensor, Tensor]:
+    """Return ``out [B, H, T, Dv]`` and ``lse [B, H, T]``."""
+    out, lse, _ = call(_operator, args)
+    return out.to(args.query.dtype), lse

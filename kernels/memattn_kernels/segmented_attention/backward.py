@@ -15,22 +15,13 @@ import triton
 from torch import Tensor
 
 from memattn_kernels import configs
-from memattn_kernels._common import (
-    block_length,
-    device_guard,
-    empty_rows,
-    refuse_second_derivative,
-    rows,
-    rows_ready,
-)
+from memattn_kernels._common import block_length, rows, rows_ready
+from memattn_kernels._launch import launch, lookup, n_query_programs, residual_ptr
 from memattn_kernels.segmented_attention.backward_dkdv import segmented_attention_bwd_dkdv_kernel
 from memattn_kernels.segmented_attention.backward_dq import segmented_attention_bwd_dq_kernel
-from memattn_kernels.segmented_attention.forward import (
-    kernel_inputs,
-    row_tiles,
-    segmented_attention_op,
-)
+from memattn_kernels.segmented_attention.forward import kernel_inputs, row_tiles
 from memattn_kernels.segmented_attention.intervals import segment_table
+from memattn_kernels.signatures import SegmentedAttentionArgs
 
 # a partial sum of the persistent gradients takes at least this many queries, and there are about
 # this many partial sums, which fill any card
@@ -38,141 +29,77 @@ MIN_CHUNK = 1024
 N_PARTIALS = 512
 
 
-@torch.library.custom_op("memattn_kernels::segmented_attention_backward", mutates_args=())
-def segmented_attention_backward_op(
-    d_out: Tensor | None,
-    d_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    residual: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    persistent_key: Tensor | None,
-    persistent_value: Tensor | None,
-    memory_key: Tensor | None,
-    memory_value: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    segment_len: int | None,
-    window_size: int | None,
-    is_causal: bool,
-    memory_is_causal: bool,
-    query_offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the seven floating inputs, of size 0 for those not given."""
-    tensors = (query, key, value, persistent_key, persistent_value, memory_key, memory_value)
-    bounds = (cu_seqlens, seq_start, seq_end)
-    d_query, d_key, d_value, d_pk, d_pv, d_mk, d_mv = grads = _empty_gradients(*tensors)
-    B, H, T, D = query.shape
+def launch_backward(
+    args: SegmentedAttentionArgs,
+    cotangents: dict[str, Tensor | None],
+    saved: dict[str, Tensor],
+    grads: dict[str, Tensor],
+) -> None:
+    """Fill the gradients of the floating inputs that are given."""
+    query, lse, out = args.query, saved["lse"], saved["out"]
+    d_out, d_lse = cotangents["out"], cotangents["lse"]
     d_out = torch.zeros_like(out) if d_out is None else rows_ready(d_out)
-    d_lse = None if d_lse is None else d_lse.contiguous()
     # the key-stationary kernel reads whole tiles of these
     scaled_lse = lse.new_empty(lse.numel() + configs.MAX_BLOCK)
-    delta = torch.empty_like(scaled_lse)
-    inputs = kernel_inputs(*tensors, *bounds, segment_len, window_size, query_offset, scale)
-    cotangents = rows("do", d_out, "bht") | {
-        "scaled_lse_ptr": scaled_lse,
-        "delta_ptr": delta,
-        "dlse_ptr": d_lse,
-        "residual_ptr": residual if query.dtype == torch.float32 else None,
-    }
+    shared = kernel_inputs(args) | rows("do", d_out, "bht") | residual_ptr(query, saved["residual"])
+    shared |= dict(
+        scaled_lse_ptr=scaled_lse,
+        delta_ptr=torch.empty_like(scaled_lse),
+        dlse_ptr=None if d_lse is None else d_lse.contiguous(),
+    )
+    tiles = row_tiles("segmented_attention_bwd_dq", query, shared)
+    own = rows("o", out, "bht") | rows("dq", grads["query"], "bht") | {"lse_ptr": lse}
+    programs = n_query_programs(query, tiles)
+    launch(segmented_attention_bwd_dq_kernel, programs, tiles, shared, own)
 
-    with device_guard(query):
-        if lse.numel():
-            tiles = row_tiles("segmented_attention_bwd_dq", query, inputs)
-            segmented_attention_bwd_dq_kernel[(triton.cdiv(T, tiles["BLOCK_M"]) * B * H,)](
-                **inputs,
-                **tiles,
-                **cotangents,
-                **rows("o", rows_ready(out), "bht"),
-                **rows("dq", d_query, "bht"),
-                lse_ptr=lse,
-                IS_CAUSAL=is_causal,
-                MEMORY_IS_CAUSAL=memory_is_causal,
-            )
-        shared = inputs | cotangents | {"B": B, "chunk": 0, "segments_ptr": None}
-        _launch_dkdv("token", query, key, value, d_key, d_value, key.shape[2], 1, is_causal, shared)
-        if persistent_key is not None and persistent_value is not None:
-            Hkv, P, _ = persistent_key.shape
-            wanted = min(triton.cdiv(T, MIN_CHUNK), triton.cdiv(N_PARTIALS, max(B * Hkv, 1)))
-            chunk = triton.cdiv(T, max(wanted, 1))
-            n_parts = triton.cdiv(T, max(chunk, 1))
-            # [n_parts * B, Hkv, P, D]
-            sums = [
-                torch.empty(n_parts * B, *t.shape, dtype=torch.float32, device=t.device)
-                for t in (persistent_key, persistent_value)
-            ]
-            _launch_dkdv(
-                "persistent", query, persistent_key.expand(B, -1, -1, -1),
-                persistent_value.expand(B, -1, -1, -1), *sums, P, n_parts, is_causal,
-                shared | {"chunk": chunk},
-            )  # fmt: skip
-            d_pk.copy_(sums[0].sum(0))
-            d_pv.copy_(sums[1].sum(0))
-        if memory_key is not None and memory_value is not None:
-            n_segments, M = memory_key.shape[2:4]
-            if cu_seqlens is not None and segment_len is not None:
-                shared["segments_ptr"] = segment_table(cu_seqlens, n_segments, segment_len)
-            _launch_dkdv(
-                "memory", query, memory_key.flatten(2, 3), memory_value.flatten(2, 3),
-                d_mk.flatten(2, 3), d_mv.flatten(2, 3), M, n_segments, memory_is_causal, shared,
-            )  # fmt: skip
-    return grads
+    B, _, T, _ = query.shape
+    shared |= {"B": B, "chunk": 0, "segments_ptr": None}
+    _launch_dkdv("token", args.key, args.value, grads["key"], grads["value"], 1, shared)
+    if args.persistent_key is not None and args.persistent_value is not None:
+        tensors = args.persistent_key, args.persistent_value
+        Hkv = args.persistent_key.shape[0]
+        wanted = min(triton.cdiv(T, MIN_CHUNK), triton.cdiv(N_PARTIALS, max(B * Hkv, 1)))
+        chunk = triton.cdiv(T, max(wanted, 1))
+        n_parts = triton.cdiv(T, max(chunk, 1))
+        # [n_parts * B, Hkv, P, D]
+        sums = [
+            torch.empty(n_parts * B, *t.shape, dtype=torch.float32, device=t.device)
+            for t in tensors
+        ]
+        key, value = (t.expand(B, -1, -1, -1) for t in tensors)
+        _launch_dkdv("persistent", key, value, *sums, n_parts, shared | {"chunk": chunk})
+        grads["persistent_key"].copy_(sums[0].sum(0))
+        grads["persistent_value"].copy_(sums[1].sum(0))
+    if args.memory_key is not None and args.memory_value is not None:
+        n_segments = args.memory_key.shape[2]
+        if args.cu_seqlens is not None and args.segment_len is not None:
+            shared["segments_ptr"] = segment_table(args.cu_seqlens, n_segments, args.segment_len)
+        memory = args.memory_key, args.memory_value, grads["memory_key"], grads["memory_value"]
+        shared["IS_CAUSAL"] = args.memory_is_causal
+        _launch_dkdv("memory", *(t.flatten(2, 3) for t in memory), n_segments, shared)
 
 
-def _launch_dkdv(source: str, query: Tensor, key: Tensor, value: Tensor, d_key: Tensor,
-                 d_value: Tensor, n_keys: int, n_parts: int, is_causal: bool,
-                 shared: dict) -> None:  # fmt: skip
+def _launch_dkdv(
+    source: str,
+    key: Tensor,
+    value: Tensor,
+    d_key: Tensor,
+    d_value: Tensor,
+    n_parts: int,
+    shared: dict,
+) -> None:
     """Launch the key-stationary kernel for one source of keys ``[B, Hkv, rows, D]``.
 
-    ``shared`` has the arguments that are the same for all sources; what the kernel does not take
-    stays behind.
+    ``shared`` has the arguments that are the same for all sources.
     """
+    n_keys = {"token": shared["S"], "persistent": shared["P"], "memory": shared["M"]}[source]
     # a loop over the query heads of a group holds registers that other tiles need
     name = "segmented_attention_bwd_dkdv" + "_grouped" * (shared["G"] > 1)
-    config = configs.lookup(name, query, max(shared["BLOCK_D"], shared["BLOCK_DV"]))
+    config = lookup(name, shared["q_ptr"], shared)
     if source != "token":
         config = config | {"BLOCK_N": block_length(config["BLOCK_N"], n_keys)}
     n_programs = triton.cdiv(n_keys, config["BLOCK_N"]) * n_parts * key.shape[0] * key.shape[1]
-    if n_programs == 0:
-        return
-    arguments = shared | rows("k", key, "bht") | rows("v", value, "bht")
-    arguments |= rows("dk", d_key, "bht") | rows("dv", d_value, "bht")
-    arguments |= dict(n_keys=n_keys, n_parts=n_parts, SOURCE=source, IS_CAUSAL=is_causal)
-    kernel = segmented_attention_bwd_dkdv_kernel
-    taken = {name: value for name, value in arguments.items() if name in kernel.arg_names}
-    kernel[(n_programs,)](**taken, **config)
-
-
-def _empty_gradients(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None) -> tuple:
-    """Uninitialised gradients of the seven floating inputs."""
-    grads = [empty_rows(t, t.shape[-1]) for t in (query, key, value)]
-    grads += [query.new_empty(0) if t is None else t.new_empty(t.shape) for t in rest]
-    return tuple(grads)
-
-
-@segmented_attention_backward_op.register_fake
-def _(d_out, d_lse, out, lse, residual, query, key, value, pk, pv, mk, mv, *rest):
-    return _empty_gradients(query, key, value, pk, pv, mk, mv)
-
-
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    """Keep the tensors, and the options as they are."""
-    ctx.save_for_backward(*output, *inputs[:10])
-    ctx.options = inputs[10:]
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, d_out: Tensor | None, d_lse: Tensor | None, _) -> tuple:
-    """One gradient or None for each argument of the forward operator."""
-    tensors = ctx.saved_tensors
-    grads = segmented_attention_backward_op(d_out, d_lse, *tensors, *ctx.options)
-    given = zip(grads, tensors[3:], strict=False)
-    return *(None if t is None else grad for grad, t in given), *(None,) * 9
-
-
-segmented_attention_op.register_autograd(_backward, setup_context=_setup_context)
-segmented_attention_backward_op.register_autograd(refuse_second_derivative)
+    own = rows("k", key, "bht") | rows("v", value, "bht")
+    own |= rows("dk", d_key, "bht") | rows("dv", d_value, "bht")
+    own |= dict(n_keys=n_keys, n_parts=n_parts, SOURCE=source)
+    launch(segmented_attention_bwd_dkdv_kernel, n_programs, config, shared, own)

@@ -6,34 +6,29 @@ over the persistent, memory and token keys that each query sees. Rows must have 
 all other strides are free.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from memattn_kernels import configs
 from memattn_kernels._common import (
-    IS_INTERPRETED,
     MAX_LENGTH,
     block_length,
-    block_width,
-    check_head_dim,
-    device_guard,
-    empty_rows,
     exponent_factor,
     finish_softmax,
     load_tile,
     rows,
-    rows_ready,
     sequence_of,
     store_tile,
 )
+from memattn_kernels._launch import common_inputs, launch, lookup, n_query_programs, residual_ptr
 from memattn_kernels._tiles import attend
 from memattn_kernels.segmented_attention.intervals import (
     document_table,
     memory_of_query,
     tokens_of_query,
 )
+from memattn_kernels.signatures import SegmentedAttentionArgs
 
 # lengths that change from call to call: compile once for all their values
 RUNTIME_SIZES = ("T", "S", "P", "M", "n_memory", "L", "W", "query_offset")
@@ -112,121 +107,32 @@ def segmented_attention_fwd_kernel(
         tl.store(residual_ptr + row, residual, mask=offs_m < T)
 
 
-def kernel_inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    persistent_key: Tensor | None,
-    persistent_value: Tensor | None,
-    memory_key: Tensor | None,
-    memory_value: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    segment_len: int | None,
-    window_size: int | None,
-    query_offset: int,
-    scale: float,
-) -> dict:
-    """Arguments that the forward and the query-stationary backward kernel share, by name."""
-    query, key, value = (rows_ready(t) for t in (query, key, value))
-    B, H, T, D = query.shape
-    S, M = key.shape[2], 0
-    inputs = {
-        **rows("q", query, "bht"),
-        **rows("k", key, "bht"),
-        **rows("v", value, "bht"),
-        **rows("pk", persistent_key, "ht"),
-        **rows("pv", persistent_value, "ht"),
-    }
+def kernel_inputs(args: SegmentedAttentionArgs) -> dict:
+    """Arguments that the kernels share, by name."""
+    memory_key = args.memory_key
+    S, M = args.key.shape[2], 0 if memory_key is None else memory_key.shape[3]
+    inputs = common_inputs(args)
+    inputs |= rows("pk", args.persistent_key, "ht") | rows("pv", args.persistent_value, "ht")
     # [B, Hkv, n_segments, M, D] is walked as rows [B, Hkv, n_segments * M, D]
-    for name, memory in (("mk", memory_key), ("mv", memory_value)):
-        if memory is not None:
-            M = memory.shape[3]
-            memory = memory.flatten(2, 3)
-        inputs |= rows(name, memory, "bht")
-    documents = None if cu_seqlens is None else document_table(cu_seqlens, S, segment_len)
-    inputs |= dict(
-        documents_ptr=documents,
-        seq_start_ptr=None if seq_start is None else seq_start.contiguous(),
-        seq_end_ptr=None if seq_end is None else seq_end.contiguous(),
-        H=H,
-        G=H // max(key.shape[1], 1),
-        T=T,
-        S=S,
-        P=0 if persistent_key is None else persistent_key.shape[1],
+    for name, memory in (("mk", memory_key), ("mv", args.memory_value)):
+        inputs |= rows(name, None if memory is None else memory.flatten(2, 3), "bht")
+    cu_seqlens, L, W = args.cu_seqlens, args.segment_len, args.window_size
+    return inputs | dict(
+        documents_ptr=None if cu_seqlens is None else document_table(cu_seqlens, S, L),
+        P=0 if args.persistent_key is None else args.persistent_key.shape[1],
         M=M,
         n_memory=0 if memory_key is None else memory_key.shape[2] * M,
-        L=None if segment_len is None else min(segment_len, MAX_LENGTH),
-        W=None if window_size is None else min(window_size, MAX_LENGTH),
-        query_offset=query_offset,
-        scale=scale,
-        D=D,
-        DV=value.shape[-1],
-        BLOCK_D=block_width(D),
-        BLOCK_DV=block_width(value.shape[-1]),
+        L=None if L is None else min(L, MAX_LENGTH),
+        W=None if W is None else min(W, MAX_LENGTH),
+        query_offset=args.query_offset,
+        IS_CAUSAL=args.is_causal,
+        MEMORY_IS_CAUSAL=args.memory_is_causal,
     )
-    return inputs
-
-
-@torch.library.custom_op("memattn_kernels::segmented_attention", mutates_args=())
-def segmented_attention_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    persistent_key: Tensor | None,
-    persistent_value: Tensor | None,
-    memory_key: Tensor | None,
-    memory_value: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    segment_len: int | None,
-    window_size: int | None,
-    is_causal: bool,
-    memory_is_causal: bool,
-    query_offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``out``, ``lse`` and, for float32 inputs, what float32 rounds off ``lse`` (else size 0)."""
-    out, lse, residual = _empty_outputs(query, value)
-    if lse.numel() == 0:
-        return out, lse, residual
-    inputs = kernel_inputs(
-        *(query, key, value, persistent_key, persistent_value, memory_key, memory_value),
-        *(cu_seqlens, seq_start, seq_end, segment_len, window_size, query_offset, scale),
-    )
-    B, H, T, _ = query.shape
-    kernel = "fwd" if T > configs.DECODE_LENGTH else "decode"
-    tiles = row_tiles(f"segmented_attention_{kernel}", query, inputs)
-    with device_guard(query):
-        segmented_attention_fwd_kernel[(triton.cdiv(T, tiles["BLOCK_M"]) * B * H,)](
-            **inputs,
-            **tiles,
-            **rows("o", out, "bht"),
-            lse_ptr=lse,
-            residual_ptr=residual if query.dtype == torch.float32 else None,
-            IS_CAUSAL=is_causal,
-            MEMORY_IS_CAUSAL=memory_is_causal,
-        )
-    return out, lse, residual
-
-
-@segmented_attention_op.register_fake
-def _(query, key, value, *rest):
-    return _empty_outputs(query, value)
-
-
-def _empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised ``out``, ``lse`` and residual."""
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    residual = torch.empty_like(lse) if query.dtype == torch.float32 else lse.new_empty(0)
-    return empty_rows(query, value.shape[-1]), lse, residual
 
 
 def row_tiles(kernel: str, query: Tensor, inputs: dict) -> dict:
     """Tile lengths and launch options of a query-stationary kernel, by argument name."""
-    config = configs.lookup(kernel, query, max(inputs["BLOCK_D"], inputs["BLOCK_DV"]))
+    config = lookup(kernel, query, inputs)
     block_n = config["BLOCK_N"]
     return {
         **config,
@@ -235,38 +141,15 @@ def row_tiles(kernel: str, query: Tensor, inputs: dict) -> dict:
     }
 
 
-def segmented_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    persistent_key: Tensor | None,
-    persistent_value: Tensor | None,
-    memory_key: Tensor | None,
-    memory_value: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    segment_len: int | None,
-    window_size: int | None,
-    is_causal: bool,
-    memory_is_causal: bool,
-    query_offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Return ``out [B, H, T, Dv]`` and ``lse [B, H, T]``; the arguments are those of the reference.
-
-    Raises:
-        NotImplementedError: If a head dimension is above 256.
-    """
-    check_head_dim("query", query.shape[-1])
-    check_head_dim("value", value.shape[-1])
-    tensors = [query, key, value, persistent_key, persistent_value, memory_key, memory_value]
-    dtype = query.dtype
-    if dtype == torch.bfloat16 and IS_INTERPRETED:
-        # the interpreter computes bfloat16 wrongly
-        tensors = [None if t is None else t.float() for t in tensors]
-    out, lse, _ = segmented_attention_op(
-        *(*tensors, cu_seqlens, seq_start, seq_end, segment_len, window_size),
-        *(is_causal, memory_is_causal, query_offset, scale),
-    )
-    return out.to(dtype), lse
+def launch_forward(args: SegmentedAttentionArgs, results: dict[str, Tensor]) -> None:
+    """Fill ``out``, ``lse`` and, for float32 inputs, what float32 rounds off ``lse``."""
+    query = args.query
+    if results["lse"].numel() == 0:
+        return
+    inputs = kernel_inputs(args)
+    kernel = "fwd" if query.shape[2] > configs.DECODE_LENGTH else "decode"
+    tiles = row_tiles(f"segmented_attention_{kernel}", query, inputs)
+    outputs = rows("o", results["out"], "bht") | residual_ptr(query, results["residual"])
+    outputs |= {"lse_ptr": results["lse"]}
+    programs = n_query_programs(query, tiles)
+    launch(segmented_attention_fwd_kernel, programs, tiles, inputs, outputs)

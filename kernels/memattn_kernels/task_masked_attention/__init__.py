@@ -5,14 +5,29 @@ The definition is memattn.reference.task_masked_attention. A mask lists the tile
 walk only these (see ``tiles``).
 """
 
-from memattn_kernels.task_masked_attention.backward import task_masked_attention_backward_op
-from memattn_kernels.task_masked_attention.forward import (
-    task_masked_attention,
-    task_masked_attention_op,
+from torch import Tensor
+
+from memattn_kernels._launch import call, empty_gradient, empty_results
+from memattn_kernels._operator import register
+from memattn_kernels.signatures import TaskMaskedAttentionArgs
+from memattn_kernels.task_masked_attention.backward import launch_backward
+from memattn_kernels.task_masked_attention.forward import launch_forward
+
+_operator = register(
+    "memattn_kernels::task_masked_attention",
+    TaskMaskedAttentionArgs,
+    results="out lse residual",
+    cotangents="out? lse?",
+    saved="out lse residual",
+    gradients="query key value",
+    empty_results=empty_results,
+    empty_gradient=empty_gradient,
+    forward=launch_forward,
+    backward=launch_backward,
 )
 
-__all__ = [
-    "task_masked_attention",
-    "task_masked_attention_backward_op",
-    "task_masked_attention_op",
-]
+
+def task_masked_attention(args: TaskMaskedAttentionArgs) -> tuple[Tensor, Tensor]:
+    """Return ``out [B, H, T, Dv]`` and ``lse [B, H, T]``."""
+    out, lse, _ = call(_operator, args)
+    return out.to(args.query.dtype), lse

@@ -6,26 +6,20 @@ with ``M`` zero where the task of the sequence allows a pair, else minus infinit
 adjacent elements; all other strides are free.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from memattn_kernels import configs
 from memattn_kernels._common import (
-    IS_INTERPRETED,
-    block_width,
-    check_head_dim,
-    device_guard,
-    empty_rows,
     exponent_factor,
     finish_softmax,
     load_tile,
     online_softmax_step,
     rows,
-    rows_ready,
     store_tile,
 )
+from memattn_kernels._launch import common_inputs, launch, lookup, n_query_programs, residual_ptr
+from memattn_kernels.signatures import TaskMaskedAttentionArgs
 from memattn_kernels.task_masked_attention.tiles import (
     TILE,
     bounds_of_sequence,
@@ -189,142 +183,38 @@ def task_masked_attention_fwd_kernel(
     if seq_start_ptr is not None:
         empty_rows_before(o_ptr, t, stride_ot, tl.minimum(start, T), DV, BLOCK_M, BLOCK_DV)
         tl.store(lse_ptr + row + i, float("-inf"), mask=i < tl.minimum(start, T))
+        if residual_ptr is not None:
+            tl.store(residual_ptr + row + i, 0.0, mask=i < tl.minimum(start, T))
 
 
-def mask_inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    task_id: Tensor,
-    bits: Tensor,
-    slots: Tensor | None,
-    query_node: Tensor | None,
-    key_node: Tensor | None,
-    query_tiles: Tensor,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    scale: float,
-) -> dict:
-    """Arguments that all kernels share, by name."""
-    query, key, value = (rows_ready(t) for t in (query, key, value))
-    n_tasks, HM, n_query_tiles, n_key_tiles = query_tiles.shape
-    return dict(
-        **rows("q", query, "bht"),
-        **rows("k", key, "bht"),
-        **rows("v", value, "bht"),
-        task_ptr=task_id.contiguous(),
-        seq_start_ptr=None if seq_start is None else seq_start.contiguous(),
-        seq_end_ptr=None if seq_end is None else seq_end.contiguous(),
-        bits_ptr=bits,
-        slots_ptr=slots,
-        query_node_ptr=query_node,
-        key_node_ptr=key_node,
-        H=query.shape[1],
-        G=query.shape[1] // max(key.shape[1], 1),
+def kernel_inputs(args: TaskMaskedAttentionArgs) -> dict:
+    """Arguments that the kernels share, by name."""
+    n_tasks, HM, n_query_tiles, n_key_tiles = args.query_tiles.shape
+    return common_inputs(args) | dict(
+        task_ptr=args.task_id.contiguous(),
+        bits_ptr=args.bits,
+        slots_ptr=args.slots,
+        query_node_ptr=args.query_node,
+        key_node_ptr=args.key_node,
         HM=HM,
-        T=query.shape[2],
-        S=key.shape[2],
         n_query_tiles=n_query_tiles,
         n_key_tiles=n_key_tiles,
-        n_nodes=0 if query_node is None else bits.shape[0] // (n_tasks * HM),
-        n_words=bits.shape[1],
-        scale=scale,
-        D=query.shape[-1],
-        DV=value.shape[-1],
-        BLOCK_D=block_width(query.shape[-1]),
-        BLOCK_DV=block_width(value.shape[-1]),
+        n_nodes=0 if args.query_node is None else args.bits.shape[0] // (n_tasks * HM),
+        n_words=args.bits.shape[1],
+        IS_CAUSAL=args.is_causal,
     )
 
 
-@torch.library.custom_op("memattn_kernels::task_masked_attention", mutates_args=())
-def task_masked_attention_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    task_id: Tensor,
-    bits: Tensor,
-    slots: Tensor | None,
-    query_node: Tensor | None,
-    key_node: Tensor | None,
-    query_tiles: Tensor,
-    query_counts: Tensor,
-    key_tiles: Tensor,
-    key_counts: Tensor,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``out``, ``lse`` and, for float32 inputs, what float32 rounds off ``lse`` (else size 0)."""
-    out, lse, residual = _empty_outputs(query, value)
-    if lse.numel() == 0:
-        return out, lse, residual
-    inputs = mask_inputs(
-        *(query, key, value, task_id, bits, slots, query_node, key_node, query_tiles),
-        *(seq_start, seq_end, scale),
+def launch_forward(args: TaskMaskedAttentionArgs, results: dict[str, Tensor]) -> None:
+    """Fill ``out``, ``lse`` and, for float32 inputs, what float32 rounds off ``lse``."""
+    query = args.query
+    if results["lse"].numel() == 0:
+        return
+    inputs = kernel_inputs(args)
+    config = lookup("task_masked_attention_fwd", query, inputs)
+    outputs = rows("o", results["out"], "bht") | residual_ptr(query, results["residual"])
+    outputs |= dict(
+        tiles_ptr=args.query_tiles, counts_ptr=args.query_counts, lse_ptr=results["lse"]
     )
-    B, H, T, _ = query.shape
-    width = max(inputs["BLOCK_D"], inputs["BLOCK_DV"])
-    config = configs.lookup("task_masked_attention_fwd", query, width)
-    with device_guard(query):
-        task_masked_attention_fwd_kernel[(triton.cdiv(T, config["BLOCK_M"]) * B * H,)](
-            **inputs,
-            **config,
-            **rows("o", out, "bht"),
-            tiles_ptr=query_tiles,
-            counts_ptr=query_counts,
-            lse_ptr=lse,
-            residual_ptr=residual if query.dtype == torch.float32 else None,
-            IS_CAUSAL=is_causal,
-        )
-    return out, lse, residual
-
-
-@task_masked_attention_op.register_fake
-def _(query, key, value, *rest):
-    return _empty_outputs(query, value)
-
-
-def _empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised ``out``, ``lse`` and residual."""
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    residual = torch.empty_like(lse) if query.dtype == torch.float32 else lse.new_empty(0)
-    return empty_rows(query, value.shape[-1]), lse, residual
-
-
-def task_masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    task_id: Tensor,
-    bits: Tensor,
-    slots: Tensor | None,
-    query_node: Tensor | None,
-    key_node: Tensor | None,
-    query_tiles: Tensor,
-    query_counts: Tensor,
-    key_tiles: Tensor,
-    key_counts: Tensor,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Return ``out [B, H, T, Dv]`` and ``lse [B, H, T]``.
-
-    ``task_id`` is int32 ``[B]``; ``bits`` to ``key_counts`` are what ``MaskTensors`` describes.
-
-    Raises:
-        NotImplementedError: If a head dimension is above 256.
-    """
-    check_head_dim("query", query.shape[-1])
-    check_head_dim("value", value.shape[-1])
-    dtype = query.dtype
-    if dtype == torch.bfloat16 and IS_INTERPRETED:
-        # the interpreter computes bfloat16 wrongly
-        query, key, value = query.float(), key.float(), value.float()
-    out, lse, _ = task_masked_attention_op(
-        *(query, key, value, task_id, bits, slots, query_node, key_node),
-        *(query_tiles, query_counts, key_tiles, key_counts, seq_start, seq_end, is_causal, scale),
-    )
-    return out.to(dtype), lse
+    programs = n_query_programs(query, config)
+    launch(task_masked_attention_fwd_kernel, programs, config, inputs, outputs)

@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--seconds", type=float, default=480.0, help="for all stages together")
     parser.add_argument("--workers", type=int, default=max(2, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--before", metavar="DIR", help="checkout of an earlier build to compare")
     parser.add_argument("--dry", action="store_true", help="on a CPU, interpreted, not timed")
     given = parser.parse_args(argv)
     if given.dry:
@@ -41,6 +42,12 @@ def _run(given: argparse.Namespace) -> int:
         must("seconds", "be between 10 and 86400", given.seconds)
     if not 1 <= given.workers <= 256:
         must("workers", "be between 1 and 256", given.workers)
+    before = None if given.before is None else Path(given.before)
+    if before is not None and not (before / "kernels" / "memattn_kernels").is_dir():
+        must("before", "be a checkout of this project", before)
+    if "before" in given.plan and before is None:
+        must("before", "be given for the stage of that name", None)
+    stages = [stage for stage in stages if stage != "before" or before is not None]
     if not given.dry:
         _check_card()
     folder = Path(given.out)
@@ -50,7 +57,13 @@ def _run(given: argparse.Namespace) -> int:
     except OSError as error:
         must("out", "be a folder that can be written", f"{folder}: {error.strerror}")
     session = sessions.Session(
-        folder, stages, operators, given.seconds, dry=given.dry, n_workers=given.workers
+        folder,
+        stages,
+        operators,
+        given.seconds,
+        dry=given.dry,
+        n_workers=given.workers,
+        before=before,
     )
     sessions.install_signal_handlers(session)
     return session.run()

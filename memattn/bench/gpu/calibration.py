@@ -4,6 +4,8 @@ The loop of ``memattn_kernels`` cannot be much faster than this one, and the pre
 machine model for it has a published figure, so it tells whether the model's clock is right.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -46,6 +48,13 @@ def bare_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     def rows(tensor: Tensor, block: int) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(tensor.view(B * H * T, D), [block, D])
 
+    launch_options: dict[str, Any] = {
+        "D": D,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "num_warps": warps,
+        "num_stages": 3 if D == 64 else 2,
+    }
     _bare_fwd_kernel[(T // block_m, B * H)](
         rows(query, block_m),
         rows(key, block_n),
@@ -53,10 +62,6 @@ def bare_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows(out, block_m),
         T,
         D**-0.5,
-        D=D,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=warps,
-        num_stages=3 if D == 64 else 2,
+        **launch_options,
     )
     return out

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from memattn.bench.gpu import compare
+
 HEAD = """# On an H100
 
 One run of `make gpu` with GPU_SECONDS={seconds:g}: every stage within its own time, cut off where
@@ -26,11 +28,12 @@ def page(folder: Path) -> str:
     records = [json.loads(line) for line in lines]
     session = json.loads((folder / "session.json").read_text())
     pairs = [(record["job"], record["result"]) for record in records]
-    parts = [HEAD.format(**session), *_checks(pairs), *_predictions(pairs), *_bars(pairs)]
+    parts = [HEAD.format(**session), *_checks(pairs), *_before(pairs)]
+    parts += [*_predictions(pairs), *_bars(pairs)]
     return "\n".join([*parts, *_rows(pairs), *_trials(pairs)])
 
 
-Pairs = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+Pairs = Sequence[tuple[dict[str, Any], dict[str, Any]]]
 
 
 def _checks(pairs: Pairs) -> Iterator[str]:
@@ -81,6 +84,26 @@ def _predictions(pairs: Pairs) -> Iterator[str]:
                     row["what"],
                     "" if row["predicted"] is None else "-".join(map(str, row["predicted"])),
                     str(row["measured"]),
+                ]
+                for row in rows
+            ),
+        )
+
+
+def _before(pairs: Pairs) -> Iterator[str]:
+    rows = compare.ratios(list(pairs))
+    if rows:
+        yield "## Beside the build before\n"
+        yield "Both builds in turn, twice; T=8192, bfloat16, milliseconds.\n"
+        yield from _table(
+            ("case", "direction", "before", "now", "faster by"),
+            (
+                [
+                    row["case"],
+                    row["direction"],
+                    ", ".join(f"{x:.3f}" for x in row["before"]),
+                    ", ".join(f"{x:.3f}" for x in row["now"]),
+                    f"{row['speedup']:.2f}x",
                 ]
                 for row in rows
             ),
@@ -143,7 +166,7 @@ def _trials(pairs: Pairs) -> Iterator[str]:
     trials = [
         [job["label"], f"{result['milliseconds']:.4f}"]
         for job, result in pairs
-        if result.get("milliseconds") is not None
+        if job["task"] == "tune-time" and result.get("milliseconds") is not None
     ]
     if trials:
         yield "## Other tile configurations\n"

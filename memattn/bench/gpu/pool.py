@@ -23,10 +23,20 @@ class Pool:
         n_workers: Processes at a time.
         log: File that the workers' error output is appended to.
         environment: Variables of the workers beside those of this process.
+        worker: Arguments of Python that start one.
+        folder: Where workers run; here by default.
     """
 
-    def __init__(self, n_workers: int, log: Path, environment: dict[str, str]) -> None:
-        self.n_workers, self.log = n_workers, log
+    def __init__(
+        self,
+        n_workers: int,
+        log: Path,
+        environment: dict[str, str],
+        worker: Sequence[str] = ("-m", "memattn.bench.gpu.worker"),
+        folder: Path | None = None,
+    ) -> None:
+        self.n_workers, self.log, self.worker, self.folder = n_workers, log, worker, folder
+        self._idle: list[subprocess.Popen] = []
         self.environment = os.environ | environment
         self._running: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
@@ -39,6 +49,7 @@ class Pool:
         *,
         deadline: float,
         job_seconds: float,
+        keep_workers: bool = False,
     ) -> int:
         """Run jobs in their order until ``deadline``; returns how many of them ended.
 
@@ -47,13 +58,14 @@ class Pool:
             on_result: Called with each job and its result, from one thread at a time.
             deadline: Value of ``time.monotonic()`` at which everything still running is killed.
             job_seconds: Longest time of one job, its worker's start included.
+            keep_workers: Whether workers wait for the next call, until ``close``.
         """
         waiting = list(reversed(jobs))
         done = 0
 
         def work() -> None:
             nonlocal done
-            process = None
+            process = self._idle.pop() if self._idle else None
             while time.monotonic() < deadline and not self._closed:
                 with self._lock:
                     if not waiting:
@@ -72,7 +84,9 @@ class Pool:
                 with self._lock:
                     done += 1
                     on_result(job, result)
-            if process is not None:
+            if process is not None and keep_workers:
+                self._idle.append(process)
+            elif process is not None:
                 self._end(process)
 
         threads = [
@@ -94,12 +108,13 @@ class Pool:
     def _start(self) -> subprocess.Popen:
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "memattn.bench.gpu.worker"],
+                [sys.executable, *self.worker],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 env=self.environment,
+                cwd=self.folder,
                 start_new_session=True,  # so that its compilers end with it
             )
         self._running.add(process)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from memattn.bench import report
-from memattn.bench.gpu import correctness, predictions, speed, tuning
+from memattn.bench.gpu import compare, correctness, predictions, speed, tuning
 from memattn.bench.gpu.pool import Job, Pool, Result
 from memattn.files import write_json, write_text
 
-# seconds of a stage, of 480 in all; what one leaves over goes to the next
-STAGES = {"correct": 110, "speed": 190, "tests": 110, "retune": 70}
+# seconds of a stage, in proportion; what one leaves over goes to the next
+STAGES = {"correct": 110, "before": 90, "speed": 190, "tests": 110, "retune": 70}
 CHECK_SECONDS = 100  # of one job of the stages "correct" and "speed"
 PREPARE_SHARE = 0.45  # of the stage "speed", at most, for checks and compilations
 FIRST_TESTS = "tests/test_cuda.py"
@@ -40,6 +40,7 @@ class Session:
     seconds: float
     dry: bool = False
     n_workers: int = 2
+    before: Path | None = None  # checkout of an earlier build
     results: list[tuple[Job, Result]] = field(default_factory=list)
     spent: dict[str, float] = field(default_factory=dict)
     planned: dict[str, int] = field(default_factory=dict)
@@ -59,6 +60,9 @@ class Session:
         log = self.folder / "workers.log"
         self.checkers = Pool(self.n_workers, log, environment)
         self.timer = Pool(1, log, environment | {"OMP_NUM_THREADS": str(self.n_workers)})
+        self.builds: dict[str, Pool] = {}
+        if self.before is not None:
+            self.builds = compare.pools(self.before, self.n_workers, log.resolve(), environment)
         self._tests: subprocess.Popen | None = None
 
     def run(self) -> int:
@@ -85,8 +89,8 @@ class Session:
 
     def finish(self) -> None:
         """End what runs, and print what was reached."""
-        self.checkers.close()
-        self.timer.close()
+        for pool in (self.checkers, self.timer, *self.builds.values()):
+            pool.close()
         if self._tests is not None and self._tests.poll() is None:
             os.killpg(self._tests.pid, signal.SIGKILL)
         self._file.close()
@@ -122,6 +126,15 @@ class Session:
         self.checkers.run(jobs, keep, deadline=deadline, job_seconds=CHECK_SECONDS)
         alone = time.monotonic() + 0.2 * max(deadline - time.monotonic(), 100.0)
         self.timer.run(crowded, on_result, deadline=alone, job_seconds=CHECK_SECONDS)
+
+    def _run_before(self, deadline: float) -> None:
+        try:
+            compare.run(
+                self.builds, self.operators, self.on_result, dry=self.dry, deadline=deadline
+            )
+        finally:
+            for pool in self.builds.values():
+                pool.close()
 
     def _run_speed(self, deadline: float) -> None:
         now = time.monotonic()
@@ -278,6 +291,14 @@ def summary(session: Session) -> str:
     told = [row for _, result in results for row in result.get("predictions", ())]
     if told:
         lines += ["", "predictions", "-----------", *(_prediction(row) for row in told)]
+    ratios = compare.ratios(results)
+    if ratios:
+        lines += ["", "beside the build before", "-----------------------"]
+        lines += [
+            f"{row['case']}, {row['direction']}: {row['speedup']:.2f}x as fast "
+            f"({min(row['before']):.3f} -> {min(row['now']):.3f} ms)"
+            for row in ratios
+        ]
     bars = {bar["bar"]: bar for _, result in results for bar in result.get("bars", ())}
     if bars:
         lines += ["", "bars", "----", *(_bar(bar) for bar in bars.values())]

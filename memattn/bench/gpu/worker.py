@@ -45,7 +45,10 @@ def _failure(error: Exception) -> dict[str, Any]:
     sys.stderr.write(text)
     sys.stderr.flush()
     lines = str(error).strip().splitlines() or [""]
-    result = {"status": "error", "reason": f"{type(error).__name__}: {lines[0]}"[:300]}
+    result: dict[str, Any] = {
+        "status": "error",
+        "reason": f"{type(error).__name__}: {lines[0]}"[:300],
+    }
     # after a fault on the device nothing in this process can be trusted
     if "CUDA error" in text or "device-side" in text or "AcceleratorError" in text:
         result["worker_is_lost"] = True

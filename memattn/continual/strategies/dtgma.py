@@ -42,7 +42,7 @@ class DTGMA(Strategy):
         rank: int | None = None,
         inference: str = "prototype",
     ) -> None:
-        from memattn.models.dtgma import INFERENCE, DTGMAModel  # its package imports transformers
+        from memattn.dtgma import INFERENCE, DTGMAModel
 
         super().__init__(stream, budget, seed)
         if reads not in READS:

@@ -1,0 +1,160 @@
+"""How an operator of a compiled backend is registered with PyTorch: the same for Triton and C++.
+
+An operator has a tuple of arguments (``signatures``), named results and a backward. From these
+follow the schemas, what is saved, what fake tensors give, and that gradients are differentiable
+once. Only torch is needed.
+"""
+
+from collections.abc import Callable
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+SCHEMA_TYPES = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool", str: "str"}
+Named = dict[str, Any]
+
+
+def _types(arguments: type) -> dict[str, tuple[type, bool]]:
+    """The type of each argument, and whether it may be None."""
+    types = {}
+    for name, hint in get_type_hints(arguments).items():
+        kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
+        types[name] = kinds[0], NoneType in get_args(hint)
+    return types
+
+
+def schema_of(arguments: type) -> str:
+    """The arguments of a signature as text, such as ``Tensor query, SymInt? window_size``."""
+    return ", ".join(
+        f"{SCHEMA_TYPES[kind]}{'?' * optional} {name}"
+        for name, (kind, optional) in _types(arguments).items()
+    )
+
+
+def register(
+    operator: str,
+    arguments: Any,
+    *,
+    results: str,
+    cotangents: str,
+    saved: str,
+    gradients: str,
+    empty_results: Callable[[Any], tuple[Tensor, ...]],
+    empty_gradient: Callable[[str, Tensor], Tensor],
+    forward: Callable[[Any, Named], None] | None = None,
+    backward: Callable[[Any, Named, Named, Named], None] | None = None,
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Define ``operator`` and ``operator_backward``, and make the first differentiable once.
+
+    Args:
+        operator: Name with its namespace, such as ``"memattn_cpp::segmented_attention"``.
+        arguments: The signature, a NamedTuple.
+        results: Names of the results.
+        cotangents: Results whose gradients the backward takes; with a ``?`` it also takes None.
+        saved: Results that the backward reads.
+        gradients: Arguments with a gradient. One that is not given has a gradient of size 0.
+        empty_results: Uninitialised results for these arguments.
+        empty_gradient: Uninitialised gradient of an argument, by its name and value.
+        forward: ``forward(args, results)`` fills the results. None where C++ has the kernels.
+        backward: ``backward(args, cotangents, saved, gradients)`` fills the gradients.
+
+    Returns:
+        The operator.
+    """
+    types = _types(arguments)
+    tensors = [name for name, (kind, _) in types.items() if kind is Tensor]
+    names = {"results": results.split(), "saved": saved.split(), "gradients": gradients.split()}
+    wanted = {name.rstrip("?"): name.endswith("?") for name in cotangents.split()}
+    inputs = [*(f"d_{name}" for name in wanted), *names["saved"], *types]
+
+    def define(name: str, schema: list[str], n_results: int) -> None:
+        returned = ", ".join(["Tensor"] * n_results)
+        torch.library.define(
+            name, f"({', '.join(schema)}) -> ({returned})", tags=torch.Tag.pt2_compliant_tag
+        )
+
+    first = [f"Tensor{'?' * optional} d_{name}" for name, optional in wanted.items()]
+    first += [f"Tensor {name}" for name in names["saved"]]
+    define(operator, [schema_of(arguments)], len(names["results"]))
+    define(f"{operator}_backward", [*first, schema_of(arguments)], len(names["gradients"]))
+    namespace, name = operator.split("::")
+    call = getattr(getattr(torch.ops, namespace), name).default
+    call_backward = getattr(getattr(torch.ops, namespace), f"{name}_backward").default
+
+    def empty_gradients(args: Any) -> tuple[Tensor, ...]:
+        given = ((name, getattr(args, name)) for name in names["gradients"])
+        return tuple(
+            args.query.new_empty(0) if tensor is None else empty_gradient(name, tensor)
+            for name, tensor in given
+        )
+
+    def arguments_of(named: Named) -> Any:
+        return arguments(**{name: named[name] for name in types})
+
+    @torch.library.register_fake(operator)
+    def _(*values: Any) -> tuple[Tensor, ...]:
+        return empty_results(arguments(*values))
+
+    @torch.library.register_fake(f"{operator}_backward")
+    def _(*values: Any) -> tuple[Tensor, ...]:
+        return empty_gradients(arguments_of(dict(zip(inputs, values, strict=True))))
+
+    if forward is not None and backward is not None:
+
+        @torch.library.impl(operator, "default")
+        def _(*values: Any) -> tuple[Tensor, ...]:
+            args = arguments(*values)
+            outputs = empty_results(args)
+            forward(args, dict(zip(names["results"], outputs, strict=True)))
+            return outputs
+
+        @torch.library.impl(f"{operator}_backward", "default")
+        def _(*values: Any) -> tuple[Tensor, ...]:
+            named = dict(zip(inputs, values, strict=True))
+            args = arguments_of(named)
+            grads = empty_gradients(args)
+            backward(
+                args,
+                {name: named[f"d_{name}"] for name in wanted},
+                {name: named[name] for name in names["saved"]},
+                dict(zip(names["gradients"], grads, strict=True)),
+            )
+            return grads
+
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        args = arguments(*inputs)
+        outputs = dict(zip(names["results"], output, strict=True))
+        kept = {name: outputs[name] for name in names["saved"]}
+        kept |= {name: getattr(args, name) for name in tensors}
+        ctx.save_for_backward(*kept.values())
+        ctx.options = {name: getattr(args, name) for name in types if name not in tensors}
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # read once: non-reentrant checkpointing frees what it handed out
+        kept = dict(zip([*names["saved"], *tensors], ctx.saved_tensors, strict=True))
+        args = arguments_of(kept | ctx.options)
+        given = dict(zip(names["results"], grads, strict=True))
+        if any(given[name] is None and not optional for name, optional in wanted.items()):
+            zeros = dict(zip(names["results"], empty_results(args), strict=True))
+            for name, optional in wanted.items():
+                if given[name] is None and not optional:
+                    given[name] = zeros[name].zero_()
+        found = call_backward(
+            *(given[name] for name in wanted), *(kept[name] for name in names["saved"]), *args
+        )
+        by_name = dict(zip(names["gradients"], found, strict=True))
+        return tuple(None if getattr(args, n) is None else by_name.get(n) for n in types)
+
+    torch.library.register_autograd(operator, differentiate, setup_context=setup_context)
+    torch.library.register_autograd(f"{operator}_backward", _refuse)
+    return call
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    """What is registered as the gradient of a backward operator."""
+    raise RuntimeError(
+        "memattn's kernels are differentiable once; backend='reference' is as often as you like"
+    )

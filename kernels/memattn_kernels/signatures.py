@@ -1,0 +1,73 @@
+"""The arguments of every operator, checked and in order: what all backends take.
+
+A signature is written here and nowhere else: the schemas of the Triton and the C++ operators are
+made from it (``_operator``), and one tuple travels from ``memattn.ops`` to the reference, to Triton
+and to C++. What the arguments mean is said by the functions of ``memattn.ops``.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class SegmentedAttentionArgs(NamedTuple):
+    """Arguments of segmented attention."""
+
+    query: Tensor  # [B, H, T, D]
+    key: Tensor  # [B, Hkv, S, D]
+    value: Tensor  # [B, Hkv, S, Dv]
+    persistent_key: Tensor | None  # [Hkv, P, D]
+    persistent_value: Tensor | None  # [Hkv, P, Dv]
+    memory_key: Tensor | None  # [B, Hkv, n_segments, M, D]
+    memory_value: Tensor | None  # [B, Hkv, n_segments, M, Dv]
+    cu_seqlens: Tensor | None  # int32 [n + 1]
+    seq_start: Tensor | None  # int32 [B]
+    seq_end: Tensor | None  # int32 [B]
+    segment_len: int | None
+    window_size: int | None
+    is_causal: bool
+    memory_is_causal: bool
+    query_offset: int
+    scale: float
+
+
+class FutureAttentionArgs(NamedTuple):
+    """Arguments of future attention, with or without its loss."""
+
+    query: Tensor  # [B, H, T, D]
+    key: Tensor  # [B, Hkv, S, D]
+    value: Tensor  # [B, Hkv, S, Dv]
+    future_key: Tensor  # [Hf, R, D] or [B, Hf, R, D]
+    future_value: Tensor  # the same with Dv
+    future_query: Tensor | None  # [B, H, T, D]
+    cu_seqlens: Tensor | None  # int32 [n + 1]
+    seq_start: Tensor | None  # int32 [B]
+    seq_end: Tensor | None  # int32 [B]
+    table_len: int  # R, or a part of it: then each document has its own rows
+    by_distance: bool
+    future_dim: int
+    query_offset: int
+    scale: float
+    loss_type: str | None  # None: without a loss
+    detach_target: bool
+
+
+class TaskMaskedAttentionArgs(NamedTuple):
+    """Arguments of task-masked attention; from ``bits`` on those of a mask, ``MaskTensors``."""
+
+    query: Tensor  # [B, H, T, D]
+    key: Tensor  # [B, Hkv, S, D]
+    value: Tensor  # [B, Hkv, S, Dv]
+    task_id: Tensor  # int32 [B]
+    bits: Tensor
+    slots: Tensor | None
+    query_node: Tensor | None
+    key_node: Tensor | None
+    query_tiles: Tensor
+    query_counts: Tensor
+    key_tiles: Tensor
+    key_counts: Tensor
+    seq_start: Tensor | None  # int32 [B]
+    seq_end: Tensor | None  # int32 [B]
+    is_causal: bool
+    scale: float

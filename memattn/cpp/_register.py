@@ -1,0 +1,27 @@
+"""Register an operator of ``memattn._C``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import memattn._C  # noqa: F401  the kernels of torch.ops.memattn_cpp
+from memattn_kernels._operator import register
+
+
+def register_cpp(name: str, arguments: Any, **named: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """``register`` for the C++ operator of this name, whose gradients are contiguous."""
+    return register(
+        f"memattn_cpp::{name}",
+        arguments,
+        empty_gradient=lambda _, tensor: tensor.new_empty(tensor.shape),
+        **named,
+    )
+
+
+def empty_results(args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised ``out``, ``lse``, and ``lse2``: that in units of log 2, as two floats."""
+    query, shape = args.query, args.query.shape[:3]
+    lse, lse2 = (query.new_empty(s, dtype=torch.float32) for s in (shape, (2, *shape)))
+    return query.new_empty(*shape, args.value.shape[-1]), lse, lse2

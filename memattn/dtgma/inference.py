@@ -1,0 +1,76 @@
+"""Which task a sample belongs to, where nobody says so."""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from memattn.checks import check_shape, check_tensor, must
+from memattn.dtgma.layers import TaskName
+
+
+class Classifier(Protocol):
+    """What inference asks of a ``DTGMAModel``."""
+
+    @property
+    def tasks(self) -> Sequence[TaskName]: ...
+
+    def prototypes(self, task: TaskName) -> Tensor | None: ...
+
+    def prototype_features(self, x: Tensor) -> Tensor: ...
+
+    def __call__(self, x: Tensor, task_id: TaskName) -> Tensor: ...
+
+
+@torch.no_grad()
+def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Means of features ``[n, F]`` by class, ``[classes, F]``; NaN for a class without samples."""
+    check_tensor("y", labels)
+    if labels.dtype != torch.int64:
+        must("y", "have dtype torch.int64", labels.dtype)
+    check_shape("y", labels, n=features.shape[0])
+    if labels.device != features.device:
+        must("y", f"be on the device of x, {features.device}", labels.device)
+    if labels.numel() == 0:
+        must("y", "have at least one label", 0)
+    low, high = (int(label) for label in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        must("y", f"be from 0 to classes - 1 = {num_classes - 1}", f"labels from {low} to {high}")
+    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
+    return sums / torch.bincount(labels, minlength=num_classes)[:, None]
+
+
+@torch.no_grad()
+def nearest_prototype(model: Classifier, x: Tensor) -> Tensor:
+    """The place among ``model.tasks`` of the task that has the nearest prototype, int64 ``[B]``."""
+    nearest = []
+    for task in model.tasks:
+        prototypes = model.prototypes(task)
+        if prototypes is None:
+            must("method", f"not be 'prototype' while task {task!r} has none", "'prototype'")
+        known = prototypes[~prototypes.isnan().any(1)]
+        features = model.prototype_features(x)
+        if features.shape[1] != known.shape[1]:
+            wanted = f"give the {known.shape[1]} features of the prototypes of task {task!r}"
+            must("x", wanted, features.shape[1])
+        nearest.append(torch.cdist(features, known).amin(1))
+    return torch.stack(nearest).argmin(0)
+
+
+@torch.no_grad()
+def lowest_entropy(model: Classifier, x: Tensor) -> Tensor:
+    """The place of the task whose classifier is the most certain, int64 ``[B]``.
+
+    The entropy is divided by that of a uniform guess, so that tasks of few classes are not
+    preferred; a task of one class is never uncertain and counts as uniform.
+    """
+    entropies = []
+    for task in model.tasks:
+        log_probs = model(x, task).log_softmax(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        classes = log_probs.shape[-1]
+        uniform = math.log(classes)
+        entropies.append(entropy / uniform if classes > 1 else torch.ones_like(entropy))
+    return torch.stack(entropies).argmin(0)

@@ -1,0 +1,102 @@
+"""Caches as safetensors files: the tensors of each part of each layer, and what they belong to.
+
+A tensor is named ``layers.<i>.<part>.<kind>.<name>``; its kind is ``tokens`` or ``rows``, or
+``restart`` for the rows that are to begin anew.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from memattn.checks import must
+from memattn.parts import PartState, part_type
+
+FORMAT, OLD_FORMAT = "memattn-cache-2", "memattn-cache-1"
+
+
+class SavedCache(NamedTuple):
+    """What a file holds."""
+
+    layers: Sequence[Mapping[str, PartState]]
+    position: int
+    seq_start: Tensor  # int64 [B]
+    seq_end: Tensor  # int64 [B]
+
+
+def write_cache(path: str | os.PathLike[str], cache: SavedCache) -> None:
+    """Write a file, whole or not at all."""
+    tensors = {"seq_start": cache.seq_start, "seq_end": cache.seq_end}
+    for i, parts in enumerate(cache.layers):
+        for name, state in parts.items():
+            kinds = {"tokens": state.tokens, "rows": state.rows}
+            if state.restart is not None:
+                kinds["restart"] = {"rows": state.restart}
+            tensors |= {
+                f"layers.{i}.{name}.{kind}.{key}": tensor
+                for kind, group in kinds.items()
+                for key, tensor in group.items()
+            }
+    # copies: safetensors refuses tensors that share memory, as two layers' may
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    layers = [{name: state.describe() for name, state in parts.items()} for parts in cache.layers]
+    metadata = {"format": FORMAT, "position": str(cache.position), "layers": json.dumps(layers)}
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_cache(path: str | os.PathLike[str], device: str | torch.device) -> SavedCache:
+    """Read a file of this format, or of the first one, which knew attention alone."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path must be a file, got {path}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"path must be a saved MemAttnCache, got {path} ({error})") from error
+    layers: list[dict[str, PartState]] = []
+    if metadata.get("format") == OLD_FORMAT:
+        spans = json.loads(metadata["spans"])
+        layers = [{"attention": PartState("", *span)} for span in spans]
+        tensors = {_new_name(name): tensor for name, tensor in tensors.items()}
+    elif metadata.get("format") == FORMAT:
+        described = json.loads(metadata["layers"])
+        layers = [{name: _empty(facts) for name, facts in parts.items()} for parts in described]
+    else:
+        must("path", f"be a saved MemAttnCache of format {FORMAT}", metadata.get("format"))
+    bounds = [tensors.pop(name).cpu() for name in ("seq_start", "seq_end")]
+    for name, tensor in tensors.items():
+        _, i, part, kind, key = name.split(".", 4)
+        state = layers[int(i)][part]
+        if kind == "restart":
+            state.restart = tensor.cpu()
+        else:
+            getattr(state, kind)[key] = tensor
+    return SavedCache(layers, int(metadata["position"]), *bounds)
+
+
+def _empty(facts: dict[str, Any]) -> PartState:
+    """The state that ``PartState.describe`` described; files of the first format name no part."""
+    kind = facts["kind"]
+    return (part_type(kind, "path").state_type if kind else PartState)(**facts)
+
+
+def _new_name(name: str) -> str:
+    """The name of a tensor of the first format, which had keys and values of attention alone."""
+    prefix, _, key = name.rpartition(".")
+    return f"{prefix}.attention.tokens.{key}" if prefix else name

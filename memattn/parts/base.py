@@ -1,0 +1,245 @@
+"""What a part of a decoder layer says about itself, so that no model has to know it by name.
+
+A part is a frozen dataclass: its fields are its configuration, its methods build its module, run
+it, and describe its losses, state, parameters, views and cost. ``register_part`` makes it known; a
+configuration then names it by ``kind``. ``docs/architecture.md`` shows a whole part.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from memattn.checks import check_int, must
+from memattn.parts.context import PartContext
+from memattn.parts.state import PartState
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLACES = ("before_attention", "attention", "after_attention", "after_mlp")
+ROLES = ("weight", "memory", "table", "norm")
+Part = TypeVar("Part", bound="type[PartConfig]")
+
+
+class Sizes(NamedTuple):
+    """Sizes of the model that a part stands in."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_layers: int
+    max_positions: int
+
+
+class Role(NamedTuple):
+    """What a parameter is, from which its learning rate and weight decay follow.
+
+    ``kind`` is one of ``ROLES``: only a ``"weight"`` decays, and ``"memory"`` has the rate
+    ``memory_lr``. ``learning_rate`` is a rate of its own instead.
+    """
+
+    kind: str
+    learning_rate: float | None = None
+
+
+class PartOutput(NamedTuple):
+    """What a part returns for hidden states ``[B, T, E]``."""
+
+    hidden_states: Tensor  # [B, T, E], added to the residual by the block
+    losses: Mapping[str, tuple[Tensor, Tensor]] = {}  # by name: sum and count
+    carry: Mapping[str, Tensor] = {}  # by name: what the next layer gets
+
+
+class View(NamedTuple):
+    """A picture of what a part does with a text: ``memattn plot <view> MODEL --text TEXT``."""
+
+    measure: Callable[[nn.Module, Tensor], Any]  # of a model and tokens [B, T]
+    draw: Callable[["Figure", Any], None]  # what was measured, into an empty figure
+
+
+class Cost(NamedTuple):
+    """Parameters of a part in one layer, and floating-point operations of one forward pass."""
+
+    parameters: int
+    flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartConfig:
+    """Base of all parts.
+
+    Class attributes:
+        kind: Its name in a configuration, an identifier.
+        place: Where it stands in a layer, one of ``PLACES``. ``"attention"`` stands instead of
+            attention; the others get normed hidden states, and their output is added.
+        repeatable: Whether it may stand more than once in ``MemAttnConfig.parts``.
+        reports: Names of the losses that it may return.
+        carries: Names of what it may hand to the next layer.
+        views: Its pictures by name.
+        state_type: Class of what a sequence keeps of it.
+        limits_length: Whether it has parameters for ``max_position_embeddings`` positions only.
+    """
+
+    kind: ClassVar[str]
+    place: ClassVar[str]
+    repeatable: ClassVar[bool] = False
+    reports: ClassVar[tuple[str, ...]] = ()
+    carries: ClassVar[tuple[str, ...]] = ()
+    views: ClassVar[Mapping[str, View]] = {}
+    state_type: ClassVar[type[PartState]] = PartState
+
+    @property
+    def path(self) -> str:
+        """What messages call it."""
+        return "attention" if self.place == "attention" else f"parts.{self.kind}"
+
+    @property
+    def limits_length(self) -> bool:
+        return False
+
+    @property
+    def reach(self) -> int:
+        """Tokens in its longest window or segment; 0 where there is none. The audit crosses it."""
+        return 0
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Losses that it returns where they are measured, with their coefficients in training."""
+        return {}
+
+    def check(self, sizes: Sizes, others: "list[PartConfig]") -> None:
+        """Raise ValueError unless it fits the model, and the other parts of it."""
+
+    def in_layer(self, layer: int, sizes: Sizes) -> "PartConfig | None":
+        """The part that stands in a layer: this one, another one instead, or none."""
+        return self
+
+    def build(self, sizes: Sizes, layer: int) -> nn.Module:
+        """Its module for a layer."""
+        raise NotImplementedError(f"{type(self).__name__} must define build")
+
+    def run(self, module: nn.Module, hidden_states: Tensor, context: PartContext) -> PartOutput:
+        """Call its module with ``hidden_states [B, T, E]``."""
+        return module(hidden_states, context)
+
+    def new_state(self) -> PartState:
+        """The empty state of one layer."""
+        return self.state_type(self.kind)
+
+    @staticmethod
+    def init_weights(module: nn.Module, std: float) -> None:
+        """Give new weights to one module of the model, where it is one of this part's own.
+
+        Called for every module of the model after transformers' own rules, which know layers of
+        torch; use functions of ``torch.nn.init``.
+        """
+
+    def role(self, name: str, parameter: Tensor) -> Role | None:
+        """What a parameter of its module is; None decides by its shape and its module."""
+        return None
+
+    def operator_flops(self, sizes: Sizes, length: int) -> int:
+        """Operations of its operator for a sequence, without products with weight matrices."""
+        return 0
+
+    def cost(self, sizes: Sizes, length: int, layer: int = 0) -> Cost:
+        """Its cost for one sequence of ``length`` tokens in one layer."""
+        with torch.device("meta"):
+            parameters = dict(self.build(sizes, layer).named_parameters())
+        matrices = sum(
+            p.numel()
+            for name, p in parameters.items()
+            if p.dim() == 2 and (self.role(name, p) or Role("weight")).kind == "weight"
+        )
+        flops = 2 * length * matrices + self.operator_flops(sizes, length)
+        return Cost(sum(p.numel() for p in parameters.values()), flops)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Kind and fields as plain values that JSON can hold."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"kind": self.kind, **values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedPart(PartConfig):
+    """Base of parts that stand beside attention, in all layers or in some.
+
+    Attributes:
+        layers: Numbers of its layers, from 0; None means all.
+    """
+
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            for layer in self.layers:
+                check_int(f"{self.path}.layers", layer, 0)
+            object.__setattr__(self, "layers", tuple(self.layers))  # frozen; JSON has lists
+
+    def check(self, sizes: Sizes, others: list[PartConfig]) -> None:
+        if self.layers is not None and (not self.layers or max(self.layers) >= sizes.num_layers):
+            allowed = f"name layers from 0 to {sizes.num_layers - 1}"
+            must(f"{self.path}.layers", allowed, list(self.layers))
+
+    def in_layer(self, layer: int, sizes: Sizes) -> PartConfig | None:
+        return self if self.layers is None or layer in self.layers else None
+
+
+PARTS: dict[str, type[PartConfig]] = {}
+
+
+def register_part(part: Part) -> Part:
+    """Make a part known by its kind, so that configurations and saved files may name it.
+
+    Used as a decorator of a ``PartConfig`` subclass, in the package or outside.
+
+    Raises:
+        ValueError: If another part has the kind, or ``kind`` or ``place`` is no possible one.
+    """
+    taken = PARTS.get(part.kind)
+    if taken is not None and taken.__qualname__ != part.__qualname__:
+        must("kind", f"not be one of {', '.join(PARTS)}", repr(part.kind))
+    if not part.kind.isidentifier():
+        must("kind", "be an identifier", repr(part.kind))
+    if part.place not in PLACES:
+        must("place", f"be one of {', '.join(PLACES)}", repr(part.place))
+    PARTS[part.kind] = part
+    return part
+
+
+def part_type(kind: Any, name: str, *, attention: bool | None = None) -> type[PartConfig]:
+    """The registered part of a kind, which stands instead of attention, or beside it."""
+    known = [
+        known
+        for known, part in PARTS.items()
+        if attention is None or (part.place == "attention") == attention
+    ]
+    if kind not in known:
+        must(name, f"be one of {', '.join(known) or 'none (see register_part)'}", repr(kind))
+    return PARTS[kind]
+
+
+def make_part(value: Any, name: str, *, attention: bool) -> PartConfig:
+    """A part from its configuration, or from the values of ``PartConfig.to_dict``.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If there is no such part for that place, or a field is unknown or wrong.
+    """
+    if isinstance(value, PartConfig):
+        part_type(value.kind, f"{name}.kind", attention=attention)
+        return value
+    if not isinstance(value, Mapping):
+        what = "an AttentionConfig" if attention else "a PartConfig"
+        must(name, f"be {what} or a dict", type(value).__name__, TypeError)
+    values = dict(value)
+    part = part_type(values.pop("kind", None), f"{name}.kind", attention=attention)
+    known = [part_field.name for part_field in fields(part)]
+    for unknown in values.keys() - set(known):
+        allowed = f"be a field of {part.kind} ({', '.join(known)})"
+        must(f"{name}.{unknown}", allowed, values[unknown])
+    return part(**values)

@@ -1,0 +1,139 @@
+"""Causal attention: all earlier tokens, and persistent ones."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from memattn.checks import check_int, must
+from memattn.nn import SegmentedAttention
+from memattn.nn.rotary import apply_rotary
+from memattn.ops import segmented_attention
+from memattn.ops._dispatch import BACKENDS
+from memattn.parts.base import PartConfig, PartOutput, Role, Sizes, register_part
+from memattn.parts.context import PartContext
+from memattn.parts.state import PartState
+from memattn.parts.views import SOURCES
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPart(PartConfig):
+    """Base of parts that stand instead of attention and run one of the operators.
+
+    Attributes:
+        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+    """
+
+    place: ClassVar[str] = "attention"
+
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            must("attention.backend", f"be one of {', '.join(BACKENDS)}", repr(self.backend))
+
+    def heads(self, sizes: Sizes) -> dict[str, Any]:
+        """Keywords of ``MultiHeadAttention`` and the backend."""
+        return dict(
+            hidden_size=sizes.hidden_size,
+            num_heads=sizes.num_heads,
+            num_kv_heads=sizes.num_kv_heads,
+            head_dim=sizes.head_dim,
+            backend=self.backend,
+        )
+
+    def visible(self, position: int, sizes: Sizes) -> int:
+        """Keys that the query at a position sees."""
+        return position + 1
+
+    def operator_flops(self, sizes: Sizes, length: int) -> int:
+        pairs = sum(self.visible(i, sizes) for i in range(length))
+        return 4 * sizes.num_heads * sizes.head_dim * pairs
+
+
+@register_part
+@dataclass(frozen=True, kw_only=True)
+class CausalConfig(AttentionPart):
+    """A token sees all earlier tokens.
+
+    Attributes:
+        num_persistent_tokens: Learned keys and values that every token sees.
+        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+    """
+
+    kind: ClassVar[str] = "causal"
+
+    num_persistent_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("attention.num_persistent_tokens", self.num_persistent_tokens, 0)
+
+    @property
+    def spans(self) -> tuple[int | None, int | None]:
+        """Segment length and window, None where there is none."""
+        return None, None
+
+    def visible(self, position: int, sizes: Sizes) -> int:
+        return position + 1 + self.num_persistent_tokens
+
+    def build(self, sizes: Sizes, layer: int) -> nn.Module:
+        segment_len, window_size = self.spans
+        return SegmentedAttention(
+            **self.heads(sizes),
+            segment_len=segment_len,
+            window_size=window_size,
+            num_persistent_tokens=self.num_persistent_tokens,
+        )
+
+    def run(self, module: nn.Module, hidden_states: Tensor, context: PartContext) -> PartOutput:
+        return PartOutput(module(hidden_states, **context.attention_inputs()))
+
+    def new_state(self) -> PartState:
+        return self.state_type(self.kind, *self.spans)
+
+    @staticmethod
+    def init_weights(module: nn.Module, std: float) -> None:
+        if isinstance(module, SegmentedAttention) and module.persistent_key is not None:
+            nn.init.normal_(module.persistent_key, std=std)
+            nn.init.normal_(module.persistent_value, std=std)
+
+    def role(self, name: str, parameter: Tensor) -> Role | None:
+        return Role("memory") if name.startswith("persistent_") else None
+
+
+def _sources(
+    layer: SegmentedAttention,
+    hidden_states: Tensor,
+    *,
+    rotary: tuple[Tensor, Tensor] | None,
+    cache: None = None,
+    **bounds: Any,
+) -> dict[str, Tensor]:
+    """Masses ``[B, H, T]`` of tokens and persistent keys."""
+    query, key, value = layer.split_heads(hidden_states)
+    if rotary is not None:
+        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+
+    def lse(key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        return segmented_attention(
+            query, key, value, backend=layer.backend, **bounds, **options
+        ).lse.double()
+
+    spans = {"segment_len": layer.segment_len, "window_size": layer.window_size}
+    parts = {"tokens": lse(key, value, **spans)}
+    if layer.persistent_key is not None and layer.persistent_value is not None:
+        persistent = (layer.persistent_key, layer.persistent_value)
+        shared = (x.expand(len(query), -1, -1, -1) for x in persistent)
+        parts["persistent"] = lse(*shared, is_causal=False)
+    total = torch.stack(list(parts.values())).logsumexp(0)
+    masses = {name: (part - total).exp() for name, part in parts.items()}
+    if None not in spans.values():
+        segment = (lse(key, value, segment_len=layer.segment_len) - total).exp()
+        window = (masses.pop("tokens") - segment).clamp(min=0.0)
+        masses = {"segment": segment, "window": window, **masses}
+    return masses
+
+
+SOURCES[SegmentedAttention] = _sources

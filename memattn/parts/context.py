@@ -1,0 +1,88 @@
+"""What a part is told about the tokens that it gets."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memattn.nn import RotaryEmbedding
+from memattn.parts.state import PartState, SequenceBounds
+
+Angles = tuple[Tensor, Tensor]
+
+
+@dataclass
+class PartContext:
+    """Everything about one call of the model, seen from one part in one layer.
+
+    Attributes:
+        positions: int64 ``[B, T]`` or ``[1, T]``, each token's place in its own sequence.
+        present: bool ``[B, T]``, False for padding; None where every token is there.
+        bounds: The same as bounds, in columns of the keys that the state keeps, new ones behind.
+        cu_seqlens: int32 ``[n+1]``, bounds of packed documents, or None.
+        offset: Columns before the first one here: those that the cache has seen.
+        rotary: Cosines and sines of ``positions``, or None where positions are not rotary.
+        rotary_embedding: What makes such of other positions.
+        measure_losses: Whether the part is to return its losses.
+        state: What the sequences keep of this part in this layer, or None without a cache.
+        carry: What the layers before handed on, by name.
+        shared: What ``once`` remembers in this call of the model.
+    """
+
+    positions: Tensor
+    present: Tensor | None = None
+    bounds: SequenceBounds = SequenceBounds(None, None)
+    cu_seqlens: Tensor | None = None
+    offset: int = 0
+    rotary: Angles | None = None
+    rotary_embedding: RotaryEmbedding | None = None
+    measure_losses: bool = False
+    state: PartState | None = None
+    carry: Mapping[str, Tensor] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    def of_part(self, state: PartState | None, carry: Mapping[str, Tensor]) -> "PartContext":
+        """The same for one part with its state."""
+        return PartContext(
+            positions=self.positions,
+            present=self.present,
+            bounds=self.bounds if state is None else state.bounds,
+            cu_seqlens=self.cu_seqlens,
+            offset=self.offset,
+            rotary=self.rotary,
+            rotary_embedding=self.rotary_embedding,
+            measure_losses=self.measure_losses,
+            state=state,
+            carry=carry,
+            shared=self.shared,
+        )
+
+    def attention_inputs(self) -> dict[str, Any]:
+        """Keywords that every attention module of ``memattn.nn`` takes."""
+        return dict(
+            rotary=self.rotary,
+            cu_seqlens=self.cu_seqlens,
+            seq_start=self.bounds.seq_start,
+            seq_end=self.bounds.seq_end,
+            cache=self.state,
+        )
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` returns, computed by the first layer that asks in this call."""
+        if key not in self.shared:
+            self.shared[key] = compute()
+        return self.shared[key]
+
+    def lengths(self) -> Tensor:
+        """Tokens so far of each token's own sequence, int64 ``[B or 1, 1 or T]``."""
+        if self.cu_seqlens is not None:
+            bounds = self.cu_seqlens.long()
+            columns = torch.arange(self.positions.shape[1], device=bounds.device)
+            document = torch.searchsorted(bounds[1:], columns, right=True)
+            return bounds.diff()[document.clamp(max=bounds.numel() - 2)][None]
+        positions = self.positions
+        if self.present is not None:
+            positions = positions.masked_fill(~self.present, -1)
+        return positions.amax(1, keepdim=True) + 1

@@ -1,0 +1,47 @@
+"""Configurations as they were written before each attention had fields of its own.
+
+There was one record with the fields of all kinds, in which those of the others were at rest, and
+what one kind had alone stood under its name: ``{"kind": "a", "window_size": None, "a": {...}}``.
+Saved models and files still say so; everything that reads them goes through here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from memattn.checks import must
+from memattn.parts.base import PARTS, PartConfig, make_part, part_type
+
+AT_REST = {"segment_len": None, "window_size": None, "num_persistent_tokens": 0}
+
+
+def AttentionConfig(kind: str = "causal", **record: Any) -> PartConfig:  # noqa: N802 - was a class
+    """The attention of a kind, from its fields or from the record of all kinds.
+
+    Raises:
+        TypeError: If what stands under the kind's name is no configuration.
+        ValueError: If there is no such kind, or a field is unknown, wrong or another kind's.
+    """
+    return make_part(upgrade_attention({"kind": kind, **record}), "attention", attention=True)
+
+
+def upgrade_attention(record: Any) -> Any:
+    """The fields of one kind, out of a record that may have those of all."""
+    if not isinstance(record, Mapping):
+        return record
+    values = {"kind": "causal", **record}
+    kind = values["kind"]
+    part = part_type(kind, "attention.kind", attention=True)
+    inner = values.pop(kind, None)
+    if isinstance(inner, PartConfig):
+        inner = {name: value for name, value in inner.to_dict().items() if name not in values}
+    elif inner is not None and not isinstance(inner, Mapping):
+        wanted = f"be a {part.__name__} or a dict"
+        must(f"attention.{kind}", wanted, type(inner).__name__, TypeError)
+    own = {part_field.name for part_field in fields(part)}
+    for name in [name for name in values if name not in own]:
+        if name in AT_REST or name in PARTS:
+            rest, value = AT_REST.get(name), values.pop(name)
+            if value != rest:
+                must(f"attention.{name}", f'be {rest} with attention.kind "{kind}"', value)
+    return {**values, **(inner or {})}

@@ -1,0 +1,48 @@
+"""Segmented attention: the tokens of the own segment and of a sliding window."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from memattn.checks import check_int, must
+from memattn.parts.base import Sizes, register_part
+from memattn.parts.causal import CausalConfig
+
+
+@register_part
+@dataclass(frozen=True, kw_only=True)
+class SegmentedConfig(CausalConfig):
+    """A token sees those of its own segment and of the sliding window.
+
+    Attributes:
+        segment_len: Tokens in a segment; None means no segments.
+        window_size: Keys in the sliding window, the query's own included; None means no window.
+            One of the two is given.
+        num_persistent_tokens: Learned keys and values that every token sees.
+        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+    """
+
+    kind: ClassVar[str] = "segmented"
+
+    segment_len: int | None = None
+    window_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("segment_len", "window_size"):
+            if getattr(self, name) is not None:
+                check_int(f"attention.{name}", getattr(self, name), 1)
+        if self.segment_len is None and self.window_size is None:
+            must("attention.segment_len", 'be given for kind "segmented", or window_size', None)
+
+    @property
+    def spans(self) -> tuple[int | None, int | None]:
+        return self.segment_len, self.window_size
+
+    @property
+    def reach(self) -> int:
+        return max(self.segment_len or 0, self.window_size or 0)
+
+    def visible(self, position: int, sizes: Sizes) -> int:
+        own_segment = position % self.segment_len + 1 if self.segment_len else 0
+        near = max(own_segment, min(position + 1, self.window_size or 0))
+        return near + self.num_persistent_tokens

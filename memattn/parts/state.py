@@ -1,0 +1,226 @@
+"""What a sequence keeps of one part in one layer, between calls of the model."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memattn.checks import must
+
+OPEN = 1 << 62  # the end of a row that may still grow
+
+
+class SequenceBounds(NamedTuple):
+    """Where sequences begin and end, in columns of the keys of a layer; None means everywhere."""
+
+    seq_start: Tensor | None  # int32 [B]
+    seq_end: Tensor | None  # int32 [B]
+
+
+class PartState:
+    """Tensors by name, with the batch on axis 0 of each, of two kinds.
+
+    A *token* tensor has one entry per token on its last axis but one (keys ``[B, H, S, D]``,
+    inputs ``[B, S, E]``). ``append`` extends it; what no later token can see, given the segment and
+    the window, is dropped. A *row* tensor has one entry per sequence (a recurrent memory). ``read``
+    gives it, with the initial value in rows that begin anew, and ``write`` replaces it. A crop cuts
+    token tensors; a row tensor is restored from the history that ``write`` was given since
+    recording began, and without one a crop is refused. A part that needs more derives a class.
+
+    Args:
+        kind: The part that it belongs to.
+        segment_len: Segment length that its tokens are seen in, or None.
+        window_size: Window that its tokens are seen in, or None.
+    """
+
+    def __init__(
+        self, kind: str, segment_len: int | None = None, window_size: int | None = None
+    ) -> None:
+        self.kind = kind
+        self.segment_len = segment_len
+        self.window_size = window_size
+        self.record_past = False  # keep also what no later token can see, until cropped
+        self._clear()
+
+    def _clear(self) -> None:
+        self.tokens: dict[str, Tensor] = {}
+        self.rows: dict[str, Tensor] = {}
+        self.history: dict[str, Tensor] = {}  # [B, 1 + T, ...], values of rows at each column
+        self.restart: Tensor | None = None  # bool [B], rows that begin with the next call
+        self._restarting: Tensor | None = None  # those that begin with this call
+        self._before: dict[str, Tensor] = {}
+        self.keep = 0  # newest tokens that later ones can see, set by the cache
+        self.bounds = SequenceBounds(None, None)  # of this call, set by the cache
+
+    def fresh(self) -> "PartState":
+        """An empty one of the same part."""
+        other = copy.copy(self)
+        other._clear()
+        return other
+
+    def describe(self) -> dict[str, Any]:
+        """Arguments that make an empty one, as plain values."""
+        return dict(kind=self.kind, segment_len=self.segment_len, window_size=self.window_size)
+
+    def fits(self, other: "PartState") -> bool:
+        """Whether this is a state of the same part; files of the first format name no part."""
+        own, theirs = self.describe(), other.describe()
+        if not own["kind"]:
+            own["kind"] = theirs["kind"]
+        return own == theirs
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is kept."""
+        yield from self.tokens.values()
+        yield from self.rows.values()
+        yield from self.history.values()
+
+    @property
+    def kept(self) -> int:
+        """Tokens that are kept."""
+        return next((t.shape[-2] for t in self.tokens.values()), 0)
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values ``[B, Hkv, T, D]``, and return them behind those kept."""
+        return self.append("key", key_states), self.append("value", value_states)
+
+    def append(self, name: str, states: Tensor) -> Tensor:
+        """Append ``[B, ..., T, F]`` to a token tensor, and return it behind what was kept."""
+        if name in self.tokens:
+            past = self.tokens[name]
+            self._check(name, past[..., :0, :], states[..., :0, :])
+            states = torch.cat([past, states], dim=-2)
+        self.tokens[name] = states
+        if not self.record_past:
+            self._trim(name)
+        return states
+
+    def read(self, name: str, initial: Tensor) -> Tensor:
+        """A row tensor ``[B, ...]`` as it was before this call.
+
+        Args:
+            name: Its name.
+            initial: ``[B, ...]``, the values of rows that begin.
+        """
+        value = self.rows.get(name, initial)
+        if value is not initial:
+            self._check(name, value, initial)
+        if self._restarting is not None:
+            mask = self._restarting.to(value.device).view(-1, *[1] * (value.dim() - 1))
+            value = torch.where(mask, initial, value)
+        self._before[name] = value
+        return value
+
+    def write(self, name: str, value: Tensor, history: Tensor | None = None) -> None:
+        """Replace a row tensor, after ``read``.
+
+        Args:
+            name: Its name.
+            value: ``[B, ...]`` after the last token.
+            history: ``[B, T, ...]``, its values after each of the new tokens, from which a crop
+                restores it. Kept only while the past is recorded.
+        """
+        before = self._before.pop(name)[:, None]
+        if self.record_past and history is not None:
+            first = self.history.get(name, before)
+            self.history[name] = torch.cat([first, history], 1)
+        # a view, such as the last of all values, would keep the whole in memory
+        self.rows[name] = value.clone() if value._is_view() else value
+
+    def _check(self, name: str, past: Tensor, states: Tensor) -> None:
+        if past.shape != states.shape:
+            what = f"have {name} of {self.kind or 'attention'} of shape {list(states.shape)}"
+            must("past_key_values", f"{what} as in this model", list(past.shape))
+
+    def begin(self) -> None:
+        """A call begins: rows that were reset get their initial values in it."""
+        self._restarting, self.restart = self.restart, None
+
+    def reset(self, mask: Tensor) -> None:
+        """Let rows begin anew with the next call, ``mask`` bool ``[B]``."""
+        if self.rows:
+            self.restart = mask if self.restart is None else self.restart | mask
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "PartState":
+        """A state of the same part with ``function`` applied to every tensor."""
+        other = self.fresh()
+        for name in ("tokens", "rows", "history"):
+            setattr(other, name, {k: function(v) for k, v in getattr(self, name).items()})
+        other.restart = None if self.restart is None else function(self.restart)
+        other.keep = self.keep
+        return other
+
+    @classmethod
+    def merge(cls, states: "list[PartState]") -> "PartState":
+        """The rows of several states of one part; tokens are aligned at the newest."""
+        merged = states[0].fresh()
+        kept = max(state.kept for state in states)
+        for name in states[0].tokens:
+            parts = [state.tokens[name] for state in states]
+            merged.tokens[name] = torch.cat(
+                [F.pad(t, (0, 0, kept - t.shape[-2], 0)) for t in parts]
+            )
+        for name in states[0].rows:
+            merged.rows[name] = torch.cat([state.rows[name] for state in states])
+        if any(state.restart is not None for state in states):
+            sizes = [len(next(state.tensors())) for state in states]
+            masks = [s.restart for s in states]
+            merged.restart = torch.cat(
+                [
+                    torch.zeros(n, dtype=torch.bool) if mask is None else mask
+                    for n, mask in zip(sizes, masks, strict=True)
+                ]
+            )
+        return merged
+
+    def trim(self) -> None:
+        """Drop what belongs to tokens that no later token can see, and the memory it takes."""
+        for name in self.tokens:
+            self._trim(name)
+
+    def _trim(self, name: str) -> None:
+        drop = self.tokens[name].shape[-2] - self.keep
+        if drop > 0:
+            self.tokens[name] = self.tokens[name][..., drop:, :].clone()
+
+    def check_crop(self, num_columns: int, oldest: int, visible: int) -> None:
+        """Raise unless the newest columns can be forgotten.
+
+        Args:
+            num_columns: How many.
+            oldest: Column of the first token that is kept.
+            visible: First column that is needed afterwards.
+        """
+        if self.tokens and visible < oldest:
+            must("tokens_to_remove", "leave what later tokens see", -num_columns)
+        for name in self.rows:
+            past = self.history[name].shape[1] - 1 if name in self.history else 0
+            if num_columns > past:
+                why = f"be at least {-past}, what {self.kind} has recorded"
+                must("tokens_to_remove", f"{why} (see activate_past_recording)", -num_columns)
+
+    def crop(self, num_columns: int) -> None:
+        """Forget the newest columns, and then what no later token can see."""
+        rest = self.kept - num_columns
+        for name, states in self.tokens.items():
+            self.tokens[name] = states[..., :rest, :]
+        for name, past in self.history.items():
+            self.rows[name] = past[:, -1 - num_columns].clone()
+        self.history = {}
+        self.trim()
+
+    def visible_from(self, position: int, start: Tensor, end: Tensor) -> int:
+        """First column that a token at column ``position`` or later can see in any row."""
+        length = position - start  # of the sequence of each row, in tokens
+        first = start
+        if self.segment_len is not None or self.window_size is not None:
+            near = [torch.full_like(start, position)]
+            if self.segment_len is not None:
+                near.append(start + length // self.segment_len * self.segment_len)
+            if self.window_size is not None:
+                near.append(torch.full_like(start, position - self.window_size + 1))
+            first = torch.stack(near).amin(0).maximum(start)
+        return int(torch.where(end == OPEN, first, position).min())

@@ -1,0 +1,131 @@
+"""What the package's own parts say about themselves: counts of losses, cost, reach, spellings."""
+
+import pytest
+import torch
+from model_factories import SYSTEMS, make_config, make_model, make_tokens, pad_left
+
+from memattn.models import AttentionConfig, FutureConfig, MemAttnConfig
+from memattn.parts import PARTS, Role
+from memattn.parts.causal import CausalConfig
+from memattn.parts.segmented import SegmentedConfig
+
+
+def band_positions(length, future_dim, n_ctx):
+    """Positions whose future keys all have a real counterpart, one by one."""
+    found = 0
+    for i in range(length):
+        ahead = [p for p in range(i + 1, i + future_dim + 1) if n_ctx is None or p < n_ctx]
+        found += bool(ahead) and ahead[-1] < length
+    return found
+
+
+@pytest.mark.parametrize("source", ["table", "relative", "computed"])
+def test_a_loss_counts_the_positions_that_it_is_the_mean_of(source):
+    limit = 25
+    model = make_model("future", source=source, max_position_embeddings=limit)
+    n_ctx = None if source == "relative" else limit
+    tokens = make_tokens(B=3, T=25)
+    cu_seqlens = torch.tensor([0, 3, 3, 13, 25], dtype=torch.int32)
+    left, mask = pad_left([tokens[0], tokens[1, :13], tokens[2, :4]], 25)
+    for lengths, inputs in (
+        ([25, 25, 25], dict(input_ids=tokens)),
+        ([25, 13, 4], dict(input_ids=left, attention_mask=mask)),
+        ([25, 13, 4], dict(input_ids=left.flip(1), attention_mask=mask.flip(1))),
+        ([3, 10, 12], dict(input_ids=tokens[:1], cu_seqlens=cu_seqlens)),
+    ):
+        counts = model(**inputs, output_losses=True).loss_counts
+        expected = sum(band_positions(length, 5, n_ctx) for length in lengths)
+        assert counts["future_loss"] == 2 * expected  # two layers
+    alone = model(tokens[:, :5], output_losses=True)
+    assert alone.loss_counts["future_loss"] == 0 and alone.future_loss == 0
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_cost_is_that_of_the_module_and_its_visible_keys(system):
+    config = make_config(system)
+    model = make_model(system)
+    length = 23
+    for i, block in enumerate(model.model.layers):
+        part = config.layer_parts(i)["attention"]
+        parameters = dict(block.attention.named_parameters())
+        cost = part.cost(config.sizes, length, i)
+        assert cost.parameters == sum(p.numel() for p in parameters.values())
+        matrices = sum(p.numel() for name, p in parameters.items() if name.endswith("proj.weight"))
+        pairs = (cost.flops - 2 * length * matrices) / (4 * 4 * 8)
+        assert pairs == sum(visible_keys(part, j, config) for j in range(length))
+
+
+def visible_keys(part, i, config):
+    """Keys that query i sees, one by one."""
+    if part.kind == "future":
+        return i + 1 + len(range(i + 1, min(i + part.future_dim, config.position_limit - 1) + 1))
+    L, W = part.spans
+    seen = [
+        j
+        for j in range(i + 1)
+        if (L is None and W is None)
+        or (L is not None and i // L == j // L)
+        or (W is not None and j > i - W)
+    ]
+    return len(seen) + part.num_persistent_tokens
+
+
+def test_reach_and_limits_are_those_of_the_parts():
+    assert make_config("both").reach == 7 and make_config("window").reach == 4
+    assert make_config("vanilla").reach == 0 and make_config("future").reach == 5
+    assert make_config("future").position_limit == 160
+    assert make_config("future", source="relative").position_limit is None
+    assert make_config("vanilla", position_embedding="learned").position_limit == 4096
+
+
+def test_roles_are_those_of_learned_tokens_and_tables():
+    roles = make_model("both").parameter_roles()
+    persistent = [
+        f"model.layers.{i}.attention.persistent_{n}" for i in (0, 1) for n in ("key", "value")
+    ]
+    assert roles == dict.fromkeys(persistent, Role("memory"))
+    roles = make_model("learned").parameter_roles()  # the second layer alone has future keys
+    tables = [f"model.layers.1.attention.future.{name}" for name in ("key", "value")]
+    assert roles == dict.fromkeys(tables, Role("table"))
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        (dict(), CausalConfig()),
+        (
+            dict(kind="causal", segment_len=None, future=None, backend="cpp"),
+            CausalConfig(backend="cpp"),
+        ),
+        (
+            dict(
+                kind="segmented",
+                segment_len=4,
+                window_size=None,
+                num_persistent_tokens=2,
+                future=None,
+            ),
+            SegmentedConfig(segment_len=4, num_persistent_tokens=2),
+        ),
+        (
+            dict(
+                kind="future", segment_len=None, num_persistent_tokens=0, future={"future_dim": 3}
+            ),
+            FutureConfig(future_dim=3),
+        ),
+        (
+            dict(kind="future", future_dim=3, backend="cpp"),
+            FutureConfig(future_dim=3, backend="cpp"),
+        ),
+        (
+            dict(kind="future", future=FutureConfig(future_dim=3), backend="cpp"),
+            FutureConfig(future_dim=3, backend="cpp"),
+        ),
+    ],
+    ids=str,
+)
+def test_records_of_all_kinds_become_the_fields_of_one(record, expected):
+    assert AttentionConfig(**record) == expected
+    assert MemAttnConfig(attention=record).attention == expected
+    assert MemAttnConfig(attention=expected.to_dict()).attention == expected
+    assert type(expected) is PARTS[expected.kind]
