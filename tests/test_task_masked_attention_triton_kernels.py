@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from task_mask_factories import make_mask
 
-from memattn import task_masked_attention
+from memattn import TaskMask, task_masked_attention
 from memattn.testing import (
     assert_results_within_budget,
     make_segmented_inputs,
