@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from task_mask_factories import make_mask
 
-from memattn import task_masked_attention
+from memattn import TaskMask, task_masked_attention
 from memattn.testing import (
     assert_results_within_budget,
     make_segmented_inputs,
@@ -77,6 +77,38 @@ def test_walks_the_steps_in_reach(bounds: tuple[int, ...]):
     cut = [2 * n for n in steps(full) if n not in expected]
     assert whole[whole >= 0].tolist() == expected
     assert masked[masked >= 0].tolist() == cut + [2 * n + 1 for n in steps(partial)]
+
+
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_nan_in_keys_of_hidden_pairs_stays_away(is_causal: bool, start: int):
+    """Pairs that the mask allows, but bounds or causality hide, in tiles that other keys share."""
+    T = 75
+    pairs = torch.rand(T, T, generator=torch.Generator().manual_seed(0)) < 0.5
+    hidden = torch.tensor([20, 50, 66])
+    pairs[:, hidden] = False
+    pairs[70:, 20] = True  # queries past the end
+    pairs[70:, 50] = True
+    if is_causal:
+        pairs[2:50, 50] = True
+        pairs[:66, 66] = True
+    tensors = make_segmented_inputs(B=1, H=1, Hkv=1, T=T, device=DEVICE)
+    poisoned = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name in ("key", "value"):
+        tensors[name][:, :, start + hidden] = 0.0
+        poisoned[name][:, :, start + hidden] = torch.nan
+    options: dict = dict(
+        task_mask=TaskMask.from_dense(pairs[None]).to(DEVICE),
+        task_id=0,
+        is_causal=is_causal,
+        seq_start=torch.tensor([start], dtype=torch.int32, device=DEVICE),
+        seq_end=torch.tensor([start + 70], dtype=torch.int32, device=DEVICE),
+        backend="triton",
+    )
+    expected = run_with_gradients(task_masked_attention, tensors, options)
+    results = run_with_gradients(task_masked_attention, poisoned, options)
+    for name, result in results.items():
+        assert torch.equal(result, expected[name]), name
 
 
 def large_case(form: str, dtype: torch.dtype, D: int = 64) -> tuple[dict, dict]:

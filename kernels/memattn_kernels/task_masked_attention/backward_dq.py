@@ -10,6 +10,7 @@ from memattn_kernels._common import exponent_factor, load_tile, power, store_til
 from memattn_kernels.task_masked_attention.forward import (
     RUNTIME_SIZES,
     allowed_to_queries,
+    load_seen_rows,
     steps_of_queries,
 )
 from memattn_kernels.task_masked_attention.tiles import (
@@ -23,12 +24,16 @@ from memattn_kernels.task_masked_attention.tiles import (
 
 @triton.jit
 def _dq_step(dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v, n_keys,
-             tiles_ptr, step, is_partial, hi, bits, mask, scale, D: tl.constexpr,
+             tiles_ptr, step, is_partial, hi, bits, mask, queries, scale, D: tl.constexpr,
              DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_DV: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+             BLOCK_DV: tl.constexpr, IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Add the keys of one step; ``scale`` and ``lse`` with ``exponent_factor``."""
     tile, n = step_tile(tiles_ptr, step, BLOCK_N)
-    k = load_tile(k_ptr, n, stride_k, n_keys, D, BLOCK_N, BLOCK_D, MASKED)
+    HAS_SLOTS: tl.constexpr = mask[1] is not None
+    k = load_seen_rows(
+        k_ptr, n, stride_k, n_keys, tile, is_partial, queries, mask,
+        D, BLOCK_N, BLOCK_D, dq.shape[0], IS_CAUSAL, MASKED,
+    )  # fmt: skip
     v = load_tile(v_ptr, n, stride_v, n_keys, DV, BLOCK_N, BLOCK_DV, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     x = scores * scale - lse[:, None]
@@ -41,7 +46,7 @@ def _dq_step(dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, 
         p = tl.where(allowed, p, 0.0)
         ds = tl.where(p != 0.0, ds, 0.0)  # keys, values and delta that nobody sees may be NaN
     ds *= p
-    if MASKED:
+    if MASKED and not HAS_SLOTS:
         k = tl.where((tl.max(p, 0) > 0.0)[:, None], k, 0.0)
     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     if q.dtype == tl.float32:
@@ -124,14 +129,14 @@ def task_masked_attention_bwd_dq_kernel(
         step, is_partial = masked_step(index, before, whole_first, whole_last, full_last, partial)
         dq, pk, rest = _dq_step(
             dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_kt, stride_vt, n_keys,
-            tiles_ptr, step, is_partial, hi, bits, mask, exponent_scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+            tiles_ptr, step, is_partial, hi, bits, mask, (t, n_queries), exponent_scale,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_CAUSAL, True,
         )  # fmt: skip
     for index in range(whole_last - whole_first):
         dq, pk, rest = _dq_step(
             dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_kt, stride_vt, n_keys,
-            tiles_ptr, whole_first + index, False, hi, bits, mask, exponent_scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+            tiles_ptr, whole_first + index, False, hi, bits, mask, (t, n_queries), exponent_scale,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_CAUSAL, False,
         )  # fmt: skip
 
     if q.dtype == tl.float32:

@@ -27,8 +27,10 @@ from memattn_kernels.task_masked_attention.tiles import (
     key_bits,
     listed_steps,
     load_allowed,
+    load_rows,
     masked_step,
     query_bits,
+    seen_keys,
     step_tile,
 )
 
@@ -73,10 +75,30 @@ def allowed_to_queries(n, tile, is_partial, hi, bits, mask, BLOCK_N: tl.constexp
 
 
 @triton.jit
+def load_seen_rows(ptr, n, stride, n_keys, tile, is_partial, queries, mask, WIDTH: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+                   IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Keys or values of a step, zero where no query of the tile sees them, if the mask has slots.
+
+    A graph's words do not tell that: the caller must look at the weights.
+    """
+    bits_ptr, slots_ptr, slot, key_node_ptr, S, n_words = mask
+    if MASKED and slots_ptr is not None:
+        t, n_queries = queries
+        seen = seen_keys(
+            bits_ptr, slots_ptr, slot + tile, n, n_keys, t, n_queries, is_partial,
+            BLOCK_M, BLOCK_N, IS_CAUSAL,
+        )  # fmt: skip
+        return load_rows(ptr, n, stride, seen, WIDTH, BLOCK_N, BLOCK_WIDTH)
+    else:
+        return load_tile(ptr, n, stride, n_keys, WIDTH, BLOCK_N, BLOCK_WIDTH, MASKED)
+
+
+@triton.jit
 def _attend_step(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n_keys, tiles_ptr, step,
-                 is_partial, hi, bits, mask, scale, D: tl.constexpr, DV: tl.constexpr,
+                 is_partial, hi, bits, mask, queries, scale, D: tl.constexpr, DV: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                 MASKED: tl.constexpr):  # fmt: skip
+                 IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Add the keys of one step to the running softmax."""
     tile, n = step_tile(tiles_ptr, step, BLOCK_N)
     k = load_tile(k_ptr, n, stride_k, n_keys, D, BLOCK_N, BLOCK_D, MASKED)
@@ -84,8 +106,12 @@ def _attend_step(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n_keys, til
     if MASKED:
         allowed = allowed_to_queries(n, tile, is_partial, hi, bits, mask, BLOCK_N)
         scores = tl.where(allowed, scores, -float("inf"))
-    v = load_tile(v_ptr, n, stride_v, n_keys, DV, BLOCK_N, BLOCK_DV, MASKED)
-    return online_softmax_step(acc, l_i, m_i, scores, v, scale, MASKED)
+    HAS_SLOTS: tl.constexpr = mask[1] is not None
+    v = load_seen_rows(
+        v_ptr, n, stride_v, n_keys, tile, is_partial, queries, mask,
+        DV, BLOCK_N, BLOCK_DV, acc.shape[0], IS_CAUSAL, MASKED,
+    )  # fmt: skip
+    return online_softmax_step(acc, l_i, m_i, scores, v, scale, MASKED and not HAS_SLOTS)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -135,13 +161,14 @@ def task_masked_attention_fwd_kernel(
         step, is_partial = masked_step(index, before, whole_first, whole_last, full_last, partial)
         acc, l_i, m_i = _attend_step(
             acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt, n_keys, tiles_ptr, step,
-            is_partial, hi, bits, mask, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+            is_partial, hi, bits, mask, (t, n_queries), scale,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_CAUSAL, True,
         )  # fmt: skip
     for index in range(whole_last - whole_first):
         acc, l_i, m_i = _attend_step(
             acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt, n_keys, tiles_ptr,
-            whole_first + index, False, hi, bits, mask, scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+            whole_first + index, False, hi, bits, mask, (t, n_queries), scale,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_CAUSAL, False,
         )  # fmt: skip
 
     # written anew: ``i < n_queries`` would hold a register through the loops

@@ -156,3 +156,37 @@ def load_allowed(bits_ptr, slots_ptr, slot, word, words, bit, is_partial):
         bits_ptr += tl.load(slots_ptr + slot).to(tl.int64) * (TILE * TILE // WORD)
     loaded = tl.load(bits_ptr + word + words, mask=is_partial, other=-1)
     return loaded & bit != 0
+
+
+@triton.jit
+def _bits_from(first):
+    """A word with all bits from ``first`` on, of which there may be none."""
+    return tl.where(first < WORD, -(1 << tl.minimum(first, WORD - 1)), 0)
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def seen_keys(bits_ptr, slots_ptr, slot, n, n_keys, t, n_queries, is_partial,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr):  # fmt: skip
+    """Whether some query of a tile from row ``t`` sees each key from column ``n``, by the slots.
+
+    What no query sees may be NaN, which a weight of 0 does not hide.
+    """
+    N_WORDS: tl.constexpr = BLOCK_M // WORD if BLOCK_M > WORD else 1
+    words = tl.arange(0, N_WORDS)[None, :]
+    offs = tl.arange(0, BLOCK_N)[:, None]
+    bits_ptr += tl.load(slots_ptr + slot).to(tl.int64) * (TILE * TILE // WORD)
+    bits_ptr += n % TILE * (TILE // WORD) + t % TILE // WORD
+    loaded = tl.load(bits_ptr + (offs * (TILE // WORD) + words), mask=is_partial, other=-1)
+    # queries [first, last) of a word that begins at query ``begin``
+    begin = t // WORD * WORD + words * WORD
+    first = tl.maximum(t - begin, 0)
+    if IS_CAUSAL:
+        first = tl.maximum(n + offs - begin, first)
+    last = tl.maximum(tl.minimum(n_queries, t + BLOCK_M) - begin, 0)
+    loaded &= _bits_from(first) & ~_bits_from(last)
+    return (tl.reduce(loaded, 1, _or) != 0) & (n + tl.arange(0, BLOCK_N) < n_keys)
