@@ -26,6 +26,7 @@ def train(
             is none; a path continues from that checkpoint.
         progress: Show a progress bar.
     """
+    from memattn.train.distributed import leave_process_group
     from memattn.train.loop import train as run
 
     config = TrainConfig(model=model, data=data, training=training)
@@ -34,6 +35,7 @@ def train(
     except KeyboardInterrupt as interrupt:
         sys.stderr.write(f"memattn train: {interrupt or 'interrupted'}\n")
         return 130
+    leave_process_group()
     held_out = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
     sys.stdout.write(
         f"{result.model_dir}: step {result.step}, {result.tokens:,} tokens, "

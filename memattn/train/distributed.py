@@ -14,6 +14,17 @@ from memattn.checks import must
 from memattn.train.config import TrainingConfig
 
 
+def leave_process_group() -> None:
+    """End the process group, if there is one: the last act of a program that trained.
+
+    A process that exits with the group's threads still running may be aborted.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # the first process keeps the store that the others leave by
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def prepare_model(accelerator: Accelerator, model: nn.Module, config: TrainingConfig) -> nn.Module:
     """Move the model to the device, and wrap it for several processes.
 
