@@ -1,6 +1,7 @@
 """Stage "before": this build beside an earlier one, in turn, on the same card."""
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def pools(before: Path, n_workers: int, log: Path, environment: dict[str, str]) 
     worker = [str(Path(compare_worker.__file__).resolve())]
     return {
         name: Pool(
-            n_workers,
+            max(n_workers // len(trees), 1),
             log,
             environment | {"PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels")])},
             worker,
@@ -63,9 +64,16 @@ def run(
             failed.add((job["case"], job["direction"]))
             on_result(job, result)
 
-    for build, pool in builds.items():
+    def compile_all(build: str, pool: Pool) -> None:
         jobs = [job(name, direction, build, True) for name, direction in cases]
         pool.run(jobs, compiled, deadline=deadline, job_seconds=JOB_SECONDS)
+
+    # both at once, each with half of the workers: one after the other took a whole stage
+    threads = [threading.Thread(target=compile_all, args=pair) for pair in builds.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     for pool in builds.values():
         pool.n_workers = 1
     for name, direction in cases:
