@@ -14,9 +14,9 @@ from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
 from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
-from memattn.models.padding import check_lengths, check_positions, mask_bounds
 from memattn.nn import RotaryEmbedding, sequence_positions
 from memattn.parts import PARTS, PartContext, Role, SequenceBounds
+from memattn.parts.padding import check_lengths, check_positions, mask_bounds
 
 
 class MemAttnPreTrainedModel(PreTrainedModel):
