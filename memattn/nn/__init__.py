@@ -2,10 +2,13 @@
 
 from memattn.nn._heads import KeyValueCache, MultiHeadAttention, TokenCache
 from memattn.nn.chapter_memory import (
+    ChapterMemory,
     ChapterRouter,
     LowRankLinear,
+    MemoryBanks,
     MemoryCrossAttention,
     ProjectedChapters,
+    ZeroLinear,
 )
 from memattn.nn.future_attention import FutureAttention, FutureLayerOutput
 from memattn.nn.future_keys import FutureComputed, FutureRelative, FutureRows, FutureTable
@@ -26,6 +29,7 @@ from memattn.nn.task_tokens import TokenProjection
 
 __all__ = [
     "GELUMLP",
+    "ChapterMemory",
     "ChapterRouter",
     "ColumnLayout",
     "FactorizedMemoryBank",
@@ -38,6 +42,7 @@ __all__ = [
     "KeyValueCache",
     "LowRankLinear",
     "MemoryBank",
+    "MemoryBanks",
     "MemoryCrossAttention",
     "MultiHeadAttention",
     "ProjectedChapters",
@@ -52,6 +57,7 @@ __all__ = [
     "TaskLinear",
     "TokenCache",
     "TokenProjection",
+    "ZeroLinear",
     "apply_rotary",
     "group_by_task",
     "make_mlp",

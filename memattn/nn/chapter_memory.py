@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from memattn.checks import check_int, check_rank, must
 from memattn.nn.memory_bank import MemoryBank
+from memattn.nn.mlp import GELUMLP, SwiGLU
 from memattn.ops import chapter_attention, chapter_router
+from memattn.ops._dispatch import resolve_backend
 from memattn.ops.chapter_attention import COMBINE
 from memattn.ops.chapter_router import NORMALISATIONS, RouterOutput
 from memattn.reference.chapter_quantization import LARGEST, dequantize_rows, quantize_rows
@@ -23,6 +25,21 @@ class ProjectedChapters(NamedTuple):
     value_scale: Tensor | None = None
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer without bias whose new weights are 0, so that what it ends starts as nothing.
+
+    Args:
+        in_features: Features of the input.
+        out_features: Features of the output.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
 class LowRankLinear(nn.Module):
     """A matrix of rank ``r`` as two, ``up(down(x))``, without biases.
 
@@ -30,12 +47,15 @@ class LowRankLinear(nn.Module):
         in_features: Features of the input.
         out_features: Features of the output.
         rank: ``r``.
+        up: The second of the two; None makes one.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, up: nn.Linear | None = None
+    ) -> None:
         super().__init__()
         self.down = nn.Linear(in_features, rank, bias=False)
-        self.up = nn.Linear(rank, out_features, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=False) if up is None else up
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
@@ -173,26 +193,22 @@ class MemoryCrossAttention(nn.Module):
             must("kv_bits", f"be None or one of {', '.join(map(str, LARGEST))}", kv_bits)
         self.combine = combine
         self.kv_bits = kv_bits
-        self.zero_output = zero_output
         self.backend = backend
         kv_size = num_kv_heads * self.head_dim
 
-        def linear(in_features: int, out_features: int) -> nn.Linear | LowRankLinear:
+        def linear(
+            in_features: int, out_features: int, last: type[nn.Linear] | None = None
+        ) -> nn.Linear | LowRankLinear:
             if projection_rank is None:
-                return nn.Linear(in_features, out_features, bias=False)
-            return LowRankLinear(in_features, out_features, projection_rank)
+                plain = nn.Linear(in_features, out_features, bias=False)
+                return plain if last is None else last(in_features, out_features)
+            up = None if last is None else last(projection_rank, out_features)
+            return LowRankLinear(in_features, out_features, projection_rank, up)
 
         self.q_proj = linear(hidden_size, inner_size)
         self.k_proj = linear(memory_dim, kv_size)
         self.v_proj = linear(memory_dim, kv_size)
-        self.o_proj = linear(inner_size, hidden_size)
-        self.reset_output()
-
-    def reset_output(self) -> None:
-        """Put the output projection to zero, if it is to start there."""
-        if self.zero_output:
-            last = self.o_proj.up if isinstance(self.o_proj, LowRankLinear) else self.o_proj
-            nn.init.zeros_(last.weight)
+        self.o_proj = linear(inner_size, hidden_size, ZeroLinear if zero_output else None)
 
     def project(self, bank: MemoryBank, chapters: Tensor | None = None) -> ProjectedChapters:
         """Keys and values of a bank's chapters, ``[U, Hkv, M, D]`` each.
@@ -261,7 +277,10 @@ class MemoryCrossAttention(nn.Module):
         check_rank("hidden_states", hidden_states, "B T E")
         query = rearrange(self.q_proj(hidden_states), "b t (h d) -> b h t d", d=self.head_dim)
         if projected is None:
-            chapters, indices = selected_union(indices, bank.num_chapters)
+            chapters = None
+            if resolve_backend(self.backend, query) != "reference":
+                # the reference sums over the bank in its order, which must not follow the batch
+                chapters, indices = selected_union(indices, bank.num_chapters)
             projected = self.project(bank, chapters)
         out = chapter_attention(
             query,
@@ -283,6 +302,41 @@ class MemoryCrossAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, {self.combine}"
+
+
+class MemoryBanks(nn.Module):
+    """The banks of a model, which its memory layers share."""
+
+    def __init__(self, banks: list[MemoryBank]) -> None:
+        super().__init__()
+        self.banks = nn.ModuleList(banks)
+
+
+class ChapterMemory(nn.Module):
+    """What one layer has of its own: router, cross-attention, and in variant B an MLP.
+
+    Args:
+        router: Selects chapters; None where every token sees all of them.
+        attention: Attends to them.
+        bank_index: Which of the model's banks it reads.
+        mlp_norm: Norm before the MLP, together with it.
+        mlp: MLP behind the memory; its output projection should start at zero, as the attention's.
+    """
+
+    def __init__(
+        self,
+        router: ChapterRouter | None,
+        attention: MemoryCrossAttention,
+        bank_index: int,
+        mlp_norm: nn.Module | None = None,
+        mlp: SwiGLU | GELUMLP | None = None,
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.attention = attention
+        self.bank_index = bank_index
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
 
 
 def selected_union(indices: Tensor, num_chapters: int) -> tuple[Tensor | None, Tensor]:

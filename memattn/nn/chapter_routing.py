@@ -24,7 +24,7 @@ class RoutingBlocks(NamedTuple):
     """The blocks that tokens of one call belong to, int64 ``[B, N]`` each."""
 
     start: Tensor  # column of the first token, negative for a block that began in an earlier call
-    index: Tensor  # number of the block in its sequence or document
+    number: Tensor  # of the block in its sequence or document
     aligned: bool  # whether block m of every row begins at column m R
 
 
@@ -51,12 +51,11 @@ def sequence_blocks(
     """
     R, T = routing_block, num_tokens
     N = (T + R - 2) // R + 1 if with_past else -(-T // R)
-    number = torch.arange(N, device=positions.device)
+    row = torch.arange(N, device=positions.device)
     first = positions.clamp(min=0)
     start = -positions + (first - first % R)
-    return RoutingBlocks(
-        start[:, None] + number * R, first[:, None] // R + number, not (with_past or padded)
-    )
+    aligned = not (with_past or padded)
+    return RoutingBlocks(start[:, None] + row * R, first[:, None] // R + row, aligned)
 
 
 def document_blocks(cu_seqlens: Tensor, num_tokens: int, routing_block: int) -> RoutingBlocks:
@@ -111,19 +110,19 @@ def pool_blocks(
     lead = full + 1 if kept else 0  # blocks in front of the first one
     before = torch.arange(-lead, 0, device=inputs.device)
     start = torch.cat([blocks.start[:, :1] + before * R, blocks.start], 1)
-    index = torch.cat([blocks.index[:, :1] + before, blocks.index], 1)
+    index = torch.cat([blocks.number[:, :1] + before, blocks.number], 1)
     tokens = _gather_blocks(inputs, start + kept, index >= 0, R, blocks.aligned)
     sums = _fixed_sum(tokens).double()  # [B, lead + N, E]
     first = tokens[:, lead:, 0].double()
 
     # sums over all blocks from the first of this call on, and before each
-    relative = blocks.index - blocks.index[:, :1]
+    relative = blocks.number - blocks.number[:, :1]
     total = _shift(_running_sum(sums[:, lead:], relative), 1, relative)
     if past is not None and past_is_whole is not None:
         if lead:
             past = past + torch.where(past_is_whole[:, None], sums[:, lead - 1], 0.0)
         total = total + past[:, None]
-    count = (blocks.index * R + 1)[..., None]
+    count = (blocks.number * R + 1)[..., None]
     pooled = {"sequence": lambda: (total + first) / count}
 
     def rolling() -> Tensor:
