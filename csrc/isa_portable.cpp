@@ -18,6 +18,7 @@ namespace memattn::portable {
 #include "chapter_attention_rows.h"
 #include "chapter_attention_tile.h"
 #include "chapter_attention_backward_tile.h"
+#include "chapter_router_tile.h"
 #include "kernel_table.h"
 }  // namespace memattn::portable
 
