@@ -24,7 +24,13 @@ class AttachedModel(Swapped):
 
     _memattn: Attachment
 
-    def forward(self: Any, *args: Any, output_losses: bool | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        output_losses: bool | None = None,
+        padding_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         attachment = self._memattn
         if not attachment.is_running:
             return super().forward(*args, **kwargs)
@@ -43,7 +49,7 @@ class AttachedModel(Swapped):
         measured = self.training if output_losses is None else output_losses
         call = Call(
             attachment,
-            given.get("attention_mask"),
+            given.get("attention_mask") if padding_mask is None else padding_mask,
             given.get("position_ids"),
             measured and bool(attachment.losses),
         )
@@ -128,6 +134,19 @@ class AttachedModel(Swapped):
                 folder, self, adapter, state_dict=state_dict, is_main_process=is_main_process
             )
         return result
+
+    def prepare_inputs_for_generation(
+        self: Any, *args: Any, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        """As of the model, with the padding beside the mask that it makes for some caches."""
+        inputs = super().prepare_inputs_for_generation(
+            *args, attention_mask=attention_mask, **kwargs
+        )
+        made = inputs.get("attention_mask")
+        if attention_mask is not None and self._memattn.is_running and made is not None:
+            if not isinstance(made, Tensor) or made.dim() != 2:
+                inputs["padding_mask"] = attention_mask
+        return inputs
 
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
