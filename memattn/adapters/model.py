@@ -73,7 +73,9 @@ class AttachedModel(Swapped):
             return
         if wanted is None:
             wanted = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
-        checkpointing = self.training and getattr(self, "is_gradient_checkpointing", False)
+        checkpointing = self.training and any(
+            getattr(layer, "gradient_checkpointing", False) for layer in attachment.layers
+        )
         if wanted and attachment.keeps_state and not checkpointing:
             kwargs["past_key_values"] = cache = new_cache(self)
             carry_states(cache, attachment.empty_states)
