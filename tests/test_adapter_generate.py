@@ -34,14 +34,13 @@ class StatelessConfig(AddedPart):
     place: ClassVar[str] = "after_attention"
 
     @property
-    def keeps_state(self):
+    def needs_state(self):
         return False
 
     def build(self, sizes, layer):
         return torch.nn.Linear(sizes.hidden_size, sizes.hidden_size)
 
     def run(self, module, hidden_states, context):
-        assert context.state is None
         hidden_states = hidden_states * (1 + context.positions.clamp(min=0)[..., None])
         return PartOutput(module(hidden_states))
 
@@ -168,9 +167,12 @@ def test_a_part_without_state_takes_any_cache():
     for kind in ("dynamic", "static"):
         actual = generate(model, tokens, mask, do_sample=False, cache_implementation=kind)
         assert torch.equal(actual, expected)
+    disable_adapters(model)
     with torch.no_grad():
-        cache = model(tokens, attention_mask=mask, use_cache=True).past_key_values
-    assert type(cache) is DynamicCache
+        prefix = model(tokens[:1, :5], use_cache=True).past_key_values
+    enable_adapters(model)
+    model(tokens[:1, 5:], past_key_values=prefix)  # filled without the part
+    assert prefix.get_seq_length() == 9
 
 
 @torch.no_grad()

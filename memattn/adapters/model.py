@@ -76,9 +76,9 @@ class AttachedModel(Swapped):
         checkpointing = self.training and any(
             getattr(layer, "gradient_checkpointing", False) for layer in attachment.layers
         )
-        if wanted and attachment.keeps_state and not checkpointing:
+        if wanted and attachment.needs_state and not checkpointing:
             kwargs["past_key_values"] = cache = new_cache(self)
-            carry_states(cache, attachment.empty_states)
+            carry_states(cache, attachment.empty_states, needed=True)
 
     def _with_losses(self: Any, output: Any, call: Call, given: Mapping[str, Any]) -> Any:
         """The output with the losses of parts beside it, and in its loss in training mode."""
@@ -145,9 +145,9 @@ class AttachedModel(Swapped):
             *args, attention_mask=attention_mask, **kwargs
         )
         made = inputs.get("attention_mask")
-        if attention_mask is not None and self._memattn.is_running and made is not None:
-            if not isinstance(made, Tensor) or made.dim() != 2:
-                inputs["padding_mask"] = attention_mask
+        is_padding = isinstance(made, Tensor) and made.dim() == 2
+        if attention_mask is not None and self._memattn.is_running and not is_padding:
+            inputs["padding_mask"] = attention_mask
         return inputs
 
     def _prepare_cache_for_generation(
@@ -158,9 +158,9 @@ class AttachedModel(Swapped):
             generation_config, model_kwargs, *args, **kwargs
         )
         cache, attachment = model_kwargs.get("past_key_values"), self._memattn
-        if isinstance(cache, Cache) and attachment.is_running and attachment.keeps_state:
-            carry_states(cache, attachment.empty_states)
-            if generation_config.is_assistant:
+        if isinstance(cache, Cache) and attachment.is_running:
+            states = carry_states(cache, attachment.empty_states, attachment.needs_state)
+            if states is not None and generation_config.is_assistant:
                 cache.activate_past_recording()
         return result
 

@@ -35,13 +35,12 @@ _Any: Any = object  # so that a checker knows: what a mixin calls is in the othe
 def _with_signature(method: Any, like: Any) -> Any:
     """A function that calls a method of a mixin and has the signature of the method below it."""
 
-    @functools.wraps(like)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return method(self, *args, **kwargs)
 
     # what torch.compile keeps for one class must not count against another
     call.__code__ = call.__code__.replace(co_name=like.__qualname__.replace(".", "_"))
-    return call
+    return functools.wraps(like)(call)
 
 
 class Swapped(_Any):
