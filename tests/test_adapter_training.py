@@ -1,5 +1,10 @@
 """Learning with attached parts: losses, checkpointing, compiled, LoRA, transformers' trainer."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import peft
 import pytest
 import torch
@@ -257,3 +262,23 @@ def test_transformers_trainer_trains_saves_and_resumes(tmp_path):
     loaded = make_base(dtype=torch.float32)
     MemoryAdapter.from_pretrained(loaded, folder)
     assert torch.equal(logits_of(loaded, make_tokens()), logits_of(model.eval(), make_tokens()))
+
+
+def test_two_processes_learn_as_one(tmp_path):
+    """Under DDP and FSDP2, with chapters that no token selects."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(here / "adapters_distributed.py"), str(tmp_path)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent / "kernels")]),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ddp", "fsdp", "fsdp-checkpointing"]

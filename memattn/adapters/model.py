@@ -119,6 +119,14 @@ class AttachedModel(Swapped):
         """Losses that running parts return beside the cross-entropy, with their coefficients."""
         return dict(self._memattn.losses) if self._memattn.is_running else {}
 
+    @property
+    def reach(self: Any) -> int:
+        """Tokens in the longest window or segment of a running part; 0 where there is none."""
+        attachment = self._memattn
+        names = attachment.active if attachment.is_running else ()
+        parts = (part for name in names for part in attachment.adapters[name].parts.values())
+        return max((part.reach for part in parts), default=0)
+
     def save_pretrained(
         self: Any,
         save_directory: Any,
