@@ -22,8 +22,14 @@ class YamlText(str):
     """Text that was read from YAML; jsonargparse parses exact strings only."""
 
 
-def text_mode(kind: Callable[..., Any]) -> str:
-    """A ``parser_mode`` of jsonargparse for the arguments of a function or a dataclass."""
+def text_mode(
+    kind: Callable[..., Any],
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> str:
+    """A ``parser_mode`` of jsonargparse for the arguments of a function or a dataclass.
+
+    ``upgrade`` turns the values of a whole file into those of the arguments.
+    """
     import yaml
     from jsonargparse import set_dumper, set_loader
 
@@ -33,6 +39,8 @@ def text_mode(kind: Callable[..., Any]) -> str:
         value = load_yaml(text)
         if value is None:
             return text  # "---" or a comment
+        if upgrade is not None and isinstance(value, dict):
+            value = upgrade(value)
         if isinstance(value, dict) and value.keys() <= hints.keys():
             return {name: _mark(hints[name], item) for name, item in value.items()}
         return _map_text(value, YamlText)  # that of one option
