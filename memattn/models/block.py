@@ -10,6 +10,7 @@ from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
 from memattn.nn import GELUMLP, SwiGLU
 from memattn.parts import PartContext
+from memattn.parts.losses import check_output
 
 Losses = dict[str, tuple[Tensor, Tensor]]
 
@@ -117,12 +118,7 @@ class MemAttnBlock(GradientCheckpointingLayer):
         part = self.part_configs[name]
         norm = self.attention_norm if name == "attention" else self.part_norms[name]
         output = part.run(self.module_of(name), norm(hidden_states), context)
-        wanted = part.losses.keys() if context.measure_losses else set()
-        if output.losses.keys() != wanted or output.carry.keys() - set(part.carries):
-            raise ValueError(
-                f"{part.path} must return losses {sorted(wanted)} and carry of "
-                f"{list(part.carries)}, got {sorted(output.losses)} and {sorted(output.carry)}"
-            )
+        check_output(part, output, measured=context.measure_losses)
         for loss, (total, count) in output.losses.items():
             before = losses.get(loss)
             losses[loss] = (

@@ -16,6 +16,7 @@ from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
 from memattn.nn import RotaryEmbedding, sequence_positions
 from memattn.parts import PARTS, PartConfig, PartContext, Role, SequenceBounds
+from memattn.parts.losses import LossSums
 from memattn.parts.padding import check_lengths, check_positions, mask_bounds
 
 
@@ -156,8 +157,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
             measure_losses=self.training if output_losses is None else output_losses,
         )
         all_hidden_states: list[Tensor] = []
-        totals: dict[str, list[Tensor]] = {}
-        counts: dict[str, list[Tensor]] = {}
+        sums = LossSums()
         carry: dict[str, Tensor] = {}
         shared_parts = dict(self.shared_parts.items())
         layer: Any
@@ -168,18 +168,15 @@ class MemAttnModel(MemAttnPreTrainedModel):
             hidden_states, losses, carry = layer.call(
                 hidden_states, carry, context, layer_cache, shared_parts
             )
-            for name, (total, count) in losses.items():
-                totals.setdefault(name, []).append(total)
-                counts.setdefault(name, []).append(count)
+            sums.add(losses)
         hidden_states = self.norm(hidden_states)
-        count = {name: torch.stack(found).sum() for name, found in counts.items()}
-        means = {n: torch.stack(t).sum() / count[n].clamp(min=1.0) for n, t in totals.items()}
+        means, counts = sums.means()
         return MemAttnModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=cache,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             losses=means or None,
-            loss_counts=count or None,
+            loss_counts=counts or None,
         )
 
     def _choose_cache(
