@@ -14,8 +14,8 @@ from functools import lru_cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 _FLOAT = "tag:yaml.org,2002:float"
-# YAML 1.2's floats: those of YAML 1.1, which PyYAML reads, must have a point
-_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+")
+# YAML 1.2's floats: those of YAML 1.1, which PyYAML reads, must have a point and a signed exponent
+_EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+")
 
 
 class YamlText(str):
@@ -129,11 +129,11 @@ def _dumper() -> Any:
 
 
 def _use_numbers(kind: Any) -> None:
-    """Let a loader or dumper know floats without a point, such as 3e-4, and no dates."""
+    """Let a loader or dumper know floats such as 3e-4 and 1.0e5, and no dates."""
     kind.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
         for first, known in kind.yaml_implicit_resolvers.items()
     }
     kind.add_implicit_resolver(
-        _FLOAT, re.compile(f"^(?:{_EXPONENT.pattern})$"), list("-+0123456789")
+        _FLOAT, re.compile(f"^(?:{_EXPONENT.pattern})$"), list("-+.0123456789")
     )
