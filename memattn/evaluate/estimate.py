@@ -56,7 +56,7 @@ class Estimate:
         table = Table(title=title, title_justify="left")
         table.add_column("part")
         for name in ("layers", "parameters", f"FLOPs, {self.length:,} tokens", "share"):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", overflow="fold")
         for line in self.lines:
             layers = "" if line.layers is None else str(line.layers)
             share = f"{line.flops / self.flops:.1%}"

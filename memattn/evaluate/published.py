@@ -84,22 +84,21 @@ def print_published(
     model = published_model(config)
     assert model is not None and model.memory is not None
     memory, length = model.memory, own.length
-    table = Table(title=f"beside the published count, {length:,} tokens", title_justify="left")
-    table.add_column("model")
-    for name in ("parameters", "as published", "FLOPs", "as published"):
-        table.add_column(name, justify="right")
-    dense = {"without memory": model.num_layers}
-    dense |= {f"dense, {layers} layers": layers for layers in dense_layers}
     counts = published_flops(model, length)
     whole = published_parameters(own.parameters, model.hidden_size, memory)
-    rows = [("with memory", own, whole, counts.total)]
+    figures = {"with memory": (own.parameters, whole, own.flops, counts.total)}
+    dense = {"without": model.num_layers} | {f"dense, {n} layers": n for n in dense_layers}
     for name, layers in dense.items():
         twin = estimate(dense_twin(config, layers), length)
         flops = published_flops(replace(model, num_layers=layers, memory=None), length).total
-        rows.append((name, twin, twin.parameters, flops))
-    for name, ours, parameters, flops in rows:
-        figures = (ours.parameters, parameters, ours.flops, flops)
-        table.add_row(name, *(f"{figure:,}" for figure in figures))
+        figures[name] = (twin.parameters, twin.parameters, twin.flops, flops)
+    table = Table(title=f"beside the published count, {length:,} tokens", title_justify="left")
+    table.add_column("")
+    for name in figures:
+        table.add_column(name, justify="right", overflow="fold")
+    names = ("parameters", "  as published", "FLOPs", "  as published")
+    for name, row in zip(names, zip(*figures.values(), strict=True), strict=True):
+        table.add_row(name, *(f"{figure:,}" for figure in row))
     console.print(table)
     extra = Table(title="the published FLOPs by place", title_justify="left")
     extra.add_column("place")
