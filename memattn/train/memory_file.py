@@ -8,7 +8,6 @@ them ``model.options`` takes further keywords of the model, ``training`` every f
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from memattn.checks import check_bool, check_int, must
@@ -128,8 +127,8 @@ def from_memory_file(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if name in data and name in given:
             must(f"data.{name}", "be given in one of training and data", repr(data[name]))
         data.setdefault(name, value)
-    if data["dataset_split"] == "train" and _is_local(data["dataset_name"]):
-        data["dataset_split"] = None  # files have no splits
+    if data["dataset_split"] == "train":
+        data["dataset_split"] = None  # which means the same, and local files have no splits
     data.setdefault("seq_len", model.max_seq_len)
     own_model = _model(model, sections["memory"])
     if model.base_model_name is not None:
@@ -222,15 +221,3 @@ def _known(section: str, given: dict[str, Any], names: list[str]) -> dict[str, A
 
 def _names(kind: type[Any]) -> list[str]:
     return [part.name for part in fields(kind)]
-
-
-def _is_local(source: Any) -> bool:
-    """Whether all of a source is a corpus, a file or a folder."""
-    from memattn.data.corpora import CORPORA
-
-    sources = source if isinstance(source, list) else [source]
-    return all(
-        isinstance(one, str)
-        and (one in CORPORA or one[:1] in "./~" or Path(one).suffix or Path(one).exists())
-        for one in sources
-    )
