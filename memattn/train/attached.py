@@ -1,7 +1,8 @@
 """Pretrained models with a memory or LoRA inside: attaching, saving, loading.
 
 A folder of such a model has ``attached.json``, which says what is attached to which base model, and
-``model.safetensors`` with the attached weights and those of the base that were trained.
+``model.safetensors`` with the attached weights and those of the base that were trained. The folder
+of a finished run has, beside these, what is attached in formats of its own.
 """
 
 import json
@@ -12,9 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from memattn.adapters import adapters_of, attach_memory
 from memattn.checks import must
 from memattn.train.config import LoraConfig, ModelConfig
 from memattn.train.distributed import named_tensors
@@ -51,11 +53,7 @@ def attach(model: Any, config: ModelConfig) -> None:
     if config.lora is not None:
         _add_lora(model, config.lora)
     if config.memory_adapter is not None:
-        from memattn.adapters import attach_memory
-        from memattn.parts.chapter_memory import ChapterMemoryConfig
-
-        memory = ChapterMemoryConfig(**config.memory_adapter)
-        attach_memory(model, memory, freeze_base=config.freeze_base_model)
+        attach_memory(model, config.memory_adapter, freeze_base=config.freeze_base_model)
     for parameter in base:
         parameter.requires_grad_(not config.freeze_base_model)
 
@@ -111,6 +109,25 @@ def _is_own(name: str) -> bool:
 def write_description(config: ModelConfig, folder: Path) -> None:
     """Write ``attached.json``."""
     (folder / FILE).write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
+
+
+def export(model: Any, tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
+    """Write what is attached in formats of its own, for use outside of training.
+
+    ``memory/`` is for ``MemoryAdapter.from_pretrained``, ``lora/`` for PEFT's ``PeftModel``.
+    """
+    if config.memory_adapter is not None:
+        (adapter,) = adapters_of(model).values()
+        adapter.save_pretrained(folder / "memory", state_dict=tensors)
+    if config.lora is not None:
+        from peft import get_peft_model_state_dict
+
+        weights = get_peft_model_state_dict(model, state_dict=tensors)
+        options = model.peft_config["default"]
+        options.base_model_name_or_path = config.model_path
+        options.save_pretrained(folder / "lora")
+        names = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+        save_file(names, folder / "lora" / "adapter_model.safetensors", {"format": "pt"})
 
 
 def read_description(folder: Path, base_model: str | None = None) -> ModelConfig:

@@ -45,8 +45,8 @@ class ModelConfig:
         options: Keywords of the preset: sizes, and what the preset itself takes.
         model_path: Folder or hub name of a Hugging Face causal language model to go on training.
             Exactly one of ``preset`` and ``model_path`` is given.
-        memory_adapter: Fields of the chapter memory that is attached to a pretrained model; None
-            attaches none.
+        memory_adapter: Kind and fields of a part, such as a memory, that is attached to a
+            pretrained model; None attaches none.
         lora: LoRA inside a pretrained model; None means none.
         freeze_base_model: Whether the weights of a pretrained model stay as they are.
     """

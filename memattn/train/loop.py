@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memattn.checks import check_int, must
 from memattn.files import replacing, write_text
+from memattn.train.attached import export, is_attached
 from memattn.train.checkpoint import (
     Checkpointer,
     TrainState,
@@ -342,3 +343,5 @@ def _save_result(
     """Write the trained model, in one step."""
     with replacing(folder) as temporary:
         save_model(model, tokenizer, tensors, temporary, config)
+        if is_attached(config):
+            export(model, tensors, config, temporary)

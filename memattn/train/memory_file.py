@@ -13,6 +13,7 @@ from typing import Any
 from memattn.checks import check_bool, check_int, must
 from memattn.train.config import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 
+_KIND = "chapter_memory"
 # fields of memory that are not those of the part
 _LORA = {"lora_rank": "rank", "lora_alpha": "alpha", "lora_targets": "targets"}
 _SWITCHES = {
@@ -149,7 +150,7 @@ def _model(model: FileModel, memory: dict[str, Any]) -> dict[str, Any]:
             must("model.options", "be empty with base_model_name", model.options)
         return {
             "model_path": model.base_model_name,
-            "memory_adapter": part if has_memory else None,
+            "memory_adapter": {"kind": _KIND, **part} if has_memory else None,
             "lora": lora if has_lora else None,
             "freeze_base_model": model.freeze_base_model,
         }
