@@ -32,7 +32,10 @@ def text_mode(
     """
     import yaml
     from jsonargparse import set_dumper, set_loader
+    from jsonargparse.typing import register_type
 
+    # so that --print_config writes it where the type of its place is Any; the dumper makes it plain
+    register_type(YamlText, lambda text: text, YamlText, fail_already_registered=False)
     hints = get_type_hints(kind)
 
     def load(text: str) -> Any:

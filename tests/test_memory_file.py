@@ -1,13 +1,13 @@
-"""Files with the sections model, memory and training: one mapping, and one line on what is wrong."""
+"""Files with the sections model, memory and training: their mapping, and what is wrong in them."""
 
 import dataclasses
 from pathlib import Path
 
 import pytest
+from memattn.parts.chapter_memory import ChapterMemoryConfig
 
 from memattn.cli import main
 from memattn.models import PRESETS
-from memattn.parts.chapter_memory import ChapterMemoryConfig
 from memattn.train import LoraConfig, load_config, train
 from memattn.train.memory_file import FileModel, FileTraining
 from memattn.train.metrics import read_metrics
@@ -191,12 +191,12 @@ def test_a_memory_inside_a_pretrained_model(tmp_path, memory, has_memory, has_lo
         ),
         ("memory: {memory_layer_placement: some}", "memory.memory_layer_placement must be one of"),
         (
-            "memory: {use_chapters: true, num_memory_tokens: 10, num_chapters: 3, top_k_chapters: 1}",
+            "memory: {use_chapters: true, num_memory_tokens: 10, num_chapters: 3}",
             "memory.num_memory_tokens must be divisible by num_chapters=3, got 10",
         ),
         (
-            "memory: {use_chapters: true, num_memory_tokens: 8, num_chapters: 4, top_k_chapters: 5}",
-            "memory.top_k_chapters must be at most .* = 4, got 5",
+            "memory: {use_chapters: true, num_memory_tokens: 8, num_chapters: 4}",
+            "memory.top_k_chapters must be at most .* = 4, got 20",
         ),
         (
             "model: {base_model_name: a/b}\nmemory: {use_lora: true, lora_rank: 0}",
@@ -235,6 +235,7 @@ def test_the_command_line_goes_over_the_file(tmp_path, capsys):
     printed = load_yaml(capsys.readouterr().out)
     assert printed["training"]["max_steps"] == 7 and printed["data"]["held_out"] == 0.5
     assert printed["model"]["options"]["num_memory_tokens"] == 8
+    assert printed["model"]["options"]["position_embedding"] == "rope"
 
 
 def test_the_small_file_learns(tmp_path, monkeypatch, one_thread):
