@@ -33,6 +33,10 @@ class Sizes(NamedTuple):
     head_dim: int
     num_layers: int
     max_positions: int
+    intermediate_size: int | None = None  # of the MLP, None where it is unknown
+    mlp: str = "swiglu"
+    norm: str = "rms"
+    norm_eps: float = 1e-6
 
 
 class Role(NamedTuple):
@@ -108,8 +112,11 @@ class PartConfig:
         return False
 
     @property
-    def keeps_state(self) -> bool:
-        """Whether ``run`` reads or writes the state of the sequences, where there is one."""
+    def needs_state(self) -> bool:
+        """Whether ``run`` is wrong for tokens behind others that a cache holds, without its state.
+
+        Where not, a state may still save work.
+        """
         return True
 
     @property
