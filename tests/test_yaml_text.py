@@ -5,7 +5,7 @@ import pytest
 from memattn.cli._parser import build_parser, normalise
 from memattn.cli.plot import plot
 from memattn.cli.train import train
-from memattn.study import StudyConfig, load_study
+from memattn.study import FutureStudy, load_study
 from memattn.train import DataConfig, ModelConfig, TrainConfig, TrainingConfig, load_config
 from memattn.yaml_text import dump_yaml, load_yaml
 
@@ -19,6 +19,8 @@ TEXTS = [
         "1.0",
         "1e3",
         "-3E-4",
+        "1.0e5",
+        ".5e+3",
         "true",
         "yes",
         "0x10",
@@ -63,13 +65,13 @@ def test_every_text_field_of_a_file_is_read_as_it_is_written(tmp_path, field):
 
 
 def test_a_study_is_read_as_it_is_written(tmp_path):
-    config = StudyConfig(
+    config = FutureStudy(
         out="1e3",
         sizes={"norm": "null", "hidden_size": 8},
         data=DataConfig(document_separator="---", tokenizer="~"),
     )
     (tmp_path / "study.yaml").write_text(config.to_yaml())
-    assert load_study(tmp_path / "study.yaml") == config
+    assert load_study("future", tmp_path / "study.yaml") == config
 
 
 def parse(function, *arguments):
@@ -115,3 +117,10 @@ def test_a_file_for_the_command_line_is_read_as_text_too(tmp_path, capsys):
 def test_values_are_written_so_that_they_are_read():
     values = {"x": TEXTS, "y": [1, 1.0, 1e-5, None, True, {"z": 3e22}]}
     assert load_yaml(dump_yaml(values)) == values
+
+
+@pytest.mark.parametrize("text", ["3e-4", "1.0e5", "1.E+5", "-2.5e3", ".5e3", "1e3"])
+def test_a_number_needs_neither_point_nor_sign(text):
+    value = load_yaml(text)
+    assert value == float(text) and isinstance(value, float)
+    assert load_yaml(dump_yaml({"a": value})) == {"a": value}

@@ -5,13 +5,14 @@ import errno
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 COMMANDS = (
-    *("doctor", "data", "train", "evaluate", "generate", "audit", "bench", "plot", "demo"),
-    *("study", "continual"),
+    *("doctor", "data", "train", "evaluate", "generate", "audit", "bench", "estimate", "plot"),
+    *("demo", "study", "continual"),
 )
 # what a user can put right; anything else is a fault of the program and shows its traceback
 USER_ERRORS = (
@@ -65,7 +66,12 @@ def _run(name: str, arguments: list[str]) -> int:
 
     from memattn.cli._parser import build_parser, normalise
 
-    function: Callable[..., Any] = getattr(importlib.import_module(f"memattn.cli.{name}"), name)
+    module = importlib.import_module(f"memattn.cli.{name}")
+    function: Callable[..., Any] = getattr(module, name)
+    kinds: dict[str, Callable[..., Any]] = getattr(module, "KINDS", {})
+    if arguments and arguments[0] in kinds:  # a command of several, each with its own options
+        kind = arguments.pop(0)
+        name, function = f"{name} {kind}", kinds[kind]
     parser, build = build_parser(function, prog=f"memattn {name}")
     try:
         values = parser.parse_args(normalise(arguments))
@@ -73,7 +79,11 @@ def _run(name: str, arguments: list[str]) -> int:
         return _fail(f"memattn {name}", f"{_one_line(error)} (see memattn {name} --help)")
     except SystemExit as stop:  # --help and --print_config have printed what was asked
         return int(stop.code or 0)
-    return int(function(**build(values)) or 0)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: sys.stderr.write(
+            f"memattn {name}: {_one_line(message)}\n"
+        )
+        return int(function(**build(values)) or 0)
 
 
 def _help() -> str:
@@ -117,7 +127,7 @@ def _file(error: OSError) -> str:
     return f": {error.filename}" if error.filename else ""
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())
 
 
