@@ -82,5 +82,13 @@ def launch_backward(
     if args.key_scale is not None:
         return
     own = rows("dk", grads["key"], "chm") | rows("dv", grads["value"], "chm") | of_index
+    width = shared["row_width"]
+    own |= dict(
+        # of each entry, in the order of the index
+        weight_ptr=None if weights is None else weights.flatten()[index.entry],
+        WIDTH=width if width < config_dkdv["BLOCK_M"] else None,
+    )
+    if args.row_len == 1 and own["WIDTH"]:  # the row of a filled slot has its query
+        own["length_ptr"] = None
     n_programs = C * triton.cdiv(M, config_dkdv["BLOCK_N"]) * Hkv
     launch(chapter_attention_bwd_dkdv_kernel, n_programs, config_dkdv, shared, own)

@@ -19,7 +19,6 @@ from memattn_kernels.chapter_attention.tiles import (
     chapter_scores,
     gather_rows,
     load_bank_tile,
-    queries_of_rows,
     rows_of_program,
     scatter_rows,
 )
@@ -35,12 +34,12 @@ def _exp_lse(m, l, lse, residual, dtype: tl.constexpr):
 
 
 @triton.jit
-def _scores_and_dp(q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, n, stride_k, stride_v,
+def _scores_and_dp(q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head, n, stride_k, stride_v,
                    M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
     """Keys of a tile, ``q k^T`` and ``do v^T``."""
-    k = load_bank_tile(k_ptr, k_scale_ptr, n, stride_k, q.dtype, M, D, BLOCK_N, BLOCK_D)
-    v = load_bank_tile(v_ptr, v_scale_ptr, n, stride_v, q.dtype, M, DV, BLOCK_N, BLOCK_DV)
+    k = load_bank_tile(k_ptr, k_scale_ptr, head, n, stride_k, q.dtype, M, D, BLOCK_N, BLOCK_D)
+    v = load_bank_tile(v_ptr, v_scale_ptr, head, n, stride_v, q.dtype, M, DV, BLOCK_N, BLOCK_DV)
     return (
         k,
         chapter_scores(q, k, n, M, BLOCK_N),
@@ -49,7 +48,7 @@ def _scores_and_dp(q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, n, stride_k, s
 
 
 @triton.jit
-def _independent_chapter(dq, q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, stride_k, stride_v,
+def _independent_chapter(dq, q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head, stride_k, stride_v,
                          weight, lse, residual, dlse, scale, M: tl.constexpr, D: tl.constexpr,
                          DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                          BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr):  # fmt: skip
@@ -63,7 +62,7 @@ def _independent_chapter(dq, q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, stri
     delta = tl.zeros([q.shape[0]], dtype=tl.float32)
     for n in range(0, M, BLOCK_N):
         _, scores, dp = _scores_and_dp(
-            q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, n, stride_k, stride_v,
+            q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head, n, stride_k, stride_v,
             M, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         m_new = tl.maximum(m, tl.max(scores, 1) * scale)
@@ -78,7 +77,7 @@ def _independent_chapter(dq, q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, stri
         of_lse = dlse * _exp_lse(m, l, lse, residual, q.dtype)
     for n in range(0, M, BLOCK_N):
         k, scores, dp = _scores_and_dp(
-            q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, n, stride_k, stride_v,
+            q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head, n, stride_k, stride_v,
             M, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         p = power(scores * scale - m[:, None], q.dtype) / l[:, None]
@@ -91,16 +90,17 @@ def _independent_chapter(dq, q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, stri
 def chapter_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,  # inputs; scales of a quantised bank, or None
     slots_ptr, weight_ptr, n_slots_ptr, row_start_ptr, row_end_ptr,  # by routing row
-    entry_ptr, token_ptr, length_ptr, offset_ptr, chapter_ptr, first_ptr,  # index, or None
+    entry_ptr, sequence_ptr, start_ptr, length_ptr,  # index by chapter, or None
+    offset_ptr, chapter_ptr, first_ptr,
     o_ptr, o_rest_ptr, lse_ptr, residual_ptr, do_ptr, dlse_ptr,
     dq_ptr, dw_ptr, delta_ptr, stat_ptr,  # outputs; the last but one joint, the last independent
     acc_ptr,  # what rows have so far, by chapter only
     stride_qb, stride_qh, stride_qt, stride_kc, stride_kh, stride_km,
-    stride_vc, stride_vh, stride_vm, stride_sc, stride_sh, stride_ob, stride_oh, stride_ot,
+    stride_vc, stride_vh, stride_vm, stride_ob, stride_oh, stride_ot,
     stride_dob, stride_doh, stride_dot, stride_dqb, stride_dqh, stride_dqt,
     H, T, N, K, C, row_width, n_tiles, slot, n_entries, scale,  # sizes
-    G: tl.constexpr, M: tl.constexpr, IS_JOINT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    G: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, IS_JOINT: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Grid: that of the forward. One program computes BLOCK_M rows of d_query, or adds a chapter.
 
@@ -112,14 +112,16 @@ def chapter_attention_bwd_dq_kernel(
     n_heads = H // G
     h_kv = tl.program_id(0) % n_heads
     tile = tl.program_id(0) // n_heads
-    n_slots, chapter, row, entry, token, i, valid = rows_of_program(
-        tile, slot, N, K, C, T, row_width, n_tiles, n_slots_ptr, row_start_ptr, row_end_ptr,
-        entry_ptr, token_ptr, length_ptr, offset_ptr, chapter_ptr, first_ptr, G, BLOCK_M,
+    n_slots, chapter, entry, b, start, i, valid = rows_of_program(
+        tile, slot, N, K, C, row_width, n_tiles, n_slots_ptr, row_start_ptr, row_end_ptr,
+        entry_ptr, sequence_ptr, start_ptr, length_ptr, offset_ptr, chapter_ptr, first_ptr,
+        G, WIDTH, BLOCK_M,
     )  # fmt: skip
     if n_slots == 0:
         return
-    b, h, t = queries_of_rows(token, i, h_kv, T, G)
+    h, t = h_kv * G + i % G, start + i // G
     number = (b * H + h) * T + t
+    b, h, t = b.to(tl.int64), h.to(tl.int64), t.to(tl.int64)
     q = gather_rows(q_ptr, b * stride_qb + h * stride_qh + t * stride_qt, valid, D, BLOCK_D)
     offs_do = b * stride_dob + h * stride_doh + t * stride_dot
     do = gather_rows(do_ptr, offs_do, valid, DV, BLOCK_DV)
@@ -165,13 +167,12 @@ def chapter_attention_bwd_dq_kernel(
             if HAS_WEIGHTS:
                 w = weight * tl.load(weight_ptr + place)
         n = index % N_INNER * BLOCK_N
-        head_k_ptr, head_v_ptr, head_ks_ptr, head_vs_ptr = chapter_pointers(
-            at, h_kv, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
-            stride_kc, stride_kh, stride_vc, stride_vh, stride_sc, stride_sh,
-        )  # fmt: skip
+        head_k_ptr, head_v_ptr, head = chapter_pointers(
+            at, h_kv, n_heads, k_ptr, v_ptr, stride_kc, stride_kh, stride_vc, stride_vh
+        )
         if IS_JOINT or IN_TILE:
             k, scores, dp = _scores_and_dp(
-                q, do, head_k_ptr, head_v_ptr, head_ks_ptr, head_vs_ptr, n, stride_km, stride_vm,
+                q, do, head_k_ptr, head_v_ptr, k_scale_ptr, v_scale_ptr, head, n, stride_km, stride_vm,
                 M, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             if IS_JOINT:
@@ -197,7 +198,7 @@ def chapter_attention_bwd_dq_kernel(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         else:
             dq, m, l, of_weight = _independent_chapter(
-                dq, q, do, head_k_ptr, head_v_ptr, head_ks_ptr, head_vs_ptr, stride_km, stride_vm,
+                dq, q, do, head_k_ptr, head_v_ptr, k_scale_ptr, v_scale_ptr, head, stride_km, stride_vm,
                 w, lse, residual, dlse, exponent_scale, M, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
                 dlse_ptr is not None,
             )  # fmt: skip
@@ -216,7 +217,7 @@ def chapter_attention_bwd_dq_kernel(
                 tl.store(dw_ptr + offs * n_row_tiles + tile % n_row_tiles, tl.sum(of_weight))
 
     if BY_CHAPTER:
-        is_last = tl.load(n_slots_ptr + row, mask=valid, other=0) == slot + 1
+        is_last = tl.load(n_slots_ptr + entry // K, mask=valid, other=0) == slot + 1
         scatter_rows(acc_ptr, state * D, valid & (is_last == 0), dq, D, BLOCK_D)
         if HAS_WEIGHTS:
             offs = (entry.to(tl.int64) * n_heads + h_kv) * row_width + i

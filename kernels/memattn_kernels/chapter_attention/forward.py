@@ -37,7 +37,6 @@ from memattn_kernels.chapter_attention.tiles import (
     chapter_scores,
     gather_rows,
     load_bank_tile,
-    queries_of_rows,
     rows_of_program,
     scatter_rows,
 )
@@ -46,7 +45,8 @@ from memattn_kernels.signatures import ChapterAttentionArgs
 # sizes that change from call to call: compile once for all their values
 RUNTIME_SIZES = ("T", "N", "K", "C", "row_width", "n_tiles", "slot", "n_entries")
 # what a kernel by row has not
-INDEX = ("entry_ptr", "token_ptr", "length_ptr", "offset_ptr", "chapter_ptr", "first_ptr")
+INDEX = ("entry_ptr", "sequence_ptr", "start_ptr", "length_ptr", "offset_ptr", "chapter_ptr",
+         "first_ptr")  # fmt: skip
 # at most this many queries and heads of a routing row are a tile of their own
 SHORT = 16
 
@@ -78,7 +78,7 @@ def _joint_step(acc, l_i, m_i, scores, v, weight, scale, HAS_WEIGHTS: tl.constex
 
 
 @triton.jit
-def _independent_chapter(acc, l_i, m_i, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, stride_k,
+def _independent_chapter(acc, l_i, m_i, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head, stride_k,
                          stride_v, weight, scale, M: tl.constexpr, D: tl.constexpr,
                          DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                          BLOCK_DV: tl.constexpr):  # fmt: skip
@@ -86,14 +86,14 @@ def _independent_chapter(acc, l_i, m_i, q, k_ptr, v_ptr, k_scale_ptr, v_scale_pt
     m = tl.full([q.shape[0]], -float("inf"), dtype=tl.float32)
     l = tl.zeros([q.shape[0]], dtype=tl.float32)
     for n in range(0, M, BLOCK_N):
-        k = load_bank_tile(k_ptr, k_scale_ptr, n, stride_k, q.dtype, M, D, BLOCK_N, BLOCK_D)
+        k = load_bank_tile(k_ptr, k_scale_ptr, head, n, stride_k, q.dtype, M, D, BLOCK_N, BLOCK_D)
         scores = chapter_scores(q, k, n, M, BLOCK_N)
         top = tl.max(scores, 1) * scale
         part = tl.sum(power(scores * scale - top[:, None], q.dtype), 1)
         m, l = _add_softmax(m, l, top, part, q.dtype)
     for n in range(0, M, BLOCK_N):
-        k = load_bank_tile(k_ptr, k_scale_ptr, n, stride_k, q.dtype, M, D, BLOCK_N, BLOCK_D)
-        v = load_bank_tile(v_ptr, v_scale_ptr, n, stride_v, q.dtype, M, DV, BLOCK_N, BLOCK_DV)
+        k = load_bank_tile(k_ptr, k_scale_ptr, head, n, stride_k, q.dtype, M, D, BLOCK_N, BLOCK_D)
+        v = load_bank_tile(v_ptr, v_scale_ptr, head, n, stride_v, q.dtype, M, DV, BLOCK_N, BLOCK_DV)
         p = power(chapter_scores(q, k, n, M, BLOCK_N) * scale - m[:, None], q.dtype)
         p *= (weight / l)[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
@@ -105,14 +105,15 @@ def _independent_chapter(acc, l_i, m_i, q, k_ptr, v_ptr, k_scale_ptr, v_scale_pt
 def chapter_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,  # inputs; scales of a quantised bank, or None
     slots_ptr, weight_ptr, n_slots_ptr, row_start_ptr, row_end_ptr,  # by routing row
-    entry_ptr, token_ptr, length_ptr, offset_ptr, chapter_ptr, first_ptr,  # index by chapter, or None
+    entry_ptr, sequence_ptr, start_ptr, length_ptr,  # index by chapter, or None
+    offset_ptr, chapter_ptr, first_ptr,
     o_ptr, o_rest_ptr, lse_ptr, residual_ptr,  # outputs
     acc_ptr, m_ptr, l_ptr,  # what rows have so far, by chapter only
     stride_qb, stride_qh, stride_qt, stride_kc, stride_kh, stride_km,
-    stride_vc, stride_vh, stride_vm, stride_sc, stride_sh, stride_ob, stride_oh, stride_ot,
+    stride_vc, stride_vh, stride_vm, stride_ob, stride_oh, stride_ot,
     H, T, N, K, C, row_width, n_tiles, slot, scale,  # sizes
-    G: tl.constexpr, M: tl.constexpr, IS_JOINT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    G: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, IS_JOINT: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Grid: (n_tiles * Hkv,), heads first. One program owns BLOCK_M rows of a key head.
 
@@ -123,13 +124,16 @@ def chapter_attention_fwd_kernel(
     n_heads = H // G
     h_kv = tl.program_id(0) % n_heads
     tile = tl.program_id(0) // n_heads
-    n_slots, chapter, row, entry, token, i, valid = rows_of_program(
-        tile, slot, N, K, C, T, row_width, n_tiles, n_slots_ptr, row_start_ptr, row_end_ptr,
-        entry_ptr, token_ptr, length_ptr, offset_ptr, chapter_ptr, first_ptr, G, BLOCK_M,
+    n_slots, chapter, entry, b, start, i, valid = rows_of_program(
+        tile, slot, N, K, C, row_width, n_tiles, n_slots_ptr, row_start_ptr, row_end_ptr,
+        entry_ptr, sequence_ptr, start_ptr, length_ptr, offset_ptr, chapter_ptr, first_ptr,
+        G, WIDTH, BLOCK_M,
     )  # fmt: skip
     if n_slots == 0:
         return
-    b, h, t = queries_of_rows(token, i, h_kv, T, G)
+    h, t = h_kv * G + i % G, start + i // G
+    number = (b * H + h) * T + t
+    b, h, t = b.to(tl.int64), h.to(tl.int64), t.to(tl.int64)
     q = gather_rows(q_ptr, b * stride_qb + h * stride_qh + t * stride_qt, valid, D, BLOCK_D)
     scale *= exponent_factor(q.dtype)
     weight = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
@@ -157,17 +161,16 @@ def chapter_attention_fwd_kernel(
             if HAS_WEIGHTS:
                 w = weight * tl.load(weight_ptr + entry + index // N_INNER)
         n = index % N_INNER * BLOCK_N
-        head_k_ptr, head_v_ptr, head_ks_ptr, head_vs_ptr = chapter_pointers(
-            at, h_kv, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
-            stride_kc, stride_kh, stride_vc, stride_vh, stride_sc, stride_sh,
-        )  # fmt: skip
+        head_k_ptr, head_v_ptr, head = chapter_pointers(
+            at, h_kv, n_heads, k_ptr, v_ptr, stride_kc, stride_kh, stride_vc, stride_vh
+        )
         if IS_JOINT or IN_TILE:
             k = load_bank_tile(
-                head_k_ptr, head_ks_ptr, n, stride_km, q.dtype, M, D, BLOCK_N, BLOCK_D
+                head_k_ptr, k_scale_ptr, head, n, stride_km, q.dtype, M, D, BLOCK_N, BLOCK_D
             )
             scores = chapter_scores(q, k, n, M, BLOCK_N)
             v = load_bank_tile(
-                head_v_ptr, head_vs_ptr, n, stride_vm, q.dtype, M, DV, BLOCK_N, BLOCK_DV
+                head_v_ptr, v_scale_ptr, head, n, stride_vm, q.dtype, M, DV, BLOCK_N, BLOCK_DV
             )
             if IS_JOINT:
                 acc, l_i, m_i = _joint_step(acc, l_i, m_i, scores, v, w, scale, HAS_WEIGHTS)
@@ -180,13 +183,13 @@ def chapter_attention_fwd_kernel(
                 m_i, l_i = _add_softmax(m_i, l_i, m, l, q.dtype)
         else:
             acc, l_i, m_i = _independent_chapter(
-                acc, l_i, m_i, q, head_k_ptr, head_v_ptr, head_ks_ptr, head_vs_ptr, stride_km,
+                acc, l_i, m_i, q, head_k_ptr, head_v_ptr, k_scale_ptr, v_scale_ptr, head, stride_km,
                 stride_vm, w, scale, M, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
     done = valid
     if BY_CHAPTER:
-        is_last = tl.load(n_slots_ptr + row, mask=valid, other=0) == slot + 1
+        is_last = tl.load(n_slots_ptr + entry // K, mask=valid, other=0) == slot + 1
         goes_on = valid & (is_last == 0)
         scatter_rows(acc_ptr, state * DV, goes_on, acc, DV, BLOCK_DV)
         tl.store(l_ptr + state, l_i, mask=goes_on)
@@ -200,7 +203,6 @@ def chapter_attention_fwd_kernel(
     if o_rest_ptr is not None:
         out -= out.to(o_ptr.dtype.element_ty).to(tl.float32)
         scatter_rows(o_rest_ptr, offs_o, done, out, DV, BLOCK_DV)
-    number = (b * H + h) * T + t
     tl.store(lse_ptr + number, lse, mask=done)
     if residual_ptr is not None:
         tl.store(residual_ptr + number, residual, mask=done)
@@ -236,8 +238,6 @@ def kernel_inputs(args: ChapterAttentionArgs, slots: Tensor, weights: Tensor | N
         **rows("v", args.value, "chm"),
         k_scale_ptr=key_scale,
         v_scale_ptr=value_scale,
-        stride_sc=Hkv * M,
-        stride_sh=M,
         slots_ptr=slots,
         weight_ptr=weights,
         n_slots_ptr=(slots < C).sum(-1, dtype=slots.dtype).flatten(),
@@ -262,9 +262,13 @@ def kernel_inputs(args: ChapterAttentionArgs, slots: Tensor, weights: Tensor | N
 
 def index_inputs(args: ChapterAttentionArgs, index: ChapterIndex) -> dict:
     """The index as arguments of kernels, by name."""
-    token, length = rows_of_entries(args, index)
+    sequence, start, length = rows_of_entries(args, index)
     return dict(
-        entry_ptr=index.entry, offset_ptr=index.offset, token_ptr=token, length_ptr=length
+        entry_ptr=index.entry,
+        offset_ptr=index.offset,
+        sequence_ptr=sequence,
+        start_ptr=start,
+        length_ptr=length,
     )
 
 
@@ -283,7 +287,7 @@ def row_config(
     width = inputs["row_width"]
     if by_chapter:
         name += "_by_chapter"
-    elif width <= SHORT:
+    elif width <= SHORT and name.endswith("fwd"):
         name += "_short"
     config = lookup(name, args.query, inputs)
     config = config | {"BLOCK_N": block_length(config["BLOCK_N"], inputs["M"])}
@@ -304,13 +308,15 @@ def launch_rows(
     C, K, R, width = given["C"], given["K"], args.row_start.numel(), given["row_width"]
     Hkv, block = args.key.shape[1], config["BLOCK_M"]
     if index is None:
-        given |= dict.fromkeys(INDEX)
+        given |= dict.fromkeys((*INDEX, "WIDTH"))
         n_tiles = R * triton.cdiv(width, block)
         launch(kernel, n_tiles * Hkv, config, given, {"n_tiles": n_tiles, "slot": 0})
         return
     n_tiles = triton.cdiv(R * width, block) + min(C, R)
     chapter, first = tiles_of_slots(index, C, K, width, block, n_tiles)
-    given |= dict(chapter_ptr=chapter, first_ptr=first, n_tiles=n_tiles)
+    given |= dict(chapter_ptr=chapter, first_ptr=first, n_tiles=n_tiles, WIDTH=width)
+    if args.row_len == 1:  # the row of a filled slot has its query
+        given["length_ptr"] = None
     for slot in range(K):
         launch(kernel, n_tiles * Hkv, config, given, {"slot": slot})
 

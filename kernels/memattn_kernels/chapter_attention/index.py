@@ -55,18 +55,19 @@ def fill_index(index: ChapterIndex, slots: Tensor, C: int) -> None:
     index.offset.copy_(torch.searchsorted(keys, place))
 
 
-def rows_of_entries(args: ChapterAttentionArgs, index: ChapterIndex) -> tuple[Tensor, Tensor]:
-    """Of each entry: the number ``b * T + t`` of its first query, and its queries times heads.
+def rows_of_entries(
+    args: ChapterAttentionArgs, index: ChapterIndex
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the routing row of each entry: sequence, first query, and queries times heads.
 
     Returns:
         int32 ``[B * N * K]`` each.
     """
-    (B, H, T, _), Hkv = args.query.shape, args.key.shape[1]
-    sequence = torch.arange(B, device=args.row_start.device, dtype=torch.int32)
-    first = (args.row_start + sequence[:, None] * T).flatten()
-    length = (args.row_end - args.row_start).flatten() * (H // Hkv)
-    row = index.entry // args.indices.shape[2]
-    return first[row], length[row]
+    N, K = args.indices.shape[1:]
+    row = index.entry // K
+    start = args.row_start.flatten()[row]
+    length = (args.row_end.flatten()[row] - start) * (args.query.shape[1] // args.key.shape[1])
+    return row // N, start, length
 
 
 def tiles_of_slots(

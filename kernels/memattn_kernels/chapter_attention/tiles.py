@@ -10,15 +10,42 @@ import triton.language as tl
 
 
 @triton.jit
-def rows_of_program(tile, slot, N, K, C, T, row_width, n_tiles, n_slots_ptr, row_start_ptr,
-                    row_end_ptr, entry_ptr, token_ptr, length_ptr, offset_ptr, chapter_ptr,
-                    first_ptr, G: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+def entries_of(chapter, slot, n_slots, K, offset_ptr):
+    """Where the entries of ``n_slots`` slots of a chapter begin and end."""
+    offset_ptr += chapter * K + slot
+    return tl.load(offset_ptr), tl.load(offset_ptr + n_slots)
+
+
+@triton.jit
+def rows_of_entries(i, begin, end, sequence_ptr, start_ptr, length_ptr, WIDTH: tl.constexpr):
+    """Rows counted from entry ``begin``, of WIDTH in each entry.
+
+    Returns:
+        ``place, b, start, i, valid``: the entry's place in the index, sequence and first query of
+        its routing row, and the row within it.
+    """
+    place = begin + i // WIDTH
+    i = i % WIDTH
+    valid = place < end
+    b = tl.load(sequence_ptr + place, mask=valid, other=0)
+    start = tl.load(start_ptr + place, mask=valid, other=0)
+    if length_ptr is not None:
+        valid &= i < tl.load(length_ptr + place, mask=valid, other=0)
+    return place, b, start, i, valid
+
+
+@triton.jit
+def rows_of_program(tile, slot, N, K, C, row_width, n_tiles, n_slots_ptr, row_start_ptr,
+                    row_end_ptr, entry_ptr, sequence_ptr, start_ptr, length_ptr, offset_ptr,
+                    chapter_ptr, first_ptr, G: tl.constexpr, WIDTH: tl.constexpr,
+                    BLOCK_M: tl.constexpr):  # fmt: skip
     """Rows of a tile, by chapter with an index, else by row, and the chapters that they see.
 
     Returns:
-        ``n_slots, chapter, row, entry, token, i, valid``: how many chapters the program walks, none
-        if its tile is not needed; by chapter which one; the routing row and the entry, one for
-        each row by chapter; the first token of the routing row, and the row within it.
+        ``n_slots, chapter, entry, b, start, i, valid``: how many chapters the program walks, none
+        if its tile is not needed; by chapter which one; by row the first entry of the routing row,
+        by chapter that of each row; the sequence and first query of the routing row, and the row
+        within it.
     """
     offs_m = tl.arange(0, BLOCK_M)
     if entry_ptr is not None:
@@ -26,10 +53,10 @@ def rows_of_program(tile, slot, N, K, C, T, row_width, n_tiles, n_slots_ptr, row
         n_slots = (chapter < C).to(tl.int32)
         begin, end = entries_of(tl.minimum(chapter, C - 1), slot, 1, K, offset_ptr)
         i = tl.load(first_ptr + slot * n_tiles + tile) + offs_m
-        entry, token, i, valid = rows_of_entries(
-            i, begin, end, row_width, entry_ptr, token_ptr, length_ptr
+        place, b, start, i, valid = rows_of_entries(
+            i, begin, end, sequence_ptr, start_ptr, length_ptr, WIDTH
         )  # fmt: skip
-        row = entry // K
+        entry = tl.load(entry_ptr + place, mask=valid, other=0)
     else:
         n_row_tiles = tl.cdiv(row_width, BLOCK_M)
         row = tile // n_row_tiles
@@ -39,51 +66,20 @@ def rows_of_program(tile, slot, N, K, C, T, row_width, n_tiles, n_slots_ptr, row
         valid = i < n_rows
         n_slots = tl.load(n_slots_ptr + row)
         n_slots = tl.where(tile % n_row_tiles * BLOCK_M < n_rows, n_slots, 0)
-        token = row // N * T + start
+        b = row // N
         entry = row * K
         chapter = C
-    return n_slots, chapter, row, entry, token, i, valid
+    return n_slots, chapter, entry, b, start, i, valid
 
 
 @triton.jit
-def entries_of(chapter, slot, n_slots, K, offset_ptr):
-    """Where the entries of ``n_slots`` slots of a chapter begin and end."""
-    offset_ptr += chapter * K + slot
-    return tl.load(offset_ptr), tl.load(offset_ptr + n_slots)
-
-
-@triton.jit
-def rows_of_entries(i, begin, end, row_width, entry_ptr, token_ptr, length_ptr):
-    """Entry, first token and row within the entry, for rows counted from entry ``begin``."""
-    place = begin + i // row_width
-    i = i % row_width
-    valid = place < end
-    entry = tl.load(entry_ptr + place, mask=valid, other=0)
-    token = tl.load(token_ptr + place, mask=valid, other=0)
-    valid &= i < tl.load(length_ptr + place, mask=valid, other=0)
-    return entry, token, i, valid
-
-
-@triton.jit
-def queries_of_rows(token, i, h_kv, T, G: tl.constexpr):
-    """Sequence, head and position of each row, int64."""
-    b = (token // T).to(tl.int64)
-    h = (h_kv * G + i % G).to(tl.int64)
-    t = (token % T + i // G).to(tl.int64)
-    return b, h, t
-
-
-@triton.jit
-def chapter_pointers(chapter, h_kv, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, stride_kc, stride_kh,
-                     stride_vc, stride_vh, stride_sc, stride_sh):  # fmt: skip
-    """Where the keys and values of a chapter begin, and their scales."""
+def chapter_pointers(chapter, h_kv, n_heads, k_ptr, v_ptr, stride_kc, stride_kh, stride_vc,
+                     stride_vh):  # fmt: skip
+    """Where the keys and values of a chapter begin, and its number among all key heads."""
     chapter = chapter.to(tl.int64)
-    if k_scale_ptr is not None:
-        k_scale_ptr += chapter * stride_sc + h_kv * stride_sh
-        v_scale_ptr += chapter * stride_sc + h_kv * stride_sh
     k_ptr += chapter * stride_kc + h_kv * stride_kh
     v_ptr += chapter * stride_vc + h_kv * stride_vh
-    return k_ptr, v_ptr, k_scale_ptr, v_scale_ptr
+    return k_ptr, v_ptr, chapter * n_heads + h_kv
 
 
 @triton.jit
@@ -103,12 +99,12 @@ def scatter_rows(ptr, offsets, valid, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl
 
 
 @triton.jit
-def load_bank_tile(ptr, scale_ptr, n, stride, dtype: tl.constexpr, M: tl.constexpr,
+def load_bank_tile(ptr, scale_ptr, head, n, stride, dtype: tl.constexpr, M: tl.constexpr,
                    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
                    BLOCK_WIDTH: tl.constexpr):  # fmt: skip
     """Keys or values ``n ... n + BLOCK - 1`` of a chapter, zero past M and WIDTH, in ``dtype``.
 
-    With scales they are int8, or uint8 with feature ``2i`` in the lower four bits.
+    With scales, of which those of this chapter's ``head`` are M, they are int8, or uint8 with feature ``2i`` in the lower four bits.
     """
     IS_PACKED: tl.constexpr = ptr.dtype.element_ty == tl.uint8
     offs_r = n + tl.arange(0, BLOCK)
@@ -130,7 +126,7 @@ def load_bank_tile(ptr, scale_ptr, n, stride, dtype: tl.constexpr, M: tl.constex
             low = (tile & 15).to(tl.int32)
             high = (tile >> 4).to(tl.int32)
             tile = tl.interleave(low - ((low & 8) << 1), high - ((high & 8) << 1))
-        scale = tl.load(scale_ptr + offs_r, mask=offs_r < M, other=0.0)
+        scale = tl.load(scale_ptr + head * M + offs_r, mask=offs_r < M, other=0.0)
         tile = (tile.to(tl.float32) * scale[:, None]).to(dtype)
     return tile
 
