@@ -52,6 +52,7 @@ class OperatorSpec:
 
     operator: Callable[..., Any]
     make_inputs: Callable[..., Arguments]  # of the sizes, dtype=, device= and seed=
+    backends: tuple[str, ...] = ("cpp", "triton")  # that have kernels for it
     # -- against the reference: all cases, each with every variant of the options
     cases: Cases
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
@@ -66,7 +67,9 @@ class OperatorSpec:
     at_threads: Cases  # few heads, so that threads share a head
     # -- what the inputs are
     tokens: tuple[str, ...] = ("query", "key", "value")  # with a row for each token
-    batched: tuple[str, ...] = ("query", "key", "value")  # with a row for each sequence
+    # with a row for each sequence, options among them
+    batched: tuple[str, ...] = ("query", "key", "value")
+    float32: tuple[str, ...] = ()  # beside inputs of half precision too
     rows: tuple[str, ...] = ("out", "lse")  # results with a row for each query
     means: dict[str, Callable[[int], int]] = field(default_factory=dict)  # over so many queries
     # -- what holds without a reference
@@ -102,6 +105,8 @@ class OperatorSpec:
         **sizes: Any,
     ) -> Arguments:
         """Inputs and options of a case, the backend among them."""
+        if backend not in (*self.backends, "reference"):
+            pytest.skip(f"no {backend} kernels of {self} yet")
         device = DEVICE[backend]
         if backend == "triton" and INTERPRETED:
             sizes = {"H": 2, "Hkv": 1, **case.sizes, **sizes}

@@ -1,7 +1,8 @@
 """The operators that the shared tests call: to add one is to write its spec and to list it here."""
 
+from specs_chapter_attention import CHAPTERS
 from specs_future_attention import FUTURE, FUTURE_LOSS
 from specs_segmented_attention import SEGMENTED
 from specs_task_masked_attention import TASK_MASKED
 
-SPECS = [SEGMENTED, FUTURE, FUTURE_LOSS, TASK_MASKED]
+SPECS = [SEGMENTED, FUTURE, FUTURE_LOSS, TASK_MASKED, CHAPTERS]

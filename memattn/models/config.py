@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import field, fields
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from memattn.checks import check_int, must
@@ -12,6 +13,13 @@ from memattn.parts.causal import CausalConfig
 from memattn.parts.future import FutureConfig
 from memattn.parts.old_spellings import upgrade_attention
 from memattn.parts.segmented import SegmentedConfig
+from memattn.parts.together import (
+    build_shared_parts,
+    check_together,
+    losses_of,
+    name_parts,
+    parts_of_layer,
+)
 
 POSITION_EMBEDDINGS = ("rope", "learned")
 NORMS = ("rms", "layer")
@@ -142,16 +150,7 @@ class MemAttnConfig(PreTrainedConfig):
         self.parts = [
             make_part(part, f"parts[{i}]", attention=False) for i, part in enumerate(self.parts)
         ]
-        coefficients: dict[str, float] = {}
-        for part in (everything := [self.attention, *self.parts]):
-            others = [other for other in everything if other is not part]
-            number = sum(other.kind == part.kind for other in everything)
-            if number > 1 and not part.repeatable:
-                must("parts", f"have {part.kind} at most once", f"it {number} times")
-            part.check(self.sizes, others)
-            for name, coefficient in part.losses.items():
-                if coefficients.setdefault(name, coefficient) != coefficient:
-                    must(f"{part.path}.{name}", f"count {coefficients[name]}", coefficient)
+        check_together([self.attention, *self.parts], self.sizes)
 
     @property
     def sizes(self) -> Sizes:
@@ -168,21 +167,20 @@ class MemAttnConfig(PreTrainedConfig):
 
     def named_parts(self) -> dict[str, PartConfig]:
         """All parts by the names that their modules and states have."""
-        named = {"attention": self.attention}
-        for part in self.parts:
-            twins = sum(name.partition("-")[0] == part.kind for name in named)
-            named[part.kind if not twins else f"{part.kind}-{twins + 1}"] = part
-        return named
+        return name_parts([self.attention, *self.parts])
 
     def layer_parts(self, layer: int) -> dict[str, PartConfig]:
         """The parts of one layer by name."""
-        found = {n: part.in_layer(layer, self.sizes) for n, part in self.named_parts().items()}
-        return {name: part for name, part in found.items() if part is not None}
+        return parts_of_layer(self.named_parts(), layer, self.sizes)
+
+    def build_shared_parts(self) -> dict[str, nn.Module]:
+        """The modules that layers of a part share, by the part's name."""
+        return build_shared_parts(self.named_parts(), self.sizes)
 
     @property
     def losses(self) -> dict[str, float]:
         """Losses that parts return beside the cross-entropy, with their coefficients."""
-        return {k: v for part in self.named_parts().values() for k, v in part.losses.items()}
+        return losses_of(self.named_parts())
 
     @property
     def reach(self) -> int:

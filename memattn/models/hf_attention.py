@@ -32,8 +32,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from memattn.checks import check_int
-from memattn.models.padding import block_bounds, check_mask
 from memattn.ops import segmented_attention
+from memattn.parts.padding import block_bounds, check_mask
 
 NAME = "memattn_segmented"
 FIELDS = ("memattn_segment_len", "memattn_window_size")

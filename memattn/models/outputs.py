@@ -1,28 +1,15 @@
 """What the models return, beyond what transformers has fields for."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from memattn.parts import PARTS
-
-
-class _NamedLosses:
-    """Each loss of a part is an attribute too, None where it was not measured."""
-
-    losses: dict[str, Tensor] | None
-
-    def __getattr__(self, name: str) -> Any:
-        losses = self.__dict__.get("losses") or {}
-        if name in losses or any(name in part.reports for part in PARTS.values()):
-            return losses.get(name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+from memattn.parts.losses import NamedLosses
 
 
 @dataclass
-class MemAttnModelOutput(_NamedLosses, BaseModelOutputWithPast):
+class MemAttnModelOutput(NamedLosses, BaseModelOutputWithPast):
     """Output of ``MemAttnModel``.
 
     Attributes:
@@ -36,7 +23,7 @@ class MemAttnModelOutput(_NamedLosses, BaseModelOutputWithPast):
 
 
 @dataclass
-class MemAttnCausalLMOutput(_NamedLosses, CausalLMOutputWithPast):
+class MemAttnCausalLMOutput(NamedLosses, CausalLMOutputWithPast):
     """Output of ``MemAttnForCausalLM``.
 
     Attributes:

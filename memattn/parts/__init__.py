@@ -2,6 +2,7 @@
 
 from memattn.parts.base import (
     PARTS,
+    PLACES,
     AddedPart,
     Cost,
     PartConfig,
@@ -15,10 +16,12 @@ from memattn.parts.base import (
 )
 from memattn.parts.context import PartContext
 from memattn.parts.old_spellings import AttentionConfig
+from memattn.parts.sequences import SequenceStates
 from memattn.parts.state import PartState, SequenceBounds
 
 __all__ = [
     "PARTS",
+    "PLACES",
     "AddedPart",
     "AttentionConfig",
     "Cost",
@@ -28,6 +31,7 @@ __all__ = [
     "PartState",
     "Role",
     "SequenceBounds",
+    "SequenceStates",
     "Sizes",
     "View",
     "make_part",

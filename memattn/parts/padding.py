@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from memattn.checks import check_tensor, must
-from memattn.parts import SequenceBounds
+from memattn.parts.state import SequenceBounds
 
 BLOCK = "be 0 or 1, with one contiguous block of ones in each row"
 

@@ -1,0 +1,57 @@
+"""Losses of parts: their sums and counts over the layers of one call, and what outputs show."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memattn.parts.base import PARTS, PartConfig, PartOutput
+
+
+def check_output(part: PartConfig, output: PartOutput, *, measured: bool) -> None:
+    """Raise ValueError unless a part returned the losses and the carry that it said it would."""
+    wanted = part.losses.keys() if measured else set()
+    if output.losses.keys() != wanted or output.carry.keys() - set(part.carries):
+        raise ValueError(
+            f"{part.path} must return losses {sorted(wanted)} and carry of "
+            f"{list(part.carries)}, got {sorted(output.losses)} and {sorted(output.carry)}"
+        )
+
+
+class LossSums:
+    """Sums and counts that layers add, and the means over all of them."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Tensor]] = {}
+        self._counts: dict[str, list[Tensor]] = {}
+
+    def add(self, losses: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Add losses by name, each as a sum and a count."""
+        for name, (total, count) in losses.items():
+            self._sums.setdefault(name, []).append(total)
+            self._counts.setdefault(name, []).append(count)
+
+    def means(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Means and counts by name; a mean over nothing is 0."""
+        counts = {name: torch.stack(found).sum() for name, found in self._counts.items()}
+        means = {
+            name: torch.stack(found).sum() / counts[name].clamp(min=1.0)
+            for name, found in self._sums.items()
+        }
+        return means, counts
+
+
+class NamedLosses:
+    """Base of outputs with ``losses``: each loss of a part is an attribute too.
+
+    It is None where it was not measured.
+    """
+
+    losses: dict[str, Tensor] | None
+
+    def __getattr__(self, name: str) -> Any:
+        losses = self.__dict__.get("losses") or {}
+        if name in losses or any(name in part.reports for part in PARTS.values()):
+            return losses.get(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

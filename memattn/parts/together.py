@@ -1,0 +1,56 @@
+"""Several parts in one model: their names, and whether they fit each other."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from memattn.checks import must
+from memattn.parts.base import PLACES, PartConfig, Sizes
+
+
+def check_together(parts: Sequence[PartConfig], sizes: Sizes) -> None:
+    """Raise ValueError unless the parts fit a model and each other."""
+    coefficients: dict[str, float] = {}
+    for part in parts:
+        others = [other for other in parts if other is not part]
+        number = sum(other.kind == part.kind for other in parts)
+        if number > 1 and not part.repeatable:
+            must("parts", f"have {part.kind} at most once", f"it {number} times")
+        if part.stands not in PLACES:
+            must(f"{part.path}.stands", f"be one of {', '.join(PLACES)}", repr(part.stands))
+        if (part.stands == "attention") != (part.place == "attention"):
+            side = "be" if part.place == "attention" else "not be"
+            must(f"{part.path}.stands", f"{side} attention", repr(part.stands))
+        part.check(sizes, others)
+        for name, coefficient in part.losses.items():
+            if coefficients.setdefault(name, coefficient) != coefficient:
+                must(f"{part.path}.{name}", f"count {coefficients[name]}", coefficient)
+
+
+def name_parts(parts: Sequence[PartConfig]) -> dict[str, PartConfig]:
+    """Parts by the names that their modules and states have."""
+    named: dict[str, PartConfig] = {}
+    for part in parts:
+        kind = "attention" if part.place == "attention" else part.kind
+        twins = sum(name.partition("-")[0] == kind for name in named)
+        named[kind if not twins else f"{kind}-{twins + 1}"] = part
+    return named
+
+
+def parts_of_layer(
+    named: Mapping[str, PartConfig], layer: int, sizes: Sizes
+) -> dict[str, PartConfig]:
+    """The parts that stand in one layer by name."""
+    found = {name: part.in_layer(layer, sizes) for name, part in named.items()}
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def build_shared_parts(named: Mapping[str, PartConfig], sizes: Sizes) -> dict[str, nn.Module]:
+    """The modules that layers of a part share, by the part's name."""
+    found = {name: part.build_shared(sizes) for name, part in named.items()}
+    return {name: shared for name, shared in found.items() if shared is not None}
+
+
+def losses_of(named: Mapping[str, PartConfig]) -> dict[str, float]:
+    """Losses that parts return beside the cross-entropy, with their coefficients."""
+    return {name: value for part in named.values() for name, value in part.losses.items()}
