@@ -72,7 +72,7 @@ PADDED = dict(seq_start=[3, 0], seq_end=[37, 30])
 
 CHAPTERS = OperatorSpec(
     operator=chapter_attention,
-    backends=(),
+    backends=("triton",),
     make_inputs=chapter_inputs,
     cases={
         "one": Case(dict(B=1, T=1, C=1, M=1, K=1)),
