@@ -12,6 +12,7 @@ from memattn_kernels._common import exponent_factor, power, store_tile
 from memattn_kernels.chapter_attention.forward import RUNTIME_SIZES
 from memattn_kernels.chapter_attention.tiles import (
     entries_of,
+    exp_lse,
     gather_rows,
     load_bank_tile,
     rows_of_entries,
@@ -84,6 +85,7 @@ def chapter_attention_bwd_dkdv_kernel(
 
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # keys by rows
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        residual = 0.0
         if IS_JOINT or dlse_ptr is not None:
             lse = tl.load(lse_ptr + number, mask=valid, other=float("inf")) * exponent_factor(dtype)
             if dtype == tl.float32:
@@ -117,11 +119,8 @@ def chapter_attention_bwd_dkdv_kernel(
             if HAS_WEIGHTS:
                 ds *= w[None, :]
             if dlse_ptr is not None:
-                x = m - lse
-                if dtype == tl.float32:
-                    x -= residual
                 dlse = tl.load(dlse_ptr + number, mask=valid, other=0.0)
-                ds += (dlse * l * power(x, dtype))[None, :]
+                ds += (dlse * exp_lse(m, l, lse, residual, dtype))[None, :]
             ds *= p
             if HAS_WEIGHTS:
                 p *= w[None, :]

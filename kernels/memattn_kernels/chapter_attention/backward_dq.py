@@ -17,20 +17,12 @@ from memattn_kernels.chapter_attention.forward import RUNTIME_SIZES
 from memattn_kernels.chapter_attention.tiles import (
     chapter_pointers,
     chapter_scores,
+    exp_lse,
     gather_rows,
     load_bank_tile,
     rows_of_program,
     scatter_rows,
 )
-
-
-@triton.jit
-def _exp_lse(m, l, lse, residual, dtype: tl.constexpr):
-    """``exp(l_s - lse)`` of a chapter with the largest exponent ``m`` and the sum ``l``."""
-    x = m - lse
-    if dtype == tl.float32:
-        x -= residual
-    return l * power(x, dtype)
 
 
 @triton.jit
@@ -74,7 +66,7 @@ def _independent_chapter(dq, q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head
     delta /= l
     of_lse = tl.zeros([q.shape[0]], dtype=tl.float32)
     if HAS_DLSE:
-        of_lse = dlse * _exp_lse(m, l, lse, residual, q.dtype)
+        of_lse = dlse * exp_lse(m, l, lse, residual, q.dtype)
     for n in range(0, M, BLOCK_N):
         k, scores, dp = _scores_and_dp(
             q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head, n, stride_k, stride_v,
@@ -193,7 +185,7 @@ def chapter_attention_bwd_dq_kernel(
                 if HAS_WEIGHTS:
                     ds *= w[:, None]
                 if dlse_ptr is not None:
-                    ds += (dlse * _exp_lse(m, l, lse, residual, q.dtype))[:, None]
+                    ds += (dlse * exp_lse(m, l, lse, residual, q.dtype))[:, None]
                 ds *= p
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         else:

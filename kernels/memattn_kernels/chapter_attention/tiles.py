@@ -8,6 +8,8 @@ share a tile.
 import triton
 import triton.language as tl
 
+from memattn_kernels._common import power
+
 
 @triton.jit
 def entries_of(chapter, slot, n_slots, K, offset_ptr):
@@ -138,3 +140,12 @@ def chapter_scores(q, k, n, M: tl.constexpr, BLOCK_N: tl.constexpr):
     if M % BLOCK_N != 0:
         scores = tl.where((n + tl.arange(0, BLOCK_N) < M)[None, :], scores, -float("inf"))
     return scores
+
+
+@triton.jit
+def exp_lse(m, l, lse, residual, dtype: tl.constexpr):
+    """``exp(l_s - lse)`` of a chapter with the largest exponent ``m`` and the sum ``l``."""
+    x = m - lse
+    if dtype == tl.float32:
+        x -= residual
+    return l * power(x, dtype)
