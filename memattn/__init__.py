@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from memattn.adapters import MemoryAdapter, attach_memory, detach_memory
     from memattn.continual import train_continual
     from memattn.dtgma import DTGMAModel
     from memattn.models import (
@@ -47,14 +48,17 @@ __all__ = [
     "MemAttnConfig",
     "MemAttnForCausalLM",
     "MemAttnModel",
+    "MemoryAdapter",
     "RotaryEmbedding",
     "RouterOutput",
     "SegmentedAttention",
     "TaskLinear",
     "TaskMask",
     "__version__",
+    "attach_memory",
     "chapter_attention",
     "chapter_router",
+    "detach_memory",
     "future_attention",
     "future_attention_loss",
     "segmented_attention",
@@ -85,6 +89,7 @@ _HOMES = {
         "MemAttnForCausalLM",
         "MemAttnModel",
     ),
+    "memattn.adapters": ("MemoryAdapter", "attach_memory", "detach_memory"),
     "memattn.dtgma": ("DTGMAModel",),
     "memattn.continual": ("train_continual",),
 }

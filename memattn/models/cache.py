@@ -120,18 +120,6 @@ class MemAttnCache(SequenceStates, Cache):
         merged._trim()
         return merged
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace the rows by those that ``beam_idx [B]`` names, in place."""
-        self.__dict__.update(self._select(beam_idx).__dict__)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only the rows that ``indices`` names, in place."""
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row ``repeats`` times, in place."""
-        self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to one safetensors file, whole or not at all.
 

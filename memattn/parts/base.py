@@ -108,6 +108,11 @@ class PartConfig:
         return False
 
     @property
+    def keeps_state(self) -> bool:
+        """Whether ``run`` reads or writes the state of the sequences, where there is one."""
+        return True
+
+    @property
     def reach(self) -> int:
         """Tokens in its longest window or segment; 0 where there is none. The audit crosses it."""
         return 0

@@ -215,6 +215,23 @@ class SequenceStates:
         other._trim()
         return other
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the rows by those that ``beam_idx [B]`` names, in place."""
+        self.__dict__.update(self._select(beam_idx).__dict__)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows that ``indices`` names, in place."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times, in place."""
+        self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+
+    @property
+    def records_past(self) -> bool:
+        """Whether the whole past is kept until ``crop``."""
+        return any(state.record_past for state in self._states())
+
     def activate_past_recording(self) -> None:
         """Keep the whole past from now on, until ``crop``: for decoding that guesses ahead."""
         for state in self._states():

@@ -1,0 +1,106 @@
+"""What is attached to a model: its adapters, which of them run, and where."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from memattn.adapters.structure import Structure
+from memattn.checks import must
+from memattn.parts import PartConfig, PartState
+from memattn.parts.together import losses_of, parts_of_layer
+
+
+@dataclass
+class Adapter:
+    """One adapter.
+
+    Attributes:
+        parts: Its parts by name.
+        modules: Of each layer that it stands in, by number, the module with its parts.
+        shared: The modules that layers of a part share, by name of the part.
+        trainable: Its parameters that learn while it runs.
+    """
+
+    parts: Mapping[str, PartConfig]
+    modules: Mapping[int, nn.Module]
+    shared: Mapping[str, nn.Module]
+    trainable: Sequence[nn.Parameter]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters, those of shared modules first."""
+        return [p for m in (*self.shared.values(), *self.modules.values()) for p in m.parameters()]
+
+
+class Attachment:
+    """The adapters of one model; the model and its attached layers all hold this object.
+
+    Args:
+        structure: What a look at the model has shown.
+        arguments: Names of the positional arguments of the model's forward.
+        frozen: Parameters of the model that attaching has frozen.
+        output_type: What the model's forward returns, with the losses of parts.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        arguments: Sequence[str],
+        frozen: Sequence[nn.Parameter],
+        output_type: type,
+    ) -> None:
+        self.layers, self.sizes = structure.layers, structure.sizes
+        self.after_attention = structure.after_attention
+        self.arguments = arguments
+        self.frozen = list(frozen)
+        self.output_type = output_type
+        self.adapters: dict[str, Adapter] = {}
+        self.active: tuple[str, ...] = ()
+        self.is_enabled = True
+        self.call: Any = None  # the Call that is open, or None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a call of the model runs any part."""
+        return self.is_enabled and bool(self.active)
+
+    def check_name(self, name: str) -> None:
+        """Raise ValueError unless there is an adapter of this name."""
+        if name not in self.adapters:
+            must("name", f"be one of {', '.join(self.adapters)}", repr(name))
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Let these adapters run, one behind the other, and learn; the others do neither.
+
+        Raises:
+            ValueError: If one is unknown or twice there, or they disagree about a coefficient.
+        """
+        coefficients: dict[str, float] = {}
+        for name in names:
+            self.check_name(name)
+            for loss, coefficient in losses_of(self.adapters[name].parts).items():
+                if coefficients.setdefault(loss, coefficient) != coefficient:
+                    must(f"{name}.{loss}", f"count {coefficients[loss]}", coefficient)
+        if len(set(names)) < len(names):
+            must("name", "name each adapter once", list(names))
+        self.active = tuple(names)
+        self.losses = coefficients
+        for name, adapter in self.adapters.items():
+            for parameter in adapter.trainable:
+                parameter.requires_grad_(name in names)
+        running = {f"{name}.{n}": p for name in names for n, p in self.adapters[name].parts.items()}
+        self.keeps_state = any(part.keeps_state for part in running.values())
+        limited = any(part.limits_length for part in running.values())
+        self.position_limit = self.sizes.max_positions if limited else None
+        self.empty_states: list[dict[str, PartState]] = [
+            {
+                name: part.new_state()
+                for name, part in parts_of_layer(running, layer, self.sizes).items()
+            }
+            for layer in range(self.sizes.num_layers)
+        ]
+
+    def shared_module(self, adapter: str, part: str) -> Any:
+        """The module that the layers of a part share, or None."""
+        return self.adapters[adapter].shared.get(part)

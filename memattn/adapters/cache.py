@@ -1,0 +1,83 @@
+"""The model's own cache carries the state of parts, and does to it what it does to keys."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
+
+from memattn.adapters.swap import Swapped, swap
+from memattn.checks import must
+from memattn.parts import SequenceStates
+
+
+class CarriesStates(Swapped):
+    """Methods of a cache with the state of parts: each is done to both."""
+
+    part_states: SequenceStates
+
+    def reorder_cache(self: Any, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.part_states.reorder_cache(beam_idx)
+
+    def batch_select_indices(self: Any, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.part_states.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self: Any, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.part_states.batch_repeat_interleave(repeats)
+
+    def activate_past_recording(self: Any) -> None:
+        super().activate_past_recording()
+        self.part_states.activate_past_recording()
+
+    def crop(self: Any, tokens_to_remove: int) -> None:
+        self.part_states.crop(tokens_to_remove)  # first: it may refuse
+        super().crop(tokens_to_remove)
+
+    def reset(self: Any) -> None:
+        super().reset()
+        self.part_states.reset()
+
+
+def carry_states(cache: Any, wanted: list[Any]) -> SequenceStates:
+    """The states that a cache carries, which from now on it does if it is empty.
+
+    Args:
+        cache: A cache of transformers.
+        wanted: Of each layer, the empty states of its parts by name.
+
+    Raises:
+        TypeError: If the cache is of a kind that cannot carry them.
+        ValueError: If it was filled without these parts.
+    """
+    if isinstance(cache, CarriesStates):
+        states = cache.part_states
+        if states.position == 0 and cache.get_seq_length() == 0:
+            states = cache.part_states = _fresh(wanted, records_past=states.records_past)
+        else:
+            states.check_layers(wanted)
+        return states
+    if not isinstance(cache, DynamicCache | QuantizedCache):
+        allowed = "be a DynamicCache or a QuantizedCache, which carries the state of attached parts"
+        must("past_key_values", allowed, type(cache).__name__, TypeError)
+    if cache.get_seq_length():
+        filled = f"{cache.get_seq_length()} tokens that they did not see"
+        must("past_key_values", "be filled with the attached parts in the model", filled)
+    carrying: Any = cache
+    swap(carrying, CarriesStates)
+    carrying.part_states = _fresh(wanted)
+    return carrying.part_states
+
+
+def _fresh(wanted: list[Any], records_past: bool = False) -> SequenceStates:
+    """Empty states of these parts."""
+    states = SequenceStates([{n: state.fresh() for n, state in layer.items()} for layer in wanted])
+    if records_past:
+        states.activate_past_recording()
+    return states
+
+
+def new_cache(model: Any) -> Cache:
+    """An empty cache of the kind that transformers would make for a model."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))

@@ -1,0 +1,228 @@
+"""One call of an attached model: what its parts are told, and the losses that they return."""
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from memattn.adapters.attachment import Attachment
+from memattn.adapters.cache import carry_states
+from memattn.checks import check_tensor, must
+from memattn.nn import sequence_positions
+from memattn.parts import PartContext, SequenceBounds, SequenceStates
+from memattn.parts.losses import LossSums, check_output
+from memattn.parts.padding import block_bounds, check_lengths, check_mask, mask_bounds
+
+Carry = dict[str, dict[str, Tensor]]  # by adapter, then by name
+
+
+class Entry(NamedTuple):
+    """What a layer found when it ran first; found again when checkpointing runs it again."""
+
+    carry: Carry
+    shared: dict[Any, Any]
+
+
+class Call:
+    """Collects losses while it is open: from the model's forward until that returns.
+
+    Layers that run again in the backward of activation checkpointing find the same inputs in it,
+    and add nothing.
+
+    Args:
+        attachment: What is attached to the model.
+        attention_mask: ``[B, S]`` with the cached columns, or None.
+        position_ids: As given to the model, or None.
+        measure_losses: Whether parts are to return their losses.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        measure_losses: bool,
+    ) -> None:
+        if attention_mask is not None:
+            check_tensor("attention_mask", attention_mask)
+        self.attachment = attachment
+        self.attention_mask: Tensor | None = attention_mask
+        self.position_ids = position_ids
+        self.measure_losses = measure_losses
+        self.losses = LossSums()
+        self.is_open = True
+        self.carry: Carry = {}
+        self.entries: dict[int, Entry] = {}
+        self.states: SequenceStates | None = None
+        self.contexts: dict[torch.device, PartContext] = {}
+
+    def context(self, index: int, hidden_states: Tensor, cache: Any) -> PartContext:
+        """What parts are told of the tokens, on the device of a layer."""
+        if not self.contexts:
+            self.contexts[hidden_states.device] = self._first_context(index, hidden_states, cache)
+        if hidden_states.device not in self.contexts:
+            first = next(iter(self.contexts.values()))
+            self.contexts[hidden_states.device] = _moved(first, hidden_states.device)
+        return self.contexts[hidden_states.device]
+
+    def _first_context(self, index: int, hidden_states: Tensor, cache: Any) -> PartContext:
+        B, T, _ = hidden_states.shape
+        device, mask = hidden_states.device, self.attention_mask
+        offset = 0 if cache is None else int(cache.get_seq_length(index))
+        limit = self.attachment.position_limit
+        cu_seqlens = seq_start = None
+        bounds = SequenceBounds(None, None)
+        if cache is not None and self.attachment.keeps_state:
+            states = self.states = carry_states(cache, self.attachment.empty_states)
+            if states.position != offset:
+                filled = f"{states.position} of its {offset} tokens seen by the attached parts"
+                must("past_key_values", "have all tokens seen by them", filled)
+            states.append_columns(B, T, mask, device, max_length=limit)
+            if states.seq_start is not None and states.seq_start.any():
+                seq_start = states.seq_start.to(device)
+        elif mask is not None:
+            check_mask(mask, B, (T, offset + T))
+            first = offset + T - mask.shape[1]  # column of the first entry of the mask
+            seq_start = block_bounds(mask)[0] + first
+            if not torch.compiler.is_compiling() and not seq_start.any():
+                seq_start = None
+            bounds = mask_bounds(mask[:, -T:], B, T, None)
+        elif cache is None:
+            cu_seqlens = self._packed_documents(B)
+        positions = sequence_positions(
+            hidden_states, offset=offset, seq_start=seq_start, cu_seqlens=cu_seqlens
+        )
+        if self.states is None:
+            check_lengths(positions, None if mask is None else mask[:, -T:], limit)
+        return PartContext(
+            positions=positions,
+            present=None if mask is None else mask[:, -T:] != 0,
+            bounds=bounds,
+            cu_seqlens=cu_seqlens,
+            offset=offset,
+            measure_losses=self.measure_losses,
+        )
+
+    def _packed_documents(self, batch_size: int) -> Tensor | None:
+        """Bounds of documents where position_ids begin anew, as transformers takes them."""
+        positions = self.position_ids
+        if positions is None or positions.dim() != 2 or torch.compiler.is_compiling():
+            return None
+        begins = (positions.diff(dim=1) != 1).any(0).nonzero()[:, 0] + 1
+        if not len(begins):
+            return None
+        if batch_size > 1:
+            must("position_ids", "pack documents into one row", f"{batch_size} rows")
+        edges = [begins.new_zeros(1), begins, begins.new_full((1,), positions.shape[1])]
+        return torch.cat(edges).to(torch.int32)
+
+    def close(self) -> None:
+        """From now on nothing is added."""
+        self.is_open = False
+
+
+class LayerRun:
+    """One run of one layer in a call: the parts of one place after the other.
+
+    Args:
+        call: The call.
+        layer: The layer, whose ``memory_adapters`` hold its parts by adapter.
+        index: Its number.
+        hidden_states: What it gets, ``[B, T, E]``.
+        cache: The cache that it gets, or None.
+    """
+
+    def __init__(
+        self, call: Call, layer: Any, index: int, hidden_states: Tensor, cache: Any
+    ) -> None:
+        self.call, self.layer, self.index = call, layer, index
+        context = call.context(index, hidden_states, cache)
+        if call.is_open:
+            self.carry = dict(call.carry)
+            if layer.training:
+                call.entries[index] = Entry(call.carry, dict(context.shared))
+        else:
+            entry = call.entries[index]
+            self.carry = dict(entry.carry)
+            context = copy.copy(context)
+            context.shared = dict(entry.shared)
+        self.context = context
+
+    def has_parts(self, place: str) -> bool:
+        """Whether anything running stands in a place."""
+        adapters = self.layer.memory_adapters
+        active = self.call.attachment.active
+        return any(adapters[name].at(place) for name in active if name in adapters)
+
+    def add_parts(
+        self, place: str, hidden_states: Tensor, output: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add what the parts of one place return to the hidden states, and to ``output`` too."""
+        for name in self.call.attachment.active:
+            if name in self.layer.memory_adapters:
+                for part in self.layer.memory_adapters[name].at(place):
+                    change = self._run(name, part, hidden_states).to(hidden_states.dtype)
+                    hidden_states = hidden_states + change
+                    output = None if output is None else output + change
+        return hidden_states, output
+
+    def _run(self, adapter: str, name: str, hidden_states: Tensor) -> Tensor:
+        """What one part adds."""
+        call, parts = self.call, self.layer.memory_adapters[adapter]
+        part, norm = parts.configs[name], parts.norms[name]
+        state = None
+        if call.states is not None:
+            state = call.states.layers[self.index].parts[f"{adapter}.{name}"]
+        hidden_states = hidden_states.to(norm.weight.dtype)
+        context = self.context.of_part(
+            state,
+            self.carry.get(adapter, {}),
+            hidden_states,
+            call.attachment.shared_module(adapter, name),
+        )
+        output = part.run(parts.parts[name], norm(hidden_states), context)
+        check_output(part, output, measured=call.measure_losses)
+        if output.carry:
+            self.carry[adapter] = {**self.carry.get(adapter, {}), **output.carry}
+        if call.is_open:
+            call.losses.add(output.losses)
+        return output.hidden_states
+
+    def leave(self) -> None:
+        """Hand on what the next layer gets."""
+        if self.call.is_open:
+            self.call.carry = self.carry
+
+
+def _moved(context: PartContext, device: torch.device) -> PartContext:
+    """The same on another device."""
+    moved = copy.copy(context)
+    move = lambda tensor: None if tensor is None else tensor.to(device)
+    moved.positions = context.positions.to(device)
+    moved.present, moved.cu_seqlens = move(context.present), move(context.cu_seqlens)
+    moved.bounds = SequenceBounds(*map(move, context.bounds))
+    return moved
+
+
+class AdapterLayer(nn.Module):
+    """The parts of one adapter in one layer, each behind a norm of its own.
+
+    Args:
+        configs: The parts by name.
+        sizes: Sizes of the model.
+        layer: Number of the layer.
+        eps: Epsilon of the norms.
+    """
+
+    def __init__(self, configs: dict[str, Any], sizes: Any, layer: int, eps: float) -> None:
+        super().__init__()
+        self.configs = configs
+        self.norms = nn.ModuleDict(
+            {name: nn.RMSNorm(sizes.hidden_size, eps=eps) for name in configs}
+        )
+        self.parts = nn.ModuleDict({name: p.build(sizes, layer) for name, p in configs.items()})
+
+    def at(self, place: str) -> list[str]:
+        """Names of the parts that stand in one place."""
+        return [name for name, part in self.configs.items() if part.stands == place]

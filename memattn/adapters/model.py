@@ -1,0 +1,162 @@
+"""What an attached model does beside its own work: it opens a call, and returns what was lost."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
+
+from memattn.adapters.attachment import Attachment
+from memattn.adapters.cache import carry_states, new_cache
+from memattn.adapters.call import AdapterLayer, Call
+from memattn.adapters.files import INSIDE, save_adapter
+from memattn.adapters.swap import Swapped
+from memattn.checks import must
+from memattn.parts import Role
+from memattn.parts.losses import NamedLosses
+
+
+class AttachedModel(Swapped):
+    """Methods of a model with attached parts."""
+
+    _memattn: Attachment
+
+    def forward(self: Any, *args: Any, output_losses: bool | None = None, **kwargs: Any) -> Any:
+        attachment = self._memattn
+        if not attachment.is_running:
+            return super().forward(*args, **kwargs)
+        if getattr(self, "_is_replica", False):
+            raise NotImplementedError(
+                "model must not run under torch.nn.DataParallel with attached parts; "
+                "DistributedDataParallel takes it"
+            )
+        given = {**dict(zip(attachment.arguments, args, strict=False)), **kwargs}
+        if given.get("cache") is not None:
+            raise NotImplementedError("cache must be None with attached parts, use past_key_values")
+        self._prepare_cache(given, kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        measured = self.training if output_losses is None else output_losses
+        call = Call(
+            attachment,
+            given.get("attention_mask"),
+            given.get("position_ids"),
+            measured and bool(attachment.losses),
+        )
+        attachment.call = call
+        try:
+            output = super().forward(*args, **kwargs, return_dict=True)
+        finally:
+            attachment.call = None
+            call.close()
+        output = self._with_losses(output, call, given)
+        return output if return_dict else output.to_tuple()
+
+    def _prepare_cache(self: Any, given: dict[str, Any], kwargs: dict[str, Any]) -> None:
+        """Put a cache that carries states in place of the one that the model would make."""
+        attachment = self._memattn
+        if given.get("past_key_values") is not None or "use_cache" not in attachment.arguments:
+            return
+        wanted = given.get("use_cache")
+        if wanted is None and self.training:
+            kwargs["use_cache"] = False
+            return
+        if wanted is None:
+            wanted = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
+        checkpointing = self.training and getattr(self, "is_gradient_checkpointing", False)
+        if wanted and attachment.keeps_state and not checkpointing:
+            kwargs["past_key_values"] = cache = new_cache(self)
+            carry_states(cache, attachment.empty_states)
+
+    def _with_losses(self: Any, output: Any, call: Call, given: Mapping[str, Any]) -> Any:
+        """The output with the losses of parts beside it, and in its loss in training mode."""
+        values = dict(output.items())
+        means, counts = call.losses.means()
+        lm_loss, labels = values.get("loss"), given.get("labels")
+        if means:
+            values |= {"lm_loss": lm_loss, "losses": means, "loss_counts": counts}
+        if lm_loss is not None and self.training:
+            share: Any = 1.0  # of the labels that are here
+            if given.get("num_items_in_batch") is not None and labels is not None:
+                share = (labels[:, 1:] != -100).sum() / given["num_items_in_batch"]
+            for name, mean in means.items():
+                coefficient = call.attachment.losses[name] * share
+                values["loss"] = values["loss"] + (coefficient * mean).to(lm_loss.device)
+        return call.attachment.output_type(**values)
+
+    def parameter_roles(self: Any) -> dict[str, Role]:
+        """What each attached parameter is that a part says something about, by name."""
+        found = []  # prefix, part, its module
+        for prefix, module in self.named_modules():
+            if isinstance(module, AdapterLayer):
+                for name, part in module.configs.items():
+                    found.append((f"{prefix}.parts.{name}.", part, module.parts[name]))
+        for name, adapter in self._memattn.adapters.items():
+            for part, module in adapter.shared.items():
+                prefix = f"memory_adapters.{name}.{part}."
+                found.append((prefix, adapter.parts[part], module))
+        return {
+            prefix + name: role
+            for prefix, part, module in found
+            for name, parameter in module.named_parameters()
+            if (role := part.role(name, parameter)) is not None
+        }
+
+    @property
+    def losses(self: Any) -> dict[str, float]:
+        """Losses that running parts return beside the cross-entropy, with their coefficients."""
+        return dict(self._memattn.losses) if self._memattn.is_running else {}
+
+    def save_pretrained(
+        self: Any,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As of the model; its files have the attached weights too, and adapters get folders."""
+        result = super().save_pretrained(
+            save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+        )
+        for name, adapter in self._memattn.adapters.items():
+            folder = Path(save_directory) / INSIDE / name
+            save_adapter(
+                folder, self, adapter, state_dict=state_dict, is_main_process=is_main_process
+            )
+        return result
+
+    def _prepare_cache_for_generation(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Let ``generate()`` begin with a cache that carries states."""
+        result = super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )
+        cache, attachment = model_kwargs.get("past_key_values"), self._memattn
+        if isinstance(cache, Cache) and attachment.is_running and attachment.keeps_state:
+            carry_states(cache, attachment.empty_states)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+        return result
+
+
+def output_with_losses(base: type) -> type:
+    """The type of output with ``lm_loss``, ``losses`` and ``loss_counts`` beside its own fields."""
+    if not issubclass(base, ModelOutput) or not dataclasses.is_dataclass(base):
+        must("model", "return a ModelOutput", base.__name__, TypeError)
+    extra: list[Any] = [
+        ("lm_loss", Tensor | None, None),
+        ("losses", dict[str, Tensor] | None, None),
+        ("loss_counts", dict[str, Tensor] | None, None),
+    ]
+    own = {field.name for field in dataclasses.fields(base)}
+    return dataclasses.make_dataclass(
+        base.__name__,
+        [field for field in extra if field[0] not in own],
+        bases=(NamedLosses, base),
+        namespace={"__module__": base.__module__},
+    )

@@ -1,0 +1,65 @@
+"""Classes made on the fly, so that a module of another library gets methods of ours and back.
+
+Its ``__class__`` is replaced by a subclass of the same name. The module stays the same object with
+the same children and the same names in ``state_dict``; code that looks at types or at names of
+classes still finds what it knows, ``torch.compile`` notices, and taking the class back undoes it.
+"""
+
+import functools
+from typing import Any
+
+_made: dict[tuple[type, type], type] = {}
+
+
+def attached_class(mixin: type, base: type) -> type:
+    """The subclass of ``base`` with the methods of ``mixin`` before its own."""
+    if (mixin, base) not in _made:
+        members: dict[str, Any] = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "_memattn_made_of": (mixin, base),
+        }
+        if "forward" in vars(mixin):
+            # others read the arguments of the model off its forward
+            @functools.wraps(base.forward)  # pyright: ignore[reportAttributeAccessIssue]
+            def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+                return mixin.forward(self, *args, **kwargs)  # pyright: ignore
+
+            members["forward"] = forward
+        _made[mixin, base] = type(base.__name__, (mixin, base), members)
+    return _made[mixin, base]
+
+
+_Any: Any = object  # so that a checker knows: what a mixin calls is in the other base
+
+
+class Swapped(_Any):
+    """Base of the mixins: objects of made classes are copied and pickled by what made the class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kind: Any = type(self)
+        if "_memattn_made_of" not in vars(kind):  # a further class, made by others
+            return super().__reduce_ex__(protocol)
+        return _new, kind._memattn_made_of, self.__dict__
+
+
+def _new(mixin: type, base: type) -> Any:
+    made: Any = attached_class(mixin, base)
+    return made.__new__(made)
+
+
+def swap(target: Any, mixin: type) -> None:
+    """Give an object the methods of a mixin, unless it has them."""
+    if not isinstance(target, mixin):
+        target.__class__ = attached_class(mixin, type(target))
+
+
+def is_swapped(target: Any) -> bool:
+    """Whether the class of an object is one made here, and by nobody else on top of it."""
+    return "_memattn_made_of" in vars(type(target))
+
+
+def swap_back(target: Any) -> None:
+    """Give an object its own class again."""
+    target.__class__ = vars(type(target))["_memattn_made_of"][1]
