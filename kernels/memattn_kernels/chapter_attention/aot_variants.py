@@ -65,7 +65,7 @@ KERNELS = tuple(
     )
     for name, part, function, in_float32 in (
         ("fwd", "row", chapter_attention_fwd_kernel, True),
-        ("fwd_short", "row", chapter_attention_fwd_kernel, False),
+        ("decode", "row", chapter_attention_fwd_kernel, False),
         ("fwd_by_chapter", "", chapter_attention_fwd_kernel, False),
         ("bwd_dq", "row", chapter_attention_bwd_dq_kernel, True),
         ("bwd_dq_by_chapter", "", chapter_attention_bwd_dq_kernel, False),

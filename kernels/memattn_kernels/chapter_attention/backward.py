@@ -49,7 +49,7 @@ def launch_backward(
     shared = kernel_inputs(args, slots, weights) | residual_ptr(query, saved["residual"])
     config_dkdv = lookup("chapter_attention_bwd_dkdv", query, shared)
     config_dkdv = config_dkdv | {"BLOCK_N": block_length(config_dkdv["BLOCK_N"], M)}
-    needs_stats = not args.is_joint and M > config_dkdv["BLOCK_N"]
+    needs_stats = not args.is_joint and config_dkdv["BLOCK_N"] < M
     stats = lse.new_empty(3, n_entries * Hkv * shared["row_width"]) if needs_stats else None
     shared |= rows("do", d_out, "bht") | dict(
         lse_ptr=lse,

@@ -30,7 +30,8 @@ def chapter_attention_bwd_dkdv_kernel(
     stride_dkc, stride_dkh, stride_dkm, stride_dvc, stride_dvh, stride_dvm,
     H, T, K, row_width, n_entries, scale,  # sizes
     G: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, IS_JOINT: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Grid: (C * cdiv(M, BLOCK_N) * Hkv,), heads first. One program owns BLOCK_N keys."""
     HAS_WEIGHTS: tl.constexpr = weight_ptr is not None

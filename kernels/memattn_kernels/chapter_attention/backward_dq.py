@@ -40,10 +40,11 @@ def _scores_and_dp(q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head, n, strid
 
 
 @triton.jit
-def _independent_chapter(dq, q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head, stride_k, stride_v,
-                         weight, lse, residual, dlse, scale, M: tl.constexpr, D: tl.constexpr,
-                         DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                         BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr):  # fmt: skip
+def _independent_chapter(dq, q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head, stride_k,
+                         stride_v, weight, lse, residual, dlse, scale, M: tl.constexpr,
+                         D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+                         BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                         HAS_DLSE: tl.constexpr):  # fmt: skip
     """Add a chapter of several tiles, whose softmax must be known first.
 
     Returns:
@@ -92,7 +93,8 @@ def chapter_attention_bwd_dq_kernel(
     stride_dob, stride_doh, stride_dot, stride_dqb, stride_dqh, stride_dqt,
     H, T, N, K, C, row_width, n_tiles, slot, n_entries, scale,  # sizes
     G: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, IS_JOINT: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Grid: that of the forward. One program computes BLOCK_M rows of d_query, or adds a chapter.
 
@@ -164,8 +166,8 @@ def chapter_attention_bwd_dq_kernel(
         )
         if IS_JOINT or IN_TILE:
             k, scores, dp = _scores_and_dp(
-                q, do, head_k_ptr, head_v_ptr, k_scale_ptr, v_scale_ptr, head, n, stride_km, stride_vm,
-                M, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+                q, do, head_k_ptr, head_v_ptr, k_scale_ptr, v_scale_ptr, head, n,
+                stride_km, stride_vm, M, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             if IS_JOINT:
                 x = scores * exponent_scale - lse[:, None]
@@ -190,9 +192,9 @@ def chapter_attention_bwd_dq_kernel(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         else:
             dq, m, l, of_weight = _independent_chapter(
-                dq, q, do, head_k_ptr, head_v_ptr, k_scale_ptr, v_scale_ptr, head, stride_km, stride_vm,
-                w, lse, residual, dlse, exponent_scale, M, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
-                dlse_ptr is not None,
+                dq, q, do, head_k_ptr, head_v_ptr, k_scale_ptr, v_scale_ptr, head, stride_km,
+                stride_vm, w, lse, residual, dlse, exponent_scale, M, D, DV, BLOCK_N, BLOCK_D,
+                BLOCK_DV, dlse_ptr is not None,
             )  # fmt: skip
         if stat_ptr is not None:
             offs = (tl.cast(place, tl.int64) * n_heads + h_kv) * row_width + i

@@ -47,8 +47,6 @@ RUNTIME_SIZES = ("T", "N", "K", "C", "row_width", "n_tiles", "slot", "n_entries"
 # what a kernel by row has not
 INDEX = ("entry_ptr", "sequence_ptr", "start_ptr", "length_ptr", "offset_ptr", "chapter_ptr",
          "first_ptr")  # fmt: skip
-# at most this many queries and heads of a routing row are a tile of their own
-SHORT = 16
 
 
 @triton.jit
@@ -113,7 +111,8 @@ def chapter_attention_fwd_kernel(
     stride_vc, stride_vh, stride_vm, stride_ob, stride_oh, stride_ot,
     H, T, N, K, C, row_width, n_tiles, slot, scale,  # sizes
     G: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, IS_JOINT: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Grid: (n_tiles * Hkv,), heads first. One program owns BLOCK_M rows of a key head.
 
@@ -229,7 +228,7 @@ def is_by_chapter(args: ChapterAttentionArgs) -> bool:
 def kernel_inputs(args: ChapterAttentionArgs, slots: Tensor, weights: Tensor | None) -> dict:
     """Arguments that the kernels share, by name; ``weights`` in the order of ``slots``."""
     query, key = args.query, args.key
-    (B, H, T, D), (C, Hkv, M, _), Dv = query.shape, key.shape, args.value_dim
+    (_, H, T, D), (C, Hkv, M, _), Dv = query.shape, key.shape, args.value_dim
     scales = args.key_scale, args.value_scale
     key_scale, value_scale = (None if s is None else s.contiguous() for s in scales)
     return dict(
@@ -282,13 +281,14 @@ def row_config(
 ) -> dict[str, int]:
     """Tile lengths and launch options of a query-stationary kernel.
 
-    In the tables that of few rows has ``_short`` behind its name, that by chapter ``_by_chapter``.
+    In the tables that by chapter has ``_by_chapter`` behind its name; a forward with few rows in
+    a routing row is ``decode``.
     """
     width = inputs["row_width"]
     if by_chapter:
         name += "_by_chapter"
-    elif width <= SHORT and name.endswith("fwd"):
-        name += "_short"
+    elif width <= configs.DECODE_LENGTH and name.endswith("fwd"):
+        name = name.replace("fwd", "decode")
     config = lookup(name, args.query, inputs)
     config = config | {"BLOCK_N": block_length(config["BLOCK_N"], inputs["M"])}
     if not by_chapter:
@@ -303,7 +303,7 @@ def launch_rows(
     index: ChapterIndex | None,
     *inputs: dict,
 ) -> None:
-    """Launch a query-stationary kernel: by row without an index, else for one slot after another."""
+    """Launch a query-stationary kernel: by row without an index, else slot after slot."""
     given = {key: value for part in inputs for key, value in part.items()}
     C, K, R, width = given["C"], given["K"], args.row_start.numel(), given["row_width"]
     Hkv, block = args.key.shape[1], config["BLOCK_M"]

@@ -106,7 +106,8 @@ def load_bank_tile(ptr, scale_ptr, head, n, stride, dtype: tl.constexpr, M: tl.c
                    BLOCK_WIDTH: tl.constexpr):  # fmt: skip
     """Keys or values ``n ... n + BLOCK - 1`` of a chapter, zero past M and WIDTH, in ``dtype``.
 
-    With scales, of which those of this chapter's ``head`` are M, they are int8, or uint8 with feature ``2i`` in the lower four bits.
+    With scales, of which M are those of this chapter's ``head``, they are int8, or uint8 with
+    feature ``2i`` in the lower four bits.
     """
     IS_PACKED: tl.constexpr = ptr.dtype.element_ty == tl.uint8
     offs_r = n + tl.arange(0, BLOCK)
