@@ -7,6 +7,8 @@
 #define MEMATTN_FMA(a, b, c) (vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
 #define MEMATTN_MAX(a, b) (vf)_mm256_max_ps((__m256)(a), (__m256)(b))
 #define MEMATTN_FMA1(a, b, c) __builtin_fmaf(a, b, c)
+#define MEMATTN_AT_LEAST(a, b) \
+  (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)(a), (__m256)(b), _CMP_GE_OQ))
 #define MEMATTN_F16C
 
 MEMATTN_TARGET_BEGIN("avx2,fma,f16c")
@@ -18,6 +20,7 @@ namespace memattn::avx2 {
 #include "future_attention_tile.h"
 #include "future_attention_backward_tile.h"
 #include "task_masked_attention_tile.h"
+#include "chapter_router_tile.h"
 #include "kernel_table.h"
 }  // namespace memattn::avx2
 

@@ -7,6 +7,8 @@
 #define MEMATTN_FMA(a, b, c) (vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
 #define MEMATTN_MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
 #define MEMATTN_FMA1(a, b, c) __builtin_fmaf(a, b, c)
+#define MEMATTN_AT_LEAST(a, b) \
+  (uint32_t)_mm512_cmp_ps_mask((__m512)(a), (__m512)(b), _CMP_GE_OQ)
 #define MEMATTN_F16C
 
 MEMATTN_TARGET_BEGIN("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,f16c")
@@ -18,6 +20,7 @@ namespace memattn::avx512 {
 #include "future_attention_tile.h"
 #include "future_attention_backward_tile.h"
 #include "task_masked_attention_tile.h"
+#include "chapter_router_tile.h"
 #include "kernel_table.h"
 }  // namespace memattn::avx512
 

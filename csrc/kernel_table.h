@@ -7,5 +7,7 @@ static constexpr Kernels make_kernels(const char* name) {
           {forward_scratch<SegmentedArgs>, backward_scratch<SegmentedArgs>, segmented_forward,
            segmented_backward},
           {future_forward_scratch, future_backward_scratch, future_forward, future_backward},
-          {task_forward_scratch, task_backward_scratch, task_forward, task_backward}};
+          {task_forward_scratch, task_backward_scratch, task_forward, task_backward},
+          {router_forward_scratch, router_backward_scratch, router_forward, router_backward_rows,
+           router_backward_chapters}};
 }

@@ -140,6 +140,52 @@ struct KeyGrads {
   int64_t key_begin;
 };
 
+// The router of chapters; its rows are those of all sequences, b * N + n.
+struct RouterArgs {
+  int64_t N, E, C, rows, top_k, num_shared;  // C: chapters with a logit
+  float factor;          // 1 / temperature
+  float routed_scale;
+  View hidden;           // [B, N, E]
+  const float* weight;   // [C, E], rows `weight_stride` apart
+  int64_t weight_stride;
+  const float* bias;     // [C] or null
+  const uint8_t* valid;  // [rows]
+  int32_t* indices;      // [rows, num_shared + top_k]
+  float* weights;        // the same, forward only
+  float *lse_high, *lse_low;  // [rows], a sum of two floats
+  // backward only
+  const float* d_weights;  // like weights, or null
+  const float* gamma;      // [C], the gradient of each probability but for what all share
+  float z_factor;          // the gradient of a log-sum-exp over itself
+  View d_hidden;
+};
+
+// What the rows of one chunk add up to.
+struct RouterSums {
+  float* probability;  // [C][lanes]
+  int64_t* chosen;     // [C], how many rows selected each chapter
+  double z_square = 0.0, entropy = 0.0;
+  int64_t count = 0;   // valid rows
+};
+
+// Tiles of rows whose gradients of the logits are there at a time.
+struct RouterBlock {
+  int64_t first, tiles;  // row, number of tiles
+  float* gradients;      // [tiles][C][rows of a tile]
+  float* rows;           // [tiles][E rounded up to two vectors][rows of a tile]
+  float* d_weight;       // [C][E rounded up to two vectors], sums
+  double* d_bias;        // [C], sums
+};
+
+struct RouterKernels {
+  int64_t (*forward_scratch)(const RouterArgs&);
+  int64_t (*backward_scratch)(const RouterArgs&);
+  // a tile of rows from `first` on; tile `i` of a block; the chapters [c, c + n) of a block
+  void (*forward)(const RouterArgs&, int64_t first, RouterSums&, float* scratch);
+  void (*backward_rows)(const RouterArgs&, const RouterBlock&, int64_t i, float* scratch);
+  void (*backward_chapters)(const RouterArgs&, const RouterBlock&, int64_t c, int64_t n);
+};
+
 // The kernels of one operator.
 template <class Args, class Grads>
 struct OperatorKernels {
@@ -157,6 +203,7 @@ struct Kernels {
   OperatorKernels<SegmentedArgs, SegmentedGrads> segmented;
   OperatorKernels<FutureArgs, FutureGrads> future;
   OperatorKernels<TaskArgs, KeyGrads> task;
+  RouterKernels router;
 };
 
 const Kernels& portable_kernels();

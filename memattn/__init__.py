@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         segmented_attention,
         task_masked_attention,
     )
+    from memattn.parts.chapter_memory import ChapterMemoryConfig
     from memattn.parts.future import FutureConfig
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionConfig",
     "AttentionOutput",
+    "ChapterMemoryConfig",
     "DTGMAModel",
     "FutureAttention",
     "FutureAttentionLossOutput",
@@ -83,6 +85,7 @@ _HOMES = {
     "memattn.nn": ("FutureAttention", "RotaryEmbedding", "SegmentedAttention", "TaskLinear"),
     "memattn.models": (
         "AttentionConfig",
+        "ChapterMemoryConfig",
         "FutureConfig",
         "MemAttnCache",
         "MemAttnConfig",

@@ -52,6 +52,19 @@ SYSTEMS = {
             mlp="gelu",
         ),
     ),
+    "chapters": (
+        MemAttnConfig.memory_transformer,
+        dict(
+            num_memory_tokens=24,
+            num_chapters=8,
+            num_shared_chapters=1,
+            top_k_chapters=2,
+            routing_strategy_train="hybrid",
+            routing_strategy_inference="hybrid",
+            routing_block_size=4,
+            routing_window_size=7,
+        ),
+    ),
 }
 
 

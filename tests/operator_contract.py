@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from memattn.ops._dispatch import cpp_is_built, triton_is_installed
 from memattn.testing import assert_results_within_budget, run_with_gradients
@@ -139,6 +140,19 @@ class OperatorSpec:
         tensors, options = self.make(case, backend, dtype, **sizes)
         for variant in self.variants.values():
             self.check(tensors, {**options, **variant})
+
+
+class Recorder(TorchFunctionMode):
+    """Which registered operators are called, and with what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if isinstance(func, torch._ops.OpOverload) and func.namespace.startswith("memattn"):
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def check(

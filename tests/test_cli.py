@@ -87,16 +87,20 @@ def test_nothing_to_do_prints_help(capsys):
 def test_each_command_explains_each_of_its_options(capsys, name):
     import importlib
 
-    code, out, _ = run(capsys, name, "--help")
-    assert code == 0 and f"usage: memattn {name}" in out
-    function = getattr(importlib.import_module(f"memattn.cli.{name}"), name)
-    parser, _ = build_parser(function, f"memattn {name}")
-    undocumented = [
-        action.dest
-        for action in parser._actions
-        if not action.help and "." not in action.dest and action.dest != "help"
-    ]
-    assert undocumented == []
+    module = importlib.import_module(f"memattn.cli.{name}")
+    commands = {name: getattr(module, name)}
+    for kind, of_kind in getattr(module, "KINDS", {}).items():
+        commands[f"{name} {kind}"] = of_kind
+    for words, function in commands.items():
+        code, out, _ = run(capsys, *words.split(), "--help")
+        assert code == 0 and f"usage: memattn {words} " in out
+        parser, _ = build_parser(function, f"memattn {words}")
+        undocumented = [
+            action.dest
+            for action in parser._actions
+            if not action.help and "." not in action.dest and action.dest != "help"
+        ]
+        assert undocumented == []
 
 
 def test_cli_files_import_nothing_heavy_at_the_top():

@@ -10,6 +10,7 @@ from operator_contract import (
     DTYPES,
     EVERY,
     INTERPRETED,
+    Recorder,
     assert_near,
     assert_same,
     check,
@@ -20,7 +21,6 @@ from operator_contract import (
 )
 from operator_specs import SPECS
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from memattn.testing import run_with_gradients
@@ -298,19 +298,6 @@ def test_autocast(spec, backend):
 
 
 # ------------------------------------------------------------ beside PyTorch's own machinery
-
-
-class Recorder(TorchFunctionMode):
-    """Which registered operators are called, and with what."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if isinstance(func, torch._ops.OpOverload) and func.namespace.startswith("memattn"):
-            self.calls.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 @compiled_backends

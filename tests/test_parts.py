@@ -188,6 +188,7 @@ def visible_keys(part, i, config):
 def test_reach_and_limits_are_those_of_the_parts():
     assert make_config("both").reach == 7 and make_config("window").reach == 4
     assert make_config("vanilla").reach == 0 and make_config("future").reach == 5
+    assert make_config("chapters").reach == 7
     assert make_config("future").position_limit == 160
     assert make_config("future", source="relative").position_limit is None
     assert make_config("vanilla", position_embedding="learned").position_limit == 4096

@@ -16,27 +16,27 @@ from train_factories import write_corpus
 
 from memattn.cli import main
 from memattn.models import PRESETS, MemAttnForCausalLM
-from memattn.study import CompareConfig, StudyConfig, load_study, plan_variants, run_study
+from memattn.study import Cell, FutureCompare, FutureStudy, load_study, run_study
 from memattn.study import run as study_run
-from memattn.study.results import RunResult, Spread, mean_curves, summarise
+from memattn.study.future import AXES
+from memattn.study.report import mean_curves
+from memattn.study.results import RunResult, Spread, summarise
 from memattn.study.run import plan_runs
-from memattn.study.tables import make_note, make_tables
-from memattn.study.variants import Variant
-from memattn.train import DataConfig, TrainingConfig, loop
+from memattn.train import DataConfig, ModelConfig, TrainingConfig, loop
 from memattn.train.metrics import MetricsLog
 from memattn.viz import plot_bands
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-def tiny(folder: Path, **changes) -> StudyConfig:
+def tiny(folder: Path, **changes) -> FutureStudy:
     """A study of two models with two seeds, whose runs take a second."""
     corpus = folder.parent / "corpus.jsonl"
     if not corpus.exists():
         write_corpus(corpus)
     options = dict(
         out=str(folder),
-        compare=CompareConfig(
+        compare=FutureCompare(
             loss_types=["cosine"], future_dims=[3], sources=["table"], seeds=[0, 1]
         ),
         sizes=dict(
@@ -57,10 +57,10 @@ def tiny(folder: Path, **changes) -> StudyConfig:
             max_steps=4, batch_size=2, warmup_steps=1, eval_steps=2, save_steps=None, cpu=True
         ),
     )
-    return StudyConfig(**{**options, **changes})
+    return FutureStudy(**{**options, **changes})
 
 
-def study(config: StudyConfig, **options) -> tuple[Path | None, str]:
+def study(config: FutureStudy, **options) -> tuple[Path | None, str]:
     """Run a study; the path of its report and what it printed."""
     with (Path(config.out).parent / "log.txt").open("w+") as file:
         report = run_study(config, console=Console(file=file, width=200), **options)
@@ -179,7 +179,7 @@ def test_finished_runs_are_not_repeated_and_other_ones_not_mixed(whole, tmp_path
 def test_the_command_reads_a_file_and_flags(tmp_path, capsys):
     config = tiny(tmp_path / "study")
     (tmp_path / "study.yaml").write_text(config.to_yaml())
-    assert load_study(tmp_path / "study.yaml") == config
+    assert load_study("future", tmp_path / "study.yaml") == config
     command = [
         "study",
         "future",
@@ -198,28 +198,28 @@ def test_the_command_reads_a_file_and_flags(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["future_small", "future_seed"])
 def test_shipped_files_have_their_own_folder_and_are_described(name):
-    assert load_study(CONFIGS / f"{name}.yaml").out == f"runs/{name}"
+    assert load_study("future", CONFIGS / f"{name}.yaml").out == f"runs/{name}"
     assert f"`{name}.yaml`" in (CONFIGS / "README.md").read_text()
 
 
 def test_the_small_configuration_is_the_default():
-    assert load_study(CONFIGS / "future_small.yaml") == StudyConfig()
-    names = [variant.name for variant in plan_variants(StudyConfig(), 2048)]
+    assert load_study("future", CONFIGS / "future_small.yaml") == FutureStudy()
+    names = [cell.name for cell in FutureStudy().plan(2048)]
     assert names[:4] == ["baseline", "cosine-127-table", "mse-127-table", "none-127-table"]
     assert names[4:6] == ["cosine-16-table", "cosine-64-table"]
     assert names[6:] == ["cosine-127-relative", "cosine-127-computed"]
 
 
 def test_the_published_model_has_the_published_number_of_parameters():
-    config = load_study(CONFIGS / "future_seed.yaml")
-    variants = plan_variants(config, 50257)
-    assert [variant.parameters for variant in variants] == [15_846_048] * 7
-    for variant in variants[1:]:
-        assert variant.options["intermediate_size"] == 576
+    config = load_study("future", CONFIGS / "future_seed.yaml")
+    cells = config.plan(50257)
+    assert [cell.counts["parameters"] for cell in cells] == [15_846_048] * 7
+    for cell in cells[1:]:
+        assert cell.model.options["intermediate_size"] == 576
     with torch.device("meta"):
-        model = MemAttnForCausalLM(PRESETS["future"](**variants[1].options))
+        model = MemAttnForCausalLM(PRESETS["future"](**cells[1].model.options))
     assert sum(p.numel() for p in model.parameters()) == 15_846_048
-    run = plan_runs(config, variants)[1].config
+    run = plan_runs(config, cells)[1].config
     training, rows = (
         run.training,
         run.training.batch_size * run.training.gradient_accumulation_steps,
@@ -230,7 +230,7 @@ def test_the_published_model_has_the_published_number_of_parameters():
 @pytest.mark.parametrize("equal_to", ["baseline", "future"])
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 def test_parameters_are_as_equal_as_the_width_allows(equal_to, mlp):
-    compare = CompareConfig(
+    compare = FutureCompare(
         loss_types=["mse", "none"],
         future_dims=[5, 9],
         sources=["relative", "table", "computed"],
@@ -240,63 +240,79 @@ def test_parameters_are_as_equal_as_the_width_allows(equal_to, mlp):
     )
     sizes = dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=3, mlp=mlp)
     sizes |= dict(max_position_embeddings=30, position_embedding="learned", intermediate_size=90)
-    config = StudyConfig(compare=compare, sizes=sizes, future_options={"source_rank": 2})
-    variants = plan_variants(config, 100)
-    assert len(variants) == 1 + 2 * 2 * 3 == len({variant.name for variant in variants})
-    reference = variants[0 if equal_to == "baseline" else 1]
-    assert reference.options["intermediate_size"] == 90
+    config = FutureStudy(compare=compare, sizes=sizes, future_options={"source_rank": 2})
+    cells = config.plan(100)
+    assert len(cells) == 1 + 2 * 2 * 3 == len({cell.name for cell in cells})
+    reference = cells[0 if equal_to == "baseline" else 1]
+    assert reference.model.options["intermediate_size"] == 90
     unit = 2 * 12 * (2 if mlp == "gelu" else 3)  # parameters of one more feature in each MLP
-    for variant in variants:
-        model = MemAttnForCausalLM(PRESETS[variant.preset](vocab_size=100, **variant.options))
-        assert sum(p.numel() for p in model.parameters()) == variant.parameters
-        assert abs(variant.parameters - reference.parameters) <= unit / 2
-    unmeasured = [v for v in variants if v.loss_type == "none"]
-    for variant in unmeasured:
-        assert variant.options["loss_coefficient"] == 0.0
-        assert variant.options["loss_type"] == "mse"
+    for cell in cells:
+        preset, options = PRESETS[cell.model.preset], cell.model.options
+        model = MemAttnForCausalLM(preset(vocab_size=100, **options))
+        assert sum(p.numel() for p in model.parameters()) == cell.counts["parameters"]
+        assert abs(cell.counts["parameters"] - reference.counts["parameters"]) <= unit / 2
+    unmeasured = [cell.model.options for cell in cells if cell.labels["loss_type"] == "none"]
+    assert len(unmeasured) == 6
+    for options in unmeasured:
+        assert options["loss_coefficient"] == 0.0
+        assert options["loss_type"] == "mse"
 
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="sizes must leave cosine-127-table room for an MLP at"):
-        plan_variants(StudyConfig(sizes={**StudyConfig().sizes, "intermediate_size": 9}), 300)
+        FutureStudy(sizes={**FutureStudy().sizes, "intermediate_size": 9}).plan(300)
     with pytest.raises(ValueError, match="sizes.vocab_size must be at least the tokenizer's 300"):
-        plan_variants(StudyConfig(sizes={**StudyConfig().sizes, "vocab_size": 9}), 300)
+        FutureStudy(sizes={**FutureStudy().sizes, "vocab_size": 9}).plan(300)
     with pytest.raises(ValueError, match=r"compare.seeds must have at least one .*, got \[1, 1\]"):
-        CompareConfig(seeds=[1, 1])
+        FutureCompare(seeds=[1, 1])
     with pytest.raises(ValueError, match="compare.sources must have entries of table, .*, got 'x'"):
-        CompareConfig(sources=["x"])
+        FutureCompare(sources=["x"])
     with pytest.raises(ValueError, match="compare.future_dims must be at least 1, got 0"):
-        CompareConfig(future_dims=[0])
+        FutureCompare(future_dims=[0])
     with pytest.raises(ValueError, match="compare.equal_to must be one of baseline, future, got"):
-        CompareConfig(equal_to="x")
+        FutureCompare(equal_to="x")
     with pytest.raises(ValueError, match="future_options.source must be given as compare.sources"):
-        StudyConfig(future_options={"source": "table"})
+        FutureStudy(future_options={"source": "table"})
     with pytest.raises(ValueError, match="training.seed must be left to the study, got 3"):
-        StudyConfig(training=TrainingConfig(seed=3))
+        FutureStudy(training=TrainingConfig(seed=3))
     with pytest.raises(ValueError, match="data.held_out must be above 0 for a study, got 0.0"):
-        StudyConfig(data=DataConfig(held_out=0.0))
+        FutureStudy(data=DataConfig(held_out=0.0))
 
 
-def made(*cells: tuple) -> list[Variant]:
+def made(*cells: tuple) -> list[Cell]:
     """Models of a name, loss, future_dim and source each."""
-    names = ("name", "loss_type", "future_dim", "source")
+    model = ModelConfig(preset="vanilla")
     return [
-        Variant(**dict(zip(names, c, strict=True)), preset="", options={}, parameters=1234)
-        for c in cells
+        Cell(
+            name=name,
+            model=model,
+            labels=dict(zip(AXES, labels, strict=True)),
+            counts={"parameters": 1234},
+        )
+        for name, *labels in cells
     ]
 
 
-VARIANTS = made(
-    ("baseline", None, None, None), ("a", "mse", 4, "table"), ("b", "cosine", 4, "table")
-)
+def result(cell: str, seed: int, train_loss: float, val_loss: float, future_loss: float | None):
+    losses = {"train_loss": train_loss, "val_loss": val_loss}
+    if future_loss is not None:
+        losses["future_loss"] = future_loss
+    return RunResult(cell, seed, losses, 10, 1.0)
+
+
+def summary(cells: list[Cell], runs: list[RunResult]):
+    return summarise(cells, runs, FutureStudy.baselines, FutureStudy.measures)
+
+
+CELLS = made(("baseline", None, None, None), ("a", "mse", 4, "table"), ("b", "cosine", 4, "table"))
 RUNS = [
-    RunResult("baseline", 0, 3.0, 4.0, None, 10, 1.0),
-    RunResult("baseline", 1, 3.2, 4.4, None, 10, 1.0),
-    RunResult("baseline", 2, 3.4, 4.5, None, 10, 1.0),
-    RunResult("a", 0, 2.9, 3.9, 0.25, 10, 1.0),  # -0.1
-    RunResult("a", 1, 3.2, 4.2, 0.50, 10, 1.0),  # -0.2
-    RunResult("a", 2, 3.5, 4.7, 0.75, 10, 1.0),  # +0.2
-    *(RunResult("b", seed, 3.0, 5.0, 0.125, 10, 1.0) for seed in (0, 1, 2)),
+    result("baseline", 0, 3.0, 4.0, None),
+    result("baseline", 1, 3.2, 4.4, None),
+    result("baseline", 2, 3.4, 4.5, None),
+    result("a", 0, 2.9, 3.9, 0.25),  # -0.1
+    result("a", 1, 3.2, 4.2, 0.50),  # -0.2
+    result("a", 2, 3.5, 4.7, 0.75),  # +0.2
+    *(result("b", seed, 3.0, 5.0, 0.125) for seed in (0, 1, 2)),
 ]
 
 
@@ -311,9 +327,10 @@ def test_spread_and_interval():
 
 
 def test_tables_from_known_numbers():
-    compare = CompareConfig(loss_types=["mse", "cosine"], future_dims=[4], sources=["table"])
-    rows = summarise(VARIANTS, RUNS)
-    by_loss, everything = make_tables(compare, rows)
+    compare = FutureCompare(loss_types=["mse", "cosine"], future_dims=[4], sources=["table"])
+    rows = summary(CELLS, RUNS)
+    study = FutureStudy(compare=compare)
+    by_loss, everything = study.tables(rows)
     assert by_loss.title == "By loss_type (future_dim 4, source table)"
     assert by_loss.rows == [
         ("mse", "3.2000 ± 0.3000", "4.2667 ± 0.4041", "0.5000 ± 0.2500"),
@@ -323,24 +340,23 @@ def test_tables_from_known_numbers():
     # -0.1, -0.2 and 0.2; the interval is 4.303 / sqrt(3) deviations to each side
     assert everything.rows[1][5:] == ("-0.0333 ± 0.2082 [-0.5505, +0.4838]", "2 of 3")
     assert everything.rows[2][6] == "0 of 3"
-    assert rows[1].differences["train_loss"].mean == pytest.approx(0.0, abs=1e-12)
+    assert rows[1].differences["baseline"]["train_loss"].mean == pytest.approx(0.0, abs=1e-12)
     lines = by_loss.to_markdown().splitlines()
     assert lines[3] == "|---|---:|---:|---:|" and lines[4].startswith("| mse | 3.2000 ± 0.3000 |")
-    compare = CompareConfig(loss_types=["mse"], future_dims=[4, 2], sources=["table"])
+    compare = FutureCompare(loss_types=["mse"], future_dims=[4, 2], sources=["table"])
     smaller = made(("c", "mse", 2, "table"))
-    runs = [RunResult("c", 0, 1.0, 2.0, 0.5, 10, 1.0), *RUNS]
-    by_dim, _ = make_tables(compare, summarise([*VARIANTS, *smaller], runs))
+    runs = [result("c", 0, 1.0, 2.0, 0.5), *RUNS]
+    by_dim, _ = FutureStudy(compare=compare).tables(summary([*CELLS, *smaller], runs))
     assert by_dim.title == "By future_dim (loss_type mse, source table)"
     assert [row[:2] for row in by_dim.rows] == [("2", "1.0000"), ("4", "3.2000 ± 0.3000")]
-    note = make_note(compare, rows)
+    note = study.note(rows)
     assert "over 3 seeds" in note and "measured as mse" in note
 
 
 def test_one_seed_has_no_deviation():
-    rows = summarise(VARIANTS, [run for run in RUNS if run.seed == 1])
-    (everything,) = make_tables(
-        CompareConfig(loss_types=["mse"], future_dims=[4], sources=["table"]), rows
-    )
+    rows = summary(CELLS, [run for run in RUNS if run.seed == 1])
+    compare = FutureCompare(loss_types=["mse"], future_dims=[4], sources=["table"])
+    (everything,) = FutureStudy(compare=compare).tables(rows)
     assert everything.rows[1][2:] == ("3.2000", "4.2000", "0.5000", "-0.2000", "1 of 1")
 
 

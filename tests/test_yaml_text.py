@@ -5,7 +5,7 @@ import pytest
 from memattn.cli._parser import build_parser, normalise
 from memattn.cli.plot import plot
 from memattn.cli.train import train
-from memattn.study import StudyConfig, load_study
+from memattn.study import FutureStudy, load_study
 from memattn.train import DataConfig, ModelConfig, TrainConfig, TrainingConfig, load_config
 from memattn.yaml_text import dump_yaml, load_yaml
 
@@ -63,13 +63,13 @@ def test_every_text_field_of_a_file_is_read_as_it_is_written(tmp_path, field):
 
 
 def test_a_study_is_read_as_it_is_written(tmp_path):
-    config = StudyConfig(
+    config = FutureStudy(
         out="1e3",
         sizes={"norm": "null", "hidden_size": 8},
         data=DataConfig(document_separator="---", tokenizer="~"),
     )
     (tmp_path / "study.yaml").write_text(config.to_yaml())
-    assert load_study(tmp_path / "study.yaml") == config
+    assert load_study("future", tmp_path / "study.yaml") == config
 
 
 def parse(function, *arguments):

@@ -65,7 +65,12 @@ def _run(name: str, arguments: list[str]) -> int:
 
     from memattn.cli._parser import build_parser, normalise
 
-    function: Callable[..., Any] = getattr(importlib.import_module(f"memattn.cli.{name}"), name)
+    module = importlib.import_module(f"memattn.cli.{name}")
+    function: Callable[..., Any] = getattr(module, name)
+    kinds: dict[str, Callable[..., Any]] = getattr(module, "KINDS", {})
+    if arguments and arguments[0] in kinds:  # a command of several, each with its own options
+        kind = arguments.pop(0)
+        name, function = f"{name} {kind}", kinds[kind]
     parser, build = build_parser(function, prog=f"memattn {name}")
     try:
         values = parser.parse_args(normalise(arguments))

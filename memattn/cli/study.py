@@ -1,5 +1,5 @@
-"""``memattn study``: its options are those of what is studied, so the function stands there."""
+"""``memattn study``: its options are those of what is studied, so the functions stand there."""
 
-from memattn.study.command import study
+from memattn.study.command import KINDS, study
 
-__all__ = ["study"]
+__all__ = ["KINDS", "study"]

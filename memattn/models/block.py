@@ -8,7 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
-from memattn.nn import GELUMLP, SwiGLU
+from memattn.nn import make_mlp, make_norm
 from memattn.parts import PartContext
 from memattn.parts.losses import check_output
 
@@ -34,16 +34,16 @@ class MemAttnBlock(GradientCheckpointingLayer):
     def __init__(self, config: MemAttnConfig, layer_idx: int) -> None:
         super().__init__()
         assert config.intermediate_size is not None
-        mlp = GELUMLP if config.mlp == "gelu" else SwiGLU
+        norm = lambda: make_norm(config.norm, config.hidden_size, config.rms_norm_eps)
         self.layer_idx = layer_idx
         self.part_configs = config.layer_parts(layer_idx)
         build = lambda name: self.part_configs[name].build(config.sizes, layer_idx)
         added = [name for name in self.part_configs if name != "attention"]
-        self.attention_norm = make_norm(config)
+        self.attention_norm = norm()
         self.attention = build("attention")
-        self.mlp_norm = make_norm(config)
-        self.mlp = mlp(config.hidden_size, config.intermediate_size)
-        self.part_norms = nn.ModuleDict({name: make_norm(config) for name in added})
+        self.mlp_norm = norm()
+        self.mlp = make_mlp(config.mlp, config.hidden_size, config.intermediate_size)
+        self.part_norms = nn.ModuleDict({name: norm() for name in added})
         self.parts = nn.ModuleDict({name: build(name) for name in added})
         configs = self.part_configs.values()
         self.loss_names = tuple(dict.fromkeys(name for part in configs for name in part.losses))
@@ -126,10 +126,3 @@ class MemAttnBlock(GradientCheckpointingLayer):
             )
         carry |= output.carry
         return hidden_states + output.hidden_states
-
-
-def make_norm(config: MemAttnConfig) -> nn.Module:
-    """The norm that the configuration names."""
-    if config.norm == "layer":
-        return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps, bias=False)
-    return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -8,8 +8,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from memattn.checks import check_int, must
+from memattn.nn.mlp import MLPS
+from memattn.nn.norm import NORMS
 from memattn.parts import PARTS, PartConfig, Sizes, make_part
 from memattn.parts.causal import CausalConfig
+from memattn.parts.chapter_memory import ChapterMemoryConfig
 from memattn.parts.future import FutureConfig
 from memattn.parts.old_spellings import upgrade_attention
 from memattn.parts.segmented import SegmentedConfig
@@ -22,17 +25,18 @@ from memattn.parts.together import (
 )
 
 POSITION_EMBEDDINGS = ("rope", "learned")
-NORMS = ("rms", "layer")
-MLPS = ("swiglu", "gelu")
 
 
 def _preset(part: type[PartConfig], summary: str, **defaults: Any) -> Any:
-    """A class method that makes the configuration with one kind of attention."""
+    """A class method that makes the configuration with one kind of attention, or one added part."""
     own = {part_field.name for part_field in fields(part)}
 
     def make(cls: "type[MemAttnConfig]", **options: Any) -> "MemAttnConfig":
         chosen = {name: options.pop(name) for name in own & options.keys()}
-        return cls(attention=part(**defaults | chosen), **cls._check_sizes(options))
+        made, sizes = part(**defaults | chosen), cls._check_sizes(options)
+        if part.place == "attention":
+            return cls(attention=made, **sizes)
+        return cls(**{**sizes, "parts": [made, *sizes.get("parts", [])]})
 
     make.__doc__ = f"""{summary}
 
@@ -163,6 +167,10 @@ class MemAttnConfig(PreTrainedConfig):
             head_dim=self.head_dim,
             num_layers=self.num_hidden_layers,
             max_positions=self.max_position_embeddings,
+            intermediate_size=self.intermediate_size,
+            mlp=self.mlp,
+            norm=self.norm,
+            norm_eps=self.rms_norm_eps,
         )
 
     def named_parts(self) -> dict[str, PartConfig]:
@@ -231,6 +239,13 @@ class MemAttnConfig(PreTrainedConfig):
         num_persistent_tokens=4,
     )
     future = _preset(FutureConfig, "A causal decoder that sees learned keys for what is ahead.")
+    memory_transformer = _preset(
+        ChapterMemoryConfig,
+        "A causal decoder whose layers attend to chapters of learned memory tokens.",
+        use_chapters=True,
+        num_chapters=16,
+        top_k_chapters=4,
+    )
 
     @classmethod
     def _check_sizes(cls, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -277,6 +292,7 @@ PRESETS: dict[str, Callable[..., MemAttnConfig]] = {
     "vanilla": MemAttnConfig.vanilla,
     "segmented": MemAttnConfig.segmented,
     "future": MemAttnConfig.future,
+    "memory_transformer": MemAttnConfig.memory_transformer,
 }
 
 

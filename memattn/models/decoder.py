@@ -9,12 +9,12 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils.generic import can_return_tuple
 
 from memattn.checks import check_rank, must
-from memattn.models.block import MemAttnBlock, make_norm
+from memattn.models.block import MemAttnBlock
 from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
 from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
-from memattn.nn import RotaryEmbedding, sequence_positions
+from memattn.nn import RotaryEmbedding, make_norm, sequence_positions
 from memattn.parts import PARTS, PartConfig, PartContext, Role, SequenceBounds
 from memattn.parts.losses import LossSums
 from memattn.parts.padding import check_lengths, check_positions, mask_bounds
@@ -84,7 +84,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
             MemAttnBlock(config, i) for i in range(config.num_hidden_layers)
         )
         self.shared_parts = nn.ModuleDict(config.build_shared_parts())
-        self.norm = make_norm(config)
+        self.norm = make_norm(config.norm, config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -1,9 +1,26 @@
 """Thin modules around the operators: projections, one operator call, output projection."""
 
 from memattn.nn._heads import KeyValueCache, MultiHeadAttention, TokenCache
+from memattn.nn.chapter_memory import (
+    ChapterMemory,
+    ChapterRouter,
+    LowRankLinear,
+    MemoryBanks,
+    MemoryCrossAttention,
+    ProjectedChapters,
+    ZeroLinear,
+)
 from memattn.nn.future_attention import FutureAttention, FutureLayerOutput
 from memattn.nn.future_keys import FutureComputed, FutureRelative, FutureRows, FutureTable
-from memattn.nn.mlp import GELUMLP, SwiGLU
+from memattn.nn.memory_bank import (
+    FactorizedMemoryBank,
+    MemoryBank,
+    QuantizedMemoryBank,
+    ReducedDimMemoryBank,
+    StandardMemoryBank,
+)
+from memattn.nn.mlp import GELUMLP, SwiGLU, make_mlp
+from memattn.nn.norm import make_norm
 from memattn.nn.rotary import RotaryEmbedding, apply_rotary, sequence_positions
 from memattn.nn.segmented_attention import SegmentedAttention
 from memattn.nn.task_attention import ColumnLayout, TaskGraphAttention
@@ -12,7 +29,10 @@ from memattn.nn.task_tokens import TokenProjection
 
 __all__ = [
     "GELUMLP",
+    "ChapterMemory",
+    "ChapterRouter",
     "ColumnLayout",
+    "FactorizedMemoryBank",
     "FutureAttention",
     "FutureComputed",
     "FutureLayerOutput",
@@ -20,16 +40,27 @@ __all__ = [
     "FutureRows",
     "FutureTable",
     "KeyValueCache",
+    "LowRankLinear",
+    "MemoryBank",
+    "MemoryBanks",
+    "MemoryCrossAttention",
     "MultiHeadAttention",
+    "ProjectedChapters",
+    "QuantizedMemoryBank",
+    "ReducedDimMemoryBank",
     "RotaryEmbedding",
     "SegmentedAttention",
+    "StandardMemoryBank",
     "SwiGLU",
     "TaskGraphAttention",
     "TaskGroups",
     "TaskLinear",
     "TokenCache",
     "TokenProjection",
+    "ZeroLinear",
     "apply_rotary",
     "group_by_task",
+    "make_mlp",
+    "make_norm",
     "sequence_positions",
 ]

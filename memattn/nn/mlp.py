@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.checks import check_int
+from memattn.checks import check_int, must
 
 
 class SwiGLU(nn.Module):
@@ -51,3 +51,13 @@ class GELUMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map ``[..., E]`` to ``[..., E]``."""
         return self.down_proj(F.gelu(self.up_proj(hidden_states)))
+
+
+MLPS: dict[str, type[SwiGLU] | type[GELUMLP]] = {"swiglu": SwiGLU, "gelu": GELUMLP}
+
+
+def make_mlp(kind: str, hidden_size: int, intermediate_size: int) -> SwiGLU | GELUMLP:
+    """The MLP of a kind, ``"swiglu"`` or ``"gelu"``."""
+    if kind not in MLPS:
+        must("mlp", f"be one of {', '.join(MLPS)}", repr(kind))
+    return MLPS[kind](hidden_size, intermediate_size)

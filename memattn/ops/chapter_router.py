@@ -140,9 +140,11 @@ def chapter_router(
         routed_scale=float(routed_scale),
         is_mean=normalisation == "mean",
     )
-    match resolve_backend(backend, hidden, "hidden", compiled=()):
+    match resolve_backend(backend, hidden, "hidden", compiled=("cpp",)):
         case "reference":
             from memattn.reference.chapter_router import chapter_router as impl
+        case "cpp":
+            from memattn.cpp.chapter_router import chapter_router as impl
         case other:
             raise NotImplementedError(other)
     return RouterOutput(*impl(args))

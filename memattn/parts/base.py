@@ -33,6 +33,10 @@ class Sizes(NamedTuple):
     head_dim: int
     num_layers: int
     max_positions: int
+    intermediate_size: int | None = None  # of the MLP, None where it is unknown
+    mlp: str = "swiglu"
+    norm: str = "rms"
+    norm_eps: float = 1e-6
 
 
 class Role(NamedTuple):

@@ -16,7 +16,8 @@ def chapter_router(args: ChapterRouterArgs) -> tuple[Tensor, ...]:
         valid = torch.ones(B, N, dtype=torch.bool, device=args.hidden.device)
     # an invalid row may hold anything
     hidden = torch.where(valid[..., None], args.hidden, 0.0).to(wide)
-    logits = hidden.reshape(B * N, E) @ args.weight.to(wide).T
+    with torch.autocast(hidden.device.type, enabled=False):  # logits are never rounded
+        logits = hidden.reshape(B * N, E) @ args.weight.to(wide).T
     if args.bias is not None:
         logits = logits + args.bias.to(wide)
     logits = (logits / args.temperature).unflatten(0, (B, N))
@@ -44,6 +45,8 @@ def chapter_router(args: ChapterRouterArgs) -> tuple[Tensor, ...]:
     load_balance_loss = factor * (load * importance).sum()
     auxiliary_loss = n_routed * (importance - 1 / n_routed).square().sum()
     auxiliary_loss = auxiliary_loss * (count > 0)
-    entropy = mean(lse - (probabilities * logits).sum(-1)).detach()
+    # a chapter without probability has no part, though its logit may be minus infinity
+    expected = torch.where(probabilities == 0, 0.0, probabilities * logits).sum(-1)
+    entropy = mean(lse - expected).detach()
     z_loss = mean(lse.square())
     return indices, weights, load_balance_loss, auxiliary_loss, z_loss, count, load, entropy

@@ -1,31 +1,54 @@
-"""Comparisons at equal parameters over several seeds: the study of future attention."""
+"""Comparisons of equals over several seeds: one file a study, and what runs and reports all."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memattn.study.config import CompareConfig, StudyConfig, load_study
+from memattn.checks import must
+from memattn.study.base import Study
+from memattn.study.cells import Cell, Measure
+from memattn.study.future import FutureCompare, FutureStudy
+from memattn.train.config import read_config
 
 if TYPE_CHECKING:
     from memattn.study.run import run_study
-    from memattn.study.variants import Variant, plan_variants
+
+STUDIES: dict[str, type[Study]] = {study.system: study for study in (FutureStudy,)}
 
 __all__ = [
-    "CompareConfig",
-    "StudyConfig",
-    "Variant",
+    "STUDIES",
+    "Cell",
+    "FutureCompare",
+    "FutureStudy",
+    "Measure",
+    "Study",
     "load_study",
-    "plan_variants",
     "run_study",
 ]
 
 
+def load_study(system: str, path: str | Path) -> Study:
+    """Read the YAML file of a study.
+
+    Args:
+        system: Its name, a key of ``STUDIES``.
+        path: The file. Fields that it leaves out have their default.
+
+    Returns:
+        The checked study.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If there is no such study, the file is no YAML, or a field is unknown or wrong.
+    """
+    if system not in STUDIES:
+        must("system", f"be one of {', '.join(STUDIES)}", repr(system))
+    return read_config(STUDIES[system], path)
+
+
 def __getattr__(name: str) -> Any:
-    # these import transformers and matplotlib, which reading a configuration must not
+    # it imports transformers and matplotlib, which reading a configuration must not
     if name == "run_study":
         from memattn.study.run import run_study
 
         return run_study
-    if name in ("Variant", "plan_variants"):
-        from memattn.study import variants
-
-        return getattr(variants, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

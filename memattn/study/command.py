@@ -1,49 +1,62 @@
-"""``memattn study``."""
+"""``memattn study``: each study has a command whose options are its fields."""
 
-from typing import Any, Literal
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, get_type_hints
 
-from memattn.study.config import CompareConfig, StudyConfig
-from memattn.train.config import DataConfig, TrainingConfig
+from memattn.study import STUDIES
+from memattn.study.base import Study
 
-_DEFAULT = StudyConfig()
+_ABOUT = """
+Trains each model with each seed, prints tables with mean and standard deviation and with the
+paired differences, and writes results.json, results.csv, results.md and curves.png. Ctrl-C leaves
+a checkpoint: the same command goes on from there, and finished runs are kept.
+"""
+_MAX_MINUTES = "Stop with a checkpoint after so many minutes; the same command goes on."
 
 
-def study(
-    system: Literal["future"],
-    out: str = _DEFAULT.out,
-    compare: CompareConfig = _DEFAULT.compare,
-    sizes: dict[str, Any] = _DEFAULT.sizes,
-    future_options: dict[str, Any] = _DEFAULT.future_options,
-    data: DataConfig = _DEFAULT.data,
-    training: TrainingConfig = _DEFAULT.training,
-    max_minutes: float | None = None,
-) -> int:
-    """Compare a system with a plain decoder at equal parameters, over several seeds.
+def study(system: Literal["future"]) -> int:
+    """Compare a system with its equals over several seeds, with paired differences.
 
-    Trains each model with each seed, prints tables with mean and standard deviation and with the
-    paired difference to the baseline, and writes results.json, results.csv, results.md and
-    curves.png. Ctrl-C leaves a checkpoint: the same command goes on from there, and finished runs
-    are kept.
+    Each system has options of its own: memattn study SYSTEM --help.
 
     Args:
         system: What is studied: future, attention with learned keys for the positions ahead.
-        out: Folder of the runs and results.
-        compare: The models that are compared.
-        sizes: Sizes of every model, keywords of the presets.
-        future_options: Further keywords of the future models, such as start_layer.
-        data: The text, of which a part must be held out.
-        training: Optimisation; output_dir and seed are left to the study.
-        max_minutes: Stop with a checkpoint after so many minutes; the same command goes on.
     """
-    from memattn.study.run import run_study
+    return KINDS[system]()
 
-    config = StudyConfig(
-        out=out,
-        compare=compare,
-        sizes=sizes,
-        future_options=future_options,
-        data=data,
-        training=training,
+
+def command_of(kind: type[Study]) -> Callable[..., int]:
+    """The function of a study's command: its arguments are the fields of the study."""
+
+    def command(*, max_minutes: float | None = None, **options: Any) -> int:
+        from memattn.study.run import run_study
+
+        run_study(kind(**options), max_minutes=max_minutes)
+        return 0
+
+    defaults, hints = kind(), get_type_hints(kind)
+    names = list(inspect.signature(kind).parameters)
+    hints = {name: hints[name] for name in names} | {"max_minutes": float | None}
+    command.__name__ = command.__qualname__ = kind.system
+    command.__annotations__ = {**hints, "return": int}
+    vars(command)["__signature__"] = inspect.Signature(
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=getattr(defaults, name, None),
+                annotation=hint,
+            )
+            for name, hint in hints.items()
+        ],
+        return_annotation=int,
     )
-    run_study(config, max_minutes=max_minutes)
-    return 0
+    summary, attributes = (inspect.getdoc(kind) or "").split("\n\nAttributes:\n", 1)
+    command.__doc__ = (
+        f"{summary}\n{_ABOUT}\nArgs:\n{attributes.rstrip()}\n    max_minutes: {_MAX_MINUTES}\n"
+    )
+    return command
+
+
+KINDS = {system: command_of(kind) for system, kind in STUDIES.items()}

@@ -9,30 +9,29 @@ from typing import Any
 
 from rich.console import Console
 
+from memattn._tables import Spread
 from memattn.bench.report import machine
 from memattn.files import write_text
-from memattn.study.config import StudyConfig
-from memattn.study.results import RunResult, mean_curves, summarise
-from memattn.study.tables import make_note, make_tables
-from memattn.study.variants import Variant
+from memattn.study.base import Study
+from memattn.study.cells import Cell
+from memattn.study.results import COMMON, RunResult, summarise
 from memattn.viz import plot_bands
+from memattn.viz.curves import smooth_curve
 
 Metrics = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
 
 
-def print_report(
-    console: Console, config: StudyConfig, variants: list[Variant], runs: list[RunResult]
-) -> None:
+def print_report(console: Console, study: Study, cells: list[Cell], runs: list[RunResult]) -> None:
     """Print the tables."""
-    rows = summarise(variants, runs)
-    for table in make_tables(config.compare, rows):
+    rows = summarise(cells, runs, study.baselines, study.measures)
+    for table in study.tables(rows):
         console.print(table.to_rich())
-    console.print(make_note(config.compare, rows), highlight=False)
+    console.print(study.note(rows), highlight=False)
 
 
 def write_report(
-    config: StudyConfig,
-    variants: list[Variant],
+    study: Study,
+    cells: list[Cell],
     runs: list[RunResult],
     metrics: Metrics,
     facts: dict[str, Any],
@@ -40,32 +39,40 @@ def write_report(
     """Write ``results.json``, ``results.csv``, ``curves.png`` and ``results.md``.
 
     Args:
-        config: The study.
-        variants: Its models.
+        study: The study.
+        cells: Its cells.
         runs: What each of its runs gave.
-        metrics: Rows of ``metrics.csv`` by model and seed.
+        metrics: Rows of ``metrics.csv`` by cell and seed.
         facts: The command, and the sizes of the text.
 
     Returns:
         Path of ``results.md``.
     """
-    out = Path(config.out)
-    rows = summarise(variants, runs)
-    made_by = machine(config.compare.seeds[0])
+    out = Path(study.out)
+    rows = summarise(cells, runs, study.baselines, study.measures)
+    made_by = machine(study.seeds[0])
     made_by.pop("seed")
+    names = [measure.name for measure in (*COMMON, *study.measures)]
     report = {
         **facts,
         "machine": made_by,
         "models": [row.to_dict() for row in rows],
-        "runs": [run._asdict() for run in runs],
+        "runs": [_record(run, names) for run in runs],
     }
     write_text(out / "results.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
-    write_text(out / "results.csv", _to_csv(variants, runs))
-    _plot(config, variants, metrics, out / "curves.png")
-    tables = "\n".join(table.to_markdown() for table in make_tables(config.compare, rows))
-    text = f"{tables}\n{make_note(config.compare, rows)}\n\n{_made(report)}\n"
+    write_text(out / "results.csv", _to_csv(study, cells, runs))
+    _plot(study, cells, metrics, out / "curves.png")
+    tables = "\n".join(table.to_markdown() for table in study.tables(rows))
+    text = f"{tables}\n{study.note(rows)}\n\n{_made(report)}\n"
     write_text(out / "results.md", text)
     return out / "results.md"
+
+
+def _record(run: RunResult, names: Sequence[str]) -> dict[str, Any]:
+    """A run as plain values; None where it has no such loss."""
+    losses = {name: run.losses.get(name) for name in names}
+    own = {"tokens": run.tokens, "seconds": run.seconds}
+    return {"variant": run.variant, "seed": run.seed, **losses, **own}
 
 
 def _made(report: Mapping[str, Any]) -> str:
@@ -86,36 +93,61 @@ def _made(report: Mapping[str, Any]) -> str:
     )
 
 
-def _to_csv(variants: list[Variant], runs: list[RunResult]) -> str:
+def _to_csv(study: Study, cells: list[Cell], runs: list[RunResult]) -> str:
     """One row for each run."""
-    by_name = {variant.name: variant for variant in variants}
-    base = {run.seed: run for run in runs if run.variant == variants[0].name}
+    by_name = {cell.name: cell for cell in cells}
+    by_run = {(run.variant, run.seed): run.losses for run in runs}
+    labels = list(dict.fromkeys(name for cell in cells for name in cell.labels))
+    counts = list(dict.fromkeys(name for cell in cells for name in cell.counts))
+    losses = [measure.name for measure in (*COMMON, *study.measures)]
+    minus = [f"val_loss_minus_{name}" for name in study.baselines]
     out = io.StringIO()
-    names = ["variant", "loss_type", "future_dim", "source", "parameters", "seed", "train_loss"]
-    names += ["val_loss", "future_loss", "val_loss_minus_baseline", "tokens", "seconds"]
-    writer = csv.DictWriter(out, names, lineterminator="\n")
+    columns = ["variant", *labels, *counts, "seed", *losses, *minus, "tokens", "seconds"]
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
     for run in runs:
-        variant = by_name[run.variant]
-        own = {name: getattr(variant, name) for name in names[1:5]}
-        difference = run.val_loss - base[run.seed].val_loss
-        writer.writerow({**run._asdict(), **own, "val_loss_minus_baseline": difference})
+        cell = by_name[run.variant]
+        row = {**cell.labels, **cell.counts, **_record(run, losses)}
+        for column, name in zip(minus, study.baselines, strict=True):
+            base = by_name[name].fixed or by_run[name, run.seed]
+            row[column] = run.losses["val_loss"] - base["val_loss"]
+        writer.writerow(row)
     return out.getvalue()
 
 
-def _plot(config: StudyConfig, variants: list[Variant], metrics: Metrics, path: Path) -> None:
-    """Draw training, validation and future loss over the steps."""
+def _plot(study: Study, cells: list[Cell], metrics: Metrics, path: Path) -> None:
+    """Draw the train loss and what is measured of held-out documents over the steps."""
+    columns = {"train loss, smoothed": "lm_loss", "validation loss": "eval_loss"}
+    columns |= {f"{m.head}, held out": m.column for m in study.measures if m.column is not None}
     panels = {}
-    for title, column in (
-        ("train loss, smoothed", "lm_loss"),
-        ("validation loss", "eval_loss"),
-        ("future loss, held out", "eval_future_loss"),
-    ):
+    for title, column in columns.items():
         curves = {}
-        for variant in variants:
-            runs = [metrics[variant.name, seed] for seed in config.compare.seeds]
+        for cell in cells:
+            runs = [metrics[cell.name, seed] for seed in study.seeds if cell.fixed is None]
             points = mean_curves(runs, column, smooth=column == "lm_loss")
             if points:
-                curves[variant.name] = points
+                curves[cell.name] = points
         panels[title] = curves
     plot_bands({title: curves for title, curves in panels.items() if curves}, path)
+
+
+def mean_curves(
+    runs: Sequence[Sequence[Mapping[str, Any]]], column: str, *, smooth: bool = False
+) -> list[tuple[float, float, float]]:
+    """A column of ``metrics.csv`` over the seeds: step, mean and standard deviation.
+
+    Args:
+        runs: Rows of the metrics of each seed.
+        column: Name of the column. Rows without it are left out.
+        smooth: Whether each seed's values are smoothed first.
+
+    Returns:
+        The points at the steps that all seeds have.
+    """
+    values: dict[float, list[float]] = {}
+    for rows in runs:
+        points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
+        for step, value in smooth_curve(points) if smooth else points:
+            values.setdefault(step, []).append(value)
+    spreads = {s: Spread.of(v) for s, v in sorted(values.items()) if len(v) == len(runs)}
+    return [(step, spread.mean, spread.sd or 0.0) for step, spread in spreads.items()]

@@ -1,20 +1,19 @@
-"""Runs a study: one training run for each model and seed, none of them twice."""
+"""Runs a study: one training run for each cell and seed, none of them twice."""
 
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from memattn.checks import must
 from memattn.files import write_text
-from memattn.study.config import StudyConfig
+from memattn.study.base import Study
+from memattn.study.cells import Cell
 from memattn.study.report import print_report, write_report
 from memattn.study.results import RunResult, read_run
-from memattn.study.variants import Variant, plan_variants
 from memattn.train import ModelConfig, TrainConfig, load_config, train
 from memattn.train.metrics import read_metrics
 from memattn.train.setup import prepare_data
@@ -25,9 +24,9 @@ _FREE = {"output_dir", "cache_dir", "cpu", "log_steps", "save_steps", "keep_chec
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One model with one seed."""
+    """One cell with one seed."""
 
-    variant: Variant
+    cell: Cell
     seed: int
     config: TrainConfig
 
@@ -46,25 +45,25 @@ class StudyRun:
         return self.config.training.max_steps
 
     def __str__(self) -> str:
-        return f"{self.variant.name}, seed {self.seed}"
+        return f"{self.cell.name}, seed {self.seed}"
 
 
 def run_study(
-    config: StudyConfig,
+    study: Study,
     *,
     max_minutes: float | None = None,
     command: str | None = None,
     console: Console | None = None,
 ) -> Path | None:
-    """Train all models of a study with all seeds, and compare them.
+    """Train all cells of a study with all seeds, and compare them.
 
-    ``<out>/<model>/seed-<n>/`` are run folders of ``memattn.train``. Finished runs are kept, an
+    ``<out>/<cell>/seed-<n>/`` are run folders of ``memattn.train``. Finished runs are kept, an
     interrupted one goes on at its last checkpoint. At the end ``results.json``, ``results.csv``,
-    ``results.md`` and ``curves.png`` are written. Seeds are the outer loop, so that models stay
+    ``results.md`` and ``curves.png`` are written. Seeds are the outer loop, so that cells stay
     comparable whenever it is stopped.
 
     Args:
-        config: The study.
+        study: The study.
         max_minutes: Stop with a checkpoint after so many minutes, or earlier; None runs to the
             end. An evaluation that is due and the last checkpoint come on top.
         command: What to print as the command that made the results; None takes that of the
@@ -86,15 +85,14 @@ def run_study(
     began = time.perf_counter()
     left = lambda: None if max_minutes is None else 60.0 * max_minutes - time.perf_counter() + began
     with console.status("fetching and tokenizing the text"):
-        corpus = prepare_data(TrainConfig(model=ModelConfig(preset="vanilla"), data=config.data))
-        variants = plan_variants(config, len(corpus.tokenizer))
-    runs = plan_runs(config, variants)
+        corpus = prepare_data(TrainConfig(model=ModelConfig(preset="vanilla"), data=study.data))
+        cells = study.plan(len(corpus.tokenizer))
+    runs = plan_runs(study, cells)
     for run in runs:
         _check_same(run)
-    write_text(Path(config.out) / "config.yaml", config.to_yaml())
-    for variant in variants:
-        width = variant.options["intermediate_size"]
-        _say(console, f"{variant.name}: {variant.parameters:,} parameters, MLP width {width}")
+    write_text(Path(study.out) / "config.yaml", study.to_yaml())
+    for cell in cells:
+        _say(console, str(cell))
     for number, run in enumerate(runs, 1):
         if run.is_finished:
             continue
@@ -112,36 +110,29 @@ def run_study(
             "the same command goes on",
         )
         return None
-    results = [_result(run) for run in runs]
+    results = [_result(run, study) for run in runs]
     command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     facts = {
         "command": command,
-        "config": asdict(config),
+        "config": study.to_dict(),
         "train_tokens": len(corpus.train.ids),
         "held_out_tokens": 0 if corpus.held_out is None else len(corpus.held_out.ids),
     }
-    metrics = {(r.variant.name, r.seed): read_metrics(r.folder / "metrics.csv") for r in runs}
-    report = write_report(config, variants, results, metrics, facts)
-    print_report(console, config, variants, results)
+    metrics = {(r.cell.name, r.seed): read_metrics(r.folder / "metrics.csv") for r in runs}
+    report = write_report(study, cells, results, metrics, facts)
+    print_report(console, study, cells, results)
     _say(console, f"wrote {report}")
     return report
 
 
-def plan_runs(config: StudyConfig, variants: list[Variant]) -> list[StudyRun]:
-    """Every model with every seed, seed by seed."""
-    return list(_plan_runs(config, variants))
-
-
-def _plan_runs(config: StudyConfig, variants: list[Variant]) -> Iterator[StudyRun]:
-    for seed in config.compare.seeds:
-        for variant in variants:
-            folder = Path(config.out) / variant.name / f"seed-{seed}"
-            train_config = TrainConfig(
-                model=ModelConfig(preset=variant.preset, options=variant.options),
-                data=config.data,
-                training=replace(config.training, output_dir=str(folder), seed=seed),
-            )
-            yield StudyRun(variant, seed, train_config)
+def plan_runs(study: Study, cells: list[Cell]) -> list[StudyRun]:
+    """Every cell that is trained with every seed, seed by seed."""
+    return [
+        StudyRun(cell, seed, study.run_config(cell, seed))
+        for seed in study.seeds
+        for cell in cells
+        if cell.fixed is None
+    ]
 
 
 def _check_same(run: StudyRun) -> None:
@@ -182,8 +173,8 @@ def _time_left(runs: list[StudyRun]) -> str:
     return f", about {minutes:.0f} min left" if minutes >= 1.0 else ", less than a minute left"
 
 
-def _result(run: StudyRun) -> RunResult:
-    return read_run(run.folder, run.variant.name, run.seed, run.max_steps)
+def _result(run: StudyRun, study: Study) -> RunResult:
+    return read_run(run.folder, run.cell.name, run.seed, run.max_steps, study.measures)
 
 
 def _say(console: Console, text: str) -> None:

@@ -1,81 +1,61 @@
 """The tables of a study, for the terminal and as Markdown."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from memattn._tables import Spread, Table
-from memattn.study.config import CompareConfig
-from memattn.study.results import LOSSES, Row
-from memattn.study.variants import BASELINE
-
-LOSS_HEADS = ("train loss", "validation loss", "future loss")
-NOTE = (
-    "Mean ± standard deviation over {seeds}, nats per token. Train loss: cross-entropy over "
-    "the last tenth of the steps. Validation and future loss: held-out documents, at the end; "
-    "future losses of different types do not compare, and `none` is measured as {measured} without "
-    "being trained on. Differences: validation loss minus that of the baseline with the same seed, "
-    "which has the same text in the same order; in brackets the 95 % t interval of their mean."
-)
+from memattn.study.cells import Measure
+from memattn.study.results import COMMON, Row
 
 
-def make_tables(compare: CompareConfig, rows: Sequence[Row]) -> list[Table]:
-    """By loss type, by future_dim, by source, and all against the baseline.
+def make_table(
+    title: str, rows: Sequence[Row], baselines: Sequence[str], measures: Sequence[Measure] = ()
+) -> Table:
+    """All cells with their counts and losses, and what they differ by from the baselines.
 
     Args:
-        compare: What was compared. A list with one entry has no table of its own.
-        rows: The models over their seeds, the baseline first.
+        title: Title of the table.
+        rows: The cells over their seeds.
+        baselines: Names of the cells that the others are compared with.
+        measures: What is measured beside the losses of every study.
     """
-    lists: dict[str, list[Any]] = {
-        "loss_type": compare.loss_types,
-        "future_dim": sorted(compare.future_dims),
-        "source": compare.sources,
-    }
-    centre = {
-        "loss_type": compare.loss_types[0],
-        "future_dim": compare.future_dims[0],
-        "source": compare.sources[0],
-    }
-    tables = []
-    for name, values in lists.items():
-        others = {other: value for other, value in centre.items() if other != name}
-        picked = [
-            row
-            for value in values
-            for row in rows
-            if all(getattr(row.variant, o) == v for o, v in {**others, name: value}.items())
-        ]
-        if len(values) > 1:
-            fixed = ", ".join(f"{other} {value}" for other, value in others.items())
-            cells = [(str(getattr(row.variant, name)), *_losses(row)) for row in picked]
-            tables.append(Table(f"By {name} ({fixed})", (name, *LOSS_HEADS), cells))
-    heads = ("model", "parameters", *LOSS_HEADS, "validation loss - baseline", "seeds below it")
-    cells = [
-        (row.variant.name, f"{row.variant.parameters:,}", *_losses(row), *_difference(row))
-        for row in rows
-    ]
-    return [*tables, Table("All models at equal parameters", heads, cells)]
+    counts = dict.fromkeys(name for row in rows for name in row.cell.counts)
+    heads = ["model", *(name.replace("_", " ") for name in counts), *loss_heads(measures)]
+    for baseline in baselines:
+        heads += [f"validation loss - {baseline}", "seeds below it"]
+    cells = []
+    for row in rows:
+        own = [f"{row.cell.counts[name]:,}" if name in row.cell.counts else "-" for name in counts]
+        differences = [text for name in baselines for text in _against(row, name)]
+        cells.append((row.cell.name, *own, *loss_cells(row, measures), *differences))
+    return Table(title, tuple(heads), cells)
 
 
-def make_note(compare: CompareConfig, rows: Sequence[Row]) -> str:
-    """What the numbers of the tables mean."""
-    measured = next((t for t in compare.loss_types if t != "none"), "none")
-    n = rows[0].losses["val_loss"].n
-    return NOTE.format(seeds="one seed" if n == 1 else f"{n} seeds", measured=measured)
+def loss_heads(measures: Sequence[Measure] = ()) -> tuple[str, ...]:
+    """The heads of ``loss_cells``."""
+    return tuple(measure.head for measure in (*COMMON, *measures))
 
 
-def _losses(row: Row) -> list[str]:
-    return [_spread(row.losses[name]) if name in row.losses else "-" for name in LOSSES]
+def loss_cells(row: Row, measures: Sequence[Measure] = ()) -> list[str]:
+    """Each loss of a cell over its seeds."""
+    names = [measure.name for measure in (*COMMON, *measures)]
+    return [_spread(row.losses[name]) if name in row.losses else "-" for name in names]
 
 
-def _difference(row: Row) -> tuple[str, str]:
-    if row.variant.name == BASELINE:
-        return "-", "-"
-    spread = row.differences["val_loss"]
+def difference(spread: Spread) -> str:
+    """A difference over seeds, with the interval of its mean."""
     text = _spread(spread, "+")
     if spread.interval is not None:
         low, high = spread.interval
         text += f" [{low:+.4f}, {high:+.4f}]"
-    return text, f"{row.lower} of {spread.n}"
+    return text
+
+
+def _against(row: Row, baseline: str) -> tuple[str, str]:
+    """A cell's validation loss beside that of a baseline, which has nothing to say of itself."""
+    if not row.differences[baseline]:
+        return "-", "-"
+    spread = row.differences[baseline]["val_loss"]
+    return difference(spread), f"{row.lower[baseline]} of {spread.n}"
 
 
 def _spread(spread: Spread, sign: str = "") -> str:

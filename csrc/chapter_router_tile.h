@@ -1,0 +1,424 @@
+// The router of chapters: rows are lanes, and a tile of rows has the logits of all chapters in
+// scratch. A logit is one sum over E in a fixed order, whatever the tile, the lane or the chapter.
+//
+// Included once per instruction set after attention_tile.h.
+
+constexpr int64_t ROUTER_BLOCK = 96;   // chapters of a block; a multiple of the micro-tile rows
+constexpr int64_t LOGIT_RUN = 32;     // terms of a logit summed in one go
+constexpr int64_t PROBABILITY_RUN = 32;  // probabilities summed in one go
+constexpr uint32_t ORDERED_INFINITY = 0x007fffff;  // ordered() of minus infinity
+
+// Bit i for lane i where a >= b.
+static MEMATTN_INLINE uint32_t lanes_at_least(vf a, vf b) {
+#if defined(MEMATTN_AT_LEAST)
+  return MEMATTN_AT_LEAST(a, b);
+#else
+  const vi at_least = a >= b;
+  uint32_t mask = 0;
+  for (int i = 0; i < VL; ++i) mask |= (uint32_t)(at_least[i] & 1) << i;
+  return mask;
+#endif
+}
+
+// Unsigned integers in the order of floats, where -0 is 0.
+static MEMATTN_INLINE uint32_t ordered(float x) {
+  x += 0.0f;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
+// A larger logit first, then a lower chapter: keys are all different.
+static MEMATTN_INLINE uint64_t key_of(float logit, int64_t chapter) {
+  return (uint64_t)ordered(logit) << 32 | (uint32_t)~(uint32_t)chapter;
+}
+static MEMATTN_INLINE int64_t chapter_of(uint64_t key) { return (uint32_t)~(uint32_t)key; }
+
+// The first `keep` of n different keys, the largest first.
+static void sort_keys(const uint64_t* keys, int64_t n, int64_t keep, uint64_t* sorted) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint64_t key = keys[i];
+    int64_t rank = 0;
+    for (int64_t j = 0; j < n; ++j) rank += keys[j] > key;
+    if (rank < keep) sorted[rank] = key;
+  }
+}
+
+// e^d for d <= 0.
+static MEMATTN_INLINE vf exp_nonpositive(vf d) {
+  constexpr float LOG2E_HIGH = 0x1.715476p+0f, LOG2E_LOW = 0x1.4ae0cp-26f;
+  return exp2_nonpositive(d * LOG2E_HIGH,
+                          [&](vf n) { return fma(d, LOG2E_HIGH, -n) + d * LOG2E_LOW; });
+}
+
+// How a tile's scratch is laid out. Panels are [E or C][lanes of a panel], one behind the other.
+struct RouterTile {
+  int64_t first, n;       // rows
+  int64_t panel, panels;  // lanes of a panel
+  int64_t ld;             // floats between two rows
+  RouterTile(const RouterArgs& a, int64_t first)
+      : first(first), n(a.rows - first < TILE_ROWS ? a.rows - first : TILE_ROWS),
+        panel(n <= VL ? VL : 2 * VL), panels((n + panel - 1) / panel), ld(round_up(a.E, 2 * VL)) {}
+};
+
+static int64_t router_run(const RouterArgs& a) {
+  const int64_t run = a.C / (2 * a.top_k);
+  return run < 1 ? 1 : run;
+}
+static int64_t router_capacity(const RouterArgs& a) { return 4 * a.top_k + 32; }
+
+static int64_t router_inputs_floats(const RouterArgs& a) {
+  return TILE_ROWS * round_up(a.E, 2 * VL) + TILE_ROWS * round_up(a.E, VL);
+}
+
+static int64_t router_forward_scratch(const RouterArgs& a) {
+  const int64_t keys = (2 * VL + 1) * router_capacity(a);
+  return router_inputs_floats(a) + TILE_ROWS * a.C + a.top_k * 2 * VL + 2 * keys;
+}
+
+static int64_t router_backward_scratch(const RouterArgs& a) {
+  return router_inputs_floats(a) + TILE_ROWS * round_up(a.E, VL) + 2 * VL * a.top_k;
+}
+
+// The rows of a tile as float32, 0 for those that are not valid, and the same in panels.
+static void load_rows(const RouterArgs& a, const RouterTile& tile, float* rows, float* panels) {
+  for (int64_t i = 0; i < tile.panel * tile.panels; ++i) {
+    float* to = rows + i * tile.ld;
+    int64_t filled = 0;
+    if (i < tile.n && a.valid[tile.first + i]) {
+      const int64_t b = (tile.first + i) / a.N, t = (tile.first + i) % a.N;
+      load_row(a.hidden, b * a.hidden.stride[0] + t * a.hidden.stride[1], a.hidden.stride[2], a.E,
+               to);
+      filled = a.E;
+    }
+    for (int64_t d = filled; d < tile.ld; ++d) to[d] = 0.0f;
+  }
+  to_panels(rows, tile.ld, tile.panel * tile.panels, a.E, tile.panel, panels);
+}
+
+// Logits of chapters [c, c + n) for one panel.
+template <int NV>
+static void router_logits(const RouterArgs& a, int64_t c, int64_t n, const float* x, float* z) {
+  constexpr int PANEL = NV * VL;
+  dot_products<NV>(n, a.E, LOGIT_RUN, a.weight + c * a.weight_stride, a.weight_stride, x, PANEL, z,
+                   PANEL);
+  if (!a.bias && a.factor == 1.0f) return;
+  for (int64_t i = 0; i < n; ++i)
+    for (int v = 0; v < NV; ++v) {
+      vf& at = ((vf*)(z + i * PANEL))[v];
+      at = (at + (a.bias ? a.bias[c + i] : 0.0f)) * a.factor;
+    }
+}
+
+// Calls visit(panel, c, n) for blocks of chapters; the panels of a tile share a block's weights.
+template <class Visit>
+static MEMATTN_INLINE void walk_chapters(const RouterArgs& a, const RouterTile& tile, Visit visit) {
+  for (int64_t c = 0; c < a.C; c += ROUTER_BLOCK)
+    for (int64_t p = 0; p < tile.panels; ++p)
+      visit(p, c, a.C - c < ROUTER_BLOCK ? a.C - c : ROUTER_BLOCK);
+}
+
+// ---- forward -------------------------------------------------------------------------------
+
+// The top_k largest of the maxima of runs of chapters, the largest first: at least top_k logits of
+// a lane are as large as the last of them. NaN is passed over.
+template <int NV>
+static void largest_of_runs(const RouterArgs& a, const float* z, vf* largest) {
+  const int64_t run = router_run(a), K = a.top_k;
+  for (int64_t j = 0; j < K * NV; ++j) largest[j] = broadcast(-__builtin_inff());
+  for (int64_t c = 0; c < a.C; c += run) {
+    vf maximum[NV];
+    for (int v = 0; v < NV; ++v) maximum[v] = broadcast(-__builtin_inff());
+    for (int64_t i = c; i < a.C && i < c + run; ++i)
+      for (int v = 0; v < NV; ++v) {
+        const vf x = ((const vf*)z)[i * NV + v];
+        maximum[v] = greater(x, maximum[v]);
+      }
+    for (int64_t j = 0; j < K; ++j)
+      for (int v = 0; v < NV; ++v) {
+        const vf before = largest[j * NV + v], x = maximum[v];
+        const vi rises = x > before;
+        largest[j * NV + v] = select(rises, x, before);
+        maximum[v] = select(rises, before, x);
+      }
+  }
+}
+
+// The candidates of the lanes of a panel for the top_k, and what a lane must reach to be one.
+struct Candidates {
+  uint64_t *keys, *sorted;  // [lanes][capacity], [capacity]
+  int64_t capacity;
+  float least[2 * VL] __attribute__((aligned(64)));
+  int64_t n[2 * VL];
+
+  void add(int64_t lane, uint64_t key, int64_t K) {
+    uint64_t* own = keys + lane * capacity;
+    own[n[lane]++] = key;
+    if (n[lane] < capacity) return;
+    sort_keys(own, n[lane], K, sorted);
+    __builtin_memcpy(own, sorted, K * sizeof(uint64_t));
+    n[lane] = K;
+    // what comes later must be larger
+    const uint32_t next = (uint32_t)(own[K - 1] >> 32) + 1;
+    const uint32_t bits = next >> 31 ? next ^ 0x80000000u : ~next;
+    __builtin_memcpy(&least[lane], &bits, 4);
+  }
+
+  // The keys of the top_k in order. NaN counts as minus infinity.
+  const uint64_t* choose(int64_t lane, int64_t K, const float* z, int64_t panel, int64_t C) {
+    const uint64_t* own = keys + lane * capacity;
+    if (n[lane] >= K) {
+      sort_keys(own, n[lane], K, sorted);
+      if (sorted[K - 1] >> 32 > ORDERED_INFINITY) return sorted;
+    }
+    n[lane] = 0, least[lane] = -__builtin_inff();
+    for (int64_t c = 0; c < C; ++c) {
+      const float x = z[c * panel + lane], logit = x == x ? x : -__builtin_inff();
+      if (logit >= least[lane]) add(lane, key_of(logit, c), K);
+    }
+    sort_keys(own, n[lane], K, sorted);
+    return sorted;
+  }
+};
+
+// What one panel of rows adds to results and sums; its logits become e^(logit - maximum).
+template <int NV>
+static void router_panel(const RouterArgs& a, const RouterTile& tile, int64_t p, float* z,
+                         vf* largest, Candidates& candidates, RouterSums& sums) {
+  constexpr int PANEL = NV * VL;
+  const int64_t K = a.top_k, slots = a.num_shared + K;
+  largest_of_runs<NV>(a, z, largest);
+  vf least[NV], maximum[NV];
+  for (int v = 0; v < NV; ++v) {
+    maximum[v] = largest[v], least[v] = largest[(K - 1) * NV + v];
+    ((vf*)candidates.least)[v] = least[v];
+  }
+  for (int i = 0; i < PANEL; ++i) candidates.n[i] = 0;
+  for (int64_t c = 0; c < a.C; ++c)
+    for (int v = 0; v < NV; ++v) {
+      uint32_t found = lanes_at_least(((const vf*)z)[c * NV + v], least[v]);
+      if (!found) continue;
+      for (; found; found &= found - 1) {
+        const int64_t lane = v * VL + __builtin_ctz(found);
+        candidates.add(lane, key_of(z[c * PANEL + lane], c), K);
+      }
+      least[v] = ((const vf*)candidates.least)[v];
+    }
+  // before the logits are overwritten
+  int64_t chosen_at[PANEL];
+  for (int64_t i = 0; i < PANEL; ++i) {
+    const int64_t row = tile.first + p * PANEL + i;
+    chosen_at[i] = -1;
+    if (p * PANEL + i >= tile.n) continue;
+    int32_t* indices = a.indices + row * slots;
+    if (!a.valid[row]) {
+      for (int64_t j = 0; j < slots; ++j) indices[j] = -1, a.weights[row * slots + j] = 0.0f;
+      a.lse_high[row] = a.lse_low[row] = 0.0f;
+      continue;
+    }
+    chosen_at[i] = row;
+    const uint64_t* chosen = candidates.choose(i, K, z, PANEL, a.C);
+    for (int64_t j = 0; j < a.num_shared; ++j) indices[j] = (int32_t)j;
+    for (int64_t j = 0; j < K; ++j) {
+      const int64_t c = chapter_of(chosen[j]);
+      indices[a.num_shared + j] = (int32_t)(c + a.num_shared);
+      ++sums.chosen[c];
+    }
+  }
+
+  vf sum[NV] = {}, weighted[NV] = {};
+  for (int64_t c = 0; c < a.C; c += PROBABILITY_RUN) {
+    vf part[NV] = {}, weighted_part[NV] = {};
+    for (int64_t i = c; i < a.C && i < c + PROBABILITY_RUN; ++i)
+      for (int v = 0; v < NV; ++v) {
+        vf& at = ((vf*)z)[i * NV + v];
+        const vf d = at - maximum[v];
+        at = exp_nonpositive(d);
+        part[v] += at;
+        // finite, so that what has no probability has no part in the entropy
+        weighted_part[v] = fma(at, greater(broadcast(-200.0f), d), weighted_part[v]);
+      }
+    for (int v = 0; v < NV; ++v) sum[v] += part[v], weighted[v] += weighted_part[v];
+  }
+
+  vf inverse[NV] = {};
+  for (int64_t i = 0; i < PANEL; ++i) {
+    const int64_t row = chosen_at[i];
+    if (row < 0) continue;
+    const double total = sum[i / VL][i % VL], log_total = __builtin_log(total);
+    const double lse = (double)maximum[i / VL][i % VL] + log_total;
+    a.lse_high[row] = (float)lse, a.lse_low[row] = (float)(lse - (float)lse);
+    sums.z_square += lse * lse;
+    sums.entropy += log_total - weighted[i / VL][i % VL] / total;
+    ++sums.count;
+    inverse[i / VL][i % VL] = (float)(1.0 / total);
+    const int32_t* indices = a.indices + row * slots + a.num_shared;
+    float* weights = a.weights + row * slots;
+    for (int64_t j = 0; j < a.num_shared; ++j) weights[j] = 1.0f;
+    weights += a.num_shared;
+    double all = 0.0;
+    for (int64_t j = 0; j < K; ++j) {
+      weights[j] = z[(indices[j] - a.num_shared) * PANEL + i];
+      all += weights[j];
+    }
+    const double factor = a.routed_scale / all;
+    for (int64_t j = 0; j < K; ++j) weights[j] = (float)(weights[j] * factor);
+  }
+  for (int64_t c = 0; c < a.C; ++c) {
+    vf added = ((const vf*)z)[c * NV] * inverse[0];
+    for (int v = 1; v < NV; ++v) added = fma(((const vf*)z)[c * NV + v], inverse[v], added);
+    ((vf*)sums.probability)[c] += added;
+  }
+}
+
+template <int NV>
+static void router_forward_tile(const RouterArgs& a, const RouterTile& tile, RouterSums& sums,
+                                float* scratch) {
+  float* rows = scratch;
+  float* x = rows + TILE_ROWS * tile.ld;
+  float* z = x + TILE_ROWS * round_up(a.E, VL);
+  vf* largest = (vf*)(z + TILE_ROWS * a.C);
+  Candidates candidates;
+  candidates.capacity = router_capacity(a);
+  candidates.keys = (uint64_t*)(largest + a.top_k * 2);
+  candidates.sorted = candidates.keys + 2 * VL * candidates.capacity;
+  load_rows(a, tile, rows, x);
+  walk_chapters(a, tile, [&](int64_t p, int64_t c, int64_t n) {
+    router_logits<NV>(a, c, n, x + p * a.E * tile.panel, z + (p * a.C + c) * tile.panel);
+  });
+  for (int64_t p = 0; p < tile.panels; ++p)
+    router_panel<NV>(a, tile, p, z + p * a.C * tile.panel, largest, candidates, sums);
+}
+
+// One tile of rows, from `first` on.
+static void router_forward(const RouterArgs& a, int64_t first, RouterSums& sums, float* scratch) {
+  const RouterTile tile(a, first);
+  if (tile.panel == VL) router_forward_tile<1>(a, tile, sums, scratch);
+  else router_forward_tile<2>(a, tile, sums, scratch);
+}
+
+// ---- backward ------------------------------------------------------------------------------
+
+// The gradient of the logits, over the temperature, of one panel; `z` has the logits before.
+// chosen: [lanes][top_k]
+template <int NV>
+static void logit_gradients(const RouterArgs& a, const RouterTile& tile, int64_t p, float* z,
+                            float* chosen) {
+  constexpr int PANEL = NV * VL;
+  const int64_t slots = a.num_shared + a.top_k;
+  vf high[NV] = {}, low[NV] = {}, sum[NV] = {};
+  vi kept[NV] = {};
+  for (int i = 0; i < PANEL; ++i) {
+    const int64_t at = p * PANEL + i, row = tile.first + at;
+    const bool is_valid = at < tile.n && a.valid[row];
+    kept[i / VL][i % VL] = is_valid ? -1 : 0;
+    high[i / VL][i % VL] = is_valid ? a.lse_high[row] : 0.0f;
+    low[i / VL][i % VL] = is_valid ? a.lse_low[row] : 0.0f;
+  }
+  for (int64_t c = 0; c < a.C; c += PROBABILITY_RUN) {
+    vf part[NV] = {};
+    for (int64_t i = c; i < a.C && i < c + PROBABILITY_RUN; ++i)
+      for (int v = 0; v < NV; ++v) {
+        vf& at = ((vf*)z)[i * NV + v];
+        at = select(kept[v], exp_nonpositive((at - high[v]) - low[v]), vf{});
+        part[v] = fma(at, a.gamma[i], part[v]);
+      }
+    for (int v = 0; v < NV; ++v) sum[v] += part[v];
+  }
+  // what the selected add, before the probabilities are overwritten
+  for (int64_t i = 0; i < PANEL && p * PANEL + i < tile.n && a.d_weights; ++i) {
+    const int64_t row = tile.first + p * PANEL + i;
+    if (!a.valid[row]) continue;
+    const int32_t* indices = a.indices + row * slots + a.num_shared;
+    const float* d_weights = a.d_weights + row * slots + a.num_shared;
+    double all = 0.0, mean = 0.0;
+    for (int64_t j = 0; j < a.top_k; ++j) {
+      const double weight = z[(indices[j] - a.num_shared) * PANEL + i];
+      all += weight, mean += weight * d_weights[j];
+    }
+    mean /= all;
+    const double factor = a.routed_scale * (double)a.factor / all;
+    for (int64_t j = 0; j < a.top_k; ++j)
+      chosen[i * a.top_k + j] = (float)(factor * z[(indices[j] - a.num_shared) * PANEL + i] *
+                                        (d_weights[j] - mean));
+  }
+  vf shift[NV];
+  for (int v = 0; v < NV; ++v) shift[v] = high[v] * a.z_factor - sum[v];
+  for (int64_t c = 0; c < a.C; ++c)
+    for (int v = 0; v < NV; ++v) {
+      vf& at = ((vf*)z)[c * NV + v];
+      at = at * (shift[v] + a.gamma[c]) * a.factor;
+    }
+  for (int64_t i = 0; i < PANEL && p * PANEL + i < tile.n && a.d_weights; ++i) {
+    const int64_t row = tile.first + p * PANEL + i;
+    if (!a.valid[row]) continue;
+    const int32_t* indices = a.indices + row * slots + a.num_shared;
+    for (int64_t j = 0; j < a.top_k; ++j)
+      z[(indices[j] - a.num_shared) * PANEL + i] += chosen[i * a.top_k + j];
+  }
+}
+
+// Gradients of the logits and of the hidden states of tile `i` of a block.
+template <int NV>
+static void router_backward_tile(const RouterArgs& a, const RouterTile& tile,
+                                 const RouterBlock& block, int64_t i, float* scratch) {
+  constexpr int64_t PANEL = NV * VL, WIDTH = 2 * VL;
+  float* rows = scratch;
+  float* x = rows + TILE_ROWS * tile.ld;
+  float* d_x = x + TILE_ROWS * round_up(a.E, VL);
+  float* chosen = d_x + TILE_ROWS * round_up(a.E, VL);
+  float* z = block.gradients + i * TILE_ROWS * a.C;
+  load_rows(a, tile, rows, x);
+  // the rows as the gradient of the weights reads them: panels of their elements
+  float* kept = block.rows + i * TILE_ROWS * tile.ld;
+  for (int64_t d = 0; d < tile.ld; d += WIDTH)
+    for (int64_t r = 0; r < PANEL * tile.panels; ++r, kept += WIDTH)
+      __builtin_memcpy(kept, rows + r * tile.ld + d, WIDTH * sizeof(float));
+  walk_chapters(a, tile, [&](int64_t p, int64_t c, int64_t n) {
+    router_logits<NV>(a, c, n, x + p * a.E * PANEL, z + (p * a.C + c) * PANEL);
+  });
+  for (int64_t p = 0; p < tile.panels; ++p)
+    logit_gradients<NV>(a, tile, p, z + p * a.C * PANEL, chosen);
+  for (int64_t j = 0; j < tile.panels * PANEL * a.E; ++j) d_x[j] = 0.0f;
+  walk_chapters(a, tile, [&](int64_t p, int64_t c, int64_t n) {
+    add_weighted<NV>(a.E, n, ROUTER_BLOCK, a.weight + c * a.weight_stride, a.weight_stride,
+                     z + (p * a.C + c) * PANEL, PANEL, d_x + p * a.E * PANEL, PANEL, nullptr);
+  });
+  from_panels(d_x, PANEL, PANEL * tile.panels, a.E, tile.ld, rows);
+  for (int64_t r = 0; r < tile.n; ++r) {
+    const int64_t b = (tile.first + r) / a.N, t = (tile.first + r) % a.N;
+    store_row(a.d_hidden, b * a.d_hidden.stride[0] + t * a.d_hidden.stride[1],
+              a.d_hidden.stride[2], a.E, rows + r * tile.ld);
+  }
+}
+
+static void router_backward_rows(const RouterArgs& a, const RouterBlock& block, int64_t i,
+                                 float* scratch) {
+  const RouterTile tile(a, block.first + i * TILE_ROWS);
+  if (tile.panel == VL) router_backward_tile<1>(a, tile, block, i, scratch);
+  else router_backward_tile<2>(a, tile, block, i, scratch);
+}
+
+// Adds what the tiles of a block give the weights and biases of chapters [c, c + n).
+static void router_backward_chapters(const RouterArgs& a, const RouterBlock& block, int64_t c,
+                                     int64_t n) {
+  constexpr int64_t WIDTH = 2 * VL;
+  for (int64_t i = 0; i < block.tiles; ++i) {
+    const RouterTile tile(a, block.first + i * TILE_ROWS);
+    const float* z = block.gradients + i * TILE_ROWS * a.C + c * tile.panel;
+    const float* rows = block.rows + i * TILE_ROWS * tile.ld;
+    for (int64_t d = 0; d < tile.ld; d += WIDTH) {
+      product<2, Store::add, true>(n, tile.panels, tile.panel, z, tile.panel, a.C * tile.panel,
+                                   rows, WIDTH, tile.panel * WIDTH,
+                                   block.d_weight + c * tile.ld + d, tile.ld, nullptr);
+      rows += tile.panels * tile.panel * WIDTH;
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      vf sum{};
+      for (int64_t p = 0; p < tile.panels; ++p)
+        for (int64_t v = 0; v < tile.panel / VL; ++v)
+          sum += ((const vf*)(z + (p * a.C + j) * tile.panel))[v];
+      for (int v = 0; v < VL; ++v) block.d_bias[c + j] += sum[v];
+    }
+  }
+}

@@ -1,0 +1,191 @@
+"""Which tokens select chapters together, and from what: blocks of tokens, and their causal means.
+
+Positions ``t = 0, 1, ...`` count the tokens of one sequence or document. Its block ``m`` begins at
+``t0 = m R``, and all tokens of the block use the chapters that the router selects from
+
+- ``"sequence"``: the mean of the inputs at ``0 <= j <= t0``;
+- ``"rolling"``: the mean at ``max(0, t0 - W + 1) <= j <= t0``;
+- ``"hybrid"``: half of each;
+- ``"token"``: the input itself, with ``R = 1``.
+
+None of them depends on where a call ends, so decoding selects what prefill selects.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+STRATEGIES = ("sequence", "rolling", "token", "hybrid")
+
+
+class RoutingBlocks(NamedTuple):
+    """The blocks that tokens of one call belong to, int64 ``[B, N]`` each."""
+
+    start: Tensor  # column of the first token, negative for a block that began in an earlier call
+    number: Tensor  # of the block in its sequence or document
+    aligned: bool  # whether block m of every row begins at column m R
+
+
+class PooledBlocks(NamedTuple):
+    """What blocks are routed by."""
+
+    rows: Tensor  # [B, N, E], in the dtype of the inputs
+    total: Tensor  # [B, N, E], sum of all inputs before the block, float64
+
+
+def sequence_blocks(
+    positions: Tensor, num_tokens: int, routing_block: int, *, with_past: bool, padded: bool
+) -> RoutingBlocks:
+    """Blocks of rows that hold one sequence each.
+
+    Args:
+        positions: int64 ``[B]``, position of the first column of each row, negative before it
+            begins.
+        num_tokens: Columns, ``T``.
+        routing_block: Tokens in a block, ``R``.
+        with_past: Whether a block may have begun in an earlier call; the first of the blocks is
+            then the one that holds the first column.
+        padded: Whether rows may begin at different columns.
+    """
+    R, T = routing_block, num_tokens
+    N = (T + R - 2) // R + 1 if with_past else -(-T // R)
+    row = torch.arange(N, device=positions.device)
+    first = positions.clamp(min=0)
+    start = -positions + (first - first % R)
+    aligned = not (with_past or padded)
+    return RoutingBlocks(start[:, None] + row * R, first[:, None] // R + row, aligned)
+
+
+def document_blocks(cu_seqlens: Tensor, num_tokens: int, routing_block: int) -> RoutingBlocks:
+    """Blocks of one row of packed documents, which follow each other as the documents do."""
+    R, T = routing_block, num_tokens
+    cu = cu_seqlens.long()
+    blocks = (cu.diff() + R - 1) // R
+    if torch.compiler.is_compiling():
+        N = -(-T // R) + cu.numel() - 2 if T else 0  # at most; those that are too many are empty
+    else:
+        N = int(blocks.sum())
+    first = F.pad(blocks.cumsum(0), (1, 0))
+    number = torch.arange(N, device=cu.device)
+    document = torch.searchsorted(first[1:].contiguous(), number, right=True)
+    over = document >= cu.numel() - 1
+    document = document.clamp(max=cu.numel() - 2)
+    index = number - first[document]
+    start = torch.where(over, T, cu[document] + index * R)
+    return RoutingBlocks(start[None], index[None], False)
+
+
+def pool_blocks(
+    inputs: Tensor,
+    blocks: RoutingBlocks,
+    *,
+    strategy: str,
+    routing_block: int,
+    routing_window: int,
+    past: Tensor | None = None,
+    past_is_whole: Tensor | None = None,
+    kept: int = 0,
+) -> PooledBlocks:
+    """Means by which blocks are routed.
+
+    Sums inside a block have one order, whatever the batch and the call; sums over blocks are
+    float64.
+
+    Args:
+        inputs: ``[B, kept + T, E]``, those of absent tokens 0.
+        blocks: Blocks in columns of this call.
+        strategy: One of ``STRATEGIES``, but not ``"token"``.
+        routing_block: Tokens in a block, ``R``.
+        routing_window: Tokens in the rolling window, ``W``.
+        past: float64 ``[B, E]``, sum of the inputs before the block that holds the last column
+            before this call; None without earlier calls.
+        past_is_whole: bool ``[B]``, whether that block ends there, so that the first of the blocks
+            is the next one, and not that one. Together with ``past``.
+        kept: Columns of earlier calls in front of the inputs: all, or at least ``R`` and ``W - 1``.
+    """
+    R, W = routing_block, routing_window
+    full, rest = divmod(W - 1, R)  # a window is one token, some full blocks and the end of one
+    lead = full + 1 if kept else 0  # blocks in front of the first one
+    before = torch.arange(-lead, 0, device=inputs.device)
+    start = torch.cat([blocks.start[:, :1] + before * R, blocks.start], 1)
+    index = torch.cat([blocks.number[:, :1] + before, blocks.number], 1)
+    tokens = _gather_blocks(inputs, start + kept, index >= 0, R, blocks.aligned)
+    sums = _fixed_sum(tokens).double()  # [B, lead + N, E]
+    first = tokens[:, lead:, 0].double()
+
+    # sums over all blocks from the first of this call on, and before each
+    relative = blocks.number - blocks.number[:, :1]
+    total = _shift(_running_sum(sums[:, lead:], relative), 1, relative)
+    if past is not None and past_is_whole is not None:
+        if lead:
+            past = past + torch.where(past_is_whole[:, None], sums[:, lead - 1], 0.0)
+        total = total + past[:, None]
+    count = (blocks.number * R + 1)[..., None]
+    pooled = {"sequence": lambda: (total + first) / count}
+
+    def rolling() -> Tensor:
+        window = _shift(_window_sum(sums, index, full), 1, index) if full else 0.0
+        if rest:
+            ends = _fixed_sum(tokens[:, :, R - rest :]).double()
+            window = window + _shift(ends, full + 1, index)
+        window = window[:, lead:] if isinstance(window, Tensor) else window
+        return (window + first) / count.clamp(max=W)
+
+    pooled["rolling"] = rolling
+    pooled["hybrid"] = lambda: 0.5 * (pooled["sequence"]() + pooled["rolling"]())
+    return PooledBlocks(pooled[strategy]().to(inputs.dtype), total)
+
+
+def _gather_blocks(inputs: Tensor, start: Tensor, exists: Tensor, R: int, aligned: bool) -> Tensor:
+    """Tokens ``[B, N, R, E]`` of blocks that start at columns ``[B, N]``, 0 outside."""
+    S, N = inputs.shape[1], start.shape[1]
+    if aligned:
+        return F.pad(inputs, (0, 0, 0, N * R - S)).unflatten(1, (N, R))
+    column = start[..., None] + torch.arange(R, device=start.device)  # [B, N, R]
+    inside = (column >= 0) & (column < S) & exists[..., None]
+    row = torch.arange(len(inputs), device=start.device)[:, None, None]
+    tokens = inputs[row, column.clamp(0, max(S - 1, 0))]
+    return torch.where(inside[..., None], tokens, 0.0)
+
+
+def _fixed_sum(x: Tensor) -> Tensor:
+    """Sum over axis 2 in an order that depends on its length alone; half types in float32."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    while x.shape[2] > 1:
+        half = -(-x.shape[2] // 2)
+        high = x[:, :, half:]
+        x = x[:, :, :half] + F.pad(high, (0, 0, 0, half - high.shape[2]))
+    return x[:, :, 0]
+
+
+def _shift(x: Tensor, n: int, index: Tensor) -> Tensor:
+    """``x [B, N, E]`` of the block ``n`` earlier, 0 where ``index [B, N]`` has none."""
+    N = x.shape[1]
+    moved = F.pad(x[:, : max(N - n, 0)], (0, 0, min(n, N), 0))
+    return torch.where((index >= n)[..., None], moved, 0.0)
+
+
+def _running_sum(x: Tensor, index: Tensor) -> Tensor:
+    """Sum over all blocks up to each; its order depends on ``index`` alone."""
+    span = 1
+    while span < x.shape[1]:
+        x = x + _shift(x, span, index)
+        span *= 2
+    return x
+
+
+def _window_sum(x: Tensor, index: Tensor, n: int) -> Tensor:
+    """Sum over the last ``n`` blocks up to each, in ``log n`` steps of a fixed order."""
+    total, length = torch.zeros_like(x), 0
+    power, span = x, 1  # sums over the last `span` blocks
+    while n >= span:
+        if n & span:
+            total = total + _shift(power, length, index) if length else power
+            length += span
+        if n >= 2 * span:
+            power = power + _shift(power, span, index)
+        span *= 2
+    return total

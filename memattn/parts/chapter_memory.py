@@ -1,0 +1,180 @@
+"""Chapter memory: tokens attend to learned memory tokens, in chapters that a router selects."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from memattn.nn import (
+    ChapterMemory,
+    ChapterRouter,
+    FactorizedMemoryBank,
+    MemoryBank,
+    MemoryBanks,
+    MemoryCrossAttention,
+    QuantizedMemoryBank,
+    ReducedDimMemoryBank,
+    StandardMemoryBank,
+    ZeroLinear,
+    make_mlp,
+    make_norm,
+)
+from memattn.parts.base import PartConfig, PartOutput, Role, Sizes, register_part
+from memattn.parts.context import PartContext
+from memattn.parts.memory_fields import LOSSES, VARIANTS, MemoryFields
+from memattn.parts.memory_routing import RoutingRule, call_bounds, check_mode, route_tokens
+from memattn.parts.routing_state import RoutingState
+
+
+@register_part
+@dataclass(frozen=True, kw_only=True)
+class ChapterMemoryConfig(MemoryFields):
+    __doc__ = MemoryFields.__doc__
+
+    kind: ClassVar[str] = "chapter_memory"
+    place: ClassVar[str] = "after_attention"
+    reports: ClassVar[tuple[str, ...]] = tuple(LOSSES)
+    state_type: ClassVar[type[RoutingState]] = RoutingState
+
+    @property
+    def stands(self) -> str:
+        return VARIANTS[self.memory_block_variant]
+
+    @property
+    def reach(self) -> int:
+        if not self.use_chapters or self.vanilla_mode:
+            return 0
+        strategies = {self.routing_strategy_train, self.routing_strategy_inference} - {"token"}
+        window = self.routing_window_size if strategies & {"rolling", "hybrid"} else 0
+        return max(self.routing_block_size, window) if strategies else 0
+
+    @property
+    def losses(self) -> dict[str, float]:
+        if not self.use_chapters or self.vanilla_mode or self.memory_layer_placement == "none":
+            return {}
+        return {
+            name: getattr(self, coefficient)
+            for name, (switch, coefficient) in LOSSES.items()
+            if getattr(self, switch)
+        }
+
+    def in_layer(self, layer: int, sizes: Sizes) -> PartConfig | None:
+        return self if layer in self.layers(sizes.num_layers) else None
+
+    def build_shared(self, sizes: Sizes) -> nn.Module | None:
+        n = sizes.num_layers
+        numbers = {self.bank_of(layer, n) for layer in self.layers(n)}
+        return MemoryBanks([self._build_bank(sizes) for _ in numbers]) if numbers else None
+
+    def _build_bank(self, sizes: Sizes) -> MemoryBank:
+        tokens, width = self.num_memory_tokens, self.width(sizes)
+        chapters = self.num_chapters if self.use_chapters else 1
+        std = self.memory_init_std
+        if self.is_reduced:
+            bank: MemoryBank = ReducedDimMemoryBank(tokens, width, chapters, std)
+        elif self.use_low_rank_memory:
+            bank = FactorizedMemoryBank(tokens, width, self.memory_rank, chapters, std)
+        else:
+            bank = StandardMemoryBank(tokens, width, chapters, std)
+        if self.quantize_memory:
+            trainable = self.memory_quant_training
+            bank = QuantizedMemoryBank(bank, self.memory_quant_bits, trainable=trainable)
+        return bank
+
+    def build(self, sizes: Sizes, layer: int) -> ChapterMemory:
+        heads, kv_heads, inner = self.heads(sizes)
+        router = mlp_norm = mlp = None
+        if self.use_chapters:
+            router = ChapterRouter(
+                sizes.hidden_size,
+                self.num_chapters,
+                self.top_k_chapters,
+                num_shared=self.num_shared_chapters,
+                temperature=self.router_temperature,
+                routed_scale=self.routed_scaling_factor,
+                normalisation=self.load_balance_normalisation,
+                backend=self.backend,
+            )
+        attention = MemoryCrossAttention(
+            sizes.hidden_size,
+            self.width(sizes),
+            heads,
+            num_kv_heads=kv_heads,
+            inner_size=inner,
+            projection_rank=self.projection_rank if self.use_low_rank_projections else None,
+            combine=self.combine,
+            kv_bits=self.memory_quant_bits if self.quantize_memory else None,
+            zero_output=self.wo_init_zero,
+            backend=self.backend,
+        )
+        if self.memory_block_variant == "B":
+            wide = sizes.intermediate_size or 4 * sizes.hidden_size
+            mlp_norm = make_norm(sizes.norm, sizes.hidden_size, sizes.norm_eps)
+            mlp = make_mlp(sizes.mlp, sizes.hidden_size, wide)
+            if self.wo_init_zero:
+                mlp.down_proj = ZeroLinear(wide, sizes.hidden_size)
+        bank_index = self.bank_of(layer, sizes.num_layers)
+        return ChapterMemory(router, attention, bank_index, mlp_norm, mlp)
+
+    def run(self, module: nn.Module, hidden_states: Tensor, context: PartContext) -> PartOutput:
+        assert isinstance(module, ChapterMemory) and isinstance(context.shared_module, MemoryBanks)
+        bank = context.shared_module.banks[module.bank_index]
+        assert isinstance(bank, MemoryBank)
+        losses: dict[str, tuple[Tensor, Tensor]] = {}
+        if module.router is None:
+            indices = torch.zeros(len(hidden_states), 1, dtype=torch.int32)
+            indices, weights = indices.to(hidden_states.device), None
+            options = context.once(("bounds",), lambda: call_bounds(context))
+        else:
+            rule = check_mode(self._rules, module.training, context)
+            routed = route_tokens(rule, module.router, hidden_states, context)
+            indices, weights, options = routed.indices, routed.weights, routed.options
+            if context.measure_losses:
+                count = routed.output.count
+                losses = {
+                    name: (getattr(routed.output, name) * count, count) for name in self.losses
+                }
+        projected = None
+        if isinstance(context.state, RoutingState) and not torch.is_grad_enabled():
+            # a generation projects the bank once
+            if context.state.projected is None:
+                context.state.projected = module.attention.project(bank)
+            projected = context.state.projected
+        out = module.attention(
+            hidden_states, bank, indices, weights, projected=projected, **options
+        )
+        if module.mlp is not None and module.mlp_norm is not None:
+            assert context.residual is not None
+            out = out + module.mlp(module.mlp_norm(context.residual + out))
+        return PartOutput(out, losses)
+
+    @property
+    def _rules(self) -> dict[bool, RoutingRule]:
+        """How chapters are selected in training mode, True, and in evaluation."""
+        return {
+            training: RoutingRule(
+                strategy=strategy, block=self.routing_block_size, window=self.routing_window_size
+            )
+            for training, strategy in (
+                (True, self.routing_strategy_train),
+                (False, self.routing_strategy_inference),
+            )
+        }
+
+    def new_state(self) -> RoutingState:
+        if not self.use_chapters or self.routing_strategy_inference == "token":
+            return RoutingState(self.kind)
+        return RoutingState.for_blocks(self.kind, self.routing_block_size, self.routing_window_size)
+
+    @staticmethod
+    def init_weights(module: nn.Module, std: float) -> None:
+        if isinstance(module, MemoryBank):
+            module.reset_parameters()
+        if isinstance(module, ChapterRouter):
+            module.reset_parameters(std)
+        if isinstance(module, ZeroLinear):
+            module.reset_parameters()
+
+    def role(self, name: str, parameter: Tensor) -> Role | None:
+        return Role("memory") if name.startswith("banks.") else None

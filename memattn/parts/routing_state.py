@@ -1,0 +1,164 @@
+"""What a sequence keeps of chapter memory: chapters of its open block, and what later ones need."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memattn.checks import must
+from memattn.nn import ProjectedChapters
+from memattn.parts.state import PartState
+
+Slots = tuple[Tensor, Tensor, Tensor]  # total [B, S, E], indices [B, S, K], weights [B, S, K]
+SLOTS = 2  # blocks of which chapters and sums are kept: the newest, and the one before
+
+
+class RoutingState(PartState):
+    """The last inputs, and for the last two blocks what they selected and the sum before them.
+
+    A crop of up to ``routing_block`` tokens is exact; one farther back is refused, unless the past
+    is recorded. Rows of slots are aligned at the newest block.
+
+    Args:
+        kind: The part that it belongs to.
+        segment_len: None.
+        window_size: One more than the inputs that are kept; None where none are needed.
+        routing_block: Tokens in a block; None where tokens are routed alone and nothing is kept.
+        routing_window: Tokens of the rolling window.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        segment_len: int | None = None,
+        window_size: int | None = None,
+        routing_block: int | None = None,
+        routing_window: int | None = None,
+    ) -> None:
+        self.routing_block = routing_block
+        self.routing_window = routing_window
+        super().__init__(kind, segment_len, window_size)
+
+    @classmethod
+    def for_blocks(cls, kind: str, routing_block: int, routing_window: int) -> "RoutingState":
+        """The empty state where blocks are routed together."""
+        needed = max(routing_block, routing_window - 1)
+        return cls(kind, None, needed + routing_block + 1, routing_block, routing_window)
+
+    def _clear(self) -> None:
+        super()._clear()
+        # of the bank, not of a sequence, and derived from the weights: neither saved nor counted
+        self.projected: ProjectedChapters | None = None
+
+    def describe(self) -> dict[str, Any]:
+        own = dict(routing_block=self.routing_block, routing_window=self.routing_window)
+        return {**super().describe(), **own}
+
+    def slots(self) -> Slots:
+        """Sums before the last blocks, and what they selected."""
+        return self.rows["total"], self.rows["indices"], self.rows["weights"]
+
+    def keep_blocks(
+        self,
+        blocks: Slots,
+        newest: Tensor,
+        length: Tensor,
+        continues: Tensor,
+        began: Tensor,
+    ) -> None:
+        """Remember the last blocks after a call.
+
+        Args:
+            blocks: Sums before the blocks of the call, and what they selected, ``[B, N, .]``.
+            newest: int64 ``[B]``, which of them holds the last column.
+            length: int64 ``[B]``, columns since each row began.
+            continues: bool ``[B]``, whether the first of them is the newest one before this call.
+            began: bool ``[B]``, whether the row had begun before this call.
+        """
+        past = self.slots() if self.rows else None
+        held = past[0].shape[1] if past else 0
+        S = held + blocks[0].shape[1] if self.record_past else SLOTS
+        column = newest[:, None] + torch.arange(-S + 1, 1, device=newest.device)  # [B, S]
+        values = [_take(new, column) for new in blocks]
+        known = newest + 1
+        if past is not None:
+            back = held + column - continues.long()[:, None]
+            values = [
+                torch.where((column >= 0)[..., None], new, _take(old, back))
+                for new, old in zip(values, past, strict=True)
+            ]
+            earlier = self.rows["known"] - continues.long()
+            known = known + torch.where(began, earlier, 0)
+        self.rows = {
+            "total": values[0],
+            "indices": values[1],
+            "weights": values[2],
+            "known": torch.where(length > 0, known, 0).clamp(max=S),
+            "length": length.clamp(min=0),
+        }
+
+    def reset(self, mask: Tensor) -> None:
+        for name in ("known", "length"):
+            if name in self.rows:
+                value = self.rows[name]
+                self.rows[name] = value.masked_fill(mask.to(value.device), 0)
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "RoutingState":
+        other = super().apply(function)
+        assert isinstance(other, RoutingState)
+        other.projected = self.projected
+        return other
+
+    @classmethod
+    def merge(cls, states: "list[PartState]") -> "RoutingState":
+        widest = max((s.rows["total"].shape[1] for s in states if s.rows), default=0)
+        widened = []
+        for state in states:
+            other = state.apply(lambda tensor: tensor)
+            for name in ("total", "indices", "weights"):
+                if name in other.rows:
+                    value = other.rows[name]
+                    other.rows[name] = F.pad(value, (0, 0, widest - value.shape[1], 0))
+            widened.append(other)
+        merged = super().merge(widened)
+        assert isinstance(merged, RoutingState) and isinstance(states[0], RoutingState)
+        merged.projected = states[0].projected
+        return merged
+
+    def _cropped(self, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Lengths after a crop, the blocks that it takes away, and those known then."""
+        R, length = self.routing_block, self.rows["length"]
+        assert R is not None
+        after = (length - num_columns).clamp(min=0)
+        block = lambda n: torch.div(n - 1, R, rounding_mode="floor")
+        away = block(length) - block(after)
+        return after, away, (self.rows["known"] - away).clamp(min=0)
+
+    def check_crop(self, num_columns: int, oldest: int, visible: int) -> None:
+        if not self.rows or not num_columns:
+            return
+        R, W = self.routing_block, self.routing_window
+        assert R is not None and W is not None
+        after, _, known = self._cropped(num_columns)
+        needed = after.clamp(max=max(R, W - 1))
+        if ((after > 0) & (known < 1)).any() or (needed > self.kept - num_columns).any():
+            why = f"be at least {-R}, the routing block of {self.kind}"
+            must("tokens_to_remove", f"{why} (see activate_past_recording)", -num_columns)
+
+    def crop(self, num_columns: int) -> None:
+        if self.rows and num_columns:
+            after, away, known = self._cropped(num_columns)
+            S = self.rows["total"].shape[1]
+            slot = torch.arange(S, device=away.device) - away[:, None]
+            for name in ("total", "indices", "weights"):
+                self.rows[name] = _take(self.rows[name], slot)[:, -SLOTS:].clone()
+            self.rows["known"], self.rows["length"] = known.clamp(max=SLOTS), after
+        super().crop(num_columns)
+
+
+def _take(x: Tensor, column: Tensor) -> Tensor:
+    """``x [B, N, F]`` at columns ``[B, S]``; those outside give something."""
+    column = column.clamp(0, x.shape[1] - 1)[..., None]
+    return x.gather(1, column.expand(-1, -1, x.shape[2]))

@@ -1,0 +1,55 @@
+"""What a study compares: its cells, and what is measured of each."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from memattn.train.config import ModelConfig
+
+
+class Measure(NamedTuple):
+    """A loss of a cell beside the train and validation loss; lower is better.
+
+    Attributes:
+        name: Its name in results.
+        head: Its head in tables.
+        column: Column of ``metrics.csv`` that has it in the rows of held-out evaluations; None
+            where the study measures it itself once a run is finished.
+        compared: Whether differences to the baselines are reported.
+    """
+
+    name: str
+    head: str
+    column: str | None = None
+    compared: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One model of a study, which is trained with each seed.
+
+    Attributes:
+        name: Its name, and that of its folder.
+        model: How it is built.
+        labels: What tells it from the others, by name; columns of the results.
+        counts: Its sizes and costs by name, such as ``parameters``.
+        fixed: Measures by name of a model that the study does not train, which are the same for
+            every seed; None for one that it trains.
+    """
+
+    name: str
+    model: ModelConfig
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    fixed: Mapping[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The cell as plain values; what its model does without is left out."""
+        model = {k: v for k, v in asdict(self.model).items() if v not in (None, False, {})}
+        return {"name": self.name, **self.labels, **model, **self.counts}
+
+    def __str__(self) -> str:
+        counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in self.counts.items()]
+        if "intermediate_size" in self.model.options:
+            counts.append(f"MLP width {self.model.options['intermediate_size']}")
+        return f"{self.name}: {', '.join(counts)}"
