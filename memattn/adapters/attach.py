@@ -56,7 +56,7 @@ def attach_parts(
     _check_places(base, named, structure)
 
     modules = {
-        layer: AdapterLayer(own, structure.sizes, layer, _norm_eps(base))
+        layer: AdapterLayer(own, structure.sizes, layer)
         for layer in range(structure.sizes.num_layers)
         if (own := parts_of_layer(named, layer, structure.sizes))
     }
@@ -184,15 +184,6 @@ def _structure_of(attachment: Attachment) -> Structure:
     return Structure(
         attachment.layers, attachment.after_attention, attachment.output_type, attachment.sizes
     )
-
-
-def _norm_eps(base: Any) -> float:
-    """The epsilon of the model's own norms."""
-    config = text_config(base)
-    for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"):
-        if isinstance(getattr(config, name, None), float):
-            return getattr(config, name)
-    return 1e-6
 
 
 @torch.no_grad()

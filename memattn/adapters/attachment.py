@@ -90,7 +90,7 @@ class Attachment:
             for parameter in adapter.trainable:
                 parameter.requires_grad_(name in names)
         running = {f"{name}.{n}": p for name in names for n, p in self.adapters[name].parts.items()}
-        self.keeps_state = any(part.keeps_state for part in running.values())
+        self.needs_state = any(part.needs_state for part in running.values())
         limited = any(part.limits_length for part in running.values())
         self.position_limit = self.sizes.max_positions if limited else None
         self.empty_states: list[dict[str, PartState]] = [

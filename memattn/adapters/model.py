@@ -24,7 +24,13 @@ class AttachedModel(Swapped):
 
     _memattn: Attachment
 
-    def forward(self: Any, *args: Any, output_losses: bool | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        output_losses: bool | None = None,
+        padding_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         attachment = self._memattn
         if not attachment.is_running:
             return super().forward(*args, **kwargs)
@@ -43,7 +49,7 @@ class AttachedModel(Swapped):
         measured = self.training if output_losses is None else output_losses
         call = Call(
             attachment,
-            given.get("attention_mask"),
+            given.get("attention_mask") if padding_mask is None else padding_mask,
             given.get("position_ids"),
             measured and bool(attachment.losses),
         )
@@ -67,10 +73,12 @@ class AttachedModel(Swapped):
             return
         if wanted is None:
             wanted = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
-        checkpointing = self.training and getattr(self, "is_gradient_checkpointing", False)
-        if wanted and attachment.keeps_state and not checkpointing:
+        checkpointing = self.training and any(
+            getattr(layer, "gradient_checkpointing", False) for layer in attachment.layers
+        )
+        if wanted and attachment.needs_state and not checkpointing:
             kwargs["past_key_values"] = cache = new_cache(self)
-            carry_states(cache, attachment.empty_states)
+            carry_states(cache, attachment.empty_states, needed=True)
 
     def _with_losses(self: Any, output: Any, call: Call, given: Mapping[str, Any]) -> Any:
         """The output with the losses of parts beside it, and in its loss in training mode."""
@@ -129,6 +137,19 @@ class AttachedModel(Swapped):
             )
         return result
 
+    def prepare_inputs_for_generation(
+        self: Any, *args: Any, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        """As of the model, with the padding beside the mask that it makes for some caches."""
+        inputs = super().prepare_inputs_for_generation(
+            *args, attention_mask=attention_mask, **kwargs
+        )
+        made = inputs.get("attention_mask")
+        is_padding = isinstance(made, Tensor) and made.dim() == 2
+        if attention_mask is not None and self._memattn.is_running and not is_padding:
+            inputs["padding_mask"] = attention_mask
+        return inputs
+
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -137,9 +158,9 @@ class AttachedModel(Swapped):
             generation_config, model_kwargs, *args, **kwargs
         )
         cache, attachment = model_kwargs.get("past_key_values"), self._memattn
-        if isinstance(cache, Cache) and attachment.is_running and attachment.keeps_state:
-            carry_states(cache, attachment.empty_states)
-            if generation_config.is_assistant:
+        if isinstance(cache, Cache) and attachment.is_running:
+            states = carry_states(cache, attachment.empty_states, attachment.needs_state)
+            if states is not None and generation_config.is_assistant:
                 cache.activate_past_recording()
         return result
 

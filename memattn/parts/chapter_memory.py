@@ -50,6 +50,10 @@ class ChapterMemoryConfig(MemoryFields):
         return max(self.routing_block_size, window) if strategies else 0
 
     @property
+    def needs_state(self) -> bool:
+        return self.use_chapters and self.routing_strategy_inference != "token"
+
+    @property
     def losses(self) -> dict[str, float]:
         if not self.use_chapters or self.vanilla_mode or self.memory_layer_placement == "none":
             return {}
