@@ -100,7 +100,7 @@ def test_table_without_rich(monkeypatch, capsys):
             {"kinds": ["sparse"], "names": ["segmented_attention"]},
             r"kinds must be from dense, .*, got sparse",
         ),
-        ({"shape": {"heads": 2}}, r"shape must have names from B, H, .*, got heads"),
+        ({"shape": {"heads": 2}}, r"shape must have names from B, .*, got heads"),
         ({"shape": {"H": 0}}, r"shape\[H\] must be at least 1, got 0"),
         ({"seq_lens": [0]}, r"seq_lens must be at least 1, got 0"),
         ({"directions": ["up"]}, r"directions must be one of .*, got 'up'"),

@@ -45,7 +45,8 @@ class RouterCase(Case):
 
     def subject(self, backend: str) -> Forward:
         def forward(inputs: dict[str, Tensor]) -> Tensor:
-            found = chapter_router(**inputs, top_k=self.K, backend=backend)
+            hidden, weight, bias = (inputs[name] for name in ("hidden", "weight", "bias"))
+            found = chapter_router(hidden, weight, bias, top_k=self.K, backend=backend)
             loss = found.load_balance_loss + found.auxiliary_loss + found.z_loss
             return (found.weights + loss)[:, None]
 
