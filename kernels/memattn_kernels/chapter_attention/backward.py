@@ -69,7 +69,8 @@ def launch_backward(
         own |= of_index | {"acc_ptr": lse.new_empty(B * T * H, D)}
     else:
         n_inner = triton.cdiv(M, config["BLOCK_N"]) if args.is_joint else 1
-        n_parts = triton.cdiv(shared["row_width"], config["BLOCK_M"]) * (config["BLOCK_M"] // PART.value)
+        block = config["BLOCK_M"]
+        n_parts = triton.cdiv(shared["row_width"], block) * (block // PART.value)
         width = n_inner * Hkv * n_parts
     # empty slots and rows without a query write nothing
     partial = None if weights is None else lse.new_zeros(n_entries, width)

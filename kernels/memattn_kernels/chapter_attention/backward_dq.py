@@ -24,7 +24,6 @@ from memattn_kernels.chapter_attention.tiles import (
     scatter_rows,
 )
 
-
 PART: tl.constexpr = tl.constexpr(16)  # rows of a partial sum of a weight's gradient, by row
 
 
