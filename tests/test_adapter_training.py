@@ -133,6 +133,16 @@ def test_other_ways_to_replace_forward_are_refused():
         ValueError, match="model must have modules with their own forward, got model"
     ):
         attach_memory(model, ScaledConfig())
+    model = make_attached()
+    model.forward = model.forward  # as accelerate does for mixed precision
+    for call in (
+        lambda: detach_memory(model),
+        lambda: attach_memory(model, ScaledConfig(), name="b"),
+    ):
+        with pytest.raises(ValueError, match="model must .* forward"):
+            call()
+    del model.forward
+    detach_memory(model)
     replica = make_attached()
     replica._is_replica = True
     with pytest.raises(NotImplementedError, match="DataParallel"):
@@ -144,7 +154,7 @@ def test_other_ways_to_replace_forward_are_refused():
 
 
 def test_compiles_as_one_graph():
-    model = make_base(dtype=torch.float32).train()
+    model = make_base(dtype=torch.float32, num_hidden_layers=1).train()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     batch = make_batch()
     compiled(**batch)
@@ -159,8 +169,6 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(actual.losses, expected.losses)
     torch.testing.assert_close(found, gradients(model))
     assert actual.toy_loss > 0
-    detach_memory(compiled)
-    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
 
 
 def test_roles_and_learning_rates():

@@ -48,8 +48,7 @@ def attach_parts(
         must("config", "hold at least one part", "none")
     parts = [make_part(part, "config", attention=False) for part in given]
     first = attachment is None
-    if first:
-        _check_attachable(base)
+    _check_attachable(base)
     structure = look_at(base) if first else _structure_of(attachment)
     check_together(parts, structure.sizes)
     named = name_parts(parts)
@@ -129,8 +128,9 @@ def detach_parts(model: Any, name: str | None = None) -> None:
         attachment.check_name(each)
     swapped = [base, *(layer for layer in attachment.layers if hasattr(layer, "_memattn"))]
     for module in swapped:
-        if not is_swapped(module):
-            must("model", "not be sharded or wrapped since attach_memory", type(module).__name__)
+        if not is_swapped(module) or "forward" in vars(module):
+            allowed = "not be sharded since attach_memory, nor have its forward replaced"
+            must("model", allowed, type(module).__name__)
     for each in names:
         for index in attachment.adapters.pop(each).modules:
             layer: Any = attachment.layers[index]
@@ -172,8 +172,9 @@ def _check_places(base: Any, named: Mapping[str, PartConfig], structure: Structu
                 kind = type(structure.layers[layer]).__name__
                 must(
                     f"{part.path}",
-                    f"stand after_mlp in {kind} of {type(base).__name__}, whose attention is not "
-                    "added to the residual before the MLP, as where both run side by side",
+                    f"stand after_mlp in {kind} of {type(base).__name__}, which does not add the "
+                    "output of attention as it is to the residual before the MLP (they run side by "
+                    "side, or it is scaled)",
                     "after_attention",
                 )
 
