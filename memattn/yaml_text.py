@@ -14,25 +14,36 @@ from functools import lru_cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 _FLOAT = "tag:yaml.org,2002:float"
-# YAML 1.2's floats: those of YAML 1.1, which PyYAML reads, must have a point
-_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+")
+# YAML 1.2's floats: those of YAML 1.1, which PyYAML reads, must have a point and a signed exponent
+_EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+")
 
 
 class YamlText(str):
     """Text that was read from YAML; jsonargparse parses exact strings only."""
 
 
-def text_mode(kind: Callable[..., Any]) -> str:
-    """A ``parser_mode`` of jsonargparse for the arguments of a function or a dataclass."""
+def text_mode(
+    kind: Callable[..., Any],
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> str:
+    """A ``parser_mode`` of jsonargparse for the arguments of a function or a dataclass.
+
+    ``upgrade`` turns the values of a whole file into those of the arguments.
+    """
     import yaml
     from jsonargparse import set_dumper, set_loader
+    from jsonargparse.typing import register_type
 
+    # so that --print_config writes it where the type of its place is Any; the dumper makes it plain
+    register_type(YamlText, lambda text: text, YamlText, fail_already_registered=False)
     hints = get_type_hints(kind)
 
     def load(text: str) -> Any:
         value = load_yaml(text)
         if value is None:
             return text  # "---" or a comment
+        if upgrade is not None and isinstance(value, dict):
+            value = upgrade(value)
         if isinstance(value, dict) and value.keys() <= hints.keys():
             return {name: _mark(hints[name], item) for name, item in value.items()}
         return _map_text(value, YamlText)  # that of one option
@@ -121,11 +132,11 @@ def _dumper() -> Any:
 
 
 def _use_numbers(kind: Any) -> None:
-    """Let a loader or dumper know floats without a point, such as 3e-4, and no dates."""
+    """Let a loader or dumper know floats such as 3e-4 and 1.0e5, and no dates."""
     kind.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
         for first, known in kind.yaml_implicit_resolvers.items()
     }
     kind.add_implicit_resolver(
-        _FLOAT, re.compile(f"^(?:{_EXPONENT.pattern})$"), list("-+0123456789")
+        _FLOAT, re.compile(f"^(?:{_EXPONENT.pattern})$"), list("-+.0123456789")
     )

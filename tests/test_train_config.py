@@ -9,7 +9,14 @@ from train_factories import tiny_config
 
 from memattn.cli import main
 from memattn.models import PRESETS
-from memattn.train import DataConfig, ModelConfig, TrainConfig, TrainingConfig, load_config
+from memattn.train import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    TrainConfig,
+    TrainingConfig,
+    load_config,
+)
 from memattn.train.metrics import COLUMNS, MetricsLog, read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -63,6 +70,12 @@ def test_yaml_is_the_dataclasses_written_down(tmp_path):
         ("training: {label_smoothing: 1.0}", r"training.label_smoothing must be in \[0, 1\), got"),
         ("training: {memory_lr: -1.0}", "training.memory_lr must be positive and finite, got -1.0"),
         ("training: {weight_decay: -0.1}", "training.weight_decay must be at least 0 and finite"),
+        ("training: {lora_lr: 0.0}", "training.lora_lr must be positive and finite, got 0.0"),
+        ("training: {num_gpus: 0}", "training.num_gpus must be at least 1, got 0"),
+        (
+            "training: {training_mode: chat}",
+            "training.training_mode must be one of pretraining, instruction_finetuning, got chat",
+        ),
         ("training: {mixed_precision: fp8}", "mixed_precision must be one of no, fp16, bf16, got"),
         ("training: {output_dir: ''}", "training.output_dir must not be empty, got ''"),
         ("data: {held_out: 1.5}", r"data.held_out must be in \[0, 1\), got 1.5"),
@@ -93,6 +106,14 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_options_that_do_not_fit_together():
+    with pytest.raises(ValueError, match="model.lora must be null without model_path, got LoraC"):
+        ModelConfig(preset="vanilla", lora=LoraConfig())
+    with pytest.raises(ValueError, match="freeze_base_model must be false without memory_adapter"):
+        ModelConfig(model_path="x", freeze_base_model=True)
+    with pytest.raises(ValueError, match="freeze_base_model must be false without model_path, got"):
+        ModelConfig(preset="vanilla", freeze_base_model=True)
+    with pytest.raises(ValueError, match="model.lora.targets must not be empty"):
+        LoraConfig(targets=[])
     with pytest.raises(ValueError, match="model.options must be empty with model_path, got"):
         ModelConfig(model_path="x", options={"hidden_size": 3})
     with pytest.raises(TypeError, match="training.cpu must be True or False, got str"):

@@ -103,6 +103,24 @@ def test_frozen_parameters_are_left_out_and_no_group_is_empty():
     assert len(groups) == 1 and groups[0]["lr"] == TrainingConfig().base_model_lr
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_what_lora_adds_has_its_own_rate():
+    peft = pytest.importorskip("peft")
+    sizes = dict(vocab_size=17, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    base = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", intermediate_size=16, **sizes)
+    )
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    groups = parameter_groups(model, TrainingConfig(base_model_lr=1e-3, lora_lr=3e-4))
+    ((group),) = groups
+    assert group["lr"] == 3e-4 and len(group["params"]) == 2 and group["weight_decay"] > 0
+    base.requires_grad_(True)
+    rates = {
+        g["lr"]: len(g["params"]) for g in parameter_groups(model, TrainingConfig(lora_lr=2e-5))
+    }
+    assert rates[2e-5] == 2 and rates.keys() == {2e-5, TrainingConfig().base_model_lr}
+
+
 def test_memory_parameters_are_known_by_name():
     assert is_memory_parameter("layers.0.neural_memory.weight")
     assert is_memory_parameter("layers.0.attn.persistent_key")

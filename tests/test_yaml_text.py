@@ -19,6 +19,8 @@ TEXTS = [
         "1.0",
         "1e3",
         "-3E-4",
+        "1.0e5",
+        ".5e+3",
         "true",
         "yes",
         "0x10",
@@ -115,3 +117,10 @@ def test_a_file_for_the_command_line_is_read_as_text_too(tmp_path, capsys):
 def test_values_are_written_so_that_they_are_read():
     values = {"x": TEXTS, "y": [1, 1.0, 1e-5, None, True, {"z": 3e22}]}
     assert load_yaml(dump_yaml(values)) == values
+
+
+@pytest.mark.parametrize("text", ["3e-4", "1.0e5", "1.E+5", "-2.5e3", ".5e3", "1e3"])
+def test_a_number_needs_neither_point_nor_sign(text):
+    value = load_yaml(text)
+    assert value == float(text) and isinstance(value, float)
+    assert load_yaml(dump_yaml({"a": value})) == {"a": value}

@@ -67,7 +67,10 @@ class AttachedModel(Swapped):
             return
         if wanted is None:
             wanted = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
-        checkpointing = self.training and getattr(self, "is_gradient_checkpointing", False)
+        # its name in older transformers
+        older = lambda: getattr(self, "is_gradient_checkpointing", False)
+        checkpointing = self.training and getattr(self, "is_activation_checkpointing", None)
+        checkpointing = older() if checkpointing is None else checkpointing
         if wanted and attachment.keeps_state and not checkpointing:
             kwargs["past_key_values"] = cache = new_cache(self)
             carry_states(cache, attachment.empty_states)

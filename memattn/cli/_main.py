@@ -5,13 +5,14 @@ import errno
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 COMMANDS = (
-    *("doctor", "data", "train", "evaluate", "generate", "audit", "bench", "plot", "demo"),
-    *("study", "continual"),
+    *("doctor", "data", "train", "evaluate", "generate", "audit", "bench", "estimate", "plot"),
+    *("demo", "study", "continual"),
 )
 # what a user can put right; anything else is a fault of the program and shows its traceback
 USER_ERRORS = (
@@ -78,7 +79,11 @@ def _run(name: str, arguments: list[str]) -> int:
         return _fail(f"memattn {name}", f"{_one_line(error)} (see memattn {name} --help)")
     except SystemExit as stop:  # --help and --print_config have printed what was asked
         return int(stop.code or 0)
-    return int(function(**build(values)) or 0)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: sys.stderr.write(
+            f"memattn {name}: {_one_line(message)}\n"
+        )
+        return int(function(**build(values)) or 0)
 
 
 def _help() -> str:
@@ -122,7 +127,7 @@ def _file(error: OSError) -> str:
     return f": {error.filename}" if error.filename else ""
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())
 
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+from memattn.checks import must
+
 SMALL = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 
 
@@ -18,43 +19,41 @@ def find_model(model: str) -> Path | None:
         FileNotFoundError: If it is none of these, or the hub cannot be reached.
     """
     from memattn.models import PRESETS
-    from memattn.train.checkpoint import latest_checkpoint
 
     path = Path(model).expanduser()
-    for folder in (path, path / "model"):
-        if (folder / "config.json").is_file():
-            return folder
-    checkpoint = latest_checkpoint(path / "checkpoints")
-    if checkpoint is not None:
-        return checkpoint
+    if (folder := weights_folder(path)) is not None:
+        return folder
     if model in PRESETS:
         return None
     reason = "no such folder"
     if path.exists():
         reason = "a folder without config.json" if path.is_dir() else "a file"
     elif model[:1] not in "./~":
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-        from huggingface_hub.utils import disable_progress_bars
+        from memattn.train.pretrained import fetch_from_hub
 
-        disable_progress_bars()
-        try:
-            # what transformers reads of it, not copies in other formats
-            return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
-        except HFValidationError:
-            pass  # no name of the hub's form
-        except LocalEntryNotFoundError:
-            reason = "no such folder, and the hub cannot be reached"
-        except OSError as error:  # unknown, private, or the disk is full
-            reason = str(error).strip().splitlines()[0]
+        fetched, reason = fetch_from_hub(model)
+        if fetched is not None:
+            return fetched
     raise FileNotFoundError(
         "model must be a folder with a saved model, a run folder, a preset "
         f"({', '.join(PRESETS)}) or a name on the Hugging Face hub, got {model} ({reason})"
     )
 
 
-def load_model(model: str, device: str | None) -> Any:
+def weights_folder(path: Path) -> Path | None:
+    """The folder of a saved model, of the final model of a run or of its newest checkpoint."""
+    from memattn.train.checkpoint import latest_checkpoint
+
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file() or (folder / "attached.json").is_file():
+            return folder
+    return latest_checkpoint(path / "checkpoints")
+
+
+def load_model(model: str, device: str | None, base_model: str | None = None) -> Any:
     """The model in evaluation mode; a preset is small and has random weights.
+
+    ``base_model`` is where the pretrained model is that a memory or LoRA was attached to.
 
     Raises:
         FileNotFoundError: If there is no such model.
@@ -73,6 +72,12 @@ def load_model(model: str, device: str | None) -> Any:
         torch.manual_seed(0)
         return MemAttnForCausalLM(PRESETS[model](**SMALL)).to(where).eval()
     logging.disable_progress_bar()
+    if (folder / "attached.json").is_file():
+        from memattn.train.attached import load_attached
+
+        return load_attached(folder, base_model).to(where).eval()
+    if base_model is not None:
+        must("base_model", f"be left out for {model}, which has all its weights", base_model)
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     except (SafetensorError, RuntimeError, KeyError) as error:

@@ -7,6 +7,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
+from memattn.train.config import TrainConfig
+from memattn.train.load import upgrade_file
 from memattn.yaml_text import plain_text, text_mode
 
 
@@ -16,20 +18,26 @@ def build_parser(
     """The parser of a subcommand, and what turns its values into the function's arguments.
 
     An argument without a default is positional, and so is a list or tuple that comes first: it
-    takes one value or more, or any number where it has a default. A bool is ``--name`` or
-    ``--no_name``, and everything else is jsonargparse's own. ``--config`` reads values from a
-    YAML file.
+    takes one value or more, or any number where it has a default; an optional text that comes
+    first may be left out. A bool is ``--name`` or ``--no_name``, and everything else is
+    jsonargparse's own. ``--config`` reads values from a YAML file, unless the function has an
+    argument of that name.
     """
     docstring = parse_docstring(inspect.getdoc(function) or "")
     description = "\n\n".join(
         filter(None, [docstring.short_description, docstring.long_description])
     )
-    parser = ArgumentParser(
-        prog=prog, description=description, exit_on_error=False, parser_mode=text_mode(function)
-    )
-    parser.add_argument("--config", action="config", help="YAML file with values of the options.")
-    helps = {param.arg_name: param.description or "" for param in docstring.params}
     hints = get_type_hints(function)
+    # what takes the sections of a run takes every file that describes one
+    is_run = get_type_hints(TrainConfig).items() <= hints.items()
+    mode = text_mode(function, upgrade_file if is_run else None)
+    parser = ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, parser_mode=mode
+    )
+    if "config" not in hints:
+        help = "YAML file with values of the options."
+        parser.add_argument("--config", action="config", help=help)
+    helps = {param.arg_name: param.description or "" for param in docstring.params}
     own: set[str | int] = set()
     for i, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
         required = parameter.default is inspect.Parameter.empty
@@ -47,6 +55,9 @@ def build_parser(
             # several values in the manner of argparse, not one YAML list
             own.add(name)
             parser.add_argument(f"--{name}", nargs="+", type=item, default=(), help=helps.get(name))
+        elif i == 0 and hints[name] == str | None:
+            own.add(name)
+            parser.add_argument(name, nargs="?", type=str, help=helps.get(name))
         elif hints[name] is bool and not required:
             own.add(name)
             parser.add_argument(

@@ -1,8 +1,18 @@
 """``memattn evaluate``."""
 
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memattn.cli._runs import Loaded
+    from memattn.train import TrainConfig
+
 
 def evaluate(
-    model: str,
+    model: str | None = None,
+    config: str | None = None,
+    base_model: str | None = None,
     data: str | None = None,
     context_len: int | None = None,
     stride: int | None = None,
@@ -19,8 +29,12 @@ def evaluate(
     Args:
         model: A folder with a saved model and its tokenizer, a run folder, or a name on the
             Hugging Face hub.
+        config: Configuration of a training run, in place of a model: what it has trained or, where
+            it has not, what it would start from.
+        base_model: Folder of the pretrained model, in place of that of the configuration.
         data: A corpus (memattn data --list), a text file, a folder or a Hugging Face dataset. By
-            default the documents that the run folder held out from training.
+            default the documents that the run held out from training; of conversations only the
+            answers count.
         context_len: Tokens in a window; by default the model's own maximum, at most 1024.
         stride: Tokens by which the window moves; by default as many as it has.
         batch_size: Windows in one forward pass.
@@ -31,24 +45,26 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from memattn.cli._models import load_model, load_model_tokenizer
+    from memattn.cli._runs import load_either
     from memattn.evaluate import perplexity
     from memattn.files import write_json
 
-    tokenizer = load_model_tokenizer(model)
-    texts, name = _load_texts(model, data, cache_dir)
+    loaded = load_either(model, config, base_model, device)
+    if data is None and loaded.run is not None and _has_answers(loaded.run):
+        return _evaluate_answers(loaded, batch_size, json)
+    texts, name = _load_texts(loaded, data, cache_dir)
     result = perplexity(
-        load_model(model, device),
+        loaded.model,
         texts,
-        tokenizer,
+        loaded.tokenizer,
         context_len=context_len,
         stride=stride,
         batch_size=batch_size,
         progress=True,
     )
     if json is not None:
-        write_json(json, {"model": model, "data": name, **result.to_dict()})
-    table = Table(title=f"{model} on {name}, {len(texts)} documents", title_justify="left")
+        write_json(json, {"model": loaded.name, "data": name, **result.to_dict()})
+    table = Table(title=f"{loaded.name} on {name}, {len(texts)} documents", title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
     for measure, value in (
@@ -66,29 +82,42 @@ def evaluate(
     return 0
 
 
-def _load_texts(model: str, data: str | None, cache_dir: str) -> tuple[list[str], str]:
+def _load_texts(loaded: "Loaded", data: str | None, cache_dir: str) -> tuple[list[str], str]:
     """The texts and what they are called."""
-    from pathlib import Path
-
     from memattn.data import load_documents, split_documents
-    from memattn.train import load_config
+    from memattn.train.setup import load_source
 
     if data is not None:
         documents = load_documents(data, cache_dir=cache_dir)
         return [document.text for document in documents], data
-    file = Path(model).expanduser() / "config.yaml"
-    if not file.is_file():
-        raise ValueError(f"data must be given where the model is not a run folder, got {model}")
-    source = load_config(file).data
+    if loaded.run is None:
+        raise ValueError(
+            f"data must be given where the model is not a run folder, got {loaded.name}"
+        )
+    source = loaded.run.data
     if source.held_out == 0.0:
-        raise ValueError(f"data must be given where the run held out no documents, got {model}")
-    documents = load_documents(
-        source.dataset_name,
-        subset=source.dataset_subset,
-        split=source.dataset_split,
-        text_field=source.text_field,
-        separator=source.document_separator,
-        cache_dir=cache_dir,
-    )
+        raise ValueError(
+            f"data must be given where the run held out no documents, got {loaded.name}"
+        )
+    documents = load_source(replace(source, cache_dir=cache_dir), "pretraining")
     held_out = split_documents(documents, source.held_out, seed=source.split_seed).held_out
     return [document.text for document in held_out], f"held-out part of {source.dataset_name}"
+
+
+def _has_answers(run: "TrainConfig") -> bool:
+    return run.training.training_mode == "instruction_finetuning"
+
+
+def _evaluate_answers(loaded: "Loaded", batch_size: int, json: str | None) -> int:
+    """Measure the loss on the answers that a run held out."""
+    from memattn.files import write_json
+    from memattn.train.evaluate_run import answer_losses
+
+    assert loaded.run is not None
+    result = answer_losses(loaded.run, loaded.model, loaded.tokenizer, batch_size)
+    name = f"held-out answers of {loaded.run.data.dataset_name}"
+    if json is not None:
+        write_json(json, {"model": loaded.name, "data": name, **result})
+    for measure, value in result.items():
+        sys.stdout.write(f"{loaded.name} on {name}: {measure} {value:.4f}\n")
+    return 0

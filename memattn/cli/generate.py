@@ -2,7 +2,9 @@
 
 
 def generate(
-    model: str,
+    model: str | None = None,
+    config: str | None = None,
+    base_model: str | None = None,
     prompt: str = "-",
     max_new_tokens: int = 200,
     temperature: float = 0.8,
@@ -19,6 +21,9 @@ def generate(
     Args:
         model: A folder with a saved model and its tokenizer, a run folder, or a name on the
             Hugging Face hub.
+        config: Configuration of a training run, in place of a model: what it has trained or, where
+            it has not, what it would start from.
+        base_model: Folder of the pretrained model, in place of that of the configuration.
         prompt: The text to continue; by default the standard input.
         max_new_tokens: Tokens to add at most.
         temperature: Sharpness of the draw: 0 always takes the likeliest token.
@@ -32,7 +37,7 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from memattn.cli._models import load_model, load_model_tokenizer
+    from memattn.cli._runs import load_either
 
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -42,8 +47,7 @@ def generate(
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if top_k < 0:
         raise ValueError(f"top_k must be at least 0, got {top_k}")
-    tokenizer = load_model_tokenizer(model)
-    loaded = load_model(model, device)
+    _, loaded, tokenizer, _ = load_either(model, config, base_model, device)
     text = sys.stdin.read() if prompt == "-" else prompt
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor([first + tokenizer(text, add_special_tokens=False)["input_ids"]])

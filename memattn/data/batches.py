@@ -7,6 +7,7 @@ rank: n processes see what one process with n times the batch size sees.
 
 import hashlib
 from abc import ABC, abstractmethod
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memattn.checks import check_int, must
-from memattn.data.tokenizer import Tokens
+from memattn.data.tokens import Tokens
 
 IGNORE = -100  # the label that transformers' losses leave out
 
@@ -100,6 +101,13 @@ class Batches(ABC):
     def num_rows(self) -> int:
         """Rows in an epoch."""
 
+    def _labels(self, first: int, stop: int) -> Tensor:
+        """Tokens ``first`` to ``stop`` of the corpus as targets: -100 where there is none."""
+        ids = self.tokens.ids[first:stop].long()
+        if self.tokens.trained is None:
+            return ids
+        return ids.masked_fill(~self.tokens.trained[first:stop], IGNORE)
+
     @abstractmethod
     def _rows(self, rows: range, rows_of_all: range, *, endless: bool) -> Batch:
         """Rows of the stream, part of the ``rows_of_all`` ranks; or of one epoch."""
@@ -142,6 +150,7 @@ class PackedBatches(Batches):
         if not endless:
             stop = min(stop, n)
         pieces: list[Tensor] = []
+        targets: list[Tensor] = []
         bounds = set(range(0, stop - start, self.seq_len)) | {stop - start}
         at = start
         while at < stop:
@@ -151,18 +160,86 @@ class PackedBatches(Batches):
             first = int(self.tokens.bounds[int(order[place]) + 1]) - left
             length = min(left, stop - at)
             pieces.append(self.tokens.ids[first : first + length])
+            targets.append(self._labels(first, first + length))
             at += length
             bounds.add(at - start)
-        ids = torch.cat(pieces).long()
-        cu_seqlens = torch.tensor(sorted(bounds), dtype=torch.int32)
-        labels = ids.clone()
-        labels[cu_seqlens[:-1].long()] = IGNORE
-        return {"input_ids": ids[None], "labels": labels[None], "cu_seqlens": cu_seqlens}
+        return _packed(pieces, targets, sorted(bounds))
 
     def _draw_order(self, epoch: int) -> tuple[Tensor, Tensor]:
         lengths = self.tokens.bounds.diff()
         order = self._permutation(len(lengths), epoch)
         return order, lengths[order].cumsum(0)
+
+
+class WholeBatches(Batches):
+    """Rows of whole documents, all in one row ``[1, T]``: no document is cut.
+
+    Documents are put into rows of at most ``seq_len`` tokens once, each where the least room is
+    left over, longest first; an epoch has every row once. ``T`` differs from batch to batch.
+    ``cu_seqlens`` (int32) has the bounds of the documents; the first label of each is -100.
+
+    Raises:
+        ValueError: If a document has more than ``seq_len`` tokens.
+    """
+
+    def __init__(self, tokens: Tokens, **options: Any):
+        super().__init__(tokens, **options)
+        lengths = tokens.bounds.diff()
+        if int(lengths.max()) > self.seq_len:
+            must("seq_len", f"be at least {int(lengths.max())}, the longest document", self.seq_len)
+        self._bins = _fill_bins(lengths.tolist(), self.seq_len)
+        self._sizes = torch.tensor([sum(int(lengths[i]) for i in bin) for bin in self._bins])
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._bins)
+
+    def _rows(self, rows: range, rows_of_all: range, *, endless: bool) -> Batch:
+        pieces, targets, ends = [], [], [0]
+        for index in rows:
+            order, _ = self._orders(index // self.num_rows)
+            for document in self._bins[int(order[index % self.num_rows])]:
+                first, stop = self.tokens.bounds[document : document + 2].tolist()
+                pieces.append(self.tokens.ids[first:stop])
+                targets.append(self._labels(first, stop))
+                ends.append(ends[-1] + stop - first)
+        return _packed(pieces, targets, ends)
+
+    def _draw_order(self, epoch: int) -> tuple[Tensor, Tensor]:
+        order = self._permutation(self.num_rows, epoch)
+        return order, self._sizes[order].cumsum(0)
+
+
+def _packed(pieces: list[Tensor], targets: list[Tensor], bounds: list[int]) -> Batch:
+    """One row of pieces; the first label of each is left out."""
+    labels = torch.cat(targets)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    labels[cu_seqlens[:-1].long()] = IGNORE
+    ids = torch.cat(pieces).long()
+    return {"input_ids": ids[None], "labels": labels[None], "cu_seqlens": cu_seqlens}
+
+
+def _fill_bins(lengths: list[int], room: int) -> list[list[int]]:
+    """Indices of the lengths in bins of at most ``room`` each: best fit, longest first."""
+    bins: list[list[int]] = []
+    open_bins: dict[int, list[int]] = {}  # by the room that is left
+    rooms: list[int] = []  # its keys, in rising order
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = bisect_left(rooms, lengths[index])
+        if place == len(rooms):
+            number, left = len(bins), room
+            bins.append([])
+        else:
+            left = rooms[place]
+            number = open_bins[left].pop()
+            if not open_bins[left]:
+                del open_bins[left], rooms[place]
+        bins[number].append(index)
+        left -= lengths[index]
+        if left not in open_bins:
+            insort(rooms, left)
+        open_bins.setdefault(left, []).append(number)
+    return bins
 
 
 class PaddedBatches(Batches):
@@ -197,7 +274,7 @@ class PaddedBatches(Batches):
             piece = self._piece(index)
             begin, length = int(self._begins[piece]), int(self._lengths[piece])
             ids[row, :length] = self.tokens.ids[begin : begin + length]
-            labels[row, 1:length] = ids[row, 1:length]
+            labels[row, 1:length] = self._labels(begin + 1, begin + length)
             attention_mask[row, :length] = 1
         return {"input_ids": ids, "labels": labels, "attention_mask": attention_mask}
 

@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memattn.checks import must
+from memattn.data.conversations import Conversation
 from memattn.data.corpora import CORPORA, fetch_corpus
 from memattn.data.document import Document
+from memattn.data.hub import load_hub_rows
+from memattn.data.json_lines import read_json_lines, read_utf8
 
 _SUFFIXES = (".txt", ".md", ".jsonl")
 
 
 class Split(NamedTuple):
-    """Documents to train on, and documents held out."""
+    """Documents or conversations to train on, and those held out."""
 
-    train: list[Document]
-    held_out: list[Document]
+    train: list[Any]
+    held_out: list[Any]
 
 
 def load_documents(
@@ -67,7 +70,7 @@ def load_documents(
 
 
 def split_documents(
-    documents: Iterable[Document], held_out: float = 0.05, *, seed: int = 0
+    documents: Iterable[Document | Conversation], held_out: float = 0.05, *, seed: int = 0
 ) -> Split:
     """Split documents so that the two sides share none.
 
@@ -76,7 +79,7 @@ def split_documents(
     depends on their texts and the seed alone, not on their order.
 
     Args:
-        documents: Documents; a title ``""`` is no title.
+        documents: Documents or conversations; a title ``""`` is no title.
         held_out: Share of the documents to hold out, in [0, 1); at least one if above 0.
         seed: Draws another split.
 
@@ -150,10 +153,7 @@ def _read_path(path: Path, text_field: str, separator: str | None) -> Iterator[D
         return
     if path.suffix not in _SUFFIXES:
         must("source", f"be a file of type {', '.join(_SUFFIXES)}", path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"source must be UTF-8 text, got {path} ({error})") from None
+    text = read_utf8(path)
     if path.suffix == ".jsonl":
         yield from _read_jsonl(path, text, text_field)
     elif separator:
@@ -165,41 +165,23 @@ def _read_path(path: Path, text_field: str, separator: str | None) -> Iterator[D
 
 def _read_jsonl(path: Path, text: str, text_field: str) -> Iterator[Document]:
     """Documents of a JSON Lines file."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} must be JSON, got {error}") from None
+    for place, row in read_json_lines(path, text):
         if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-            must(f"{path}:{number}", f'be an object with text in "{text_field}"', line[:80])
+            must(place, f'be an object with text in "{text_field}"', json.dumps(row)[:80])
         yield Document(str(row.get("title") or ""), row[text_field])
 
 
 def _load_from_hub(name: str, subset: str | None, split: str, text_field: str) -> list[Document]:
     """Documents of a Hugging Face dataset."""
-    try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ImportError(
-            f"Hugging Face dataset {name} must be loaded by datasets, which is not installed: "
-            "pip install 'memattn[hub]' (if a local path was meant: there is no such file)"
-        ) from None
-    try:
-        rows: Any = datasets.load_dataset(name, subset, split=split)
-    except (ConnectionError, FileNotFoundError) as error:  # the latter: unknown, or offline
-        raise ConnectionError(
-            f"Hugging Face dataset {name} must be on a hub that can be reached, got: {error}"
-        ) from error
+    rows = load_hub_rows(name, subset, split)
     if text_field not in rows.column_names:
         must("text_field", f"be one of {', '.join(rows.column_names)}", text_field)
     return [Document(str(row.get("title") or ""), row[text_field]) for row in rows]
 
 
-def _without_duplicates(documents: Iterable[Document]) -> list[Document]:
+def _without_duplicates(documents: Iterable[Any]) -> list[Any]:
     """The documents without those whose text or title came before."""
-    kept: list[Document] = []
+    kept: list[Any] = []
     texts: set[str] = set()
     titles: set[str] = set()
     for document in documents:

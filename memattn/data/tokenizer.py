@@ -3,13 +3,13 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from memattn.checks import check_int, must
-from memattn.data.documents import Document
+from memattn.data.document import Document
+from memattn.data.tokens import Tokens, read_tokens, tokenizer_identity, write_tokens
 from memattn.files import replacing
 
 if TYPE_CHECKING:
@@ -17,18 +17,6 @@ if TYPE_CHECKING:
 
 _SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 _BYTES = 256
-
-
-class Tokens(NamedTuple):
-    """A tokenized corpus: the ids of all documents in one row, and their bounds."""
-
-    ids: Tensor  # int32 [N]
-    bounds: Tensor  # int64 [n_documents + 1], 0 ... N
-    num_bytes: int  # UTF-8 bytes of the texts, for bits per byte
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.bounds) - 1
 
 
 def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerBase":
@@ -114,15 +102,11 @@ def tokenize_documents(
     if cache_dir is not None:
         key = _fingerprint(documents, tokenizer)
         file = Path(cache_dir).expanduser() / "tokens" / key / "tokens.safetensors"
-        if (kept := _read_tokens(file)) is not None:
-            return kept
+        if (kept := read_tokens(file)) is not None:
+            return kept[0]
     tokens = _tokenize(documents, tokenizer)
     if file is not None:
-        from safetensors.torch import save_file
-
-        with replacing(file.parent) as folder:
-            tensors = {"ids": tokens.ids, "bounds": tokens.bounds}
-            save_file(tensors, folder / file.name, {"num_bytes": str(tokens.num_bytes)})
+        write_tokens(file, tokens)
     return tokens
 
 
@@ -143,29 +127,10 @@ def _tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase
     return Tokens(torch.cat(rows), lengths.cumsum(0), num_bytes)
 
 
-def _read_tokens(file: Path) -> Tokens | None:
-    """Tokens kept in a file, or None where there are none or they are damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    if not file.exists():
-        return None
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            num_bytes = int(tensors.metadata()["num_bytes"])
-            return Tokens(tensors.get_tensor("ids"), tensors.get_tensor("bounds"), num_bytes)
-    except SafetensorError:
-        return None
-
-
 def _fingerprint(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> str:
     """Hash of the texts and of everything that the tokenizer makes of them."""
     digest = hashlib.sha256()
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    description = (
-        str(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
-    )
-    special = f"{type(tokenizer).__name__} {tokenizer.bos_token_id} {tokenizer.eos_token_id}"
-    for part in (description, special, *(document.text for document in documents)):
+    for part in (*tokenizer_identity(tokenizer), *(document.text for document in documents)):
         raw = part.encode("utf-8", "surrogatepass")
         digest.update(f"{len(raw)}\n".encode() + raw)
     return digest.hexdigest()[:32]

@@ -2,13 +2,21 @@
 
 from typing import TYPE_CHECKING, Any
 
-from memattn.train.config import DataConfig, ModelConfig, TrainConfig, TrainingConfig, load_config
+from memattn.train.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from memattn.train.load import load_config
 
 if TYPE_CHECKING:
     from memattn.train.loop import NonFiniteError, TrainResult, train
 
 __all__ = [
     "DataConfig",
+    "LoraConfig",
     "ModelConfig",
     "NonFiniteError",
     "TrainConfig",

@@ -25,7 +25,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from memattn.files import replacing, sha256_of
-from memattn.train.distributed import full_tensor, named_tensors, on_main_process, shard_like
+from memattn.train.attached import is_attached, saved_tensors, write_description
+from memattn.train.config import ModelConfig
+from memattn.train.distributed import full_tensor, on_main_process, shard_like
 
 
 @dataclass(kw_only=True)
@@ -60,6 +62,7 @@ class Checkpointer:
         scheduler: Its schedule.
         tokenizer: Saved beside the model.
         config: The run's configuration as plain values.
+        model_config: What the model is.
         folder: ``checkpoints/`` of the run.
         keep: How many to keep.
     """
@@ -70,6 +73,7 @@ class Checkpointer:
     scheduler: LRScheduler
     tokenizer: Any
     config: dict[str, Any]
+    model_config: ModelConfig
     folder: Path
     keep: int
 
@@ -97,7 +101,7 @@ class Checkpointer:
     ) -> None:
         try:
             with replacing(path) as folder:
-                save_model(self.model, self.tokenizer, model, folder)
+                save_model(self.model, self.tokenizer, model, folder, self.model_config)
                 save_file(optimizer, folder / "optimizer.safetensors")
                 save_file(rng, folder / "rng.safetensors")
                 scaler = self.accelerator.scaler
@@ -132,7 +136,7 @@ class Checkpointer:
             tensors = load_file(path / "model.safetensors")
             moments = load_file(path / "optimizer.safetensors")
             rng = load_file(path / "rng.safetensors")
-        own = dict(named_tensors(self.model))
+        own = dict(saved_tensors(self.model))
         if {name: t.shape for name, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
             raise ValueError(f"checkpoint must be of the model that is trained, got {path}")
         with torch.no_grad():
@@ -202,9 +206,18 @@ def _naming_damage(path: Path) -> Iterator[None]:
         raise ValueError(f"checkpoint must be complete, got {path} ({error}){hint}") from error
 
 
-def save_model(model: Any, tokenizer: Any, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write a model so that ``from_pretrained`` loads it, from its gathered tensors."""
+def save_model(
+    model: Any, tokenizer: Any, tensors: dict[str, Tensor], folder: Path, config: ModelConfig
+) -> None:
+    """Write a model from its gathered tensors, so that ``from_pretrained`` loads it.
+
+    A pretrained model with something attached is written as ``memattn.train.attached`` says.
+    """
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if is_attached(config):
+        write_description(config, folder)
+        tokenizer.save_pretrained(folder)
+        return
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
@@ -212,8 +225,8 @@ def save_model(model: Any, tokenizer: Any, tensors: dict[str, Tensor], folder: P
 
 
 def gather_model(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the model, whole; all processes must call it."""
-    return {name: full_tensor(tensor) for name, tensor in named_tensors(model)}
+    """Every tensor of the model that is saved, whole; all processes must call it."""
+    return {name: full_tensor(tensor) for name, tensor in saved_tensors(model)}
 
 
 def _gather_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """What a training run is: frozen dataclasses, and the same written down as YAML."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,29 @@ from memattn.yaml_text import dump_yaml, plain_text, text_mode
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("no", "fp16", "bf16")
 STRATEGIES = ("ddp", "fsdp")
+MODES = ("pretraining", "instruction_finetuning")
 Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """LoRA inside a pretrained model, which PEFT does.
+
+    Attributes:
+        rank: Rank of the update of a matrix.
+        alpha: The update counts ``alpha / rank`` times.
+        targets: Names of the modules with an update, such as ``q_proj``.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+    def __post_init__(self) -> None:
+        check_int("model.lora.rank", self.rank, 1)
+        check_int("model.lora.alpha", self.alpha, 1)
+        if not self.targets:
+            must("model.lora.targets", "not be empty", self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +45,35 @@ class ModelConfig:
         options: Keywords of the preset: sizes, and what the preset itself takes.
         model_path: Folder or hub name of a Hugging Face causal language model to go on training.
             Exactly one of ``preset`` and ``model_path`` is given.
+        memory_adapter: Kind and fields of a part, such as a memory, that is attached to a
+            pretrained model; None attaches none.
+        lora: LoRA inside a pretrained model; None means none.
+        freeze_base_model: Whether the weights of a pretrained model stay as they are.
     """
 
     preset: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     model_path: str | None = None
+    memory_adapter: dict[str, Any] | None = None
+    lora: LoraConfig | None = None
+    freeze_base_model: bool = False
 
     def __post_init__(self) -> None:
         if (self.preset is None) == (self.model_path is None):
             got = "neither" if self.preset is None else "both"
             must("model", "have exactly one of preset and model_path", got)
+        check_bool("model.freeze_base_model", self.freeze_base_model)
         if self.model_path is not None and self.options:
             must("model.options", "be empty with model_path", self.options)
+        for name in ("memory_adapter", "lora"):
+            if self.model_path is None and getattr(self, name) is not None:
+                must(f"model.{name}", "be null without model_path", getattr(self, name))
+        if self.freeze_base_model:
+            if self.model_path is None:
+                must("model.freeze_base_model", "be false without model_path", "true")
+            if self.memory_adapter is None and self.lora is None:
+                got = "true, and nothing would be trained"
+                must("model.freeze_base_model", "be false without memory_adapter and lora", got)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +86,8 @@ class DataConfig:
         dataset_subset: Configuration of a Hugging Face dataset.
         dataset_split: Split of a Hugging Face dataset; None means ``train``.
         text_field: Field with the text, in a Hugging Face dataset and in ``.jsonl`` files.
+        messages_field: Field with the messages of a conversation, for instruction_finetuning.
+        chat_template: File with a chat template in Jinja; None means that of the tokenizer.
         document_separator: Text that separates the documents of one text file.
         held_out: Share of the documents that only evaluation sees; 0 for none.
         split_seed: Seed of the choice of held-out documents.
@@ -53,8 +95,8 @@ class DataConfig:
             name. None means ``bpe`` for a preset, and that of the model for ``model_path``.
         vocab_size: Entries of a trained tokenizer, None means 4096. Only for ``bpe``.
         seq_len: Tokens in a row.
-        packed: Whether documents are packed without padding; else a row is one piece of a
-            document, padded. Models without ``cu_seqlens`` need padding.
+        packed: Whether documents are packed without padding, conversations whole; else a row is
+            one piece of a document, padded. Models without ``cu_seqlens`` need padding.
         cache_dir: Folder for fetched corpora, tokenizers and tokens.
     """
 
@@ -62,6 +104,8 @@ class DataConfig:
     dataset_subset: str | None = None
     dataset_split: str | None = None
     text_field: str = "text"
+    messages_field: str = "messages"
+    chat_template: str | None = None
     document_separator: str | None = None
     held_out: float = 0.05
     split_seed: int = 0
@@ -91,11 +135,14 @@ class TrainingConfig:
 
     Attributes:
         output_dir: Folder of the run.
+        training_mode: ``pretraining``, on documents, or ``instruction_finetuning``, on
+            conversations, of which the answers are learnt.
         max_steps: Optimizer steps.
         batch_size: Rows of one process in one forward pass.
         gradient_accumulation_steps: Forward passes in one optimizer step.
         base_model_lr: Highest learning rate.
         memory_lr: That of memory parameters, such as persistent tokens; None means the same.
+        lora_lr: That of the parameters of LoRA; None means the same.
         lr_scheduler: ``cosine`` or ``linear`` decay to 0, or ``constant``, each after the warm-up.
         warmup_steps: Steps in which the learning rate rises from 0.
         weight_decay: Decay of weight matrices; norms, biases, embeddings and tables have none.
@@ -107,6 +154,7 @@ class TrainingConfig:
         gradient_checkpointing: Whether activations are computed again in the backward pass.
         distributed_strategy: ``ddp`` (whole model in each process) or ``fsdp`` (FSDP2, sharded);
             read when started by ``accelerate launch`` with several processes.
+        num_gpus: How many processes there must be; None means any number.
         cpu: Whether to train on the CPU where there is a GPU.
         seed: Seed of new weights, dropout and the order of the documents.
         log_steps: Steps from one row of metrics to the next.
@@ -116,11 +164,13 @@ class TrainingConfig:
     """
 
     output_dir: str = "runs/train"
+    training_mode: str = "pretraining"
     max_steps: int = 1000
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
     base_model_lr: float = 1e-3
     memory_lr: float | None = None
+    lora_lr: float | None = None
     lr_scheduler: str = "cosine"
     warmup_steps: int = 50
     weight_decay: float = 0.1
@@ -131,6 +181,7 @@ class TrainingConfig:
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     distributed_strategy: str = "ddp"
+    num_gpus: int | None = None
     cpu: bool = False
     seed: int = 0
     log_steps: int = 1
@@ -144,12 +195,12 @@ class TrainingConfig:
         counts = ("max_steps", "batch_size", "gradient_accumulation_steps", "log_steps")
         for name in (*counts, "keep_checkpoints"):
             check_int(f"training.{name}", getattr(self, name), 1)
-        for name in ("eval_steps", "save_steps"):
+        for name in ("eval_steps", "save_steps", "num_gpus"):
             if getattr(self, name) is not None:
                 check_int(f"training.{name}", getattr(self, name), 1)
         for name in ("warmup_steps", "seed"):
             check_int(f"training.{name}", getattr(self, name), 0)
-        for name in ("base_model_lr", "memory_lr", "max_grad_norm"):
+        for name in ("base_model_lr", "memory_lr", "lora_lr", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < float("inf"):
                 must(f"training.{name}", "be positive and finite", value)
@@ -161,6 +212,7 @@ class TrainingConfig:
         for name in ("gradient_checkpointing", "cpu"):
             check_bool(f"training.{name}", getattr(self, name))
         for name, known in (
+            ("training_mode", MODES),
             ("lr_scheduler", SCHEDULES),
             ("mixed_precision", PRECISIONS),
             ("distributed_strategy", STRATEGIES),
@@ -192,29 +244,20 @@ class TrainConfig:
         return dump_yaml(self.to_dict())
 
 
-def load_config(path: str | Path) -> TrainConfig:
-    """Read a YAML file with the fields of ``TrainConfig``.
+def read_config(
+    kind: type[Config],
+    path: str | Path,
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Config:
+    """Read a YAML file with the fields of a dataclass; see ``load_config``.
 
-    Args:
-        path: The file. Fields that it leaves out have their default.
-
-    Returns:
-        The checked configuration.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no YAML, or a field is unknown or wrong.
+    ``upgrade`` turns the values of the file into those fields.
     """
-    return read_config(TrainConfig, path)
-
-
-def read_config(kind: type[Config], path: str | Path) -> Config:
-    """Read a YAML file with the fields of a dataclass; see ``load_config``."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"config must be a file that exists, got {path}")
-    parser = ArgumentParser(exit_on_error=False, parser_mode=text_mode(kind))
+    parser = ArgumentParser(exit_on_error=False, parser_mode=text_mode(kind, upgrade))
     parser.add_class_arguments(kind)
     try:
         return plain_text(kind(**vars(parser.instantiate(parser.parse_path(path)))))

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memattn.checks import check_int, must
 from memattn.files import replacing, write_text
+from memattn.train.attached import export, is_attached
 from memattn.train.checkpoint import (
     Checkpointer,
     TrainState,
@@ -24,7 +25,7 @@ from memattn.train.checkpoint import (
     read_checkpoint,
     save_model,
 )
-from memattn.train.config import TrainConfig
+from memattn.train.config import DataConfig, ModelConfig, TrainConfig, TrainingConfig
 from memattn.train.distributed import on_main_process, prepare_model
 from memattn.train.interrupt import StopRequest
 from memattn.train.metrics import MetricsLog
@@ -41,11 +42,11 @@ from memattn.train.step import (
 # what may differ between a run and its resumption
 _FREE = {
     *("output_dir", "max_steps", "log_steps", "eval_steps", "save_steps", "keep_checkpoints"),
-    *("gradient_checkpointing", "distributed_strategy", "cpu", "cache_dir"),
+    *("gradient_checkpointing", "distributed_strategy", "num_gpus", "cpu", "cache_dir"),
     *("batch_size", "gradient_accumulation_steps"),  # their product is compared
     # what these say is in the tokens, which are compared
     *("dataset_name", "dataset_subset", "dataset_split", "text_field", "document_separator"),
-    *("held_out", "split_seed", "tokenizer", "vocab_size"),
+    *("held_out", "split_seed", "tokenizer", "vocab_size", "messages_field", "chat_template"),
 }
 
 
@@ -136,6 +137,9 @@ def train(
         must("max_seconds", "be at least 0", max_seconds)
     if options.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         must("training.mixed_precision", "be no or bf16 without CUDA", "fp16")
+    if options.num_gpus not in (None, processes := accelerator.num_processes):
+        wanted = f"be the number of processes, {processes} (accelerate launch --num_processes)"
+        must("training.num_gpus", wanted, options.num_gpus)
     folder = Path(options.output_dir)
     start = _find_start(folder, resume)
     with accelerator.main_process_first():
@@ -169,6 +173,7 @@ def train(
         scheduler=scheduler,
         tokenizer=corpus.tokenizer,
         config=identity,
+        model_config=config.model,
         folder=folder / "checkpoints",
         keep=options.keep_checkpoints,
     )
@@ -253,7 +258,8 @@ def train(
     if state.step >= options.max_steps:
         tensors = gather_model(model)
         on_main_process(
-            accelerator, lambda: _save_result(folder / "model", model, corpus.tokenizer, tensors)
+            accelerator,
+            lambda: _save_result(folder / "model", model, corpus.tokenizer, tensors, config.model),
         )
     assert saved is not None and state.loss is not None
     return TrainResult(
@@ -305,9 +311,15 @@ def _check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
     if before["rows"] != identity["rows"]:
         name = "batch_size * gradient_accumulation_steps * processes"
         must(name, f"be {before['rows']} as in {checkpoint}", identity["rows"])
-    for section in ("model", "data", "training"):
+    for section, kind in (
+        ("model", ModelConfig),
+        ("data", DataConfig),
+        ("training", TrainingConfig),
+    ):
+        defaults = {field.name: field.default for field in fields(kind)}
         for name, value in identity[section].items():
-            was = before[section].get(name)
+            # a checkpoint from before there was a field has its default
+            was = before[section].get(name, defaults[name])
             if name not in _FREE and was != value:
                 must(f"{section}.{name}", f"be {was} as in {checkpoint}", value)
     if before["tokens"] != identity["tokens"]:
@@ -325,7 +337,11 @@ def _open_run(folder: Path, config: TrainConfig, start: Path | None, step: int) 
         shutil.rmtree(leftover)
 
 
-def _save_result(folder: Path, model: Any, tokenizer: Any, tensors: dict[str, Tensor]) -> None:
+def _save_result(
+    folder: Path, model: Any, tokenizer: Any, tensors: dict[str, Tensor], config: ModelConfig
+) -> None:
     """Write the trained model, in one step."""
     with replacing(folder) as temporary:
-        save_model(model, tokenizer, tensors, temporary)
+        save_model(model, tokenizer, tensors, temporary, config)
+        if is_attached(config):
+            export(model, tensors, config, temporary)

@@ -18,13 +18,19 @@ def is_memory_parameter(name: str) -> bool:
     return any(word in part for part in name.split(".") for word in _MEMORY)
 
 
+def is_lora_parameter(name: str) -> bool:
+    """Whether a parameter is one that PEFT's LoRA adds."""
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and weight decay.
 
-    Both follow from a parameter's role: only a weight decays, a memory has ``memory_lr``, and a
-    part may give a role a rate of its own. Parameters that no part speaks for are memories by
-    name, tables where they are rows of an embedding of any class, weights where they have two axes
-    or more, such as the stacked matrices of experts, and else norms. Empty groups are left out.
+    Both follow from a parameter's role: only a weight decays, a memory has ``memory_lr``, what
+    LoRA adds has ``lora_lr``, and a part may give a role a rate of its own. Parameters that no part
+    speaks for are memories by name, tables where they are rows of an embedding of any class,
+    weights where they have two axes or more, such as the stacked matrices of experts, and else
+    norms. Empty groups are left out.
 
     Args:
         model: Its parameters with ``requires_grad``.
@@ -36,16 +42,23 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
     parameter_roles: Any = getattr(model, "parameter_roles", dict)
     roles = parameter_roles()
     tables = table_parameters(model)
-    memory_lr = config.memory_lr or config.base_model_lr
-    first: list[tuple[str, float]] = [("base", config.base_model_lr), ("memory", memory_lr)]
+    rates = {
+        "base": config.base_model_lr,
+        "memory": config.memory_lr or config.base_model_lr,
+        "lora": config.lora_lr or config.base_model_lr,
+    }
     members: dict[tuple[str, float, bool], list[nn.Parameter]] = {
-        (*rate, decays): [] for rate in first for decays in (True, False)
+        (*rate, decays): [] for rate in rates.items() for decays in (True, False)
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             role = roles.get(name) or _default_role(name, parameter, tables)
-            is_memory = role.kind == "memory" or is_memory_parameter(name)
-            whose, rate = first[is_memory]
+            whose = "base"
+            if is_lora_parameter(name):
+                whose = "lora"
+            elif role.kind == "memory" or is_memory_parameter(name):
+                whose = "memory"
+            rate = rates[whose]
             if role.learning_rate is not None:
                 whose, rate = "own", role.learning_rate
             members.setdefault((whose, rate, role.kind == "weight"), []).append(parameter)

@@ -2,16 +2,19 @@
 
 import hashlib
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from memattn.checks import must
-from memattn.data.batches import Batches, PackedBatches, PaddedBatches
-from memattn.data.documents import Document, load_documents, split_documents
-from memattn.data.tokenizer import Tokens, load_tokenizer, tokenize_documents, train_tokenizer
+from memattn.data.batches import Batches, PackedBatches, PaddedBatches, WholeBatches
+from memattn.data.conversations import load_conversations, tokenize_conversations
+from memattn.data.documents import load_documents, split_documents
+from memattn.data.tokenizer import load_tokenizer, tokenize_documents, train_tokenizer
+from memattn.data.tokens import Tokens
+from memattn.train.attached import load_base
 from memattn.train.config import DataConfig, ModelConfig, TrainConfig
+from memattn.train.pretrained import find_pretrained
 
 
 class Corpus(NamedTuple):
@@ -26,6 +29,8 @@ class Corpus(NamedTuple):
         """Hash of the training tokens."""
         digest = hashlib.sha256(self.train.bounds.numpy().data)
         digest.update(self.train.ids.numpy().data)
+        if self.train.trained is not None:
+            digest.update(self.train.trained.numpy().data)
         return digest.hexdigest()
 
 
@@ -38,32 +43,71 @@ def prepare_data(config: TrainConfig) -> Corpus:
     Returns:
         The tokens of both sides; ``held_out`` is None where nothing is held out.
 
+    Warns:
+        UserWarning: If answers of conversations do not fit into a row, or another split is read.
+
     Raises:
         ValueError, FileNotFoundError, ImportError, OSError: As ``load_documents``,
-            ``split_documents`` and ``load_tokenizer`` do.
+            ``load_conversations``, ``split_documents`` and ``load_tokenizer`` do.
     """
     data = config.data
-    documents = load_documents(
-        data.dataset_name,
-        subset=data.dataset_subset,
-        split=data.dataset_split,
-        text_field=data.text_field,
-        separator=data.document_separator,
-        cache_dir=data.cache_dir,
+    if config.model.model_path is not None:
+        find_pretrained(config.model.model_path)  # before a long look at the text
+    split = split_documents(
+        load_source(data, config.training.training_mode), data.held_out, seed=data.split_seed
     )
-    split = split_documents(documents, data.held_out, seed=data.split_seed)
     tokenizer = _tokenizer(data, config.model, split.train)
     train, held_out = (
-        tokenize_documents(side, tokenizer, cache_dir=data.cache_dir) if side else None
-        for side in split
+        _tokenize(side, tokenizer, config) if side else None
+        for side in (split.train, split.held_out)
     )
     assert train is not None
     return Corpus(tokenizer, train, held_out)
 
 
-def _tokenizer(data: DataConfig, model: ModelConfig, documents: list[Document]) -> Any:
+def load_source(data: DataConfig, training_mode: str) -> list[Any]:
+    """The documents of a configuration, or its conversations where answers are learnt.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError, ConnectionError: As ``load_documents`` and
+            ``load_conversations`` do.
+    """
+    where: dict[str, Any] = {"subset": data.dataset_subset, "split": data.dataset_split}
+    if training_mode == "instruction_finetuning":
+        if data.document_separator is not None:
+            got = repr(data.document_separator)
+            must("data.document_separator", "be null for conversations", got)
+        return load_conversations(data.dataset_name, messages_field=data.messages_field, **where)
+    return load_documents(
+        data.dataset_name,
+        text_field=data.text_field,
+        separator=data.document_separator,
+        cache_dir=data.cache_dir,
+        **where,
+    )
+
+
+def _tokenize(side: list[Any], tokenizer: Any, config: TrainConfig) -> Tokens:
+    """The tokens of documents or conversations."""
+    data = config.data
+    if config.training.training_mode == "pretraining":
+        return tokenize_documents(side, tokenizer, cache_dir=data.cache_dir)
+    if data.chat_template is not None:
+        file = Path(data.chat_template).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f"data.chat_template must be a file that exists, got {file}")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    tokens, note = tokenize_conversations(side, tokenizer, data.seq_len, cache_dir=data.cache_dir)
+    if note:
+        warnings.warn(note, stacklevel=2)
+    return tokens
+
+
+def _tokenizer(data: DataConfig, model: ModelConfig, documents: list[Any]) -> Any:
     """The tokenizer of a configuration, trained where it asks for that."""
-    name = data.tokenizer or ("bpe" if model.model_path is None else model.model_path)
+    name = data.tokenizer or "bpe"
+    if data.tokenizer is None and model.model_path is not None:
+        name = str(find_pretrained(model.model_path))
     if name != "bpe":
         if data.vocab_size is not None:
             must("data.vocab_size", f"be None with tokenizer {name}", data.vocab_size)
@@ -92,28 +136,18 @@ def build_model(config: ModelConfig, tokenizer: Any) -> Any:
     Raises:
         ValueError: If there is no such preset, an option is wrong, or the vocabulary of the
             tokenizer is larger than that of a pretrained model.
-        OSError: If there is no such pretrained model.
+        OSError: If there is no such pretrained model, and no copy of it.
     """
     if config.preset is not None:
-        from memattn.models import PRESETS, MemAttnForCausalLM
+        from memattn.models import MemAttnForCausalLM
 
-        if config.preset not in PRESETS:
-            must("model.preset", f"be one of {', '.join(PRESETS)}", repr(config.preset))
         special = {
             f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
             for name in ("bos", "eos", "pad")
         }
-        options = {"vocab_size": len(tokenizer), **special, **config.options}
-        try:
-            model_config = PRESETS[config.preset](**options)
-        except TypeError as error:
-            raise ValueError(f"model.options: {error}") from error
-        model = MemAttnForCausalLM(model_config)
+        model = MemAttnForCausalLM(preset_config(config, vocab_size=len(tokenizer), **special))
     else:
-        from transformers import AutoModelForCausalLM
-
-        assert config.model_path is not None
-        model = AutoModelForCausalLM.from_pretrained(config.model_path, dtype=torch.float32)
+        model = load_base(config)
     if len(tokenizer) > model.config.vocab_size:
         must(
             "data.tokenizer",
@@ -121,6 +155,34 @@ def build_model(config: ModelConfig, tokenizer: Any) -> Any:
             len(tokenizer),
         )
     return model
+
+
+def preset_config(config: ModelConfig, **defaults: Any) -> Any:
+    """The configuration of a preset's model; its options come before the defaults.
+
+    Raises:
+        ValueError: If there is no such preset, or an option is wrong.
+    """
+    from memattn.models import PRESETS
+
+    if config.preset not in PRESETS:
+        must("model.preset", f"be one of {', '.join(PRESETS)}", repr(config.preset))
+    try:
+        return PRESETS[config.preset](**{**defaults, **config.options})
+    except TypeError as error:
+        raise ValueError(f"model.options: {error}") from error
+
+
+def run_tokenizer(config: TrainConfig) -> Any:
+    """The tokenizer of a run; one that is trained is trained, or found in the cache.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError, OSError: As ``prepare_data`` does.
+    """
+    data, model = config.data, config.model
+    if data.tokenizer in (None, "bpe") and model.model_path is None:
+        return prepare_data(config).tokenizer
+    return _tokenizer(data, model, [])
 
 
 def make_batches(
@@ -150,7 +212,7 @@ def make_batches(
         if "cu_seqlens" not in inspect.signature(model.forward).parameters:
             name = type(model).__name__
             must("data.packed", f"be false for {name}, which takes no cu_seqlens", "true")
-        return PackedBatches(tokens, **options)
+        return (PackedBatches if tokens.trained is None else WholeBatches)(tokens, **options)
     if tokenizer.pad_token_id is None:
         must("data.tokenizer", "have a padding or end-of-text token for padded rows", "neither")
     return PaddedBatches(tokens, pad_token_id=tokenizer.pad_token_id, **options)

@@ -83,7 +83,8 @@ def accumulate_gradients(
 
 def part_losses(model: Any) -> tuple[str, ...]:
     """Names of the losses that parts of a model return beside the cross-entropy."""
-    return tuple(getattr(model.config, "losses", ()))
+    attached = getattr(model, "losses", None)
+    return tuple(getattr(model.config, "losses", ()) if attached is None else attached)
 
 
 @torch.no_grad()

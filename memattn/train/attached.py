@@ -1,0 +1,166 @@
+"""Pretrained models with a memory or LoRA inside: attaching, saving, loading.
+
+A folder of such a model has ``attached.json``, which says what is attached to which base model, and
+``model.safetensors`` with the attached weights and those of the base that were trained. The folder
+of a finished run has, beside these, what is attached in formats of its own.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from memattn.adapters import adapters_of, attach_memory
+from memattn.checks import must
+from memattn.train.config import LoraConfig, ModelConfig
+from memattn.train.distributed import named_tensors
+from memattn.train.pretrained import find_pretrained
+
+FILE = "attached.json"
+
+
+def load_base(config: ModelConfig) -> Any:
+    """A pretrained model in float32, with what is attached to it.
+
+    Raises:
+        OSError: If there is no such model, and no copy of it.
+        ImportError, ValueError: As ``attach`` does.
+    """
+    from transformers import AutoModelForCausalLM
+
+    assert config.model_path is not None
+    folder = find_pretrained(config.model_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if is_attached(config):
+        attach(model, config)
+    return model
+
+
+def attach(model: Any, config: ModelConfig) -> None:
+    """Put the LoRA and the memory of a configuration into a pretrained model, and freeze the rest.
+
+    Raises:
+        ImportError: If LoRA is asked for and PEFT is not installed.
+        ValueError: If the model has none of LoRA's targets, or the memory does not fit it.
+    """
+    base = list(model.parameters())
+    if config.lora is not None:
+        _add_lora(model, config.lora)
+    if config.memory_adapter is not None:
+        attach_memory(model, config.memory_adapter, freeze_base=config.freeze_base_model)
+    for parameter in base:
+        parameter.requires_grad_(not config.freeze_base_model)
+
+
+def _add_lora(model: Any, config: LoraConfig) -> None:
+    """LoRA in the matrices of a model, by PEFT."""
+    try:
+        import peft
+    except ImportError:
+        raise ImportError(
+            "model.lora must be done by PEFT, which is not installed: pip install 'memattn[lora]'"
+        ) from None
+    options = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=list(config.targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        peft.inject_adapter_in_model(options, model)
+    except ValueError as error:
+        known = {
+            name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)
+        }
+        if known & set(config.targets):
+            raise
+        allowed = f"name matrices of the model, such as {', '.join(sorted(known))}"
+        raise ValueError(
+            f"model.lora.targets must {allowed}, got {', '.join(config.targets)}"
+        ) from error
+
+
+def is_attached(config: ModelConfig) -> bool:
+    """Whether something is attached to a pretrained model."""
+    return config.memory_adapter is not None or config.lora is not None
+
+
+def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What is saved of a model: everything, or what is attached and what of the base is trained."""
+    tensors = list(named_tensors(model))
+    if not any(_is_own(name) for name, _ in tensors):
+        yield from tensors
+        return
+    yield from ((name, t) for name, t in tensors if t.requires_grad or _is_own(name))
+
+
+def _is_own(name: str) -> bool:
+    """Whether a tensor belongs to a memory or to LoRA."""
+    words = name.split(".")
+    return "memory_adapters" in words or any(word.startswith("lora_") for word in words)
+
+
+def write_description(config: ModelConfig, folder: Path) -> None:
+    """Write ``attached.json``."""
+    (folder / FILE).write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
+
+
+def export(model: Any, tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
+    """Write what is attached in formats of its own, for use outside of training.
+
+    ``memory/`` is for ``MemoryAdapter.from_pretrained``, ``lora/`` for PEFT's ``PeftModel``.
+    """
+    if config.memory_adapter is not None:
+        (adapter,) = adapters_of(model).values()
+        adapter.save_pretrained(folder / "memory", state_dict=tensors)
+    if config.lora is not None:
+        from peft import get_peft_model_state_dict
+
+        weights = get_peft_model_state_dict(model, state_dict=tensors)
+        options = model.peft_config["default"]
+        options.base_model_name_or_path = config.model_path
+        options.save_pretrained(folder / "lora")
+        names = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+        save_file(names, folder / "lora" / "adapter_model.safetensors", {"format": "pt"})
+
+
+def read_description(folder: Path, base_model: str | None = None) -> ModelConfig:
+    """What ``attached.json`` says; ``base_model`` is where the base model is now.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        lora = values.pop("lora")
+        config = ModelConfig(**values, lora=None if lora is None else LoraConfig(**lora))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / FILE} must be what training wrote, got {error}") from error
+    return config if base_model is None else replace(config, model_path=base_model)
+
+
+def load_attached(folder: Path, base_model: str | None = None) -> Any:
+    """The pretrained model with what a folder says is attached to it.
+
+    Raises:
+        ValueError: If the files are damaged, or of another base model.
+        OSError: If the base model is nowhere to be found.
+    """
+    model = load_base(read_description(folder, base_model))
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"model must be a whole checkpoint, got {folder}: {error}") from error
+    own = dict(saved_tensors(model))
+    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
+        must("model", "be of the base model that it names", folder)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    return model

@@ -1,0 +1,28 @@
+"""Files that describe a training run."""
+
+from pathlib import Path
+from typing import Any
+
+from memattn.train.config import TrainConfig, read_config
+from memattn.train.memory_file import from_memory_file, is_memory_file
+
+
+def upgrade_file(values: dict[str, Any]) -> dict[str, Any]:
+    """The sections of ``TrainConfig`` for those of a file, which may be a memory file."""
+    return from_memory_file(values) if is_memory_file(values) else values
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Read a YAML file with the fields of ``TrainConfig``, or with those of ``memory_file``.
+
+    Args:
+        path: The file. Fields that it leaves out have their default.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no YAML, or a field is unknown or wrong.
+    """
+    return read_config(TrainConfig, path, upgrade_file)

@@ -1,0 +1,55 @@
+"""Pretrained models: a local folder, or the local copy of a name on the hub."""
+
+from pathlib import Path
+
+# what transformers reads of a model, not copies in other formats
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+def find_pretrained(name: str) -> Path:
+    """The folder of a pretrained model; one on the hub is fetched where there is no copy of it.
+
+    Args:
+        name: A folder with ``config.json``, or ``owner/name`` on the Hugging Face hub.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: If it is neither, or there is no hub and no copy; names the model and
+            where a local folder may be given.
+    """
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    reason = "no such folder"
+    if path.exists():
+        reason = "a folder without config.json" if path.is_dir() else "a file"
+    elif name[:1] not in "./~":
+        folder, reason = fetch_from_hub(name)
+        if folder is not None:
+            return folder
+    raise FileNotFoundError(
+        f"base model must be a folder with a saved model, or a name on a Hugging Face hub that can "
+        f"be reached, got {name} ({reason}); a local folder may stand in its place in the "
+        "configuration, or be given as --model.model_path FOLDER to train and as "
+        "--base_model FOLDER to other commands"
+    )
+
+
+def fetch_from_hub(name: str) -> tuple[Path | None, str]:
+    """The local copy of a model on the hub, or None and why there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        folder = snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*")
+        return Path(folder), ""
+    except HFValidationError:
+        return None, "no such folder"  # no name of the hub's form
+    except LocalEntryNotFoundError:
+        return None, "no such folder, and the hub cannot be reached"
+    except OSError as error:  # unknown, private, or the disk is full
+        return None, str(error).strip().splitlines()[0]

@@ -1,0 +1,104 @@
+"""Parameters and FLOPs, part by part."""
+
+import json
+
+import pytest
+import torch
+from model_factories import SYSTEMS, make_config, make_model
+
+from memattn.cli import main
+from memattn.evaluate import estimate
+from memattn.models import MemAttnConfig
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_parameters_are_those_of_the_model_and_flops_those_of_its_parts(system):
+    config, model, length = make_config(system), make_model(system), 11
+    result = estimate(config, length)
+    assert result.parameters == sum(p.numel() for p in model.parameters())
+    lines = {line.name: line for line in result.lines}
+    for name, part in config.named_parts().items():
+        costs = [
+            own.cost(config.sizes, length, i)
+            for i in range(config.num_hidden_layers)
+            if (own := config.layer_parts(i).get(name)) is not None
+        ]
+        assert lines[name].flops == sum(cost.flops for cost in costs)
+        assert lines[name].parameters == sum(cost.parameters for cost in costs)
+        assert lines[name].layers == len(costs)
+        shared = part.shared_cost(config.sizes, length)
+        assert (f"{name}, shared" in lines) == (shared.parameters > 0)
+    mlp = sum(p.numel() for n, p in model.named_parameters() if ".mlp." in n)
+    assert (lines["mlp"].parameters, lines["mlp"].flops) == (mlp, 2 * length * mlp)
+    head = 2 * length * config.hidden_size * config.vocab_size
+    assert lines["output layer"].flops == head
+    assert result.flops == sum(line.flops for line in result.lines)
+
+
+def test_nothing_of_the_models_size_is_allocated():
+    sizes = dict(hidden_size=4096, num_hidden_layers=80, num_attention_heads=32)
+    before = torch.get_rng_state()
+    result = estimate(MemAttnConfig.vanilla(vocab_size=10**6, **sizes), 8192)
+    assert result.parameters > 10**10 and torch.equal(before, torch.get_rng_state())
+
+
+def test_attention_counts_the_pairs_that_are_seen():
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=10)
+    whole = estimate(MemAttnConfig.vanilla(**sizes), 64)
+    windows = estimate(MemAttnConfig.segmented(segment_len=None, window_size=8, **sizes), 64)
+    products = 2 * 64 * 4 * 32 * 32
+    pairs = {
+        name: (e.lines[1].flops - products) / (4 * 32)
+        for name, e in (("whole", whole), ("windows", windows))
+    }
+    persistent = 4 * 64
+    assert pairs["whole"] == 64 * 65 / 2
+    assert pairs["windows"] == 8 * 9 / 2 + (64 - 8) * 8 + persistent
+
+
+def test_names_a_length_that_does_not_fit():
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+        estimate(make_config("vanilla"), 0)
+    config = make_config("learned")
+    limit = config.position_limit
+    assert limit is not None
+    with pytest.raises(ValueError, match=f"length must be at most position_limit={limit}, got"):
+        estimate(config, limit + 1)
+
+
+def run(capsys, *arguments):
+    code = main(["estimate", *arguments])
+    return code, *capsys.readouterr()
+
+
+def test_the_command_takes_presets_folders_and_configurations(capsys, tmp_path):
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=300)
+    config = MemAttnConfig.vanilla(**sizes)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        f"model:\n  preset: vanilla\n  options: {json.dumps(sizes)}\ndata:\n  seq_len: 16\n"
+    )
+    wanted = estimate(config, 16).to_dict()
+    for arguments in (
+        ("vanilla", "--seq_len", "16", "--options", json.dumps(sizes)),
+        (str(tmp_path), "--seq_len", "16"),
+        ("--config", str(tmp_path / "run.yaml")),
+    ):
+        code, out, err = run(capsys, *arguments, "--json", str(tmp_path / "out.json"))
+        assert (code, err) == (0, "") and f"{wanted['flops']:,}" in out
+        assert json.loads((tmp_path / "out.json").read_text()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "model must be given, or --config, but not both, got neither"),
+        (["vanilla", "--config", "x"], "model must be given, or --config, but not both, got both"),
+        (["vanilla", "--dense_layers", "3"], "dense_layers must be left out for a model without"),
+        (["vanilla", "--options", '{"no": 1}'], "options: no must be a field of MemAttnConfig"),
+        (["no/such/folder/here"], "model must be a folder with a saved model"),
+    ],
+)
+def test_the_command_names_what_is_wrong(capsys, arguments, message):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
