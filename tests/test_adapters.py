@@ -1,5 +1,8 @@
 """Parts in pretrained models: where they stand, exactness, and taking them off again."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from adapter_factories import (
@@ -22,6 +25,7 @@ from memattn.adapters import (
     set_adapter,
 )
 from memattn.evaluate import audit
+from memattn.parts.chapter_memory import ChapterMemoryConfig
 
 PLACES = ("before_attention", "after_attention", "after_mlp")
 
@@ -124,10 +128,66 @@ def test_where_attention_and_mlp_run_side_by_side_nothing_stands_between():
     assert audit(make_attached("neox", part=ScaledConfig(at="after_mlp")), seq_len=14).passed
 
 
+def memory(strategy="sequence", **options):
+    """A chapter memory of a few chapters."""
+    return ChapterMemoryConfig(
+        num_memory_tokens=32,
+        use_chapters=True,
+        num_chapters=8,
+        top_k_chapters=2,
+        routing_block_size=4,
+        routing_window_size=6,
+        routing_strategy_train=strategy,
+        routing_strategy_inference=strategy,
+        **options,
+    )
+
+
+EXACT = {
+    "llama": ("sequence", "A"),
+    "qwen2": ("rolling", "B"),
+    "qwen3": ("hybrid", "A"),
+    "mistral": ("token", "B"),
+    "gemma3": ("hybrid", "B"),
+    "gpt2": ("rolling", "A"),
+}
+
+
 @pytest.mark.parametrize("architecture", SERIAL)
 def test_an_attached_model_is_exact(architecture):
-    report = audit(make_attached(architecture, torch.float32), seq_len=16)
+    """With a running mean and a chapter memory, whose output projections are perturbed."""
+    strategy, variant = EXACT[architecture]
+    parts = [ScaledConfig(), memory(strategy, memory_block_variant=variant)]
+    model = make_attached(architecture, torch.float32, parts)
+    assert model.reach == (6 if strategy in ("rolling", "hybrid") else 4)
+    report = audit(model, seq_len=16)
     assert report.verdict == "all 0 (not applicable: packed documents)", report.rows
+
+
+def test_chapter_memory_starts_as_nothing_and_learns():
+    model, tokens = make_base(dtype=torch.float32), make_tokens()
+    before = logits_of(model, tokens)
+    adapter = attach_memory(model, memory(use_z_loss=True, memory_sharing="per_layer"))
+    assert torch.equal(logits_of(model, tokens), before)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=5e-2)
+    losses = []
+    for _ in range(15):
+        output = model.train()(tokens, labels=tokens)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.lm_loss.item())
+    assert losses[-1] < min(losses[:5])
+    assert output.loss_counts["load_balance_loss"] == 2 * 2 * 6  # layers, rows, blocks
+    assert output.z_loss > 0 and output.auxiliary_loss is None
+    model.eval()
+    options = dict(do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=0)
+    prompt = tokens[:1, :5].repeat(1, 3)
+    expected = model.generate(prompt, use_cache=False, **options)
+    assert torch.equal(model.generate(prompt, **options), expected)
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **options), expected)
+    disable_adapters(model)
+    assert torch.equal(logits_of(model, tokens), before)
 
 
 def test_several_adapters():
@@ -155,6 +215,10 @@ def test_several_adapters():
     assert torch.equal(logits_of(model, tokens), plain)
     enable_adapters(model)
     assert torch.equal(logits_of(model, tokens), both)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits_of(twin, tokens), both) and type(twin) is type(model)
+        detach_memory(twin)
+        assert torch.equal(logits_of(twin, tokens), plain)
     MemoryAdapter(model, "a").detach()
     assert torch.equal(logits_of(model, tokens), logits["b"])
     detach_memory(model)

@@ -52,12 +52,13 @@ def commands(page: Path) -> list[list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=ids)
 def test_commands_run(page, tmp_path):
-    """In a copy of the configurations, in order; what make would run is only looked up.
+    """In a copy of configurations and texts, in order; what make would run is only looked up.
 
     The first command of memattn runs as the console script that is installed, those that follow
     each other after it in one process.
     """
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for folder in ("configs", "docs"):  # the small configuration learns from the documentation
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     first = True
     for program, words in itertools.groupby(commands(page), key=lambda words: words[0]):
         group = list(words)

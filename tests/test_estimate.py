@@ -1,6 +1,7 @@
 """Parameters and FLOPs, part by part."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from model_factories import SYSTEMS, make_config, make_model
 
 from memattn.cli import main
 from memattn.evaluate import estimate
+from memattn.evaluate.published import published_model
 from memattn.models import MemAttnConfig
 
 
@@ -102,3 +104,36 @@ def test_the_command_takes_presets_folders_and_configurations(capsys, tmp_path):
 def test_the_command_names_what_is_wrong(capsys, arguments, message):
     code, _, err = run(capsys, *arguments)
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_the_published_mixture_of_chapters_stands_beside_ours(capsys):
+    file = Path(__file__).parents[1] / "configs" / "mixture_of_chapters.yaml"
+    code, out, _ = run(capsys, "--config", str(file), "--dense_layers", "24")
+    assert code == 0
+    for figure in (
+        *("371,289,856", "371,292,932", "201,375,744", "147,874,560", "202,937,088"),
+        *("356,363,685,888", "495,763,542,016", "459,171,802,488"),
+        *("17,424,982,016", "25,702,029,150", "25,674,645,504", "77,563,973,632"),
+        *("7,124,491", "331,859", "15,991,040", "3,149,824", "786,432"),
+    ):
+        assert figure in out, figure
+    reason = "has 3,076 parameters more: 4 layers x 1 shared x (768 + 1)"
+    assert reason in " ".join(out.split())
+
+
+def test_only_the_published_form_stands_beside_the_published_count():
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=10)
+    chapters = dict(num_memory_tokens=16, use_chapters=True, num_chapters=4, top_k_chapters=2)
+    make = lambda **options: MemAttnConfig.memory_transformer(**sizes, **chapters | options)
+    assert published_model(make()) is not None
+    for options in (
+        dict(use_chapters=False),
+        dict(memory_block_variant="B"),
+        dict(use_low_rank_memory=True, memory_rank=4),
+        dict(use_low_rank_projections=True, projection_rank=4),
+        dict(vanilla_mode=True),
+        dict(norm="layer"),
+        dict(position_embedding="learned"),
+    ):
+        assert published_model(make(**options)) is None, options
+    assert published_model(MemAttnConfig.vanilla(**sizes)) is None

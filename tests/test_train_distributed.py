@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from train_factories import columns, tiny_config, write_corpus
 
-from memattn.train import train
+from memattn.train import load_config, train
 from memattn.train.metrics import read_metrics
 
 ROOT = Path(__file__).parent
@@ -19,7 +19,19 @@ CASES = {
     "fsdp-bf16": {"distributed_strategy": "fsdp", "mixed_precision": "bf16"},
     "ddp-padded": {"gradient_accumulation_steps": 2, "batch_size": 1},
     "ddp-future": {"gradient_accumulation_steps": 2, "batch_size": 1},
+    # most steps select no token of some chapters
+    "ddp-memory": {"memory_lr": 5e-3, "num_gpus": 2},
 }
+# the same as a memory file, with the loss that balances chapters
+MEMORY_FILE = """
+model: {{hidden_dim: 16, num_heads: 2, num_layers: 2, intermediate_dim: 32, vocab_size: 300,
+         max_seq_len: 32}}
+memory: {{num_memory_tokens: 64, use_chapters: true, num_chapters: 32, top_k_chapters: 2}}
+training: {{training_mode: pretraining, dataset_name: {folder}/corpus.jsonl, num_gpus: 2,
+            batch_size: 2, gradient_accumulation_steps: 1, max_steps: 5, warmup_steps: 1,
+            memory_lr: 1e-2, base_model_lr: 1e-2, cpu: true, output_dir: {folder}/memory-file}}
+data: {{held_out: 0.1, tokenizer: bytes, cache_dir: {folder}/cache}}
+"""
 
 
 def configure(folder: Path, name: str, **training):
@@ -30,6 +42,8 @@ def configure(folder: Path, name: str, **training):
         preset, corpus = "future", folder / "long.jsonl"
         # of one long document every position counts the same in the loss of future attention
         data |= {"dataset_name": str(write_corpus(corpus, 2, 900)), "held_out": 0.5}
+    if "memory" in name:
+        preset = "memory_transformer"
     return tiny_config(folder, preset=preset, data=data, **{**options, **CASES[name], **training})
 
 
@@ -41,6 +55,8 @@ def launched(tmp_path_factory) -> Path:
     for name in CASES:
         paths.append(folder / f"{name}.yaml")
         paths[-1].write_text(configure(folder, name).to_yaml())
+    paths.append(folder / "memory-file.yaml")
+    paths[-1].write_text(MEMORY_FILE.format(folder=folder))
     again = configure(folder, "fsdp", output_dir=str(folder / "fsdp-again"))
     (folder / "again.yaml").write_text(again.to_yaml())
     paths.append(f"{folder / 'again.yaml'}={folder / 'fsdp' / 'checkpoints' / 'step-3'}")
@@ -68,6 +84,7 @@ def test_losses_and_weights_are_those_of_one_process(launched, name):
         batch_size=2 * rows,
         gradient_accumulation_steps=1,
         distributed_strategy="ddp",
+        num_gpus=None,
         output_dir=str(launched / f"{name}-1"),
     )
     single = train(config, progress=False)
@@ -88,6 +105,15 @@ def test_losses_and_weights_are_those_of_one_process(launched, name):
         assert many[key].shape == one[key].shape
         # Adam divides by the gradient's size: rounding may turn a tiny gradient round
         assert (many[key] - one[key]).abs().max() < 10 * tolerance
+
+
+def test_a_memory_file_trains_on_as_many_processes_as_it_says(launched):
+    rows = read_metrics(launched / "memory-file" / "metrics.csv")
+    losses = [row["lm_loss"] for row in rows if row["lm_loss"] is not None]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+    assert all(row["load_balance_loss"] >= 0.99 for row in rows if row["load_balance_loss"])
+    with pytest.raises(ValueError, match="training.num_gpus must be the number of processes, 1"):
+        train(load_config(launched / "memory-file.yaml"), progress=False)
 
 
 def test_shards_resume_bit_for_bit(launched):

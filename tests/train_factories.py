@@ -42,6 +42,11 @@ def tiny_config(
         options |= {"segment_len": 8, "window_size": 4}
     if preset == "future":
         options |= {"future_dim": 4, "max_position_embeddings": 32, "loss_coefficient": 0.5}
+    if preset == "memory_transformer":
+        options |= {"num_memory_tokens": 16, "use_chapters": True, "num_chapters": 8}
+        options |= {"top_k_chapters": 2, "routing_block_size": 8, "wo_init_zero": False}
+        # a product of means, which two processes take each over its own rows
+        options |= {"use_load_balance_loss": False}
     return TrainConfig(
         model=ModelConfig(preset=preset, options=options),
         data=DataConfig(

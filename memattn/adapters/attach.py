@@ -12,7 +12,7 @@ from memattn.adapters.attachment import Adapter, Attachment
 from memattn.adapters.call import AdapterLayer
 from memattn.adapters.files import load_weights
 from memattn.adapters.layer import AttachedChild, AttachedLayer
-from memattn.adapters.model import AttachedModel, output_with_losses
+from memattn.adapters.model import AttachedModel
 from memattn.adapters.structure import Structure, look_at, text_config
 from memattn.adapters.swap import is_swapped, swap, swap_back
 from memattn.checks import check_bool, must
@@ -56,7 +56,7 @@ def attach_parts(
     _check_places(base, named, structure)
 
     modules = {
-        layer: AdapterLayer(own, structure.sizes, layer, _norm_eps(base))
+        layer: AdapterLayer(own, structure.sizes, layer)
         for layer in range(structure.sizes.num_layers)
         if (own := parts_of_layer(named, layer, structure.sizes))
     }
@@ -69,8 +69,7 @@ def attach_parts(
         if hasattr(base, "peft_config"):
             frozen = []  # it has frozen what it wants frozen
         arguments = [n for n in inspect.signature(base.forward).parameters if n != "self"]
-        output_type = output_with_losses(structure.output_type)
-        attachment = Attachment(structure, arguments, frozen, output_type)
+        attachment = Attachment(structure, arguments, frozen)
         for parameter in frozen:
             parameter.requires_grad_(False)
         _swap_model(base, attachment)
@@ -182,17 +181,8 @@ def _check_places(base: Any, named: Mapping[str, PartConfig], structure: Structu
 def _structure_of(attachment: Attachment) -> Structure:
     """What the first look has shown."""
     return Structure(
-        attachment.layers, attachment.after_attention, attachment.output_type, attachment.sizes
+        attachment.layers, attachment.after_attention, attachment.base_output_type, attachment.sizes
     )
-
-
-def _norm_eps(base: Any) -> float:
-    """The epsilon of the model's own norms."""
-    config = text_config(base)
-    for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"):
-        if isinstance(getattr(config, name, None), float):
-            return getattr(config, name)
-    return 1e-6
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
@@ -40,34 +41,52 @@ class CarriesStates(Swapped):
         self.part_states.reset()
 
 
-def carry_states(cache: Any, wanted: list[Any]) -> SequenceStates:
+def carry_states(
+    cache: Any, wanted: list[Any], needed: bool, layer: int = 0
+) -> SequenceStates | None:
     """The states that a cache carries, which from now on it does if it is empty.
 
     Args:
         cache: A cache of transformers.
         wanted: Of each layer, the empty states of its parts by name.
+        needed: Whether the parts must have a state, and do not only save work by one.
+        layer: Number of a layer whose keys are not yet extended in this call.
+
+    Returns:
+        The states, up to date with the cache; None where they are not needed, and the cache cannot
+        carry them or was filled without these parts.
 
     Raises:
         TypeError: If the cache is of a kind that cannot carry them.
         ValueError: If it was filled without these parts.
     """
-    if isinstance(cache, CarriesStates):
-        states = cache.part_states
-        if states.position == 0 and cache.get_seq_length() == 0:
-            states = cache.part_states = _fresh(wanted, records_past=states.records_past)
-        else:
-            states.check_layers(wanted)
-        return states
+    if not needed and torch.compiler.is_compiling():
+        return None  # one graph instead
     if not isinstance(cache, DynamicCache | QuantizedCache):
+        if not needed:
+            return None
         allowed = "be a DynamicCache or a QuantizedCache, which carries the state of attached parts"
         must("past_key_values", allowed, type(cache).__name__, TypeError)
-    if cache.get_seq_length():
-        filled = f"{cache.get_seq_length()} tokens that they did not see"
+    length = cache.get_seq_length(layer)
+    if length and not isinstance(cache, CarriesStates):
+        if not needed:
+            return None
+        filled = f"{length} tokens that they did not see"
         must("past_key_values", "be filled with the attached parts in the model", filled)
     carrying: Any = cache
-    swap(carrying, CarriesStates)
-    carrying.part_states = _fresh(wanted)
-    return carrying.part_states
+    if not isinstance(cache, CarriesStates):
+        swap(carrying, CarriesStates)
+        carrying.part_states = _fresh(wanted)
+    states: SequenceStates = carrying.part_states
+    if length == 0 and states.position == 0:
+        states = carrying.part_states = _fresh(wanted, records_past=states.records_past)
+    if not needed and (states.position != length or not states.has_layers(wanted)):
+        return None
+    states.check_layers(wanted)
+    if states.position != length:
+        filled = f"{states.position} of its {length} tokens seen by the attached parts"
+        must("past_key_values", "have all tokens seen by them", filled)
+    return states
 
 
 def _fresh(wanted: list[Any], records_past: bool = False) -> SequenceStates:

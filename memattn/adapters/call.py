@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from memattn.adapters.attachment import Attachment
 from memattn.adapters.cache import carry_states
 from memattn.checks import check_tensor, must
-from memattn.nn import sequence_positions
-from memattn.parts import PartContext, SequenceBounds, SequenceStates
+from memattn.nn import make_norm, sequence_positions
+from memattn.parts import PartContext, SequenceBounds, SequenceStates, Sizes
 from memattn.parts.losses import LossSums, check_output
 from memattn.parts.padding import block_bounds, check_lengths, check_mask, mask_bounds
 
@@ -73,11 +73,12 @@ class Call:
         limit = self.attachment.position_limit
         cu_seqlens = seq_start = None
         bounds = SequenceBounds(None, None)
-        if cache is not None and self.attachment.keeps_state:
-            states = self.states = carry_states(cache, self.attachment.empty_states)
-            if states.position != offset:
-                filled = f"{states.position} of its {offset} tokens seen by the attached parts"
-                must("past_key_values", "have all tokens seen by them", filled)
+        states = None
+        if cache is not None:
+            attachment = self.attachment
+            states = carry_states(cache, attachment.empty_states, attachment.needs_state, index)
+            self.states = states
+        if states is not None:
             states.append_columns(B, T, mask, device, max_length=limit)
             if states.seq_start is not None and states.seq_start.any():
                 seq_start = states.seq_start.to(device)
@@ -212,14 +213,13 @@ class AdapterLayer(nn.Module):
         configs: The parts by name.
         sizes: Sizes of the model.
         layer: Number of the layer.
-        eps: Epsilon of the norms.
     """
 
-    def __init__(self, configs: dict[str, Any], sizes: Any, layer: int, eps: float) -> None:
+    def __init__(self, configs: dict[str, Any], sizes: Sizes, layer: int) -> None:
         super().__init__()
         self.configs = configs
         self.norms = nn.ModuleDict(
-            {name: nn.RMSNorm(sizes.hidden_size, eps=eps) for name in configs}
+            {name: make_norm(sizes.norm, sizes.hidden_size, sizes.norm_eps) for name in configs}
         )
         self.parts = nn.ModuleDict({name: p.build(sizes, layer) for name, p in configs.items()})
 

@@ -53,6 +53,8 @@ def save_adapter(
     is_main_process: bool,
 ) -> None:
     """Write an adapter of a model; see ``MemoryAdapter.save_pretrained``."""
+    if not is_main_process:
+        return  # others may have been given nothing
     weights = adapter_weights(adapter.modules, adapter.shared)
     if state_dict is not None:
         prefixes = {module: name for name, module in base.named_modules()}
@@ -63,8 +65,7 @@ def save_adapter(
         }
     elif any(hasattr(tensor, "full_tensor") for tensor in weights.values()):
         must("state_dict", "be given for a sharded model", "None")
-    if is_main_process:
-        _write(folder, base, adapter.parts.values(), weights)
+    _write(folder, base, adapter.parts.values(), weights)
 
 
 def _find(state_dict: Mapping[str, Tensor], name: str) -> Tensor:

@@ -1,22 +1,18 @@
 """What an attached model does beside its own work: it opens a call, and returns what was lost."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
 
 from memattn.adapters.attachment import Attachment
 from memattn.adapters.cache import carry_states, new_cache
 from memattn.adapters.call import AdapterLayer, Call
 from memattn.adapters.files import INSIDE, save_adapter
 from memattn.adapters.swap import Swapped
-from memattn.checks import must
 from memattn.parts import Role
-from memattn.parts.losses import NamedLosses
 
 
 class AttachedModel(Swapped):
@@ -24,7 +20,13 @@ class AttachedModel(Swapped):
 
     _memattn: Attachment
 
-    def forward(self: Any, *args: Any, output_losses: bool | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        output_losses: bool | None = None,
+        padding_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         attachment = self._memattn
         if not attachment.is_running:
             return super().forward(*args, **kwargs)
@@ -43,7 +45,7 @@ class AttachedModel(Swapped):
         measured = self.training if output_losses is None else output_losses
         call = Call(
             attachment,
-            given.get("attention_mask"),
+            given.get("attention_mask") if padding_mask is None else padding_mask,
             given.get("position_ids"),
             measured and bool(attachment.losses),
         )
@@ -67,13 +69,12 @@ class AttachedModel(Swapped):
             return
         if wanted is None:
             wanted = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
-        # its name in older transformers
-        older = lambda: getattr(self, "is_gradient_checkpointing", False)
-        checkpointing = self.training and getattr(self, "is_activation_checkpointing", None)
-        checkpointing = older() if checkpointing is None else checkpointing
-        if wanted and attachment.keeps_state and not checkpointing:
+        checkpointing = self.training and any(
+            getattr(layer, "gradient_checkpointing", False) for layer in attachment.layers
+        )
+        if wanted and attachment.needs_state and not checkpointing:
             kwargs["past_key_values"] = cache = new_cache(self)
-            carry_states(cache, attachment.empty_states)
+            carry_states(cache, attachment.empty_states, needed=True)
 
     def _with_losses(self: Any, output: Any, call: Call, given: Mapping[str, Any]) -> Any:
         """The output with the losses of parts beside it, and in its loss in training mode."""
@@ -114,6 +115,14 @@ class AttachedModel(Swapped):
         """Losses that running parts return beside the cross-entropy, with their coefficients."""
         return dict(self._memattn.losses) if self._memattn.is_running else {}
 
+    @property
+    def reach(self: Any) -> int:
+        """Tokens in the longest window or segment of a running part; 0 where there is none."""
+        attachment = self._memattn
+        names = attachment.active if attachment.is_running else ()
+        parts = (part for name in names for part in attachment.adapters[name].parts.values())
+        return max((part.reach for part in parts), default=0)
+
     def save_pretrained(
         self: Any,
         save_directory: Any,
@@ -132,6 +141,19 @@ class AttachedModel(Swapped):
             )
         return result
 
+    def prepare_inputs_for_generation(
+        self: Any, *args: Any, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        """As of the model, with the padding beside the mask that it makes for some caches."""
+        inputs = super().prepare_inputs_for_generation(
+            *args, attention_mask=attention_mask, **kwargs
+        )
+        made = inputs.get("attention_mask")
+        is_padding = isinstance(made, Tensor) and made.dim() == 2
+        if attention_mask is not None and self._memattn.is_running and not is_padding:
+            inputs["padding_mask"] = attention_mask
+        return inputs
+
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -140,26 +162,8 @@ class AttachedModel(Swapped):
             generation_config, model_kwargs, *args, **kwargs
         )
         cache, attachment = model_kwargs.get("past_key_values"), self._memattn
-        if isinstance(cache, Cache) and attachment.is_running and attachment.keeps_state:
-            carry_states(cache, attachment.empty_states)
-            if generation_config.is_assistant:
+        if isinstance(cache, Cache) and attachment.is_running:
+            states = carry_states(cache, attachment.empty_states, attachment.needs_state)
+            if states is not None and generation_config.is_assistant:
                 cache.activate_past_recording()
         return result
-
-
-def output_with_losses(base: type) -> type:
-    """The type of output with ``lm_loss``, ``losses`` and ``loss_counts`` beside its own fields."""
-    if not issubclass(base, ModelOutput) or not dataclasses.is_dataclass(base):
-        must("model", "return a ModelOutput", base.__name__, TypeError)
-    extra: list[Any] = [
-        ("lm_loss", Tensor | None, None),
-        ("losses", dict[str, Tensor] | None, None),
-        ("loss_counts", dict[str, Tensor] | None, None),
-    ]
-    own = {field.name for field in dataclasses.fields(base)}
-    return dataclasses.make_dataclass(
-        base.__name__,
-        [field for field in extra if field[0] not in own],
-        bases=(NamedLosses, base),
-        namespace={"__module__": base.__module__},
-    )

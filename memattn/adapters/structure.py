@@ -48,7 +48,16 @@ def model_sizes(model: Any) -> Sizes:
         head_dim=read("head_dim", hidden_size // heads),
         num_layers=read("num_hidden_layers"),
         max_positions=read("max_position_embeddings", 1 << 20),
+        intermediate_size=read("intermediate_size", 4 * hidden_size),
+        norm_eps=_norm_eps(config),
     )
+
+
+def _norm_eps(config: Any) -> float:
+    """The epsilon of the model's own norms."""
+    names = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
+    found = (getattr(config, name, None) for name in names)
+    return next((eps for eps in found if isinstance(eps, float)), 1e-6)
 
 
 def find_layers(model: nn.Module, num_layers: int) -> list[nn.Module]:

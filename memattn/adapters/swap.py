@@ -8,6 +8,8 @@ classes still finds what it knows, ``torch.compile`` notices, and taking the cla
 import functools
 from typing import Any
 
+READ_OFF = ("forward", "prepare_inputs_for_generation")  # others read their arguments off them
+
 _made: dict[tuple[type, type], type] = {}
 
 
@@ -20,18 +22,25 @@ def attached_class(mixin: type, base: type) -> type:
             "__doc__": base.__doc__,
             "_memattn_made_of": (mixin, base),
         }
-        if "forward" in vars(mixin):
-            # others read the arguments of the model off its forward
-            @functools.wraps(base.forward)  # pyright: ignore[reportAttributeAccessIssue]
-            def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-                return mixin.forward(self, *args, **kwargs)  # pyright: ignore
-
-            members["forward"] = forward
+        for name in READ_OFF:
+            if name in vars(mixin) and hasattr(base, name):
+                members[name] = _with_signature(vars(mixin)[name], getattr(base, name))
         _made[mixin, base] = type(base.__name__, (mixin, base), members)
     return _made[mixin, base]
 
 
 _Any: Any = object  # so that a checker knows: what a mixin calls is in the other base
+
+
+def _with_signature(method: Any, like: Any) -> Any:
+    """A function that calls a method of a mixin and has the signature of the method below it."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    # what torch.compile keeps for one class must not count against another
+    call.__code__ = call.__code__.replace(co_name=like.__qualname__.replace(".", "_"))
+    return functools.wraps(like)(call)
 
 
 class Swapped(_Any):

@@ -101,7 +101,9 @@ def config_of_model(model: str, options: dict[str, Any]) -> Any:
             raise ValueError(f"options: {error}") from error
     if options:
         must("options", f"be left out for {model}, which is no preset", options)
-    config = AutoConfig.from_pretrained(find_model(model))
+    folder = find_model(model)
+    assert folder is not None  # it is no preset
+    config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, MemAttnConfig):
         must("model", "be a decoder of memattn", f"{model}, of type {config.model_type}")
     return config

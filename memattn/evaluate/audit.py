@@ -69,7 +69,9 @@ def audit(
     if not noise > 0.0:
         raise ValueError(f"noise must be positive, got {noise}")
     longest = getattr(config, "max_position_embeddings", None) or MAX_DEFAULT_LEN
-    reach: int = max(getattr(config, "reach", 0), *_lengths(config), 0)  # parts know their own
+    # parts know their own, those that are attached to a model of another library too
+    own = max(getattr(config, "reach", 0), getattr(model, "reach", 0))
+    reach: int = max(own, *_lengths(config), 0)
     if seq_len is None:
         seq_len = min(max(48, 2 * reach + 13), MAX_DEFAULT_LEN, longest)
     if not 12 <= seq_len <= longest:

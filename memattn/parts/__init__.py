@@ -1,5 +1,7 @@
 """What a decoder layer can be made of: one file a part, behind one protocol."""
 
+# each makes itself known by its kind
+from memattn.parts import causal, chapter_memory, future, segmented
 from memattn.parts.base import (
     PARTS,
     PLACES,
@@ -34,7 +36,11 @@ __all__ = [
     "SequenceStates",
     "Sizes",
     "View",
+    "causal",
+    "chapter_memory",
+    "future",
     "make_part",
     "part_type",
     "register_part",
+    "segmented",
 ]

@@ -112,8 +112,11 @@ class PartConfig:
         return False
 
     @property
-    def keeps_state(self) -> bool:
-        """Whether ``run`` reads or writes the state of the sequences, where there is one."""
+    def needs_state(self) -> bool:
+        """Whether ``run`` is wrong for tokens behind others that a cache holds, without its state.
+
+        Where not, a state may still save work.
+        """
         return True
 
     @property

@@ -37,7 +37,9 @@ def check_mask(attention_mask: Tensor, batch_size: int, lengths: tuple[int, ...]
     """Raise unless the mask is ``[B, S]`` with one of the ``lengths``."""
     check_tensor("attention_mask", attention_mask)
     shape = list(attention_mask.shape)
-    if len(shape) != 2 or shape[0] != batch_size or shape[1] not in lengths:
+    # one by one: a traced "in" does not find a number among symbolic ones
+    known = len(shape) == 2 and any(shape[1] == length for length in lengths)
+    if not known or shape[0] != batch_size:
         allowed = " or ".join(f"[B={batch_size}, {length}]" for length in dict.fromkeys(lengths))
         must("attention_mask", f"have shape {allowed}", shape)
 

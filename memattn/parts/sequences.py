@@ -73,15 +73,20 @@ class SequenceStates:
         """Rows of the batch, or -1 before the first call."""
         return -1 if self.seq_start is None else self.seq_start.shape[0]
 
+    def has_layers(self, wanted: Sequence[Mapping[str, PartState]]) -> bool:
+        """Whether the layers are of these parts."""
+        return len(wanted) == len(self.layers) and all(
+            _fit(layer.parts, parts) for layer, parts in zip(self.layers, wanted, strict=True)
+        )
+
     def check_layers(self, wanted: Sequence[Mapping[str, PartState]]) -> None:
         """Raise ValueError unless the layers are of these parts."""
         if len(wanted) != len(self.layers):
             must("past_key_values", f"have {len(wanted)} layers", len(self.layers))
         for i, (layer, parts) in enumerate(zip(self.layers, wanted, strict=True)):
-            own = layer.parts
-            if own.keys() != parts.keys() or not all(own[n].fits(parts[n]) for n in own):
+            if not _fit(layer.parts, parts):
                 expected = ", ".join(map(_describe, parts.values()))
-                got = ", ".join(map(_describe, own.values()))
+                got = ", ".join(map(_describe, layer.parts.values()))
                 must("past_key_values", f"be of {expected} in layer {i}", got)
 
     def append_columns(
@@ -273,6 +278,11 @@ def _check_past(past_mask: Tensor, start: Tensor, end: Tensor) -> None:
         row = int(wrong.nonzero()[0, 0])
         requirement = "agree with the past_key_values on earlier columns"
         must("attention_mask", requirement, f"others in row {row}")
+
+
+def _fit(own: Mapping[str, PartState], wanted: Mapping[str, PartState]) -> bool:
+    """Whether states are of the same parts."""
+    return own.keys() == wanted.keys() and all(own[name].fits(wanted[name]) for name in own)
 
 
 def _describe(state: PartState) -> str:
