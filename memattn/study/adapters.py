@@ -118,8 +118,9 @@ class AdaptersStudy(Study):
             top_k_chapters=4,
             routing_strategy_train="token",
             routing_strategy_inference="token",
-            use_low_rank_projections=True,
-            projection_rank=8,
+            use_low_rank_memory=True,
+            low_rank_mode="reduced_dim",
+            memory_rank=32,
             memory_layer_placement="every_n",
             memory_layer_n=2,
         )
@@ -128,7 +129,9 @@ class AdaptersStudy(Study):
         default_factory=lambda: DataConfig(dataset_name="wiki", seq_len=128, packed=False)
     )
     data: DataConfig = field(
-        default_factory=lambda: DataConfig(dataset_name="foldoc", seq_len=128, packed=False)
+        default_factory=lambda: DataConfig(
+            dataset_name="foldoc", held_out=0.02, seq_len=128, packed=False
+        )
     )
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
@@ -166,6 +169,9 @@ class AdaptersStudy(Study):
 
     def first_run(self) -> TrainConfig | None:
         """The training of the base model, where none is given."""
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # there is one for each time that a model is loaded
         if self.base.model_path is not None:
             return None
         start = Path(self.out) / "new"
@@ -232,10 +238,16 @@ class AdaptersStudy(Study):
 
     def _attached(self, *, rank: int | None = None, tokens: int | None = None) -> ModelConfig:
         """The frozen base model with LoRA of a rank, and memory of so many tokens."""
+        lora = memory = None
+        if rank is not None:  # an update of half the rank counts as much
+            alpha = max(1, self.lora.alpha * rank // self.lora.rank)
+            lora = replace(self.lora, rank=rank, alpha=alpha)
+        if tokens is not None:
+            memory = {"kind": "chapter_memory", **self.memory, "num_memory_tokens": tokens}
         return ModelConfig(
             model_path=self.base_path,
-            lora=None if rank is None else replace(self.lora, rank=rank),
-            memory_adapter=None if tokens is None else {**self.memory, "num_memory_tokens": tokens},
+            lora=lora,
+            memory_adapter=memory,
             freeze_base_model=True,
         )
 
@@ -305,17 +317,8 @@ class AdaptersStudy(Study):
 
 
 def _count(config: ModelConfig, *, trainable: bool = False) -> int:
-    """Parameters of a pretrained model with what is attached, of which only shapes are made."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Parameters of a pretrained model with what is attached to it."""
+    from memattn.train.attached import load_base
 
-    from memattn.train.attached import attach, is_attached
-    from memattn.train.pretrained import find_pretrained
-
-    assert config.model_path is not None
-    with torch.device("meta"):
-        own = AutoConfig.from_pretrained(find_pretrained(config.model_path))
-        model = AutoModelForCausalLM.from_config(own)
-        if is_attached(config):
-            attach(model, config)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+    parameters = load_base(config).parameters()
+    return sum(p.numel() for p in parameters if p.requires_grad or not trainable)

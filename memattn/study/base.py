@@ -13,7 +13,7 @@ from memattn._tables import Table
 from memattn.checks import must
 from memattn.study.cells import Cell, Measure
 from memattn.study.results import Row
-from memattn.study.tables import make_table
+from memattn.study.tables import difference_table, make_table
 from memattn.train.config import DataConfig, ModelConfig, TrainConfig, TrainingConfig
 from memattn.yaml_text import dump_yaml
 
@@ -99,15 +99,21 @@ class Study:
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         """The tables of the report, for the cells over their seeds."""
-        return [make_table(self.title, rows, self.baselines, self.measures)]
+        if len(self.baselines) == 1:
+            return [make_table(self.title, rows, self.baselines, self.measures)]
+        return [
+            make_table(self.title, rows, (), self.measures),
+            *(difference_table(rows, name, self.measures) for name in self.baselines),
+        ]
 
     def note(self, rows: Sequence[Row]) -> str:
         """What the numbers of the tables mean."""
+        names = self.baselines
         n = max(spread.n for row in rows for spread in row.losses.values())
         return NOTE.format(
             seeds="one seed" if n == 1 else f"{n} seeds",
             losses=self.losses_note(),
-            baselines=" or ".join(f"the {name}" for name in self.baselines),
+            baselines=f"the {names[0]}" if len(names) == 1 else " or ".join(names),
         )
 
     def losses_note(self) -> str:

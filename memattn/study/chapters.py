@@ -69,16 +69,20 @@ class ChaptersStudy(Study):
     )
     memory_options: dict[str, Any] = field(
         default_factory=lambda: dict(
-            num_memory_tokens=512, num_chapters=32, top_k_chapters=4, routing_block_size=16
+            num_memory_tokens=512,
+            num_chapters=32,
+            top_k_chapters=4,
+            routing_block_size=16,
+            routing_window_size=32,
         )
     )
     data: DataConfig = field(default_factory=lambda: DataConfig(vocab_size=1024, seq_len=128))
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            max_steps=300,
+            max_steps=200,
             batch_size=16,
             base_model_lr=3e-3,
-            warmup_steps=30,
+            warmup_steps=20,
             eval_steps=100,
             save_steps=None,
             keep_checkpoints=1,
@@ -142,9 +146,11 @@ class ChaptersStudy(Study):
 
     def losses_note(self) -> str:
         return (
-            "Validation loss: cross-entropy of held-out documents, at the end. Operations of the "
-            f"forward pass are those of one token in {self.data.seq_len}, multiplications and "
-            f"additions, as `memattn estimate` counts them; {DENSE} has those of the memory "
-            f"transformer with the most, {PLAIN} is its backbone. Routing is causal: chapters are "
-            "selected by the tokens up to the one that reads them."
+            "Validation loss: cross-entropy of held-out documents, at the end. Operations are "
+            f"those of the forward pass for a token of a sequence of {self.data.seq_len}, as "
+            f"`memattn estimate` counts them; {DENSE} has those of the memory transformer with the "
+            "most. In a batch, keys and values of the memory are projected once for all sequences, "
+            f"so that it does less than is counted. {PLAIN} is the decoder without memory. "
+            "Routing is causal: chapters are selected by the tokens up to the one that reads them, "
+            "in training and in evaluation."
         )

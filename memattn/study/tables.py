@@ -31,6 +31,21 @@ def make_table(
     return Table(title, tuple(heads), cells)
 
 
+def difference_table(rows: Sequence[Row], baseline: str, measures: Sequence[Measure] = ()) -> Table:
+    """What the other cells differ by from one baseline.
+
+    Args:
+        rows: The cells over their seeds, the baseline among them.
+        baseline: Its name.
+        measures: What is measured beside the losses of every study.
+    """
+    heads = ["model", f"validation loss - {baseline}", "seeds below it"]
+    heads += [f"{measure.head} - {baseline}" for measure in measures if measure.compared]
+    others = [row for row in rows if row.cell.name != baseline]
+    cells = [(row.cell.name, *_against(row, baseline, measures)) for row in others]
+    return Table(f"Differences to {baseline}", tuple(heads), cells)
+
+
 def loss_heads(measures: Sequence[Measure] = ()) -> tuple[str, ...]:
     """The heads of ``loss_cells``."""
     return tuple(measure.head for measure in (*COMMON, *measures))
