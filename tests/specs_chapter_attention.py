@@ -72,7 +72,7 @@ PADDED = dict(seq_start=[3, 0], seq_end=[37, 30])
 
 CHAPTERS = OperatorSpec(
     operator=chapter_attention,
-    backends=(),
+    backends=("triton",),
     make_inputs=chapter_inputs,
     cases={
         "one": Case(dict(B=1, T=1, C=1, M=1, K=1)),
@@ -112,6 +112,26 @@ CHAPTERS = OperatorSpec(
     },
     variants={name: {"combine": name} for name in ("joint", "independent")},
     few_variants=("joint", "independent"),
+    interpreted=(
+        "one",
+        "token",
+        "token-empty",
+        "block",
+        "sequence",
+        "multi-head",
+        "large-group",
+        "large-chapters",
+        "odd-head-dim",
+        "wide-value",
+        "decode-block",
+        "token-padded",
+        "block-padded-offset",
+        "sequence-padded",
+        "nothing-left",
+        "packed-block",
+        "int8",
+        "int4",
+    ),
     interpreted_half=("token-empty", "block", "sequence-padded", "large-chapters"),
     gradcheck={
         form: Case(dict(form=form, B=1, H=2, Hkv=1, T=5, D=3, C=4, M=2, K=3, repeats=True))

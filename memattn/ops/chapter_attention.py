@@ -152,7 +152,9 @@ def chapter_attention(
         is_joint=combine == "joint",
         scale=check_scale(scale, query.shape[-1]),
     )
-    match resolve_backend(backend, query, compiled=()):
+    match resolve_backend(backend, query, compiled=("triton",)):
+        case "triton":
+            from memattn_kernels.chapter_attention import chapter_attention as impl
         case "reference":
             from memattn.reference.chapter_attention import chapter_attention as impl
         case other:
