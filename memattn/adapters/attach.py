@@ -172,8 +172,9 @@ def _check_places(base: Any, named: Mapping[str, PartConfig], structure: Structu
                 kind = type(structure.layers[layer]).__name__
                 must(
                     f"{part.path}",
-                    f"stand after_mlp in {kind} of {type(base).__name__}, whose attention is not "
-                    "added to the residual before the MLP, as where both run side by side",
+                    f"stand after_mlp in {kind} of {type(base).__name__}, which does not add the "
+                    "output of attention as it is to the residual before the MLP (they run side by "
+                    "side, or it is scaled)",
                     "after_attention",
                 )
 

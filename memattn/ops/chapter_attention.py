@@ -152,13 +152,13 @@ def chapter_attention(
         is_joint=combine == "joint",
         scale=check_scale(scale, query.shape[-1]),
     )
-    match resolve_backend(backend, query, compiled=("triton",)):
+    match resolve_backend(backend, query):
         case "triton":
             from memattn_kernels.chapter_attention import chapter_attention as impl
+        case "cpp":
+            from memattn.cpp.chapter_attention import chapter_attention as impl
         case "reference":
             from memattn.reference.chapter_attention import chapter_attention as impl
-        case other:
-            raise NotImplementedError(other)
     return AttentionOutput(*impl(args))
 
 
