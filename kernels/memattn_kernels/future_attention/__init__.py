@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from memattn_kernels._common import empty_rows
-from memattn_kernels._launch import call, empty_gradient, empty_numbers
-from memattn_kernels._operator import register
+from memattn_kernels._launch import call, empty_numbers, register_triton
 from memattn_kernels.future_attention.backward import launch_backward
 from memattn_kernels.future_attention.forward import launch_forward
 from memattn_kernels.signatures import FutureAttentionArgs
@@ -40,27 +39,22 @@ def _empty_results(args: FutureAttentionArgs) -> tuple[Tensor, ...]:
     )
 
 
-_operator = register(
-    "memattn_kernels::future_attention",
+_operator = register_triton(
+    "future_attention",
     FutureAttentionArgs,
     results="out out_future lse loss count target lse_target residual",
     cotangents="out? out_future? lse? loss?",
     saved="out out_future lse count target lse_target residual",
-    gradients="query key value future_key future_value future_query",
     empty_results=_empty_results,
-    empty_gradient=empty_gradient,
     forward=launch_forward,
     backward=launch_backward,
 )
 
 
-def future_attention(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``out``, ``out_future`` ``[B, H, T, Dv]`` and ``lse [B, H, T]``."""
-    out, out_future, lse, *_ = call(_operator, args)
-    return out.to(args.query.dtype), out_future.to(args.query.dtype), lse
+def future_attention(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``out``, ``out_future`` ``[B, H, T, Dv]``, ``lse [B, H, T]`` and the scalar ``loss``.
 
-
-def future_attention_loss(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``out [B, H, T, Dv]``, the scalar ``loss`` and ``lse [B, H, T]``."""
-    out, _, lse, loss, *_ = call(_operator, args)
-    return out.to(args.query.dtype), loss, lse
+    Without ``loss_type`` the last has size 0.
+    """
+    out, out_future, lse, loss, *_ = call(_operator, args)
+    return out.to(args.query.dtype), out_future.to(args.query.dtype), lse, loss
