@@ -1,13 +1,128 @@
 """What the package's own parts say about themselves: counts of losses, cost, reach, spellings."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
-from model_factories import SYSTEMS, make_config, make_model, make_tokens, pad_left
+from model_factories import (
+    SIZES,
+    SYSTEMS,
+    enable_checkpointing,
+    logits_of,
+    make_config,
+    make_model,
+    make_tokens,
+    pad_left,
+    perturb,
+)
+from torch import nn
 
-from memattn.models import AttentionConfig, FutureConfig, MemAttnConfig
-from memattn.parts import PARTS, Role
+from memattn.evaluate import audit
+from memattn.models import AttentionConfig, FutureConfig, MemAttnConfig, MemAttnForCausalLM
+from memattn.parts import PARTS, AddedPart, PartOutput, Role, register_part
 from memattn.parts.causal import CausalConfig
 from memattn.parts.segmented import SegmentedConfig
+
+
+class SharedRows(nn.Module):
+    """Rows that all layers add a mixture of."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.rows = nn.Parameter(torch.empty(3, hidden_size))
+
+
+@register_part
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig(AddedPart):
+    """A mixture of shared rows, weighted by the normed states, plus a tenth of the residual."""
+
+    kind: ClassVar[str] = "mixture"
+    place: ClassVar[str] = "after_attention"
+    repeatable: ClassVar[bool] = True
+    place_of_fields: str = "after_attention"
+
+    @property
+    def stands(self):
+        return self.place_of_fields
+
+    def build_shared(self, sizes):
+        return SharedRows(sizes.hidden_size)
+
+    def build(self, sizes, layer):
+        return nn.Linear(sizes.hidden_size, 3, bias=False)
+
+    def run(self, module, hidden_states, context):
+        mixture = module(hidden_states).softmax(-1) @ context.shared_module.rows
+        return PartOutput(mixture + 0.1 * context.residual)
+
+    @staticmethod
+    def init_weights(module, std):
+        if isinstance(module, SharedRows):
+            nn.init.normal_(module.rows, mean=1.0, std=std)
+
+    def role(self, name, parameter):
+        return Role("memory", 0.5) if name == "rows" else None
+
+
+def make_mixtures(*parts):
+    torch.manual_seed(0)
+    config = MemAttnConfig.vanilla(parts=[{"kind": "mixture", **part} for part in parts], **SIZES)
+    return MemAttnForCausalLM(config).double().eval()
+
+
+def test_layers_share_the_module_of_a_part(tmp_path):
+    model = make_mixtures({}, {})
+    shared = [n for n, _ in model.named_parameters() if "shared_parts" in n]
+    assert shared == [f"model.shared_parts.{n}.rows" for n in ("mixture", "mixture-2")]
+    for name in shared:
+        assert abs(model.get_parameter(name).mean() - 1.0) < 0.01  # by its own init_weights
+        assert model.parameter_roles()[name] == Role("memory", 0.5)
+        assert model.model.parameter_roles()[name.removeprefix("model.")] == Role("memory", 0.5)
+    part, sizes = model.config.parts[0], model.config.sizes
+    assert part.shared_cost(sizes, 7).parameters == 3 * 32
+    assert part.cost(sizes, 7).parameters == 3 * 32  # its own matrix
+
+    perturb(model)
+    tokens = make_tokens()
+    model.save_pretrained(tmp_path)
+    loaded = MemAttnForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    logits = logits_of(model, tokens)
+    torch.testing.assert_close(logits_of(loaded, tokens), logits, rtol=0, atol=1e-12)
+    # the second part of the kind has its own rows
+    loaded.model.shared_parts["mixture-2"].rows.data += 1.0
+    assert not torch.allclose(logits_of(loaded, tokens), logits)
+    assert audit(model, seq_len=16).verdict == "all 0"
+
+
+def test_checkpointing_reaches_shared_modules():
+    gradients = []
+    for checkpoint in (False, True):
+        model = perturb(make_mixtures({})).train()
+        if checkpoint:
+            enable_checkpointing(model)
+        tokens = make_tokens()
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append(model.model.shared_parts["mixture"].rows.grad)
+    assert gradients[0].abs().min() > 0.0
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-14)
+
+
+def test_fields_decide_where_a_part_stands():
+    seen = []
+    for place in ("after_attention", "after_mlp"):
+        model = perturb(make_mixtures({"place_of_fields": place}))
+        block = model.model.layers[0]
+        order = []
+        for module in (block.parts["mixture"], block.mlp):
+            module.register_forward_pre_hook(lambda module, args, order=order: order.append(module))
+        seen.append(logits_of(model, make_tokens()))
+        assert (order[0] is block.mlp) == (place == "after_mlp") and len(order) == 2
+    assert not torch.allclose(*seen)
+    for place in ("attention", "beside"):
+        with pytest.raises(ValueError, match="parts.mixture.stands must"):
+            make_mixtures({"place_of_fields": place})
 
 
 def band_positions(length, future_dim, n_ctx):

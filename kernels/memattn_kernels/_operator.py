@@ -88,7 +88,7 @@ def register(
     def empty_gradients(args: Any) -> tuple[Tensor, ...]:
         given = ((name, getattr(args, name)) for name in gradient_names)
         return tuple(
-            args.query.new_empty(0) if tensor is None else empty_gradient(name, tensor)
+            args[0].new_empty(0) if tensor is None else empty_gradient(name, tensor)
             for name, tensor in given
         )
 

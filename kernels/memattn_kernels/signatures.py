@@ -78,3 +78,35 @@ class TaskMaskedAttentionArgs(NamedTuple):
     seq_end: Tensor | None  # int32 [B]
     is_causal: bool
     scale: float
+
+
+class ChapterAttentionArgs(NamedTuple):
+    """Arguments of attention to selected chapters; a chapter is ``key[c]`` and ``value[c]``."""
+
+    query: Tensor  # [B, H, T, D]
+    key: Tensor  # [C, Hkv, M, D]; int8, or uint8 with D / 2 pairs of four bits
+    value: Tensor  # [C, Hkv, M, Dv], the same
+    indices: Tensor  # int32 [B, N, K], -1 is empty
+    weights: Tensor | None  # float32 [B, N, K]
+    key_scale: Tensor | None  # float32 [C, Hkv, M] of quantised keys
+    value_scale: Tensor | None  # float32 [C, Hkv, M] of quantised values
+    row_start: Tensor  # int32 [B, N], first query of each routing row
+    row_end: Tensor  # int32 [B, N], the query behind its last; rows rise and do not overlap
+    row_len: int  # no routing row has more queries
+    value_dim: int  # Dv
+    is_joint: bool
+    scale: float
+
+
+class ChapterRouterArgs(NamedTuple):
+    """Arguments of the router of chapters."""
+
+    hidden: Tensor  # [B, N, E]
+    weight: Tensor  # [C - num_shared, E]
+    bias: Tensor | None  # [C - num_shared]
+    valid: Tensor | None  # bool [B, N]
+    top_k: int
+    num_shared: int
+    temperature: float
+    routed_scale: float
+    is_mean: bool  # the load-balance loss is 1 at balance, else top_k

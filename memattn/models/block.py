@@ -58,10 +58,18 @@ class MemAttnBlock(GradientCheckpointingLayer):
         carry: Mapping[str, Tensor],
         context: PartContext,
         cache: MemAttnCacheLayer | None,
+        shared_parts: Mapping[str, nn.Module],
     ) -> BlockOutput:
         """Run the block; under checkpointing only tensors go in and out, one by one."""
         names = tuple(carry)
-        outputs = self(hidden_states, *carry.values(), names=names, context=context, cache=cache)
+        outputs = self(
+            hidden_states,
+            *carry.values(),
+            names=names,
+            context=context,
+            cache=cache,
+            shared_parts=shared_parts,
+        )
         hidden_states, rest = outputs[0], list(outputs[1:])
         losses = {}
         for name in self.loss_names if context.measure_losses else ():
@@ -76,6 +84,7 @@ class MemAttnBlock(GradientCheckpointingLayer):
         names: tuple[str, ...],
         context: PartContext,
         cache: MemAttnCacheLayer | None = None,
+        shared_parts: Mapping[str, nn.Module] | None = None,
     ) -> tuple[Tensor, ...]:
         """Map ``[B, T, E]`` to ``[B, T, E]``, the losses' sums and counts, and what goes on."""
         carry = dict(zip(names, carried, strict=True))
@@ -84,8 +93,12 @@ class MemAttnBlock(GradientCheckpointingLayer):
             if place == "mlp":
                 hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
             for name, part in self.part_configs.items():
-                if part.place == place:
-                    hidden_states = self._run(name, hidden_states, carry, losses, context, cache)
+                if part.stands == place:
+                    shared = (shared_parts or {}).get(name)
+                    own = context.of_part(
+                        None if cache is None else cache.parts[name], carry, hidden_states, shared
+                    )
+                    hidden_states = self._run(name, hidden_states, carry, losses, own)
         flat = [hidden_states]
         if context.measure_losses:
             for name in self.loss_names:
@@ -99,13 +112,11 @@ class MemAttnBlock(GradientCheckpointingLayer):
         carry: dict[str, Tensor],
         losses: Losses,
         context: PartContext,
-        cache: MemAttnCacheLayer | None,
     ) -> Tensor:
         """Add the output of one part to the residual, its losses and carry to those there are."""
         part = self.part_configs[name]
         norm = self.attention_norm if name == "attention" else self.part_norms[name]
-        own = context.of_part(None if cache is None else cache.parts[name], carry)
-        output = part.run(self.module_of(name), norm(hidden_states), own)
+        output = part.run(self.module_of(name), norm(hidden_states), context)
         wanted = part.losses.keys() if context.measure_losses else set()
         if output.losses.keys() != wanted or output.carry.keys() - set(part.carries):
             raise ValueError(

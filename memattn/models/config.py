@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import field, fields
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from memattn.checks import check_int, must
-from memattn.parts import PARTS, PartConfig, Sizes, make_part
+from memattn.parts import PARTS, PLACES, PartConfig, Sizes, make_part
 from memattn.parts.causal import CausalConfig
 from memattn.parts.future import FutureConfig
 from memattn.parts.old_spellings import upgrade_attention
@@ -148,6 +149,11 @@ class MemAttnConfig(PreTrainedConfig):
             number = sum(other.kind == part.kind for other in everything)
             if number > 1 and not part.repeatable:
                 must("parts", f"have {part.kind} at most once", f"it {number} times")
+            if part.stands not in PLACES:
+                must(f"{part.path}.stands", f"be one of {', '.join(PLACES)}", repr(part.stands))
+            if (part.stands == "attention") != (part.place == "attention"):
+                side = "be" if part.place == "attention" else "not be"
+                must(f"{part.path}.stands", f"{side} attention", repr(part.stands))
             part.check(self.sizes, others)
             for name, coefficient in part.losses.items():
                 if coefficients.setdefault(name, coefficient) != coefficient:
@@ -178,6 +184,11 @@ class MemAttnConfig(PreTrainedConfig):
         """The parts of one layer by name."""
         found = {n: part.in_layer(layer, self.sizes) for n, part in self.named_parts().items()}
         return {name: part for name, part in found.items() if part is not None}
+
+    def build_shared_parts(self) -> dict[str, nn.Module]:
+        """The modules that layers of a part share, by the part's name."""
+        found = {name: part.build_shared(self.sizes) for name, part in self.named_parts().items()}
+        return {name: shared for name, shared in found.items() if shared is not None}
 
     @property
     def losses(self) -> dict[str, float]:

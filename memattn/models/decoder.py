@@ -16,7 +16,7 @@ from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
 from memattn.models.padding import check_lengths, check_positions, mask_bounds
 from memattn.nn import RotaryEmbedding, sequence_positions
-from memattn.parts import PARTS, PartContext, Role, SequenceBounds
+from memattn.parts import PARTS, PartConfig, PartContext, Role, SequenceBounds
 
 
 class MemAttnPreTrainedModel(PreTrainedModel):
@@ -42,13 +42,23 @@ class MemAttnPreTrainedModel(PreTrainedModel):
 
     def parameter_roles(self) -> dict[str, Role]:
         """What each parameter is that a part says something about, by name."""
-        blocks = ((f"{n}.", m) for n, m in self.named_modules() if isinstance(m, MemAttnBlock))
+        found: list[tuple[str, PartConfig, nn.Module]] = []  # prefix, part, its module
+        for prefix, module in self.named_modules():
+            if isinstance(module, MemAttnModel):
+                named = self.config.named_parts()
+                for name, shared in module.shared_parts.items():
+                    found.append(
+                        (f"{prefix}{'.' * bool(prefix)}shared_parts.{name}.", named[name], shared)
+                    )
+            if isinstance(module, MemAttnBlock):
+                for name, part in module.part_configs.items():
+                    inside = name if name == "attention" else f"parts.{name}"
+                    found.append((f"{prefix}.{inside}.", part, module.module_of(name)))
         return {
-            prefix + f"{'' if part == 'attention' else 'parts.'}{part}.{name}": role
-            for prefix, block in blocks
-            for part, config in block.part_configs.items()
-            for name, parameter in block.module_of(part).named_parameters()
-            if (role := config.role(name, parameter)) is not None
+            prefix + name: role
+            for prefix, part, module in found
+            for name, parameter in module.named_parameters()
+            if (role := part.role(name, parameter)) is not None
         }
 
     @classmethod
@@ -72,6 +82,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
         self.layers = nn.ModuleList(
             MemAttnBlock(config, i) for i in range(config.num_hidden_layers)
         )
+        self.shared_parts = nn.ModuleDict(config.build_shared_parts())
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -148,12 +159,15 @@ class MemAttnModel(MemAttnPreTrainedModel):
         totals: dict[str, list[Tensor]] = {}
         counts: dict[str, list[Tensor]] = {}
         carry: dict[str, Tensor] = {}
+        shared_parts = dict(self.shared_parts.items())
         layer: Any
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             layer_cache = None if cache is None else cache.layers[i]
-            hidden_states, losses, carry = layer.call(hidden_states, carry, context, layer_cache)
+            hidden_states, losses, carry = layer.call(
+                hidden_states, carry, context, layer_cache, shared_parts
+            )
             for name, (total, count) in losses.items():
                 totals.setdefault(name, []).append(total)
                 counts.setdefault(name, []).append(count)

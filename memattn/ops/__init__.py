@@ -1,5 +1,7 @@
 """Attention operators: one contract, three backends."""
 
+from memattn.ops.chapter_attention import chapter_attention
+from memattn.ops.chapter_router import RouterOutput, chapter_router
 from memattn.ops.future_attention import (
     FutureAttentionLossOutput,
     FutureAttentionOutput,
@@ -14,7 +16,10 @@ __all__ = [
     "AttentionOutput",
     "FutureAttentionLossOutput",
     "FutureAttentionOutput",
+    "RouterOutput",
     "TaskMask",
+    "chapter_attention",
+    "chapter_router",
     "future_attention",
     "future_attention_loss",
     "segmented_attention",

@@ -47,17 +47,31 @@ def triton_is_interpreted() -> bool:
     return IS_INTERPRETED
 
 
-def resolve_backend(backend: str, query: Tensor) -> Backend:
-    """The backend that runs: ``auto`` looks at device, dtype and installation, never at sizes."""
+def resolve_backend(
+    backend: str,
+    query: Tensor,
+    name: str = "query",
+    compiled: tuple[str, ...] = ("triton", "cpp"),
+) -> Backend:
+    """The backend that runs: ``auto`` looks at device, dtype and installation, never at sizes.
+
+    Args:
+        backend: What the caller asked for.
+        query: The tensor whose dtype and device decide.
+        name: What messages call it.
+        compiled: Backends that have kernels for the operator.
+    """
+    if backend in ("triton", "cpp") and backend not in compiled:
+        raise NotImplementedError(f'backend must be one with kernels for this, got "{backend}"')
     if not isinstance(backend, str):
         must("backend", f"be one of {', '.join(BACKENDS)}", type(backend).__name__, TypeError)
     match backend:
         case "auto":
             if query.dtype == torch.float64:
                 return "reference"
-            if query.is_cuda and triton_is_installed():
+            if query.is_cuda and triton_is_installed() and "triton" in compiled:
                 return "triton"
-            if query.device.type == "cpu" and cpp_is_built():
+            if query.device.type == "cpu" and cpp_is_built() and "cpp" in compiled:
                 return "cpp"
             return "reference"
         case "reference":
@@ -66,9 +80,9 @@ def resolve_backend(backend: str, query: Tensor) -> Backend:
             if not triton_is_installed():
                 raise ImportError('backend "triton" is not installed; run `pip install triton`')
             if query.dtype == torch.float64:
-                _lacks("triton", "dtype", "float16, bfloat16 or float32", query.dtype)
+                _lacks(name, "triton", "dtype", "float16, bfloat16 or float32", query.dtype)
             if not query.is_cuda and not triton_is_interpreted():
-                _lacks("triton", "device", "cuda (or TRITON_INTERPRET=1 set)", query.device)
+                _lacks(name, "triton", "device", "cuda (or TRITON_INTERPRET=1 set)", query.device)
             return "triton"
         case "cpp":
             if not cpp_is_built():
@@ -76,16 +90,16 @@ def resolve_backend(backend: str, query: Tensor) -> Backend:
                     f'backend "cpp" is not built; run `{BUILD_CPP}` in the source folder'
                 )
             if query.dtype == torch.float64:
-                _lacks("cpp", "dtype", "float16, bfloat16 or float32", query.dtype)
+                _lacks(name, "cpp", "dtype", "float16, bfloat16 or float32", query.dtype)
             if query.device.type != "cpu":
-                _lacks("cpp", "device", "cpu", query.device)
+                _lacks(name, "cpp", "device", "cpu", query.device)
             return "cpp"
     must("backend", f"be one of {', '.join(BACKENDS)}", repr(backend))
 
 
-def _lacks(backend: str, what: str, requirement: str, got: object) -> None:
+def _lacks(name: str, backend: str, what: str, requirement: str, got: object) -> None:
     """Raise NotImplementedError for an input that this backend cannot take."""
     raise NotImplementedError(
-        f'query must have {what} {requirement} for backend "{backend}", got {got}; '
+        f'{name} must have {what} {requirement} for backend "{backend}", got {got}; '
         'backend "reference" takes it'
     )

@@ -2,6 +2,7 @@
 
 from memattn.parts.base import (
     PARTS,
+    PLACES,
     AddedPart,
     Cost,
     PartConfig,
@@ -19,6 +20,7 @@ from memattn.parts.state import PartState, SequenceBounds
 
 __all__ = [
     "PARTS",
+    "PLACES",
     "AddedPart",
     "AttentionConfig",
     "Cost",

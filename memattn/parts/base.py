@@ -75,7 +75,8 @@ class PartConfig:
     Class attributes:
         kind: Its name in a configuration, an identifier.
         place: Where it stands in a layer, one of ``PLACES``. ``"attention"`` stands instead of
-            attention; the others get normed hidden states, and their output is added.
+            attention; the others get normed hidden states, and their output is added. A part whose
+            fields decide between places beside attention overrides ``stands``.
         repeatable: Whether it may stand more than once in ``MemAttnConfig.parts``.
         reports: Names of the losses that it may return.
         carries: Names of what it may hand to the next layer.
@@ -96,6 +97,11 @@ class PartConfig:
     def path(self) -> str:
         """What messages call it."""
         return "attention" if self.place == "attention" else f"parts.{self.kind}"
+
+    @property
+    def stands(self) -> str:
+        """Where it stands with these fields, one of ``PLACES``."""
+        return self.place
 
     @property
     def limits_length(self) -> bool:
@@ -122,6 +128,14 @@ class PartConfig:
         """Its module for a layer."""
         raise NotImplementedError(f"{type(self).__name__} must define build")
 
+    def build_shared(self, sizes: Sizes) -> nn.Module | None:
+        """A module that its layers share, or None.
+
+        The model keeps it once, as ``shared_parts.<name>``, and ``run`` finds it in
+        ``context.shared_module``.
+        """
+        return None
+
     def run(self, module: nn.Module, hidden_states: Tensor, context: PartContext) -> PartOutput:
         """Call its module with ``hidden_states [B, T, E]``."""
         return module(hidden_states, context)
@@ -139,7 +153,10 @@ class PartConfig:
         """
 
     def role(self, name: str, parameter: Tensor) -> Role | None:
-        """What a parameter of its module is; None decides by its shape and its module."""
+        """What a parameter of its module, or of the one its layers share, is.
+
+        None decides by its shape and its module.
+        """
         return None
 
     def operator_flops(self, sizes: Sizes, length: int) -> int:
@@ -157,6 +174,12 @@ class PartConfig:
         )
         flops = 2 * length * matrices + self.operator_flops(sizes, length)
         return Cost(sum(p.numel() for p in parameters.values()), flops)
+
+    def shared_cost(self, sizes: Sizes, length: int) -> Cost:
+        """What ``build_shared`` adds once to the costs of all layers."""
+        with torch.device("meta"):
+            shared = self.build_shared(sizes)
+        return Cost(0 if shared is None else sum(p.numel() for p in shared.parameters()), 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Kind and fields as plain values that JSON can hold."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memattn.nn import RotaryEmbedding
 from memattn.parts.state import PartState, SequenceBounds
@@ -26,6 +26,8 @@ class PartContext:
         rotary: Cosines and sines of ``positions``, or None where positions are not rotary.
         rotary_embedding: What makes such of other positions.
         measure_losses: Whether the part is to return its losses.
+        residual: The hidden states ``[B, T, E]`` before the norm, which the output is added to.
+        shared_module: The module that the part's layers share, or None.
         state: What the sequences keep of this part in this layer, or None without a cache.
         carry: What the layers before handed on, by name.
         shared: What ``once`` remembers in this call of the model.
@@ -39,12 +41,20 @@ class PartContext:
     rotary: Angles | None = None
     rotary_embedding: RotaryEmbedding | None = None
     measure_losses: bool = False
+    residual: Tensor | None = None
+    shared_module: nn.Module | None = None
     state: PartState | None = None
     carry: Mapping[str, Tensor] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
 
-    def of_part(self, state: PartState | None, carry: Mapping[str, Tensor]) -> "PartContext":
-        """The same for one part with its state."""
+    def of_part(
+        self,
+        state: PartState | None,
+        carry: Mapping[str, Tensor],
+        residual: Tensor | None = None,
+        shared_module: nn.Module | None = None,
+    ) -> "PartContext":
+        """The same for one part with its state and its own shared module."""
         return PartContext(
             positions=self.positions,
             present=self.present,
@@ -54,6 +64,8 @@ class PartContext:
             rotary=self.rotary,
             rotary_embedding=self.rotary_embedding,
             measure_losses=self.measure_losses,
+            residual=residual,
+            shared_module=shared_module,
             state=state,
             carry=carry,
             shared=self.shared,
