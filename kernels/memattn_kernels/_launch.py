@@ -49,13 +49,8 @@ def call(operator: Callable[..., tuple[Tensor, ...]], args: Any) -> tuple[Tensor
     check_head_dim("value", args.value.shape[-1])
     if args.query.dtype == torch.bfloat16 and IS_INTERPRETED:
         # the interpreter computes bfloat16 wrongly
-        args = args._replace(
-            **{
-                name: value.float()
-                for name, value in args._asdict().items()
-                if isinstance(value, Tensor) and value.is_floating_point()
-            }
-        )
+        tensors = {n: value for n, value in args._asdict().items() if isinstance(value, Tensor)}
+        args = args._replace(**{n: t.float() for n, t in tensors.items() if t.is_floating_point()})
     return operator(*args)
 
 
@@ -151,11 +146,20 @@ def parts_of(n: int, n_programs: int, shortest: int | None = None) -> tuple[int,
     return max(triton.cdiv(n, max(length, 1)), 1), length
 
 
-def launch_keys(kernel: triton.JITFunction, name: str, inputs: dict) -> None:
-    """Launch a key-stationary kernel: one program for each tile of token keys of a head."""
+def launch_keys(
+    kernel: triton.JITFunction, name: str, inputs: dict, n_keys: int | None = None
+) -> None:
+    """Launch a key-stationary kernel: one program for each tile of token keys of a head.
+
+    Of another source that is for each of ``inputs["n_parts"]`` parts, with ``n_keys`` keys and
+    tiles no longer than that.
+    """
     config = lookup(name, inputs["q_ptr"], inputs)
     B, Hkv, S, _ = inputs["k_ptr"].shape
-    launch(kernel, triton.cdiv(S, config["BLOCK_N"]) * B * Hkv, config, inputs)
+    if n_keys is not None:
+        config = config | {"BLOCK_N": block_length(config["BLOCK_N"], n_keys)}
+    n_tiles = triton.cdiv(S if n_keys is None else n_keys, config["BLOCK_N"])
+    launch(kernel, n_tiles * inputs.get("n_parts", 1) * B * Hkv, config, inputs)
 
 
 def empty_gradient(name: str, tensor: Tensor) -> Tensor:

@@ -126,12 +126,10 @@ def register(
             return grads
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        args = arguments(*inputs)
+        args = dict(zip(types, inputs, strict=True))
         outputs = dict(zip(result_names, output, strict=True))
-        kept = {name: outputs[name] for name in saved_names}
-        kept |= {name: getattr(args, name) for name in tensors}
-        ctx.save_for_backward(*kept.values())
-        ctx.options = {name: getattr(args, name) for name in types if name not in tensors}
+        ctx.save_for_backward(*map(outputs.get, saved_names), *map(args.get, tensors))
+        ctx.options = {name: args[name] for name in types if name not in tensors}
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -8,8 +8,7 @@ directions walk only tiles that hold an allowed pair (see ``intervals``).
 import torch
 from torch import Tensor
 
-from memattn_kernels._common import empty_rows
-from memattn_kernels._launch import call, empty_numbers, register_triton
+from memattn_kernels._launch import call, empty_numbers, empty_results, register_triton
 from memattn_kernels.future_attention.backward import launch_backward
 from memattn_kernels.future_attention.forward import launch_forward
 from memattn_kernels.signatures import FutureAttentionArgs
@@ -22,19 +21,18 @@ def _empty_results(args: FutureAttentionArgs) -> tuple[Tensor, ...]:
     off the two ``lse``. Of size 0 are ``loss``, number and target without ``loss_type``, the
     target's ``lse`` also if it is detached, and the last but for float32 inputs.
     """
-    query, width = args.query, args.value.shape[-1]
-    lse = empty_numbers(query)
+    out, lse, _ = empty_results(args)
     has_loss = args.loss_type is not None
     has_lse = has_loss and not args.detach_target
-    n_residuals = 1 + has_lse if query.dtype == torch.float32 else 0
+    n_residuals = 1 + has_lse if out.dtype == torch.float32 else 0
     return (
-        empty_rows(query, width),
-        empty_rows(query, width),
+        out,
+        torch.empty_like(out),
         lse,
         lse.new_empty(() if has_loss else (0,)),
         lse.new_empty(() if has_loss else (0,)),
-        empty_rows(query, width) if has_loss else query.new_empty(0),
-        empty_numbers(query, has_lse),
+        torch.empty_like(out) if has_loss else out.new_empty(0),
+        empty_numbers(out, has_lse),
         lse.new_empty(n_residuals, *lse.shape),
     )
 

@@ -11,17 +11,8 @@ write a partial sum, added up in a fixed order.
 """
 
 import torch
-import triton
 
-from memattn_kernels._common import block_length
-from memattn_kernels._launch import (
-    backward_inputs,
-    key_rows,
-    launch,
-    launch_queries,
-    lookup,
-    parts_of,
-)
+from memattn_kernels._launch import backward_inputs, key_rows, launch_keys, launch_queries, parts_of
 from memattn_kernels._operator import Named
 from memattn_kernels.segmented_attention.backward_dkdv import segmented_attention_bwd_dkdv_kernel
 from memattn_kernels.segmented_attention.backward_dq import segmented_attention_bwd_dq_kernel
@@ -63,10 +54,6 @@ def _launch_dkdv(source: str, n_keys: int, n_parts: int, inputs: dict) -> None:
     """Launch the key-stationary kernel for one source, with ``n_keys`` keys in each part."""
     # a loop over the query heads of a group holds registers that other tiles need
     name = "segmented_attention_bwd_dkdv" + "_grouped" * (inputs["G"] > 1)
-    config = lookup(name, inputs["q_ptr"], inputs)
-    if source != "token":
-        config = config | {"BLOCK_N": block_length(config["BLOCK_N"], n_keys)}
-    B, Hkv, _, _ = inputs["k_ptr"].shape
-    n_programs = triton.cdiv(n_keys, config["BLOCK_N"]) * n_parts * B * Hkv
-    own = dict(n_keys=n_keys, n_parts=n_parts, SOURCE=source)
-    launch(segmented_attention_bwd_dkdv_kernel, n_programs, config, inputs, own)
+    inputs = inputs | dict(n_keys=n_keys, n_parts=n_parts, SOURCE=source)
+    own_keys = None if source == "token" else n_keys
+    launch_keys(segmented_attention_bwd_dkdv_kernel, name, inputs, own_keys)
