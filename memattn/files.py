@@ -1,4 +1,4 @@
-"""Files that are whole or absent: checksums and atomic writes."""
+"""Files that are whole or absent: checksums, atomic writes, tensors."""
 
 import hashlib
 import json
@@ -6,10 +6,13 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sha256_of(path: Path) -> str:
@@ -81,3 +84,50 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: str | Path, values: Any) -> None:
     """Write values as JSON, in one step."""
     write_text(Path(path), json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, "Tensor"], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file, which appears once it is whole.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path must be in a folder that exists, got {path}")
+    # clones: safetensors refuses tensors that share memory
+    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        save_file(own, temporary, metadata)
+        os.replace(temporary, target)
+    except SafetensorError as error:  # of writing: what is written is sound
+        raise OSError(f"path must be a file that can be written, got {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(
+    path: str | os.PathLike[str], writer: str, device: Any = "cpu"
+) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; ``writer`` is what writes such files.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path must be a file that {writer} wrote, got {path}")
+    try:
+        with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"path must be a whole safetensors file, got {path}: {error}") from error

@@ -7,12 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from memattn.bench.inputs import make_future_inputs
 from memattn.ops import future_attention, future_attention_loss
-from memattn.testing import (
-    assert_results_within_budget,
-    make_future_inputs,
-    run_with_gradients,
-)
+from memattn.testing import assert_results_within_budget, run_with_gradients
 from memattn_kernels import _launch
 from memattn_kernels.future_attention import future_attention as triton_attention
 from memattn_kernels.signatures import FutureAttentionArgs

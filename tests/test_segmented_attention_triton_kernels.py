@@ -9,12 +9,9 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from memattn.bench import retune
+from memattn.bench.inputs import make_segmented_inputs
 from memattn.ops import segmented_attention
-from memattn.testing import (
-    assert_results_within_budget,
-    make_segmented_inputs,
-    run_with_gradients,
-)
+from memattn.testing import assert_results_within_budget, run_with_gradients
 from memattn_kernels import _launch, configs
 from memattn_kernels.segmented_attention import segmented_attention as triton_attention
 from memattn_kernels.signatures import SegmentedAttentionArgs
