@@ -24,6 +24,11 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_text(text: str) -> str:
+    """SHA-256 of a text, as hexadecimal; lone surrogates count, too."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def describe_failure(done: subprocess.CompletedProcess) -> str:
     """The last line in which a failed client says why, or its exit code."""
     lines = [line.strip() for line in (done.stderr or done.stdout or "").splitlines()]
@@ -69,16 +74,23 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` for a file that takes its place on success."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, values: Any) -> None:
@@ -102,14 +114,13 @@ def write_tensors(
         raise FileNotFoundError(f"path must be in a folder that exists, got {path}")
     # clones: safetensors refuses tensors that share memory
     own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        save_file(own, temporary, metadata)
-        os.replace(temporary, target)
+        with replacing_file(target) as temporary:
+            save_file(own, temporary, metadata)
+            # safetensors makes it private, but it is for everyone who may read the folder
+            temporary.chmod(0o600 | target.parent.stat().st_mode & 0o044)
     except SafetensorError as error:  # of writing: what is written is sound
         raise OSError(f"path must be a file that can be written, got {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(

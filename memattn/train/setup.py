@@ -11,6 +11,7 @@ from memattn.checks import must
 from memattn.data.batches import Batches, PackedBatches, PaddedBatches
 from memattn.data.documents import Document, load_documents, split_documents
 from memattn.data.tokenizer import Tokens, load_tokenizer, tokenize_documents, train_tokenizer
+from memattn.files import sha256_of_text
 from memattn.train.config import DataConfig, ModelConfig, TrainConfig
 
 
@@ -72,7 +73,7 @@ def _tokenizer(data: DataConfig, model: ModelConfig, documents: list[Document]) 
     texts = [document.text for document in documents]
     digest = hashlib.sha256(f"{size}".encode())
     for text in texts:
-        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+        digest.update(bytes.fromhex(sha256_of_text(text)))
     kept = Path(data.cache_dir).expanduser() / "tokenizers" / digest.hexdigest()[:32]
     if not kept.is_dir():
         train_tokenizer(texts, size, kept)
