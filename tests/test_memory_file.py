@@ -4,10 +4,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from memattn.parts.chapter_memory import ChapterMemoryConfig
 
 from memattn.cli import main
 from memattn.models import PRESETS
+from memattn.parts.chapter_memory import ChapterMemoryConfig
 from memattn.train import LoraConfig, load_config, train
 from memattn.train.memory_file import FileModel, FileTraining
 from memattn.train.metrics import read_metrics

@@ -7,17 +7,22 @@ import torch
 from torch import Tensor
 
 import memattn._C  # noqa: F401  the kernels of torch.ops.memattn_cpp
-from memattn_kernels._operator import register
+from memattn_kernels._operator import Named, register
 
 
 def register_cpp(name: str, arguments: Any, **named: Any) -> Callable[..., tuple[Tensor, ...]]:
-    """``register`` for the C++ operator of this name, whose gradients are contiguous."""
-    return register(
-        f"memattn_cpp::{name}",
-        arguments,
+    """``register`` for the C++ operator of this name, whose gradients are contiguous.
+
+    What ``named`` does not say is that of an operator with the results of ``empty_results``.
+    """
+    usual: Named = dict(
+        results="out lse lse2",
+        cotangents="out lse",
+        saved="out lse2",
+        empty_results=empty_results,
         empty_gradient=lambda _, tensor: tensor.new_empty(tensor.shape),
-        **named,
     )
+    return register(f"memattn_cpp::{name}", arguments, **usual | named)
 
 
 def empty_results(args: Any) -> tuple[Tensor, Tensor, Tensor]:
