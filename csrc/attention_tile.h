@@ -92,6 +92,9 @@ struct WeightedMean {
     low += fma(w, x, -term);
     add(high, low, term), add(weight_high, weight_low, w);
   }
+  MEMATTN_INLINE void scale(vf factor) {
+    high *= factor, low *= factor, weight_high *= factor, weight_low *= factor;
+  }
   // stores the mean, and takes what its rounding left from `extra`
   MEMATTN_INLINE void store(vf* mean, vf* extra) const {
     const vf sum = high + low, weight = weight_high + weight_low;

@@ -140,6 +140,76 @@ struct KeyGrads {
   int64_t key_begin;
 };
 
+// Keys or values of a bank of chapters, [C, Hkv, M, D or Dv]: floats, or codes of eight bits or of
+// two times four in a byte (strides count bytes then), with a scale for each row.
+struct BankView {
+  View view;
+  int64_t bits = 0;  // 0: floats
+  const float* scale = nullptr;
+  int64_t scale_stride[3] = {0, 0, 0};
+};
+
+// Rows of float32 sums for query rows: of sequence b, head h and token t.
+struct RowSums {
+  float* data = nullptr;  // of sequence b0, head h0, token t0
+  int64_t stride[3] = {0, 0, 0};
+  int64_t b0 = 0, h0 = 0, t0 = 0;
+
+  float* row(int64_t b, int64_t h, int64_t t) const {
+    return data + (b - b0) * stride[0] + (h - h0) * stride[1] + (t - t0) * stride[2];
+  }
+};
+
+struct ChapterArgs {
+  int64_t B, H, Hkv, T, D, Dv, C, M, N, K;
+  double scale;
+  bool is_joint;
+  bool counts_slots;                 // a chapter has a weight, or stands in several slots of a row
+  View query, out;                   // [B, H, T, D or Dv]; out is contiguous
+  BankView key, value;               // [C, Hkv, M, D or Dv]
+  const int32_t* indices;            // [B, N, K]
+  const float* weights;              // [B, N, K] or null
+  const int32_t *row_start, *row_end;  // [B, N], the queries of each routing row
+  // the routing rows b * N + n with chapter c, rising: entries [chapter_begin[c], chapter_begin[c + 1])
+  const int32_t *chapter_begin, *entries;
+  const uint8_t* row_class;          // [B, N], how finely a routing row is summed
+  uint32_t classes;                  // a bit for each class that some row has
+  float* lse;                        // [B, H, T]
+  float *lse2_high, *lse2_low;       // [B, H, T], what the backward needs of it (RowLse)
+  // backward only
+  View d_out, d_query;               // [B, H, T, Dv or D]; d_query is contiguous
+  const float* d_lse;                // [B, H, T]
+  float* row_stats;                  // [B, H, T, 4]
+};
+
+// Classes of routing rows by the number of their keys, from few to many (SumRuns).
+constexpr int ROW_CLASSES = 3;
+constexpr int64_t ROW_CLASS_KEYS[ROW_CLASSES] = {64, 256, INT64_MAX};
+
+// Queries [t0, t1) of sequence b for one key head.
+struct QueryRange {
+  int64_t b, hkv, t0, t1;
+};
+
+// Where the gradients of one chapter and key head are added; null where one is not wanted.
+struct ChapterGrads {
+  float* d_key = nullptr;     // [M, D rounded up to lanes], without the scale
+  float* d_value = nullptr;   // [M, Dv rounded up to lanes]
+  float* d_weight = nullptr;  // by entry
+  RowSums d_query;
+};
+
+struct ChapterKernels {
+  // floats of scratch that one thread needs, for ranges of at most so many tokens
+  int64_t (*scratch)(const ChapterArgs&, int64_t tokens);
+  void (*forward)(const ChapterArgs&, const QueryRange&, float* scratch);
+  // what the backward needs of each row: row_stats
+  void (*prepare)(const ChapterArgs&, const QueryRange&, float* scratch);
+  void (*d_query)(const ChapterArgs&, const QueryRange&, float* scratch);
+  // all queries of a key head with chapter c
+  void (*d_chapter)(const ChapterArgs&, int64_t hkv, int64_t c, const ChapterGrads&, float* scratch);
+};
+
 // The router of chapters; its rows are those of all sequences, b * N + n.
 struct RouterArgs {
   int64_t N, E, C, rows, top_k, num_shared;  // C: chapters with a logit
@@ -203,6 +273,7 @@ struct Kernels {
   OperatorKernels<SegmentedArgs, SegmentedGrads> segmented;
   OperatorKernels<FutureArgs, FutureGrads> future;
   OperatorKernels<TaskArgs, KeyGrads> task;
+  ChapterKernels chapter;
   RouterKernels router;
 };
 

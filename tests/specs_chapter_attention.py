@@ -72,7 +72,6 @@ PADDED = dict(seq_start=[3, 0], seq_end=[37, 30])
 
 CHAPTERS = OperatorSpec(
     operator=chapter_attention,
-    backends=(),
     make_inputs=chapter_inputs,
     cases={
         "one": Case(dict(B=1, T=1, C=1, M=1, K=1)),
@@ -112,6 +111,26 @@ CHAPTERS = OperatorSpec(
     },
     variants={name: {"combine": name} for name in ("joint", "independent")},
     few_variants=("joint", "independent"),
+    interpreted=(
+        "one",
+        "token",
+        "token-empty",
+        "block",
+        "sequence",
+        "multi-head",
+        "large-group",
+        "large-chapters",
+        "odd-head-dim",
+        "wide-value",
+        "decode-block",
+        "token-padded",
+        "block-padded-offset",
+        "sequence-padded",
+        "nothing-left",
+        "packed-block",
+        "int8",
+        "int4",
+    ),
     interpreted_half=("token-empty", "block", "sequence-padded", "large-chapters"),
     gradcheck={
         form: Case(dict(form=form, B=1, H=2, Hkv=1, T=5, D=3, C=4, M=2, K=3, repeats=True))
@@ -128,7 +147,7 @@ CHAPTERS = OperatorSpec(
     at_length={
         "token": lambda T: Case(dict(**ONE, T=T, D=32, C=5, M=40, K=2)),
         "sequence": lambda T: Case(dict(form="sequence", **ONE, T=T, D=32, C=5, M=40, K=2)),
-        "keys": lambda T: Case(dict(**ONE, T=20, D=32, C=5, M=T, K=2)),
+        "keys": lambda T: Case(dict(T=40, D=32, C=5, M=T, K=2)),
     },
     longest=(200, 300),
     at_head_dim=Case(dict(**ONE, T=130, C=6, M=20, K=2)),

@@ -76,9 +76,10 @@ def test_guesses_are_taken_back(architecture):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("layers", [None, [1]])
 @torch.no_grad()
-def test_a_cache_of_the_caller():
-    model, tokens = make_attached(), make_tokens(T=20)
+def test_a_cache_of_the_caller(layers):
+    model, tokens = make_attached(part=ScaledConfig(layers=layers)), make_tokens(T=20)
     whole = logits_of(model, tokens)
     cache = DynamicCache()
 

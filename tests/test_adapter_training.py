@@ -17,6 +17,7 @@ from adapter_factories import (
 )
 from model_factories import enable_checkpointing, logits_of, make_tokens, pad_left
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from toy_part import LOSS
 from transformers import Trainer, TrainingArguments
 
@@ -74,6 +75,29 @@ def test_losses_of_parts_are_in_the_output_and_in_the_loss():
     assert model.losses == {} and not hasattr(model(**batch), "toy_loss")
 
 
+def wrap_layers(model):
+    """Checkpoint each layer from outside, as accelerate does with FSDP."""
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = checkpoint_wrapper(layer)
+
+
+def test_checkpointing_from_outside_gives_equal_gradients():
+    found = []
+    for checkpointing in (False, True):
+        model = make_attached("qwen3").train()
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        if checkpointing:
+            wrap_layers(model)
+        batches = [make_batch(), {**make_batch(), "attention_mask": None}]
+        outputs = [model(**batch) for batch in batches]
+        sum(output.loss for output in outputs).backward()  # neither call is the newest for both
+        grads = {names[p]: p.grad for p in model.parameters() if p.grad is not None}
+        found.append((grads, [output.loss_counts for output in outputs]))
+    assert found[0][1] == found[1][1] and len(found[0][0]) == 13
+    for name, gradient in found[0][0].items():
+        assert torch.equal(gradient, found[1][0][name]), name
+
+
 @pytest.mark.parametrize("architecture", SERIAL)
 def test_checkpointing_gives_equal_gradients_and_counts_losses_once(architecture):
     found = []
@@ -120,7 +144,7 @@ def test_other_ways_to_replace_forward_are_refused():
 
 
 def test_compiles_as_one_graph():
-    model = make_base(dtype=torch.float32).train()
+    model = make_base(dtype=torch.float32, num_hidden_layers=1).train()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     batch = make_batch()
     compiled(**batch)
@@ -135,8 +159,6 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(actual.losses, expected.losses)
     torch.testing.assert_close(found, gradients(model))
     assert actual.toy_loss > 0
-    detach_memory(compiled)
-    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
 
 
 def test_roles_and_learning_rates():

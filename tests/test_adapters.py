@@ -1,5 +1,8 @@
 """Parts in pretrained models: where they stand, exactness, and taking them off again."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from adapter_factories import (
@@ -212,6 +215,10 @@ def test_several_adapters():
     assert torch.equal(logits_of(model, tokens), plain)
     enable_adapters(model)
     assert torch.equal(logits_of(model, tokens), both)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits_of(twin, tokens), both) and type(twin) is type(model)
+        detach_memory(twin)
+        assert torch.equal(logits_of(twin, tokens), plain)
     MemoryAdapter(model, "a").detach()
     assert torch.equal(logits_of(model, tokens), logits["b"])
     detach_memory(model)

@@ -14,6 +14,7 @@ from operator_contract import (
     Recorder,
     assert_same,
     needs_cpp,
+    needs_triton,
 )
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -22,11 +23,8 @@ from memattn import chapter_router
 from memattn.testing import assert_within_budget
 
 pytestmark = pytest.mark.operator
-BACKENDS = ("cpp", "reference")
-every_backend = pytest.mark.parametrize("backend", [p for p in EVERY if p.values[0] in BACKENDS])
-compiled_backends = pytest.mark.parametrize(
-    "backend", [p for p in COMPILED if p.values[0] in BACKENDS]
-)
+every_backend = pytest.mark.parametrize("backend", EVERY)
+compiled_backends = pytest.mark.parametrize("backend", COMPILED)
 LOSSES = ("load_balance_loss", "auxiliary_loss", "z_loss")
 
 
@@ -85,7 +83,7 @@ CASES = {
     "small": (dict(), dict(top_k=3, num_shared=2, routed_scale=2.5, temperature=0.7)),
     "all": (dict(bias=False), dict(top_k=6)),
     "odd": (dict(N=19, E=13, C=40), dict(top_k=5, normalisation="sum")),
-    "tiles": (dict(N=70, E=40, C=130), dict(top_k=17, num_shared=1)),
+    "tiles": (dict(B=1, N=35, E=40, C=130), dict(top_k=9, num_shared=1)),
     "single": (dict(B=3, N=4, C=1), dict(top_k=1)),
     "float32-weights": (dict(N=5, weight_dtype=torch.float32), dict(top_k=2)),
 }
@@ -94,7 +92,7 @@ FEW = {torch.float32: tuple(CASES), torch.float16: ("small", "float32-weights"),
        torch.bfloat16: ("small",)}  # fmt: skip
 MATCHES = [
     pytest.param(backend, dtype, case, marks=MARKS[backend], id=f"{backend}-{dtype}-{case}")
-    for backend in ("cpp",)
+    for backend in ("cpp", "triton")
     for dtype in DTYPES
     for case in (CASES if backend == "cpp" or not INTERPRETED else FEW[dtype])
 ]
@@ -380,13 +378,38 @@ def test_activation_checkpointing(backend, use_reentrant):
 
 @compiled_backends
 def test_backward_repeats_bit_for_bit(backend):
-    tensors = make_inputs(N=70, C=50, device=DEVICE[backend])
+    tensors = make_inputs(B=1, N=35, C=50, device=DEVICE[backend])
     first, *others = (run(tensors, dict(top_k=4), backend) for _ in range(3))
     for again in others:
         assert_same(again, first)
 
 
-# ------------------------------------------------------------ C++ alone
+# ------------------------------------------------------------ one backend alone
+
+
+@needs_triton
+def test_chunks_of_rows(monkeypatch):
+    """Logits do not depend on the chunk that a row is in, nor do sums but by rounding."""
+    from memattn_kernels.chapter_router import launch
+
+    tensors = make_inputs(B=1, N=43, E=20, C=35, device=DEVICE["triton"])
+    valid = (torch.arange(43) % 4 > 0)[None].to(DEVICE["triton"])
+    options = dict(top_k=3, valid=valid)
+    whole = run(tensors, options, "triton")
+    monkeypatch.setattr(launch, "CHUNK_LOGITS", 35 * 18)
+    monkeypatch.setattr(launch, "MIN_ROWS", 5)
+    parts = run(tensors, options, "triton")
+    for name, result in parts.items():
+        torch.testing.assert_close(result, whole[name], msg=name)
+    for name in ("indices", "weights"):
+        assert torch.equal(parts[name], whole[name])
+
+
+@needs_triton
+def test_more_chapters_than_a_program_holds():
+    hidden = torch.zeros(1, 1, 1, device=DEVICE["triton"])
+    with pytest.raises(NotImplementedError, match="weight must have at most 32768 chapters"):
+        chapter_router(hidden, hidden[0].expand(32769, 1), top_k=1, backend="triton")
 
 
 @needs_cpp

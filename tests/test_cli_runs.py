@@ -3,15 +3,18 @@
 import json
 import runpy
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from adapter_factories import make_base
 from chat_templates import CHATML
 from train_factories import tiny_config
 
 from memattn.cli import main
+from memattn.data import load_tokenizer
 from memattn.train import train
+from memattn.train.metrics import read_metrics
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -100,16 +103,44 @@ def test_base_model_is_for_pretrained_models(trained, capsys):
 
 
 def test_a_pretrained_model_that_is_nowhere_is_named(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    config = tiny_config(tmp_path)
-    model = replace(config.model, preset=None, options={}, model_path="owner/no-such-model")
-    (tmp_path / "run.yaml").write_text(replace(config, model=model).to_yaml())
-    for command in (["train"], ["generate", "--prompt", "x"], ["evaluate"]):
-        code, _, err = run(capsys, command[0], "--config", tmp_path / "run.yaml", *command[1:])
-        (line,) = [line for line in err.splitlines() if "nothing is trained" not in line]
-        assert code == 2 and "owner/no-such-model" in line
-        assert "--base_model FOLDER" in line and "--model.model_path FOLDER" in line
+    monkeypatch.chdir(tmp_path)
+    file = SCRIPTS.parent / "configs" / "adapter_qwen_1.5b.yaml"
+    for command in (["train"], ["generate", "--prompt", "Hello, world"], ["evaluate"]):
+        code, _, err = run(capsys, command[0], "--config", file, *command[1:])
+        assert code == 2 and "got Qwen/Qwen2.5-1.5B (" in err and err.count("\n") == 1
+        assert "--base_model FOLDER" in err and "--model.model_path FOLDER" in err
+
+
+def test_the_adapter_configuration_runs_on_a_local_qwen(capsys, monkeypatch, tmp_path):
+    """A tiny one with random weights, from untrained memory to trained answers."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained("qwen")
+    torch.manual_seed(0)
+    make_base("qwen2", torch.float32, vocab_size=len(tokenizer) + 5).save_pretrained("qwen")
+    asked = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "yes"}]
+    rows = [{"messages": [{**asked[0], "content": f"{i}?"}, asked[1]]} for i in range(8)]
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = SCRIPTS.parent / "configs" / "adapter_qwen_1.5b.yaml"
+    generate = ["generate", "--config", file, "--base_model", "qwen", "--prompt", "Hello, world"]
+    generate += ["--max_new_tokens", 4, "--temperature", 0, "--device", "cpu"]
+    code, out, err = run(capsys, *generate)
+    assert code == 0, err
+    assert out.startswith("Hello, world") and "nothing is trained" in err
+    options = {"memory_lr": "0.03", "max_steps": 12, "warmup_steps": 1, "cpu": "true"}
+    options |= {"gradient_accumulation_steps": 1, "save_steps": "null"}
+    arguments = [f"--training.{name}={value}" for name, value in options.items()]
+    arguments += ["--model.model_path=qwen", "--data.dataset_name=chats.jsonl"]
+    arguments += ["--data.seq_len=128", "--data.held_out=0.25", "--data.cache_dir=cache"]
+    code, out, err = run(capsys, "train", "--config", file, "--no_progress", *arguments)
+    assert code == 0, err
+    rows = read_metrics("runs/adapter_qwen_1.5b/metrics.csv")
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    assert losses[-1] < losses[0]  # as far as a frozen random output layer lets it
+    code, trained, err = run(capsys, *generate)
+    assert code == 0 and err == "" and trained.startswith("Hello, world")
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from adapter_factories import make_base
 from safetensors.torch import load_file
 from train_factories import columns, tiny_config, write_corpus
 
-from memattn.train import load_config, train
+from memattn.train import LoraConfig, ModelConfig, load_config, train
 from memattn.train.metrics import read_metrics
 
 ROOT = Path(__file__).parent
@@ -21,6 +24,8 @@ CASES = {
     "ddp-future": {"gradient_accumulation_steps": 2, "batch_size": 1},
     # most steps select no token of some chapters
     "ddp-memory": {"memory_lr": 5e-3, "num_gpus": 2},
+    "ddp-attached": {"memory_lr": 5e-2},
+    "fsdp-attached": {"memory_lr": 5e-2, "distributed_strategy": "fsdp"},
 }
 # the same as a memory file, with the loss that balances chapters
 MEMORY_FILE = """
@@ -44,7 +49,27 @@ def configure(folder: Path, name: str, **training):
         data |= {"dataset_name": str(write_corpus(corpus, 2, 900)), "held_out": 0.5}
     if "memory" in name:
         preset = "memory_transformer"
-    return tiny_config(folder, preset=preset, data=data, **{**options, **CASES[name], **training})
+    if "attached" in name:
+        data |= {"packed": False, "seq_len": 96}
+    config = tiny_config(folder, preset=preset, data=data, **{**options, **CASES[name], **training})
+    if "attached" in name:
+        config = replace(config, model=attached_model(folder))
+    return config
+
+
+def attached_model(folder: Path) -> ModelConfig:
+    """A memory and LoRA inside a tiny pretrained model, which stays as it is."""
+    base = folder / "base"
+    if not base.exists():
+        torch.manual_seed(0)
+        make_base("llama", torch.float32, vocab_size=300).save_pretrained(base)
+    memory = {"kind": "chapter_memory", "num_memory_tokens": 16, "use_chapters": True}
+    memory |= {"num_chapters": 8, "top_k_chapters": 2, "routing_block_size": 8}
+    memory |= {"use_load_balance_loss": False}
+    lora = LoraConfig(rank=2)
+    return ModelConfig(
+        model_path=str(base), memory_adapter=memory, lora=lora, freeze_base_model=True
+    )
 
 
 @pytest.fixture(scope="module")

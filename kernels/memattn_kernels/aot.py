@@ -77,13 +77,11 @@ def variants(
                 continue
             for width in widths:
                 for dtype in dtypes:
-                    if dtype == "float32" and not kernel.in_float32:
-                        continue
-                    kind = "float" if dtype == "float32" else "half"
-                    config = configs.table(arch)[kernel.name][str(width)][kind]
-                    yield Variant(
-                        kernel=kernel, arch=arch, head_dim=width, dtype=dtype, config=config
-                    )
+                    config = kernel.config(arch, width, dtype)
+                    if config is not None:
+                        yield Variant(
+                            kernel=kernel, arch=arch, head_dim=width, dtype=dtype, config=config
+                        )
 
 
 def compile_variant(variant: Variant) -> tuple[triton.compiler.CompiledKernel, str]:
@@ -253,7 +251,8 @@ def markdown(chosen: list[Variant], reports: dict[str, Report]) -> str:
     for variant in chosen:
         report, config = reports[variant.name], variant.config
         head = f"| {variant.arch} | {variant.kernel.title} | {variant.head_dim} | {variant.dtype} "
-        head += f"| {config['BLOCK_M']} x {config['BLOCK_N']} | {config['num_warps']} "
+        tile = " x ".join(str(n) for name, n in config.items() if name.startswith("BLOCK"))
+        head += f"| {tile} | {config['num_warps']} "
         head += f"| {config['num_stages']} "
         loops = " / ".join(str(loop.instructions) for loop in report.loops)
         tail = f"| {report.registers} | {report.spilled} | {report.shared} | {report.programs} "

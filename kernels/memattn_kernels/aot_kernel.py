@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 
 import triton
 
+from memattn_kernels import configs
 from memattn_kernels._common import block_width
 from memattn_kernels.machine_code import HotLoop
 
+PINNED_WIDTH = 128
 TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -48,6 +50,8 @@ class AotKernel:
         constants: Gives the compile-time arguments, and those that are None, by name, from the head
             dimension, the dtype's name and the configuration.
         in_float32: Whether float32, which runs without tensor cores, is compiled too.
+        pinned: Configurations by dtype class, ``"half"`` or ``"float"``, of a kernel that is not in
+            the tables: compiled at head dimension 128 only, and for these classes.
         types: Triton's types, by name, of the run-time arguments that are not as usual. As usual
             ``*_ptr`` points to the dtype of the inputs, ``scale`` is float32, all else is int32.
     """
@@ -57,7 +61,17 @@ class AotKernel:
     function: triton.JITFunction
     constants: Callable[[int, str, dict[str, int]], dict[str, object]]
     in_float32: bool = True
+    pinned: Mapping[str, dict[str, int]] | None = None
     types: Mapping[str, str] = field(default_factory=dict)
+
+    def config(self, arch: str, head_dim: int, dtype: str) -> dict[str, int] | None:
+        """The shipped configuration, or None where this is not compiled."""
+        kind = "float" if dtype == "float32" else "half"
+        if self.pinned is not None:
+            return self.pinned.get(kind) if head_dim == PINNED_WIDTH else None
+        if dtype == "float32" and not self.in_float32:
+            return None
+        return configs.table(arch)[self.name][str(head_dim)][kind]
 
     @property
     def title(self) -> str:

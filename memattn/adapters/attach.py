@@ -12,7 +12,7 @@ from memattn.adapters.attachment import Adapter, Attachment
 from memattn.adapters.call import AdapterLayer
 from memattn.adapters.files import load_weights
 from memattn.adapters.layer import AttachedChild, AttachedLayer
-from memattn.adapters.model import AttachedModel, output_with_losses
+from memattn.adapters.model import AttachedModel
 from memattn.adapters.structure import Structure, look_at, text_config
 from memattn.adapters.swap import is_swapped, swap, swap_back
 from memattn.checks import check_bool, must
@@ -69,8 +69,7 @@ def attach_parts(
         if hasattr(base, "peft_config"):
             frozen = []  # it has frozen what it wants frozen
         arguments = [n for n in inspect.signature(base.forward).parameters if n != "self"]
-        output_type = output_with_losses(structure.output_type)
-        attachment = Attachment(structure, arguments, frozen, output_type)
+        attachment = Attachment(structure, arguments, frozen)
         for parameter in frozen:
             parameter.requires_grad_(False)
         _swap_model(base, attachment)
@@ -173,8 +172,9 @@ def _check_places(base: Any, named: Mapping[str, PartConfig], structure: Structu
                 kind = type(structure.layers[layer]).__name__
                 must(
                     f"{part.path}",
-                    f"stand after_mlp in {kind} of {type(base).__name__}, whose attention is not "
-                    "added to the residual before the MLP, as where both run side by side",
+                    f"stand after_mlp in {kind} of {type(base).__name__}, which does not add the "
+                    "output of attention as it is to the residual before the MLP (they run side by "
+                    "side, or it is scaled)",
                     "after_attention",
                 )
 
@@ -182,7 +182,7 @@ def _check_places(base: Any, named: Mapping[str, PartConfig], structure: Structu
 def _structure_of(attachment: Attachment) -> Structure:
     """What the first look has shown."""
     return Structure(
-        attachment.layers, attachment.after_attention, attachment.output_type, attachment.sizes
+        attachment.layers, attachment.after_attention, attachment.base_output_type, attachment.sizes
     )
 
 

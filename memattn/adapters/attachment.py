@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from memattn.adapters.outputs import output_with_losses
 from memattn.adapters.structure import Structure
 from memattn.checks import must
 from memattn.parts import PartConfig, PartState
@@ -40,7 +43,6 @@ class Attachment:
         structure: What a look at the model has shown.
         arguments: Names of the positional arguments of the model's forward.
         frozen: Parameters of the model that attaching has frozen.
-        output_type: What the model's forward returns, with the losses of parts.
     """
 
     def __init__(
@@ -48,17 +50,42 @@ class Attachment:
         structure: Structure,
         arguments: Sequence[str],
         frozen: Sequence[nn.Parameter],
-        output_type: type,
     ) -> None:
         self.layers, self.sizes = structure.layers, structure.sizes
         self.after_attention = structure.after_attention
         self.arguments = arguments
         self.frozen = list(frozen)
-        self.output_type = output_type
+        self.base_output_type = structure.output_type
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
         self.is_enabled = True
+        self._set_passing()
+
+    def _set_passing(self) -> None:
+        """Set what a copy does not take over."""
         self.call: Any = None  # the Call that is open, or None
+        self._calls = WeakTensorKeyDictionary()  # by the hidden states that layers got in them
+        self.output_type = output_with_losses(self.base_output_type)
+
+    def __getstate__(self) -> dict[str, Any]:
+        passing = ("call", "_calls", "output_type")
+        return {name: value for name, value in vars(self).items() if name not in passing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._set_passing()
+
+    def call_of(self, layer: nn.Module, hidden_states: Tensor) -> Any:
+        """The call that a layer runs in: the open one, or in a backward the one that it ran in.
+
+        Checkpointing that wraps a layer from outside gives it the same hidden states again.
+        """
+        if torch.compiler.is_compiling() or not (layer.training and torch.is_grad_enabled()):
+            return self.call
+        if self.call is not None:
+            self._calls[hidden_states] = self.call
+            return self.call
+        return self._calls.get(hidden_states)
 
     @property
     def is_running(self) -> bool:

@@ -41,13 +41,16 @@ class CarriesStates(Swapped):
         self.part_states.reset()
 
 
-def carry_states(cache: Any, wanted: list[Any], needed: bool) -> SequenceStates | None:
+def carry_states(
+    cache: Any, wanted: list[Any], needed: bool, layer: int = 0
+) -> SequenceStates | None:
     """The states that a cache carries, which from now on it does if it is empty.
 
     Args:
         cache: A cache of transformers.
         wanted: Of each layer, the empty states of its parts by name.
         needed: Whether the parts must have a state, and do not only save work by one.
+        layer: Number of a layer whose keys are not yet extended in this call.
 
     Returns:
         The states, up to date with the cache; None where they are not needed, and the cache cannot
@@ -64,7 +67,7 @@ def carry_states(cache: Any, wanted: list[Any], needed: bool) -> SequenceStates 
             return None
         allowed = "be a DynamicCache or a QuantizedCache, which carries the state of attached parts"
         must("past_key_values", allowed, type(cache).__name__, TypeError)
-    length = cache.get_seq_length()
+    length = cache.get_seq_length(layer)
     if length and not isinstance(cache, CarriesStates):
         if not needed:
             return None

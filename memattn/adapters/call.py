@@ -76,7 +76,7 @@ class Call:
         states = None
         if cache is not None:
             attachment = self.attachment
-            states = carry_states(cache, attachment.empty_states, attachment.needs_state)
+            states = carry_states(cache, attachment.empty_states, attachment.needs_state, index)
             self.states = states
         if states is not None:
             states.append_columns(B, T, mask, device, max_length=limit)

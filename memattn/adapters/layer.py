@@ -18,7 +18,7 @@ class AttachedLayer(Swapped):
     _memattn_index: int
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = self._memattn.call
+        call = self._memattn.call_of(self, _hidden_states(args, kwargs))
         if call is not None:
             _refuse_reentrant(self)
             # an argument, so that checkpointing gives it again when it runs the layer again
@@ -74,6 +74,11 @@ class AttachedChild(Swapped):
         first = output[0] if isinstance(output, tuple) else output
         _, changed = run.add_parts("after_attention", residual + first, first)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer is called with."""
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def _refuse_reentrant(layer: Any) -> None:

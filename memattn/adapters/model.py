@@ -1,22 +1,18 @@
 """What an attached model does beside its own work: it opens a call, and returns what was lost."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
 
 from memattn.adapters.attachment import Attachment
 from memattn.adapters.cache import carry_states, new_cache
 from memattn.adapters.call import AdapterLayer, Call
 from memattn.adapters.files import INSIDE, save_adapter
 from memattn.adapters.swap import Swapped
-from memattn.checks import must
 from memattn.parts import Role
-from memattn.parts.losses import NamedLosses
 
 
 class AttachedModel(Swapped):
@@ -171,21 +167,3 @@ class AttachedModel(Swapped):
             if states is not None and generation_config.is_assistant:
                 cache.activate_past_recording()
         return result
-
-
-def output_with_losses(base: type) -> type:
-    """The type of output with ``lm_loss``, ``losses`` and ``loss_counts`` beside its own fields."""
-    if not issubclass(base, ModelOutput) or not dataclasses.is_dataclass(base):
-        must("model", "return a ModelOutput", base.__name__, TypeError)
-    extra: list[Any] = [
-        ("lm_loss", Tensor | None, None),
-        ("losses", dict[str, Tensor] | None, None),
-        ("loss_counts", dict[str, Tensor] | None, None),
-    ]
-    own = {field.name for field in dataclasses.fields(base)}
-    return dataclasses.make_dataclass(
-        base.__name__,
-        [field for field in extra if field[0] not in own],
-        bases=(NamedLosses, base),
-        namespace={"__module__": base.__module__},
-    )

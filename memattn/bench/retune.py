@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
+from memattn.bench.retune_work import work
 from memattn.files import write_text
 
 Config = dict[str, int]
@@ -77,6 +77,8 @@ _RELATIVES: dict[str, str] = {
     "bwd_dq_target": "bwd_dq",
     "bwd_dkdv_target": "bwd_dkdv",
     "bwd_table": "bwd_dkdv",
+    "fwd_by_chapter": "fwd",
+    "bwd_dq_by_chapter": "bwd_dq",
 }
 _KERNELS: dict[str, tuple[str, ...]] = {
     "segmented_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv", "bwd_dkdv_grouped"),
@@ -85,6 +87,9 @@ _KERNELS: dict[str, tuple[str, ...]] = {
         "bwd_table",
     ),
     "task_masked_attention": ("fwd", "bwd_dq", "bwd_dkdv"),
+    "chapter_attention": (
+        *("fwd", "fwd_by_chapter", "decode", "bwd_dq", "bwd_dq_by_chapter", "bwd_dkdv"),
+    ),
 }
 
 
@@ -322,50 +327,6 @@ def _first_table(name: str) -> str:
     from memattn_kernels import configs
 
     return json.dumps(configs.table(name))
-
-
-def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
-    """What a kernel is timed with: the operator, what makes its inputs, and options of each pass.
-
-    Segmented attention runs dense causal, then segmented with persistent keys. Future attention
-    runs with a loss but for the forward without one; its gradient passes through the target for the
-    kernels that are there for it. Task-masked attention runs with full tiles, then with partial
-    ones.
-    """
-    from memattn import ops
-    from memattn.bench import inputs
-
-    if kernel.startswith("task_masked_attention"):
-        return task_masked_attention, inputs.make_segmented_inputs, [{"shift": 0}, {"shift": 64}]
-    if kernel.startswith("segmented_attention"):
-        make_inputs = partial(inputs.make_segmented_inputs, P=16)
-        return ops.segmented_attention, make_inputs, [{}, {"segment_len": 512, "window_size": 512}]
-    options: dict[str, Any] = {"future_dim": 128}
-    if kernel.endswith(("fwd", "decode")):
-        return ops.future_attention, inputs.make_future_inputs, [options]
-    loss = {"loss_type": "mse", "detach_target": not kernel.endswith("_target")}
-    return ops.future_attention_loss, inputs.make_future_inputs, [options | loss]
-
-
-def task_masked_attention(query: Tensor, key: Tensor, value: Tensor, *, shift: int, backend: str):
-    """The operator under a mask that is made for the shape of the inputs: see ``_task_mask``."""
-    from memattn import ops
-
-    mask = _task_mask(query.shape[2], key.shape[2], shift, query.device)
-    return ops.task_masked_attention(query, key, value, mask, 0, backend=backend)
-
-
-@cache
-def _task_mask(T: int, S: int, shift: int, device: torch.device) -> Any:
-    """Each tile sees a quarter of the tiles; a ``shift`` puts their bounds inside tiles."""
-    from memattn.ops.task_mask import TILE, TaskMask
-
-    query_node, key_node = ((torch.arange(length) + shift) // TILE for length in (T, S))
-    G = int(max(query_node[-1], key_node[-1])) + 1
-    edges = torch.rand(1, G, G, generator=torch.Generator().manual_seed(0)) < 0.25
-    return TaskMask.from_graph(edges | torch.eye(G, dtype=torch.bool), query_node, key_node).to(
-        device
-    )
 
 
 if __name__ == "__main__":

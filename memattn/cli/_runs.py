@@ -67,11 +67,12 @@ def _load_run(file: str, base_model: str | None, device: str | None) -> Loaded:
     if weights_folder(Path(folder).expanduser()) is not None:
         loaded = load_model(folder, device, base_model)
         return Loaded(folder, loaded, load_model_tokenizer(folder), run)
-    sys.stderr.write(f"nothing is trained in {folder} yet: this is what training starts from\n")
     where = choose_device(device)
     tokenizer = run_tokenizer(run)
     torch.manual_seed(run.training.seed)
-    return Loaded(file, build_model(run.model, tokenizer).to(where).eval(), tokenizer, run)
+    model = build_model(run.model, tokenizer).to(where).eval()
+    sys.stderr.write(f"nothing is trained in {folder} yet: this is what training starts from\n")
+    return Loaded(file, model, tokenizer, run)
 
 
 def config_of_run(run: "TrainConfig") -> Any:

@@ -74,8 +74,9 @@ def chapter_attention(
         routing_block: Tokens in a block. Blocks count from the start of the sequence or document;
             the first row of the indices is for the block that holds the first query. Those of
             packed documents follow each other. None: ``[B, T, K]`` has a row for each query.
-        key_scale: float32 ``[C, Hkv, M]``, of quantised keys; together with ``value_scale``.
-        value_scale: float32 ``[C, Hkv, M]``, of quantised values.
+        key_scale: float32 (or float64 with a float64 query) ``[C, Hkv, M]``, of quantised keys;
+            together with ``value_scale``.
+        value_scale: The same, of quantised values.
         seq_start: int32 ``[B]``. Queries at positions before it are empty.
         seq_end: int32 ``[B]``. Queries at positions from it on are empty.
         cu_seqlens: int32 ``[n + 1]``, bounds of packed documents, with ``B = 1``.
@@ -151,11 +152,13 @@ def chapter_attention(
         is_joint=combine == "joint",
         scale=check_scale(scale, query.shape[-1]),
     )
-    match resolve_backend(backend, query, compiled=()):
+    match resolve_backend(backend, query):
+        case "triton":
+            from memattn_kernels.chapter_attention import chapter_attention as impl
+        case "cpp":
+            from memattn.cpp.chapter_attention import chapter_attention as impl
         case "reference":
             from memattn.reference.chapter_attention import chapter_attention as impl
-        case other:
-            raise NotImplementedError(other)
     return AttentionOutput(*impl(args))
 
 
@@ -191,7 +194,8 @@ def _check_bank(
     for name, tensor in (("key_scale", key_scale), ("value_scale", value_scale)):
         check_tensor(name, tensor)
         check_shape(name, tensor, C=C, Hkv=Hkv, M=M)
-        if tensor.dtype != torch.float32:
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        if tensor.dtype not in (torch.float32, wide):
             must(name, "have dtype torch.float32", tensor.dtype)
     for name, tensor in (
         ("chapter_key", key),

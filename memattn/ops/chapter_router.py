@@ -140,13 +140,13 @@ def chapter_router(
         routed_scale=float(routed_scale),
         is_mean=normalisation == "mean",
     )
-    match resolve_backend(backend, hidden, "hidden", compiled=("cpp",)):
-        case "reference":
-            from memattn.reference.chapter_router import chapter_router as impl
+    match resolve_backend(backend, hidden, "hidden"):
+        case "triton":
+            from memattn_kernels.chapter_router import chapter_router as impl
         case "cpp":
             from memattn.cpp.chapter_router import chapter_router as impl
-        case other:
-            raise NotImplementedError(other)
+        case "reference":
+            from memattn.reference.chapter_router import chapter_router as impl
     return RouterOutput(*impl(args))
 
 

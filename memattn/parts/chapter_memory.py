@@ -10,6 +10,7 @@ from memattn.nn import (
     ChapterMemory,
     ChapterRouter,
     FactorizedMemoryBank,
+    LowRankLinear,
     MemoryBank,
     MemoryBanks,
     MemoryCrossAttention,
@@ -20,7 +21,8 @@ from memattn.nn import (
     make_mlp,
     make_norm,
 )
-from memattn.parts.base import PartConfig, PartOutput, Role, Sizes, register_part
+from memattn.parts.base import Cost, PartConfig, PartOutput, Role, Sizes, View, register_part
+from memattn.parts.chapter_usage import MEASURES, draw_usage, measure_usage, measures
 from memattn.parts.context import PartContext
 from memattn.parts.memory_fields import LOSSES, VARIANTS, MemoryFields
 from memattn.parts.memory_routing import RoutingRule, call_bounds, check_mode, route_tokens
@@ -34,12 +36,17 @@ class ChapterMemoryConfig(MemoryFields):
 
     kind: ClassVar[str] = "chapter_memory"
     place: ClassVar[str] = "after_attention"
-    reports: ClassVar[tuple[str, ...]] = tuple(LOSSES)
+    reports: ClassVar[tuple[str, ...]] = (*LOSSES, *MEASURES)
+    views: ClassVar[dict[str, View]] = {"chapters": View(measure_usage, draw_usage)}
     state_type: ClassVar[type[RoutingState]] = RoutingState
 
     @property
     def stands(self) -> str:
         return VARIANTS[self.memory_block_variant]
+
+    @property
+    def keeps_state(self) -> bool:
+        return self.use_chapters and self.routing_strategy_inference != "token"
 
     @property
     def reach(self) -> int:
@@ -57,11 +64,12 @@ class ChapterMemoryConfig(MemoryFields):
     def losses(self) -> dict[str, float]:
         if not self.use_chapters or self.vanilla_mode or self.memory_layer_placement == "none":
             return {}
-        return {
+        trained = {
             name: getattr(self, coefficient)
             for name, (switch, coefficient) in LOSSES.items()
             if getattr(self, switch)
         }
+        return trained | dict.fromkeys(MEASURES, 0.0)
 
     def in_layer(self, layer: int, sizes: Sizes) -> PartConfig | None:
         return self if layer in self.layers(sizes.num_layers) else None
@@ -135,10 +143,8 @@ class ChapterMemoryConfig(MemoryFields):
             routed = route_tokens(rule, module.router, hidden_states, context)
             indices, weights, options = routed.indices, routed.weights, routed.options
             if context.measure_losses:
-                count = routed.output.count
-                losses = {
-                    name: (getattr(routed.output, name) * count, count) for name in self.losses
-                }
+                measured, count = measures(routed.output), routed.output.count
+                losses = {name: (measured[name] * count, count) for name in self.losses}
         projected = None
         if isinstance(context.state, RoutingState) and not torch.is_grad_enabled():
             # a generation projects the bank once
@@ -167,7 +173,7 @@ class ChapterMemoryConfig(MemoryFields):
         }
 
     def new_state(self) -> RoutingState:
-        if not self.use_chapters or self.routing_strategy_inference == "token":
+        if not self.keeps_state:
             return RoutingState(self.kind)
         return RoutingState.for_blocks(self.kind, self.routing_block_size, self.routing_window_size)
 
@@ -179,6 +185,47 @@ class ChapterMemoryConfig(MemoryFields):
             module.reset_parameters(std)
         if isinstance(module, ZeroLinear):
             module.reset_parameters()
+
+    def cost(self, sizes: Sizes, length: int, layer: int = 0) -> Cost:
+        """Its cost for one sequence: keys and values are projected once for all that it selects."""
+        with torch.device("meta"):
+            module = self.build(sizes, layer)
+        attention, M = module.attention, self.num_memory_tokens
+        count = lambda part: sum(p.numel() for p in part.parameters())
+        flops = 2 * length * (count(attention.q_proj) + count(attention.o_proj))
+        tokens = seen = M  # memory tokens that are projected, and that a token sees
+        if module.router is not None:
+            rows = length
+            if self.routing_strategy_train != "token":
+                rows = -(-length // self.routing_block_size)
+            selected = self.num_shared_chapters + self.top_k_chapters
+            tokens = M // self.num_chapters * min(self.num_chapters, rows * selected)
+            seen = M // self.num_chapters * selected
+            flops += 2 * rows * module.router.weight.numel()
+        flops += 2 * tokens * (count(attention.k_proj) + count(attention.v_proj))
+        if self.use_low_rank_memory and not self.is_reduced:
+            # the basis goes into the first matrix of each projection, which then has fewer columns
+            outputs = [
+                proj.down.out_features if isinstance(proj, LowRankLinear) else proj.out_features
+                for proj in (attention.k_proj, attention.v_proj)
+            ]
+            width, rank = self.width(sizes), self.memory_rank
+            flops += 2 * sum(outputs) * (tokens * (rank - width) + width * rank)
+        flops += 4 * attention.num_heads * attention.head_dim * length * seen
+        if module.mlp is not None:
+            flops += 2 * length * count(module.mlp)
+        return Cost(count(module), flops)
+
+    def shared_cost(self, sizes: Sizes, length: int) -> Cost:
+        """Numbers that the banks hold, in whatever format."""
+        with torch.device("meta"):
+            banks = self.build_shared(sizes)
+        if not isinstance(banks, MemoryBanks):
+            return Cost(0, 0)
+        held = [bank for bank in banks.banks if isinstance(bank, MemoryBank)]
+        rows = sum(bank.num_tokens * bank.num_features for bank in held)
+        bases = sum(p.numel() for name, p in banks.named_parameters() if name.endswith("basis"))
+        return Cost(rows + bases, 0)
 
     def role(self, name: str, parameter: Tensor) -> Role | None:
         return Role("memory") if name.startswith("banks.") else None

@@ -57,7 +57,7 @@ def route_tokens(
     """Select chapters for ``hidden_states [B, T, E]``, and remember what later calls need."""
     state = context.state
     assert state is None or isinstance(state, RoutingState)
-    if rule.strategy == "token":
+    if rule.strategy == "token" or not hidden_states.shape[1]:
         output = router(hidden_states, context.present)
         # absent tokens have no chapter, so that attention needs no bounds
         return RoutedTokens(

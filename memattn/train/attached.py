@@ -33,10 +33,17 @@ def load_base(config: ModelConfig) -> Any:
         ImportError, ValueError: As ``attach`` does.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     assert config.model_path is not None
     folder = find_pretrained(config.model_path)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # ours is on the screen
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     if is_attached(config):
         attach(model, config)
     return model

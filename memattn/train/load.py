@@ -9,7 +9,12 @@ from memattn.train.memory_file import from_memory_file, is_memory_file
 
 def upgrade_file(values: dict[str, Any]) -> dict[str, Any]:
     """The sections of ``TrainConfig`` for those of a file, which may be a memory file."""
-    return from_memory_file(values) if is_memory_file(values) else values
+    if is_memory_file(values):
+        values = from_memory_file(values)
+    model = values.get("model")
+    if isinstance(model, dict) and model.get("model_path") is not None and "preset" not in model:
+        values = {**values, "model": {**model, "preset": None}}  # not the command's default
+    return values
 
 
 def load_config(path: str | Path) -> TrainConfig:

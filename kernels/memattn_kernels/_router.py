@@ -1,0 +1,33 @@
+"""What the router of chapters is registered with, in Triton and in C++; only torch is needed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memattn_kernels.signatures import ChapterRouterArgs
+
+# weights come first: torch's checks of operators add up all results in the dtype of the first
+RESULTS = (
+    "weights indices load_balance_loss auxiliary_loss z_loss count load entropy lse importance"
+)
+COTANGENTS = "weights? load_balance_loss? auxiliary_loss? z_loss?"
+SAVED = "indices count load importance lse"
+GRADIENTS = "hidden weight bias"
+
+
+def empty_results(args: ChapterRouterArgs) -> tuple[Tensor, ...]:
+    """Besides the results: ``lse`` as the sum of two floats, and mean probabilities."""
+    B, N, _ = args.hidden.shape
+    n_routed, K = args.weight.shape[0], args.num_shared + args.top_k
+    weights = args.hidden.new_empty(B, N, K, dtype=torch.float32)
+    indices = weights.new_empty(B, N, K, dtype=torch.int32)
+    shapes = ((), (), (), (), (n_routed,), (), (2, B, N), (n_routed,))
+    return weights, indices, *(weights.new_empty(shape) for shape in shapes)
+
+
+def without_saved(results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Indices, weights, the three losses, and without gradients count, load and entropy."""
+    weights, indices, balance, auxiliary, z, *reported, _, _ = results
+    count, load, entropy = (t.detach() for t in reported)
+    return indices, weights, balance, auxiliary, z, count, load, entropy

@@ -1,0 +1,88 @@
+"""What the kernels are timed with while their tiles are tuned."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEYS_OF_CHAPTER = 128
+# kernels that also see rows of a chapter
+LONG_LISTS = ("by_chapter", "bwd_dkdv")
+
+
+def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
+    """What a kernel is timed with: the operator, what makes its inputs, and options of each pass.
+
+    Segmented attention runs dense causal, then segmented with persistent keys. Future attention
+    runs with a loss but for the forward without one; its gradient passes through the target for the
+    kernels that are there for it. Task-masked attention runs with full tiles, then with partial
+    ones. Chapter attention selects for each token or for each sequence, whichever the kernel is
+    for, or both.
+    """
+    from memattn import ops
+    from memattn.bench import inputs
+
+    if kernel.startswith("task_masked_attention"):
+        return task_masked_attention, inputs.make_segmented_inputs, [{"shift": 0}, {"shift": 64}]
+    if kernel.startswith("chapter_attention"):
+        forms = {"sequence": "by_chapter" not in kernel, "token": kernel.endswith(LONG_LISTS)}
+        passes = [{"form": form} for form, is_wanted in forms.items() if is_wanted]
+        return chapter_attention, inputs.make_segmented_inputs, passes
+    if kernel.startswith("segmented_attention"):
+        make_inputs = partial(inputs.make_segmented_inputs, P=16)
+        return ops.segmented_attention, make_inputs, [{}, {"segment_len": 512, "window_size": 512}]
+    options: dict[str, Any] = {"future_dim": 128}
+    if kernel.endswith(("fwd", "decode")):
+        return ops.future_attention, inputs.make_future_inputs, [options]
+    loss = {"loss_type": "mse", "detach_target": not kernel.endswith("_target")}
+    return ops.future_attention_loss, inputs.make_future_inputs, [options | loss]
+
+
+def task_masked_attention(query: Tensor, key: Tensor, value: Tensor, *, shift: int, backend: str):
+    """The operator under a mask that is made for the shape of the inputs: see ``_task_mask``."""
+    from memattn import ops
+
+    mask = _task_mask(query.shape[2], key.shape[2], shift, query.device)
+    return ops.task_masked_attention(query, key, value, mask, 0, backend=backend)
+
+
+@cache
+def _task_mask(T: int, S: int, shift: int, device: torch.device) -> Any:
+    """Each tile sees a quarter of the tiles; a ``shift`` puts their bounds inside tiles."""
+    from memattn.ops.task_mask import TILE, TaskMask
+
+    query_node, key_node = ((torch.arange(length) + shift) // TILE for length in (T, S))
+    G = int(max(query_node[-1], key_node[-1])) + 1
+    edges = torch.rand(1, G, G, generator=torch.Generator().manual_seed(0)) < 0.25
+    return TaskMask.from_graph(edges | torch.eye(G, dtype=torch.bool), query_node, key_node).to(
+        device
+    )
+
+
+def chapter_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, form: str, backend: str, query_offset: int = 0
+):
+    """The operator with chapters made of the first sequence's keys, and a selection at random."""
+    from memattn import ops
+
+    (B, _, T, _), C = query.shape, key.shape[2] // KEYS_OF_CHAPTER
+    chapters = lambda rows: (
+        rows[0, :, : C * KEYS_OF_CHAPTER].unflatten(1, (C, KEYS_OF_CHAPTER)).transpose(0, 1)
+    )
+    indices, weights = _selection((B, T) if form == "token" else (B,), C, query.device)
+    return ops.chapter_attention(
+        *(query, chapters(key), chapters(value), indices, weights),
+        query_offset=query_offset,
+        backend=backend,
+    )
+
+
+@cache
+def _selection(shape: tuple[int, ...], C: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """An eighth of the chapters for each row, and weights of them."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.rand(*shape, C, generator=generator).argsort(-1)[..., : max(C // 8, 1)]
+    weights = torch.rand(order.shape, generator=generator) + 0.5
+    return order.to(device, torch.int32), weights.to(device)
