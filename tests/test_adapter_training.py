@@ -133,6 +133,16 @@ def test_other_ways_to_replace_forward_are_refused():
         ValueError, match="model must have modules with their own forward, got model"
     ):
         attach_memory(model, ScaledConfig())
+    model = make_attached()
+    model.forward = model.forward  # as accelerate does for mixed precision
+    for call in (
+        lambda: detach_memory(model),
+        lambda: attach_memory(model, ScaledConfig(), name="b"),
+    ):
+        with pytest.raises(ValueError, match="model must .* forward"):
+            call()
+    del model.forward
+    detach_memory(model)
     replica = make_attached()
     replica._is_replica = True
     with pytest.raises(NotImplementedError, match="DataParallel"):

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_factories import make_base
 from model_factories import SYSTEMS, make_config, make_model
+from transformers import Qwen2Config
 
+from memattn.adapters import attach_memory
 from memattn.cli import main
 from memattn.evaluate import estimate
+from memattn.evaluate.estimate_attached import estimate_attached
 from memattn.evaluate.published import published_model
 from memattn.models import MemAttnConfig
 
@@ -137,3 +141,43 @@ def test_only_the_published_form_stands_beside_the_published_count():
     ):
         assert published_model(make(**options)) is None, options
     assert published_model(MemAttnConfig.vanilla(**sizes)) is None
+
+
+def test_a_memory_inside_a_pretrained_model(capsys, tmp_path):
+    """The sizes of Qwen2.5-1.5B, of which nothing is allocated."""
+    sizes = dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960)
+    sizes |= dict(num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2)
+    Qwen2Config(tie_word_embeddings=True, **sizes).save_pretrained(tmp_path)
+    file = Path(__file__).parents[1] / "configs" / "adapter_comparison.yaml"
+    options = ["--base_model", str(tmp_path), "--seq_len", "64", "--json", str(tmp_path / "out")]
+    code, out, err = run(capsys, "--config", str(file), *options)
+    assert (code, err) == (0, "") and "1,543,714,304" in out
+    lines = {line["name"]: line for line in json.loads((tmp_path / "out").read_text())["lines"]}
+    base, lora, memory = (lines[n] for n in ("base model", "lora", "chapter_memory"))
+    assert base["parameters"] == 1_543_714_304
+    E, inner = 1536, 2 * 128
+    matrices = 28 * (2 * E * E + 2 * E * inner + 3 * E * 8960) + 151936 * E
+    assert base["flops"] == 2 * 64 * matrices
+    assert lines["its attention"]["flops"] == 4 * E * (64 * 65 // 2) * 28
+    assert lora["parameters"] == 28 * 16 * (2 * E + E + inner)  # of queries and of values
+    assert lora["flops"] == 2 * 64 * lora["parameters"]
+    # a bank of 1024 tokens, and in each layer four projections and a norm
+    assert memory["parameters"] == 1024 * E + 28 * (4 * E * E + E) and memory["layers"] == 28
+    assert memory["flops"] == 28 * (4 * (64 + 1024) * E * E + 4 * E * 64 * 1024)
+    code, _, err = run(capsys, "vanilla", "--base_model", "x")
+    assert code == 2 and "base_model must be left out without a pretrained model in --config" in err
+
+
+def test_attached_counts_are_those_of_the_model():
+    model = make_base("qwen2")
+    base, part = estimate_attached(model, 7), {"kind": "scaled"}
+    assert base.parameters == sum(p.numel() for p in model.parameters())
+    own = estimate_attached(model, 7, part)
+    assert base.lines == own.lines[:2]
+    attach_memory(model, part)
+    assert own.parameters == sum(p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+        estimate_attached(make_base("qwen2"), 0)
+    wrong = {"kind": "chapter_memory", "memory_num_heads": 5}
+    with pytest.raises(ValueError, match="memory_num_heads must divide hidden_size=32, got 5"):
+        estimate_attached(make_base("qwen2"), 7, wrong)

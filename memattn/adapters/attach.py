@@ -48,8 +48,7 @@ def attach_parts(
         must("config", "hold at least one part", "none")
     parts = [make_part(part, "config", attention=False) for part in given]
     first = attachment is None
-    if first:
-        _check_attachable(base)
+    _check_attachable(base)
     structure = look_at(base) if first else _structure_of(attachment)
     check_together(parts, structure.sizes)
     named = name_parts(parts)
@@ -129,8 +128,9 @@ def detach_parts(model: Any, name: str | None = None) -> None:
         attachment.check_name(each)
     swapped = [base, *(layer for layer in attachment.layers if hasattr(layer, "_memattn"))]
     for module in swapped:
-        if not is_swapped(module):
-            must("model", "not be sharded or wrapped since attach_memory", type(module).__name__)
+        if not is_swapped(module) or "forward" in vars(module):
+            allowed = "not be sharded since attach_memory, nor have its forward replaced"
+            must("model", allowed, type(module).__name__)
     for each in names:
         for index in attachment.adapters.pop(each).modules:
             layer: Any = attachment.layers[index]

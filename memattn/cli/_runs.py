@@ -79,13 +79,27 @@ def config_of_run(run: "TrainConfig") -> Any:
     """The model configuration of a run with new weights; no text is read where it is not needed."""
     from memattn.train.setup import preset_config, run_tokenizer
 
-    if run.model.preset is None:
-        must("config", "be that of a model with new weights", f"a memory in {run.model.model_path}")
     size = run.model.options.get("vocab_size")
     if size is None:
         trained = run.data.tokenizer in (None, "bpe")
         size = run.data.vocab_size or 4096 if trained else len(run_tokenizer(run))
     return preset_config(run.model, vocab_size=size)
+
+
+def empty_model_of_run(run: "TrainConfig", base_model: str | None) -> Any:
+    """The pretrained model of a run with its LoRA, on the ``meta`` device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from memattn.train.attached import attach
+    from memattn.train.pretrained import find_pretrained
+
+    config = AutoConfig.from_pretrained(find_pretrained(base_model or str(run.model.model_path)))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        if run.model.lora is not None:
+            attach(model, replace(run.model, memory_adapter=None))
+    return model
 
 
 def config_of_model(model: str, options: dict[str, Any]) -> Any:

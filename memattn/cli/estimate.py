@@ -6,6 +6,7 @@ from typing import Any
 def estimate(
     model: str | None = None,
     config: str | None = None,
+    base_model: str | None = None,
     options: dict[str, Any] | None = None,
     seq_len: int | None = None,
     dense_layers: tuple[int, ...] = (),
@@ -20,34 +21,43 @@ def estimate(
     Args:
         model: The name of a preset, or a folder with a saved model or a run.
         config: Configuration of a training run, in place of a model.
+        base_model: Folder of the pretrained model, in place of that of the configuration.
         options: Keywords of the preset, such as '{"hidden_size": 768}'.
         seq_len: Tokens in the sequence; by default that of the configuration.
         dense_layers: Layers of decoders without memory to set beside a memory transformer.
         json: File to write the numbers to.
     """
     from memattn.checks import must
-    from memattn.cli._runs import config_of_model, config_of_run
+    from memattn.cli._runs import config_of_model, config_of_run, empty_model_of_run
     from memattn.evaluate import estimate as run_estimate
+    from memattn.evaluate.estimate_attached import estimate_attached
     from memattn.evaluate.published import print_published, published_model
     from memattn.files import write_json
     from memattn.train import load_config
 
     if (model is None) == (config is None):
         must("model", "be given, or --config, but not both", "neither" if model is None else "both")
-    if config is not None:
+    run = None if config is None else load_config(config)
+    is_pretrained = run is not None and run.model.model_path is not None
+    if base_model is not None and not is_pretrained:
+        must("base_model", "be left out without a pretrained model in --config", base_model)
+    if run is not None:
         if options:
             must("options", "be left out with --config", options)
-        run = load_config(config)
         seq_len = seq_len or run.data.seq_len
-        model_config = config_of_run(run)
+    model_config = None
+    if run is not None and is_pretrained:
+        empty = empty_model_of_run(run, base_model)
+        result = estimate_attached(empty, seq_len or 0, run.model.memory_adapter)
     else:
-        assert model is not None
-        model_config = config_of_model(model, options or {})
-    result = run_estimate(model_config, seq_len)
+        model_config = (
+            config_of_model(str(model), options or {}) if run is None else config_of_run(run)
+        )
+        result = run_estimate(model_config, seq_len)
     if json is not None:
         write_json(json, result.to_dict())
     result.print(str(config or model))
-    if published_model(model_config) is not None:
+    if model_config is not None and published_model(model_config) is not None:
         print_published(model_config, result, dense_layers)
     elif dense_layers:
         must("dense_layers", "be left out for a model without chapter memory", dense_layers)

@@ -129,9 +129,11 @@ def differences(model: PublishedModel, parameters: int) -> list[str]:
     lines += [
         "The published FLOPs count attention over all pairs of tokens, ours those that a token "
         "sees: about half.",
-        "They project the selected chapters anew for each sequence, ours a bank that all "
-        "sequences share; ours routes by blocks of tokens, each from its own past, which selects "
-        "more chapters in all.",
+        f"They project the {(memory.num_shared + memory.top_k) * memory.tokens_per_chapter:,} "
+        "selected rows of the bank anew for each sequence. Ours routes by blocks of tokens, each "
+        "from its own past, and projects what a batch selects once, at most the "
+        f"{memory.num_chapters * memory.tokens_per_chapter:,} rows of the bank: more for one "
+        "sequence, less for many.",
         "They count softmaxes, norms, activations, residuals, router losses and cross-entropy; "
         "ours count products alone.",
     ]
