@@ -14,6 +14,7 @@
 MEMATTN_TARGET_BEGIN("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,f16c")
 namespace memattn::avx512 {
 #include "tile_engine.h"
+#include "key_blocks.h"
 #include "attention_tile.h"
 #include "attention_rows.h"
 #include "segmented_attention_tile.h"

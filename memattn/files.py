@@ -1,4 +1,4 @@
-"""Files that are whole or absent: checksums and atomic writes."""
+"""Files that are whole or absent: checksums, atomic writes, tensors."""
 
 import hashlib
 import json
@@ -6,10 +6,13 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sha256_of(path: Path) -> str:
@@ -19,6 +22,11 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_of_text(text: str) -> str:
+    """SHA-256 of a text, as hexadecimal; lone surrogates count, too."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def describe_failure(done: subprocess.CompletedProcess) -> str:
@@ -66,18 +74,71 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` for a file that takes its place on success."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | Path, values: Any) -> None:
     """Write values as JSON, in one step."""
     write_text(Path(path), json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, "Tensor"], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file, which appears once it is whole.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path must be in a folder that exists, got {path}")
+    # clones: safetensors refuses tensors that share memory
+    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    try:
+        with replacing_file(target) as temporary:
+            save_file(own, temporary, metadata)
+            # safetensors makes it private, but it is for everyone who may read the folder
+            temporary.chmod(0o600 | target.parent.stat().st_mode & 0o044)
+    except SafetensorError as error:  # of writing: what is written is sound
+        raise OSError(f"path must be a file that can be written, got {path}: {error}") from error
+
+
+def read_tensors(
+    path: str | os.PathLike[str], writer: str, device: Any = "cpu"
+) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; ``writer`` is what writes such files.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path must be a file that {writer} wrote, got {path}")
+    try:
+        with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"path must be a whole safetensors file, got {path}: {error}") from error

@@ -1,4 +1,4 @@
-"""Input factories and the error rule, for tests and benchmarks alike."""
+"""The error rule, and results with their gradients, for tests and benchmarks alike."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -87,101 +87,6 @@ def run_with_gradients(
     for name, leaf, grad in zip(wanted, wanted.values(), grads, strict=True):
         results[f"d_{name}"] = torch.zeros_like(leaf) if grad is None else grad
     return results
-
-
-def make_segmented_inputs(
-    *,
-    B: int = 2,
-    H: int = 4,
-    Hkv: int = 2,
-    T: int = 37,
-    S: int | None = None,
-    D: int = 16,
-    Dv: int | None = None,
-    P: int = 0,
-    M: int = 0,
-    segment_len: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    seed: int = 0,
-    n_segments: int | None = None,
-    seed_device: str = "cpu",
-) -> dict[str, Tensor]:
-    """Random inputs of ``segmented_attention``; values are exact in bfloat16.
-
-    ``P`` persistent and ``M`` memory keys are left out where 0. ``n_segments`` defaults to what
-    ``segment_len`` needs for ``S`` keys. Values drawn on another ``seed_device`` differ.
-    """
-    generator = torch.Generator(seed_device).manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        values = torch.randn(*shape, generator=generator, device=seed_device)
-        return values.to(torch.bfloat16).to(device, dtype)
-
-    S, Dv = T if S is None else S, D if Dv is None else Dv
-    tensors = {
-        "query": draw(B, H, T, D),
-        "key": draw(B, Hkv, S, D),
-        "value": draw(B, Hkv, S, Dv),
-    }
-    if P:
-        tensors |= {"persistent_key": draw(Hkv, P, D), "persistent_value": draw(Hkv, P, Dv)}
-    if M:
-        assert segment_len is not None
-        N = -(-S // segment_len) if n_segments is None else n_segments
-        tensors |= {
-            "memory_key": draw(B, Hkv, N, M, D),
-            "memory_value": draw(B, Hkv, N, M, Dv),
-        }
-    return tensors
-
-
-def make_future_inputs(
-    *,
-    B: int = 2,
-    H: int = 4,
-    Hkv: int = 2,
-    Hf: int | None = None,
-    T: int = 37,
-    S: int | None = None,
-    D: int = 16,
-    Dv: int | None = None,
-    rows: int | None = None,
-    tables: int | None = None,
-    separate_query: bool = False,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    seed: int = 0,
-    seed_device: str = "cpu",
-) -> dict[str, Tensor]:
-    """Random inputs of ``future_attention``; values are exact in bfloat16.
-
-    ``Hf`` heads of the table default to ``H``, its ``rows`` to ``S - 1``. With ``tables`` there are
-    so many tables, one for each sequence or document, instead of a shared one.
-    """
-    S, Dv = T if S is None else S, D if Dv is None else Dv
-    tensors = make_segmented_inputs(
-        B=B,
-        H=H,
-        Hkv=Hkv,
-        T=T,
-        S=S,
-        D=D,
-        Dv=Dv,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        seed_device=seed_device,
-    )
-    shape = (*(() if tables is None else (tables,)), Hf or H, S - 1 if rows is None else rows)
-    generator = torch.Generator(seed_device).manual_seed(seed + 1)
-    shapes = {"future_key": (*shape, D), "future_value": (*shape, Dv)}
-    if separate_query:
-        shapes["future_query"] = (B, H, T, D)
-    for name, wanted in shapes.items():
-        values = torch.randn(wanted, generator=generator, device=seed_device).to(torch.bfloat16)
-        tensors[name] = values.to(device, dtype)
-    return tensors
 
 
 def assert_results_within_budget(

@@ -5,7 +5,7 @@ from typing import Any
 from operator_contract import DOCUMENTS, ONE, Arguments, Case, OperatorSpec
 
 from memattn import future_attention, future_attention_loss
-from memattn.testing import make_future_inputs
+from memattn.bench.inputs import make_future_inputs
 
 TABLE = ("future_key", "future_value")
 

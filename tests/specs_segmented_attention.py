@@ -6,7 +6,7 @@ import torch
 from operator_contract import DOCUMENTS, ONE, Arguments, Case, OperatorSpec
 
 from memattn import segmented_attention
-from memattn.testing import make_segmented_inputs
+from memattn.bench.inputs import make_segmented_inputs
 
 MEMORY = ("memory_key", "memory_value")
 

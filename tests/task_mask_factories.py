@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memattn import TaskMask
-from memattn.testing import make_segmented_inputs
+from memattn.bench.inputs import make_segmented_inputs
 
 
 def make_mask(

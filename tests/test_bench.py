@@ -19,12 +19,12 @@ from bench_factories import (
 from memattn.bench import gate
 from memattn.bench.engine import OURS, measure_case
 from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
+from memattn.bench.inputs import make_segmented_inputs
 from memattn.bench.memory import MemoryJob, cpu_peaks
 from memattn.bench.roofline import Roofs, Work, attention_work, measure_roofs, work_of
 from memattn.bench.segmented_attention import SegmentedCase, segmented_pairs
 from memattn.bench.timing import Timing, interleave, speedup
 from memattn.ops import segmented_attention
-from memattn.testing import make_segmented_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,8 +12,9 @@ from operator_contract import check
 from torch import Tensor
 
 from memattn import TaskMask, segmented_attention, task_masked_attention
+from memattn.bench.inputs import make_segmented_inputs
 from memattn.evaluate.audit import audit
-from memattn.testing import assert_within_budget, make_segmented_inputs
+from memattn.testing import assert_within_budget
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,8 @@ from specs_future_attention import FUTURE, LOSSES
 from torch.nn import functional as F
 
 from memattn import future_attention, future_attention_loss, segmented_attention
-from memattn.testing import make_future_inputs, run_with_gradients
+from memattn.bench.inputs import make_future_inputs
+from memattn.testing import run_with_gradients
 
 pytestmark = pytest.mark.operator
 TOKENS = ("query", "key", "value")

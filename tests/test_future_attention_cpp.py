@@ -4,12 +4,9 @@ import pytest
 import torch
 
 from memattn import future_attention, future_attention_loss
+from memattn.bench.inputs import make_future_inputs
 from memattn.ops._dispatch import cpp_is_built
-from memattn.testing import (
-    assert_results_within_budget,
-    make_future_inputs,
-    run_with_gradients,
-)
+from memattn.testing import assert_results_within_budget, run_with_gradients
 
 pytestmark = [
     pytest.mark.operator,

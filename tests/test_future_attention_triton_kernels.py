@@ -7,14 +7,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from memattn.bench.inputs import make_future_inputs
 from memattn.ops import future_attention, future_attention_loss
-from memattn.testing import (
-    assert_results_within_budget,
-    make_future_inputs,
-    run_with_gradients,
-)
-from memattn_kernels.future_attention import backward
-from memattn_kernels.future_attention import future_attention_loss as triton_loss
+from memattn.testing import assert_results_within_budget, run_with_gradients
+from memattn_kernels import _launch
+from memattn_kernels.future_attention import future_attention as triton_attention
 from memattn_kernels.signatures import FutureAttentionArgs
 
 pytestmark = pytest.mark.operator
@@ -55,8 +52,8 @@ def test_gradient_of_a_shared_table_in_several_parts(
     options = dict(future_dim=4, future_index=future_index, seq_start=bounds(0, 9, 2))
     results = []
     for n_programs in (1, 6, 512):
-        monkeypatch.setattr(backward, "N_PROGRAMS", n_programs)
-        monkeypatch.setattr(backward, "MIN_CHUNK", 8)
+        monkeypatch.setattr(_launch, "N_PROGRAMS", n_programs)
+        monkeypatch.setattr(_launch, "MIN_PART", 8)
         results.append(check(future_attention, tensors, **options))
     for parts in results[1:]:  # added in another order
         torch.testing.assert_close(parts["d_future_key"], results[0]["d_future_key"])
@@ -128,7 +125,7 @@ def test_packed_documents_in_a_cuda_graph():
     args = arguments(tensors, future_dim=64, **options)
 
     def step() -> list[torch.Tensor]:
-        out, loss, _ = triton_loss(args)
+        out, _, _, loss = triton_attention(args)
         return [out, *torch.autograd.grad(out.float().sum() + loss, leaves)]
 
     expected = [tensor.clone() for tensor in step()]

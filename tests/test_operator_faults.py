@@ -18,12 +18,8 @@ from memattn import (
     segmented_attention,
     task_masked_attention,
 )
-from memattn.testing import (
-    assert_results_within_budget,
-    make_future_inputs,
-    make_segmented_inputs,
-    run_with_gradients,
-)
+from memattn.bench.inputs import make_future_inputs, make_segmented_inputs
+from memattn.testing import assert_results_within_budget, run_with_gradients
 
 pytestmark = pytest.mark.operator
 

@@ -7,7 +7,7 @@ import torch
 from operator_contract import DEVICE, EVERY, needs_cpp
 
 from memattn import segmented_attention
-from memattn.testing import make_segmented_inputs
+from memattn.bench.inputs import make_segmented_inputs
 
 pytestmark = pytest.mark.operator
 

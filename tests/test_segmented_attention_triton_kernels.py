@@ -9,14 +9,10 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from memattn.bench import retune
+from memattn.bench.inputs import make_segmented_inputs
 from memattn.ops import segmented_attention
-from memattn.testing import (
-    assert_results_within_budget,
-    make_segmented_inputs,
-    run_with_gradients,
-)
-from memattn_kernels import configs
-from memattn_kernels.segmented_attention import backward
+from memattn.testing import assert_results_within_budget, run_with_gradients
+from memattn_kernels import _launch, configs
 from memattn_kernels.segmented_attention import segmented_attention as triton_attention
 from memattn_kernels.signatures import SegmentedAttentionArgs
 
@@ -48,7 +44,7 @@ def test_persistent_gradient_over_several_chunks(monkeypatch: pytest.MonkeyPatch
     tensors = make_segmented_inputs(**SMALL | {"B": 2}, T=21, P=3, device=DEVICE)
     bounds = torch.tensor([0, 9], dtype=torch.int32, device=DEVICE)
     whole = check(tensors, window_size=4, seq_start=bounds)
-    monkeypatch.setattr(backward, "MIN_CHUNK", 8)
+    monkeypatch.setattr(_launch, "MIN_PART", 8)
     parts = check(tensors, window_size=4, seq_start=bounds)
     # added in another order
     torch.testing.assert_close(parts["d_persistent_key"], whole["d_persistent_key"])

@@ -248,11 +248,18 @@ def test_broken_files_are_told(tmp_path):
         TaskMask.load(path)
 
 
+@pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o700, 0o600)])
+def test_a_saved_mask_is_for_everyone_who_may_read_the_folder(tmp_path, folder, file):
+    tmp_path.chmod(folder)
+    TaskMask.from_graph(**GRAPH).save(tmp_path / "mask")
+    assert (tmp_path / "mask").stat().st_mode & 0o777 == file
+
+
 def test_a_failed_save_leaves_nothing(tmp_path):
     mask = TaskMask.from_graph(**GRAPH)
     (tmp_path / "target").mkdir()
     with pytest.raises(OSError):
         mask.save(tmp_path / "target")
-    with pytest.raises(OSError, match="path must be one that can be written"):
+    with pytest.raises(OSError, match="path must be in a folder that exists"):
         mask.save(tmp_path / "no" / "folder")
     assert [f.name for f in tmp_path.iterdir()] == ["target"]

@@ -10,7 +10,7 @@ from task_mask_factories import make_mask
 from torch.nn import functional as F
 
 from memattn import TaskMask, segmented_attention, task_masked_attention
-from memattn.testing import make_segmented_inputs
+from memattn.bench.inputs import make_segmented_inputs
 
 pytestmark = pytest.mark.operator
 

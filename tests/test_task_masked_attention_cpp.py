@@ -5,12 +5,9 @@ import torch
 from task_mask_factories import make_mask
 
 from memattn import TaskMask, task_masked_attention
+from memattn.bench.inputs import make_segmented_inputs
 from memattn.ops._dispatch import cpp_is_built
-from memattn.testing import (
-    assert_results_within_budget,
-    make_segmented_inputs,
-    run_with_gradients,
-)
+from memattn.testing import assert_results_within_budget, run_with_gradients
 
 pytestmark = [
     pytest.mark.operator,

@@ -10,11 +10,8 @@ import triton.language as tl
 from task_mask_factories import make_mask
 
 from memattn import TaskMask, task_masked_attention
-from memattn.testing import (
-    assert_results_within_budget,
-    make_segmented_inputs,
-    run_with_gradients,
-)
+from memattn.bench.inputs import make_segmented_inputs
+from memattn.testing import assert_results_within_budget, run_with_gradients
 from memattn_kernels.task_masked_attention.tiles import listed_steps, masked_step, step_tile
 
 CUDA = torch.cuda.is_available()

@@ -5,7 +5,6 @@ source* (tokens, a parameter table, memory tokens). A tile of rows then walks th
 smallest ``lo`` to the largest ``hi``, and only columns that some row does not see need a mask.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -214,8 +213,3 @@ def check_head_dim(name: str, width: int) -> None:
             f'{name} must have a head dimension of at most 256 for backend "triton", got {width}; '
             'backend "reference" takes it'
         )
-
-
-def device_guard(tensor: Tensor) -> torch.cuda.device_of:
-    """Launch on the device of ``tensor``."""
-    return torch.cuda.device_of(tensor)

@@ -1,4 +1,4 @@
-"""What launchers of all operators share: common arguments, configurations, launch by name."""
+"""What launchers of all operators share: registration, common arguments, launch by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +10,33 @@ from torch import Tensor
 from memattn_kernels import configs
 from memattn_kernels._common import (
     IS_INTERPRETED,
+    block_length,
     block_width,
     check_head_dim,
-    device_guard,
     empty_rows,
     rows,
 )
+from memattn_kernels._operator import Named, register
 
 ROWS = ("query", "key", "value", "future_query")  # whose gradients keep their order in memory
+# a part of the queries has at least this many, and there are parts for about this many programs
+MIN_PART = 1024
+N_PROGRAMS = 512
+
+
+def register_triton(name: str, arguments: Any, **named: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """``register`` for the Triton operator of this name.
+
+    What ``named`` does not say is that of an operator with the results of ``empty_results``.
+    """
+    usual: Named = dict(
+        results="out lse residual",
+        cotangents="out? lse?",
+        saved="out lse residual",
+        empty_results=empty_results,
+        empty_gradient=empty_gradient,
+    )
+    return register(f"memattn_kernels::{name}", arguments, **usual | named)
 
 
 def call(operator: Callable[..., tuple[Tensor, ...]], args: Any) -> tuple[Tensor, ...]:
@@ -30,13 +49,8 @@ def call(operator: Callable[..., tuple[Tensor, ...]], args: Any) -> tuple[Tensor
     check_head_dim("value", args.value.shape[-1])
     if args.query.dtype == torch.bfloat16 and IS_INTERPRETED:
         # the interpreter computes bfloat16 wrongly
-        args = args._replace(
-            **{
-                name: value.float()
-                for name, value in args._asdict().items()
-                if isinstance(value, Tensor) and value.is_floating_point()
-            }
-        )
+        tensors = {n: value for n, value in args._asdict().items() if isinstance(value, Tensor)}
+        args = args._replace(**{n: t.float() for n, t in tensors.items() if t.is_floating_point()})
     return operator(*args)
 
 
@@ -61,6 +75,36 @@ def common_inputs(args: Any) -> dict:
     )
 
 
+def forward_outputs(results: Named) -> dict:
+    """``out``, ``lse`` and, for float32 inputs, what float32 rounds off ``lse``, by name."""
+    out = results["out"]
+    return (
+        rows("o", out, "bht") | residual_ptr(out, results["residual"]) | {"lse_ptr": results["lse"]}
+    )
+
+
+def key_rows(key: Tensor, value: Tensor, d_key: Tensor, d_value: Tensor) -> dict:
+    """The keys and values ``[B, Hkv, rows, D]`` of one source and their gradients, by name."""
+    named = {"k": key, "v": value, "dk": d_key, "dv": d_value}
+    return {k: v for name, tensor in named.items() for k, v in rows(name, tensor, "bht").items()}
+
+
+def backward_inputs(args: Any, cotangents: Named, saved: Named, grads: Named) -> dict:
+    """What the backward of every operator reads of its results, and writes for token keys."""
+    out, lse = saved["out"], saved["lse"]
+    d_out, d_lse = cotangents["out"], cotangents["lse"]
+    # the key-stationary kernels read whole tiles of these
+    scaled_lse, delta = (lse.new_empty(lse.numel() + configs.MAX_BLOCK) for _ in range(2))
+    return forward_outputs(saved) | dict(
+        **rows("do", torch.zeros_like(out) if d_out is None else d_out, "bht"),
+        **rows("dq", grads["query"], "bht"),
+        **key_rows(args.key, args.value, grads["key"], grads["value"]),
+        dlse_ptr=None if d_lse is None else d_lse.contiguous(),
+        scaled_lse_ptr=scaled_lse,
+        delta_ptr=delta,
+    )
+
+
 def lookup(kernel: str, query: Tensor, inputs: dict) -> dict[str, int]:
     """The configuration of a kernel for the larger of the padded head dimensions."""
     return configs.lookup(kernel, query, max(inputs["BLOCK_D"], inputs["BLOCK_DV"]))
@@ -70,7 +114,7 @@ def launch(kernel: triton.JITFunction, n_programs: int, config: dict, *inputs: d
     """Launch the kernel with those of the inputs that it has, later ones first, and the config."""
     given = {name: value for part in inputs for name, value in part.items()}
     if n_programs:
-        with device_guard(given["q_ptr"]):
+        with torch.cuda.device_of(given["q_ptr"]):
             taken = {name: value for name, value in given.items() if name in kernel.arg_names}
             kernel[(n_programs,)](**taken, **config)
 
@@ -79,6 +123,43 @@ def n_query_programs(query: Tensor, config: dict) -> int:
     """Programs of a query-stationary kernel: one for each tile of queries of a head."""
     B, H, T, _ = query.shape
     return triton.cdiv(T, config["BLOCK_M"]) * B * H
+
+
+def launch_queries(kernel: triton.JITFunction, name: str, inputs: dict, **lengths: int) -> None:
+    """Launch a query-stationary kernel: one program for each tile of queries of a head.
+
+    ``lengths`` are those of key sources that have a tile of their own, by its argument's name.
+    """
+    config = lookup(name, inputs["q_ptr"], inputs)
+    tiles = {tile: block_length(config["BLOCK_N"], length) for tile, length in lengths.items()}
+    launch(kernel, n_query_programs(inputs["q_ptr"], config), config | tiles, inputs)
+
+
+def parts_of(n: int, n_programs: int, shortest: int | None = None) -> tuple[int, int]:
+    """How many parts ``n`` queries are cut into, and of what length, where all see the same keys.
+
+    The programs of the keys' tiles, ``n_programs``, alone would leave a card idle. A part has at
+    least MIN_PART queries, or ``shortest`` if that is given; there is one part at least.
+    """
+    n_parts = min(triton.cdiv(n, shortest or MIN_PART), triton.cdiv(N_PROGRAMS, max(n_programs, 1)))
+    length = triton.cdiv(n, max(n_parts, 1))
+    return max(triton.cdiv(n, max(length, 1)), 1), length
+
+
+def launch_keys(
+    kernel: triton.JITFunction, name: str, inputs: dict, n_keys: int | None = None
+) -> None:
+    """Launch a key-stationary kernel: one program for each tile of token keys of a head.
+
+    Of another source that is for each of ``inputs["n_parts"]`` parts, with ``n_keys`` keys and
+    tiles no longer than that.
+    """
+    config = lookup(name, inputs["q_ptr"], inputs)
+    B, Hkv, S, _ = inputs["k_ptr"].shape
+    if n_keys is not None:
+        config = config | {"BLOCK_N": block_length(config["BLOCK_N"], n_keys)}
+    n_tiles = triton.cdiv(S if n_keys is None else n_keys, config["BLOCK_N"])
+    launch(kernel, n_tiles * inputs.get("n_parts", 1) * B * Hkv, config, inputs)
 
 
 def empty_gradient(name: str, tensor: Tensor) -> Tensor:

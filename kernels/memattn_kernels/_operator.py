@@ -40,11 +40,11 @@ def register(
     results: str,
     cotangents: str,
     saved: str,
-    gradients: str,
     empty_results: Callable[[Any], tuple[Tensor, ...]],
     empty_gradient: Callable[[str, Tensor], Tensor],
     forward: Callable[[Any, Named], None] | None = None,
     backward: Callable[[Any, Named, Named, Named], None] | None = None,
+    gradients: str | None = None,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Define ``operator`` and ``operator_backward``, and make the first differentiable once.
 
@@ -54,37 +54,39 @@ def register(
         results: Names of the results.
         cotangents: Results whose gradients the backward takes; with a ``?`` it also takes None.
         saved: Results that the backward reads.
-        gradients: Arguments with a gradient. One that is not given has a gradient of size 0.
         empty_results: Uninitialised results for these arguments.
         empty_gradient: Uninitialised gradient of an argument, by its name and value.
         forward: ``forward(args, results)`` fills the results. None where C++ has the kernels.
         backward: ``backward(args, cotangents, saved, gradients)`` fills the gradients.
+        gradients: Arguments with a gradient, else those that ``arguments.gradients`` names. One
+            that is not given has a gradient of size 0.
 
     Returns:
         The operator.
     """
     types = _types(arguments)
     tensors = [name for name, (kind, _) in types.items() if kind is Tensor]
-    names = {"results": results.split(), "saved": saved.split(), "gradients": gradients.split()}
+    result_names, saved_names = results.split(), saved.split()
+    gradient_names = (gradients or arguments.gradients).split()
     wanted = {name.rstrip("?"): name.endswith("?") for name in cotangents.split()}
-    inputs = [*(f"d_{name}" for name in wanted), *names["saved"], *types]
+    inputs = [*(f"d_{name}" for name in wanted), *saved_names, *types]
 
-    def define(name: str, schema: list[str], n_results: int) -> None:
+    def define(name: str, schema: str, n_results: int) -> None:
         returned = ", ".join(["Tensor"] * n_results)
-        torch.library.define(
-            name, f"({', '.join(schema)}) -> ({returned})", tags=torch.Tag.pt2_compliant_tag
-        )
+        tags = torch.Tag.pt2_compliant_tag
+        torch.library.define(name, f"({schema}) -> ({returned})", tags=tags)
 
     first = [f"Tensor{'?' * optional} d_{name}" for name, optional in wanted.items()]
-    first += [f"Tensor {name}" for name in names["saved"]]
-    define(operator, [schema_of(arguments)], len(names["results"]))
-    define(f"{operator}_backward", [*first, schema_of(arguments)], len(names["gradients"]))
+    first += [f"Tensor {name}" for name in saved_names]
+    schema = schema_of(arguments)
+    define(operator, schema, len(result_names))
+    define(f"{operator}_backward", ", ".join([*first, schema]), len(gradient_names))
     namespace, name = operator.split("::")
     call = getattr(getattr(torch.ops, namespace), name).default
     call_backward = getattr(getattr(torch.ops, namespace), f"{name}_backward").default
 
     def empty_gradients(args: Any) -> tuple[Tensor, ...]:
-        given = ((name, getattr(args, name)) for name in names["gradients"])
+        given = ((name, getattr(args, name)) for name in gradient_names)
         return tuple(
             args[0].new_empty(0) if tensor is None else empty_gradient(name, tensor)
             for name, tensor in given
@@ -107,7 +109,7 @@ def register(
         def _(*values: Any) -> tuple[Tensor, ...]:
             args = arguments(*values)
             outputs = empty_results(args)
-            forward(args, dict(zip(names["results"], outputs, strict=True)))
+            forward(args, dict(zip(result_names, outputs, strict=True)))
             return outputs
 
         @torch.library.impl(f"{operator}_backward", "default")
@@ -118,34 +120,31 @@ def register(
             backward(
                 args,
                 {name: named[f"d_{name}"] for name in wanted},
-                {name: named[name] for name in names["saved"]},
-                dict(zip(names["gradients"], grads, strict=True)),
+                {name: named[name] for name in saved_names},
+                dict(zip(gradient_names, grads, strict=True)),
             )
             return grads
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        args = arguments(*inputs)
-        outputs = dict(zip(names["results"], output, strict=True))
-        kept = {name: outputs[name] for name in names["saved"]}
-        kept |= {name: getattr(args, name) for name in tensors}
-        ctx.save_for_backward(*kept.values())
-        ctx.options = {name: getattr(args, name) for name in types if name not in tensors}
+        args = dict(zip(types, inputs, strict=True))
+        outputs = dict(zip(result_names, output, strict=True))
+        ctx.save_for_backward(*map(outputs.get, saved_names), *map(args.get, tensors))
+        ctx.options = {name: args[name] for name in types if name not in tensors}
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # read once: non-reentrant checkpointing frees what it handed out
-        kept = dict(zip([*names["saved"], *tensors], ctx.saved_tensors, strict=True))
+        kept = dict(zip([*saved_names, *tensors], ctx.saved_tensors, strict=True))
         args = arguments_of(kept | ctx.options)
-        given = dict(zip(names["results"], grads, strict=True))
-        if any(given[name] is None and not optional for name, optional in wanted.items()):
-            zeros = dict(zip(names["results"], empty_results(args), strict=True))
-            for name, optional in wanted.items():
-                if given[name] is None and not optional:
-                    given[name] = zeros[name].zero_()
+        given = dict(zip(result_names, grads, strict=True))
+        missing = [n for n, optional in wanted.items() if given[n] is None and not optional]
+        if missing:
+            zeros = dict(zip(result_names, empty_results(args), strict=True))
+            given |= {name: zeros[name].zero_() for name in missing}
         found = call_backward(
-            *(given[name] for name in wanted), *(kept[name] for name in names["saved"]), *args
+            *(given[name] for name in wanted), *(kept[name] for name in saved_names), *args
         )
-        by_name = dict(zip(names["gradients"], found, strict=True))
+        by_name = dict(zip(gradient_names, found, strict=True))
         return tuple(None if getattr(args, n) is None else by_name.get(n) for n in types)
 
     torch.library.register_autograd(operator, differentiate, setup_context=setup_context)

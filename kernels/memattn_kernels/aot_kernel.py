@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import triton
 
 from memattn_kernels import configs
+from memattn_kernels._common import block_width
 from memattn_kernels.machine_code import HotLoop
 
 PINNED_WIDTH = 128
@@ -15,6 +16,24 @@ TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 def is_specialized(function: triton.JITFunction, argument: str) -> bool:
     """Whether a launch makes an integer argument that is 1 a compile-time constant."""
     return not function.params[function.arg_names.index(argument)].do_not_specialize
+
+
+def usual_constants(head_dim: int, dtype: str, config: dict[str, int]) -> dict[str, object]:
+    """The compile-time arguments that the kernels of every operator have."""
+    constants: dict[str, object] = {
+        "D": head_dim,
+        "DV": head_dim,
+        "BLOCK_D": block_width(head_dim),
+        "BLOCK_DV": block_width(head_dim),
+        "BLOCK_M": config["BLOCK_M"],
+        "BLOCK_N": config["BLOCK_N"],
+    }
+    return constants if dtype == "float32" else constants | {"residual_ptr": None}
+
+
+def taken(function: triton.JITFunction, constants: dict[str, object]) -> dict[str, object]:
+    """Those of the constants that the kernel has."""
+    return {name: value for name, value in constants.items() if name in function.arg_names}
 
 
 @dataclass(frozen=True, kw_only=True)

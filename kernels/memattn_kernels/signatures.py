@@ -2,7 +2,8 @@
 
 A signature is written here and nowhere else: the schemas of the Triton and the C++ operators are
 made from it (``_operator``), and one tuple travels from ``memattn.ops`` to the reference, to Triton
-and to C++. What the arguments mean is said by the functions of ``memattn.ops``.
+and to C++. ``gradients`` names the arguments with a gradient, in the order in which both backends
+return them. What the arguments mean is said by the functions of ``memattn.ops``.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from torch import Tensor
 
 class SegmentedAttentionArgs(NamedTuple):
     """Arguments of segmented attention."""
+
+    gradients = "query key value persistent_key persistent_value memory_key memory_value"
 
     query: Tensor  # [B, H, T, D]
     key: Tensor  # [B, Hkv, S, D]
@@ -34,6 +37,8 @@ class SegmentedAttentionArgs(NamedTuple):
 class FutureAttentionArgs(NamedTuple):
     """Arguments of future attention, with or without its loss."""
 
+    gradients = "query key value future_key future_value future_query"
+
     query: Tensor  # [B, H, T, D]
     key: Tensor  # [B, Hkv, S, D]
     value: Tensor  # [B, Hkv, S, Dv]
@@ -54,6 +59,8 @@ class FutureAttentionArgs(NamedTuple):
 
 class TaskMaskedAttentionArgs(NamedTuple):
     """Arguments of task-masked attention; from ``bits`` on those of a mask, ``MaskTensors``."""
+
+    gradients = "query key value"
 
     query: Tensor  # [B, H, T, D]
     key: Tensor  # [B, Hkv, S, D]

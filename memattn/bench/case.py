@@ -16,7 +16,7 @@ from torch import Tensor
 
 import memattn.bench
 import memattn.ops
-from memattn.bench.roofline import Work
+from memattn.bench.roofline import Work, attention_work
 from memattn.checks import check_int, must
 
 # from named inputs to the output; differentiable in the inputs
@@ -125,6 +125,58 @@ class Case(ABC):
             if name not in cls.size_names():
                 must("shape", f"have names from {', '.join(cls.size_names())}", name)
             check_int(f"shape[{name}]", value, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenCase(Case):
+    """One shape of an operator over tokens: ``batch`` rows of ``T`` queries and keys each."""
+
+    B: int = 1
+    H: int = 8
+    Hkv: int | None = None  # None: as many as H
+    D: int = 64
+
+    @property
+    def key_heads(self) -> int:
+        return self.H if self.Hkv is None else self.Hkv
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return self.B
+
+    def tokens(self) -> int:
+        return self.T * self.batch
+
+    def draw(self, make: Callable[..., dict[str, Tensor]], **more: int) -> dict[str, Tensor]:
+        """Random inputs of these sizes, by a function of ``memattn.bench.inputs``."""
+        return make(
+            B=self.batch,
+            H=self.H,
+            Hkv=self.key_heads,
+            T=self.T,
+            D=self.D,
+            dtype=self.dtype,
+            device=self.device,
+            seed=self.seed,
+            seed_device=self.device,
+            **more,
+        )
+
+    def score_bytes(self, n_keys: int) -> int:
+        """Bytes of scores with so many keys, where they are stored."""
+        return self.batch * self.H * self.T * n_keys * self.dtype.itemsize
+
+    def softmax_work(self, pairs: int, keys: int) -> dict[str, Work]:
+        """Useful work of a softmax over so many pairs and keys; see ``attention_work``."""
+        return attention_work(
+            pairs=pairs,
+            rows=self.batch * self.H * self.T,
+            keys=keys,
+            head_dim=self.D,
+            value_dim=self.D,
+            element_size=self.dtype.itemsize,
+        )
 
 
 def operators() -> dict[str, type[Case]]:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from memattn.bench.bars import Bar, CostBar, LinearMemoryBar, SpeedBar
-from memattn.bench.case import Case, Forward, Peer
+from memattn.bench.case import Forward, Peer, TokenCase
+from memattn.bench.inputs import make_future_inputs
 from memattn.bench.peers import flex, sdpa, sdpa_backends
-from memattn.bench.roofline import Work, attention_work
+from memattn.bench.roofline import Work
 from memattn.ops import future_attention, future_attention_loss, segmented_attention
-from memattn.testing import make_future_inputs
 
 OUR_PAST = "memattn, past only"
 _LOSSES: dict[str, dict[str, Any]] = {
@@ -25,7 +25,7 @@ _LONGEST_LOSS = 4096  # beyond it the definition of the loss, which needs all ro
 
 
 @dataclass(frozen=True, kw_only=True)
-class FutureCase(Case):
+class FutureCase(TokenCase):
     """One shape of future attention, with a table shared by the batch.
 
     With a loss, the output is ``out + loss``, so that one cotangent reaches both.
@@ -41,15 +41,7 @@ class FutureCase(Case):
     quick_kinds: ClassVar[tuple[str, ...]] = ("future", "mse")
     cuda_sizes: ClassVar[dict[str, int]] = {"B": 4, "H": 32, "D": 128}
 
-    B: int = 1
-    H: int = 8
-    Hkv: int | None = None  # None: as many as H
-    D: int = 64
     future_dim: int = 64
-
-    @property
-    def key_heads(self) -> int:
-        return self.H if self.Hkv is None else self.Hkv
 
     @property
     def rows(self) -> int:
@@ -61,18 +53,7 @@ class FutureCase(Case):
         return {"future_dim": self.future_dim, **_LOSSES.get(self.kind, {})}
 
     def inputs(self) -> dict[str, Tensor]:
-        return make_future_inputs(
-            B=self.B,
-            H=self.H,
-            Hkv=self.key_heads,
-            T=self.T,
-            D=self.D,
-            rows=self.rows,
-            dtype=self.dtype,
-            device=self.device,
-            seed=self.seed,
-            seed_device=self.device,
-        )
+        return self.draw(make_future_inputs, rows=self.rows)
 
     def subject(self, backend: str) -> Forward:
         options = self.options()
@@ -116,9 +97,6 @@ class FutureCase(Case):
         length = f"T={self.T}" if T is None else T
         return f"{self.kind} {length} F={self.future_dim} D={self.D}"
 
-    def tokens(self) -> int:
-        return self.T * self.B
-
     def pairs(self) -> tuple[int, int]:
         """Pairs of the past and of the band, of all query heads and sequences."""
         i = torch.arange(self.T)
@@ -133,7 +111,7 @@ class FutureCase(Case):
         backward = past + band * (2 if self.kind == "through" else 1)
         keys = self.B * self.key_heads * self.T + self.H * self.rows
         work = {
-            direction: self._attention_work(pairs, keys)[direction]
+            direction: self.softmax_work(pairs, keys)[direction]
             for direction, pairs in (("forward", forward), ("backward", backward))
         }
         # out_future and the target are kept for the backward
@@ -141,23 +119,12 @@ class FutureCase(Case):
         more = Work(0, 0, kept * (1 if self.kind == "future" else 2))
         return {direction: own + more for direction, own in work.items()}
 
-    def _attention_work(self, pairs: int, keys: int) -> dict[str, Work]:
-        return attention_work(
-            pairs=pairs,
-            rows=self.B * self.H * self.T,
-            keys=keys,
-            head_dim=self.D,
-            value_dim=self.D,
-            element_size=self.dtype.itemsize,
-        )
-
     def peers(self) -> dict[str, Peer]:
-        scores = self.B * self.H * self.T * self.dtype.itemsize
-        past = self._attention_work(self.pairs()[0], self.B * self.key_heads * self.T)
+        past = self.softmax_work(self.pairs()[0], self.B * self.key_heads * self.T)
         peers = {
             f"sdpa {name}, past only": Peer(
                 partial(self._sdpa, backend),
-                scores * self.T if name == "math" else 0,
+                self.score_bytes(self.T) if name == "math" else 0,
                 yardstick=past,
             )
             for name, backend in sdpa_backends(self.device).items()
@@ -168,7 +135,7 @@ class FutureCase(Case):
             stored = 0 if "cuda" in self.device else 8 * self.T * (self.T + self.rows)
             peers["flex"] = Peer(self._flex, stored, compiled=True)
         per_row = self.T + self.rows + (0 if self.kind == "future" else self.T)
-        peers["naive"] = Peer(partial(self.subject, "reference"), scores * per_row)
+        peers["naive"] = Peer(partial(self.subject, "reference"), self.score_bytes(per_row))
         return peers
 
     def _sdpa(self, backend: Any) -> Forward:

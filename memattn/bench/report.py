@@ -1,7 +1,6 @@
 """What a run leaves behind: records for JSON, tables, a plot over T."""
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 from memattn.bench.engine import Row
 from memattn.bench.roofline import Roofs, work_of
 from memattn.bench.timing import Timing
+from memattn.files import replacing_file, write_text
 
 COLUMNS = ("case", "direction", "competitor", "median", "20-80 %", "useful", "roof", "GB/s")
 COLUMNS = (*COLUMNS, "speed-up", "peak memory")
@@ -200,10 +200,7 @@ def roof_records(roofs: Mapping[tuple[str, torch.dtype], Roofs]) -> list[dict[st
 
 def save_json(record: Mapping[str, Any], path: Path) -> None:
     """Write the record; the file is complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def plot(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
@@ -305,9 +302,8 @@ def plot_sweeps(records: Sequence[Mapping[str, Any]], path: Path, title: str) ->
 def _save(figure: Any, path: Path) -> None:
     """Write a picture; it is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=150, format="png")
-    os.replace(partial, path)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 def _cpu_name() -> str:

@@ -21,22 +21,23 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
     ones. Chapter attention selects for each token or for each sequence, whichever the kernel is
     for, or both.
     """
-    from memattn import ops, testing
+    from memattn import ops
+    from memattn.bench import inputs
 
     if kernel.startswith("task_masked_attention"):
-        return task_masked_attention, testing.make_segmented_inputs, [{"shift": 0}, {"shift": 64}]
+        return task_masked_attention, inputs.make_segmented_inputs, [{"shift": 0}, {"shift": 64}]
     if kernel.startswith("chapter_attention"):
         forms = {"sequence": "by_chapter" not in kernel, "token": kernel.endswith(LONG_LISTS)}
         passes = [{"form": form} for form, is_wanted in forms.items() if is_wanted]
-        return chapter_attention, testing.make_segmented_inputs, passes
+        return chapter_attention, inputs.make_segmented_inputs, passes
     if kernel.startswith("segmented_attention"):
-        make_inputs = partial(testing.make_segmented_inputs, P=16)
+        make_inputs = partial(inputs.make_segmented_inputs, P=16)
         return ops.segmented_attention, make_inputs, [{}, {"segment_len": 512, "window_size": 512}]
     options: dict[str, Any] = {"future_dim": 128}
     if kernel.endswith(("fwd", "decode")):
-        return ops.future_attention, testing.make_future_inputs, [options]
+        return ops.future_attention, inputs.make_future_inputs, [options]
     loss = {"loss_type": "mse", "detach_target": not kernel.endswith("_target")}
-    return ops.future_attention_loss, testing.make_future_inputs, [options | loss]
+    return ops.future_attention_loss, inputs.make_future_inputs, [options | loss]
 
 
 def task_masked_attention(query: Tensor, key: Tensor, value: Tensor, *, shift: int, backend: str):

@@ -16,11 +16,11 @@ from memattn.bench.bars import (
     RoofBar,
     SpeedBar,
 )
-from memattn.bench.case import Case, Forward, Peer
+from memattn.bench.case import Forward, Peer, TokenCase
+from memattn.bench.inputs import make_segmented_inputs
 from memattn.bench.peers import Attention, MaskMod, flex, sdpa, sdpa_backends
-from memattn.bench.roofline import Work, attention_work
+from memattn.bench.roofline import Work
 from memattn.ops import segmented_attention
-from memattn.testing import make_segmented_inputs
 
 _SEGMENTED = ("segment", "blocks", "mac", "union")
 _WINDOWED = ("window", "union")
@@ -74,7 +74,7 @@ def segmented_pairs(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentedCase(Case):
+class SegmentedCase(TokenCase):
     """One shape of segmented attention."""
 
     operator: ClassVar[str] = "segmented_attention"
@@ -97,10 +97,6 @@ class SegmentedCase(Case):
         "segment_len": 512,
     }
 
-    B: int = 1
-    H: int = 8
-    Hkv: int | None = None  # None: as many as H
-    D: int = 64
     window_size: int = 256
     segment_len: int = 256
     P: int = 16
@@ -108,8 +104,8 @@ class SegmentedCase(Case):
     documents: int = 8
 
     @property
-    def key_heads(self) -> int:
-        return self.H if self.Hkv is None else self.Hkv
+    def batch(self) -> int:
+        return 1 if self.kind == "packed" else self.B
 
     @property
     def has_context(self) -> bool:
@@ -142,20 +138,8 @@ class SegmentedCase(Case):
         return self.mask_options() | {"cu_seqlens": bounds.int()}
 
     def inputs(self) -> dict[str, Tensor]:
-        return make_segmented_inputs(
-            B=1 if self.kind == "packed" else self.B,
-            H=self.H,
-            Hkv=self.key_heads,
-            T=self.T,
-            D=self.D,
-            P=self.P if self.has_context else 0,
-            M=self.M if self.has_context else 0,
-            segment_len=self.segment_len,
-            dtype=self.dtype,
-            device=self.device,
-            seed=self.seed,
-            seed_device=self.device,
-        )
+        P, M = (self.P, self.M) if self.has_context else (0, 0)
+        return self.draw(make_segmented_inputs, P=P, M=M, segment_len=self.segment_len)
 
     def subject(self, backend: str) -> Forward:
         options = self.options()
@@ -184,9 +168,6 @@ class SegmentedCase(Case):
             sizes.append(f"P={self.P} M={self.M}")
         return " ".join([self.kind, *sizes, f"D={self.D}"])
 
-    def tokens(self) -> int:
-        return self.T * (1 if self.kind == "packed" else self.B)
-
     def pairs(self) -> int:
         """Allowed pairs of one head, summed over the batch."""
         P, M = (self.P, self.M) if self.has_context else (0, 0)
@@ -194,26 +175,17 @@ class SegmentedCase(Case):
             segmented_pairs(length, num_persistent=P, num_memory=M, **self.mask_options())
             for length in self.lengths()
         )
-        return pairs * (1 if self.kind == "packed" else self.B)
+        return pairs * self.batch
 
     def work(self) -> dict[str, Work]:
-        batch = 1 if self.kind == "packed" else self.B
-        keys = batch * self.T
+        keys = self.batch * self.T
         if self.has_context:
-            keys += batch * self.M * -(-self.T // self.segment_len) + self.P
-        return attention_work(
-            pairs=self.H * self.pairs(),
-            rows=batch * self.H * self.T,
-            keys=self.key_heads * keys,
-            head_dim=self.D,
-            value_dim=self.D,
-            element_size=self.dtype.itemsize,
-        )
+            keys += self.batch * self.M * -(-self.T // self.segment_len) + self.P
+        return self.softmax_work(self.H * self.pairs(), self.key_heads * keys)
 
     def peers(self) -> dict[str, Peer]:
         S = self.num_keys()
-        scores = self.H * self.T * S * self.dtype.itemsize
-        scores *= 1 if self.kind == "packed" else self.B
+        scores = self.score_bytes(S)
         peers = {}
         for name, backend in sdpa_backends(self.device).items():
             peers[f"sdpa {name}"] = Peer(

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from memattn.bench.bars import Bar, CostBar, LinearMemoryBar, SpeedBar
-from memattn.bench.case import Case, Forward, Peer
+from memattn.bench.case import Forward, Peer, TokenCase
+from memattn.bench.inputs import make_segmented_inputs
 from memattn.bench.peers import MaskMod, flex, sdpa, sdpa_backends
-from memattn.bench.roofline import Work, attention_work
+from memattn.bench.roofline import Work
 from memattn.ops import TaskMask, task_masked_attention
 from memattn.ops.task_mask import TILE
-from memattn.testing import make_segmented_inputs
 
 FULL_MASK = "memattn, full mask"
 BY_TASK = "one call a task"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskMaskedCase(Case):
+class TaskMaskedCase(TokenCase):
     """One shape of task-masked attention; sequence ``b`` has task ``b % n_tasks``."""
 
     operator: ClassVar[str] = "task_masked_attention"
@@ -34,28 +34,11 @@ class TaskMaskedCase(Case):
     cuda_sizes: ClassVar[dict[str, int]] = {"B": 8, "H": 16, "D": 128, "n_tasks": 8}
 
     B: int = 2
-    H: int = 8
-    Hkv: int | None = None  # None: as many as H
-    D: int = 64
     n_tasks: int = 2
     density: int = 25  # percent
 
-    @property
-    def key_heads(self) -> int:
-        return self.H if self.Hkv is None else self.Hkv
-
     def inputs(self) -> dict[str, Tensor]:
-        return make_segmented_inputs(
-            B=self.B,
-            H=self.H,
-            Hkv=self.key_heads,
-            T=self.T,
-            D=self.D,
-            dtype=self.dtype,
-            device=self.device,
-            seed=self.seed,
-            seed_device=self.device,
-        )
+        return self.draw(make_segmented_inputs)
 
     def task_id(self) -> Tensor:
         """The task of each sequence."""
@@ -90,9 +73,6 @@ class TaskMaskedCase(Case):
         tasks = "1 task" if self.n_tasks == 1 else f"{self.n_tasks} tasks"
         return f"{self.kind} {self.density} % {length} {tasks} D={self.D}"
 
-    def tokens(self) -> int:
-        return self.T * self.B
-
     def pairs(self) -> int:
         """Allowed pairs of one head, summed over the batch."""
         pairs = _pairs_of(self._mask_key())
@@ -102,18 +82,11 @@ class TaskMaskedCase(Case):
         return self._work(self.pairs())
 
     def _work(self, pairs: int) -> dict[str, Work]:
-        return attention_work(
-            pairs=self.H * pairs,
-            rows=self.B * self.H * self.T,
-            keys=self.B * self.key_heads * self.T,
-            head_dim=self.D,
-            value_dim=self.D,
-            element_size=self.dtype.itemsize,
-        )
+        return self.softmax_work(self.H * pairs, self.B * self.key_heads * self.T)
 
     def peers(self) -> dict[str, Peer]:
         mask_bytes = self.B * self.T**2
-        scores = self.H * mask_bytes * self.dtype.itemsize
+        scores = self.score_bytes(self.T)
         peers = {
             f"sdpa {name}": Peer(
                 partial(self._sdpa, backend), scores if name == "math" else mask_bytes

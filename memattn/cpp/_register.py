@@ -7,22 +7,25 @@ import torch
 from torch import Tensor
 
 import memattn._C  # noqa: F401  the kernels of torch.ops.memattn_cpp
-from memattn_kernels._operator import register
+from memattn_kernels._operator import Named, register
 
 
 def register_cpp(name: str, arguments: Any, **named: Any) -> Callable[..., tuple[Tensor, ...]]:
     """``register`` for the C++ operator of this name, whose gradients are contiguous.
 
-    What is quantised has a gradient of size 0.
+    What ``named`` does not say is that of an operator with the results of ``empty_results``. What
+    is quantised has a gradient of size 0.
     """
-    return register(
-        f"memattn_cpp::{name}",
-        arguments,
+    usual: Named = dict(
+        results="out lse lse2",
+        cotangents="out lse",
+        saved="out lse2",
+        empty_results=empty_results,
         empty_gradient=lambda _, tensor: tensor.new_empty(
             tensor.shape if tensor.is_floating_point() else 0
         ),
-        **named,
     )
+    return register(f"memattn_cpp::{name}", arguments, **usual | named)
 
 
 def empty_results(args: Any, value_dim: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

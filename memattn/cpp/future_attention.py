@@ -24,18 +24,14 @@ _operator = register_cpp(
     results="out out_future lse loss lse2 target target_lse2",
     cotangents="out out_future? lse loss?",
     saved="out out_future lse2 target target_lse2",
-    gradients="query key value future_key future_value future_query",
     empty_results=_empty_results,
 )
 
 
-def future_attention(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``out``, ``out_future`` ``[B, H, T, Dv]`` and ``lse [B, H, T]``."""
-    out, out_future, lse, *_ = _operator(*args)
-    return out, out_future, lse
+def future_attention(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``out``, ``out_future`` ``[B, H, T, Dv]``, ``lse [B, H, T]`` and the scalar ``loss``.
 
-
-def future_attention_loss(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``out [B, H, T, Dv]``, the scalar ``loss`` and ``lse [B, H, T]``."""
-    out, _, lse, loss, *_ = _operator(*args)
-    return out, loss, lse
+    Without ``loss_type`` the last has size 0, and ``out_future`` is rounded to the inputs' dtype.
+    """
+    out, out_future, lse, loss, *_ = _operator(*args)
+    return out, out_future, lse, loss

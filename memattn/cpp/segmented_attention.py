@@ -2,18 +2,10 @@
 
 from torch import Tensor
 
-from memattn.cpp._register import empty_results, register_cpp
+from memattn.cpp._register import register_cpp
 from memattn_kernels.signatures import SegmentedAttentionArgs
 
-_operator = register_cpp(
-    "segmented_attention",
-    SegmentedAttentionArgs,
-    results="out lse lse2",
-    cotangents="out lse",
-    saved="out lse2",
-    gradients="query key value persistent_key persistent_value memory_key memory_value",
-    empty_results=empty_results,
-)
+_operator = register_cpp("segmented_attention", SegmentedAttentionArgs)
 
 
 def segmented_attention(args: SegmentedAttentionArgs) -> tuple[Tensor, Tensor]:

@@ -5,18 +5,10 @@ Both passes go through the tiles of queries, so the mask's lists by tiles of key
 
 from torch import Tensor
 
-from memattn.cpp._register import empty_results, register_cpp
+from memattn.cpp._register import register_cpp
 from memattn_kernels.signatures import TaskMaskedAttentionArgs
 
-_operator = register_cpp(
-    "task_masked_attention",
-    TaskMaskedAttentionArgs,
-    results="out lse lse2",
-    cotangents="out lse",
-    saved="out lse2",
-    gradients="query key value",
-    empty_results=empty_results,
-)
+_operator = register_cpp("task_masked_attention", TaskMaskedAttentionArgs)
 
 
 def task_masked_attention(args: TaskMaskedAttentionArgs) -> tuple[Tensor, Tensor]:

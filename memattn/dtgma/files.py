@@ -5,14 +5,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from os import PathLike, fspath
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memattn.checks import must
+from memattn.files import read_tensors, write_tensors
 
 _TASK = "memattn.DTGMATask/1"
 _MODEL = "memattn.DTGMAModel/1"
@@ -105,37 +105,13 @@ class ModelFile:
 def _save(
     path: str | PathLike[str], kind: str, about: dict[str, Any], named: Mapping[str, Tensor]
 ) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"path must be in a folder that exists, got {path}")
-    # clones: safetensors refuses tensors that share memory
-    named = {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
-    part = target.with_name(target.name + ".part")
-    try:
-        save_file(named, part, metadata={"format": kind, "about": json.dumps(about)})
-        part.replace(target)
-    except SafetensorError as error:  # of writing: what is written is sound
-        raise OSError(f"path must be a file that can be written, got {path}: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_tensors(path, named, {"format": kind, "about": json.dumps(about)})
 
 
 def _load(
     path: str | PathLike[str], kind: str, writer: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"path must be a file that {writer} wrote, got {path}")
-    try:
-        with safe_open(fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"path must be a whole safetensors file, got {path}: {error}") from None
+    named, metadata = read_tensors(path, writer)
     if metadata.get("format") != kind:
         must("path", f"hold what has format {kind}", f"{path}: {metadata.get('format')}")
     with refused(path):

@@ -6,17 +6,14 @@ A tensor is named ``layers.<i>.<part>.<kind>.<name>``; its kind is ``tokens`` or
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from memattn.checks import must
+from memattn.files import read_tensors, write_tensors
 from memattn.parts import PartState, part_type
 
 FORMAT, OLD_FORMAT = "memattn-cache-2", "memattn-cache-1"
@@ -44,31 +41,14 @@ def write_cache(path: str | os.PathLike[str], cache: SavedCache) -> None:
                 for kind, group in kinds.items()
                 for key, tensor in group.items()
             }
-    # copies: safetensors refuses tensors that share memory, as two layers' may
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
     layers = [{name: state.describe() for name, state in parts.items()} for parts in cache.layers]
     metadata = {"format": FORMAT, "position": str(cache.position), "layers": json.dumps(layers)}
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_tensors(path, tensors, metadata)
 
 
 def read_cache(path: str | os.PathLike[str], device: str | torch.device) -> SavedCache:
     """Read a file of this format, or of the first one, which knew attention alone."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"path must be a file, got {path}")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"path must be a saved MemAttnCache, got {path} ({error})") from error
+    tensors, metadata = read_tensors(path, "MemAttnCache.save", device)
     layers: list[dict[str, PartState]] = []
     if metadata.get("format") == OLD_FORMAT:
         spans = json.loads(metadata["spans"])

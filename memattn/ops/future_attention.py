@@ -126,14 +126,8 @@ def future_attention(
         query_offset=query_offset,
         scale=scale,
     )
-    match resolve_backend(backend, args.query):
-        case "triton":
-            from memattn_kernels.future_attention import future_attention as impl
-        case "cpp":
-            from memattn.cpp.future_attention import future_attention as impl
-        case "reference":
-            from memattn.reference.future_attention import future_attention as impl
-    return FutureAttentionOutput(*impl(args))
+    out, out_future, lse, _ = _run(args, backend)
+    return FutureAttentionOutput(out, out_future, lse)
 
 
 def future_attention_loss(
@@ -220,14 +214,20 @@ def future_attention_loss(
         scale=scale,
     )
     args = args._replace(loss_type=loss_type, detach_target=detach_target)
+    out, _, lse, loss = _run(args, backend)
+    return FutureAttentionLossOutput(out, loss, lse)
+
+
+def _run(args: FutureAttentionArgs, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``out``, ``out_future``, ``lse`` and the loss, if one is asked for, of a backend."""
     match resolve_backend(backend, args.query):
         case "triton":
-            from memattn_kernels.future_attention import future_attention_loss as impl
+            from memattn_kernels.future_attention import future_attention as impl
         case "cpp":
-            from memattn.cpp.future_attention import future_attention_loss as impl
+            from memattn.cpp.future_attention import future_attention as impl
         case "reference":
-            from memattn.reference.future_attention import future_attention_loss as impl
-    return FutureAttentionLossOutput(*impl(args))
+            from memattn.reference.future_attention import future_attention as impl
+    return impl(args)
 
 
 def _checked(

@@ -2,14 +2,14 @@
 
 import math
 from operator import index
-from os import PathLike, fspath
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memattn.checks import check_shape, check_tensor, must
+from memattn.files import read_tensors, write_tensors
 from memattn.ops._task_mask_tiles import (
     TILE,
     WORD,
@@ -238,24 +238,11 @@ class TaskMask:
         Raises:
             OSError: If it cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         named = {n: t for n, t in self.tensors._asdict().items() if t is not None}
         if self.edges is not None:
             named["edges"] = self.edges
-        # clones: safetensors refuses tensors that share memory
-        named = {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
         sizes = {"n_queries": str(self.n_queries), "n_keys": str(self.n_keys)}
-        target = Path(path)
-        part = target.with_name(target.name + ".part")
-        try:
-            save_file(named, part, metadata={"format": _FORMAT, **sizes})
-            part.replace(target)
-        except SafetensorError as error:  # what it makes of a missing folder or a full disk
-            raise OSError(f"path must be one that can be written, got {path}: {error}") from None
-        finally:
-            part.unlink(missing_ok=True)
+        write_tensors(path, named, {"format": _FORMAT, **sizes})
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: torch.device | str = "cpu") -> "TaskMask":
@@ -265,18 +252,8 @@ class TaskMask:
             FileNotFoundError: If there is no such file.
             ValueError: If it holds something else.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path must be a file that TaskMask.save wrote, got {path}")
-        try:
-            with safe_open(fspath(path), framework="pt", device=str(device)) as file:
-                about = file.metadata() or {}
-                named: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(
-                f"path must be a whole safetensors file, got {path}: {error}"
-            ) from None
+        named: dict[str, Any]
+        named, about = read_tensors(path, "TaskMask.save", device)
         if about.get("format") != _FORMAT:
             must("path", f"hold a mask of format {_FORMAT}", f"{path}: {about.get('format')}")
         edges = named.pop("edges", None)

@@ -22,16 +22,20 @@ class _Bands(NamedTuple):
     whole: Tensor  # [B or 1, T], the band is not empty and does not leave the sequence
 
 
-def future_attention(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``out``, ``out_future`` ``[B, H, T, Dv]`` and ``lse [B, H, T]``."""
-    return _split_softmax(args, _bands(args))
+def future_attention(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``out``, ``out_future`` ``[B, H, T, Dv]``, ``lse [B, H, T]`` and the scalar ``loss``.
 
-
-def future_attention_loss(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``out [B, H, T, Dv]``, the scalar ``loss`` and ``lse [B, H, T]``."""
-    query, key, value = args.query, args.key, args.value
+    Without ``loss_type`` the last has size 0.
+    """
     bands = _bands(args)
     out, out_future, lse = _split_softmax(args, bands)
+    loss = lse.new_empty(0) if args.loss_type is None else _loss(args, bands, out_future)
+    return out, out_future, lse, loss
+
+
+def _loss(args: FutureAttentionArgs, bands: _Bands, out_future: Tensor) -> Tensor:
+    """How far the future part is from what the real keys of the same band contribute."""
+    query, key, value = args.query, args.key, args.value
     groups = query.shape[1] // key.shape[1]
     both = bands.causal | bands.ahead
     key, value = (hide_unseen(t.repeat_interleave(groups, 1), both) for t in (key, value))
@@ -40,15 +44,14 @@ def future_attention_loss(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Te
     target = weights.masked_fill(~bands.ahead, 0.0) @ value
     if args.detach_target:
         target = target.detach()
-    if out.dtype != torch.float64:
+    if out_future.dtype != torch.float64:
         out_future, target = out_future.float(), target.float()
     if args.loss_type == "mse":
         rows = (out_future - target).square().mean(-1)
     else:
         rows = (1.0 - torch.nn.functional.cosine_similarity(out_future, target, dim=-1)) / 2.0
     whole = bands.whole[:, None].expand(rows.shape)
-    loss = rows.masked_fill(~whole, 0.0).sum() / whole.sum().clamp(min=1)
-    return out, loss, lse
+    return rows.masked_fill(~whole, 0.0).sum() / whole.sum().clamp(min=1)
 
 
 def _split_softmax(args: FutureAttentionArgs, bands: _Bands) -> tuple[Tensor, Tensor, Tensor]:

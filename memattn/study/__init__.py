@@ -4,19 +4,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memattn.checks import must
+from memattn.study.adapters import AdaptersCompare, AdaptersStudy, BaseModel
 from memattn.study.base import Study
 from memattn.study.cells import Cell, Measure
+from memattn.study.chapters import ChaptersCompare, ChaptersStudy
 from memattn.study.future import FutureCompare, FutureStudy
 from memattn.train.config import read_config
 
 if TYPE_CHECKING:
     from memattn.study.run import run_study
 
-STUDIES: dict[str, type[Study]] = {study.system: study for study in (FutureStudy,)}
+STUDIES: dict[str, type[Study]] = {
+    study.system: study for study in (FutureStudy, ChaptersStudy, AdaptersStudy)
+}
 
 __all__ = [
     "STUDIES",
+    "AdaptersCompare",
+    "AdaptersStudy",
+    "BaseModel",
     "Cell",
+    "ChaptersCompare",
+    "ChaptersStudy",
     "FutureCompare",
     "FutureStudy",
     "Measure",

@@ -13,8 +13,8 @@ from memattn._tables import Table
 from memattn.checks import must
 from memattn.study.cells import Cell, Measure
 from memattn.study.results import Row
-from memattn.study.tables import make_table
-from memattn.train.config import DataConfig, TrainConfig, TrainingConfig
+from memattn.study.tables import difference_table, make_table
+from memattn.train.config import DataConfig, ModelConfig, TrainConfig, TrainingConfig
 from memattn.yaml_text import dump_yaml
 
 NOTE = (
@@ -30,9 +30,11 @@ class Study:
 
     Class attributes:
         system: Its name on the command line.
+        heading: Heading of its page.
         title: Title of its table of all cells.
         baselines: Names of the cells that the others are compared with.
         measures: What is measured beside train and validation loss.
+        packages: Packages that its numbers depend on beside torch.
 
     Attributes:
         out: Folder of the runs and results.
@@ -41,9 +43,11 @@ class Study:
     """
 
     system: ClassVar[str]
+    heading: ClassVar[str]
     title: ClassVar[str]
     baselines: ClassVar[tuple[str, ...]]
     measures: ClassVar[tuple[Measure, ...]] = ()
+    packages: ClassVar[tuple[str, ...]] = ()
 
     out: str
     data: DataConfig
@@ -75,6 +79,18 @@ class Study:
         """
         raise NotImplementedError(f"{type(self).__name__} must define plan")
 
+    def first_run(self) -> TrainConfig | None:
+        """A training run that those of the cells begin with, or None."""
+        return None
+
+    def text_config(self) -> TrainConfig:
+        """A run with the text and the tokenizer of all cells; it is not trained."""
+        return TrainConfig(model=ModelConfig(preset="vanilla"), data=self.data)
+
+    def measure(self, config: TrainConfig) -> dict[str, float]:
+        """What ``measures`` has no column for, of the finished run of a cell."""
+        return {}
+
     def run_config(self, cell: Cell, seed: int) -> TrainConfig:
         """The training run of a cell with a seed."""
         folder = Path(self.out) / cell.name / f"seed-{seed}"
@@ -83,15 +99,21 @@ class Study:
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         """The tables of the report, for the cells over their seeds."""
-        return [make_table(self.title, rows, self.baselines, self.measures)]
+        if len(self.baselines) == 1:
+            return [make_table(self.title, rows, self.baselines, self.measures)]
+        return [
+            make_table(self.title, rows, (), self.measures),
+            *(difference_table(rows, name, self.measures) for name in self.baselines),
+        ]
 
     def note(self, rows: Sequence[Row]) -> str:
         """What the numbers of the tables mean."""
+        names = self.baselines
         n = max(spread.n for row in rows for spread in row.losses.values())
         return NOTE.format(
             seeds="one seed" if n == 1 else f"{n} seeds",
             losses=self.losses_note(),
-            baselines=" or ".join(f"the {name}" for name in self.baselines),
+            baselines=f"the {names[0]}" if len(names) == 1 else " or ".join(names),
         )
 
     def losses_note(self) -> str:

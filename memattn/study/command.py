@@ -12,16 +12,20 @@ Trains each model with each seed, prints tables with mean and standard deviation
 paired differences, and writes results.json, results.csv, results.md and curves.png. Ctrl-C leaves
 a checkpoint: the same command goes on from there, and finished runs are kept.
 """
-_MAX_MINUTES = "Stop with a checkpoint after so many minutes; the same command goes on."
+_OWN = """    max_minutes: Stop with a checkpoint after so many minutes; the same command goes on.
+    page: Markdown file that is written as well, with the curves beside it; what it has from a
+        heading Reading on is kept.
+"""
 
 
-def study(system: Literal["future"]) -> int:
+def study(system: Literal["future", "chapters", "adapters"]) -> int:
     """Compare a system with its equals over several seeds, with paired differences.
 
     Each system has options of its own: memattn study SYSTEM --help.
 
     Args:
-        system: What is studied: future, attention with learned keys for the positions ahead.
+        system: What is studied: future, attention with learned keys for the positions ahead;
+            chapters, a memory of routed chapters; adapters, LoRA and memory in a pretrained model.
     """
     return KINDS[system]()
 
@@ -29,15 +33,18 @@ def study(system: Literal["future"]) -> int:
 def command_of(kind: type[Study]) -> Callable[..., int]:
     """The function of a study's command: its arguments are the fields of the study."""
 
-    def command(*, max_minutes: float | None = None, **options: Any) -> int:
+    def command(
+        *, max_minutes: float | None = None, page: str | None = None, **options: Any
+    ) -> int:
         from memattn.study.run import run_study
 
-        run_study(kind(**options), max_minutes=max_minutes)
+        run_study(kind(**options), max_minutes=max_minutes, page=page)
         return 0
 
     defaults, hints = kind(), get_type_hints(kind)
     names = list(inspect.signature(kind).parameters)
-    hints = {name: hints[name] for name in names} | {"max_minutes": float | None}
+    hints = {name: hints[name] for name in names}
+    hints |= {"max_minutes": float | None, "page": str | None}
     command.__name__ = command.__qualname__ = kind.system
     command.__annotations__ = {**hints, "return": int}
     vars(command)["__signature__"] = inspect.Signature(
@@ -53,9 +60,7 @@ def command_of(kind: type[Study]) -> Callable[..., int]:
         return_annotation=int,
     )
     summary, attributes = (inspect.getdoc(kind) or "").split("\n\nAttributes:\n", 1)
-    command.__doc__ = (
-        f"{summary}\n{_ABOUT}\nArgs:\n{attributes.rstrip()}\n    max_minutes: {_MAX_MINUTES}\n"
-    )
+    command.__doc__ = f"{summary}\n{_ABOUT}\nArgs:\n{attributes.rstrip()}\n{_OWN}"
     return command
 
 

@@ -72,6 +72,7 @@ class FutureStudy(Study):
     """
 
     system: ClassVar[str] = "future"
+    heading: ClassVar[str] = "Future attention against a plain decoder"
     title: ClassVar[str] = "All models at equal parameters"
     baselines: ClassVar[tuple[str, ...]] = (BASELINE,)
     measures: ClassVar[tuple[Measure, ...]] = (

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from memattn.bench.report import machine
 from memattn.files import write_text
 from memattn.study.base import Study
 from memattn.study.cells import Cell
-from memattn.study.results import COMMON, RunResult, summarise
+from memattn.study.results import COMMON, RunResult, cross_entropy, summarise
 from memattn.viz import plot_bands
 from memattn.viz.curves import smooth_curve
 
+READING = "\n## Reading\n"
 Metrics = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
 
 
@@ -35,8 +37,9 @@ def write_report(
     runs: list[RunResult],
     metrics: Metrics,
     facts: dict[str, Any],
+    page: Path | None = None,
 ) -> Path:
-    """Write ``results.json``, ``results.csv``, ``curves.png`` and ``results.md``.
+    """Write ``results.json``, ``results.csv``, ``curves.png`` and ``results.md``, and a page.
 
     Args:
         study: The study.
@@ -44,6 +47,8 @@ def write_report(
         runs: What each of its runs gave.
         metrics: Rows of ``metrics.csv`` by cell and seed.
         facts: The command, and the sizes of the text.
+        page: Another Markdown file with the report, under a heading and with the curves beside it;
+            what it has from its heading ``Reading`` on is kept.
 
     Returns:
         Path of ``results.md``.
@@ -52,6 +57,7 @@ def write_report(
     rows = summarise(cells, runs, study.baselines, study.measures)
     made_by = machine(study.seeds[0])
     made_by.pop("seed")
+    made_by["versions"] |= {name: version(name) for name in study.packages}
     names = [measure.name for measure in (*COMMON, *study.measures)]
     report = {
         **facts,
@@ -65,6 +71,14 @@ def write_report(
     tables = "\n".join(table.to_markdown() for table in study.tables(rows))
     text = f"{tables}\n{study.note(rows)}\n\n{_made(report)}\n"
     write_text(out / "results.md", text)
+    if page is not None:
+        kept = ""
+        if page.is_file():
+            kept = "".join(page.read_text(encoding="utf-8").partition(READING)[1:])
+        picture = page.with_suffix(".png")
+        _plot(study, cells, metrics, picture)
+        curves = f"![Losses over the steps]({picture.name})"
+        write_text(page, f"# {study.heading}\n\n{text}\n{curves}\n{kept}")
     return out / "results.md"
 
 
@@ -124,6 +138,11 @@ def _plot(study: Study, cells: list[Cell], metrics: Metrics, path: Path) -> None
         curves = {}
         for cell in cells:
             runs = [metrics[cell.name, seed] for seed in study.seeds if cell.fixed is None]
+            if column == "lm_loss":
+                runs = [
+                    [{**row, column: cross_entropy(row)} for row in rows if row["loss"] is not None]
+                    for rows in runs
+                ]
             points = mean_curves(runs, column, smooth=column == "lm_loss")
             if points:
                 curves[cell.name] = points

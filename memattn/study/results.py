@@ -1,5 +1,6 @@
 """What the runs of a study gave: means over seeds, and differences to the baselines in pairs."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from memattn.train.metrics import read_metrics
 # what every study measures: cross-entropy over the last tenth of the steps, and of the held-out
 # documents at the end
 COMMON = (Measure("train_loss", "train loss"), Measure("val_loss", "validation loss", "eval_loss"))
+
+
+MEASURES = "measures.json"  # in the folder of a run: what its study has measured itself
 
 
 class RunResult(NamedTuple):
@@ -76,12 +80,19 @@ def read_run(
     if not trained or not held_out or rows[-1]["step"] != max_steps:
         raise ValueError(f"metrics must reach step {max_steps}, got {folder / 'metrics.csv'}")
     late = [row for row in trained if row["step"] > 0.9 * max_steps]
-    losses = {"train_loss": fmean(row["lm_loss"] for row in late)}
+    losses = {"train_loss": fmean(cross_entropy(row) for row in late)}
     for measure in (*COMMON, *measures):
         value = held_out[-1].get(measure.column) if measure.column is not None else None
         if value is not None:
             losses[measure.name] = value
+    if (folder / MEASURES).is_file():
+        losses |= json.loads((folder / MEASURES).read_text(encoding="utf-8"))
     return RunResult(cell, seed, losses, rows[-1]["tokens"], rows[-1]["seconds"])
+
+
+def cross_entropy(row: Mapping[str, Any]) -> float:
+    """That of a row of metrics in training; a model without other losses has it as its loss."""
+    return row["loss"] if row.get("lm_loss") is None else row["lm_loss"]
 
 
 def summarise(
@@ -111,7 +122,10 @@ def summarise(
     for cell in cells:
         own = values[cell.name]
         losses = {
-            name: Spread.of([of_seed[name] for of_seed in own.values()])
+            # what is not trained has one value
+            name: Spread.of(
+                [of_seed[name] for of_seed in own.values()][: 1 if cell.fixed else None]
+            )
             for name in names
             if all(name in of_seed for of_seed in own.values())
         }

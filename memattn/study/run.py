@@ -9,12 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from memattn.checks import must
-from memattn.files import write_text
+from memattn.files import write_json, write_text
 from memattn.study.base import Study
 from memattn.study.cells import Cell
 from memattn.study.report import print_report, write_report
-from memattn.study.results import RunResult, read_run
-from memattn.train import ModelConfig, TrainConfig, load_config, train
+from memattn.study.results import MEASURES, read_run
+from memattn.train import TrainConfig, load_config, train
 from memattn.train.metrics import read_metrics
 from memattn.train.setup import prepare_data
 
@@ -38,7 +38,7 @@ class StudyRun:
     @property
     def is_finished(self) -> bool:
         """Whether it left a model."""
-        return (self.folder / "model" / "config.json").is_file()
+        return (self.folder / "model").is_dir()
 
     @property
     def max_steps(self) -> int:
@@ -52,6 +52,7 @@ def run_study(
     study: Study,
     *,
     max_minutes: float | None = None,
+    page: str | Path | None = None,
     command: str | None = None,
     console: Console | None = None,
 ) -> Path | None:
@@ -66,6 +67,8 @@ def run_study(
         study: The study.
         max_minutes: Stop with a checkpoint after so many minutes, or earlier; None runs to the
             end. An evaluation that is due and the last checkpoint come on top.
+        page: A Markdown file to write as well, with the tables and the curves, whose picture stands
+            beside it. What an earlier one has from its heading ``Reading`` on is kept.
         command: What to print as the command that made the results; None takes that of the
             process.
         console: Where to print.
@@ -84,8 +87,14 @@ def run_study(
         must("max_minutes", "be above 0", max_minutes)
     began = time.perf_counter()
     left = lambda: None if max_minutes is None else 60.0 * max_minutes - time.perf_counter() + began
+    first = _first_run(study)
+    if first is not None and not first.is_finished:
+        _say(console, f"first {first}")
+        if not _train(first, left(), console):
+            _say(console, f"{first} is not finished; the same command goes on")
+            return None
     with console.status("fetching and tokenizing the text"):
-        corpus = prepare_data(TrainConfig(model=ModelConfig(preset="vanilla"), data=study.data))
+        corpus = prepare_data(study.text_config())
         cells = study.plan(len(corpus.tokenizer))
     runs = plan_runs(study, cells)
     for run in runs:
@@ -102,6 +111,7 @@ def run_study(
         _say(console, f"run {number} of {len(runs)}: {run}{_time_left(runs)}")
         if not _train(run, seconds, console):
             break
+        _measure(run, study)
     done = [run for run in runs if run.is_finished]
     if len(done) < len(runs):
         _say(
@@ -110,7 +120,11 @@ def run_study(
             "the same command goes on",
         )
         return None
-    results = [_result(run, study) for run in runs]
+    for run in runs:
+        _measure(run, study)  # where a run was stopped in between
+    results = [
+        read_run(run.folder, run.cell.name, run.seed, run.max_steps, study.measures) for run in runs
+    ]
     command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     facts = {
         "command": command,
@@ -119,9 +133,12 @@ def run_study(
         "held_out_tokens": 0 if corpus.held_out is None else len(corpus.held_out.ids),
     }
     metrics = {(r.cell.name, r.seed): read_metrics(r.folder / "metrics.csv") for r in runs}
-    report = write_report(study, cells, results, metrics, facts)
+    page = None if page is None else Path(page)
+    report = write_report(study, cells, results, metrics, facts, page)
     print_report(console, study, cells, results)
     _say(console, f"wrote {report}")
+    if page is not None:
+        _say(console, f"wrote {page}")
     return report
 
 
@@ -133,6 +150,20 @@ def plan_runs(study: Study, cells: list[Cell]) -> list[StudyRun]:
         for cell in cells
         if cell.fixed is None
     ]
+
+
+def _first_run(study: Study) -> StudyRun | None:
+    """The run that those of the cells begin with, checked like theirs."""
+    config = study.first_run()
+    if config is None:
+        return None
+    run = StudyRun(
+        Cell(name=Path(config.training.output_dir).name, model=config.model),
+        config.training.seed,
+        config,
+    )
+    _check_same(run)
+    return run
 
 
 def _check_same(run: StudyRun) -> None:
@@ -157,6 +188,15 @@ def _train(run: StudyRun, seconds: float | None, console: Console) -> bool:
     return run.is_finished
 
 
+def _measure(run: StudyRun, study: Study) -> None:
+    """Write down what the study measures itself of a finished run, once."""
+    file = run.folder / MEASURES
+    if not file.is_file():
+        measured = study.measure(run.config)
+        if measured:
+            write_json(file, measured)
+
+
 def _time_left(runs: list[StudyRun]) -> str:
     """About how long the runs still take, by the speed of those that were begun."""
     steps = seconds = 0.0
@@ -171,10 +211,6 @@ def _time_left(runs: list[StudyRun]) -> str:
     left = sum(run.max_steps for run in runs) - steps
     minutes = left * seconds / steps / 60.0
     return f", about {minutes:.0f} min left" if minutes >= 1.0 else ", less than a minute left"
-
-
-def _result(run: StudyRun, study: Study) -> RunResult:
-    return read_run(run.folder, run.cell.name, run.seed, run.max_steps, study.measures)
 
 
 def _say(console: Console, text: str) -> None:

@@ -22,12 +22,28 @@ def make_table(
     heads = ["model", *(name.replace("_", " ") for name in counts), *loss_heads(measures)]
     for baseline in baselines:
         heads += [f"validation loss - {baseline}", "seeds below it"]
+        heads += [f"{measure.head} - {baseline}" for measure in measures if measure.compared]
     cells = []
     for row in rows:
         own = [f"{row.cell.counts[name]:,}" if name in row.cell.counts else "-" for name in counts]
-        differences = [text for name in baselines for text in _against(row, name)]
+        differences = [text for name in baselines for text in _against(row, name, measures)]
         cells.append((row.cell.name, *own, *loss_cells(row, measures), *differences))
     return Table(title, tuple(heads), cells)
+
+
+def difference_table(rows: Sequence[Row], baseline: str, measures: Sequence[Measure] = ()) -> Table:
+    """What the other cells differ by from one baseline.
+
+    Args:
+        rows: The cells over their seeds, the baseline among them.
+        baseline: Its name.
+        measures: What is measured beside the losses of every study.
+    """
+    heads = ["model", f"validation loss - {baseline}", "seeds below it"]
+    heads += [f"{measure.head} - {baseline}" for measure in measures if measure.compared]
+    others = [row for row in rows if row.cell.name != baseline]
+    cells = [(row.cell.name, *_against(row, baseline, measures)) for row in others]
+    return Table(f"Differences to {baseline}", tuple(heads), cells)
 
 
 def loss_heads(measures: Sequence[Measure] = ()) -> tuple[str, ...]:
@@ -50,12 +66,13 @@ def difference(spread: Spread) -> str:
     return text
 
 
-def _against(row: Row, baseline: str) -> tuple[str, str]:
-    """A cell's validation loss beside that of a baseline, which has nothing to say of itself."""
-    if not row.differences[baseline]:
-        return "-", "-"
-    spread = row.differences[baseline]["val_loss"]
-    return difference(spread), f"{row.lower[baseline]} of {spread.n}"
+def _against(row: Row, baseline: str, measures: Sequence[Measure]) -> list[str]:
+    """A cell's losses beside those of a baseline, which has nothing to say of itself."""
+    spreads = row.differences[baseline]
+    compared = ["val_loss", *(measure.name for measure in measures if measure.compared)]
+    texts = [difference(spreads[name]) if name in spreads else "-" for name in compared]
+    lower = f"{row.lower[baseline]} of {spreads['val_loss'].n}" if spreads else "-"
+    return [texts[0], lower, *texts[1:]]
 
 
 def _spread(spread: Spread, sign: str = "") -> str:

@@ -12,6 +12,7 @@ from memattn.data.conversations import load_conversations, tokenize_conversation
 from memattn.data.documents import load_documents, split_documents
 from memattn.data.tokenizer import load_tokenizer, tokenize_documents, train_tokenizer
 from memattn.data.tokens import Tokens
+from memattn.files import sha256_of_text
 from memattn.train.attached import load_base
 from memattn.train.config import DataConfig, ModelConfig, TrainConfig
 from memattn.train.pretrained import find_pretrained
@@ -116,7 +117,7 @@ def _tokenizer(data: DataConfig, model: ModelConfig, documents: list[Any]) -> An
     texts = [document.text for document in documents]
     digest = hashlib.sha256(f"{size}".encode())
     for text in texts:
-        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+        digest.update(bytes.fromhex(sha256_of_text(text)))
     kept = Path(data.cache_dir).expanduser() / "tokenizers" / digest.hexdigest()[:32]
     if not kept.is_dir():
         train_tokenizer(texts, size, kept)

@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from memattn.files import replacing_file
 
 Rows = Sequence[Mapping[str, Any]]
 AXES = {"tokens": "tokens", "seconds": "seconds", "step": "optimizer steps"}
@@ -53,12 +54,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, dpi=160, format=path.suffix[1:])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing_file(path) as temporary:
         temporary.write_bytes(content.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def draw_curves(axes: Axes, runs: Mapping[str, Rows], *, x: str = "tokens") -> None:

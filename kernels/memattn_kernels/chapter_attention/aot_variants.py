@@ -44,7 +44,9 @@ def _constants(
         "M": N_KEYS,
         "IS_JOINT": part != "independent",
     }
-    absent = ["k_scale_ptr", "v_scale_ptr", "dlse_ptr", "stat_ptr", "length_ptr"]
+    absent = ["k_scale_ptr", "v_scale_ptr", "dlse_ptr", "length_ptr"]
+    # numbers of a chapter that is longer than a tile
+    absent += ["stat_ptr"] * (part != "independent" or config["BLOCK_N"] >= N_KEYS)
     absent += ["o_rest_ptr" if dtype == "float32" else "residual_ptr"]
     if part == "row":
         absent += [*INDEX, *STATE]

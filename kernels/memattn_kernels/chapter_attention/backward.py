@@ -14,7 +14,7 @@ from torch import Tensor
 from memattn_kernels._common import block_length, rows, rows_ready
 from memattn_kernels._launch import launch, lookup, residual_ptr
 from memattn_kernels.chapter_attention.backward_dkdv import chapter_attention_bwd_dkdv_kernel
-from memattn_kernels.chapter_attention.backward_dq import chapter_attention_bwd_dq_kernel
+from memattn_kernels.chapter_attention.backward_dq import PART, chapter_attention_bwd_dq_kernel
 from memattn_kernels.chapter_attention.forward import (
     index_inputs,
     index_of,
@@ -69,7 +69,9 @@ def launch_backward(
         own |= of_index | {"acc_ptr": lse.new_empty(B * T * H, D)}
     else:
         n_inner = triton.cdiv(M, config["BLOCK_N"]) if args.is_joint else 1
-        width = n_inner * Hkv * triton.cdiv(shared["row_width"], config["BLOCK_M"])
+        block = config["BLOCK_M"]
+        n_parts = triton.cdiv(shared["row_width"], block) * (block // PART.value)
+        width = n_inner * Hkv * n_parts
     # empty slots and rows without a query write nothing
     partial = None if weights is None else lse.new_zeros(n_entries, width)
     kernel = chapter_attention_bwd_dq_kernel

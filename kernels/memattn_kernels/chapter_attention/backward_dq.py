@@ -24,6 +24,8 @@ from memattn_kernels.chapter_attention.tiles import (
     scatter_rows,
 )
 
+PART: tl.constexpr = tl.constexpr(16)  # rows of a partial sum of a weight's gradient, by row
+
 
 @triton.jit
 def _scores_and_dp(q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head, n, stride_k, stride_v,
@@ -98,8 +100,8 @@ def chapter_attention_bwd_dq_kernel(
 ):  # fmt: skip
     """Grid: that of the forward. One program computes BLOCK_M rows of d_query, or adds a chapter.
 
-    It also writes ``delta - d_lse``, and partial sums of the weights' gradients: by row one for
-    each tile of keys, by chapter one for each row.
+    It also writes ``delta - d_lse``, and partial sums of the weights' gradients: by row over
+    PART rows and a tile of keys, by chapter one for each row.
     """
     BY_CHAPTER: tl.constexpr = entry_ptr is not None
     HAS_WEIGHTS: tl.constexpr = weight_ptr is not None
@@ -149,6 +151,7 @@ def chapter_attention_bwd_dq_kernel(
             weight = tl.load(weight_ptr + entry, mask=valid, other=0.0)
 
     exponent_scale = scale * exponent_factor(q.dtype)
+    N_PARTS: tl.constexpr = BLOCK_M // PART
     IN_TILE: tl.constexpr = M <= BLOCK_N
     n_key_tiles: tl.constexpr = (M + BLOCK_N - 1) // BLOCK_N
     N_INNER: tl.constexpr = n_key_tiles if IS_JOINT else 1
@@ -189,7 +192,6 @@ def chapter_attention_bwd_dq_kernel(
                 if dlse_ptr is not None:
                     ds += (dlse * exp_lse(m, l, lse, residual, q.dtype))[:, None]
                 ds *= p
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         else:
             dq, m, l, of_weight = _independent_chapter(
                 dq, q, do, head_k_ptr, head_v_ptr, k_scale_ptr, v_scale_ptr, head, stride_km,
@@ -208,7 +210,12 @@ def chapter_attention_bwd_dq_kernel(
             else:
                 n_row_tiles = tl.cdiv(row_width, BLOCK_M)
                 offs = (tl.cast(entry, tl.int64) * N_INNER + index) * n_heads + h_kv
-                tl.store(dw_ptr + offs * n_row_tiles + tile % n_row_tiles, tl.sum(of_weight))
+                offs = (offs * n_row_tiles + tile % n_row_tiles) * N_PARTS
+                # a sum over more rows than one warp has would serialise the matrix products
+                parts = tl.sum(tl.reshape(of_weight, [N_PARTS, PART]), 1)
+                tl.store(dw_ptr + offs + tl.arange(0, N_PARTS), parts)
+        if IS_JOINT or IN_TILE:
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     if BY_CHAPTER:
         is_last = tl.load(n_slots_ptr + entry // K, mask=valid, other=0) == slot + 1

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from memattn_kernels._common import IS_INTERPRETED, block_width, device_guard, rows_ready
+from memattn_kernels._common import IS_INTERPRETED, block_width, rows_ready
 from memattn_kernels.chapter_router.products import (
     chapter_router_d_hidden_kernel,
     chapter_router_d_weight_kernel,
@@ -128,7 +128,7 @@ def launch_forward(args: ChapterRouterArgs, results: dict[str, Tensor]) -> None:
     importance = torch.zeros_like(results["importance"])
     lse, residual = results["lse"].view(2, -1)
     entropy = torch.empty_like(lse)
-    with device_guard(args.hidden):
+    with torch.cuda.device_of(args.hidden):
         for first, n_rows in chunks:
             n_programs = triton.cdiv(n_rows, SELECT_ROWS)
             sums = importance.new_empty(n_programs, chunks.n_chapters)
@@ -203,7 +203,7 @@ def launch_backward(
     shared = dict(
         z_ptr=chunks.logits, C=n_routed, E=E, PRECISION=_precision(args.hidden, args.weight)
     )
-    with device_guard(args.hidden):
+    with torch.cuda.device_of(args.hidden):
         for first, n_rows in chunks:
             place = dict(first=first, n_rows=n_rows)
             chapter_router_gradient_kernel[(n_rows,)](

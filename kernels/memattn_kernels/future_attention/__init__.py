@@ -8,9 +8,7 @@ directions walk only tiles that hold an allowed pair (see ``intervals``).
 import torch
 from torch import Tensor
 
-from memattn_kernels._common import empty_rows
-from memattn_kernels._launch import call, empty_gradient, empty_numbers
-from memattn_kernels._operator import register
+from memattn_kernels._launch import call, empty_numbers, empty_results, register_triton
 from memattn_kernels.future_attention.backward import launch_backward
 from memattn_kernels.future_attention.forward import launch_forward
 from memattn_kernels.signatures import FutureAttentionArgs
@@ -23,44 +21,38 @@ def _empty_results(args: FutureAttentionArgs) -> tuple[Tensor, ...]:
     off the two ``lse``. Of size 0 are ``loss``, number and target without ``loss_type``, the
     target's ``lse`` also if it is detached, and the last but for float32 inputs.
     """
-    query, width = args.query, args.value.shape[-1]
-    lse = empty_numbers(query)
+    out, lse, _ = empty_results(args)
     has_loss = args.loss_type is not None
     has_lse = has_loss and not args.detach_target
-    n_residuals = 1 + has_lse if query.dtype == torch.float32 else 0
+    n_residuals = 1 + has_lse if out.dtype == torch.float32 else 0
     return (
-        empty_rows(query, width),
-        empty_rows(query, width),
+        out,
+        torch.empty_like(out),
         lse,
         lse.new_empty(() if has_loss else (0,)),
         lse.new_empty(() if has_loss else (0,)),
-        empty_rows(query, width) if has_loss else query.new_empty(0),
-        empty_numbers(query, has_lse),
+        torch.empty_like(out) if has_loss else out.new_empty(0),
+        empty_numbers(out, has_lse),
         lse.new_empty(n_residuals, *lse.shape),
     )
 
 
-_operator = register(
-    "memattn_kernels::future_attention",
+_operator = register_triton(
+    "future_attention",
     FutureAttentionArgs,
     results="out out_future lse loss count target lse_target residual",
     cotangents="out? out_future? lse? loss?",
     saved="out out_future lse count target lse_target residual",
-    gradients="query key value future_key future_value future_query",
     empty_results=_empty_results,
-    empty_gradient=empty_gradient,
     forward=launch_forward,
     backward=launch_backward,
 )
 
 
-def future_attention(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``out``, ``out_future`` ``[B, H, T, Dv]`` and ``lse [B, H, T]``."""
-    out, out_future, lse, *_ = call(_operator, args)
-    return out.to(args.query.dtype), out_future.to(args.query.dtype), lse
+def future_attention(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``out``, ``out_future`` ``[B, H, T, Dv]``, ``lse [B, H, T]`` and the scalar ``loss``.
 
-
-def future_attention_loss(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``out [B, H, T, Dv]``, the scalar ``loss`` and ``lse [B, H, T]``."""
-    out, _, lse, loss, *_ = call(_operator, args)
-    return out.to(args.query.dtype), loss, lse
+    Without ``loss_type`` the last has size 0.
+    """
+    out, out_future, lse, loss, *_ = call(_operator, args)
+    return out.to(args.query.dtype), out_future.to(args.query.dtype), lse, loss

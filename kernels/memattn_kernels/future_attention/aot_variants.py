@@ -10,8 +10,7 @@ from functools import partial
 
 import triton
 
-from memattn_kernels._common import block_width
-from memattn_kernels.aot_kernel import AotKernel
+from memattn_kernels.aot_kernel import AotKernel, taken, usual_constants
 from memattn_kernels.future_attention import backward_kernels, forward
 
 TYPES = dict.fromkeys(("seq_start_ptr", "seq_end_ptr"), "*i32") | dict.fromkeys(
@@ -33,20 +32,11 @@ def _constants(
     config: dict[str, int],
 ) -> dict[str, object]:
     """The compile-time arguments of a kernel."""
-    constants: dict[str, object] = {
-        "D": head_dim,
-        "DV": head_dim,
-        "BLOCK_D": block_width(head_dim),
-        "BLOCK_DV": block_width(head_dim),
-        "BLOCK_M": config["BLOCK_M"],
-        "BLOCK_N": config["BLOCK_N"],
-        "BY_DISTANCE": False,
-        "PER_DOCUMENT": False,
-        "IS_COSINE": True,
-    }
+    constants = usual_constants(head_dim, dtype, config)
+    constants |= {"BY_DISTANCE": False, "PER_DOCUMENT": False, "IS_COSINE": True}
     absent = ["documents_ptr", "cu_seqlens_ptr"]
     if dtype != "float32":
-        absent += ["residual_ptr", "residual_target_ptr"]
+        absent.append("residual_target_ptr")
     if name == "fwd":
         absent += ["loss_ptr", "counts_ptr", "target_ptr"]
     if form == "plain":
@@ -57,8 +47,7 @@ def _constants(
     if name not in ("fwd_loss", "decode") and "target" not in name:
         absent += ["dtarget_ptr", "lse_target_ptr", "residual_target_ptr", "scaled_lse_target_ptr",
                    "delta_target_ptr"]  # fmt: skip
-    constants |= dict.fromkeys(absent)
-    return {name: value for name, value in constants.items() if name in function.arg_names}
+    return taken(function, constants | dict.fromkeys(absent))
 
 
 KERNELS = tuple(

@@ -11,7 +11,6 @@ have adjacent elements; all other strides are free.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from memattn_kernels import configs
 from memattn_kernels._common import (
@@ -24,7 +23,8 @@ from memattn_kernels._common import (
     sequence_of,
     store_tile,
 )
-from memattn_kernels._launch import common_inputs, launch, lookup, n_query_programs
+from memattn_kernels._launch import common_inputs, forward_outputs, launch_queries
+from memattn_kernels._operator import Named
 from memattn_kernels._tiles import attend
 from memattn_kernels.future_attention.intervals import (
     ahead_of_query,
@@ -173,35 +173,26 @@ def kernel_inputs(args: FutureAttentionArgs) -> dict:
     )
 
 
-def launch_forward(args: FutureAttentionArgs, results: dict[str, Tensor]) -> None:
+def launch_forward(args: FutureAttentionArgs, results: Named) -> None:
     """Fill the results."""
-    query, lse, residual = args.query, results["lse"], results["residual"]
-    loss, count, lse_target = results["loss"], results["count"], results["lse_target"]
-    if lse.numel() == 0:
-        loss.zero_(), count.fill_(1.0)
-        return
+    lse, residual, lse_target = results["lse"], results["residual"], results["lse_target"]
     has_loss = args.loss_type is not None
-    inputs = kernel_inputs(args)
-    kernel = "decode"
-    if query.shape[2] > configs.DECODE_LENGTH:  # a loss has a third loop, and smaller tiles
-        kernel = "fwd_loss" if has_loss else "fwd"
-    config = lookup(f"future_attention_{kernel}", query, inputs)
     # the loss of each row and whether it counts
     losses = lse.new_empty(2, *lse.shape) if has_loss else None
-    outputs = dict(
-        **rows("o", results["out"], "bht"),
+    inputs = kernel_inputs(args) | forward_outputs(results)
+    inputs |= dict(
         **rows("of", results["out_future"], "bht"),
         **rows("target", results["target"] if has_loss else None, "bht"),
-        lse_ptr=lse,
         lse_target_ptr=lse_target if lse_target.numel() else None,
-        residual_ptr=residual[0] if len(residual) else None,
         residual_target_ptr=residual[1] if len(residual) > 1 else None,
         loss_ptr=None if losses is None else losses[0],
         counts_ptr=None if losses is None else losses[1],
     )
-    programs = n_query_programs(query, config)
-    launch(_future_attention_fwd_kernel, programs, config, inputs, outputs)
+    kernel = "decode"
+    if args.query.shape[2] > configs.DECODE_LENGTH:  # a loss has a third loop, and smaller tiles
+        kernel = "fwd_loss" if has_loss else "fwd"
+    launch_queries(_future_attention_fwd_kernel, f"future_attention_{kernel}", inputs)
     if losses is not None:
         total, counted = losses.flatten(1).sum(1)
-        torch.clamp(counted, min=1.0, out=count)
-        torch.div(total, count, out=loss)
+        torch.clamp(counted, min=1.0, out=results["count"])
+        torch.div(total, results["count"], out=results["loss"])

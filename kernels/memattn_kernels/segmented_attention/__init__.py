@@ -7,21 +7,14 @@ directions walk only tiles that hold an allowed pair (see ``intervals``).
 
 from torch import Tensor
 
-from memattn_kernels._launch import call, empty_gradient, empty_results
-from memattn_kernels._operator import register
+from memattn_kernels._launch import call, register_triton
 from memattn_kernels.segmented_attention.backward import launch_backward
 from memattn_kernels.segmented_attention.forward import launch_forward
 from memattn_kernels.signatures import SegmentedAttentionArgs
 
-_operator = register(
-    "memattn_kernels::segmented_attention",
+_operator = register_triton(
+    "segmented_attention",
     SegmentedAttentionArgs,
-    results="out lse residual",
-    cotangents="out? lse?",
-    saved="out lse residual",
-    gradients="query key value persistent_key persistent_value memory_key memory_value",
-    empty_results=empty_results,
-    empty_gradient=empty_gradient,
     forward=launch_forward,
     backward=launch_backward,
 )

@@ -10,8 +10,8 @@ from functools import partial
 
 import triton
 
-from memattn_kernels._common import block_length, block_width
-from memattn_kernels.aot_kernel import AotKernel
+from memattn_kernels._common import block_length
+from memattn_kernels.aot_kernel import AotKernel, taken, usual_constants
 from memattn_kernels.segmented_attention.backward_dkdv import segmented_attention_bwd_dkdv_kernel
 from memattn_kernels.segmented_attention.backward_dq import segmented_attention_bwd_dq_kernel
 from memattn_kernels.segmented_attention.forward import segmented_attention_fwd_kernel
@@ -39,22 +39,8 @@ def _form_constants(form: str) -> dict[str, object]:
 
 def _shared_constants(head_dim: int, dtype: str, config: dict[str, int]) -> dict[str, object]:
     """The compile-time arguments that all kernels have."""
-    constants: dict[str, object] = {
-        "D": head_dim,
-        "DV": head_dim,
-        "BLOCK_D": block_width(head_dim),
-        "BLOCK_DV": block_width(head_dim),
-        "BLOCK_M": config["BLOCK_M"],
-        "BLOCK_N": config["BLOCK_N"],
-        "IS_CAUSAL": True,
-        "documents_ptr": None,
-    }
-    return constants if dtype == "float32" else constants | {"residual_ptr": None}
-
-
-def _taken(function: triton.JITFunction, constants: dict[str, object]) -> dict[str, object]:
-    """Those that the kernel has."""
-    return {name: value for name, value in constants.items() if name in function.arg_names}
+    constants = usual_constants(head_dim, dtype, config)
+    return constants | {"IS_CAUSAL": True, "documents_ptr": None}
 
 
 def _row_constants(
@@ -64,7 +50,7 @@ def _row_constants(
     extra = block_length(config["BLOCK_N"], N_EXTRA)
     tiles = {"BLOCK_NP": extra, "BLOCK_NM": extra, "MEMORY_IS_CAUSAL": True}
     constants = _shared_constants(head_dim, dtype, config) | tiles | _form_constants(form)
-    return _taken(function, constants)
+    return taken(function, constants)
 
 
 def _key_constants(
@@ -82,7 +68,7 @@ def _key_constants(
     constants |= {"SOURCE": source, "segments_ptr": None} | _form_constants(form) | {"G": 1}
     if is_grouped:
         del constants["G"]
-    return _taken(segmented_attention_bwd_dkdv_kernel, constants)
+    return taken(segmented_attention_bwd_dkdv_kernel, constants)
 
 
 KERNELS = (

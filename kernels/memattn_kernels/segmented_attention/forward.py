@@ -8,12 +8,10 @@ all other strides are free.
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from memattn_kernels import configs
 from memattn_kernels._common import (
     MAX_LENGTH,
-    block_length,
     exponent_factor,
     finish_softmax,
     load_tile,
@@ -21,7 +19,8 @@ from memattn_kernels._common import (
     sequence_of,
     store_tile,
 )
-from memattn_kernels._launch import common_inputs, launch, lookup, n_query_programs, residual_ptr
+from memattn_kernels._launch import common_inputs, forward_outputs, launch_queries
+from memattn_kernels._operator import Named
 from memattn_kernels._tiles import attend
 from memattn_kernels.segmented_attention.intervals import (
     document_table,
@@ -130,26 +129,9 @@ def kernel_inputs(args: SegmentedAttentionArgs) -> dict:
     )
 
 
-def row_tiles(kernel: str, query: Tensor, inputs: dict) -> dict:
-    """Tile lengths and launch options of a query-stationary kernel, by argument name."""
-    config = lookup(kernel, query, inputs)
-    block_n = config["BLOCK_N"]
-    return {
-        **config,
-        "BLOCK_NP": block_length(block_n, inputs["P"]),
-        "BLOCK_NM": block_length(block_n, inputs["M"]),
-    }
-
-
-def launch_forward(args: SegmentedAttentionArgs, results: dict[str, Tensor]) -> None:
+def launch_forward(args: SegmentedAttentionArgs, results: Named) -> None:
     """Fill ``out``, ``lse`` and, for float32 inputs, what float32 rounds off ``lse``."""
-    query = args.query
-    if results["lse"].numel() == 0:
-        return
-    inputs = kernel_inputs(args)
-    kernel = "fwd" if query.shape[2] > configs.DECODE_LENGTH else "decode"
-    tiles = row_tiles(f"segmented_attention_{kernel}", query, inputs)
-    outputs = rows("o", results["out"], "bht") | residual_ptr(query, results["residual"])
-    outputs |= {"lse_ptr": results["lse"]}
-    programs = n_query_programs(query, tiles)
-    launch(segmented_attention_fwd_kernel, programs, tiles, inputs, outputs)
+    inputs = kernel_inputs(args) | forward_outputs(results)
+    kernel = "fwd" if args.query.shape[2] > configs.DECODE_LENGTH else "decode"
+    name, tiles = f"segmented_attention_{kernel}", dict(BLOCK_NP=inputs["P"], BLOCK_NM=inputs["M"])
+    launch_queries(segmented_attention_fwd_kernel, name, inputs, **tiles)

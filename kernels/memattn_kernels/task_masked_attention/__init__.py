@@ -7,21 +7,14 @@ walk only these (see ``tiles``).
 
 from torch import Tensor
 
-from memattn_kernels._launch import call, empty_gradient, empty_results
-from memattn_kernels._operator import register
+from memattn_kernels._launch import call, register_triton
 from memattn_kernels.signatures import TaskMaskedAttentionArgs
 from memattn_kernels.task_masked_attention.backward import launch_backward
 from memattn_kernels.task_masked_attention.forward import launch_forward
 
-_operator = register(
-    "memattn_kernels::task_masked_attention",
+_operator = register_triton(
+    "task_masked_attention",
     TaskMaskedAttentionArgs,
-    results="out lse residual",
-    cotangents="out? lse?",
-    saved="out lse residual",
-    gradients="query key value",
-    empty_results=empty_results,
-    empty_gradient=empty_gradient,
     forward=launch_forward,
     backward=launch_backward,
 )

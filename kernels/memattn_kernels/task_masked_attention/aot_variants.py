@@ -8,8 +8,7 @@ from functools import partial
 
 import triton
 
-from memattn_kernels._common import block_width
-from memattn_kernels.aot_kernel import AotKernel, is_specialized
+from memattn_kernels.aot_kernel import AotKernel, is_specialized, taken, usual_constants
 from memattn_kernels.task_masked_attention.backward_dkdv import (
     task_masked_attention_bwd_dkdv_kernel,
 )
@@ -34,24 +33,13 @@ def _constants(
     config: dict[str, int],
 ) -> dict[str, object]:
     """The compile-time arguments."""
-    constants: dict[str, object] = {
-        "D": head_dim,
-        "DV": head_dim,
-        "BLOCK_D": block_width(head_dim),
-        "BLOCK_DV": block_width(head_dim),
-        "BLOCK_M": config["BLOCK_M"],
-        "BLOCK_N": config["BLOCK_N"],
-        "IS_CAUSAL": form != "full",
-    }
+    constants = usual_constants(head_dim, dtype, config) | {"IS_CAUSAL": form != "full"}
     absent = ["slots_ptr"] if mask == "graph" else ["query_node_ptr", "key_node_ptr"]
-    if dtype != "float32":
-        absent.append("residual_ptr")
     if form:
         absent += ["seq_start_ptr", "seq_end_ptr", "dlse_ptr"]
         if is_specialized(function, "G"):
             constants["G"] = 1
-    constants |= dict.fromkeys(absent)
-    return {name: value for name, value in constants.items() if name in function.arg_names}
+    return taken(function, constants | dict.fromkeys(absent))
 
 
 KERNELS = tuple(

@@ -8,17 +8,16 @@ adjacent elements; all other strides are free.
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from memattn_kernels._common import (
     exponent_factor,
     finish_softmax,
     load_tile,
     online_softmax_step,
-    rows,
     store_tile,
 )
-from memattn_kernels._launch import common_inputs, launch, lookup, n_query_programs, residual_ptr
+from memattn_kernels._launch import common_inputs, forward_outputs, launch_queries
+from memattn_kernels._operator import Named
 from memattn_kernels.signatures import TaskMaskedAttentionArgs
 from memattn_kernels.task_masked_attention.tiles import (
     TILE,
@@ -188,7 +187,7 @@ def task_masked_attention_fwd_kernel(
 
 
 def kernel_inputs(args: TaskMaskedAttentionArgs) -> dict:
-    """Arguments that the kernels share, by name."""
+    """Arguments that the kernels share, by name, with the lists of tiles of queries."""
     n_tasks, HM, n_query_tiles, n_key_tiles = args.query_tiles.shape
     return common_inputs(args) | dict(
         task_ptr=args.task_id.contiguous(),
@@ -196,6 +195,8 @@ def kernel_inputs(args: TaskMaskedAttentionArgs) -> dict:
         slots_ptr=args.slots,
         query_node_ptr=args.query_node,
         key_node_ptr=args.key_node,
+        tiles_ptr=args.query_tiles,
+        counts_ptr=args.query_counts,
         HM=HM,
         n_query_tiles=n_query_tiles,
         n_key_tiles=n_key_tiles,
@@ -205,16 +206,7 @@ def kernel_inputs(args: TaskMaskedAttentionArgs) -> dict:
     )
 
 
-def launch_forward(args: TaskMaskedAttentionArgs, results: dict[str, Tensor]) -> None:
+def launch_forward(args: TaskMaskedAttentionArgs, results: Named) -> None:
     """Fill ``out``, ``lse`` and, for float32 inputs, what float32 rounds off ``lse``."""
-    query = args.query
-    if results["lse"].numel() == 0:
-        return
-    inputs = kernel_inputs(args)
-    config = lookup("task_masked_attention_fwd", query, inputs)
-    outputs = rows("o", results["out"], "bht") | residual_ptr(query, results["residual"])
-    outputs |= dict(
-        tiles_ptr=args.query_tiles, counts_ptr=args.query_counts, lse_ptr=results["lse"]
-    )
-    programs = n_query_programs(query, config)
-    launch(task_masked_attention_fwd_kernel, programs, config, inputs, outputs)
+    inputs = kernel_inputs(args) | forward_outputs(results)
+    launch_queries(task_masked_attention_fwd_kernel, "task_masked_attention_fwd", inputs)

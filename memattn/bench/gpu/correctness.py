@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memattn import ops, testing
+from memattn.bench import inputs
 from memattn.bench.gpu.pool import Job, Result
 
 LENGTH, DRY_LENGTH = 333, 21
@@ -168,17 +169,17 @@ def build(job: Job) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, An
     shape = {"T": 3 if decode else T, "S": T, "D": job["D"]}
     common = {"device": device, "dtype": DTYPES[job["dtype"]], "seed": job["seed"]}
     if operator == "future_attention":
-        tensors = testing.make_future_inputs(**sizes, **shape, **common)
+        tensors = inputs.make_future_inputs(**sizes, **shape, **common)
         options["future_dim"] = max(T // 5, 1)
         function = ops.future_attention_loss if "loss_type" in options else ops.future_attention
         return function, tensors, options
     if operator == "task_masked_attention":
-        tensors = testing.make_segmented_inputs(**sizes, **shape, **common)
+        tensors = inputs.make_segmented_inputs(**sizes, **shape, **common)
         options["task_mask"] = task_mask(options.pop("form"), T).to(device)
         options["task_id"] = torch.arange(sizes["B"], device=device) % 2
         return ops.task_masked_attention, tensors, options
     segment_len = options.get("segment_len")
-    tensors = testing.make_segmented_inputs(**sizes, **shape, segment_len=segment_len, **common)
+    tensors = inputs.make_segmented_inputs(**sizes, **shape, segment_len=segment_len, **common)
     return ops.segmented_attention, tensors, options
 
 
