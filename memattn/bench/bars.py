@@ -245,3 +245,31 @@ class LinearMemoryBar(SweepBar):
             return None
         cases, _ = self.sweep
         return peaks[-1] / cases[-1].tokens() / (peaks[0] / cases[0].tokens())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakBar(Bar):
+    """Peak bytes of a case over those of another."""
+
+    base: Case
+
+    at_most: ClassVar[bool] = True
+    unit: ClassVar[str] = "x"
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}: peak memory over that of {self.base.label()}"
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def memory(self) -> Sweep:
+        return (self.base, self.case), self.direction
+
+    def reached(self, found: Found) -> float | None:
+        peaks = found.peaks.get(self.memory)
+        if peaks is None or not peaks[0] or peaks[1] is None:
+            return None
+        return peaks[1] / peaks[0]

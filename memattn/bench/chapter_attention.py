@@ -1,21 +1,27 @@
-"""Cases of chapter attention: routing by token, block, sequence, beside the whole bank."""
+"""Cases of chapter attention: routing by token, block and sequence, an int8 bank, their peers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from memattn.bench.bars import Bar, CostBar, SpeedBar
+from memattn.bench.bars import Bar, CostBar, Found, PeakBar, SpeedBar
 from memattn.bench.case import Case, Forward, Peer
 from memattn.bench.peers import sdpa, sdpa_backends
 from memattn.bench.roofline import Work, attention_work
 from memattn.ops import chapter_attention, segmented_attention
+from memattn.reference.chapter_quantization import quantize_rows
 
 BLOCK = 64  # tokens of a routing block
-OUR_BANK = "memattn, whole bank"
+WHOLE_BANK = "memattn, whole bank"
+FLOAT_BANK = "memattn, float bank"
+GATHERED = "gather + sdpa"  # the backward gathers again: kept, the keys would fill gigabytes
+GATHERED_BYTES = 1 << 27  # keys and values that are gathered at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,7 @@ class ChapterCase(Case):
         "token": "every token selects chapters",
         "block": f"blocks of {BLOCK} tokens do",
         "sequence": "a sequence does",
+        "int8": "every token selects chapters of an int8 bank",
     }
     quick_kinds: ClassVar[tuple[str, ...]] = ("token", "sequence")
     cuda_sizes: ClassVar[dict[str, int]] = {"B": 4, "H": 16}
@@ -46,55 +53,75 @@ class ChapterCase(Case):
     @property
     def block(self) -> int:
         """Tokens that share a routing row."""
-        return {"token": 1, "block": BLOCK, "sequence": max(self.T, 1)}[self.kind]
+        return {"block": BLOCK, "sequence": self.T}.get(self.kind, 1)
 
-    def _draw(self, seed: int) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(self.seed + seed)
+    @property
+    def n_rows(self) -> int:
+        """Routing rows of a sequence."""
+        return -(-self.T // self.block)
+
+    def _draw(self, part: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(3 * self.seed + part)
+
+    def _normal(self, generator: torch.Generator, *shape: int) -> Tensor:
+        drawn = torch.randn(*shape, generator=generator, device=self.device)
+        return drawn.to(torch.bfloat16).to(self.dtype)  # exact in every dtype
+
+    def float_bank(self) -> dict[str, Tensor]:
+        """Keys and values of the bank in the dtype of the case."""
+        generator, shape = self._draw(0), (self.C, self.key_heads, self.M, self.D)
+        names = ("chapter_key", "chapter_value")
+        return {name: self._normal(generator, *shape) for name in names}
+
+    def bank(self) -> dict[str, Tensor]:
+        """Keys and values as the operator takes them: with scales where they are int8."""
+        bank = self.float_bank()
+        if self.kind != "int8":
+            return bank
+        key, key_scale = quantize_rows(bank["chapter_key"], 8)
+        value, value_scale = quantize_rows(bank["chapter_value"], 8)
+        return {
+            "chapter_key": key,
+            "chapter_value": value,
+            "key_scale": key_scale,
+            "value_scale": value_scale,
+        }
 
     def inputs(self) -> dict[str, Tensor]:
-        generator = self._draw(0)
-        draw = lambda *shape: (
-            torch.randn(*shape, generator=generator, device=self.device)
-            .to(torch.bfloat16)
-            .to(self.dtype)
-        )
-        bank = (self.C, self.key_heads, self.M, self.D)
-        rows = (self.B, -(-self.T // self.block), self.K)
+        """Query, weights and, unless it is int8 and has no gradient, the bank."""
+        generator = self._draw(1)
+        query = self._normal(generator, self.B, self.H, self.T, self.D)
+        rows = (self.B, self.n_rows, self.K)
         weights = torch.rand(rows, generator=generator, device=self.device) + 0.125
-        return {
-            "query": draw(self.B, self.H, self.T, self.D),
-            "chapter_key": draw(*bank),
-            "chapter_value": draw(*bank),
-            "chapter_weights": weights.to(torch.bfloat16).float(),
-        }
+        inputs = {"query": query, "chapter_weights": weights.to(torch.bfloat16).float()}
+        return inputs if self.kind == "int8" else inputs | self.float_bank()
 
     def indices(self) -> Tensor:
         """The chapters of each routing row, int32 ``[B, N, K]``."""
-        rows = (self.B, -(-self.T // self.block), self.C)
-        order = torch.rand(rows, generator=self._draw(1), device=self.device).argsort(-1)
+        rows = (self.B, self.n_rows, self.C)
+        order = torch.rand(rows, generator=self._draw(2), device=self.device).argsort(-1)
         return order[..., : self.K].int()
 
     def subject(self, backend: str) -> Forward:
-        call = partial(
+        attention: Any = partial(
             chapter_attention,
             chapter_indices=self.indices(),
             routing_block=self.block,
             backend=backend,
         )
-        return lambda inputs: call(**inputs).out
+        bank = self.bank() if self.kind == "int8" else {}
+        return lambda inputs: attention(**inputs, **bank).out
 
     def definition(self, rows: slice) -> Forward:
         row_of = torch.arange(self.T, device=self.device)[rows] // self.block
-        indices = self.indices()[:, row_of]
+        bank = self.bank() if self.kind == "int8" else {}
+        attention: Any = partial(
+            chapter_attention, chapter_indices=self.indices()[:, row_of], backend="reference"
+        )
 
         def forward(inputs: dict[str, Tensor]) -> Tensor:
-            part = {
-                "query": inputs["query"][:, :, rows],
-                "chapter_weights": inputs["chapter_weights"][:, row_of],
-            }
-            return chapter_attention(
-                **inputs | part, chapter_indices=indices, backend="reference"
-            ).out
+            query, weights = inputs["query"][:, :, rows], inputs["chapter_weights"][:, row_of]
+            return attention(**inputs | bank | {"query": query, "chapter_weights": weights}).out
 
         return forward
 
@@ -109,40 +136,55 @@ class ChapterCase(Case):
         return self._work(self.K)
 
     def _work(self, chapters: int) -> dict[str, Work]:
-        rows = self.B * self.H * self.T
-        return attention_work(
-            pairs=rows * chapters * self.M,
-            rows=rows,
-            keys=self.C * self.key_heads * self.M,
-            head_dim=self.D,
-            value_dim=self.D,
-            element_size=self.dtype.itemsize,
-        )
+        rows, size = self.B * self.H * self.T, self.dtype.itemsize
+        keys = {"forward": self.C * self.key_heads * self.M}
+        keys["backward"] = keys["forward"]
+        if self.kind == "int8":  # codes and a scale for each row, and no gradient of them
+            keys["forward"] = keys["forward"] * (self.D + 4) // (self.D * size)
+            keys["backward"] = keys["forward"] // 2
+        return {
+            direction: attention_work(
+                pairs=rows * chapters * self.M,
+                rows=rows,
+                keys=number,
+                head_dim=self.D,
+                value_dim=self.D,
+                element_size=size,
+            )[direction]
+            for direction, number in keys.items()
+        }
 
     def peers(self) -> dict[str, Peer]:
-        scores = self.B * self.T * self.C * self.M * self.dtype.itemsize
+        scores = self.B * self.H * self.T * self.C * self.M * self.dtype.itemsize
+        peers = {"naive": Peer(partial(self.subject, "reference"), scores)}
+        if self.kind == "int8":
+            return {FLOAT_BANK: Peer(self._of_float_bank, yardstick=self.work())} | peers
         whole = self._work(self.C)
-        peers: dict[str, Peer] = {}
         for name, backend in sdpa_backends(self.device).items():
-            size = self.H * scores if name == "math" else 0
-            build = partial(self._bank, sdpa(backend))
+            build = partial(self._whole, sdpa(backend))
+            size = scores if name == "math" else 0
             peers[f"sdpa {name}, whole bank"] = Peer(build, size, yardstick=whole)
         peers["sdpa, weights as a mask"] = Peer(self._masked, scores)
-        peers[OUR_BANK] = Peer(partial(self._bank, _dense), yardstick=whole)
-        peers["naive"] = Peer(partial(self.subject, "reference"), self.H * scores)
+        peers[GATHERED] = Peer(self._gathered, GATHERED_BYTES)
+        peers[WHOLE_BANK] = Peer(partial(self._whole, _dense), yardstick=whole)
         return peers
 
-    def _bank(self, attention: Any) -> Forward:
+    def _of_float_bank(self) -> Forward:
+        forward, bank = replace(self, kind="token").subject("auto"), self.float_bank()
+        return lambda inputs: forward(inputs | bank)
+
+    def _whole(self, attention: Any) -> Forward:
         """Attention of every query to all chapters."""
 
         def forward(inputs: dict[str, Tensor]) -> Tensor:
-            key, value = (self._flat(inputs[f"chapter_{name}"]) for name in ("key", "value"))
-            return attention(inputs["query"], key, value)
+            return attention(inputs["query"], *self._flat(inputs))
 
         return forward
 
-    def _flat(self, bank: Tensor) -> Tensor:
-        return bank.transpose(0, 1).flatten(1, 2).expand(self.B, -1, -1, -1)
+    def _flat(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole bank for every sequence, ``[B, Hkv, C * M, D]``."""
+        flat = lambda bank: bank.transpose(0, 1).flatten(1, 2).expand(self.B, -1, -1, -1)
+        return flat(inputs["chapter_key"]), flat(inputs["chapter_value"])
 
     def _masked(self) -> Forward:
         """PyTorch's attention to the bank with the logarithms of the weights as its mask."""
@@ -154,10 +196,43 @@ class ChapterCase(Case):
             none = weights.new_full((*indices.shape[:2], self.C), -torch.inf)
             mask = none.scatter(2, indices, weights.log())[:, row_of]
             mask = mask.repeat_interleave(self.M, -1)[:, None].to(self.dtype)
-            key, value = (self._flat(inputs[f"chapter_{name}"]) for name in ("key", "value"))
-            return torch.nn.functional.scaled_dot_product_attention(
-                inputs["query"], key, value, attn_mask=mask, enable_gqa=self.key_heads != self.H
-            )
+            return _sdpa(inputs["query"], *self._flat(inputs), mask)
+
+        return forward
+
+    def _gathered(self) -> Forward:
+        """The keys of each routing row side by side, some rows at a time."""
+        indices, block = self.indices().long(), self.block
+        row_bytes = 2 * self.B * self.key_heads * self.K * self.M * self.D * self.dtype.itemsize
+        step = max(1, GATHERED_BYTES // row_bytes)
+
+        def part(query: Tensor, key: Tensor, value: Tensor, weights: Tensor, n: int) -> Tensor:
+            chosen = indices[:, n : n + step]
+            # [B, rows, K, Hkv, M, D] to [B * rows, Hkv, K * M, D]
+            gather = lambda bank: bank[chosen].transpose(2, 3).flatten(3, 4).flatten(0, 1)
+            R, T = chosen.shape[1], query.shape[2]
+            query = F.pad(query, (0, 0, 0, R * block - T)).unflatten(2, (R, block))
+            mask = weights.log().repeat_interleave(self.M, -1).flatten(0, 1)[:, None, None]
+            mask = mask.to(self.dtype).expand(-1, -1, block, -1)
+            out = _sdpa(query.transpose(1, 2).flatten(0, 1), gather(key), gather(value), mask)
+            return out.unflatten(0, (self.B, R)).transpose(1, 2).flatten(2, 3)[:, :, :T]
+
+        def forward(inputs: dict[str, Tensor]) -> Tensor:
+            names = ("query", "chapter_key", "chapter_value", "chapter_weights")
+            query, key, value, weights = (inputs[name] for name in names)
+            parts: list[Any] = [
+                checkpoint(
+                    part,
+                    query[:, :, n * block : (n + step) * block],
+                    key,
+                    value,
+                    weights[:, n : n + step],
+                    n,
+                    use_reentrant=False,
+                )
+                for n in range(0, self.n_rows, step)
+            ]
+            return torch.cat(parts, 2)
 
         return forward
 
@@ -166,19 +241,53 @@ class ChapterCase(Case):
         if suite != "cpu-bars":
             return ()
         case = cls(kind="token", T=2048)
+        int8 = replace(case, kind="int8")
         bars: list[Bar] = []
         for direction in ("forward", "backward"):
             faster = partial(SpeedBar, case=case, direction=direction)
             bars += [
                 faster(target=5.0, against=("sdpa flash, whole bank",)),
+                faster(target=6.0, against=(GATHERED,)),
                 # at least 75 % of the rate of our attention to the whole bank
-                CostBar(case=case, direction=direction, target=1 / 0.75, against=OUR_BANK),
+                CostBar(case=case, direction=direction, target=1 / 0.75, against=WHOLE_BANK),
+                SpeedBar(case=int8, direction=direction, target=1 / 1.1, against=(FLOAT_BANK,)),
             ]
-        return bars
+        few, many = replace(case, K=2), replace(case, K=32)
+        for direction in ("forward", "forward+backward"):
+            bars.append(PeakBar(case=many, base=few, direction=direction, target=1.1))
+        return [*bars, BankBytesBar(case=int8, base=case, direction="forward", target=0.3)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankBytesBar(Bar):
+    """Bytes of the bank over those of another case's."""
+
+    case: ChapterCase
+    base: ChapterCase
+
+    at_most: ClassVar[bool] = True
+    unit: ClassVar[str] = "x"
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.label()}: bytes of the bank over those of {self.base.label()}"
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return ()
+
+    def reached(self, found: Found) -> float:
+        ours, its = (sum(x.nbytes for x in c.bank().values()) for c in (self.case, self.base))
+        return ours / its
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return segmented_attention(query, key, value, is_causal=False).out
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
 
 
 CASE = ChapterCase
