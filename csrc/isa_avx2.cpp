@@ -25,6 +25,7 @@ namespace memattn::avx2 {
 #include "chapter_attention_tile.h"
 #include "chapter_attention_backward_tile.h"
 #include "chapter_router_tile.h"
+#include "chapter_router_backward_tile.h"
 #include "kernel_table.h"
 }  // namespace memattn::avx2
 

@@ -1,7 +1,5 @@
 """The router of chapters: every backend against the definition in float64, and by itself."""
 
-import math
-
 import pytest
 import torch
 from operator_contract import (
@@ -13,71 +11,16 @@ from operator_contract import (
     MARKS,
     Recorder,
     assert_same,
-    needs_cpp,
-    needs_triton,
 )
+from router_factories import LOSSES, check, make_inputs, run
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memattn import chapter_router
-from memattn.testing import assert_within_budget
 
 pytestmark = pytest.mark.operator
 every_backend = pytest.mark.parametrize("backend", EVERY)
 compiled_backends = pytest.mark.parametrize("backend", COMPILED)
-LOSSES = ("load_balance_loss", "auxiliary_loss", "z_loss")
-
-
-def make_inputs(B=2, N=9, E=8, C=6, bias=True, dtype=torch.float32, device="cpu", seed=0, **more):
-    """Inputs that are exact in bfloat16; the weights in ``weight_dtype`` if that is given."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()
-    kept = more.get("weight_dtype", dtype)
-    size = 2.0 ** -round(math.log2(max(E, 1)) / 2)  # logits of about 1
-    tensors = {"hidden": (draw(B, N, E) * size).to(device, dtype), "weight": draw(C, E)}
-    tensors["weight"] = tensors["weight"].to(device, kept)
-    if bias:
-        tensors["bias"] = draw(C).to(device, kept)
-    return tensors
-
-
-def run(tensors, options, backend, names=("weights", *LOSSES), dtype=None):
-    """Results, and gradients of those named, with random cotangents that are always the same."""
-    leaves = {n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in tensors.items()}
-    found = chapter_router(**leaves, **options, backend=backend)._asdict()
-    generator = torch.Generator().manual_seed(0)
-    cotangents = []
-    for name in names:
-        values = torch.randn(found[name].shape, generator=generator).bfloat16()
-        cotangents.append(values.to(found[name]))
-    outputs = [found[name] for name in names]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
-    results = {name: result.detach() for name, result in found.items()}
-    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
-        results[f"d_{name}"] = torch.zeros_like(leaf) if grad is None else grad
-    return results
-
-
-def check(cases, options, backend, names=("weights", *LOSSES)):
-    """Assert the error rule over several inputs: a few numbers may be exact by luck."""
-    found = {}
-    for tensors, more in cases:
-        three = [
-            run(tensors, {**options, **more}, *who)
-            for who in (
-                (backend, names),
-                ("reference", names),
-                ("reference", names, torch.float64),
-            )
-        ]
-        assert torch.equal(three[0]["indices"], three[2]["indices"])
-        assert three[0].pop("indices").dtype == torch.int32
-        for name in three[0]:
-            found.setdefault(name, []).append([results[name].flatten() for results in three])
-    for name, draws in found.items():
-        assert_within_budget(name, *(torch.cat(which) for which in zip(*draws, strict=True)))
-
-
 CASES = {
     "one": (dict(B=1, N=1), dict(top_k=2)),
     "small": (dict(), dict(top_k=3, num_shared=2, routed_scale=2.5, temperature=0.7)),
@@ -382,83 +325,3 @@ def test_backward_repeats_bit_for_bit(backend):
     first, *others = (run(tensors, dict(top_k=4), backend) for _ in range(3))
     for again in others:
         assert_same(again, first)
-
-
-# ------------------------------------------------------------ one backend alone
-
-
-@needs_triton
-def test_chunks_of_rows(monkeypatch):
-    """Logits do not depend on the chunk that a row is in, nor do sums but by rounding."""
-    from memattn_kernels.chapter_router import launch
-
-    tensors = make_inputs(B=1, N=43, E=20, C=35, device=DEVICE["triton"])
-    valid = (torch.arange(43) % 4 > 0)[None].to(DEVICE["triton"])
-    options = dict(top_k=3, valid=valid)
-    whole = run(tensors, options, "triton")
-    monkeypatch.setattr(launch, "CHUNK_LOGITS", 35 * 18)
-    monkeypatch.setattr(launch, "MIN_ROWS", 5)
-    parts = run(tensors, options, "triton")
-    for name, result in parts.items():
-        torch.testing.assert_close(result, whole[name], msg=name)
-    for name in ("indices", "weights"):
-        assert torch.equal(parts[name], whole[name])
-
-
-@needs_triton
-def test_more_chapters_than_a_program_holds():
-    hidden = torch.zeros(1, 1, 1, device=DEVICE["triton"])
-    with pytest.raises(NotImplementedError, match="weight must have at most 32768 chapters"):
-        chapter_router(hidden, hidden[0].expand(32769, 1), top_k=1, backend="triton")
-
-
-@needs_cpp
-def test_threads_change_no_bit():
-    tensors, before = make_inputs(N=333, E=40, C=150), torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            found.append(run(tensors, dict(top_k=6), "cpp"))
-    finally:
-        torch.set_num_threads(before)
-    for other in found[1:]:
-        assert_same(other, found[0])
-
-
-@needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
-def test_every_instruction_set(name, dtype):
-    ops = torch.ops.memattn_cpp
-    before = ops.cpu_capability()
-    if name == "avx512" and before != "avx512":
-        pytest.skip("this processor has no AVX-512")
-    ops.set_cpu_capability(name)
-    try:
-        for sizes in (dict(B=1, N=3), dict(N=40, E=70, C=131)):
-            draws = [(make_inputs(**sizes, dtype=dtype, seed=seed), {}) for seed in range(3)]
-            check(draws, dict(top_k=5), "cpp")
-    finally:
-        ops.set_cpu_capability(before)
-
-
-@needs_cpp
-@pytest.mark.parametrize("E", [31, 64, 255, 256, 512, 1024])
-def test_awkward_sizes(E):
-    """Around the sizes of panels and tiles; weights that are read in place and packed."""
-    lengths = (1, 15, 16, 17, 32, 33, 63, 64, 65, 129)
-    draws = [(make_inputs(B=1, N=N, E=E, C=97 + N % 3, seed=N), {}) for N in lengths]
-    check(draws, dict(top_k=9), "cpp")
-
-
-@needs_cpp
-def test_a_long_run_of_rising_logits():
-    """Every chapter is better than all before: more candidates than a list of them holds."""
-    hidden = torch.ones(1, 3, 1)
-    rising = torch.arange(900.0)[:, None]
-    for weight in (rising, rising.flip(0), rising // 300):
-        found = chapter_router(hidden, weight, top_k=8, backend="cpp").indices[0, 0]
-        assert torch.equal(
-            found.long(), weight[:, 0].sort(descending=True, stable=True).indices[:8]
-        )

@@ -44,13 +44,13 @@ def register(
     empty_gradient: Callable[[str, Tensor], Tensor],
     forward: Callable[[Any, Named], None] | None = None,
     backward: Callable[[Any, Named, Named, Named], None] | None = None,
-    gradients: str | None = None,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Define ``operator`` and ``operator_backward``, and make the first differentiable once.
 
     Args:
         operator: Name with its namespace, such as ``"memattn_cpp::segmented_attention"``.
-        arguments: The signature, a NamedTuple.
+        arguments: The signature, a NamedTuple. One of its ``gradients`` that is not given has a
+            gradient of size 0.
         results: Names of the results.
         cotangents: Results whose gradients the backward takes; with a ``?`` it also takes None.
         saved: Results that the backward reads.
@@ -58,8 +58,6 @@ def register(
         empty_gradient: Uninitialised gradient of an argument, by its name and value.
         forward: ``forward(args, results)`` fills the results. None where C++ has the kernels.
         backward: ``backward(args, cotangents, saved, gradients)`` fills the gradients.
-        gradients: Arguments with a gradient, else those that ``arguments.gradients`` names. One
-            that is not given has a gradient of size 0.
 
     Returns:
         The operator.
@@ -67,7 +65,7 @@ def register(
     types = _types(arguments)
     tensors = [name for name, (kind, _) in types.items() if kind is Tensor]
     result_names, saved_names = results.split(), saved.split()
-    gradient_names = (gradients or arguments.gradients).split()
+    gradient_names = arguments.gradients.split()
     wanted = {name.rstrip("?"): name.endswith("?") for name in cotangents.split()}
     inputs = [*(f"d_{name}" for name in wanted), *saved_names, *types]
 

@@ -1,19 +1,12 @@
 """What the router of chapters is registered with, in Triton and in C++; only torch is needed."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memattn_kernels.signatures import ChapterRouterArgs
-
-# weights come first: torch's checks of operators add up all results in the dtype of the first
-RESULTS = (
-    "weights indices load_balance_loss auxiliary_loss z_loss count load entropy lse importance"
-)
-COTANGENTS = "weights? load_balance_loss? auxiliary_loss? z_loss?"
-SAVED = "indices count load importance lse"
-GRADIENTS = "hidden weight bias"
 
 
 def empty_results(args: ChapterRouterArgs) -> tuple[Tensor, ...]:
@@ -31,3 +24,13 @@ def without_saved(results: Sequence[Tensor]) -> tuple[Tensor, ...]:
     weights, indices, balance, auxiliary, z, *reported, _, _ = results
     count, load, entropy = (t.detach() for t in reported)
     return indices, weights, balance, auxiliary, z, count, load, entropy
+
+
+REGISTRATION: dict[str, Any] = dict(
+    # weights come first: torch's checks of operators add up all results in the dtype of the first
+    results="weights indices load_balance_loss auxiliary_loss z_loss count load entropy lse "
+    "importance",
+    cotangents="weights? load_balance_loss? auxiliary_loss? z_loss?",
+    saved="indices count load importance lse",
+    empty_results=empty_results,
+)

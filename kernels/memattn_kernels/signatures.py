@@ -83,6 +83,8 @@ class TaskMaskedAttentionArgs(NamedTuple):
 class ChapterAttentionArgs(NamedTuple):
     """Arguments of attention to selected chapters; a chapter is ``key[c]`` and ``value[c]``."""
 
+    gradients = "query key value weights"
+
     query: Tensor  # [B, H, T, D]
     key: Tensor  # [C, Hkv, M, D]; int8, or uint8 with D / 2 pairs of four bits
     value: Tensor  # [C, Hkv, M, Dv], the same
@@ -100,6 +102,8 @@ class ChapterAttentionArgs(NamedTuple):
 
 class ChapterRouterArgs(NamedTuple):
     """Arguments of the router of chapters."""
+
+    gradients = "hidden weight bias"
 
     hidden: Tensor  # [B, N, E]
     weight: Tensor  # [C - num_shared, E]

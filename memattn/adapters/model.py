@@ -13,6 +13,7 @@ from memattn.adapters.call import AdapterLayer, Call
 from memattn.adapters.files import INSIDE, save_adapter
 from memattn.adapters.swap import Swapped
 from memattn.parts import Role
+from memattn.parts.together import roles_of
 
 
 class AttachedModel(Swapped):
@@ -103,12 +104,7 @@ class AttachedModel(Swapped):
             for part, module in adapter.shared.items():
                 prefix = f"memory_adapters.{name}.{part}."
                 found.append((prefix, adapter.parts[part], module))
-        return {
-            prefix + name: role
-            for prefix, part, module in found
-            for name, parameter in module.named_parameters()
-            if (role := part.role(name, parameter)) is not None
-        }
+        return roles_of(found)
 
     @property
     def losses(self: Any) -> dict[str, float]:

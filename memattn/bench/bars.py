@@ -248,21 +248,29 @@ class LinearMemoryBar(SweepBar):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeakBar(Bar):
-    """Peak bytes of a case over those of another."""
+class BytesBar(Bar):
+    """Bytes of a case over those of another; nothing is timed."""
 
     base: Case
 
     at_most: ClassVar[bool] = True
     unit: ClassVar[str] = "x"
+    what: ClassVar[str]
 
     @property
     def name(self) -> str:
-        return f"{super().name}: peak memory over that of {self.base.label()}"
+        return f"{super().name}: {self.what} over that of {self.base.label()}"
 
     @property
     def directions(self) -> tuple[str, ...]:
         return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakBar(BytesBar):
+    """Peak bytes of a case over those of another."""
+
+    what: ClassVar[str] = "peak memory"
 
     @property
     def memory(self) -> Sweep:

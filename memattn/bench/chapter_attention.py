@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from memattn.bench.bars import Bar, CostBar, Found, PeakBar, SpeedBar
+from memattn.bench.bars import Bar, BytesBar, CostBar, Found, PeakBar, SpeedBar
 from memattn.bench.case import Case, Forward, Peer
 from memattn.bench.peers import sdpa, sdpa_backends
 from memattn.bench.roofline import Work, attention_work
@@ -259,22 +259,13 @@ class ChapterCase(Case):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BankBytesBar(Bar):
+class BankBytesBar(BytesBar):
     """Bytes of the bank over those of another case's."""
 
     case: ChapterCase
     base: ChapterCase
 
-    at_most: ClassVar[bool] = True
-    unit: ClassVar[str] = "x"
-
-    @property
-    def name(self) -> str:
-        return f"{self.case.label()}: bytes of the bank over those of {self.base.label()}"
-
-    @property
-    def directions(self) -> tuple[str, ...]:
-        return ()
+    what: ClassVar[str] = "memory of the bank"
 
     def reached(self, found: Found) -> float:
         ours, its = (sum(x.nbytes for x in c.bank().values()) for c in (self.case, self.base))

@@ -18,7 +18,6 @@ _operator = register_cpp(
     results="out lse lse2 index",
     cotangents="out lse",
     saved="out lse2 index",
-    gradients="query key value weights",
     empty_results=_empty_results,
 )
 

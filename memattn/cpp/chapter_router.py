@@ -3,25 +3,10 @@
 from torch import Tensor
 
 from memattn.cpp._register import register_cpp
-from memattn_kernels._router import (
-    COTANGENTS,
-    GRADIENTS,
-    RESULTS,
-    SAVED,
-    empty_results,
-    without_saved,
-)
+from memattn_kernels._router import REGISTRATION, without_saved
 from memattn_kernels.signatures import ChapterRouterArgs
 
-_operator = register_cpp(
-    "chapter_router",
-    ChapterRouterArgs,
-    results=RESULTS,
-    cotangents=COTANGENTS,
-    saved=SAVED,
-    gradients=GRADIENTS,
-    empty_results=empty_results,
-)
+_operator = register_cpp("chapter_router", ChapterRouterArgs, **REGISTRATION)
 
 
 def chapter_router(args: ChapterRouterArgs) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from memattn.nn import RotaryEmbedding, make_norm, sequence_positions
 from memattn.parts import PARTS, PartConfig, PartContext, Role, SequenceBounds
 from memattn.parts.losses import LossSums
 from memattn.parts.padding import check_lengths, check_positions, mask_bounds
+from memattn.parts.together import roles_of
 
 
 class MemAttnPreTrainedModel(PreTrainedModel):
@@ -55,12 +56,7 @@ class MemAttnPreTrainedModel(PreTrainedModel):
                 for name, part in module.part_configs.items():
                     inside = name if name == "attention" else f"parts.{name}"
                     found.append((f"{prefix}.{inside}.", part, module.module_of(name)))
-        return {
-            prefix + name: role
-            for prefix, part, module in found
-            for name, parameter in module.named_parameters()
-            if (role := part.role(name, parameter)) is not None
-        }
+        return roles_of(found)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

@@ -1,11 +1,11 @@
 """Several parts in one model: their names, and whether they fit each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from memattn.checks import must
-from memattn.parts.base import PLACES, PartConfig, Sizes
+from memattn.parts.base import PLACES, PartConfig, Role, Sizes
 
 
 def check_together(parts: Sequence[PartConfig], sizes: Sizes) -> None:
@@ -54,3 +54,16 @@ def build_shared_parts(named: Mapping[str, PartConfig], sizes: Sizes) -> dict[st
 def losses_of(named: Mapping[str, PartConfig]) -> dict[str, float]:
     """Losses that parts return beside the cross-entropy, with their coefficients."""
     return {name: value for part in named.values() for name, value in part.losses.items()}
+
+
+def roles_of(placed: Iterable[tuple[str, PartConfig, nn.Module]]) -> dict[str, Role]:
+    """What the parameters are that parts say something about, by name.
+
+    ``placed`` has the prefix of the names, the part and its module.
+    """
+    return {
+        prefix + name: role
+        for prefix, part, module in placed
+        for name, parameter in module.named_parameters()
+        if (role := part.role(name, parameter)) is not None
+    }

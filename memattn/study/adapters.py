@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from memattn.checks import check_int, must
 from memattn.files import replacing, write_json
-from memattn.study.base import Study, check_list
+from memattn.study.base import Study, check_list, check_seeds, short_training
 from memattn.study.cells import Cell, Measure
 from memattn.train.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig
 
@@ -32,9 +32,7 @@ class AdaptersCompare:
         check_list("adapters", self.adapters, ADAPTERS)
         if "lora" not in self.adapters:
             must("compare.adapters", "have lora, which the others are compared with", self.adapters)
-        check_list("seeds", self.seeds)
-        for seed in self.seeds:
-            check_int("compare.seeds", seed, 0)
+        check_seeds(self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +64,8 @@ class BaseModel:
     )
     vocab_size: int = 2048
     training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(
-            max_steps=400,
-            batch_size=16,
-            base_model_lr=2e-3,
-            warmup_steps=40,
-            save_steps=None,
-            keep_checkpoints=1,
+        default_factory=lambda: short_training(
+            max_steps=400, base_model_lr=2e-3, warmup_steps=40, eval_steps=None
         )
     )
 
@@ -134,15 +127,7 @@ class AdaptersStudy(Study):
         )
     )
     training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(
-            max_steps=200,
-            batch_size=16,
-            base_model_lr=2e-3,
-            warmup_steps=20,
-            eval_steps=100,
-            save_steps=None,
-            keep_checkpoints=1,
-        )
+        default_factory=lambda: short_training(max_steps=200, base_model_lr=2e-3, warmup_steps=20)
     )
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from memattn._tables import Table
-from memattn.checks import must
+from memattn.checks import check_int, must
 from memattn.study.cells import Cell, Measure
 from memattn.study.results import Row
 from memattn.study.tables import difference_table, make_table
@@ -127,6 +127,19 @@ class Study:
     def to_yaml(self) -> str:
         """The configuration as YAML, which ``load_study`` reads."""
         return dump_yaml(self.to_dict())
+
+
+def short_training(**options: Any) -> TrainingConfig:
+    """The training of a small study: held-out losses on the way, and one checkpoint at the end."""
+    usual = dict(batch_size=16, eval_steps=100, save_steps=None, keep_checkpoints=1)
+    return TrainingConfig(**usual | options)
+
+
+def check_seeds(seeds: Sequence[Any]) -> None:
+    """Raise ValueError unless ``compare.seeds`` are different seeds, one at least."""
+    check_list("seeds", seeds)
+    for seed in seeds:
+        check_int("compare.seeds", seed, 0)
 
 
 def check_list(name: str, values: Sequence[Any], known: Sequence[Any] | None = None) -> None:

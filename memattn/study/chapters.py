@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from memattn.checks import check_int, must
-from memattn.study.base import Study, check_list
+from memattn.checks import must
+from memattn.study.base import Study, check_list, check_seeds, short_training
 from memattn.study.cells import Cell
 from memattn.train.config import DataConfig, ModelConfig, TrainingConfig
 
@@ -30,9 +30,7 @@ class ChaptersCompare:
         from memattn.nn.chapter_routing import STRATEGIES
 
         check_list("strategies", self.strategies, STRATEGIES)
-        check_list("seeds", self.seeds)
-        for seed in self.seeds:
-            check_int("compare.seeds", seed, 0)
+        check_seeds(self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +76,7 @@ class ChaptersStudy(Study):
     )
     data: DataConfig = field(default_factory=lambda: DataConfig(vocab_size=1024, seq_len=128))
     training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(
-            max_steps=200,
-            batch_size=16,
-            base_model_lr=3e-3,
-            warmup_steps=20,
-            eval_steps=100,
-            save_steps=None,
-            keep_checkpoints=1,
-        )
+        default_factory=lambda: short_training(max_steps=200, base_model_lr=3e-3, warmup_steps=20)
     )
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from memattn._tables import Table
 from memattn.checks import check_bool, check_int, must
-from memattn.study.base import Study, check_list
+from memattn.study.base import Study, check_list, check_seeds, short_training
 from memattn.study.cells import Cell, Measure
 from memattn.study.results import Row
 from memattn.study.tables import loss_cells, loss_heads
@@ -49,10 +49,10 @@ class FutureCompare:
 
         check_list("loss_types", self.loss_types, (NO_LOSS, *LOSS_TYPES))
         check_list("sources", self.sources, SOURCES)
-        for name, least in (("future_dims", 1), ("seeds", 0)):
-            check_list(name, getattr(self, name))
-            for value in getattr(self, name):
-                check_int(f"compare.{name}", value, least)
+        check_seeds(self.seeds)
+        check_list("future_dims", self.future_dims)
+        for value in self.future_dims:
+            check_int("compare.future_dims", value, 1)
         check_bool("compare.full", self.full)
         if self.equal_to not in EQUAL_TO:
             must("compare.equal_to", f"be one of {', '.join(EQUAL_TO)}", repr(self.equal_to))
@@ -95,15 +95,7 @@ class FutureStudy(Study):
     future_options: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=lambda: DataConfig(vocab_size=2048, seq_len=128))
     training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(
-            max_steps=400,
-            batch_size=16,
-            base_model_lr=3e-3,
-            warmup_steps=40,
-            eval_steps=100,
-            save_steps=None,
-            keep_checkpoints=1,
-        )
+        default_factory=lambda: short_training(max_steps=400, base_model_lr=3e-3, warmup_steps=40)
     )
 
     def __post_init__(self) -> None:

@@ -43,7 +43,6 @@ _operator = register(
     results="out lse residual rest slots order entry offset",
     cotangents="out? lse?",
     saved="out lse residual rest slots order entry offset",
-    gradients="query key value weights",
     empty_results=_empty_results,
     empty_gradient=empty_gradient,
     forward=launch_forward,

@@ -11,25 +11,14 @@ from torch import Tensor
 
 from memattn_kernels._common import IS_INTERPRETED
 from memattn_kernels._operator import register
-from memattn_kernels._router import (
-    COTANGENTS,
-    GRADIENTS,
-    RESULTS,
-    SAVED,
-    empty_results,
-    without_saved,
-)
+from memattn_kernels._router import REGISTRATION, without_saved
 from memattn_kernels.chapter_router.launch import MAX_CHAPTERS, launch_backward, launch_forward
 from memattn_kernels.signatures import ChapterRouterArgs
 
 _operator = register(
     "memattn_kernels::chapter_router",
     ChapterRouterArgs,
-    results=RESULTS,
-    cotangents=COTANGENTS,
-    saved=SAVED,
-    gradients=GRADIENTS,
-    empty_results=empty_results,
+    **REGISTRATION,
     empty_gradient=lambda _, tensor: tensor.new_empty(tensor.shape),
     forward=launch_forward,
     backward=launch_backward,
