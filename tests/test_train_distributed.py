@@ -91,7 +91,11 @@ def launched(tmp_path_factory) -> Path:
     command += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
     done = subprocess.run(
         [*command, str(ROOT / "train_distributed.py"), *map(str, paths)],
-        env={**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONPATH": os.pathsep.join([str(ROOT.parent), str(ROOT)])},
+        env={
+            **os.environ,
+            "PYTHONFAULTHANDLER": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT.parent), str(ROOT)]),
+        },
         capture_output=True,
         text=True,
         check=False,
