@@ -94,7 +94,7 @@ def launched(tmp_path_factory) -> Path:
         env={
             **os.environ,
             "PYTHONFAULTHANDLER": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT.parent), str(ROOT)]),
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT.parent, ROOT.parent / "kernels", ROOT))),
         },
         capture_output=True,
         text=True,

@@ -131,7 +131,7 @@ class Study:
 
 def short_training(**options: Any) -> TrainingConfig:
     """The training of a small study: held-out losses on the way, and one checkpoint at the end."""
-    usual = dict(batch_size=16, eval_steps=100, save_steps=None, keep_checkpoints=1)
+    usual: dict[str, Any] = dict(batch_size=16, eval_steps=100, save_steps=None, keep_checkpoints=1)
     return TrainingConfig(**usual | options)
 
 
