@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         segmented_attention,
         task_masked_attention,
     )
+    from memattn.parts import quantize_memory
     from memattn.parts.chapter_memory import ChapterMemoryConfig
     from memattn.parts.future import FutureConfig
 
@@ -63,6 +64,7 @@ __all__ = [
     "detach_memory",
     "future_attention",
     "future_attention_loss",
+    "quantize_memory",
     "segmented_attention",
     "task_masked_attention",
     "train_continual",
@@ -92,6 +94,7 @@ _HOMES = {
         "MemAttnForCausalLM",
         "MemAttnModel",
     ),
+    "memattn.parts": ("quantize_memory",),
     "memattn.adapters": ("MemoryAdapter", "attach_memory", "detach_memory"),
     "memattn.dtgma": ("DTGMAModel",),
     "memattn.continual": ("train_continual",),
