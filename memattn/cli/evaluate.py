@@ -53,7 +53,7 @@ def evaluate(
 
     loaded = load_either(model, config, base_model, device)
     if memory_bits is not None:
-        from memattn import quantize_memory
+        from memattn.parts import quantize_memory
 
         quantize_memory(loaded.model, memory_bits)
     if data is None and loaded.run is not None and _has_answers(loaded.run):
