@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from memattn.cli._evaluate_tasks import TASKS
 
@@ -22,6 +22,7 @@ def evaluate(
     by_position: bool = False,
     cache_dir: str = "~/.cache/memattn",
     device: str | None = None,
+    memory_bits: Literal[8, 4] | None = None,
     json: str | None = None,
 ) -> int:
     """Measure the perplexity of a model on a text, or what it still knows of one far back.
@@ -47,6 +48,7 @@ def evaluate(
         by_position: Print the loss by the number of tokens before the predicted one as well.
         cache_dir: Folder with fetched corpora.
         device: Where to run, such as cpu or cuda; by default CUDA where there is one.
+        memory_bits: Put the memory of the model into 8 or 4 bits first.
         json: File to write the numbers to.
     """
     from rich.console import Console
@@ -58,6 +60,10 @@ def evaluate(
     from memattn.files import write_json
 
     loaded = load_either(model, config, base_model, device)
+    if memory_bits is not None:
+        from memattn.parts import quantize_memory
+
+        quantize_memory(loaded.model, memory_bits)
     if data is None and loaded.run is not None and _has_answers(loaded.run):
         return _evaluate_answers(loaded, batch_size, json)
     texts, name = _load_texts(loaded, data, cache_dir)
