@@ -104,7 +104,7 @@ def test_reach_of_other_decoders():
 
 def test_loss_by_position_adds_up_to_the_loss():
     model, tokenizer = make_model(), make_tokenizer(bos_token="<s>")
-    whole = perplexity(model, TEXTS, tokenizer, context_len=6)
+    whole = perplexity(model, TEXTS, tokenizer, context_len=6, batch_size=3)
     buckets = loss_by_position(model, TEXTS, tokenizer, context_len=6, batch_size=3)
     assert [(b.first, b.last) for b in buckets] == [(1, 1), (2, 3), (4, 6)]
     assert sum(b.num_tokens for b in buckets) == whole.num_tokens
