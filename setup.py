@@ -3,8 +3,8 @@
 The extension uses LibTorch's stable ABI and Python's limited API, so one wheel serves torch >= 2.11
 and Python >= 3.10. Build without isolation (``pip install --no-build-isolation``), so that the
 installed torch supplies the headers. Without torch or a C++ compiler the package still installs
-and runs on the reference backend; ``memattn doctor`` says what is missing. MEMATTN_CXXFLAGS adds flags
-for the compiler, after those here.
+and runs on the reference backend; ``memattn doctor`` says what is missing. MEMATTN_CXXFLAGS adds
+flags for the compiler, after those here.
 """
 
 import os
