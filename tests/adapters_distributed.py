@@ -91,7 +91,8 @@ def check(case, folder, accelerator):
 def check_all(rank, folder):
     """All cases in one of two processes."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # must be there, and are not read
+    # these must be there, and are not read
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     store = f"file://{folder.parent / 'store'}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     for case in CASES:
