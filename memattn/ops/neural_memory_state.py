@@ -3,6 +3,7 @@
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,15 @@ class NeuralMemoryState:
     records: bool = False
     past: "NeuralMemoryState | None" = None  # before the last chunk ended; a count of -1 is none
     writer: "Writer | None" = None  # of the pending rows
+
+    def __repr__(self) -> str:
+        """Sizes only: numbers of a memory say little."""
+        R, H, _ = self.packed_weights.shape
+        momentum = self.packed_momentum is not None
+        return (
+            f"NeuralMemoryState(R={R}, H={H}, sizes={self.sizes}, chunk_size={self.chunk_size}, "
+            f"momentum={momentum})"
+        )
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -104,6 +114,24 @@ class NeuralMemoryState:
         check_tensor("rows", rows)
         return self._map(lambda name, x: x if name == "initial" else x.index_select(0, rows))
 
+    def expand(self, R: int) -> "NeuralMemoryState":
+        """The state of one row for ``R`` rows that begin alike, as views."""
+        if self.count.shape[0] != 1:
+            must("state", "have one row to be expanded", self.count.shape[0])
+        return self._map(lambda name, x: x if name == "initial" else x.expand(R, *x.shape[1:]))
+
+    @classmethod
+    def merge(cls, states: "Sequence[NeuralMemoryState]") -> "NeuralMemoryState":
+        """The rows of several states of one memory behind each other; a past is not kept."""
+        first = states[0]
+        for state in states[1:]:
+            if (state.sizes, state.chunk_size) != (first.sizes, first.chunk_size):
+                must("states", "be of one memory", f"{first.sizes} and {state.sizes}")
+        named = {name: [getattr(state, name) for state in states] for name in TENSORS}
+        merged = {name: None if x[0] is None else torch.cat(x) for name, x in named.items()}
+        merged["initial"] = first.initial
+        return cls(**merged, sizes=first.sizes)  # pyright: ignore[reportArgumentType]
+
     def record_past(self) -> "NeuralMemoryState":
         """The same state, which from now on remembers what ``crop`` needs behind its last chunk.
 
@@ -111,24 +139,28 @@ class NeuralMemoryState:
         """
         return dataclasses.replace(self, records=True)
 
-    def crop(self, n: int) -> "NeuralMemoryState":
-        """Forget the newest ``n`` tokens of every row.
+    def crop(self, n: int | Tensor) -> "NeuralMemoryState":
+        """Forget the newest ``n`` tokens of every row, or ``n`` (integers ``[R]``) of each.
 
         Raises:
             ValueError: If a row has fewer than ``n`` tokens in its open chunk and what was before
                 is not kept; see ``record_past``.
         """
-        check_int("n", n, 0)
-        count, past = self.count, self.past
+        count, past, uniform = self.count, self.past, self.uniform
+        if isinstance(n, Tensor):
+            n, uniform = n.to(count.dtype), None
+        else:
+            check_int("n", n, 0)
         behind = count < n
         if not behind.any():
-            uniform = None if self.uniform is None else self.uniform - n
+            uniform = None if uniform is None else uniform - int(n)
             return dataclasses.replace(self, count=count - n, uniform=uniform)
         earlier = torch.full_like(count, -1) if past is None else past.count
         left = torch.where(behind, earlier + 1 + count - n, count - n)
         if past is None or (left < 0).any():
             most = int(torch.where(behind, earlier + 1 + count, count).min())
-            must("n", f"be at most {most}, what is kept of the open chunk and the past", n)
+            most = f"be at most {most}, what is kept of the open chunk and the past"
+            must("n", most, n.tolist() if isinstance(n, Tensor) else n)
         cropped = _mix(behind, past, self)
         past = dataclasses.replace(past, count=torch.where(behind, -1, earlier))
         return dataclasses.replace(cropped, count=left, records=self.records, past=past)
@@ -179,37 +211,71 @@ class NeuralMemoryState:
             initial = pack(list(weights)).to(initial)
             check_shape("weights, packed,", initial, H=self.initial.shape[0], P=initial.shape[1])
 
-        def anew(name: str, x: Tensor) -> Tensor:
-            if name == "initial":
-                return initial
-            at = mask.view(-1, *[1] * (x.dim() - 1))
-            start = initial if name == "packed_weights" else torch.zeros_like(x)
-            return torch.where(at, start, x)
+        begun = {name: getattr(self, name) for name in TENSORS}
+        begun = {n: None if x is None else torch.zeros_like(x) for n, x in begun.items()}
+        begun |= {"initial": initial, "packed_weights": initial.expand_as(self.packed_weights)}
+        return self.reset_to(mask, dataclasses.replace(self, **begun))
 
+    def reset_to(self, mask: Tensor, begin: "NeuralMemoryState") -> "NeuralMemoryState":
+        """The rows of ``begin`` where ``mask`` (bool ``[R]``) is True; they have no past."""
         past = self.past
         if past is not None:
             past = dataclasses.replace(past, count=torch.where(mask, -1, past.count))
-        begun = dataclasses.replace(self, past=None)._map(anew)
-        return dataclasses.replace(begun, past=past, uniform=None)
+        mixed = dataclasses.replace(_mix(mask, begin, self), initial=begin.initial)
+        return dataclasses.replace(mixed, records=self.records, past=past)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is needed to build the state again, as a flat dictionary to save."""
         found = {name: getattr(self, name) for name in TENSORS}
         found["sizes"] = torch.tensor(self.sizes)
-        return {name: x for name, x in found.items() if x is not None}
+        return {name: x.contiguous() for name, x in found.items() if x is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "NeuralMemoryState":
         """The state of what ``tensors`` gave.
 
         Raises:
-            ValueError: If a tensor is missing.
+            ValueError: If a tensor is missing, or they do not fit each other.
         """
         for name in (*TENSORS, "sizes"):
             if name not in tensors and name != "packed_momentum":
                 must("tensors", f"have {name}", sorted(tensors))
-        named = {name: tensors.get(name) for name in TENSORS}
-        return cls(**named, sizes=tuple(tensors["sizes"].tolist()))  # pyright: ignore[reportArgumentType]
+        named: dict[str, Any] = {name: tensors.get(name) for name in TENSORS}
+        state = cls(**named, sizes=tuple(tensors["sizes"].tolist()))
+        R, H = state.packed_weights.shape[:2]
+        state.check(R, H, state.packed_weights.dtype)
+        last = state.chunk_size - 1
+        if ((state.count < 0) | (state.count > last)).any():
+            must("count", f"be from 0 to chunk_size - 1 = {last}", state.count.tolist())
+        return state
+
+    def check(self, R: int, H: int, wide: torch.dtype) -> None:
+        """Raise unless the tensors fit each other and are of this size and dtype."""
+        pairs = zip(self.sizes, self.sizes[1:], strict=False)
+        P, rows = sum(a * b for a, b in pairs), self.pending_h.shape[2]
+        shapes = {
+            "packed_weights": (R, H, P),
+            "packed_momentum": (R, H, P),
+            "pending_h": (R, H, rows, sum(self.sizes[:-1])),
+            "pending_delta": (R, H, rows, sum(self.sizes[1:])),
+            "pending_decay": (R, H, rows),
+            "pending_momentum": (R, H, rows),
+            "count": (R,),
+            "skipped": (R,),
+            "initial": (H, P),
+        }
+        dtypes = {"count": torch.int32, "skipped": torch.int64}
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            if tensor.shape != shape:
+                must(f"state.{name}", f"have shape {list(shape)}", list(tensor.shape))
+            if tensor.dtype != dtypes.get(name, wide):
+                must(f"state.{name}", f"have dtype {dtypes.get(name, wide)}", tensor.dtype)
+            if tensor.device != self.packed_weights.device:
+                device = self.packed_weights.device
+                must(f"state.{name}", f"be on the device of its weights, {device}", tensor.device)
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> "NeuralMemoryState":
         """The state with ``change(name, tensor)`` of every tensor, of the past too."""
@@ -224,6 +290,10 @@ class Writer:
 
     def __init__(self) -> None:
         self.newest: Callable[[], NeuralMemoryState | None] = lambda: None
+
+    def __reduce__(self) -> tuple:
+        """A copy or a file has pending rows of its own."""
+        return Writer, ()
 
     def wrote(self, state: NeuralMemoryState) -> None:
         """Remember the state that a write made."""
