@@ -12,7 +12,9 @@ from memattn.adapters.cache import carry_states, new_cache
 from memattn.adapters.call import AdapterLayer, Call
 from memattn.adapters.files import INSIDE, save_adapter
 from memattn.adapters.swap import Swapped
+from memattn.checks import must
 from memattn.parts import Role
+from memattn.parts.chapters import Chapters
 from memattn.parts.together import roles_of
 
 
@@ -105,6 +107,19 @@ class AttachedModel(Swapped):
                 prefix = f"memory_adapters.{name}.{part}."
                 found.append((prefix, adapter.parts[part], module))
         return roles_of(found)
+
+    @property
+    def chapters(self: Any) -> Chapters:
+        """The chapters of texts that the adapter keeps which runs.
+
+        Raises:
+            ValueError: If not exactly one runs.
+        """
+        running = self._memattn.active if self._memattn.is_running else ()
+        if len(running) != 1:
+            allowed = "run exactly one adapter (see set_adapter)"
+            must("model", allowed, ", ".join(running) or "none")
+        return self._memattn.adapters[running[0]].chapters
 
     @property
     def losses(self: Any) -> dict[str, float]:

@@ -4,14 +4,13 @@ from memattn.nn._heads import KeyValueCache, MultiHeadAttention, TokenCache
 from memattn.nn.chapter_memory import (
     ChapterMemory,
     ChapterRouter,
-    LowRankLinear,
     MemoryBanks,
     MemoryCrossAttention,
     ProjectedChapters,
-    ZeroLinear,
 )
 from memattn.nn.future_attention import FutureAttention, FutureLayerOutput
 from memattn.nn.future_keys import FutureComputed, FutureRelative, FutureRows, FutureTable
+from memattn.nn.linear import LowRankLinear, ZeroLinear
 from memattn.nn.memory_bank import (
     FactorizedMemoryBank,
     MemoryBank,
