@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
+from inspect import signature
 from typing import Any
 
 import torch
@@ -97,8 +98,8 @@ def chapter_from_text(
     if not len(tokens):
         must("text", "have at least one token", "none")
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None) or LONGEST
-    context_len = min(limit, LONGEST) - len(prefix) if context_len is None else context_len
-    check_int("context_len", context_len, 1)
+    read_at_once = min(limit, LONGEST) - len(prefix) if context_len is None else context_len
+    check_int("context_len", read_at_once, 1)
     chapter = Chapter(
         name=name,
         source=source,
@@ -107,7 +108,7 @@ def chapter_from_text(
         made_at=_now(),
         model=_describe(base),
         weights=weights_checksum(model),
-        context_len=context_len,
+        context_len=read_at_once,
         prefix=prefix,
     )
     chapters.add(chapter, tokens, _read(base, chapters, chapter, tokens))
@@ -174,6 +175,7 @@ def weights_checksum(model: nn.Module) -> str:
 def _read(base: Any, chapters: Chapters, chapter: Chapter, tokens: Tensor) -> dict[str, Tensor]:
     """What the parts of a model keep of tokens ``[n]``."""
     prefix, was_training = torch.tensor(chapter.prefix, dtype=torch.long), base.training
+    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(base.forward).parameters else {}
     base.eval()
     try:
         # no inference mode: what is kept takes part in training
@@ -184,13 +186,13 @@ def _read(base: Any, chapters: Chapters, chapter: Chapter, tokens: Tensor) -> di
         ):
             for piece in tokens.split(chapter.context_len):
                 ids = torch.cat([prefix, piece])[None].to(base.device)
-                base(input_ids=ids, use_cache=False, logits_to_keep=1)
+                base(input_ids=ids, use_cache=False, **few)
+            return {
+                name: torch.cat([tensor[len(prefix) :] for tensor in pieces])
+                for name, pieces in recorded.items()
+            }
     finally:
         base.train(was_training)
-    return {
-        name: torch.cat([tensor[len(prefix) :] for tensor in pieces])
-        for name, pieces in recorded.items()
-    }
 
 
 def _find(model: Any) -> tuple[Any, Chapters]:

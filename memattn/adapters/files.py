@@ -1,7 +1,7 @@
 """An adapter as a folder: ``memory_config.json`` with its parts, ``memory.safetensors``.
 
-Weights are named by layer, ``layers.<i>.…``, or ``shared.<part>.…`` where layers share them. Chapters
-of texts, where there are any, have a file of their own.
+Weights are named by layer, ``layers.<i>.…``, or ``shared.<part>.…`` where layers share them.
+Chapters of texts, where there are any, have a file of their own.
 """
 
 import json
@@ -102,7 +102,7 @@ def _write(
     with replacing(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
         write_json(temporary / CONFIG, config)
-        adapter.chapters.write(temporary)
+        adapter.chapters.write(temporary / CHAPTERS)
 
 
 def model_facts(base: Any) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """The composable decoder: pre-norm blocks, each assembled from the parts its config names."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.utils import cached_file
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.hub import cached_file
 
 from memattn.checks import check_rank, must
 from memattn.models.block import MemAttnBlock
@@ -62,13 +63,13 @@ class MemAttnPreTrainedModel(PreTrainedModel):
                     found.append((f"{prefix}.{inside}.", part, module.module_of(name)))
         return roles_of(found)
 
-    def save_pretrained(
-        self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self: Any, save_directory: Any, is_main_process: bool = True, **kwargs: Any
     ) -> None:
         """As of transformers; chapters of texts are kept beside the weights."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            self.base_model.chapters.write(save_directory)
+            self.base_model.chapters.write(Path(save_directory) / FILE)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -10,14 +10,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memattn.checks import must
-from memattn.files import read_tensors, write_tensors
+from memattn.files import read_metadata, read_tensors, write_tensors
 
 FILE, FORMAT = "chapters.safetensors", "memattn-chapters-1"
 TOKENS = "tokens"  # of the text, beside what parts keep
@@ -260,58 +260,73 @@ class Chapters:
                 is taken in then.
         """
         tensors, metadata = read_tensors(path, "Chapters.save")
-        about = parse_about(path, metadata)
+        model, chapters = _described(path, metadata)
         for name, value in self.model.items():
-            if about["model"].get(name) != value:
-                saved = f"be of a model with {name} {value!r}"
-                must("path", saved, f"{path} with {about['model'].get(name)!r}")
-        chapters = read_records(path, about)
+            if model.get(name) != value:
+                must(
+                    "path",
+                    f"be of a model with {name} {value!r}",
+                    f"{path} with {model.get(name)!r}",
+                )
         for chapter in chapters:
             if chapter.name in self:
                 must("path", "have no chapter that is here already", repr(chapter.name))
-            if weights not in (None, chapter.weights):
-                allowed = "have chapters that these weights have made"
-                must("path", allowed, f"{chapter.name!r} of {chapter.model}")
         shapes: dict[str, tuple[int, ...]] = {}
         for number, chapter in enumerate(chapters):
             shapes[f"{number}.{TOKENS}"] = (chapter.num_tokens,)
             for name, features in self.layout.items():
                 shapes[f"{number}.{name}"] = (chapter.num_tokens, features)
         self._check_shapes(os.fspath(path), tensors, shapes)
+        for chapter in chapters:
+            if weights not in (None, chapter.weights):
+                allowed = "have chapters that these weights have made"
+                must("path", allowed, f"{chapter.name!r} of {chapter.model}")
         for number, chapter in enumerate(chapters):
             kept = {name: tensors[f"{number}.{name}"] for name in self.layout}
             self.add(chapter, tensors[f"{number}.{TOKENS}"], kept)
 
-    def write(self, folder: str | os.PathLike[str]) -> None:
-        """Keep the chapters in the folder of a model, or none where there are none."""
-        path = os.path.join(folder, FILE)
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "Chapters":
+        """The chapters of a file, without the model.
+
+        Raises:
+            FileNotFoundError, ValueError: As ``load`` does.
+        """
+        tensors, metadata = read_tensors(path, "Chapters.save")
+        model, _ = _described(path, metadata)
+        kept = {name.partition(".")[2]: t for name, t in tensors.items() if t.dim() == 2}
+        chapters = cls({name: tensor.shape[1] for name, tensor in kept.items()}, model)
+        chapters.load(path)
+        return chapters
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Save all chapters or, where there are none, see to it that there is no file."""
         if len(self):
             self.save(path)
         elif os.path.exists(path):
             os.remove(path)
 
 
-def parse_about(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What the metadata of a file say of its model and its chapters."""
-    if metadata.get("format") != FORMAT:
-        must("path", f"be a file of format {FORMAT}", f"{path} of {metadata.get('format')}")
-    return json.loads(metadata["about"])
-
-
-def read_records(path: str | os.PathLike[str], about: Mapping[str, Any]) -> list[Chapter]:
-    """The chapters that a file has.
+def list_chapters(path: str | os.PathLike[str]) -> list[Chapter]:
+    """What is known of the chapters of a file; their tensors are not read.
 
     Raises:
-        ValueError: If they are not described as ``Chapters.save`` does.
+        FileNotFoundError, ValueError: As ``Chapters.load`` does.
     """
-    known = {field.name for field in fields(Chapter)}
-    found = []
-    for values in about["chapters"]:
-        if values.keys() != known:
-            must(
-                "path",
-                f"describe chapters by {', '.join(sorted(known))}",
-                f"{path}, which does not",
-            )
-        found.append(Chapter(**{**values, "prefix": tuple(values["prefix"])}))
-    return found
+    return _described(path, read_metadata(path, "Chapters.save"))[1]
+
+
+def _described(
+    path: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> tuple[dict[str, Any], list[Chapter]]:
+    """The model and the chapters that the metadata of a file describe."""
+    if metadata.get("format") != FORMAT:
+        must("path", f"be a file of format {FORMAT}", f"{path} of {metadata.get('format')}")
+    try:
+        about = json.loads(metadata["about"])
+        chapters = [
+            Chapter(**{**values, "prefix": tuple(values["prefix"])}) for values in about["chapters"]
+        ]
+        return dict(about["model"]), chapters
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"path must describe its chapters, got {path} ({error})") from error

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from memattn.files import replacing, sha256_of
+from memattn.parts.chapters import FILE as CHAPTERS
 from memattn.parts.chapters import Chapters
 from memattn.train.attached import is_attached, saved_tensors, write_description
 from memattn.train.config import ModelConfig
@@ -221,7 +222,7 @@ def save_model(
         return
     model.config.save_pretrained(folder)
     if isinstance(chapters := getattr(model, "chapters", None), Chapters):
-        chapters.write(folder)
+        chapters.write(folder / CHAPTERS)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
