@@ -179,14 +179,12 @@ class _Measure:
         if not len(front):
             tokens, front = tokens[1:], tokens[:1]
         full = len(tokens) // self.piece_len * self.piece_len
-        groups = list(tokens[:full].view(-1, self.piece_len).split(BATCH))
-        if full < len(tokens):
-            groups.append(tokens[None, full:])
+        groups = [*tokens[:full].view(-1, self.piece_len).split(BATCH), tokens[None, full:]]
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad(), chapters_of(self.model).only(*names, weight=weight):
-                return torch.cat([self._losses(front, pieces) for pieces in groups])
+                return torch.cat([self._losses(front, group) for group in groups if group.numel()])
         finally:
             self.model.train(was_training)
 
