@@ -79,7 +79,7 @@ def test_filled_listed_opened_closed_and_deleted(kind):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("own", dict(quantize_memory=True, memory_quant_training=True, num_shared_chapters=1)),
+        ("own", dict(quantize_memory=True, num_shared_chapters=1)),
         ("qwen3", dict(**strategy("sequence"), combine="independent", memory_block_variant="B")),
     ],
 )

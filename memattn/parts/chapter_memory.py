@@ -154,6 +154,8 @@ class ChapterMemoryConfig(MemoryFields):
             if state.projected is None:
                 state.projected = module.attention.project(bank)
             projected = state.projected
+        if state is not None and not context.chapters:
+            state.open_chapters = None  # closed or deleted since
         if context.chapters:
             opened = dict(
                 open_chapters=_project_open(module.attention, context, state),
