@@ -1,6 +1,7 @@
 """Thin modules around the operators: projections, one operator call, output projection."""
 
 from memattn.nn._heads import KeyValueCache, MultiHeadAttention, TokenCache
+from memattn.nn.causal_convolution import CausalConvolution
 from memattn.nn.chapter_memory import (
     ChapterMemory,
     ChapterRouter,
@@ -19,11 +20,7 @@ from memattn.nn.memory_bank import (
     StandardMemoryBank,
 )
 from memattn.nn.mlp import GELUMLP, SwiGLU, make_mlp
-from memattn.nn.neural_memory import (
-    CausalConvolution,
-    NeuralMemory,
-    NeuralMemoryLayerOutput,
-)
+from memattn.nn.neural_memory import NeuralMemory, NeuralMemoryLayerOutput
 from memattn.nn.neural_memory_state import NeuralMemoryLayerState
 from memattn.nn.norm import make_norm
 from memattn.nn.rotary import RotaryEmbedding, apply_rotary, sequence_positions
