@@ -43,7 +43,7 @@ from memattn_kernels.chapter_attention.tiles import (
 from memattn_kernels.signatures import ChapterAttentionArgs
 
 # sizes that change from call to call: compile once for all their values
-RUNTIME_SIZES = ("T", "N", "K", "C", "row_width", "n_tiles", "slot", "n_entries")
+RUNTIME_SIZES = ("T", "N", "K", "C", "row_width", "n_tiles", "slot", "n_list")
 # what a kernel by row has not
 INDEX = ("entry_ptr", "sequence_ptr", "start_ptr", "length_ptr", "offset_ptr", "chapter_ptr",
          "first_ptr")  # fmt: skip

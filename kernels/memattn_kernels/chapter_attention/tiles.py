@@ -93,6 +93,16 @@ def gather_rows(ptr, offsets, valid, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.conste
 
 
 @triton.jit
+def load_rows(ptr, offsets, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """The rows at these offsets, zero past WIDTH."""
+    offs_w = tl.arange(0, BLOCK_WIDTH)[None, :]
+    if WIDTH < BLOCK_WIDTH:
+        return tl.load(ptr + offsets[:, None] + offs_w, mask=offs_w < WIDTH, other=0.0)
+    else:
+        return tl.load(ptr + offsets[:, None] + offs_w)
+
+
+@triton.jit
 def scatter_rows(ptr, offsets, valid, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Write the valid rows in the dtype of ``ptr``."""
     offs_w = tl.arange(0, BLOCK_WIDTH)[None, :]
@@ -141,6 +151,16 @@ def chapter_scores(q, k, n, M: tl.constexpr, BLOCK_N: tl.constexpr):
     if M % BLOCK_N != 0:
         scores = tl.where((n + tl.arange(0, BLOCK_N) < M)[None, :], scores, -float("inf"))
     return scores
+
+
+@triton.jit
+def log_sum(m, l, dtype: tl.constexpr):
+    """The exponent of a chapter's sum, and what float32 rounds off it."""
+    log_l = tl.log(l) if dtype == tl.float32 else tl.log2(l)
+    total = m + log_l
+    # exact: the error of a sum of two floats is a float
+    part = total - log_l
+    return total, (m - part) + (log_l - (total - part))
 
 
 @triton.jit
