@@ -47,7 +47,7 @@ def use_parts(monkeypatch: pytest.MonkeyPatch) -> list[lists.Parts]:
 @pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize(
     ("sizes", "options"),
-    [(dict(), {}), (dict(H=6, Hkv=2, N=5, M=7), dict(routing_block=5))],
+    [(dict(T=13, N=13, C=3), {}), (dict(H=6, Hkv=2, N=5, M=7), dict(routing_block=5))],
     ids=["token", "block"],
 )
 def test_both_forms_match_the_reference(monkeypatch, sizes, options, combine, by_chapter):
@@ -64,7 +64,7 @@ def test_both_forms_match_the_reference(monkeypatch, sizes, options, combine, by
 def test_neither_slots_nor_the_batch_change_a_bit(monkeypatch, combine, by_chapter):
     """Of results and the query's gradient; the others are sums over the batch."""
     use_form(monkeypatch, by_chapter)
-    tensors, slots = triton_inputs(M=9)
+    tensors, slots = triton_inputs(M=9, T=9, N=9)
     slots["combine"] = combine
     whole = run_with_gradients(chapter_attention, tensors, slots)
 

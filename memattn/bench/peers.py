@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+ScoreMod = Callable[..., Tensor]
 
 _SDPA_ON_CPU = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 _SDPA_ON_CUDA = {
@@ -48,11 +49,18 @@ def sdpa(backend: SDPBackend, *, mask: Tensor | None = None, is_causal: bool = F
 
 
 def flex(
-    mask_mod: MaskMod | None, T: int, S: int, device: str, batch: int | None = None
-) -> Attention:
+    mask_mod: MaskMod | None,
+    T: int,
+    S: int,
+    device: str,
+    batch: int | None = None,
+    score_mod: ScoreMod | None = None,
+) -> Callable[..., Tensor]:
     """Compiled FlexAttention under a block mask made from ``mask_mod(b, h, q_idx, kv_idx)``.
 
-    ``batch`` is None where the mask is the same for every sequence.
+    ``batch`` is None where the mask is the same for every sequence. What is called with further
+    tensors behind query, key and value gives them to ``score_mod(score, b, h, q_idx, kv_idx,
+    *tensors)``.
     """
     from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -64,17 +72,23 @@ def flex(
         # compiled on CUDA, where masks are long: else it stores T x S integers on the way
         create = torch.compile(create_block_mask) if "cuda" in device else create_block_mask
         block_mask = create(mask_mod, batch, None, T, S, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
 
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor) -> Tensor:
+        change = None if score_mod is None else lambda *scores: score_mod(*scores, *tensors)
+        return flex_attention(
+            query,
+            key,
+            value,
+            score_mod=change,
+            block_mask=block_mask,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+    compiled = torch.compile(attend, dynamic=False)
+
+    def attention(*tensors: Tensor) -> Tensor:
         # the backward is timed many times over one graph, so its buffers must stay
         with config.patch(donated_buffer=False):
-            return compiled(
-                query,
-                key,
-                value,
-                block_mask=block_mask,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
+            return compiled(*tensors)
 
     return attention

@@ -84,6 +84,8 @@ _RELATIVES: dict[str, str] = {
     "bwd_dq_target": "bwd_dq",
     "bwd_dkdv_target": "bwd_dkdv",
     "bwd_table": "bwd_dkdv",
+    "fwd_independent": "fwd",
+    "bwd_dq_independent": "bwd_dq",
     "fwd_by_chapter": "fwd",
     "bwd_dq_by_chapter": "bwd_dq",
     "bwd_dkdv_in_tile": "bwd_dkdv",
@@ -99,8 +101,8 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     ),
     "task_masked_attention": ("fwd", "bwd_dq", "bwd_dkdv"),
     "chapter_attention": (
-        *("fwd", "fwd_by_chapter", "decode", "bwd_dq", "bwd_dq_by_chapter", "bwd_dkdv"),
-        "bwd_dkdv_in_tile",
+        *("fwd", "fwd_independent", "fwd_by_chapter", "decode"),
+        *("bwd_dq", "bwd_dq_independent", "bwd_dq_by_chapter", "bwd_dkdv", "bwd_dkdv_in_tile"),
     ),
     "chapter_router": ("logits", "d_hidden", "d_weight"),
 }

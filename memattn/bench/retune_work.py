@@ -28,7 +28,7 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
     if kernel.startswith("task_masked_attention"):
         return task_masked_attention, inputs.make_segmented_inputs, [{"shift": 0}, {"shift": 64}]
     if kernel.startswith("chapter_attention"):
-        if kernel.endswith("in_tile"):
+        if kernel.endswith(("_independent", "_in_tile")):
             make_inputs = inputs.make_segmented_inputs
             return chapter_attention, make_inputs, [{"form": "sequence", "combine": "independent"}]
         forms = {"sequence": "by_chapter" not in kernel, "token": kernel.endswith(LONG_LISTS)}

@@ -2,9 +2,11 @@
 
 Chapters of 128 keys with weights. Words of a part say what else: ``row`` a program that owns rows
 of one routing row, ``rows`` tiles of rows of one entry; ``independent`` softmax; ``group`` four query
-heads for each key head; ``lse`` a gradient through it; ``int8`` and ``int4`` a quantised bank.
+heads for each key head; ``lse`` a gradient through it; ``short`` chapters that fit a tile, as they do
+where keys compute their softmax; ``int8`` and ``int4`` a quantised bank.
 """
 
+import re
 from functools import partial
 
 import triton
@@ -42,6 +44,7 @@ def _constants(
     by_row = "row" in words or "rows" in words
     # numbers of a slot are listed where rows of several entries share a tile
     by_entry = not by_row
+    is_short = "short" in words or (is_keys and by_row and not is_joint)
     constants: dict[str, object] = {
         "D": head_dim,
         "DV": head_dim,
@@ -51,8 +54,7 @@ def _constants(
         "BLOCK_N": block_length(config.get("BLOCK_N", N_KEYS), N_KEYS),
         "G": group,
         "WIDTH": None if by_row else group,
-        # a chapter fits one tile where its softmax is computed there
-        "M": config["BLOCK_N"] if is_keys and by_row and not is_joint else N_KEYS,
+        "M": min(config["BLOCK_N"], N_KEYS) if is_short else N_KEYS,
         "IS_JOINT": is_joint,
         "LIST_ENTRIES": by_entry,
     }
@@ -69,7 +71,6 @@ def _constants(
     if not is_keys and by_row:
         absent += [*INDEX, *STATE]
     absent += [] if is_joint else ["delta_ptr"]
-    absent += [] if is_joint or has_lse else ["lse_ptr"]
     constants |= dict.fromkeys(absent)
     return {name: value for name, value in constants.items() if name in function.arg_names}
 
@@ -91,11 +92,13 @@ def _kernel(
 
 
 PARTS = {
-    "fwd": ("row", "row-group", "row-independent", "row-int8", "row-int4"),
-    "decode": ("row", "row-group", "row-int8", "row-int4"),
-    "fwd_by_chapter": ("", "group", "independent", "int8", "int4"),
-    "bwd_dq": ("row", "row-group-lse", "row-independent-lse", "row-int8", "row-int4"),
-    "bwd_dq_by_chapter": ("", "group-lse", "independent", "independent-lse", "int8", "int4"),
+    "fwd": ("row", "row-group", "row-int8", "row-int4"),
+    "fwd_independent": ("row-independent", "row-independent-short"),
+    "decode": ("row", "row-group", "row-independent", "row-int8", "row-int4"),
+    "fwd_by_chapter": ("", "group", "independent", "independent-short", "int8", "int4"),
+    "bwd_dq": ("row", "row-group-lse", "row-int8", "row-int4"),
+    "bwd_dq_independent": ("row-independent-lse", "row-independent-short"),
+    "bwd_dq_by_chapter": ("", "group-lse", "independent-lse", "independent-short", "int8", "int4"),
     "bwd_dkdv": ("joint", "group", "joint-rows", "group-rows", "independent"),
     "bwd_dkdv_in_tile": ("independent-rows", "independent-group-rows-lse"),
 }  # fmt: skip
@@ -113,7 +116,7 @@ KERNELS = (
     *(
         _kernel(
             name,
-            FUNCTIONS[name.removesuffix("_by_chapter").removesuffix("_in_tile")],
+            FUNCTIONS[re.sub("_(by_chapter|in_tile|independent)$", "", name)],
             part,
         )
         for name, parts in PARTS.items()

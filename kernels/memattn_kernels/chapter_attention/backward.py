@@ -100,23 +100,24 @@ def launch_backward(
     n_owners = Hkv * triton.cdiv(shared["M"], keys.config["BLOCK_N"])
     parts = parts_of_chapters(index, K, keys.rows, block, n_owners)
     n_list = parts.n_tiles * block if keys.by_entry else args.row_start.numel() * keys.rows
-    # in the independent form queries list numbers of a slot, and otherwise a row's are listed here
     places = places_of_entries(index, parts, K, keys.rows, block) if keys.by_entry else None
-    of_slots = keys.by_entry and not args.is_joint
-    if args.is_joint or of_slots or d_lse is not None:
-        shared |= dict(
-            shift_ptr=lse.new_full((Hkv, n_list), torch.inf),
-            list_ptr=lse.new_zeros(Hkv, n_list),
-            rest_ptr=lse.new_zeros(Hkv, n_list) if query.dtype == torch.float32 else None,
-            n_list=n_list,
-        )
-    if of_slots:
-        assert places is not None
-        own = {"place_ptr": places.new_empty(places.shape).scatter_(0, index.entry.long(), places)}
-        _launch_queries(args, saved, grads, index, shared | own)
+
+    def new_lists() -> dict:
+        rest = lse.new_zeros(Hkv, n_list) if query.dtype == torch.float32 else None
+        shift = lse.new_full((Hkv, n_list), torch.inf)
+        return dict(shift_ptr=shift, rest_ptr=rest, list_ptr=lse.new_zeros(Hkv, n_list))
+
+    # in the independent form queries list numbers of a slot; a row's are listed after them, when
+    # what they need is free again
+    shared["n_list"] = n_list
+    of_slots = places is not None and not args.is_joint
+    if places is not None and of_slots:
+        shared |= new_lists()
+        place_of = places.new_empty(places.shape).scatter_(0, index.entry.long(), places)
+        _launch_queries(args, saved, grads, index, shared | {"place_ptr": place_of})
     else:
-        without = dict.fromkeys(("shift_ptr", "rest_ptr", "list_ptr"))
-        _launch_queries(args, saved, grads, index, shared | without)
+        _launch_queries(args, saved, grads, index, shared)
+        shared |= new_lists() if args.is_joint or d_lse is not None else {}
     # of each entry, in the order of the index
     weights = None if weights is None else weights.flatten()[index.entry]
     shared |= dict(weight_ptr=weights)

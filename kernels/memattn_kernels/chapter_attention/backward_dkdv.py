@@ -109,9 +109,12 @@ def chapter_attention_bwd_dkdv_kernel(
             if IS_JOINT and HAS_WEIGHTS and WIDTH is None and dtype != tl.float32:
                 shift -= w
             x = scores * exponent_scale - shift[None, :]
-            if dtype == tl.float32:
-                x -= tl.load(rest_ptr + offs + offs_m)[None, :]
-            p = power(x, dtype)
+            if dtype != tl.float32:
+                p = power(x, dtype)
+            elif IS_JOINT:
+                p = power(x - tl.load(rest_ptr + offs + offs_m)[None, :], dtype)
+            else:
+                p = power(x, dtype) * tl.load(rest_ptr + offs + offs_m)[None, :]
             if IS_JOINT:
                 if HAS_WEIGHTS and dtype == tl.float32:
                     p *= w if WIDTH is None else w[None, :]

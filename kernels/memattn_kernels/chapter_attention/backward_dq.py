@@ -20,7 +20,6 @@ from memattn_kernels.chapter_attention.tiles import (
     exp_lse,
     gather_rows,
     load_bank_tile,
-    log_sum,
     rows_of_program,
     scatter_rows,
 )
@@ -203,14 +202,15 @@ def chapter_attention_bwd_dq_kernel(
         if place_ptr is not None:
             # see the key-stationary kernel: w (d_out V^T - Delta_s) + d_lse exp(l_s - lse)
             offs = tl.cast(h_kv, tl.int64) * n_list + tl.load(place_ptr + place) + i
-            total, rest = log_sum(m, l, q.dtype)
-            number = w * of_weight
+            listed = w * of_weight
             if dlse_ptr is not None:
-                number -= dlse * exp_lse(m, l, lse, residual, q.dtype)
-            tl.store(shift_ptr + offs, total, mask=valid)
-            tl.store(list_ptr + offs, number, mask=valid)
-            if rest_ptr is not None:
-                tl.store(rest_ptr + offs, rest, mask=valid)
+                listed -= dlse * exp_lse(m, l, lse, residual, q.dtype)
+            tl.store(list_ptr + offs, listed, mask=valid)
+            if rest_ptr is not None:  # a logarithm would cost float32 digits
+                tl.store(shift_ptr + offs, m, mask=valid)
+                tl.store(rest_ptr + offs, 1.0 / l, mask=valid)
+            else:
+                tl.store(shift_ptr + offs, m + tl.log2(l), mask=valid)
         if HAS_WEIGHTS:
             if BY_CHAPTER:
                 dw += of_weight

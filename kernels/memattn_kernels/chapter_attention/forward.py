@@ -281,14 +281,16 @@ def row_config(
 ) -> dict[str, int]:
     """Tile lengths and launch options of a query-stationary kernel.
 
-    In the tables that by chapter has ``_by_chapter`` behind its name; a forward with few rows in
-    a routing row is ``decode``.
+    In the tables that by chapter has ``_by_chapter`` behind its name, that by row with a softmax
+    for each chapter ``_independent``; a forward with few rows in a routing row is ``decode``.
     """
     width = inputs["row_width"]
     if by_chapter:
         name += "_by_chapter"
     elif width <= configs.DECODE_LENGTH and name.endswith("fwd"):
         name = name.replace("fwd", "decode")
+    elif not args.is_joint:
+        name += "_independent"
     config = lookup(name, args.query, inputs)
     config = config | {"BLOCK_N": block_length(config["BLOCK_N"], inputs["M"])}
     if not by_chapter:

@@ -2,7 +2,12 @@
 
 A *list* holds numbers of rows one behind the other as the backward walks them, so that a tile reads
 them without an address for each. It begins each chapter, and each entry or routing row that fills
-tiles of its own, with a tile; a place in it without a row has an infinite exponent.
+tiles of its own, with a tile. Three are read together, ``[Hkv, n_list]`` each:
+
+    shift  what is taken off the exponents of a row; infinite where a place has no row
+    rest   float32 only: joint what is rounded off ``shift``; independent a factor of exponentials
+    list   joint ``Delta - d_lse``; independent ``w_s Delta_s - d_lse exp(l_s - lse)``; ``d_lse`` where
+           keys compute their softmax
 """
 
 from typing import NamedTuple

@@ -154,16 +154,6 @@ def chapter_scores(q, k, n, M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def log_sum(m, l, dtype: tl.constexpr):
-    """The exponent of a chapter's sum, and what float32 rounds off it."""
-    log_l = tl.log(l) if dtype == tl.float32 else tl.log2(l)
-    total = m + log_l
-    # exact: the error of a sum of two floats is a float
-    part = total - log_l
-    return total, (m - part) + (log_l - (total - part))
-
-
-@triton.jit
 def exp_lse(m, l, lse, residual, dtype: tl.constexpr):
     """``exp(l_s - lse)`` of a chapter with the largest exponent ``m`` and the sum ``l``."""
     x = m - lse
