@@ -145,9 +145,7 @@ def test_parts_have_every_tile_once(rows, monkeypatch):
     walked = [[] for _ in range(C + 1)]
     for chapter, first in zip(parts.chapter.tolist(), parts.first.tolist(), strict=True):
         walked[chapter].append(first)
-    assert [firsts for firsts in walked[:C]] == [
-        [*range(0, n, parts.most)] or [0] for n in n_tiles
-    ]
+    assert [firsts for firsts in walked[:C]] == [[*range(0, n, parts.most)] or [0] for n in n_tiles]
     several = [c for c in range(C) if n_tiles[c] > parts.most]
     assert 0 in several and set(several) <= set(parts.several.tolist())
     places = [parts.sums[c] + i for c in several for i in range(len(walked[c]))]

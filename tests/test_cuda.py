@@ -202,7 +202,10 @@ def test_routing_and_chapters_in_a_cuda_graph(form: str):
         chosen = [t if rows > 1 else t[:, 0] for t in (routed.indices, routed.weights)]
         out = chapter_attention(*leaves[:3], *chosen, backend="triton").out
         losses = [routed.load_balance_loss, routed.z_loss]
-        return [out, *torch.autograd.grad([out, *losses], leaves, [d_out, *map(torch.ones_like, losses)])]
+        return [
+            out,
+            *torch.autograd.grad([out, *losses], leaves, [d_out, *map(torch.ones_like, losses)]),
+        ]
 
     expected = [tensor.detach().clone() for tensor in step()]
     torch.cuda.synchronize()

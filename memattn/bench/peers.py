@@ -74,7 +74,9 @@ def flex(
         block_mask = create(mask_mod, batch, None, T, S, device=device)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor) -> Tensor:
-        change = None if score_mod is None else lambda *scores: score_mod(*scores, *tensors)
+        change = None
+        if score_mod is not None:
+            change = lambda *scores: score_mod(*scores, *tensors)
         return flex_attention(
             query,
             key,

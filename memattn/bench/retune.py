@@ -62,7 +62,9 @@ _SHARED_CANDIDATES = {
             (32, 32, 4, 2), (32, 32, 8, 1), (32, 64, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1),
             (16, 32, 8, 2),
         ],
-        "product": [(64, 64, 8, 2, 16), (64, 64, 8, 2, 32), (128, 64, 8, 2, 16), (32, 64, 4, 2, 32)],
+        "product": [
+            (64, 64, 8, 2, 16), (64, 64, 8, 2, 32), (128, 64, 8, 2, 16), (32, 64, 4, 2, 32),
+        ],
     },
 }  # fmt: skip
 
@@ -85,6 +87,7 @@ _RELATIVES: dict[str, str] = {
     "bwd_dkdv_target": "bwd_dkdv",
     "bwd_table": "bwd_dkdv",
     "fwd_independent": "fwd",
+    "fwd_quantised": "fwd",
     "bwd_dq_independent": "bwd_dq",
     "fwd_by_chapter": "fwd",
     "bwd_dq_by_chapter": "bwd_dq",
@@ -101,7 +104,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     ),
     "task_masked_attention": ("fwd", "bwd_dq", "bwd_dkdv"),
     "chapter_attention": (
-        *("fwd", "fwd_independent", "fwd_by_chapter", "decode"),
+        *("fwd", "fwd_independent", "fwd_quantised", "fwd_by_chapter", "decode"),
         *("bwd_dq", "bwd_dq_independent", "bwd_dq_by_chapter", "bwd_dkdv", "bwd_dkdv_in_tile"),
     ),
     "chapter_router": ("logits", "d_hidden", "d_weight"),

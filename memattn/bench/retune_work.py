@@ -10,6 +10,12 @@ from torch import Tensor
 KEYS_OF_CHAPTER = 128
 # kernels that also see rows of a chapter
 LONG_LISTS = ("by_chapter", "bwd_dkdv")
+# and what some kernels are for
+SPECIAL: dict[str, dict[str, Any]] = {
+    "_quantised": {"bits": 8},
+    "_independent": {"combine": "independent"},
+    "_in_tile": {"combine": "independent"},
+}
 
 
 def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
@@ -28,9 +34,10 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
     if kernel.startswith("task_masked_attention"):
         return task_masked_attention, inputs.make_segmented_inputs, [{"shift": 0}, {"shift": 64}]
     if kernel.startswith("chapter_attention"):
-        if kernel.endswith(("_independent", "_in_tile")):
-            make_inputs = inputs.make_segmented_inputs
-            return chapter_attention, make_inputs, [{"form": "sequence", "combine": "independent"}]
+        for suffix, options in SPECIAL.items():
+            if kernel.endswith(suffix):
+                passes = [{"form": "sequence"} | options]
+                return chapter_attention, inputs.make_segmented_inputs, passes
         forms = {"sequence": "by_chapter" not in kernel, "token": kernel.endswith(LONG_LISTS)}
         passes = [{"form": form} for form, is_wanted in forms.items() if is_wanted]
         return chapter_attention, inputs.make_segmented_inputs, passes
@@ -75,18 +82,30 @@ def chapter_attention(
     form: str,
     backend: str,
     combine: str = "joint",
+    bits: int | None = None,
     query_offset: int = 0,
 ):
     """The operator with chapters made of the first sequence's keys, and a selection at random."""
     from memattn import ops
+    from memattn.reference.chapter_quantization import quantize_rows
 
     (B, _, T, _), C = query.shape, key.shape[2] // KEYS_OF_CHAPTER
     chapters = lambda rows: (
         rows[0, :, : C * KEYS_OF_CHAPTER].unflatten(1, (C, KEYS_OF_CHAPTER)).transpose(0, 1)
     )
     indices, weights = _selection((B, T) if form == "token" else (B,), C, query.device)
+    scales = {}
+    bank = {"chapter_key": chapters(key), "chapter_value": chapters(value)}
+    if bits is not None:
+        for name, rows in bank.items():
+            codes, scale = quantize_rows(rows.detach().float(), bits)
+            bank[name], scales[f"{name.removeprefix('chapter_')}_scale"] = codes, scale
     return ops.chapter_attention(
-        *(query, chapters(key), chapters(value), indices, weights),
+        query,
+        **bank,
+        **scales,
+        chapter_indices=indices,
+        chapter_weights=weights,
         query_offset=query_offset,
         combine=combine,
         backend=backend,
@@ -108,7 +127,7 @@ def make_router_inputs(
     device: torch.device | str = "cpu",
     **others: int,
 ) -> dict[str, Tensor]:
-    """Hidden states ``[B, 4 T, E]`` and logits of about 1; E is 768 where D says "wide"."""
+    """Hidden states ``[B, 4 T, E]`` and logits of about 1; E is D, or 768 where that is 256."""
     E, C = (768 if D == 256 else D), (4096 if T >= 4096 else 96)
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)

@@ -1,9 +1,9 @@
 """What the ahead-of-time gate compiles of chapter attention.
 
 Chapters of 128 keys with weights. Words of a part say what else: ``row`` a program that owns rows
-of one routing row, ``rows`` tiles of rows of one entry; ``independent`` softmax; ``group`` four query
-heads for each key head; ``lse`` a gradient through it; ``short`` chapters that fit a tile, as they do
-where keys compute their softmax; ``int8`` and ``int4`` a quantised bank.
+of one routing row, ``rows`` tiles of rows of one entry; ``independent`` softmax; ``group`` four
+query heads for each key head; ``lse`` a gradient through it; ``short`` chapters that fit a tile, as
+they do where keys compute their softmax; ``int8`` and ``int4`` a quantised bank.
 """
 
 import re
@@ -21,8 +21,8 @@ from memattn_kernels.chapter_attention.forward import INDEX, chapter_attention_f
 N_KEYS = 128  # of a chapter
 INTEGERS = ("slots_ptr", "n_slots_ptr", "row_start_ptr", "row_end_ptr", *INDEX, "place_ptr",
             "tiles_ptr", "sums_ptr")  # fmt: skip
-FLOATS = ("weight_ptr", "lse_ptr", "residual_ptr", "acc_ptr", "m_ptr", "l_ptr", "dw_ptr", "dlse_ptr",
-          "delta_ptr", "shift_ptr", "rest_ptr", "list_ptr", "number_ptr", "part_dk_ptr",
+FLOATS = ("weight_ptr", "lse_ptr", "residual_ptr", "acc_ptr", "m_ptr", "l_ptr", "dw_ptr",
+          "dlse_ptr", "delta_ptr", "shift_ptr", "rest_ptr", "list_ptr", "number_ptr", "part_dk_ptr",
           "part_dv_ptr", "k_scale_ptr", "v_scale_ptr")  # fmt: skip
 TYPES = dict.fromkeys(INTEGERS, "*i32") | dict.fromkeys(FLOATS, "*fp32")
 CODES = {"int8": "*i8", "int4": "*u8"}
@@ -92,16 +92,17 @@ def _kernel(
 
 
 PARTS = {
-    "fwd": ("row", "row-group", "row-int8", "row-int4"),
-    "fwd_independent": ("row-independent", "row-independent-short"),
-    "decode": ("row", "row-group", "row-independent", "row-int8", "row-int4"),
-    "fwd_by_chapter": ("", "group", "independent", "independent-short", "int8", "int4"),
-    "bwd_dq": ("row", "row-group-lse", "row-int8", "row-int4"),
-    "bwd_dq_independent": ("row-independent-lse", "row-independent-short"),
-    "bwd_dq_by_chapter": ("", "group-lse", "independent-lse", "independent-short", "int8", "int4"),
-    "bwd_dkdv": ("joint", "group", "joint-rows", "group-rows", "independent"),
-    "bwd_dkdv_in_tile": ("independent-rows", "independent-group-rows-lse"),
-}  # fmt: skip
+    "fwd": ("row",),
+    "fwd_quantised": ("row-group-int8", "row-int4"),
+    "fwd_independent": ("row-group-independent", "row-independent-short"),
+    "decode": ("row", "row-int8", "row-group-int4"),
+    "fwd_by_chapter": ("", "group-int8", "int4", "group-independent"),
+    "bwd_dq": ("row", "row-group-lse", "row-int4"),
+    "bwd_dq_independent": ("row-group-independent-lse", "row-independent-short"),
+    "bwd_dq_by_chapter": ("", "group-lse", "int4", "group-independent-lse"),
+    "bwd_dkdv": ("joint", "group", "joint-rows", "independent"),
+    "bwd_dkdv_in_tile": ("group-rows-independent-lse",),
+}
 FUNCTIONS = {
     "fwd": chapter_attention_fwd_kernel,
     "decode": chapter_attention_fwd_kernel,
@@ -116,7 +117,7 @@ KERNELS = (
     *(
         _kernel(
             name,
-            FUNCTIONS[re.sub("_(by_chapter|in_tile|independent)$", "", name)],
+            FUNCTIONS[re.sub("_(by_chapter|in_tile|independent|quantised)$", "", name)],
             part,
         )
         for name, parts in PARTS.items()

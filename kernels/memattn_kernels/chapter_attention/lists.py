@@ -6,8 +6,8 @@ tiles of its own, with a tile. Three are read together, ``[Hkv, n_list]`` each:
 
     shift  what is taken off the exponents of a row; infinite where a place has no row
     rest   float32 only: joint what is rounded off ``shift``; independent a factor of exponentials
-    list   joint ``Delta - d_lse``; independent ``w_s Delta_s - d_lse exp(l_s - lse)``; ``d_lse`` where
-           keys compute their softmax
+    list   joint ``Delta - d_lse``; independent ``w_s Delta_s - d_lse exp(l_s - lse)``; ``d_lse``
+           where keys compute their softmax
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memattn_kernels._common import exponent_factor
-from memattn_kernels._launch import MIN_PART, N_PROGRAMS, launch
+from memattn_kernels._launch import MIN_PART, N_PROGRAMS
 from memattn_kernels.chapter_attention.forward import RUNTIME_SIZES
 from memattn_kernels.chapter_attention.index import ChapterIndex
 

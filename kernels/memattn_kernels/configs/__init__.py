@@ -120,9 +120,7 @@ def read(path: str | Path) -> dict:
     return kernels
 
 
-def _check(
-    entry: str, config: object, needed: tuple[str, ...], optional: tuple[str, ...]
-) -> None:
+def _check(entry: str, config: object, needed: tuple[str, ...], optional: tuple[str, ...]) -> None:
     """Raise ValueError unless this is a configuration that a kernel can be launched with."""
     known = needed + optional
     if not isinstance(config, dict) or not set(needed) <= config.keys() <= set(known):

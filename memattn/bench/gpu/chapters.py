@@ -45,7 +45,10 @@ ATTENTION: dict[str, tuple[dict, Options]] = {
 }
 ROUTER: dict[str, tuple[dict, Options]] = {
     "shared and invalid": ({"B": 2, "C": 48}, lambda T: {"top_k": 5, "num_shared": 1}),
-    "sum": ({"B": 2, "C": 300}, lambda T: {"top_k": 8, "normalisation": "sum", "routed_scale": 2.5}),
+    "sum": (
+        {"B": 2, "C": 300},
+        lambda T: {"top_k": 8, "normalisation": "sum", "routed_scale": 2.5},
+    ),
     "temperature": ({"B": 1, "C": 9}, lambda T: {"top_k": 1, "temperature": 0.7}),
 }
 

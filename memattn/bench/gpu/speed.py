@@ -145,7 +145,9 @@ def _few_heads(case: Case) -> Case:
     if "H" in sizes:
         most = 16 if case.T <= 8192 else 4  # 16 heads compile as 32 do
         few["H"] = min(sizes["H"], most)
-        if sizes["Hkv"] is not None:  # as many query heads for each key head, which kernels depend on
+        if (
+            sizes["Hkv"] is not None
+        ):  # as many query heads for each key head, which kernels depend on
             few["Hkv"] = max(sizes["Hkv"] * few["H"] // sizes["H"], 1)
             few["H"] = few["Hkv"] * (sizes["H"] // sizes["Hkv"])
     return replace(case, **few)
