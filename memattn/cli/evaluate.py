@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from memattn.cli._runs import Loaded
@@ -19,6 +19,7 @@ def evaluate(
     batch_size: int = 8,
     cache_dir: str = "~/.cache/memattn",
     device: str | None = None,
+    memory_bits: Literal[8, 4] | None = None,
     json: str | None = None,
 ) -> int:
     """Measure the perplexity of a model on a text.
@@ -40,6 +41,7 @@ def evaluate(
         batch_size: Windows in one forward pass.
         cache_dir: Folder with fetched corpora.
         device: Where to run, such as cpu or cuda; by default CUDA where there is one.
+        memory_bits: Put the memory of the model into 8 or 4 bits first.
         json: File to write the numbers to.
     """
     from rich.console import Console
@@ -50,6 +52,10 @@ def evaluate(
     from memattn.files import write_json
 
     loaded = load_either(model, config, base_model, device)
+    if memory_bits is not None:
+        from memattn.parts import quantize_memory
+
+        quantize_memory(loaded.model, memory_bits)
     if data is None and loaded.run is not None and _has_answers(loaded.run):
         return _evaluate_answers(loaded, batch_size, json)
     texts, name = _load_texts(loaded, data, cache_dir)
