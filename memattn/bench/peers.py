@@ -5,6 +5,7 @@ raises when it is first called, and the engine reports that reason.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,15 +74,14 @@ def flex(
         create = torch.compile(create_block_mask) if "cuda" in device else create_block_mask
         block_mask = create(mask_mod, batch, None, T, S, device=device)
 
+    change: Any = score_mod
+
     def attend(query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor) -> Tensor:
-        change = None
-        if score_mod is not None:
-            change = lambda *scores: score_mod(*scores, *tensors)
         return flex_attention(
             query,
             key,
             value,
-            score_mod=change,
+            score_mod=change and (lambda *scores: change(*scores, *tensors)),
             block_mask=block_mask,
             enable_gqa=query.shape[1] != key.shape[1],
         )
