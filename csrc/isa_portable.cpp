@@ -24,6 +24,7 @@ namespace memattn::portable {
 #include "neural_memory_chunk.h"
 #include "neural_memory_tile.h"
 #include "neural_memory_backward_tile.h"
+#include "neural_memory_step_tile.h"
 #include "kernel_table.h"
 }  // namespace memattn::portable
 

@@ -11,5 +11,6 @@ static constexpr Kernels make_kernels(const char* name) {
           {chapter_scratch, chapter_forward, chapter_prepare, chapter_d_query, chapter_d_chapter},
           {router_forward_scratch, router_backward_scratch, router_forward, router_backward_rows,
            router_backward_chapters},
-          {memory_forward_scratch, memory_backward_scratch, memory_forward, memory_backward}};
+          {memory_forward_scratch, memory_backward_scratch, memory_step_scratch, memory_forward,
+           memory_backward, memory_step}};
 }

@@ -323,9 +323,12 @@ struct MemoryKernels {
   // floats of scratch that one thread needs
   int64_t (*forward_scratch)(const MemoryArgs&);
   int64_t (*backward_scratch)(const MemoryArgs&);
+  int64_t (*step_scratch)(const MemoryArgs&);
   // one head of one row
   void (*forward)(const MemoryArgs&, int64_t row, int64_t h, float* scratch);
   void (*backward)(const MemoryArgs&, int64_t row, int64_t h, float* scratch);
+  // one token with a state; the pending factors are those of the end, too
+  void (*step)(const MemoryArgs&, int64_t row, int64_t h, float* scratch);
 };
 
 // The kernels of one operator.

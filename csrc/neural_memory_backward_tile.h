@@ -50,8 +50,8 @@ static float total_product(int64_t vectors, const float* x, const float* y) {
   return total;
 }
 
-// The end of a full chunk: `d` comes with the gradients of what follows and leaves with those of the
-// chunk's start, as far as they take this way.
+// The end of a full chunk: `d` comes with the gradients of what follows and leaves with those of
+// the chunk's start, as far as they take this way.
 template <int NV>
 static void end_backward(const MemoryArgs& a, const ChunkTokens& t, const MemoryWeights& w,
                          const MemoryWeights& d, const ChunkKeys<NV>& keys, ChunkGrads<NV>& g) {
@@ -334,8 +334,10 @@ static void chunk_backward(const MemoryArgs& a, int64_t row, int64_t b, int64_t 
   if (has_end) {
     end_backward<NV>(a, t, w, own.d, own.keys, g);
   } else {
-    for (int64_t l = 0; l < a.depth; ++l)
-      fill(g.input[l], a.width[l] * t.lanes, 0.0f), fill(g.scaled[l], a.width[l + 1] * t.lanes, 0.0f);
+    for (int64_t l = 0; l < a.depth; ++l) {
+      fill(g.input[l], a.width[l] * t.lanes, 0.0f);
+      fill(g.scaled[l], a.width[l + 1] * t.lanes, 0.0f);
+    }
     if (!t.is_full) load_pending_grads<NV>(a, row, h, t, g);
   }
   if (a.d_out.data) read_backward<NV>(a, b, h, t, w, own.d, own.keys, own.reads, g);
@@ -377,29 +379,4 @@ static void backward_head(const MemoryArgs& a, int64_t row, int64_t h, float* sc
     }
   }
   own.d.store(a, a.d_weights + at, a.d_start_momentum ? a.d_start_momentum + at : nullptr);
-}
-
-// ---- the table ----------------------------------------------------------------------------------
-
-template <template <int> class Own, int NV>
-static int64_t memory_floats(const MemoryArgs& a) {
-  Arena arena;
-  Own<NV> own(a, arena);
-  return arena.used;
-}
-
-static int64_t memory_forward_scratch(const MemoryArgs& a) {
-  return a.chunk <= VL ? memory_floats<MemoryForward, 1>(a) : memory_floats<MemoryForward, 2>(a);
-}
-
-static int64_t memory_backward_scratch(const MemoryArgs& a) {
-  return a.chunk <= VL ? memory_floats<MemoryBackward, 1>(a) : memory_floats<MemoryBackward, 2>(a);
-}
-
-static void memory_forward(const MemoryArgs& a, int64_t row, int64_t h, float* scratch) {
-  a.chunk <= VL ? forward_head<1>(a, row, h, scratch) : forward_head<2>(a, row, h, scratch);
-}
-
-static void memory_backward(const MemoryArgs& a, int64_t row, int64_t h, float* scratch) {
-  a.chunk <= VL ? backward_head<1>(a, row, h, scratch) : backward_head<2>(a, row, h, scratch);
 }

@@ -1,8 +1,8 @@
 // Neural memory, what all its passes share: activations, products, and the scratch of a chunk.
 //
 // Included once per instruction set after chapter_router_tile.h. A token is a lane: the activations
-// of a chunk lie in panels [panel][width][lanes of a panel], so that a product with the weights reads
-// these row by row or column by column where they lie, and every sum over features, mask and
+// of a chunk lie in panels [panel][width][lanes of a panel], so that a product with the weights
+// reads these row by row or column by column where they lie, and every sum over features, mask and
 // activation is vertical. Sums over tokens, which update weights, read one factor again as plain
 // rows, [lanes][row_stride(width)]. Layers count from 0 here: layer l has weights
 // [width[l + 1]][width[l]]. Lanes behind the last token hold zeros throughout.
@@ -59,7 +59,8 @@ struct Silu {
   template <int DERIVATIVES>
   static MEMATTN_INLINE void at(vf x, vf& value, vf& first, vf& second) {
     const vf e = exp_nonpositive(select(x < 0.0f, x, -x)), inverse = 1.0f / (1.0f + e);
-    const vf s = select(x < 0.0f, e * inverse, inverse), rest = select(x < 0.0f, inverse, e * inverse);
+    const vf small = e * inverse, s = select(x < 0.0f, small, inverse);
+    const vf rest = select(x < 0.0f, inverse, small);
     value = x * s;
     if (DERIVATIVES > 0) first = fma(value, rest, s);
     if (DERIVATIVES > 1) second = s * rest * fma(x, rest - s, broadcast(2.0f));
@@ -167,13 +168,13 @@ struct MemoryWeights {
 template <int NV>
 struct ChunkKeys {
   float *input[MEMORY_DEPTH], *input_rows[MEMORY_DEPTH];  // of layer l, the second as rows
-  float *delta[MEMORY_DEPTH], *scaled[MEMORY_DEPTH];      // of layer l's outputs, theta kappa times it
-  float *first[MEMORY_DEPTH], *second[MEMORY_DEPTH];      // phi', and phi'' times what delta had there
-  float* inside;                                         // Huber: 1 where the error is within delta
+  float *delta[MEMORY_DEPTH], *scaled[MEMORY_DEPTH];      // of its outputs, and theta kappa times it
+  float *first[MEMORY_DEPTH], *second[MEMORY_DEPTH];      // phi'; phi'' times the gradient of h
+  float* inside;                                          // Huber: 1 where |e| <= delta
   float *input_square[MEMORY_DEPTH], *delta_square[MEMORY_DEPTH];
-  float *lr, *rate, *decay, *momentum;                   // theta, theta kappa, alpha, eta by lane
-  float *kappa, *kappa_slope;                            // the slope over n
-  float *beta, *sigma, *mu;                              // after each token
+  float *lr, *rate, *decay, *momentum;                    // theta, theta kappa, alpha, eta by lane
+  float *kappa, *kappa_slope;                             // the slope over n
+  float *beta, *sigma, *mu;                               // after each token
   float *c, *m, *c_turned;  // [panel of i][j][i], the same, and -c as [panel of j][i][j]
 
   static ChunkKeys take(const MemoryArgs& a, bool is_backward, Arena& arena) {
@@ -237,8 +238,8 @@ static void add_outer(const ChunkTokens& t, int64_t M, int64_t K, const float* x
   }
 }
 
-// pairs[panel of column][row][column] = sum over d of x[d][row] y[d][column], where no column of the
-// block is behind its rows (LOWER) or none before (not LOWER): other blocks are left alone.
+// pairs[panel of column][row][column] = sum over d of x[d][row] y[d][column], in blocks whose rows
+// are not before their columns (LOWER) or not behind: others are left alone.
 template <int NV, bool LOWER>
 static void pair_products(const ChunkTokens& t, int64_t width, const float* x, const float* y,
                           float* pairs) {
