@@ -1,0 +1,164 @@
+"""What a sequence keeps in a neural memory, so that it can be cut anywhere."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from memattn.checks import check_int, check_shape, check_tensor, must
+from memattn.reference.neural_memory import coefficients, pack, unpack
+
+TENSORS = (
+    "packed_weights",
+    "packed_momentum",
+    "pending_h",
+    "pending_delta",
+    "pending_decay",
+    "pending_momentum",
+    "count",
+    "skipped",
+    "initial",
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NeuralMemoryState:
+    """State of a neural memory for ``R`` sequences.
+
+    Gradients of a chunk are taken at the weights before its first token, so the state has these
+    weights and, for each token of the chunk that is open, what its update consists of. Shapes do
+    not depend on how many tokens there are. Floating tensors are float32 (float64 for float64
+    inputs). What stands in a pending row from ``count`` on means nothing.
+
+    Layers are kept packed, one behind the other in one axis; ``weights`` and ``momentum`` are views
+    ``[R, H, d_n, d_{n-1}]`` of them.
+    """
+
+    packed_weights: Tensor  # [R, H, P], before the first token of the open chunk
+    packed_momentum: Tensor | None  # [R, H, P] likewise; None where the memory has no momentum
+    pending_h: Tensor  # [R, H, chunk_size - 1, d_0 + ... + d_{N-1}]
+    pending_delta: Tensor  # [R, H, chunk_size - 1, d_1 + ... + d_N], times lr and clamp
+    pending_decay: Tensor  # [R, H, chunk_size - 1]
+    pending_momentum: Tensor  # [R, H, chunk_size - 1]
+    count: Tensor  # int32 [R], tokens of the open chunk
+    skipped: Tensor  # int64 [R], updates that were not finite, over tokens and heads
+    initial: Tensor  # [H, P], what a sequence starts from
+    sizes: tuple[int, ...]  # d_0 ... d_N
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The layers ``[R, H, d_n, d_{n-1}]`` before the open chunk."""
+        return tuple(unpack(self.packed_weights, self.sizes))
+
+    @property
+    def momentum(self) -> tuple[Tensor, ...] | None:
+        """The momentum of each layer before the open chunk."""
+        packed = self.packed_momentum
+        return None if packed is None else tuple(unpack(packed, self.sizes))
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens in a chunk."""
+        return self.pending_h.shape[2] + 1
+
+    def current(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+        """Weights and momentum behind the last token, each layer ``[R, H, d_n, d_{n-1}]``."""
+        b = self.chunk_size
+        weights, momentum = self.weights, self.momentum
+        if b == 1:
+            return weights, momentum
+        present = torch.arange(b - 1, device=self.count.device) < self.count[:, None]
+        present = present[:, None].expand_as(self.pending_decay)
+        of_present = lambda x: torch.where(present, x, 0.0)
+        eta = of_present(self.pending_momentum)
+        eta = torch.zeros_like(eta) if momentum is None else eta
+        beta, sigma, mu, c, m = coefficients(of_present(self.pending_decay), eta, present)
+        at_end = lambda x: x[..., -1, None, None]
+        h = torch.where(present[..., None], self.pending_h, 0.0).split(self.sizes[:-1], -1)
+        delta = torch.where(present[..., None], self.pending_delta, 0.0)
+        delta = delta.split(self.sizes[1:], -1)
+        new, moved = [], []
+        for n, layer in enumerate(weights):
+            new.append(at_end(beta) * layer - (c[..., -1, :, None] * delta[n]).mT @ h[n])
+            if momentum is not None:
+                new[-1] = new[-1] + at_end(sigma) * momentum[n]
+                moved.append(at_end(mu) * momentum[n] - (m[..., -1, :, None] * delta[n]).mT @ h[n])
+        return tuple(new), None if momentum is None else tuple(moved)
+
+    def detach(self) -> "NeuralMemoryState":
+        """The same numbers without a history: gradients stop here."""
+        return self._map(lambda _, x: x.detach())
+
+    def to(self, device: torch.device | str) -> "NeuralMemoryState":
+        """The same on another device."""
+        return self._map(lambda _, x: x.to(device))
+
+    def select(self, rows: Tensor) -> "NeuralMemoryState":
+        """The state of these rows, int64, in this order; a row may come several times."""
+        check_tensor("rows", rows)
+        return self._map(lambda name, x: x if name == "initial" else x.index_select(0, rows))
+
+    def crop(self, n: int) -> "NeuralMemoryState":
+        """Forget the newest ``n`` tokens of every row.
+
+        Raises:
+            ValueError: If a row has fewer than ``n`` tokens in its open chunk: what was before the
+                chunk is not kept.
+        """
+        check_int("n", n, 0)
+        least = int(self.count.min()) if self.count.numel() else n
+        if n > least:
+            must("n", f"be at most the tokens of the open chunk, {least}", n)
+        return dataclasses.replace(self, count=self.count - n)
+
+    def reset(self, mask: Tensor, weights: Sequence[Tensor] | None = None) -> "NeuralMemoryState":
+        """Begin anew where ``mask`` (bool ``[R]``) is True.
+
+        Args:
+            mask: Which rows.
+            weights: The layers ``[H, d_n, d_{n-1}]`` to start from; None means those of the call
+                that made this state.
+        """
+        check_tensor("mask", mask)
+        check_shape("mask", mask, R=self.count.shape[0])
+        if mask.dtype != torch.bool:
+            must("mask", "have dtype torch.bool", mask.dtype)
+        initial = self.initial
+        if weights is not None:
+            initial = pack(list(weights)).to(initial)
+            check_shape("weights, packed,", initial, H=self.initial.shape[0], P=initial.shape[1])
+
+        def anew(name: str, x: Tensor) -> Tensor:
+            if name == "initial":
+                return initial
+            at = mask.view(-1, *[1] * (x.dim() - 1))
+            start = initial if name == "packed_weights" else torch.zeros_like(x)
+            return torch.where(at, start, x)
+
+        return self._map(anew)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is needed to build the state again, as a flat dictionary to save."""
+        found = {name: getattr(self, name) for name in TENSORS}
+        found["sizes"] = torch.tensor(self.sizes)
+        return {name: x for name, x in found.items() if x is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "NeuralMemoryState":
+        """The state of what ``tensors`` gave.
+
+        Raises:
+            ValueError: If a tensor is missing.
+        """
+        for name in (*TENSORS, "sizes"):
+            if name not in tensors and name != "packed_momentum":
+                must("tensors", f"have {name}", sorted(tensors))
+        named = {name: tensors.get(name) for name in TENSORS}
+        return cls(**named, sizes=tuple(tensors["sizes"].tolist()))  # pyright: ignore[reportArgumentType]
+
+    def _map(self, change) -> "NeuralMemoryState":
+        """The state with ``change(name, tensor)`` of every tensor."""
+        named = {name: getattr(self, name) for name in TENSORS}
+        changed = {n: x if x is None else change(n, x) for n, x in named.items()}
+        return dataclasses.replace(self, **changed)
