@@ -135,10 +135,10 @@ Gradients run_backward(const MemoryInputs& in, const Cotangents& d, const Tensor
       bool residual, bool is_huber, double huber_delta, std::optional<double> max_norm,          \
       bool clamp_soft, bool skip_nonfinite, bool return_state
 #define MEMATTN_TAKEN                                                                            \
-  MemoryInputs{query, key, value, lr, momentum, decay, start_weights, start_momentum, pending_h,       \
-         pending_delta, pending_decay, pending_momentum, count, skipped, row_start, row_end,     \
-         width_1, width_2, width_3, depth, chunk_size, read_chunk, is_silu, residual, is_huber,  \
-         huber_delta, max_norm, clamp_soft, skip_nonfinite, return_state}
+  {query, key, value, lr, momentum, decay, start_weights, start_momentum, pending_h,             \
+   pending_delta, pending_decay, pending_momentum, count, skipped, row_start, row_end, width_1,  \
+   width_2, width_3, depth, chunk_size, read_chunk, is_silu, residual, is_huber, huber_delta,    \
+   max_norm, clamp_soft, skip_nonfinite, return_state}
 
 Results forward(MEMATTN_PARAMETERS) { return run_forward(MEMATTN_TAKEN); }
 

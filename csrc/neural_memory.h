@@ -26,21 +26,33 @@ struct MemoryCall {
   std::vector<Tensor> kept;  // what was made contiguous
 };
 
+inline bool is_contiguous(const Tensor& t) {
+  int64_t step = 1;
+  for (int64_t i = t.dim() - 1; i >= 0; step *= t.size(i), --i)
+    if (t.size(i) != 1 && t.stride(i) != step) return t.numel() == 0;
+  return true;
+}
+
+// The data of a tensor in rows: in place where it lies so, since a call for a copy costs time.
+inline void* rows_of(const Tensor& t, MemoryCall& call) {
+  if (is_contiguous(t)) return t.data_ptr();
+  call.kept.push_back(torch::stable::contiguous(t));
+  return call.kept.back().data_ptr();
+}
+
 inline const float* floats_of(const char* name, const Tensor& t, MemoryCall& call) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must have dtype float32");
-  call.kept.push_back(torch::stable::contiguous(t));
-  return static_cast<const float*>(call.kept.back().data_ptr());
+  return static_cast<const float*>(rows_of(t, call));
 }
 
 inline const float* floats_of(const char* name, const OptionalTensor& t, MemoryCall& call) {
   return t ? floats_of(name, *t, call) : nullptr;
 }
 
-inline const int32_t* ints_of(const char* name, const OptionalTensor& t, int64_t n, MemoryCall& call) {
-  if (!t) return nullptr;
+inline const int32_t* ints_of(const char* name, const OptionalTensor& t, int64_t n,
+                              MemoryCall& call) {
   check_bounds(name, t, n);
-  call.kept.push_back(torch::stable::contiguous(*t));
-  return static_cast<const int32_t*>(call.kept.back().data_ptr());
+  return t ? static_cast<const int32_t*>(rows_of(*t, call)) : nullptr;
 }
 
 inline void make_memory_call(const MemoryInputs& in, MemoryCall& call) {

@@ -168,7 +168,7 @@ struct MemoryWeights {
 template <int NV>
 struct ChunkKeys {
   float *input[MEMORY_DEPTH], *input_rows[MEMORY_DEPTH];  // of layer l, the second as rows
-  float *delta[MEMORY_DEPTH], *scaled[MEMORY_DEPTH];      // of its outputs, and theta kappa times it
+  float *delta[MEMORY_DEPTH], *scaled[MEMORY_DEPTH];      // of its outputs, theta kappa times it
   float *first[MEMORY_DEPTH], *second[MEMORY_DEPTH];      // phi'; phi'' times the gradient of h
   float* inside;                                          // Huber: 1 where |e| <= delta
   float *input_square[MEMORY_DEPTH], *delta_square[MEMORY_DEPTH];

@@ -35,7 +35,8 @@ Results run_step(const MemoryInputs& in, bool fold) {
   Tensor weights = fold ? empty({a.R, a.H, P}, like, wide) : empty({0}, like, wide);
   Tensor momentum =
       fold && a.has_momentum ? empty({a.R, a.H, P}, like, wide) : empty({0}, like, wide);
-  Tensor count = empty({a.R}, like, ScalarType::Int), skipped = empty({a.R}, like, ScalarType::Long);
+  Tensor count = empty({a.R}, like, ScalarType::Int);
+  Tensor skipped = empty({a.R}, like, ScalarType::Long);
   a.out = view_of(out), a.surprise = data_of(surprise);
   if (fold) a.end_weights = data_of(weights), a.end_momentum = data_of(momentum);
   std::vector<int64_t> skipped_of(a.R * a.H);

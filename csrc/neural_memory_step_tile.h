@@ -44,8 +44,10 @@ static void row_products(int64_t M, int64_t K, const float* W, int64_t ld, const
       for (int64_t k = 0; k < whole; k += VL) {
         const vf factor = with[k / VL];
 #pragma GCC unroll 16
-        for (int i = 0; i < VL; ++i)
+        for (int i = 0; i < VL; ++i) {
+          if (pass == 0) __builtin_prefetch(row[i] + k + VL * ld);  // the next rows
           sums[i] = fma(*(const vf_anywhere*)(row[i] + k), factor, sums[i]);
+        }
       }
       if (whole < K)
         for (int i = 0; i < VL; ++i)

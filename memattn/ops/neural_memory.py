@@ -200,9 +200,12 @@ def neural_memory(
         return_state=return_state,
     )
     chosen = resolve_backend(backend, query)
-    if chosen != "reference" and backend != "auto":
-        must("backend", 'be "auto" or "reference"', repr(backend), NotImplementedError)
-    from memattn.reference.neural_memory import neural_memory as impl
+    if backend == "triton":
+        must("backend", 'be "auto", "cpp" or "reference"', repr(backend), NotImplementedError)
+    if chosen == "cpp":
+        from memattn.cpp.neural_memory import neural_memory as impl
+    else:
+        from memattn.reference.neural_memory import neural_memory as impl
 
     out, surprise, *tensors = impl(args)
     after = None
