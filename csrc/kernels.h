@@ -279,7 +279,7 @@ struct MemoryArgs {
   float *end_weights, *end_momentum, *end_h, *end_delta, *end_decay, *end_eta;
   int32_t* end_count;                // [R]
   int64_t* skipped_of;               // [R, H]
-  float* checkpoints;                // [B, slots, H, weights, and momentum behind them]
+  float* checkpoints;                // [B, slots, H, weights and behind them momentum]
   int64_t slots;
   // backward only; cotangents may be null
   View d_out;

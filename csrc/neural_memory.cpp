@@ -11,6 +11,10 @@
 namespace memattn {
 namespace {
 
+int64_t checkpoint_floats(const MemoryArgs& a) {
+  return a.B * a.slots * a.H * a.weights_size() * (a.has_momentum ? 2 : 1);
+}
+
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                            Tensor, Tensor>;
 
@@ -36,7 +40,9 @@ Results run_forward(const MemoryInputs& in) {
   Tensor pending_momentum = state({a.R, a.H, C}, true, wide);
   Tensor count = state({a.R}, true, ScalarType::Int);
   Tensor skipped = state({a.R}, true, ScalarType::Long);
-  Tensor checkpoints = empty({a.B, a.slots, a.H, a.has_momentum ? 2 * P : P}, like, wide);
+  // rows that begin anywhere leave some of it alone
+  Tensor checkpoints = a.row_start || a.count ? zeros({checkpoint_floats(a)}, like, wide)
+                                              : empty({checkpoint_floats(a)}, like, wide);
   a.out = view_of(out), a.surprise = data_of(surprise), a.checkpoints = data_of(checkpoints);
   if (in.return_state) {
     a.end_weights = data_of(weights), a.end_momentum = data_of(momentum);
@@ -70,7 +76,7 @@ Gradients run_backward(const MemoryInputs& in, const Cotangents& d, const Tensor
   const auto wide = ScalarType::Float;
   const Tensor& like = in.query;
   const int64_t P = a.weights_size(), C = a.chunk - 1, D = a.width[0], Dv = a.width[a.depth];
-  check_shape("checkpoints", checkpoints, {a.B, a.slots, a.H, a.has_momentum ? 2 * P : P});
+  check_shape("checkpoints", checkpoints, {checkpoint_floats(a)});
   a.checkpoints = const_cast<float*>(floats_of("checkpoints", checkpoints, call));
   if (d.out) {
     check_shape("d_out", *d.out, {a.B, a.H, a.T, Dv});

@@ -1,7 +1,7 @@
 // Neural memory, the backward of one head of one sequence: chunks in reverse, with the gradients of
 // weights and momentum carried. A group of chunks is computed again from its checkpoint.
 //
-// Included once per instruction set after neural_memory_tile.h. Derivation: docs/neural_memory.md.
+// Included once per instruction set after neural_memory_tile.h. Definition: memattn/reference/neural_memory.py.
 
 // Gradients of the factors and coefficients of one chunk, and scratch.
 template <int NV>

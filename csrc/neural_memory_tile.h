@@ -1,7 +1,7 @@
 // Neural memory, the forward of one head of one sequence, chunk after chunk, and what the backward
 // computes again: the pass over the keys of a chunk, its coefficients, its end.
 //
-// Included once per instruction set after neural_memory_chunk.h. Derivation: docs/neural_memory.md.
+// Included once per instruction set after neural_memory_chunk.h. Definition: memattn/reference/neural_memory.py.
 
 // kappa, and its derivative over n, for a gradient of norm n.
 static void clamp_of(const MemoryArgs& a, double n, float& kappa, float& slope) {

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from neural_memory_factories import call, cut, make_inputs, run
+from neural_memory_factories import call, cut, floating, make_inputs, run
 from operator_contract import DTYPES, Recorder, assert_same, int32, needs_cpp
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from memattn import NeuralMemoryState
 from memattn.testing import assert_within_budget
 
 pytestmark = [pytest.mark.operator, needs_cpp]
@@ -25,20 +26,27 @@ CASES = {
     "residual": (dict(hidden=(5, 6)), dict(chunk_size=4, residual=True, activation="silu"), 0),
     "huber": (dict(), dict(chunk_size=4, loss="huber", huber_delta=0.3, residual=True), 3),
     "soft": (dict(hidden=(7, 5)), dict(chunk_size=4, max_norm=0.5, clamp="soft"), 0),
-    "documents": (dict(B=1, T=90), dict(chunk_size=4, cu_seqlens=int32(0, 0, 1, 37, 88, 90)), 0),
-    "padded": (dict(T=90), dict(chunk_size=4, seq_start=int32(1, 9), seq_end=int32(90, 71)), 3),
-    "empty": (dict(T=9), dict(chunk_size=4, seq_start=int32(0, 3), seq_end=int32(9, 3)), 6),
+    "documents": (dict(B=1, H=16, T=90), dict(cu_seqlens=int32(0, 0, 1, 37, 88, 90)), 0),
+    "padded": (dict(B=2, H=12, T=90), dict(seq_start=int32(1, 9), seq_end=int32(90, 71)), 3),
+    "empty": (dict(B=2, H=12, T=9), dict(seq_start=int32(0, 3), seq_end=int32(9, 3)), 6),
 }  # fmt: skip
 
 
-def check(case, dtype, seeds=4):
-    """Assert the error rule over several inputs: a few numbers may be exact by luck."""
+def small_steps(**sizes):
+    """Inputs whose rounding does not grow from token to token, as it does where learning diverges."""
+    inputs = make_inputs(**sizes)
+    return {n: t / 4 if n == "lr" else t for n, t in inputs.items()}
+
+
+def check(case, dtype, seeds=1):
+    """Assert the error rule over many sequences: rounding grows in some more than in others."""
     sizes, options, before = CASES[case]
+    sizes, options = dict(B=12, H=2) | sizes, dict(chunk_size=4) | options
     found = {}
     for seed in range(seeds):
-        inputs, given = make_inputs(**sizes, dtype=dtype, seed=seed), dict(options)
+        inputs, given = small_steps(**sizes, dtype=dtype, seed=seed), dict(options)
         if before:
-            past = make_inputs(**{**sizes, "T": before}, dtype=dtype, seed=seed)
+            past = small_steps(**{**sizes, "T": before}, dtype=dtype, seed=seed)
             alike = {n: o for n, o in options.items() if not n.startswith("seq_")}
             weights = {n: t for n, t in inputs.items() if n.startswith("weights_")}
             given["state"] = call({**past, **weights}, **alike, backend="reference").state
@@ -59,7 +67,7 @@ def check(case, dtype, seeds=4):
 @pytest.mark.parametrize("case", CASES)
 def test_matches_reference(case, dtype):
     """Values, the state and every gradient; memory that is not written is NaN."""
-    check(case, dtype, seeds=4 if dtype == torch.float32 else 1)
+    check(case, dtype, seeds=2 if dtype == torch.float32 else 1)
 
 
 @pytest.mark.parametrize("name", ["avx2", "portable"])
@@ -72,6 +80,37 @@ def test_every_instruction_set(case, name):
         check(case, torch.float32)
     finally:
         ops.set_cpu_capability(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [*CASES][:12])
+def test_decoding_is_prefill(case):
+    """Token by token, rows at unlike places of their chunks: as near as one call is."""
+    sizes, options, _ = CASES[case]
+    inputs = small_steps(**dict(B=12, T=20) | sizes, dtype=torch.float32)
+    start, steps, B = 4, 9, inputs["query"].shape[0]
+    options = dict(options, return_state=True)
+    bounds = dict(seq_start=torch.arange(B, dtype=torch.int32) % 3, seq_end=int32(*[start] * B))
+    state = call(cut(inputs, 0, start), **bounds, **options, backend="reference").state
+    rest = cut(inputs, start, start + steps)
+    results = []
+    for backend, dtype in (("reference", None), ("reference", torch.float64)):
+        wide = {n: getattr(state, n).to(dtype) for n in floating(state)}
+        given = NeuralMemoryState(**{**vars(state), **wide})
+        found = call({n: t.to(dtype) for n, t in rest.items()}, state=given, **options,
+                     backend=backend)  # fmt: skip
+        results.append([found.out, *floating(found.state).values()])
+    outs, after = [], state
+    for t in range(steps):
+        found = call(cut(rest, t, t + 1), state=after, **options, backend="cpp")
+        outs.append(found.out)
+        after = found.state
+    rows = torch.arange(after.chunk_size - 1) < after.count[:, None, None]
+    for name, low, high in zip(("out", *floating(after)), *results, strict=True):
+        actual = torch.cat(outs, 2) if name == "out" else getattr(after, name)
+        if name.startswith("pending"):  # what stands behind the count may be anything
+            actual = torch.where(rows[..., None] if actual.dim() == 4 else rows, actual, 0.0)
+        assert_within_budget(name, actual, low, high)
 
 
 def test_results_do_not_depend_on_threads():
@@ -138,16 +177,15 @@ def test_skipped_updates_leave_no_trace():
 
 
 def test_opcheck():
-    options = dict(chunk_size=3)
-    inputs = make_inputs(T=6, dtype=torch.float32)
+    options, inputs = dict(chunk_size=3), make_inputs(T=6, dtype=torch.float32)
     state = call(cut(inputs, 0, 2), **options).state
-    for more in (dict(state=state), dict(cu_seqlens=int32(0, 2, 6), return_state=False)):
-        given = make_inputs(B=2 if "state" in more else 1, T=6, dtype=torch.float32)
-        given = {n: t.requires_grad_() for n, t in given.items()}
-        with Recorder() as recorder:
-            call(given, **options, **more, backend="cpp")
-        ((operator, args, kwargs),) = recorder.calls
-        torch.library.opcheck(operator, args, kwargs)
+    given = {n: t.requires_grad_() for n, t in inputs.items()}
+    with Recorder() as recorder:
+        call(given, state=state, **options, backend="cpp")
+    ((operator, args, kwargs),) = recorder.calls
+    leaf = lambda x: x.detach().requires_grad_(x.requires_grad)
+    args = [leaf(x) if isinstance(x, torch.Tensor) else x for x in args]
+    torch.library.opcheck(operator, tuple(args), kwargs)
 
 
 def test_compiles_once_for_all_lengths():
@@ -155,7 +193,7 @@ def test_compiles_once_for_all_lengths():
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for T in (7, 12, 33):
+        for T in (9, 12, 33):
             inputs = make_inputs(T=T, dtype=torch.float32)
             inputs = {n: t.requires_grad_() for n, t in inputs.items()}
             results = []
@@ -170,9 +208,9 @@ def test_compiles_once_for_all_lengths():
 def test_differentiable_once_and_recomputable():
     inputs = make_inputs(T=6, dtype=torch.float32)
     inputs = {n: t.requires_grad_() for n, t in inputs.items()}
-    function = lambda *given: call(
-        dict(zip(inputs, given, strict=True)), chunk_size=4, backend="cpp"
-    ).out
+    function = lambda *given: (
+        call(dict(zip(inputs, given, strict=True)), chunk_size=4, backend="cpp").out
+    )
     out = checkpoint(function, *inputs.values(), use_reentrant=False)
     expected = function(*inputs.values())
     grads = [torch.autograd.grad(x.sum(), list(inputs.values())) for x in (out, expected)]

@@ -26,7 +26,7 @@ def test_state_can_be_cropped_reset_selected_and_saved(tmp_path):
     rest = cut(inputs, 8, 11)
     again = call(rest, state=cropped, **options)
     torch.testing.assert_close(again.out, call(inputs, **options).out[:, :, 8:], **EQUAL)
-    with pytest.raises(ValueError, match="n must be at most the tokens of the open chunk, 5, got"):
+    with pytest.raises(ValueError, match="n must be at most 5, what is kept of the open"):
         state.crop(6)
     # reset: as if the row were new
     mask = torch.tensor([False, True])
@@ -67,6 +67,116 @@ def test_rows_behind_the_count_may_be_anything():
     for name, result in run(inputs, dict(chunk_size=6, state=replace(state, **dirty))).items():
         assert torch.equal(result, expected[name]), name
     assert all(layer.isfinite().all() for layer in replace(state, **dirty).current()[0])
+
+
+# ------------------------------------------------------------ one token at a time
+
+
+def steps(inputs, state, first, last, **options):
+    """Outputs of steps beside each other, and the states behind each."""
+    outs, states = [], [state]
+    for t in range(first, last):
+        found = call(cut(inputs, t, t + 1), state=states[-1], **options)
+        outs.append(found.out)
+        states.append(found.state)
+    return torch.cat(outs, 2), states
+
+
+STEPS = {
+    "plain": ({}, dict(chunk_size=4)),
+    "deep": (dict(hidden=(5, 3, 4), momentum=False), dict(chunk_size=3, activation="silu")),
+    "linear": (dict(hidden=(), decay=False), dict(chunk_size=1, residual=True)),
+    "huber": (dict(Dv=3), dict(chunk_size=64, loss="huber", max_norm=0.5, clamp="soft")),
+    "chunk-read": ({}, dict(chunk_size=4, read="chunk", max_norm=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_decoding_is_prefill(name):
+    """Rows at unlike places of their chunks; also an update that is skipped."""
+    sizes, options = STEPS[name]
+    inputs = make_inputs(T=14, **sizes)
+    inputs["key"][0, 1, 9] = torch.nan
+    options = dict(options, skip_nonfinite=True)
+    start = dict(seq_start=int32(2, 0), seq_end=int32(6, 5))
+    state = call(cut(inputs, 0, 6), **start, **options).state
+    with torch.no_grad():
+        whole = call(cut(inputs, 6, 14), state=state, **options)
+        out, states = steps(inputs, state, 6, 14, **options)
+    torch.testing.assert_close(out, whole.out, **EQUAL)
+    assert states[-1].skipped.tolist() == [1, 0]
+    assert torch.equal(states[-1].count, whole.state.count)
+    for n, expected in floating(whole.state).items():
+        actual, expected = getattr(states[-1], n), expected.clone()
+        if n.startswith("pending"):
+            rows = torch.arange(actual.shape[2]) < states[-1].count[:, None]
+            actual, expected = (x.movedim(1, 2)[rows] for x in (actual, expected))
+        torch.testing.assert_close(actual, expected, **EQUAL, msg=n)
+
+
+@torch.no_grad()
+def test_a_step_writes_no_weights_and_changes_no_state():
+    inputs = make_inputs(T=15)
+    options = dict(chunk_size=5)
+    state = call(cut(inputs, 0, 2), **options).state
+    kept = {n: t.clone() for n, t in floating(state).items()}
+    expected = call(cut(inputs, 2, 15), state=state, **options).out
+    out, states = steps(inputs, state, 2, 15, **options)
+    torch.testing.assert_close(out, expected, **EQUAL)
+    assert all(torch.equal(getattr(state, n), t) for n, t in kept.items())
+    # within a chunk all is in place: neither weights nor pending rows are copied
+    for before, after in zip(states[4:7], states[5:8], strict=True):
+        assert after.packed_weights is before.packed_weights
+        assert after.packed_momentum is before.packed_momentum
+        assert after.pending_h.data_ptr() == before.pending_h.data_ptr()
+    # from any state one may go on, twice and into the next chunk, and get the same
+    for t in (1, 3, 7, 4, 3, 12):
+        again, _ = steps(inputs, states[t], 2 + t, 15, **options)
+        torch.testing.assert_close(again, out[:, :, t:], **EQUAL)
+    # beams: rows that go on apart
+    pair = states[4].select(torch.tensor([1, 1]))
+    other = {n: t if n.startswith("weights_") else t.flip(2) for n, t in inputs.items()}
+    mixed = {n: t if n.startswith("weights_") else torch.stack([t[1], other[n][1]])
+             for n, t in inputs.items()}  # fmt: skip
+    split, _ = steps(mixed, pair, 6, 10, **options)
+    torch.testing.assert_close(split[0], out[1, :, 4:8], **EQUAL)
+    apart, _ = steps(other, states[4], 6, 10, **options)
+    torch.testing.assert_close(split[1], apart[1], **EQUAL)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_a_state_that_records_goes_back_into_the_last_chunk(chunk_size):
+    """Assisted decoding: drafts are written in one call, and any number of them is taken back."""
+    inputs = make_inputs(T=16)
+    options = dict(chunk_size=chunk_size)
+    start = dict(seq_start=int32(1, 0), seq_end=int32(5, 2))
+    state = call(cut(inputs, 0, 5), **start, **options).state.record_past()
+    rest = call(cut(inputs, 5, 16), state=state, **options).out
+    drafts = call(cut(inputs, 5, 5 + chunk_size), state=state, **options)
+    torch.testing.assert_close(drafts.out, rest[:, :, :chunk_size], **EQUAL)
+    for n in range(chunk_size + 1):
+        back = drafts.state.crop(n)
+        kept = chunk_size - n
+        again = call(cut(inputs, 5 + kept, 16), state=back, **options)
+        torch.testing.assert_close(again.out, rest[:, :, kept:], **EQUAL)
+    # twice in a row, behind a call longer than a chunk, and with absent tokens between
+    bounds = dict(seq_start=int32(0, 1), seq_end=int32(11, 0 + 11))
+    longer = call(cut(inputs, 5, 16), state=state, **bounds, **options).state
+    once = longer.crop(1)
+    if chunk_size > 1:
+        once = once.crop(chunk_size - 1)
+    last = cut(inputs, 16 - chunk_size, 16)
+    expected = call(cut(inputs, 5, 16), state=state, **bounds, **options).out
+    again = call(last, state=once, **options).out
+    torch.testing.assert_close(again, expected[:, :, 11 - chunk_size :], **EQUAL)
+    with pytest.raises(ValueError, match=r"n must be at most \d+, what is kept"):
+        longer.crop(3 * chunk_size)
+    with pytest.raises(ValueError, match="n must be at most"):
+        longer.reset(torch.tensor([True, False])).crop(1)
+    moved = longer.select(torch.tensor([1, 0])).crop(chunk_size)
+    swapped = {n: t if n.startswith("weights_") else t.flip(0) for n, t in last.items()}
+    torch.testing.assert_close(call(swapped, state=moved, **options).out, again.flip(0), **EQUAL)
 
 
 # ------------------------------------------------------------ bad input

@@ -159,3 +159,40 @@ class NeuralMemoryArgs(NamedTuple):
     clamp_soft: bool
     skip_nonfinite: bool
     return_state: bool
+
+
+class NeuralMemoryStepArgs(NamedTuple):
+    """Arguments of one token of the neural memory, for decoding, without gradients.
+
+    The pending tensors are written in place at row ``count`` (not where a chunk ends); weights are
+    written only where a chunk ends.
+    """
+
+    query: Tensor  # [B, H, 1, D]
+    key: Tensor  # [B, H, 1, D]
+    value: Tensor  # [B, H, 1, Dv]
+    lr: Tensor  # float32 [B, H, 1], as all that follow
+    momentum: Tensor | None  # [B, H, 1]
+    decay: Tensor | None  # [B, H, 1]
+    start_weights: Tensor  # [B, H, P]
+    start_momentum: Tensor | None  # [B, H, P]
+    pending_h: Tensor  # [B, H, chunk_size - 1, PH], contiguous
+    pending_delta: Tensor  # [B, H, chunk_size - 1, PD], contiguous
+    pending_decay: Tensor  # [B, H, chunk_size - 1], contiguous
+    pending_momentum: Tensor  # [B, H, chunk_size - 1], contiguous
+    count: Tensor  # int32 [B]
+    skipped: Tensor  # int64 [B]
+    width_1: int
+    width_2: int
+    width_3: int
+    depth: int
+    chunk_size: int
+    read_chunk: bool
+    is_silu: bool
+    residual: bool
+    is_huber: bool
+    huber_delta: float
+    max_norm: float | None
+    clamp_soft: bool
+    skip_nonfinite: bool
+    fold: bool  # whether the chunk of a row may end with this token

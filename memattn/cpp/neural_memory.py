@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from memattn.cpp._register import register_cpp
-from memattn_kernels.signatures import NeuralMemoryArgs
+from memattn_kernels._operator import schema_of
+from memattn_kernels.signatures import NeuralMemoryArgs, NeuralMemoryStepArgs
 
 
 def _group(args: NeuralMemoryArgs, size: int) -> int:
@@ -36,7 +37,7 @@ def _empty_results(args: NeuralMemoryArgs) -> tuple[Tensor, ...]:
         state(*pending),
         state(rows).int(),
         state(rows).long(),
-        wide(B, slots, H, size if args.momentum is None else 2 * size),
+        wide(B * slots * H * size * (1 if args.momentum is None else 2)),
     )
 
 
@@ -55,3 +56,22 @@ _operator = register_cpp(
 def neural_memory(args: NeuralMemoryArgs) -> tuple[Tensor, ...]:
     """Return ``out``, ``surprise`` and the tensors of the state, of size 0 where there is none."""
     return _operator(*args)[:-1]
+
+
+def _define_step() -> None:
+    """The operator of one token; a schema names what it writes."""
+    schema = schema_of(NeuralMemoryStepArgs)
+    written = dict(a="pending_h", b="pending_delta", c="pending_decay", d="pending_momentum")
+    for alias, name in written.items():
+        schema = schema.replace(f"Tensor {name}", f"Tensor({alias}!) {name}")
+    returned = ", ".join(["Tensor"] * 6)
+    torch.library.define("memattn_cpp::neural_memory_step", f"({schema}) -> ({returned})")
+
+
+_define_step()
+_step = torch.ops.memattn_cpp.neural_memory_step.default
+
+
+def neural_memory_step(args: NeuralMemoryStepArgs) -> tuple[Tensor, ...]:
+    """Write the pending tensors; return ``out``, ``surprise`` and what has changed of the state."""
+    return _step(*args)

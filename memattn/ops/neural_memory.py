@@ -1,6 +1,7 @@
 """Neural memory: a small network for each head whose weights are learned while it reads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from memattn.checks import (
 )
 from memattn.ops._attention import autocast, sequence_lengths
 from memattn.ops._dispatch import resolve_backend
+from memattn.ops._neural_memory_steps import is_step, remembered, run_step
 from memattn.ops.neural_memory_state import NeuralMemoryState
 from memattn.reference.neural_memory import pack
 from memattn_kernels.signatures import NeuralMemoryArgs
@@ -163,8 +165,27 @@ def neural_memory(
         if cu_seqlens is not None:
             must("state", "be None with cu_seqlens", "a state")
         _check_state(state, query, momentum, sizes, chunk_size, wide)
+        if state.records and T > 1:
+            named = dict(
+                chunk_size=chunk_size,
+                read=read,
+                activation=activation,
+                residual=residual,
+                loss=loss,
+                huber_delta=huber_delta,
+                max_norm=max_norm,
+                clamp=clamp,
+                skip_nonfinite=skip_nonfinite,
+                backend=backend,
+            )
+            tokens = (query, key, value, lr, momentum, decay)
+            found = _token_by_token(tokens, weights, state, seq_start, seq_end, named)
+            return found if return_state else found._replace(state=None)
 
-    initial = pack([layer.to(wide) for layer in weights])  # [H, P]
+    if state is None or torch.is_grad_enabled():
+        initial = pack([layer.to(wide) for layer in weights])  # [H, P]
+    else:  # a copy would cost as much as a step reads
+        initial = state.initial
     row_start, row_end = _rows(query, seq_start, seq_end, cu_seqlens)
     query, key, value = (autocast(tensor) for tensor in (query, key, value))
     args = NeuralMemoryArgs(
@@ -199,22 +220,48 @@ def neural_memory(
         skip_nonfinite=skip_nonfinite,
         return_state=return_state,
     )
-    chosen = resolve_backend(backend, query)
-    if backend == "triton":
-        must("backend", 'be "auto", "cpp" or "reference"', repr(backend), NotImplementedError)
+    impl, step = _backend(resolve_backend(backend, query), backend)
+    if state is not None and step is not None and is_step(args):
+        out, after, surprise = run_step(args, state, initial, step)
+        return NeuralMemoryOutput(out, after if return_state else None, surprise)
+    out, surprise, *tensors = impl(args)
+    if not return_state:
+        return NeuralMemoryOutput(out, None, surprise.detach())
+    w, s, h, delta, pending_decay, pending_momentum, count, skipped = tensors
+    uniform = None  # a compiled call must not depend on it
+    if row_start is None and not torch.compiler.is_compiling():
+        before = 0 if state is None else state.uniform
+        uniform = None if before is None else (before + T) % chunk_size
+    after = NeuralMemoryState(
+        packed_weights=w,
+        packed_momentum=None if momentum is None else s,
+        pending_h=h,
+        pending_delta=delta,
+        pending_decay=pending_decay,
+        pending_momentum=pending_momentum,
+        count=count,
+        skipped=skipped,
+        initial=initial,
+        sizes=sizes,
+        uniform=uniform,
+    )
+    if state is not None and state.records:
+        after = remembered(args, state, after)
+    return NeuralMemoryOutput(out, after, surprise.detach())
+
+
+def _backend(chosen: str, wanted: str) -> tuple[Callable, Callable | None]:
+    """The operator of a backend, and that of one token where it has one."""
+    if wanted == "triton":
+        must("backend", 'be "auto", "cpp" or "reference"', repr(wanted), NotImplementedError)
     if chosen == "cpp":
         from memattn.cpp.neural_memory import neural_memory as impl
+        from memattn.cpp.neural_memory import neural_memory_step as step
     else:
         from memattn.reference.neural_memory import neural_memory as impl
+        from memattn.reference.neural_memory_step import neural_memory_step as step
 
-    out, surprise, *tensors = impl(args)
-    after = None
-    if return_state:
-        w, s, h, delta, pending_decay, pending_momentum, count, skipped = tensors
-        s = None if momentum is None else s
-        pending = (h, delta, pending_decay, pending_momentum)
-        after = NeuralMemoryState(w, s, *pending, count, skipped, initial, sizes)
-    return NeuralMemoryOutput(out, after, surprise.detach())
+    return impl, step
 
 
 def _check_wide(name: str, tensor: Tensor, query: Tensor, wide: torch.dtype) -> None:
@@ -282,6 +329,38 @@ def _check_state(
         has = "a momentum" if momentum is not None else "no momentum, as momentum is None"
         must("state", f"have {has}", "none" if momentum is not None else "one")
     _check_wide("state", state.packed_weights, query, wide)
+
+
+def _token_by_token(
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    weights: Sequence[Tensor],
+    state: NeuralMemoryState,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    options: dict,
+) -> NeuralMemoryOutput:
+    """A call with a state that records: its last ``chunk_size`` tokens one by one."""
+    T = tokens[0].shape[2]
+    first = max(T - state.chunk_size, 0)
+    outs, surprises = [], []
+    bounds = [0, first, *range(first + 1, T + 1)] if first else list(range(T + 1))
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        query, key, value, lr = (x[:, :, a:b] for x in tokens[:4])
+        momentum, decay = (None if x is None else x[:, :, a:b] for x in tokens[4:])
+        start, end = (None if x is None else (x - a).clamp(min=0) for x in (seq_start, seq_end))
+        given = state if b - a == 1 else replace(state, records=False, past=None)
+        found = neural_memory(
+            *(query, key, value, lr, momentum, decay, weights),
+            state=given,
+            seq_start=start,
+            seq_end=end,
+            **options,
+        )
+        assert found.state is not None
+        state = found.state if found.state.records else found.state.record_past()
+        outs.append(found.out)
+        surprises.append(found.surprise)
+    return NeuralMemoryOutput(torch.cat(outs, 2), state, torch.cat(surprises, 2))
 
 
 def _rows(

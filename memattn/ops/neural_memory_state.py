@@ -1,7 +1,8 @@
 """What a sequence keeps in a neural memory, so that it can be cut anywhere."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +46,10 @@ class NeuralMemoryState:
     skipped: Tensor  # int64 [R], updates that were not finite, over tokens and heads
     initial: Tensor  # [H, P], what a sequence starts from
     sizes: tuple[int, ...]  # d_0 ... d_N
+    uniform: int | None = None  # the count of all rows, where it is known without reading it
+    records: bool = False
+    past: "NeuralMemoryState | None" = None  # before the last chunk ended; a count of -1 is none
+    writer: "Writer | None" = None  # of the pending rows
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -99,18 +104,63 @@ class NeuralMemoryState:
         check_tensor("rows", rows)
         return self._map(lambda name, x: x if name == "initial" else x.index_select(0, rows))
 
+    def record_past(self) -> "NeuralMemoryState":
+        """The same state, which from now on remembers what ``crop`` needs behind its last chunk.
+
+        Calls with a state that records go token by token for the last ``chunk_size`` tokens.
+        """
+        return dataclasses.replace(self, records=True)
+
     def crop(self, n: int) -> "NeuralMemoryState":
         """Forget the newest ``n`` tokens of every row.
 
         Raises:
-            ValueError: If a row has fewer than ``n`` tokens in its open chunk: what was before the
-                chunk is not kept.
+            ValueError: If a row has fewer than ``n`` tokens in its open chunk and what was before
+                is not kept; see ``record_past``.
         """
         check_int("n", n, 0)
-        least = int(self.count.min()) if self.count.numel() else n
-        if n > least:
-            must("n", f"be at most the tokens of the open chunk, {least}", n)
-        return dataclasses.replace(self, count=self.count - n)
+        count, past = self.count, self.past
+        behind = count < n
+        if not behind.any():
+            uniform = None if self.uniform is None else self.uniform - n
+            return dataclasses.replace(self, count=count - n, uniform=uniform)
+        earlier = torch.full_like(count, -1) if past is None else past.count
+        left = torch.where(behind, earlier + 1 + count - n, count - n)
+        if past is None or (left < 0).any():
+            most = int(torch.where(behind, earlier + 1 + count, count).min())
+            must("n", f"be at most {most}, what is kept of the open chunk and the past", n)
+        cropped = _mix(behind, past, self)
+        past = dataclasses.replace(past, count=torch.where(behind, -1, earlier))
+        return dataclasses.replace(cropped, count=left, records=self.records, past=past)
+
+    def remember(self, before: "NeuralMemoryState", ended: Tensor | None) -> "NeuralMemoryState":
+        """This state, one token behind ``before``, with its past where that records.
+
+        Args:
+            before: The state before the token.
+            ended: bool ``[R]``, rows whose chunk ended with it. None: all of them.
+        """
+        if not before.records:
+            return self
+        last = dataclasses.replace(before, past=None, records=False, writer=None)
+        past = last
+        if ended is not None:
+            earlier = before.past
+            if earlier is None:
+                earlier = dataclasses.replace(last, count=torch.full_like(before.count, -1))
+            past = _mix(ended, last, earlier)
+        return dataclasses.replace(self, records=True, past=past)
+
+    def writable(self) -> "tuple[list[Tensor], Writer]":
+        """The four pending tensors, to write behind the newest token, and who may go on there.
+
+        Copies, unless this is the state that was made by the last write: so no state ever changes.
+        """
+        pending = [self.pending_h, self.pending_delta, self.pending_decay, self.pending_momentum]
+        if self.writer is not None and self.writer.newest() is self:
+            return pending, self.writer
+        copies = [x.clone(memory_format=torch.contiguous_format) for x in pending]
+        return copies, Writer()
 
     def reset(self, mask: Tensor, weights: Sequence[Tensor] | None = None) -> "NeuralMemoryState":
         """Begin anew where ``mask`` (bool ``[R]``) is True.
@@ -136,7 +186,11 @@ class NeuralMemoryState:
             start = initial if name == "packed_weights" else torch.zeros_like(x)
             return torch.where(at, start, x)
 
-        return self._map(anew)
+        past = self.past
+        if past is not None:
+            past = dataclasses.replace(past, count=torch.where(mask, -1, past.count))
+        begun = dataclasses.replace(self, past=None)._map(anew)
+        return dataclasses.replace(begun, past=past, uniform=None)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is needed to build the state again, as a flat dictionary to save."""
@@ -157,8 +211,33 @@ class NeuralMemoryState:
         named = {name: tensors.get(name) for name in TENSORS}
         return cls(**named, sizes=tuple(tensors["sizes"].tolist()))  # pyright: ignore[reportArgumentType]
 
-    def _map(self, change) -> "NeuralMemoryState":
-        """The state with ``change(name, tensor)`` of every tensor."""
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> "NeuralMemoryState":
+        """The state with ``change(name, tensor)`` of every tensor, of the past too."""
         named = {name: getattr(self, name) for name in TENSORS}
         changed = {n: x if x is None else change(n, x) for n, x in named.items()}
-        return dataclasses.replace(self, **changed)
+        past = None if self.past is None else self.past._map(change)
+        return dataclasses.replace(self, **changed, past=past, writer=None)
+
+
+class Writer:
+    """Which state was made by the last write into some pending rows."""
+
+    def __init__(self) -> None:
+        self.newest: Callable[[], NeuralMemoryState | None] = lambda: None
+
+    def wrote(self, state: NeuralMemoryState) -> None:
+        """Remember the state that a write made."""
+        self.newest = weakref.ref(state)
+
+
+def _mix(rows: Tensor, a: NeuralMemoryState, b: NeuralMemoryState) -> NeuralMemoryState:
+    """The state of ``a`` in rows where ``rows`` (bool ``[R]``) is True, else of ``b``."""
+
+    def mixed(name: str) -> Tensor | None:
+        x, y = getattr(a, name), getattr(b, name)
+        if x is None or name == "initial":
+            return y
+        return torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, y)
+
+    named = {name: mixed(name) for name in TENSORS}
+    return dataclasses.replace(b, **named, uniform=None, records=False, past=None, writer=None)

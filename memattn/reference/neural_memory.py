@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memattn_kernels.signatures import NeuralMemoryArgs
+from memattn_kernels.signatures import NeuralMemoryArgs, NeuralMemoryStepArgs
+
+Arguments = NeuralMemoryArgs | NeuralMemoryStepArgs
 
 
-def memory_sizes(args: NeuralMemoryArgs) -> list[int]:
+def memory_sizes(args: Arguments) -> list[int]:
     """``d_0 ... d_N``."""
     hidden = [args.width_1, args.width_2, args.width_3][: args.depth - 1]
     return [args.query.shape[-1], *hidden, args.value.shape[-1]]
@@ -57,7 +59,7 @@ def memory_forward(
 
 
 def inner_gradient(
-    args: NeuralMemoryArgs, layers: Sequence[Tensor], key: Tensor, value: Tensor
+    args: Arguments, layers: Sequence[Tensor], key: Tensor, value: Tensor
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """``h`` and ``delta`` of all layers, so that a gradient is ``delta h^T``, and its norm."""
     predicted, h, slopes = memory_forward(layers, key, args.is_silu, args.residual)
@@ -73,7 +75,7 @@ def inner_gradient(
     return h, delta, torch.where(some, torch.where(some, square, 1.0).sqrt(), 0.0)
 
 
-def clamp_factor(args: NeuralMemoryArgs, norm: Tensor) -> Tensor:
+def clamp_factor(args: Arguments, norm: Tensor) -> Tensor:
     """What brings a gradient of this norm within ``max_norm``: at most 1, and 1 at 0."""
     if args.max_norm is None:
         return torch.ones_like(norm)
