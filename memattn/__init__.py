@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         segmented_attention,
         task_masked_attention,
     )
+    from memattn.parts import quantize_memory
     from memattn.parts.chapter_memory import ChapterMemoryConfig
     from memattn.parts.future import FutureConfig
 
@@ -69,6 +70,7 @@ __all__ = [
     "future_attention",
     "future_attention_loss",
     "neural_memory",
+    "quantize_memory",
     "segmented_attention",
     "task_masked_attention",
     "train_continual",
@@ -101,6 +103,7 @@ _HOMES = {
         "MemAttnForCausalLM",
         "MemAttnModel",
     ),
+    "memattn.parts": ("quantize_memory",),
     "memattn.adapters": ("MemoryAdapter", "attach_memory", "detach_memory"),
     "memattn.dtgma": ("DTGMAModel",),
     "memattn.continual": ("train_continual",),

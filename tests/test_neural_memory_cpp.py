@@ -33,7 +33,7 @@ CASES = {
 
 
 def small_steps(**sizes):
-    """Inputs whose rounding does not grow from token to token, as it does where learning diverges."""
+    """Inputs whose rounding does not grow from token to token: learning converges."""
     inputs = make_inputs(**sizes)
     return {n: t / 4 if n == "lr" else t for n, t in inputs.items()}
 

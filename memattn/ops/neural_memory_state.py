@@ -104,6 +104,24 @@ class NeuralMemoryState:
         check_tensor("rows", rows)
         return self._map(lambda name, x: x if name == "initial" else x.index_select(0, rows))
 
+    def expand(self, R: int) -> "NeuralMemoryState":
+        """The state of one row for ``R`` rows that begin alike, as views."""
+        if self.count.shape[0] != 1:
+            must("state", "have one row to be expanded", self.count.shape[0])
+        return self._map(lambda name, x: x if name == "initial" else x.expand(R, *x.shape[1:]))
+
+    @classmethod
+    def merge(cls, states: "Sequence[NeuralMemoryState]") -> "NeuralMemoryState":
+        """The rows of several states of one memory behind each other; a past is not kept."""
+        first = states[0]
+        for state in states[1:]:
+            if (state.sizes, state.chunk_size) != (first.sizes, first.chunk_size):
+                must("states", "be of one memory", f"{first.sizes} and {state.sizes}")
+        named = {name: [getattr(state, name) for state in states] for name in TENSORS}
+        merged = {name: None if x[0] is None else torch.cat(x) for name, x in named.items()}
+        merged["initial"] = first.initial
+        return cls(**merged, sizes=first.sizes)  # pyright: ignore[reportArgumentType]
+
     def record_past(self) -> "NeuralMemoryState":
         """The same state, which from now on remembers what ``crop`` needs behind its last chunk.
 
@@ -111,24 +129,28 @@ class NeuralMemoryState:
         """
         return dataclasses.replace(self, records=True)
 
-    def crop(self, n: int) -> "NeuralMemoryState":
-        """Forget the newest ``n`` tokens of every row.
+    def crop(self, n: int | Tensor) -> "NeuralMemoryState":
+        """Forget the newest ``n`` tokens of every row, or ``n`` (integers ``[R]``) of each.
 
         Raises:
             ValueError: If a row has fewer than ``n`` tokens in its open chunk and what was before
                 is not kept; see ``record_past``.
         """
-        check_int("n", n, 0)
-        count, past = self.count, self.past
+        count, past, uniform = self.count, self.past, self.uniform
+        if isinstance(n, Tensor):
+            n, uniform = n.to(count.dtype), None
+        else:
+            check_int("n", n, 0)
         behind = count < n
         if not behind.any():
-            uniform = None if self.uniform is None else self.uniform - n
+            uniform = None if uniform is None else uniform - int(n)
             return dataclasses.replace(self, count=count - n, uniform=uniform)
         earlier = torch.full_like(count, -1) if past is None else past.count
         left = torch.where(behind, earlier + 1 + count - n, count - n)
         if past is None or (left < 0).any():
             most = int(torch.where(behind, earlier + 1 + count, count).min())
-            must("n", f"be at most {most}, what is kept of the open chunk and the past", n)
+            most = f"be at most {most}, what is kept of the open chunk and the past"
+            must("n", most, n.tolist() if isinstance(n, Tensor) else n)
         cropped = _mix(behind, past, self)
         past = dataclasses.replace(past, count=torch.where(behind, -1, earlier))
         return dataclasses.replace(cropped, count=left, records=self.records, past=past)
@@ -179,18 +201,18 @@ class NeuralMemoryState:
             initial = pack(list(weights)).to(initial)
             check_shape("weights, packed,", initial, H=self.initial.shape[0], P=initial.shape[1])
 
-        def anew(name: str, x: Tensor) -> Tensor:
-            if name == "initial":
-                return initial
-            at = mask.view(-1, *[1] * (x.dim() - 1))
-            start = initial if name == "packed_weights" else torch.zeros_like(x)
-            return torch.where(at, start, x)
+        begun = {name: getattr(self, name) for name in TENSORS}
+        begun = {n: None if x is None else torch.zeros_like(x) for n, x in begun.items()}
+        begun |= {"initial": initial, "packed_weights": initial.expand_as(self.packed_weights)}
+        return self.reset_to(mask, dataclasses.replace(self, **begun))
 
+    def reset_to(self, mask: Tensor, begin: "NeuralMemoryState") -> "NeuralMemoryState":
+        """The rows of ``begin`` where ``mask`` (bool ``[R]``) is True; they have no past."""
         past = self.past
         if past is not None:
             past = dataclasses.replace(past, count=torch.where(mask, -1, past.count))
-        begun = dataclasses.replace(self, past=None)._map(anew)
-        return dataclasses.replace(begun, past=past, uniform=None)
+        mixed = dataclasses.replace(_mix(mask, begin, self), initial=begin.initial)
+        return dataclasses.replace(mixed, records=self.records, past=past)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is needed to build the state again, as a flat dictionary to save."""
