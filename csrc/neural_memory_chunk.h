@@ -41,14 +41,29 @@ static MEMATTN_INLINE vf mills_ratio(vf t) {
   return fma(r, u, broadcast(0.2098241f)) * u;
 }
 
+// (The normal distribution - 1/2) / x by x^2, for |x| < 2, relative error 6.3e-9: near 0, where most
+// activations are, a half minus the tail would round more.
+static MEMATTN_INLINE vf central_slope(vf square) {
+  vf p = broadcast(-1.7378171790483066e-08f);
+  p = fma(p, square, broadcast(5.327732992554957e-07f));
+  p = fma(p, square, broadcast(-9.023297934618313e-06f));
+  p = fma(p, square, broadcast(1.1466788419056684e-04f));
+  p = fma(p, square, broadcast(-1.1865536216646433e-03f));
+  p = fma(p, square, broadcast(9.973166510462761e-03f));
+  p = fma(p, square, broadcast(-6.64903074502945e-02f));
+  return fma(p, square, broadcast(3.989422917366028e-01f));
+}
+
 struct Gelu {
   // phi, and its derivatives where DERIVATIVES says so
   template <int DERIVATIVES>
   static MEMATTN_INLINE void at(vf x, vf& value, vf& first, vf& second) {
-    const vf negated = -x, size = select(x < 0.0f, negated, x);
-    const vf density = exp_nonpositive(x * x * -0.5f) * 0.39894228f;
+    const vf negated = -x, size = select(x < 0.0f, negated, x), square = x * x;
+    const vf density = exp_nonpositive(square * -0.5f) * 0.39894228f;
     const vf tail = density * mills_ratio(size);
-    const vf cumulated = select(x < 0.0f, tail, 1.0f - tail);
+    const vf outer = select(x < 0.0f, tail, 1.0f - tail);
+    const vf inner = fma(x, central_slope(square), broadcast(0.5f));
+    const vf cumulated = select(size < 2.0f, inner, outer);
     value = x * cumulated;
     if (DERIVATIVES > 0) first = fma(x, density, cumulated);
     if (DERIVATIVES > 1) second = density * fma(negated, x, broadcast(2.0f));
