@@ -1,5 +1,7 @@
 """The neural memory's state, and what the operator refuses."""
 
+import copy
+import pickle
 import re
 from dataclasses import replace
 
@@ -49,6 +51,20 @@ def test_state_can_be_cropped_reset_selected_and_saved(tmp_path):
     )
     with pytest.raises(ValueError, match="tensors must have count"):
         NeuralMemoryState.from_tensors({n: t for n, t in state.tensors().items() if n != "count"})
+    for name, wrong, message in (
+        ("count", int32(5, 6), r"count must be from 0 to chunk_size - 1 = 5, got \[5, 6\]"),
+        ("skipped", int32(0, 0), "state.skipped must have dtype torch.int64, got torch.int32"),
+        (
+            "pending_decay",
+            zeros(2, 2, 4).double(),
+            r"state.pending_decay must have shape \[2, 2, 5\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            NeuralMemoryState.from_tensors({**state.tensors(), name: wrong})
+    with pytest.raises(ValueError, match="state.packed_momentum must have shape"):
+        call(rest, state=replace(state, packed_momentum=state.packed_momentum[..., 1:]), **options)
+    assert repr(state).startswith("NeuralMemoryState(R=2, H=2, sizes=(4, 6, 4), chunk_size=6")
     # detach: gradients stop
     leaves = {n: t.requires_grad_() for n, t in inputs.items()}
     history = call(leaves, **options).state
@@ -133,6 +149,10 @@ def test_a_step_writes_no_weights_and_changes_no_state():
     for t in (1, 3, 7, 4, 3, 12):
         again, _ = steps(inputs, states[t], 2 + t, 15, **options)
         torch.testing.assert_close(again, out[:, :, t:], **EQUAL)
+    # a copy has rows of its own
+    for copied in (copy.deepcopy(states[4]), pickle.loads(pickle.dumps(states[4]))):
+        again, _ = steps(inputs, copied, 6, 15, **options)
+        torch.testing.assert_close(again, out[:, :, 4:], **EQUAL)
     # beams: rows that go on apart
     pair = states[4].select(torch.tensor([1, 1]))
     other = {n: t if n.startswith("weights_") else t.flip(2) for n, t in inputs.items()}

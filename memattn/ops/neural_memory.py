@@ -329,6 +329,7 @@ def _check_state(
         has = "a momentum" if momentum is not None else "no momentum, as momentum is None"
         must("state", f"have {has}", "none" if momentum is not None else "one")
     _check_wide("state", state.packed_weights, query, wide)
+    state.check(B, H, wide)
 
 
 def _token_by_token(

@@ -3,6 +3,7 @@
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,15 @@ class NeuralMemoryState:
     records: bool = False
     past: "NeuralMemoryState | None" = None  # before the last chunk ended; a count of -1 is none
     writer: "Writer | None" = None  # of the pending rows
+
+    def __repr__(self) -> str:
+        """Sizes only: numbers of a memory say little."""
+        R, H, _ = self.packed_weights.shape
+        momentum = self.packed_momentum is not None
+        return (
+            f"NeuralMemoryState(R={R}, H={H}, sizes={self.sizes}, chunk_size={self.chunk_size}, "
+            f"momentum={momentum})"
+        )
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -218,20 +228,54 @@ class NeuralMemoryState:
         """All that is needed to build the state again, as a flat dictionary to save."""
         found = {name: getattr(self, name) for name in TENSORS}
         found["sizes"] = torch.tensor(self.sizes)
-        return {name: x for name, x in found.items() if x is not None}
+        return {name: x.contiguous() for name, x in found.items() if x is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "NeuralMemoryState":
         """The state of what ``tensors`` gave.
 
         Raises:
-            ValueError: If a tensor is missing.
+            ValueError: If a tensor is missing, or they do not fit each other.
         """
         for name in (*TENSORS, "sizes"):
             if name not in tensors and name != "packed_momentum":
                 must("tensors", f"have {name}", sorted(tensors))
-        named = {name: tensors.get(name) for name in TENSORS}
-        return cls(**named, sizes=tuple(tensors["sizes"].tolist()))  # pyright: ignore[reportArgumentType]
+        named: dict[str, Any] = {name: tensors.get(name) for name in TENSORS}
+        state = cls(**named, sizes=tuple(tensors["sizes"].tolist()))
+        R, H = state.packed_weights.shape[:2]
+        state.check(R, H, state.packed_weights.dtype)
+        last = state.chunk_size - 1
+        if ((state.count < 0) | (state.count > last)).any():
+            must("count", f"be from 0 to chunk_size - 1 = {last}", state.count.tolist())
+        return state
+
+    def check(self, R: int, H: int, wide: torch.dtype) -> None:
+        """Raise unless the tensors fit each other and are of this size and dtype."""
+        pairs = zip(self.sizes, self.sizes[1:], strict=False)
+        P, rows = sum(a * b for a, b in pairs), self.pending_h.shape[2]
+        shapes = {
+            "packed_weights": (R, H, P),
+            "packed_momentum": (R, H, P),
+            "pending_h": (R, H, rows, sum(self.sizes[:-1])),
+            "pending_delta": (R, H, rows, sum(self.sizes[1:])),
+            "pending_decay": (R, H, rows),
+            "pending_momentum": (R, H, rows),
+            "count": (R,),
+            "skipped": (R,),
+            "initial": (H, P),
+        }
+        dtypes = {"count": torch.int32, "skipped": torch.int64}
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            if tensor.shape != shape:
+                must(f"state.{name}", f"have shape {list(shape)}", list(tensor.shape))
+            if tensor.dtype != dtypes.get(name, wide):
+                must(f"state.{name}", f"have dtype {dtypes.get(name, wide)}", tensor.dtype)
+            if tensor.device != self.packed_weights.device:
+                device = self.packed_weights.device
+                must(f"state.{name}", f"be on the device of its weights, {device}", tensor.device)
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> "NeuralMemoryState":
         """The state with ``change(name, tensor)`` of every tensor, of the past too."""
@@ -246,6 +290,10 @@ class Writer:
 
     def __init__(self) -> None:
         self.newest: Callable[[], NeuralMemoryState | None] = lambda: None
+
+    def __reduce__(self) -> tuple:
+        """A copy or a file has pending rows of its own."""
+        return Writer, ()
 
     def wrote(self, state: NeuralMemoryState) -> None:
         """Remember the state that a write made."""
