@@ -38,7 +38,7 @@ def small_steps(**sizes):
     return {n: t / 4 if n == "lr" else t for n, t in inputs.items()}
 
 
-def check(case, dtype, seeds=1):
+def check(case, dtype, seeds=2):
     """Assert the error rule over many sequences: rounding grows in some more than in others."""
     sizes, options, before = CASES[case]
     sizes, options = dict(B=12, H=2) | sizes, dict(chunk_size=4) | options
@@ -67,7 +67,7 @@ def check(case, dtype, seeds=1):
 @pytest.mark.parametrize("case", CASES)
 def test_matches_reference(case, dtype):
     """Values, the state and every gradient; memory that is not written is NaN."""
-    check(case, dtype, seeds=2 if dtype == torch.float32 else 1)
+    check(case, dtype)
 
 
 @pytest.mark.parametrize("name", ["avx2", "portable"])
@@ -87,7 +87,7 @@ def test_every_instruction_set(case, name):
 def test_decoding_is_prefill(case):
     """Token by token, rows at unlike places of their chunks: as near as one call is."""
     sizes, options, _ = CASES[case]
-    inputs = small_steps(**dict(B=12, T=20) | sizes, dtype=torch.float32)
+    inputs = small_steps(**dict(B=32, T=20) | sizes, dtype=torch.float32)
     start, steps, B = 4, 9, inputs["query"].shape[0]
     options = dict(options, return_state=True)
     bounds = dict(seq_start=torch.arange(B, dtype=torch.int32) % 3, seq_end=int32(*[start] * B))
@@ -95,7 +95,7 @@ def test_decoding_is_prefill(case):
     rest = cut(inputs, start, start + steps)
     results = []
     for backend, dtype in (("reference", None), ("reference", torch.float64)):
-        wide = {n: getattr(state, n).to(dtype) for n in floating(state)}
+        wide = {n: getattr(state, n).to(dtype) for n in (*floating(state), "initial")}
         given = NeuralMemoryState(**{**vars(state), **wide})
         found = call({n: t.to(dtype) for n, t in rest.items()}, state=given, **options,
                      backend=backend)  # fmt: skip
