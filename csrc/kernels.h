@@ -165,12 +165,14 @@ struct ChapterArgs {
   double scale;
   bool is_joint;
   bool counts_slots;                 // a chapter has a weight, or stands in several slots of a row
+  bool has_repeats;                  // the latter
   View query, out;                   // [B, H, T, D or Dv]; out is contiguous
   BankView key, value;               // [C, Hkv, M, D or Dv]
   const int32_t* indices;            // [B, N, K]
   const float* weights;              // [B, N, K] or null
   const int32_t *row_start, *row_end;  // [B, N], the queries of each routing row
-  // the routing rows b * N + n with chapter c, rising: entries [chapter_begin[c], chapter_begin[c + 1])
+  // the slots (b * N + n) * K + s with chapter c, rising, the first of each routing row: entries
+  // [chapter_begin[c], chapter_begin[c + 1])
   const int32_t *chapter_begin, *entries;
   const uint8_t* row_class;          // [B, N], how finely a routing row is summed
   uint32_t classes;                  // a bit for each class that some row has
@@ -180,6 +182,9 @@ struct ChapterArgs {
   View d_out, d_query;               // [B, H, T, Dv or D]; d_query is contiguous
   const float* d_lse;                // [B, H, T]
   float* row_stats;                  // [B, H, T, 4]
+
+  // the routing row of an entry
+  int64_t row_of(int64_t e) const { return (uint32_t)entries[e] / (uint32_t)K; }
 };
 
 // Classes of routing rows by the number of their keys, from few to many (SumRuns).
