@@ -3,7 +3,8 @@
 The extension uses LibTorch's stable ABI and Python's limited API, so one wheel serves torch >= 2.11
 and Python >= 3.10. Build without isolation (``pip install --no-build-isolation``), so that the
 installed torch supplies the headers. Without torch or a C++ compiler the package still installs
-and runs on the reference backend; ``memattn doctor`` says what is missing.
+and runs on the reference backend; ``memattn doctor`` says what is missing. MEMATTN_CXXFLAGS adds
+flags for the compiler, after those here.
 """
 
 import os
@@ -48,7 +49,10 @@ def cpp_extension() -> dict:
         include_dirs=["csrc"],
         depends=sorted(glob("csrc/*.h")),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_ABI)],
-        extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-g0"],
+        extra_compile_args=[
+            *("-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-g0"),
+            *os.environ.get("MEMATTN_CXXFLAGS", "").split(),
+        ],
         py_limited_api=True,
     )
     return {

@@ -9,7 +9,15 @@ from model_factories import logits_of, make_tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from memattn.adapters import MemoryAdapter, adapters_of, attach_memory, detach_memory, files
+from memattn import ChapterMemoryConfig, quantize_memory
+from memattn.adapters import (
+    MemoryAdapter,
+    adapters_of,
+    attach_memory,
+    detach_memory,
+    files,
+    set_adapter,
+)
 
 PARTS = [ScaledConfig(at="after_mlp", layers=[1]), {"kind": "toy", "num_rows": 3}]
 
@@ -107,6 +115,17 @@ def truncate(folder):
             lambda f: edit_config(f, parts=[{"kind": "toy"}]),
             r"have layers.0.parts.toy.table of shape \[4, 32\], got \[3, 32\]|not have",
         ),
+        (
+            lambda f: edit_config(f, dtyp="float32"),
+            "memory_config.json dtyp must be a field .format, base, dtype, parts., got float32",
+        ),
+        (
+            lambda f: edit_config(f, base={"model_type": "qwen3"}),
+            "memory_config.json base must have the field",
+        ),
+        (lambda f: edit_config(f, base=[]), r"base must be of type dict, got \[\]"),
+        (lambda f: edit_config(f, dtype="float23"), "dtype must be one of torch, got 'float23'"),
+        (lambda f: edit_config(f, parts="toy"), "parts must be of type list, got 'toy'"),
         (lambda f: (f / "memory_config.json").write_text("{"), "folder must hold a saved adapter"),
         (truncate, "folder must hold a saved adapter"),
         (
@@ -130,6 +149,33 @@ def test_damage_is_refused_and_leaves_the_model_as_it_was(saved, damage, message
         MemoryAdapter.from_pretrained(model, saved[1])
     assert names == [(n, p.requires_grad) for n, p in model.named_parameters()]
     assert "memory_adapters" not in dict(model.named_modules())
+
+
+def test_a_quantised_memory_comes_back(tmp_path):
+    memory = ChapterMemoryConfig(num_memory_tokens=24, num_chapters=4, top_k_chapters=2)
+    model, tokens = make_base("qwen3"), make_tokens()
+    plain = logits_of(model, tokens)
+    adapters = {name: attach_memory(model, memory, name=name) for name in ("a", "b")}
+    for adapter in adapters.values():
+        perturb_adapter(adapter)
+    full = logits_of(model, tokens)
+    quantize_memory(model)
+    set_adapter(model, "b")
+    logits = logits_of(model, tokens)
+    assert 0 < (logits - full).square().mean().sqrt() < 0.02 * full.std()
+    for adapter in adapters.values():
+        assert adapter.parts[0].quantize_memory and not adapter.parts[0].memory_quant_training
+        assert not any("rows" in name for name, _ in adapter.named_parameters())
+    adapters["b"].save_pretrained(tmp_path / "own")
+    model.save_pretrained(tmp_path / "whole")
+    detach_memory(model)
+    assert torch.equal(logits_of(model, tokens), plain)
+    for folder in ("own", "whole"):
+        MemoryAdapter.from_pretrained(model, tmp_path / folder, name="b")
+        assert torch.equal(logits_of(model, tokens), logits)
+        detach_memory(model)
+    weights = load_file(tmp_path / "own" / "memory.safetensors")
+    assert weights["shared.chapter_memory.banks.0.codes"].dtype == torch.int8
 
 
 def test_a_missing_file_is_refused(saved):

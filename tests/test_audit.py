@@ -15,10 +15,13 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
+from memattn import ChapterMemoryConfig, attach_memory
 from memattn.evaluate import AuditReport, AuditRow, audit
 
 SIZES = dict(
@@ -285,6 +288,24 @@ def test_notes_that_a_tiny_difference_is_rounding():
     report = audit(model, seq_len=16)
     assert report.failed == ("batch coupling",)
     assert "in float64 are rounding" in report.notes[0]
+
+
+def test_experts_are_exact_where_each_token_is_a_product_of_its_own():
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+    with torch.no_grad():  # so that tokens go to different experts
+        model.model.layers[0].mlp.gate.weight.normal_()
+    report = audit(model, seq_len=24)
+    float64 = [row for row in report.rows if row.dtype == "float64"]
+    assert all(row.passed for row in float64 if row.value is not None)
+    assert [note.split(",")[0] for note in report.notes] == [
+        "experts run as batched_mm in float64 and as grouped_mm in float32"
+    ]
+    assert model.config._experts_implementation == "grouped_mm"
+    model.set_experts_implementation("batched_mm")
+    attach_memory(model, ChapterMemoryConfig(num_memory_tokens=16, num_chapters=4))
+    report = audit(model, seq_len=24)
+    assert report.verdict.startswith("all 0") and not report.notes
 
 
 def test_report_prints_and_converts():

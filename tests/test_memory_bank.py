@@ -4,8 +4,8 @@ import pytest
 import torch
 from model_factories import SIZES, logits_of, make_tokens, perturb
 
+from memattn import quantize_memory
 from memattn.models import MemAttnConfig, MemAttnForCausalLM
-from memattn.models.quantize import quantize_memory
 from memattn.nn import (
     FactorizedMemoryBank,
     QuantizedMemoryBank,

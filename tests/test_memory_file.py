@@ -1,6 +1,7 @@
 """Files with the sections model, memory and training: their mapping, and what is wrong in them."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -250,3 +251,10 @@ def test_the_small_file_learns(tmp_path, monkeypatch, one_thread):
     assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
     held_out = [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
     assert len(held_out) == 2 and max(held_out) < losses[0]
+
+    found = []  # the same with the bank in 8 bits
+    for options in ([], ["--memory_bits", "8"]):
+        command = ["evaluate", str(tmp_path / "run"), "--json", str(tmp_path / "loss.json")]
+        assert main([*command, "--cache_dir", str(tmp_path / "cache"), *options]) == 0
+        found.append(json.loads((tmp_path / "loss.json").read_text())["loss"])
+    assert 0 < abs(found[1] - found[0]) < 0.01

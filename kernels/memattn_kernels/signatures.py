@@ -114,3 +114,85 @@ class ChapterRouterArgs(NamedTuple):
     temperature: float
     routed_scale: float
     is_mean: bool  # the load-balance loss is 1 at balance, else top_k
+
+
+class NeuralMemoryArgs(NamedTuple):
+    """Arguments of the neural memory. A row is a sequence or a packed document; R of them.
+
+    ``start_weights`` and ``start_momentum`` are packed: layer by layer, each ``[d_n, d_{n-1}]`` in
+    row-major order, P numbers in all. Pending rows are those of the open chunk's tokens, the layers
+    beside each other: PH is the sum of ``d_0 ... d_{N-1}``, PD that of ``d_1 ... d_N``.
+    """
+
+    gradients = (
+        "query key value lr momentum decay start_weights start_momentum "
+        "pending_h pending_delta pending_decay pending_momentum"
+    )
+
+    query: Tensor  # [B, H, T, D]
+    key: Tensor  # [B, H, T, D]
+    value: Tensor  # [B, H, T, Dv]
+    lr: Tensor  # float32 [B, H, T], as all that follow
+    momentum: Tensor | None  # [B, H, T]; None: no momentum is kept
+    decay: Tensor | None  # [B, H, T]; None: 0
+    start_weights: Tensor  # [R, H, P], or [1, H, P] for all rows
+    start_momentum: Tensor | None  # [R, H, P]; None: 0
+    pending_h: Tensor | None  # [R, H, chunk_size - 1, PH]; all that is pending, or none of it
+    pending_delta: Tensor | None  # [R, H, chunk_size - 1, PD]
+    pending_decay: Tensor | None  # [R, H, chunk_size - 1]
+    pending_momentum: Tensor | None  # [R, H, chunk_size - 1]; not read without momentum
+    count: Tensor | None  # int32 [R], pending tokens; what stands behind them may be anything
+    skipped: Tensor | None  # int64 [R]
+    row_start: Tensor | None  # int32 [R], first token of each row, from 0 to T; None: 0
+    row_end: Tensor | None  # int32 [R], the token behind its last; None: T
+    width_1: int  # d_1 ... d_3 as far as they are hidden, else 0
+    width_2: int
+    width_3: int
+    depth: int
+    chunk_size: int
+    read_chunk: bool  # reads use the weights at the start of a chunk
+    is_silu: bool  # else GELU, the erf form
+    residual: bool
+    is_huber: bool
+    huber_delta: float
+    max_norm: float | None
+    clamp_soft: bool
+    skip_nonfinite: bool
+    return_state: bool
+
+
+class NeuralMemoryStepArgs(NamedTuple):
+    """Arguments of one token of the neural memory, for decoding, without gradients.
+
+    The pending tensors are written in place at row ``count`` (not where a chunk ends); weights are
+    written only where a chunk ends.
+    """
+
+    query: Tensor  # [B, H, 1, D]
+    key: Tensor  # [B, H, 1, D]
+    value: Tensor  # [B, H, 1, Dv]
+    lr: Tensor  # float32 [B, H, 1], as all that follow
+    momentum: Tensor | None  # [B, H, 1]
+    decay: Tensor | None  # [B, H, 1]
+    start_weights: Tensor  # [B, H, P]
+    start_momentum: Tensor | None  # [B, H, P]
+    pending_h: Tensor  # [B, H, chunk_size - 1, PH], contiguous
+    pending_delta: Tensor  # [B, H, chunk_size - 1, PD], contiguous
+    pending_decay: Tensor  # [B, H, chunk_size - 1], contiguous
+    pending_momentum: Tensor  # [B, H, chunk_size - 1], contiguous
+    count: Tensor  # int32 [B]
+    skipped: Tensor  # int64 [B]
+    width_1: int
+    width_2: int
+    width_3: int
+    depth: int
+    chunk_size: int
+    read_chunk: bool
+    is_silu: bool
+    residual: bool
+    is_huber: bool
+    huber_delta: float
+    max_norm: float | None
+    clamp_soft: bool
+    skip_nonfinite: bool
+    fold: bool  # whether the chunk of a row may end with this token

@@ -125,14 +125,31 @@ def read_adapter(folder: str | os.PathLike[str], base: Any) -> SavedAdapter:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else config
         must("folder", f"hold an adapter of format {FORMAT}", repr(got))
+    _check_fields(CONFIG, config, {"format": str, "base": dict, "dtype": str, "parts": list})
     sizes = model_sizes(base)
     own = {"model_type": text_config(base).model_type}
     own |= {NAMES.get(name, name): getattr(sizes, name) for name in SIZES}
+    _check_fields(f"{CONFIG} base", config["base"], {n: type(v) for n, v in own.items()})
     for name, value in config["base"].items():
-        if own.get(name) != value:
+        if own[name] != value:
             saved = f"be {value!r}, which the adapter in {folder} was saved from"
-            must(f"model.config.{name}", saved, repr(own.get(name)))
-    return SavedAdapter(config["parts"], weights, getattr(torch, config["dtype"]))
+            must(f"model.config.{name}", saved, repr(own[name]))
+    dtype = getattr(torch, config["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        must(f"{CONFIG} dtype", "be one of torch", repr(config["dtype"]))
+    return SavedAdapter(config["parts"], weights, dtype)
+
+
+def _check_fields(name: str, values: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    """Raise ValueError unless there are exactly these fields, each of its type."""
+    for field in values:
+        if field not in types:
+            must(f"{name} {field}", f"be a field ({', '.join(types)})", values[field])
+    for field, kind in types.items():
+        if field not in values:
+            must(name, f"have the field {field}", ", ".join(values) or "none")
+        if not isinstance(values[field], kind):
+            must(f"{name} {field}", f"be of type {kind.__name__}", repr(values[field]))
 
 
 def adapter_weights(modules: Mapping[int, nn.Module], shared: Mapping[str, nn.Module]) -> Any:

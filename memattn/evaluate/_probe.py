@@ -38,10 +38,16 @@ class Probe:
                 if parameter.is_floating_point():
                     change = noise * torch.randn(parameter.shape, generator=generator)
                     parameter.add_(change.to(parameter))
+        self.config = base.config
         if dtype is not None:
             self.model.to(dtype)
             _use_plain_backends(self.model, base)
         self.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    @property
+    def experts(self) -> str | None:
+        """How transformers multiplies the experts of a mixture."""
+        return getattr(self.config, "_experts_implementation", None)
 
     def takes(self, name: str) -> bool:
         """Whether ``forward`` has this argument."""
@@ -139,7 +145,9 @@ def _use_plain_backends(model: nn.Module, base: Any) -> None:
     if "flash" in implementation or "flex" in implementation:
         base.set_attn_implementation("sdpa")
     if getattr(base.config, "_experts_implementation", None) is not None:
-        base.set_experts_implementation("eager")
+        # a product for each token and expert; the others multiply all tokens of an expert at once,
+        # and how that rounds depends on how many there are. Models without experts keep theirs
+        base.set_experts_implementation("batched_mm")
     module: Any
     for module in model.modules():
         # operators of this package: "auto" is the reference for float64

@@ -70,8 +70,8 @@ def audit(
         raise ValueError(f"noise must be positive, got {noise}")
     longest = getattr(config, "max_position_embeddings", None) or MAX_DEFAULT_LEN
     # parts know their own, those that are attached to a model of another library too
-    own = max(getattr(config, "reach", 0), getattr(model, "reach", 0))
-    reach: int = max(own, *_lengths(config), 0)
+    known = max(getattr(config, "reach", 0), getattr(model, "reach", 0))
+    reach: int = max(known, *_lengths(config), 0)
     if seq_len is None:
         seq_len = min(max(48, 2 * reach + 13), MAX_DEFAULT_LEN, longest)
     if not 12 <= seq_len <= longest:
@@ -89,13 +89,21 @@ def audit(
         *("repeatability", "future leak", "batch coupling", "pad sensitivity"),
         *("decode vs prefill", "split vs whole", "packed documents"),
     )
+    experts = probe.experts
     del exact, probe  # the float64 copy, before the next one is made
-    own = _Auditor(Probe(model, None, seed, noise), config.vocab_size, seq_len, seed, reach)
+    probe = Probe(model, None, seed, noise)
+    own = _Auditor(probe, config.vocab_size, seq_len, seed, reach)
     rows += own.rows("future leak", "batch coupling")
+    if experts != probe.experts:
+        notes.append(
+            f"experts run as {experts} in float64 and as {probe.experts} in {probe.dtype}, where "
+            "all tokens of an expert are one product: how it rounds depends on how many there are; "
+            f'model.set_experts_implementation("{experts}") ends that'
+        )
     if any(_is_rounding(row) for row in rows):
         notes.append(
             f"differences below {ROUNDING} in float64 are rounding: the order of a sum depends on "
-            "other tokens, as where a mixture of experts sorts tokens into products of other sizes"
+            "other tokens"
         )
     return AuditReport(model=type(model).__name__, rows=tuple(rows), notes=tuple(notes))
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -114,13 +115,13 @@ def perplexity(
         texts: list[str] = list(data)  # pyright: ignore[reportArgumentType, reportAssignmentType]
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        context_len, stride = _window(model, context_len, stride)
+        context_len, stride = check_window(model, context_len, stride)
         windows = [
             window
-            for tokens in _tokenize(texts, tokenizer)
-            for window in _windows(tokens, context_len, stride)
+            for tokens in tokenize(texts, tokenizer)
+            for window in windows_of(tokens, context_len, stride)
         ]
-        batches = _padded(windows, batch_size)
+        batches = padded(windows, batch_size)
         if progress:
             batches = _with_progress(batches, -(-len(windows) // batch_size))
         num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
@@ -144,10 +145,8 @@ def _sum_loss(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int, d
     options = {"output_losses": True} if names else {}
     parts = dict.fromkeys(names, (0.0, 0.0))
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total, num_tokens = 0.0, 0
-    try:
+    with run_in_eval_mode(model):
         for inputs, targets in batches:
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             output = model(**inputs, **options)
@@ -163,9 +162,18 @@ def _sum_loss(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int, d
             )
             total += losses.double().sum().item()
             num_tokens += int((targets != IGNORE).sum())
+    return total, num_tokens, {name: value / n for name, (value, n) in parts.items() if n}
+
+
+@contextmanager
+def run_in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, put back into the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return total, num_tokens, {name: value / n for name, (value, n) in parts.items() if n}
 
 
 def _shifted(batches: Iterable[dict[str, Tensor]]) -> Iterator[Batch]:
@@ -177,7 +185,7 @@ def _shifted(batches: Iterable[dict[str, Tensor]]) -> Iterator[Batch]:
         yield inputs, F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
 
 
-def _window(model: nn.Module, context_len: int | None, stride: int | None) -> tuple[int, int]:
+def check_window(model: nn.Module, context_len: int | None, stride: int | None) -> tuple[int, int]:
     """The checked window and stride."""
     longest: int | None
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -190,7 +198,7 @@ def _window(model: nn.Module, context_len: int | None, stride: int | None) -> tu
     return context_len, stride
 
 
-def _tokenize(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
+def tokenize(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
     """The ids of each text behind one special token, which is context and not predicted."""
     first = tokenizer.bos_token_id
     first = tokenizer.eos_token_id if first is None else first
@@ -202,7 +210,7 @@ def _tokenize(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> Iterato
         yield [first, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
-def _windows(tokens: list[int], context_len: int, stride: int) -> Iterator[Window]:
+def windows_of(tokens: list[int], context_len: int, stride: int) -> Iterator[Window]:
     """Inputs of at most ``context_len`` tokens, and the targets of the last of them."""
     begin, n = 1, len(tokens)
     while begin < n:
@@ -211,7 +219,7 @@ def _windows(tokens: list[int], context_len: int, stride: int) -> Iterator[Windo
         begin = end
 
 
-def _padded(windows: list[Window], batch_size: int) -> Iterator[Batch]:
+def padded(windows: list[Window], batch_size: int) -> Iterator[Batch]:
     """Batches of windows of similar lengths, padded on the right."""
     windows = sorted(windows, key=lambda window: len(window[0]))
     for at in range(0, len(windows), batch_size):

@@ -1,5 +1,6 @@
 """The composable decoder: pre-norm blocks, each assembled from the parts its config names."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,6 +58,13 @@ class MemAttnPreTrainedModel(PreTrainedModel):
                     inside = name if name == "attention" else f"parts.{name}"
                     found.append((f"{prefix}.{inside}.", part, module.module_of(name)))
         return roles_of(found)
+
+    def replace_parts(self, change: Callable[[PartConfig], PartConfig]) -> None:
+        """Put other configurations in place of those of the parts, whose modules stay."""
+        self.config.parts = [change(part) for part in self.config.parts]
+        for module in self.modules():
+            if isinstance(module, MemAttnBlock):
+                module.part_configs = {n: change(p) for n, p in module.part_configs.items()}
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

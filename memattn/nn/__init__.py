@@ -20,6 +20,12 @@ from memattn.nn.memory_bank import (
     StandardMemoryBank,
 )
 from memattn.nn.mlp import GELUMLP, SwiGLU, make_mlp
+from memattn.nn.neural_memory import (
+    CausalConvolution,
+    NeuralMemory,
+    NeuralMemoryLayerOutput,
+)
+from memattn.nn.neural_memory_state import NeuralMemoryLayerState
 from memattn.nn.norm import make_norm
 from memattn.nn.rotary import RotaryEmbedding, apply_rotary, sequence_positions
 from memattn.nn.segmented_attention import SegmentedAttention
@@ -29,6 +35,7 @@ from memattn.nn.task_tokens import TokenProjection
 
 __all__ = [
     "GELUMLP",
+    "CausalConvolution",
     "ChapterMemory",
     "ChapterRouter",
     "ColumnLayout",
@@ -45,6 +52,9 @@ __all__ = [
     "MemoryBanks",
     "MemoryCrossAttention",
     "MultiHeadAttention",
+    "NeuralMemory",
+    "NeuralMemoryLayerOutput",
+    "NeuralMemoryLayerState",
     "ProjectedChapters",
     "QuantizedMemoryBank",
     "ReducedDimMemoryBank",

@@ -8,6 +8,8 @@ from memattn.ops.future_attention import (
     future_attention,
     future_attention_loss,
 )
+from memattn.ops.neural_memory import NeuralMemoryOutput, neural_memory
+from memattn.ops.neural_memory_state import NeuralMemoryState
 from memattn.ops.segmented_attention import AttentionOutput, segmented_attention
 from memattn.ops.task_mask import TaskMask
 from memattn.ops.task_masked_attention import task_masked_attention
@@ -16,12 +18,15 @@ __all__ = [
     "AttentionOutput",
     "FutureAttentionLossOutput",
     "FutureAttentionOutput",
+    "NeuralMemoryOutput",
+    "NeuralMemoryState",
     "RouterOutput",
     "TaskMask",
     "chapter_attention",
     "chapter_router",
     "future_attention",
     "future_attention_loss",
+    "neural_memory",
     "segmented_attention",
     "task_masked_attention",
 ]

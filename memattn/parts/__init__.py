@@ -18,6 +18,7 @@ from memattn.parts.base import (
 )
 from memattn.parts.context import PartContext
 from memattn.parts.old_spellings import AttentionConfig
+from memattn.parts.quantize import quantize_memory
 from memattn.parts.sequences import SequenceStates
 from memattn.parts.state import PartState, SequenceBounds
 
@@ -41,6 +42,7 @@ __all__ = [
     "future",
     "make_part",
     "part_type",
+    "quantize_memory",
     "register_part",
     "segmented",
 ]

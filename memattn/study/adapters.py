@@ -40,8 +40,8 @@ class BaseModel:
     """The pretrained model.
 
     Attributes:
-        model_path: Folder or hub name of a Hugging Face causal language model. None trains one
-            on the general text first, with the fields below.
+        model_path: A Hugging Face causal language model: a folder, a hub name or ``smollm2``, from
+            a package. None trains one on the general text first, with the fields below.
         architecture: Its ``model_type``, such as ``qwen3`` or ``llama``.
         sizes: Sizes, keywords of the architecture's configuration.
         vocab_size: Entries of the tokenizer that is trained on the general text.

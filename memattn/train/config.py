@@ -43,8 +43,8 @@ class ModelConfig:
     Attributes:
         preset: Name of a preset of ``memattn.models.PRESETS``, such as ``vanilla``.
         options: Keywords of the preset: sizes, and what the preset itself takes.
-        model_path: Folder or hub name of a Hugging Face causal language model to go on training.
-            Exactly one of ``preset`` and ``model_path`` is given.
+        model_path: A Hugging Face causal language model to go on training: a folder, a hub name or
+            ``smollm2``, from a package. Exactly one of ``preset`` and ``model_path`` is given.
         memory_adapter: Kind and fields of a part, such as a memory, that is attached to a
             pretrained model; None attaches none.
         lora: LoRA inside a pretrained model; None means none.

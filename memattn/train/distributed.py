@@ -1,5 +1,6 @@
 """What differs between one process and several: sharding, gathering, errors of the first rank."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -17,12 +19,22 @@ from memattn.train.config import TrainingConfig
 def leave_process_group() -> None:
     """End the process group, if there is one: the last act of a program that trained.
 
-    A process that exits with the group's threads still running may be aborted.
+    ``destroy_process_group`` ends the threads of gloo only with the last reference to the group.
+    One of them that still holds a finished operation asks for the interpreter to drop its tensors;
+    if the interpreter is ending, that aborts the process. So references go first: those of models
+    that nothing uses any more, and those of device meshes, which DTensor's caches keep for good.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # the first process keeps the store that the others leave by
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    # the first process keeps the store that the others leave by
+    torch.distributed.barrier()
+    group = torch.distributed.group.WORLD
+    gc.collect()
+    torch.distributed.destroy_process_group()
+    for mesh in (thing for thing in gc.get_objects() if type(thing) is DeviceMesh):
+        getattr(mesh, "_pg_registry", {}).clear()
+    # the last reference: waits for the threads, which may have the interpreter meanwhile
+    del group
 
 
 def prepare_model(accelerator: Accelerator, model: nn.Module, config: TrainingConfig) -> nn.Module:

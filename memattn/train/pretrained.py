@@ -1,16 +1,19 @@
-"""Pretrained models: a local folder, or the local copy of a name on the hub."""
+"""Pretrained models: a local folder, one in a package, or the local copy of a name on the hub."""
 
 from pathlib import Path
+
+from memattn.data.checkpoints import CHECKPOINTS, fetch_checkpoint
 
 # what transformers reads of a model, not copies in other formats
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def find_pretrained(name: str) -> Path:
-    """The folder of a pretrained model; one on the hub is fetched where there is no copy of it.
+    """The folder of a pretrained model, which is fetched where there is no copy of it.
 
     Args:
-        name: A folder with ``config.json``, or ``owner/name`` on the Hugging Face hub.
+        name: A folder with ``config.json``, a name in ``CHECKPOINTS``, or ``owner/name`` on the
+            Hugging Face hub.
 
     Returns:
         The folder.
@@ -18,10 +21,13 @@ def find_pretrained(name: str) -> Path:
     Raises:
         FileNotFoundError: If it is neither, or there is no hub and no copy; names the model and
             where a local folder may be given.
+        ImportError, ConnectionError, ValueError, OSError: As ``fetch_checkpoint`` does.
     """
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
         return path
+    if name in CHECKPOINTS:
+        return fetch_checkpoint(name)
     reason = "no such folder"
     if path.exists():
         reason = "a folder without config.json" if path.is_dir() else "a file"
@@ -30,9 +36,9 @@ def find_pretrained(name: str) -> Path:
         if folder is not None:
             return folder
     raise FileNotFoundError(
-        f"base model must be a folder with a saved model, or a name on a Hugging Face hub that can "
-        f"be reached, got {name} ({reason}); a local folder may stand in its place in the "
-        "configuration, or be given as --model.model_path FOLDER to train and as "
+        f"base model must be a folder with a saved model, {', '.join(CHECKPOINTS)}, or a name on a "
+        f"Hugging Face hub that can be reached, got {name} ({reason}); a local folder may stand in "
+        "its place in the configuration, or be given as --model.model_path FOLDER to train and as "
         "--base_model FOLDER to other commands"
     )
 

@@ -1,0 +1,24 @@
+"""Synthetic tasks: texts with facts in them and a question behind, of any length."""
+
+from memattn.data.tasks.base import Sample, Task, draw_sample, task_tokens
+from memattn.data.tasks.facts import STORIES, Facts
+from memattn.data.tasks.haystack import Haystack
+from memattn.data.tasks.needle import NEEDLES, Needle
+from memattn.data.tasks.recall import MultiQueryRecall
+from memattn.data.tasks.tracking import VariableTracking
+from memattn.data.tasks.words import CommonWords
+
+__all__ = [
+    "NEEDLES",
+    "STORIES",
+    "CommonWords",
+    "Facts",
+    "Haystack",
+    "MultiQueryRecall",
+    "Needle",
+    "Sample",
+    "Task",
+    "VariableTracking",
+    "draw_sample",
+    "task_tokens",
+]

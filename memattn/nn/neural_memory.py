@@ -1,0 +1,418 @@
+"""The neural memory of Titans as a layer: projections, convolutions, rates, operator, gate."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memattn.checks import check_int, check_rank, check_shape, must
+from memattn.nn.neural_memory_state import NeuralMemoryLayerState
+from memattn.ops import neural_memory
+from memattn.ops.neural_memory import DEEPEST
+from memattn.reference.neural_memory import memory_forward
+
+
+class NeuralMemoryLayerOutput(NamedTuple):
+    """What the layer returns."""
+
+    out: Tensor  # [B, T, E]
+    state: NeuralMemoryLayerState
+    surprise: Tensor  # [B, H, T], the norm of each token's gradient
+
+
+class CausalConvolution(nn.Module):
+    """A filter of its own for each feature, over a token and those before it.
+
+    Args:
+        num_features: Features, ``F``.
+        size: Tokens that a filter sees.
+    """
+
+    def __init__(self, num_features: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.empty(num_features, size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """New filters, uniform as those of ``torch.nn.Conv1d``."""
+        bound = self.size**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, inputs: Tensor, T: int, positions: Tensor | None = None) -> Tensor:
+        """Filter the last ``T`` of ``inputs [B, S, F]``, where ``S`` is at least ``T + size - 1``.
+
+        ``positions`` int64 ``[T]`` of packed documents: nothing before position 0 is seen.
+        """
+        first = inputs.shape[1] - T
+        out = torch.zeros_like(inputs[:, first:])
+        for back in range(self.size):
+            seen = inputs[:, first - back : first - back + T] * self.weight[:, -1 - back]
+            if positions is not None and back:
+                seen = torch.where((positions >= back)[:, None], seen, 0.0)
+            out = out + seen
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, size={self.size}"
+
+
+class NeuralMemory(nn.Module):
+    """A memory for each head that learns what it reads, token by token.
+
+    Queries, keys and values are projected, filtered by causal convolutions and passed through SiLU;
+    queries and keys have length 1. Learning rate, momentum and decay of each token and head are
+    sigmoids of projections. What the memory gives is normalised for each head, gated by the token
+    and projected. At the start the rates are ``lr``, ``momentum`` and ``decay``, and a chunk of 64
+    equal tokens does not yet overshoot.
+
+    Args:
+        hidden_size: Features of the hidden states, ``E``.
+        num_heads: Memories, ``H``.
+        head_dim: Features of a key and a value, ``D``; None means ``hidden_size / num_heads``.
+        depth: Layers of a memory, 1 to 4.
+        expansion: Width of its hidden layers, in units of ``D``.
+        chunk_size: Tokens whose gradients are taken at the same weights.
+        conv_size: Tokens that the convolutions see; 1 means none.
+        num_persistent_tokens: Learned tokens, ``P``, that the memory reads before every sequence.
+        lr: Learning rate of a new layer.
+        max_lr: Largest learning rate.
+        momentum: Momentum of a new layer; None means none is kept.
+        decay: Decay of a new layer; None means none.
+        gate: Whether the output is gated.
+        norm_eps: Of the output's norm.
+        options: Further arguments of ``memattn.neural_memory``: ``read``, ``activation``,
+            ``residual``, ``loss``, ``huber_delta``, ``max_norm``, ``clamp``, ``skip_nonfinite``.
+        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+
+    Raises:
+        ValueError: If heads do not divide or a value is outside its range.
+
+    Example:
+        >>> memory = NeuralMemory(hidden_size=64, num_heads=2, chunk_size=16)
+        >>> x = torch.randn(2, 50, 64)
+        >>> out, state, surprise = memory(x)
+        >>> out.shape, surprise.shape
+        (torch.Size([2, 50, 64]), torch.Size([2, 2, 50]))
+        >>> memory(x[:, :1], state=state).out.shape  # it goes on
+        torch.Size([2, 1, 64])
+
+    Note:
+        Source: Behrouz et al., Titans, https://arxiv.org/abs/2501.00663, sections 3.1 and 4.4.
+        Differs: rates belong to a token, not to a chunk; see ``memattn.neural_memory``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        depth: int = 2,
+        expansion: int = 4,
+        chunk_size: int = 64,
+        conv_size: int = 4,
+        num_persistent_tokens: int = 0,
+        lr: float = 0.01,
+        max_lr: float = 1.0,
+        momentum: float | None = 0.5,
+        decay: float | None = 0.001,
+        gate: bool = True,
+        norm_eps: float = 1e-6,
+        options: dict[str, Any] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("hidden_size", hidden_size),
+            ("num_heads", num_heads),
+            ("depth", depth),
+            ("expansion", expansion),
+            ("chunk_size", chunk_size),
+            ("conv_size", conv_size),
+        ):
+            check_int(name, value, 1)
+        check_int("num_persistent_tokens", num_persistent_tokens, 0)
+        if depth > DEEPEST:
+            must("depth", f"be at most {DEEPEST}", depth)
+        if head_dim is None:
+            if hidden_size % num_heads:
+                must("hidden_size", f"be divisible by num_heads={num_heads}", hidden_size)
+            head_dim = hidden_size // num_heads
+        check_int("head_dim", head_dim, 1)
+        for name, rate in (("lr", lr / max_lr), ("momentum", momentum), ("decay", decay)):
+            if rate is not None and not 0.0 < rate < 1.0:
+                most = f"max_lr={max_lr}" if name == "lr" else "1"
+                must(name, f"be between 0 and {most}", lr if name == "lr" else rate)
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.chunk_size = chunk_size
+        self.conv_size = conv_size
+        self.max_lr = max_lr
+        self.rates = {"lr": lr / max_lr, "momentum": momentum, "decay": decay}
+        self.rates = {name: rate for name, rate in self.rates.items() if rate is not None}
+        self.options = dict(options or {})
+        self.backend = backend
+        inner = num_heads * head_dim
+        self.q_proj = nn.Linear(hidden_size, inner, bias=False)
+        self.k_proj = nn.Linear(hidden_size, inner, bias=False)
+        self.v_proj = nn.Linear(hidden_size, inner, bias=False)
+        if conv_size > 1:
+            self.q_conv = CausalConvolution(inner, conv_size)
+            self.k_conv = CausalConvolution(inner, conv_size)
+            self.v_conv = CausalConvolution(inner, conv_size)
+        self.rate_proj = nn.Linear(hidden_size, len(self.rates) * num_heads)
+        sizes = [head_dim, *[expansion * head_dim] * (depth - 1), head_dim]
+        self.memory_weights = nn.ParameterList(
+            nn.Parameter(torch.empty(num_heads, after, before))
+            for before, after in zip(sizes, sizes[1:], strict=False)
+        )
+        self.norm = nn.RMSNorm(head_dim, eps=norm_eps)
+        self.gate_proj = nn.Linear(hidden_size, inner, bias=False) if gate else None
+        self.o_proj = nn.Linear(inner, hidden_size, bias=False)
+        if num_persistent_tokens:
+            self.persistent_tokens = nn.Parameter(torch.empty(num_persistent_tokens, hidden_size))
+        else:
+            self.register_parameter("persistent_tokens", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """New memory weights, rates and persistent tokens; projections keep theirs."""
+        for layer in self.memory_weights:
+            nn.init.normal_(layer, std=layer.shape[-1] ** -0.5)
+        # the rates of a new layer are those asked for, whatever the token
+        nn.init.zeros_(self.rate_proj.weight)
+        with torch.no_grad():
+            for bias, rate in zip(
+                self.rate_proj.bias.view(-1, self.num_heads), self.rates.values(), strict=True
+            ):
+                bias.fill_(math.log(rate / (1 - rate)))
+        if self.persistent_tokens is not None:
+            nn.init.normal_(self.persistent_tokens, std=0.02)
+
+    def start(self) -> NeuralMemoryLayerState:
+        """The state of a sequence before its first token, one row: behind the persistent tokens."""
+        none = self.o_proj.weight.new_zeros(1, 0, self.o_proj.weight.shape[0])
+        tokens = none if self.persistent_tokens is None else self.persistent_tokens[None]
+        return self._write(tokens, tokens, None).state
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        kv_states: Tensor | None = None,
+        state: NeuralMemoryLayerState | None = None,
+        seq_start: Tensor | None = None,
+        seq_end: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> NeuralMemoryLayerOutput:
+        """Write the tokens of ``hidden_states [B, T, E]``, and read at each of them.
+
+        Args:
+            hidden_states: ``[B, T, E]``.
+            kv_states: ``[B, T, E]``, what keys and values are made of; None means the same.
+            state: What an earlier call returned; None begins.
+            seq_start: int32 ``[B]``, first token of each sequence in this call.
+            seq_end: int32 ``[B]``, the token behind its last.
+            cu_seqlens: int32 ``[n+1]``, bounds of packed documents, with ``B = 1``; without a
+                state.
+        """
+        check_rank("hidden_states", hidden_states, "B T E")
+        kv_states = hidden_states if kv_states is None else kv_states
+        B, T, E = hidden_states.shape
+        check_shape("kv_states", kv_states, B=B, T=T, E=E)
+        if cu_seqlens is None:
+            if state is None and self.persistent_tokens is not None:
+                state = self.start().expand(B)
+            return self._write(hidden_states, kv_states, state, seq_start, seq_end)
+        if state is not None:
+            must("state", "be None with cu_seqlens", "a state")
+        bounds = dict(seq_start=seq_start, seq_end=seq_end)
+        if self.persistent_tokens is None:
+            return self._write(hidden_states, kv_states, None, **bounds, cu_seqlens=cu_seqlens)
+        # each document gets its own persistent tokens in front
+        P = len(self.persistent_tokens)
+        longer = cu_seqlens + P * torch.arange(len(cu_seqlens), device=cu_seqlens.device)
+        column = torch.arange(T + P * (len(cu_seqlens) - 1), device=cu_seqlens.device)
+        document = torch.searchsorted(longer[1:].contiguous(), column, right=True)
+        place = column - longer[document]
+        source = torch.where(place < P, T + place, cu_seqlens[document] + place - P)
+        tokens = self.persistent_tokens[None].to(hidden_states.dtype)
+        hidden_states, kv_states = (
+            torch.cat([x, tokens], 1)[:, source] for x in (hidden_states, kv_states)
+        )
+        found = self._write(
+            hidden_states, kv_states, None, **bounds, cu_seqlens=longer.to(cu_seqlens.dtype)
+        )
+        own = torch.arange(T, device=column.device)
+        own = own + P * (1 + torch.searchsorted(cu_seqlens[1:].contiguous(), own, right=True))
+        return found._replace(out=found.out[:, own], surprise=found.surprise[..., own])
+
+    def read(
+        self,
+        hidden_states: Tensor,
+        state: NeuralMemoryLayerState,
+        *,
+        seq_start: Tensor | None = None,
+        seq_end: Tensor | None = None,
+    ) -> tuple[Tensor, NeuralMemoryLayerState]:
+        """Read at the weights before the open chunk, ``[B, T, E]``, and write nothing.
+
+        The convolution of these queries has inputs of its own, in the state that is returned.
+
+        Args:
+            hidden_states: ``[B, T, E]``.
+            state: What ``forward`` or ``start().expand(B)`` gave.
+            seq_start: int32 ``[B]``, as in ``forward``.
+            seq_end: int32 ``[B]``.
+        """
+        check_rank("hidden_states", hidden_states, "B T E")
+        bounds = _present(hidden_states, seq_start, seq_end)
+        (query,), inputs = self._filtered(
+            [self.q_proj(hidden_states)], ["q"], state.read_inputs, state.since, bounds
+        )
+        query = _unit(self._heads(query))
+        x = query.to(state.memory.packed_weights.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            is_silu = self.options.get("activation") == "silu"
+            residual = self.options.get("residual", False)
+            out = memory_forward(state.memory.weights, x, is_silu, residual)[0]
+        if bounds is not None:
+            out = torch.where(bounds.present[:, None, :, None], out, 0.0)
+        state = NeuralMemoryLayerState(state.memory, state.inputs, inputs, state.since)
+        return self._finish(out.to(query.dtype), hidden_states), state
+
+    def _write(
+        self,
+        hidden_states: Tensor,
+        kv_states: Tensor,
+        state: NeuralMemoryLayerState | None,
+        seq_start: Tensor | None = None,
+        seq_end: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> NeuralMemoryLayerOutput:
+        """Everything but persistent tokens."""
+        projected = [self.q_proj(hidden_states), self.k_proj(kv_states), self.v_proj(kv_states)]
+        past, since = (None, None) if state is None else (state.inputs, state.since)
+        bounds = _present(hidden_states, seq_start, seq_end)
+        filtered, inputs = self._filtered(projected, list("qkv"), past, since, bounds, cu_seqlens)
+        query, key, value = (self._heads(x) for x in filtered)
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        rates = rearrange(
+            self.rate_proj(kv_states).to(wide).sigmoid(), "b t (n h) -> n b h t", h=self.num_heads
+        )
+        named = dict(zip(self.rates, rates, strict=True))
+        out, memory, surprise = neural_memory(
+            _unit(query),
+            _unit(key),
+            value,
+            self.max_lr * named["lr"],
+            named.get("momentum"),
+            named.get("decay"),
+            list(self.memory_weights),
+            state=None if state is None else state.memory,
+            chunk_size=self.chunk_size,
+            seq_start=seq_start,
+            seq_end=seq_end,
+            cu_seqlens=cu_seqlens,
+            backend=self.backend,
+            **self.options,
+        )
+        assert memory is not None
+        if since is not None:
+            since = since + (hidden_states.shape[1] if bounds is None else bounds.length)
+        read_inputs = None if state is None else state.read_inputs
+        after = NeuralMemoryLayerState(memory, inputs, read_inputs, since)
+        return NeuralMemoryLayerOutput(self._finish(out, hidden_states), after, surprise)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b t (h d) -> b h t d", h=self.num_heads)
+
+    def _finish(self, out: Tensor, hidden_states: Tensor) -> Tensor:
+        """Norm, gate and projection of what the memory gave."""
+        out = self.norm(out.to(self.norm.weight.dtype))  # autocast does not convert for norms
+        out = rearrange(out, "b h t d -> b t (h d)")
+        if self.gate_proj is not None:
+            out = out * self.gate_proj(hidden_states).sigmoid()
+        return self.o_proj(out)
+
+    def _filtered(
+        self,
+        projected: Sequence[Tensor],
+        names: Sequence[str],
+        past: Tensor | None,
+        since: Tensor | None,
+        bounds: "_Present | None",
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """SiLU of the convolutions ``[B, T, F]`` each, and the inputs that later tokens need."""
+        if self.conv_size == 1:
+            return [F.silu(x) for x in projected], None
+        x = torch.cat(list(projected), -1)
+        B, T, width = x.shape
+        kept = self.conv_size - 1 + (0 if since is None else 2 * self.chunk_size)
+        if past is None:
+            past = x.new_zeros(B, kept, width)
+        past = past.to(x.dtype)[:, -kept:]
+        past = F.pad(past, (0, 0, kept - past.shape[1], 0))
+        positions = None
+        if bounds is None:
+            inputs = torch.cat([past, x], 1)
+            after = inputs[:, T:]
+        else:
+            # what was before stands right before the first token of each row
+            x = F.pad(torch.where(bounds.present[..., None], x, 0.0), (0, 0, kept, 0))
+            column = torch.arange(kept, device=x.device)[:, None]
+            at = lambda first: (first[:, None, None] + column).expand(-1, -1, width)
+            inputs = x.scatter(1, at(bounds.start), past)
+            after = inputs.gather(1, at(bounds.start + bounds.length))
+        if cu_seqlens is not None:
+            token = torch.arange(T, device=x.device)
+            document = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+            positions = token - cu_seqlens[document]
+            ends = cu_seqlens[1:, None] + torch.arange(-kept, 0, device=x.device)
+            own = ends >= cu_seqlens[:-1, None]
+            after = torch.where(own[..., None], x[0, ends.clamp(min=0).long()], 0.0)
+        parts = inputs.split([p.shape[-1] for p in projected], -1)
+        convolutions = [getattr(self, f"{name}_conv") for name in names]
+        filtered = [
+            F.silu(convolution(part, T, positions))
+            for convolution, part in zip(convolutions, parts, strict=True)
+        ]
+        return filtered, after
+
+    def extra_repr(self) -> str:
+        depth, P = len(self.memory_weights), self.persistent_tokens
+        sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}, depth={depth}"
+        return f"{sizes}, chunk_size={self.chunk_size}, persistent={0 if P is None else len(P)}"
+
+
+class _Present(NamedTuple):
+    """Which tokens of a call exist: those of each row follow each other."""
+
+    present: Tensor  # bool [B, T]
+    start: Tensor  # int64 [B]
+    length: Tensor  # int64 [B]
+
+
+def _present(x: Tensor, seq_start: Tensor | None, seq_end: Tensor | None) -> _Present | None:
+    """None where all tokens exist."""
+    B, T, _ = x.shape
+    if seq_start is None and seq_end is None:
+        return None
+    full = torch.zeros(B, dtype=torch.int64, device=x.device)
+    start = full if seq_start is None else seq_start.long().clamp(0, T)
+    end = full + T if seq_end is None else seq_end.long().clamp(0, T)
+    column = torch.arange(T, device=x.device)
+    present = (column >= start[:, None]) & (column < end[:, None])
+    return _Present(present, start, (end - start).clamp(min=0))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Vectors of length 1, computed in float32 or wider; a vector of zeros stays one."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.normalize(wide, dim=-1).to(x.dtype)

@@ -1,0 +1,128 @@
+"""What a sequence keeps of a neural memory layer: its memory, and inputs of its convolutions."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memattn.checks import check_int, must
+from memattn.ops import NeuralMemoryState
+
+OWN = ("inputs", "read_inputs", "since")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NeuralMemoryLayerState:
+    """State of ``memattn.nn.NeuralMemory`` for ``R`` sequences.
+
+    Inputs of the convolutions are projected queries, keys and values, the newest last, and 0 where
+    there was no token.
+    """
+
+    memory: NeuralMemoryState
+    inputs: Tensor | None  # [R, kept, 3 H D]; None without convolutions
+    read_inputs: Tensor | None = None  # [R, kept, H D], of ``NeuralMemory.read``
+    since: Tensor | None = None  # int64 [R], tokens since it records; None where it does not
+
+    def detach(self) -> "NeuralMemoryLayerState":
+        """The same numbers without a history: gradients stop here."""
+        return self._map(self.memory.detach(), lambda x: x.detach())
+
+    def to(self, device: torch.device | str) -> "NeuralMemoryLayerState":
+        """The same on another device."""
+        return self._map(self.memory.to(device), lambda x: x.to(device))
+
+    def select(self, rows: Tensor) -> "NeuralMemoryLayerState":
+        """The state of these rows, int64, in this order; a row may come several times."""
+        return self._map(self.memory.select(rows), lambda x: x.index_select(0, rows))
+
+    def expand(self, R: int) -> "NeuralMemoryLayerState":
+        """The state of one row for ``R`` rows that begin alike."""
+        return self._map(self.memory.expand(R), lambda x: x.expand(R, *x.shape[1:]))
+
+    @classmethod
+    def merge(cls, states: "Sequence[NeuralMemoryLayerState]") -> "NeuralMemoryLayerState":
+        """The rows of several states of one layer behind each other."""
+        named = {}
+        for name in OWN:
+            parts = [getattr(state, name) for state in states]
+            named[name] = None if any(x is None for x in parts) else torch.cat(parts)
+        return cls(NeuralMemoryState.merge([state.memory for state in states]), **named)
+
+    def reset(self, mask: Tensor, begin: "NeuralMemoryLayerState") -> "NeuralMemoryLayerState":
+        """Begin anew where ``mask`` (bool ``[R]``) is True, as ``begin`` (one row or R) does."""
+        R = mask.shape[0]
+        begin = begin.expand(R) if begin.memory.count.shape[0] != R else begin
+
+        def anew(x: Tensor | None, start: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            first = torch.zeros_like(x)
+            if start is not None:
+                first = F.pad(start, (0, 0, x.shape[1] - start.shape[1], 0))
+            return torch.where(mask[:, None, None], first, x)
+
+        return dataclasses.replace(
+            self,
+            memory=self.memory.reset_to(mask, begin.memory),
+            inputs=anew(self.inputs, begin.inputs),
+            read_inputs=anew(self.read_inputs, begin.read_inputs),
+            since=None if self.since is None else torch.where(mask, 0, self.since),
+        )
+
+    def record_past(self) -> "NeuralMemoryLayerState":
+        """The same state, which from now on keeps what ``crop`` needs."""
+        since = torch.zeros_like(self.memory.count, dtype=torch.int64)
+        return dataclasses.replace(self, memory=self.memory.record_past(), since=since)
+
+    def crop(self, n: int | Tensor) -> "NeuralMemoryLayerState":
+        """Forget the newest ``n`` tokens of every row, or ``n`` (int64 ``[R]``) of each.
+
+        Raises:
+            ValueError: If these are more than there were since ``record_past``, or more than the
+                memory can take back.
+        """
+        if not isinstance(n, Tensor):
+            check_int("n", n, 0)
+            n = torch.full_like(self.memory.skipped, n)
+        if not n.any():
+            return self
+        memory = self.memory.crop(n)
+        if self.inputs is None and self.since is None:
+            return dataclasses.replace(self, memory=memory)
+        since = torch.zeros_like(n) if self.since is None else self.since
+        if (n > since).any():
+            row = int((n > since).nonzero()[0, 0])
+            must("n", f"be at most {int(since[row])}, the tokens since record_past", int(n[row]))
+
+        def back(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            column = torch.arange(x.shape[1], device=x.device) - n[:, None]
+            index = column.clamp(min=0)[..., None].expand_as(x)
+            return torch.where((column >= 0)[..., None], x.gather(1, index), 0.0)
+
+        return NeuralMemoryLayerState(memory, back(self.inputs), back(self.read_inputs), since - n)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is needed to build the state again, as a flat dictionary to save."""
+        found = {f"memory.{name}": x for name, x in self.memory.tensors().items()}
+        found |= {name: getattr(self, name) for name in ("inputs", "read_inputs")}
+        return {name: x for name, x in found.items() if x is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "NeuralMemoryLayerState":
+        """The state of what ``tensors`` gave; what it recorded is not saved."""
+        memory = {n.removeprefix("memory."): x for n, x in tensors.items() if "." in n}
+        own = {name: tensors.get(name) for name in ("inputs", "read_inputs")}
+        return cls(NeuralMemoryState.from_tensors(memory), **own)
+
+    def _map(
+        self, memory: NeuralMemoryState, change: Callable[[Tensor], Tensor]
+    ) -> "NeuralMemoryLayerState":
+        """The state with ``change`` of its own tensors."""
+        own = {name: getattr(self, name) for name in OWN}
+        changed = {name: x if x is None else change(x) for name, x in own.items()}
+        return NeuralMemoryLayerState(memory, **changed)
