@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memattn.adapters import MemoryAdapter, attach_memory, detach_memory
+    from memattn.chapters import chapter_from_text, chapters_of
     from memattn.continual import train_continual
     from memattn.dtgma import DTGMAModel
     from memattn.models import (
@@ -65,7 +66,9 @@ __all__ = [
     "__version__",
     "attach_memory",
     "chapter_attention",
+    "chapter_from_text",
     "chapter_router",
+    "chapters_of",
     "detach_memory",
     "future_attention",
     "future_attention_loss",
@@ -105,6 +108,7 @@ _HOMES = {
     ),
     "memattn.parts": ("quantize_memory",),
     "memattn.adapters": ("MemoryAdapter", "attach_memory", "detach_memory"),
+    "memattn.chapters": ("chapter_from_text", "chapters_of"),
     "memattn.dtgma": ("DTGMAModel",),
     "memattn.continual": ("train_continual",),
 }

@@ -132,13 +132,26 @@ def read_tensors(
         FileNotFoundError: If there is no such file.
         ValueError: If it holds something else.
     """
+    with _opened_tensors(path, writer, device) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
+
+
+def read_metadata(path: str | os.PathLike[str], writer: str) -> dict[str, str]:
+    """Metadata alone of a safetensors file; errors as of ``read_tensors``."""
+    with _opened_tensors(path, writer, "cpu") as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened_tensors(path: str | os.PathLike[str], writer: str, device: Any) -> Iterator[Any]:
+    """A safetensors file that is open."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"path must be a file that {writer} wrote, got {path}")
     try:
         with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
+            yield file
     except SafetensorError as error:
         raise ValueError(f"path must be a whole safetensors file, got {path}: {error}") from error

@@ -16,6 +16,7 @@ LAYERS = [
     {"demo", "study"},
     {"train", "continual", "viz", "bench"},
     {"evaluate"},
+    {"chapters"},
     {"data"},
     {"models", "adapters", "dtgma"},
     {"parts"},

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from memattn.adapters.attach import Parts, attach_parts, attached, base_of, detach_parts
 from memattn.adapters.attachment import Adapter
-from memattn.adapters.files import CONFIG, INSIDE, read_adapter, save_adapter
+from memattn.adapters.files import CHAPTERS, CONFIG, INSIDE, read_adapter, save_adapter
 from memattn.checks import must
 from memattn.parts import PartConfig
+from memattn.parts.chapters import Chapters
 
 
 class MemoryAdapter:
@@ -39,6 +40,11 @@ class MemoryAdapter:
         """Its parts."""
         return list(self._adapter.parts.values())
 
+    @property
+    def chapters(self) -> Chapters:
+        """The chapters of texts that its parts keep, open or closed."""
+        return self._adapter.chapters
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Its parameters by the names that they have in the model."""
         own = set(self._adapter.parameters())
@@ -59,7 +65,7 @@ class MemoryAdapter:
         state_dict: Mapping[str, Tensor] | None = None,
         is_main_process: bool = True,
     ) -> None:
-        """Write its parts and weights, and nothing of the model.
+        """Write its parts, weights and chapters, and nothing of the model.
 
         Args:
             folder: A new or empty folder, or one with a saved adapter, which is replaced at the
@@ -118,7 +124,14 @@ class MemoryAdapter:
             dtype=dtype or saved.dtype,
             weights=saved.weights,
         )
-        return cls(model, name)
+        adapter = cls(model, name)
+        try:
+            if (folder / CHAPTERS).is_file():
+                adapter.chapters.load(folder / CHAPTERS)
+        except ValueError:
+            adapter.detach()
+            raise
+        return adapter
 
     def detach(self) -> None:
         """Take it off the model."""

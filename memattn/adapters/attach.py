@@ -10,14 +10,21 @@ from transformers import PreTrainedModel
 
 from memattn.adapters.attachment import Adapter, Attachment
 from memattn.adapters.call import AdapterLayer
-from memattn.adapters.files import load_weights
+from memattn.adapters.files import load_weights, model_facts
 from memattn.adapters.layer import AttachedChild, AttachedLayer
 from memattn.adapters.model import AttachedModel
 from memattn.adapters.structure import Structure, look_at, text_config
 from memattn.adapters.swap import is_swapped, swap, swap_back
 from memattn.checks import check_bool, must
 from memattn.parts import PartConfig, make_part
-from memattn.parts.together import build_shared_parts, check_together, name_parts, parts_of_layer
+from memattn.parts.chapters import Chapters
+from memattn.parts.together import (
+    build_shared_parts,
+    chapter_layout,
+    check_together,
+    name_parts,
+    parts_of_layer,
+)
 
 Parts = PartConfig | Mapping[str, Any] | Sequence[PartConfig | Mapping[str, Any]]
 
@@ -80,7 +87,8 @@ def attach_parts(
         for parameter in module.parameters()
         if parameter.requires_grad
     ]
-    attachment.adapters[name] = Adapter(named, modules, shared, trainable)
+    chapters = Chapters(chapter_layout(named, structure.sizes), model_facts(base))
+    attachment.adapters[name] = Adapter(named, modules, shared, trainable, chapters)
     attachment.activate([name])
 
 

@@ -12,6 +12,7 @@ from memattn.adapters.outputs import output_with_losses
 from memattn.adapters.structure import Structure
 from memattn.checks import must
 from memattn.parts import PartConfig, PartState
+from memattn.parts.chapters import Chapters
 from memattn.parts.together import losses_of, parts_of_layer
 
 
@@ -24,12 +25,14 @@ class Adapter:
         modules: Of each layer that it stands in, by number, the module with its parts.
         shared: The modules that layers of a part share, by name of the part.
         trainable: Its parameters that learn while it runs.
+        chapters: The chapters of texts that its parts keep.
     """
 
     parts: Mapping[str, PartConfig]
     modules: Mapping[int, nn.Module]
     shared: Mapping[str, nn.Module]
     trainable: Sequence[nn.Parameter]
+    chapters: Chapters
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters, those of shared modules first."""

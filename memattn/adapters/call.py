@@ -175,14 +175,19 @@ class LayerRun:
         state = None
         if call.states is not None:
             state = call.states.layers[self.index].parts[f"{adapter}.{name}"]
+        chapters = call.attachment.adapters[adapter].chapters
         hidden_states = hidden_states.to(norm.weight.dtype)
         context = self.context.of_part(
             state,
             self.carry.get(adapter, {}),
             hidden_states,
             call.attachment.shared_module(adapter, name),
+            chapters.opened(self.index, name, hidden_states.device),
         )
-        output = part.run(parts.parts[name], norm(hidden_states), context)
+        normed = norm(hidden_states)
+        if chapters.is_recording:
+            chapters.record(self.index, name, part.chapter_tensors(normed[0]))
+        output = part.run(parts.parts[name], normed, context)
         check_output(part, output, measured=call.measure_losses)
         if output.carry:
             self.carry[adapter] = {**self.carry.get(adapter, {}), **output.carry}

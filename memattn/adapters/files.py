@@ -1,6 +1,7 @@
 """An adapter as a folder: ``memory_config.json`` with its parts, ``memory.safetensors``.
 
 Weights are named by layer, ``layers.<i>.…``, or ``shared.<part>.…`` where layers share them.
+Chapters of texts, where there are any, have a file of their own.
 """
 
 import json
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from memattn.adapters.structure import model_sizes, text_config
 from memattn.checks import must
 from memattn.files import replacing, write_json
+from memattn.parts.chapters import FILE as CHAPTERS
 
 CONFIG, WEIGHTS, FORMAT = "memory_config.json", "memory.safetensors", "memattn-adapter-1"
 INSIDE = "memory_adapters"  # folder of adapters in the folder of a whole model
@@ -65,7 +67,7 @@ def save_adapter(
         }
     elif any(hasattr(tensor, "full_tensor") for tensor in weights.values()):
         must("state_dict", "be given for a sharded model", "None")
-    _write(folder, base, adapter.parts.values(), weights)
+    _write(folder, base, adapter, weights)
 
 
 def _find(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
@@ -77,7 +79,7 @@ def _find(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _write(
-    folder: str | os.PathLike[str], base: Any, parts: Any, weights: Mapping[str, Tensor]
+    folder: str | os.PathLike[str], base: Any, adapter: Any, weights: Mapping[str, Tensor]
 ) -> None:
     """Write a folder, whole or not at all.
 
@@ -86,24 +88,28 @@ def _write(
     """
     folder = Path(folder)
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if not set(found) <= {CONFIG, WEIGHTS}:
+    if not set(found) <= {CONFIG, WEIGHTS, CHAPTERS}:
         must("folder", "be new, empty or hold a saved adapter", f"{folder} with {found}")
-    sizes = model_sizes(base)
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     config = {
         "format": FORMAT,
-        "base": {
-            "model_type": text_config(base).model_type,
-            **{NAMES.get(name, name): getattr(sizes, name) for name in SIZES},
-        },
+        "base": model_facts(base),
         "dtype": str(next(iter(dtypes), torch.float32)).removeprefix("torch."),
-        "parts": [part.to_dict() for part in parts],
+        "parts": [part.to_dict() for part in adapter.parts.values()],
     }
     # copies: safetensors refuses tensors that share memory
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in weights.items()}
     with replacing(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
         write_json(temporary / CONFIG, config)
+        adapter.chapters.write(temporary / CHAPTERS)
+
+
+def model_facts(base: Any) -> dict[str, Any]:
+    """Type and sizes of a model, by the names that they have in its configuration."""
+    sizes = model_sizes(base)
+    values = {NAMES.get(name, name): getattr(sizes, name) for name in SIZES}
+    return {"model_type": text_config(base).model_type, **values}
 
 
 def read_adapter(folder: str | os.PathLike[str], base: Any) -> SavedAdapter:
@@ -126,9 +132,7 @@ def read_adapter(folder: str | os.PathLike[str], base: Any) -> SavedAdapter:
         got = config.get("format") if isinstance(config, dict) else config
         must("folder", f"hold an adapter of format {FORMAT}", repr(got))
     _check_fields(CONFIG, config, {"format": str, "base": dict, "dtype": str, "parts": list})
-    sizes = model_sizes(base)
-    own = {"model_type": text_config(base).model_type}
-    own |= {NAMES.get(name, name): getattr(sizes, name) for name in SIZES}
+    own = model_facts(base)
     _check_fields(f"{CONFIG} base", config["base"], {n: type(v) for n, v in own.items()})
     for name, value in config["base"].items():
         if own[name] != value:

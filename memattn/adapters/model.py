@@ -12,7 +12,9 @@ from memattn.adapters.cache import carry_states, new_cache
 from memattn.adapters.call import AdapterLayer, Call
 from memattn.adapters.files import INSIDE, save_adapter
 from memattn.adapters.swap import Swapped
+from memattn.checks import must
 from memattn.parts import PartConfig, Role
+from memattn.parts.chapters import Chapters
 from memattn.parts.together import roles_of
 
 
@@ -116,6 +118,19 @@ class AttachedModel(Swapped):
                 module.configs = {name: change(part) for name, part in module.configs.items()}
             left = set(adapter.parameters())  # what a module does not hold any more does not learn
             adapter.trainable = [p for p in adapter.trainable if p in left]
+
+    @property
+    def chapters(self: Any) -> Chapters:
+        """The chapters of texts that the adapter keeps which runs.
+
+        Raises:
+            ValueError: If not exactly one runs.
+        """
+        running = self._memattn.active if self._memattn.is_running else ()
+        if len(running) != 1:
+            allowed = "run exactly one adapter (see set_adapter)"
+            must("model", allowed, ", ".join(running) or "none")
+        return self._memattn.adapters[running[0]].chapters
 
     @property
     def losses(self: Any) -> dict[str, float]:

@@ -144,6 +144,22 @@ class RateBar(Bar):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimeBar(Bar):
+    """At most so many milliseconds."""
+
+    unit: ClassVar[str] = " ms"
+    at_most: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}: time"
+
+    def reached(self, found: Found) -> float | None:
+        timing = found.ours(self.case, self.direction).timing
+        return None if timing is None else 1e3 * timing.median
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoofBar(Bar):
     """At least so many percent of the measured roof, whichever rules."""
 

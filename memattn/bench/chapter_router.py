@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from memattn.bench.bars import Bar, SpeedBar
+from memattn.bench.bars import Bar, RoofBar, SpeedBar
 from memattn.bench.case import Case, Forward, Peer
 from memattn.bench.roofline import Work
 from memattn.ops import chapter_router
@@ -121,8 +121,11 @@ def _gpu_bars() -> list[Bar]:
     case = RouterCase(
         kind="router", T=8192, device="cuda", dtype=torch.bfloat16, **RouterCase.cuda_sizes
     )
+    both = "forward+backward"
     return [
-        SpeedBar(case=case, direction="forward+backward", target=3.0, against=(COMPOSITION,)),
+        SpeedBar(case=case, direction=both, target=3.0, against=(COMPOSITION,)),
+        SpeedBar(case=case, direction=both, target=1.0, against=("compiled",)),
+        RoofBar(case=case, direction=both, target=70.0),
     ]
 
 

@@ -116,6 +116,8 @@ class _Float64Mode(TorchFunctionMode):
     """Turns a request for a lower dtype into one for float64, as in norms that upcast."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.view:  # with a dtype it reads bits, such as those of kept scales
+            return func(*args, **(kwargs or {}))
         if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
             func = torch.Tensor.double
         args = tuple(torch.float64 if _is_low(arg) else arg for arg in args)

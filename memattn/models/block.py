@@ -96,9 +96,12 @@ class MemAttnBlock(GradientCheckpointingLayer):
             for name, part in self.part_configs.items():
                 if part.stands == place:
                     shared = (shared_parts or {}).get(name)
-                    own = context.of_part(
-                        None if cache is None else cache.parts[name], carry, hidden_states, shared
-                    )
+                    opened = ()
+                    if context.library is not None:
+                        device = hidden_states.device
+                        opened = context.library.opened(self.layer_idx, name, device)
+                    state = None if cache is None else cache.parts[name]
+                    own = context.of_part(state, carry, hidden_states, shared, opened)
                     hidden_states = self._run(name, hidden_states, carry, losses, own)
         flat = [hidden_states]
         if context.measure_losses:
@@ -117,7 +120,10 @@ class MemAttnBlock(GradientCheckpointingLayer):
         """Add the output of one part to the residual, its losses and carry to those there are."""
         part = self.part_configs[name]
         norm = self.attention_norm if name == "attention" else self.part_norms[name]
-        output = part.run(self.module_of(name), norm(hidden_states), context)
+        normed = norm(hidden_states)
+        if context.library is not None and context.library.is_recording:
+            context.library.record(self.layer_idx, name, part.chapter_tensors(normed[0]))
+        output = part.run(self.module_of(name), normed, context)
         check_output(part, output, measured=context.measure_losses)
         for loss, (total, count) in output.losses.items():
             before = losses.get(loss)

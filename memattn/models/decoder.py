@@ -1,6 +1,7 @@
 """The composable decoder: pre-norm blocks, each assembled from the parts its config names."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.hub import cached_file
 
 from memattn.checks import check_rank, must
 from memattn.models.block import MemAttnBlock
@@ -17,9 +19,12 @@ from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
 from memattn.nn import RotaryEmbedding, make_norm, sequence_positions
 from memattn.parts import PARTS, PartConfig, PartContext, Role, SequenceBounds
+from memattn.parts.chapters import FILE, Chapters
 from memattn.parts.losses import LossSums
 from memattn.parts.padding import check_lengths, check_positions, mask_bounds
-from memattn.parts.together import roles_of
+from memattn.parts.together import chapter_layout, roles_of
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class MemAttnPreTrainedModel(PreTrainedModel):
@@ -59,6 +64,28 @@ class MemAttnPreTrainedModel(PreTrainedModel):
                     found.append((f"{prefix}.{inside}.", part, module.module_of(name)))
         return roles_of(found)
 
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self: Any, save_directory: Any, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """As of transformers; chapters of texts are kept beside the weights."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            self.base_model.chapters.write(Path(save_directory) / FILE)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers; chapters come back as they were, open or closed."""
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if pretrained_model_name_or_path is not None:
+            where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            absent = ("missing_entries", "connection_errors")
+            silent = {f"_raise_exceptions_for_{what}": False for what in absent}
+            file = cached_file(pretrained_model_name_or_path, FILE, **where, **silent)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            if file is not None:
+                model.base_model.chapters.load(file)
+        return loaded
+
     def replace_parts(self, change: Callable[[PartConfig], PartConfig]) -> None:
         """Put other configurations in place of those of the parts, whose modules stay."""
         self.config.parts = [change(part) for part in self.config.parts]
@@ -90,6 +117,12 @@ class MemAttnModel(MemAttnPreTrainedModel):
         self.shared_parts = nn.ModuleDict(config.build_shared_parts())
         self.norm = make_norm(config.norm, config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        sizes = dict(
+            model_type=config.model_type,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+        )
+        self.chapters = Chapters(chapter_layout(config.named_parts(), config.sizes), sizes)
         self.post_init()
 
     @can_return_tuple
@@ -159,6 +192,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
             rotary=None if self.rotary is None else self.rotary(positions, hidden_states.dtype),
             rotary_embedding=self.rotary,
             measure_losses=self.training if output_losses is None else output_losses,
+            library=self.chapters if len(self.chapters) or self.chapters.is_recording else None,
         )
         all_hidden_states: list[Tensor] = []
         sums = LossSums()
@@ -230,6 +264,11 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
         self.model = MemAttnModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def chapters(self) -> Chapters:
+        """The chapters of texts that it keeps, open or closed."""
+        return self.model.chapters
 
     @can_return_tuple
     def forward(

@@ -1,17 +1,17 @@
 """Thin modules around the operators: projections, one operator call, output projection."""
 
 from memattn.nn._heads import KeyValueCache, MultiHeadAttention, TokenCache
+from memattn.nn.causal_convolution import CausalConvolution
 from memattn.nn.chapter_memory import (
     ChapterMemory,
     ChapterRouter,
-    LowRankLinear,
     MemoryBanks,
     MemoryCrossAttention,
     ProjectedChapters,
-    ZeroLinear,
 )
 from memattn.nn.future_attention import FutureAttention, FutureLayerOutput
 from memattn.nn.future_keys import FutureComputed, FutureRelative, FutureRows, FutureTable
+from memattn.nn.linear import LowRankLinear, ZeroLinear
 from memattn.nn.memory_bank import (
     FactorizedMemoryBank,
     MemoryBank,
@@ -20,11 +20,7 @@ from memattn.nn.memory_bank import (
     StandardMemoryBank,
 )
 from memattn.nn.mlp import GELUMLP, SwiGLU, make_mlp
-from memattn.nn.neural_memory import (
-    CausalConvolution,
-    NeuralMemory,
-    NeuralMemoryLayerOutput,
-)
+from memattn.nn.neural_memory import NeuralMemory, NeuralMemoryLayerOutput
 from memattn.nn.neural_memory_state import NeuralMemoryLayerState
 from memattn.nn.norm import make_norm
 from memattn.nn.rotary import RotaryEmbedding, apply_rotary, sequence_positions

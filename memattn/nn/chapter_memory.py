@@ -1,18 +1,22 @@
 """Cross-attention of tokens to a memory bank, and the router that selects its chapters."""
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from memattn.checks import check_int, check_rank, must
+from memattn.nn.chapter_mixture import mix_chapters
+from memattn.nn.linear import LowRankLinear, ZeroLinear
 from memattn.nn.memory_bank import MemoryBank
 from memattn.nn.mlp import GELUMLP, SwiGLU
 from memattn.ops import chapter_attention, chapter_router
 from memattn.ops._dispatch import resolve_backend
 from memattn.ops.chapter_attention import COMBINE
 from memattn.ops.chapter_router import NORMALISATIONS, RouterOutput
+from memattn.ops.segmented_attention import AttentionOutput
 from memattn.reference.chapter_quantization import LARGEST, dequantize_rows, quantize_rows
 
 
@@ -23,43 +27,6 @@ class ProjectedChapters(NamedTuple):
     value: Tensor  # [C, Hkv, M, D]
     key_scale: Tensor | None = None  # [C, Hkv, M]
     value_scale: Tensor | None = None
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer without bias whose new weights are 0, so that what it ends starts as nothing.
-
-    Args:
-        in_features: Features of the input.
-        out_features: Features of the output.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-
-
-class LowRankLinear(nn.Module):
-    """A matrix of rank ``r`` as two, ``up(down(x))``, without biases.
-
-    Args:
-        in_features: Features of the input.
-        out_features: Features of the output.
-        rank: ``r``.
-        up: The second of the two; None makes one.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, rank: int, up: nn.Linear | None = None
-    ) -> None:
-        super().__init__()
-        self.down = nn.Linear(in_features, rank, bias=False)
-        self.up = nn.Linear(rank, out_features, bias=False) if up is None else up
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        return self.up(self.down(x))
 
 
 class ChapterRouter(nn.Module):
@@ -217,10 +184,23 @@ class MemoryCrossAttention(nn.Module):
             bank: The bank.
             chapters: int64 ``[U]``, which ones; None means all.
         """
-        rows = bank.stored(chapters, self._dtype)  # read once for both
+        rows = bank.stored(chapters, self.dtype)  # read once for both
+        return self._of_heads(
+            self._project(bank, rows, self.k_proj), self._project(bank, rows, self.v_proj)
+        )
+
+    def project_states(self, states: Tensor) -> ProjectedChapters:
+        """Keys and values of one chapter whose memory tokens are given, ``[1, Hkv, n, D]`` each.
+
+        Args:
+            states: ``[n, memory_dim]``, in the dtype of the weights.
+        """
+        return self._of_heads(self.k_proj(states)[None], self.v_proj(states)[None])
+
+    def _of_heads(self, key: Tensor, value: Tensor) -> ProjectedChapters:
+        """Projected rows ``[U, M, Hkv * D]`` by head, and in few bits where those are wanted."""
         key, value = (
-            rearrange(self._project(bank, rows, proj), "u m (h d) -> u h m d", d=self.head_dim)
-            for proj in (self.k_proj, self.v_proj)
+            rearrange(states, "u m (h d) -> u h m d", d=self.head_dim) for states in (key, value)
         )
         if self.kv_bits is None:
             return ProjectedChapters(key, value)
@@ -237,7 +217,8 @@ class MemoryCrossAttention(nn.Module):
         )
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
+        """That of the projections."""
         return next(self.k_proj.parameters()).dtype
 
     @staticmethod
@@ -254,6 +235,8 @@ class MemoryCrossAttention(nn.Module):
         weights: Tensor | None = None,
         *,
         projected: ProjectedChapters | None = None,
+        open_chapters: Sequence[tuple[ProjectedChapters, float]] = (),
+        open_bounds: Mapping[str, Any] | None = None,
         routing_block: int | None = None,
         seq_start: Tensor | None = None,
         seq_end: Tensor | None = None,
@@ -268,6 +251,9 @@ class MemoryCrossAttention(nn.Module):
             indices: Selected chapters, as ``chapter_attention`` takes them.
             weights: Their weights, float32, the shape of the indices; None means 1.
             projected: Keys and values of all chapters, where they are known already.
+            open_chapters: Further chapters that every token attends to, each of any length, with a
+                weight: 1 counts as one chapter of the bank (see ``mix_chapters``).
+            open_bounds: ``seq_start`` and ``seq_end`` in columns of this call, for them.
             routing_block: As in ``chapter_attention``, like all that follow.
             seq_start: int32 ``[B]``.
             seq_end: int32 ``[B]``.
@@ -282,23 +268,54 @@ class MemoryCrossAttention(nn.Module):
                 # the reference sums over the bank in its order, which must not follow the batch
                 chapters, indices = selected_union(indices, bank.num_chapters)
             projected = self.project(bank, chapters)
-        out = chapter_attention(
+        bank_output = self._attend(
+            query,
+            projected,
+            indices,
+            weights,
+            routing_block=routing_block,
+            seq_start=seq_start,
+            seq_end=seq_end,
+            cu_seqlens=cu_seqlens,
+            query_offset=query_offset,
+        )
+        out = bank_output.out
+        if open_chapters:
+            every = indices.new_zeros(len(query), 1)
+            others = []
+            for chapter, weight in open_chapters:
+                output = self._attend(query, chapter, every, None, **open_bounds or {})
+                # a chapter counts as one of the bank, however long it is
+                times = bank.tokens_per_chapter / chapter.key.shape[2] if self.is_joint else 1.0
+                others.append((output, weight * times))
+            out = mix_chapters(bank_output, others, joint=self.is_joint)
+        return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether all chapters are in one softmax."""
+        return self.combine == "joint"
+
+    def _attend(
+        self,
+        query: Tensor,
+        projected: ProjectedChapters,
+        indices: Tensor,
+        weights: Tensor | None,
+        **options: Any,
+    ) -> AttentionOutput:
+        return chapter_attention(
             query,
             projected.key,
             projected.value,
             indices,
             weights,
             combine=self.combine,
-            routing_block=routing_block,
             key_scale=projected.key_scale,
             value_scale=projected.value_scale,
-            seq_start=seq_start,
-            seq_end=seq_end,
-            cu_seqlens=cu_seqlens,
-            query_offset=query_offset,
             backend=self.backend,
-        ).out
-        return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+            **options,
+        )
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, {self.combine}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memattn.checks import check_int, check_rank, check_shape, must
+from memattn.nn.causal_convolution import CausalConvolution, PresentTokens, present_tokens
 from memattn.nn.neural_memory_state import NeuralMemoryLayerState
 from memattn.ops import neural_memory
 from memattn.ops.neural_memory import DEEPEST
@@ -22,43 +23,6 @@ class NeuralMemoryLayerOutput(NamedTuple):
     out: Tensor  # [B, T, E]
     state: NeuralMemoryLayerState
     surprise: Tensor  # [B, H, T], the norm of each token's gradient
-
-
-class CausalConvolution(nn.Module):
-    """A filter of its own for each feature, over a token and those before it.
-
-    Args:
-        num_features: Features, ``F``.
-        size: Tokens that a filter sees.
-    """
-
-    def __init__(self, num_features: int, size: int) -> None:
-        super().__init__()
-        self.size = size
-        self.weight = nn.Parameter(torch.empty(num_features, size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """New filters, uniform as those of ``torch.nn.Conv1d``."""
-        bound = self.size**-0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-
-    def forward(self, inputs: Tensor, T: int, positions: Tensor | None = None) -> Tensor:
-        """Filter the last ``T`` of ``inputs [B, S, F]``, where ``S`` is at least ``T + size - 1``.
-
-        ``positions`` int64 ``[T]`` of packed documents: nothing before position 0 is seen.
-        """
-        first = inputs.shape[1] - T
-        out = torch.zeros_like(inputs[:, first:])
-        for back in range(self.size):
-            seen = inputs[:, first - back : first - back + T] * self.weight[:, -1 - back]
-            if positions is not None and back:
-                seen = torch.where((positions >= back)[:, None], seen, 0.0)
-            out = out + seen
-        return out
-
-    def extra_repr(self) -> str:
-        return f"{len(self.weight)}, size={self.size}"
 
 
 class NeuralMemory(nn.Module):
@@ -271,7 +235,7 @@ class NeuralMemory(nn.Module):
             seq_end: int32 ``[B]``.
         """
         check_rank("hidden_states", hidden_states, "B T E")
-        bounds = _present(hidden_states, seq_start, seq_end)
+        bounds = present_tokens(hidden_states, seq_start, seq_end)
         (query,), inputs = self._filtered(
             [self.q_proj(hidden_states)], ["q"], state.read_inputs, state.since, bounds
         )
@@ -298,7 +262,7 @@ class NeuralMemory(nn.Module):
         """Everything but persistent tokens."""
         projected = [self.q_proj(hidden_states), self.k_proj(kv_states), self.v_proj(kv_states)]
         past, since = (None, None) if state is None else (state.inputs, state.since)
-        bounds = _present(hidden_states, seq_start, seq_end)
+        bounds = present_tokens(hidden_states, seq_start, seq_end)
         filtered, inputs = self._filtered(projected, list("qkv"), past, since, bounds, cu_seqlens)
         query, key, value = (self._heads(x) for x in filtered)
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -346,7 +310,7 @@ class NeuralMemory(nn.Module):
         names: Sequence[str],
         past: Tensor | None,
         since: Tensor | None,
-        bounds: "_Present | None",
+        bounds: PresentTokens | None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """SiLU of the convolutions ``[B, T, F]`` each, and the inputs that later tokens need."""
@@ -389,27 +353,6 @@ class NeuralMemory(nn.Module):
         depth, P = len(self.memory_weights), self.persistent_tokens
         sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}, depth={depth}"
         return f"{sizes}, chunk_size={self.chunk_size}, persistent={0 if P is None else len(P)}"
-
-
-class _Present(NamedTuple):
-    """Which tokens of a call exist: those of each row follow each other."""
-
-    present: Tensor  # bool [B, T]
-    start: Tensor  # int64 [B]
-    length: Tensor  # int64 [B]
-
-
-def _present(x: Tensor, seq_start: Tensor | None, seq_end: Tensor | None) -> _Present | None:
-    """None where all tokens exist."""
-    B, T, _ = x.shape
-    if seq_start is None and seq_end is None:
-        return None
-    full = torch.zeros(B, dtype=torch.int64, device=x.device)
-    start = full if seq_start is None else seq_start.long().clamp(0, T)
-    end = full + T if seq_end is None else seq_end.long().clamp(0, T)
-    column = torch.arange(T, device=x.device)
-    present = (column >= start[:, None]) & (column < end[:, None])
-    return _Present(present, start, (end - start).clamp(min=0))
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -152,6 +152,18 @@ class PartConfig:
         """Call its module with ``hidden_states [B, T, E]``."""
         return module(hidden_states, context)
 
+    def chapter_layout(self, sizes: Sizes) -> Mapping[str, int]:
+        """What it keeps in a layer of each token of a text that becomes a chapter.
+
+        Numbers of features by the names of the tensors; none if it takes no chapters. ``run`` finds
+        those of open chapters in ``context.chapters``, each with a weight that is 1 by default.
+        """
+        return {}
+
+    def chapter_tensors(self, hidden_states: Tensor) -> Mapping[str, Tensor]:
+        """The tensors ``[n, features]`` of a text whose normed hidden states ``[n, E]`` are."""
+        return {}
+
     def new_state(self) -> PartState:
         """The empty state of one layer."""
         return self.state_type(self.kind)

@@ -1,5 +1,6 @@
 """Chapter memory: tokens attend to learned memory tokens, in chapters that a router selects."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from memattn.nn import (
     MemoryBank,
     MemoryBanks,
     MemoryCrossAttention,
+    ProjectedChapters,
     QuantizedMemoryBank,
     ReducedDimMemoryBank,
     StandardMemoryBank,
@@ -145,14 +147,22 @@ class ChapterMemoryConfig(MemoryFields):
             if context.measure_losses:
                 measured, count = measures(routed.output), routed.output.count
                 losses = {name: (measured[name] * count, count) for name in self.losses}
-        projected = None
-        if isinstance(context.state, RoutingState) and not torch.is_grad_enabled():
+        projected, opened = None, {}
+        state = context.state if isinstance(context.state, RoutingState) else None
+        if state is not None and not torch.is_grad_enabled():
             # a generation projects the bank once
-            if context.state.projected is None:
-                context.state.projected = module.attention.project(bank)
-            projected = context.state.projected
+            if state.projected is None:
+                state.projected = module.attention.project(bank)
+            projected = state.projected
+        if state is not None and not context.chapters:
+            state.open_chapters = None  # closed or deleted since
+        if context.chapters:
+            opened = dict(
+                open_chapters=_project_open(module.attention, context, state),
+                open_bounds=context.once(("bounds",), lambda: call_bounds(context)),
+            )
         out = module.attention(
-            hidden_states, bank, indices, weights, projected=projected, **options
+            hidden_states, bank, indices, weights, projected=projected, **opened, **options
         )
         if module.mlp is not None and module.mlp_norm is not None:
             assert context.residual is not None
@@ -171,6 +181,13 @@ class ChapterMemoryConfig(MemoryFields):
                 (False, self.routing_strategy_inference),
             )
         }
+
+    def chapter_layout(self, sizes: Sizes) -> Mapping[str, int]:
+        """Hidden states become memory tokens, so it takes chapters where those are as wide."""
+        return {"states": sizes.hidden_size} if self.width(sizes) == sizes.hidden_size else {}
+
+    def chapter_tensors(self, hidden_states: Tensor) -> Mapping[str, Tensor]:
+        return {"states": hidden_states}
 
     def new_state(self) -> RoutingState:
         if not self.keeps_state:
@@ -229,3 +246,23 @@ class ChapterMemoryConfig(MemoryFields):
 
     def role(self, name: str, parameter: Tensor) -> Role | None:
         return Role("memory") if name.startswith("banks.") else None
+
+
+def _project_open(
+    attention: MemoryCrossAttention, context: PartContext, state: RoutingState | None
+) -> list[tuple[ProjectedChapters, float]]:
+    """Keys, values and weights of the open chapters, projected once in a generation."""
+    if torch.is_grad_enabled():
+        state = None
+    if state is not None and state.open_chapters is not None:
+        known, projected = state.open_chapters
+        if known is context.chapters:
+            return projected
+    dtype = attention.dtype
+    projected = [
+        (attention.project_states(chapter.tensors["states"].to(dtype)), chapter.weight)
+        for chapter in context.chapters
+    ]
+    if state is not None:
+        state.open_chapters = context.chapters, projected
+    return projected

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memattn.nn import RotaryEmbedding
+from memattn.parts.chapters import Chapters, OpenChapter
 from memattn.parts.state import PartState, SequenceBounds
 
 Angles = tuple[Tensor, Tensor]
@@ -30,6 +31,8 @@ class PartContext:
         shared_module: The module that the part's layers share, or None.
         state: What the sequences keep of this part in this layer, or None without a cache.
         carry: What the layers before handed on, by name.
+        library: The chapters of texts that the model keeps, or None.
+        chapters: What the part keeps in this layer of those that are open.
         shared: What ``once`` remembers in this call of the model.
     """
 
@@ -45,6 +48,8 @@ class PartContext:
     shared_module: nn.Module | None = None
     state: PartState | None = None
     carry: Mapping[str, Tensor] = field(default_factory=dict)
+    library: Chapters | None = None
+    chapters: tuple[OpenChapter, ...] = ()
     shared: dict[Any, Any] = field(default_factory=dict)
 
     def of_part(
@@ -53,8 +58,9 @@ class PartContext:
         carry: Mapping[str, Tensor],
         residual: Tensor | None = None,
         shared_module: nn.Module | None = None,
+        chapters: tuple[OpenChapter, ...] = (),
     ) -> "PartContext":
-        """The same for one part with its state and its own shared module."""
+        """The same for one part with its state, its own shared module and its open chapters."""
         return PartContext(
             positions=self.positions,
             present=self.present,
@@ -68,6 +74,8 @@ class PartContext:
             shared_module=shared_module,
             state=state,
             carry=carry,
+            library=self.library,
+            chapters=chapters,
             shared=self.shared,
         )
 

@@ -51,6 +51,8 @@ class RoutingState(PartState):
         super()._clear()
         # of the bank, not of a sequence, and derived from the weights: neither saved nor counted
         self.projected: ProjectedChapters | None = None
+        # the open chapters that were projected, and keys, values and weights of them
+        self.open_chapters: tuple[Any, list[tuple[ProjectedChapters, float]]] | None = None
 
     def describe(self) -> dict[str, Any]:
         own = dict(routing_block=self.routing_block, routing_window=self.routing_window)
@@ -108,7 +110,7 @@ class RoutingState(PartState):
     def apply(self, function: Callable[[Tensor], Tensor]) -> "RoutingState":
         other = super().apply(function)
         assert isinstance(other, RoutingState)
-        other.projected = self.projected
+        other.projected, other.open_chapters = self.projected, self.open_chapters
         return other
 
     @classmethod
@@ -125,6 +127,7 @@ class RoutingState(PartState):
         merged = super().merge(widened)
         assert isinstance(merged, RoutingState) and isinstance(states[0], RoutingState)
         merged.projected = states[0].projected
+        merged.open_chapters = states[0].open_chapters
         return merged
 
     def _cropped(self, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,6 +51,16 @@ def build_shared_parts(named: Mapping[str, PartConfig], sizes: Sizes) -> dict[st
     return {name: shared for name, shared in found.items() if shared is not None}
 
 
+def chapter_layout(named: Mapping[str, PartConfig], sizes: Sizes) -> dict[str, int]:
+    """What parts keep of a token of a text, by layer and part (see ``memattn.parts.chapters``)."""
+    return {
+        f"layers.{layer}.{name}.{tensor}": features
+        for layer in range(sizes.num_layers)
+        for name, part in parts_of_layer(named, layer, sizes).items()
+        for tensor, features in part.chapter_layout(sizes).items()
+    }
+
+
 def losses_of(named: Mapping[str, PartConfig]) -> dict[str, float]:
     """Losses that parts return beside the cross-entropy, with their coefficients."""
     return {name: value for part in named.values() for name, value in part.losses.items()}

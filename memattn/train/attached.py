@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from memattn.adapters import adapters_of, attach_memory
 from memattn.checks import must
+from memattn.parts.chapters import FILE as CHAPTERS
 from memattn.train.config import LoraConfig, ModelConfig
 from memattn.train.distributed import named_tensors
 from memattn.train.pretrained import find_pretrained
 
-FILE = "attached.json"
+FILE, MEMORY = "attached.json", "memory"
 
 
 def load_base(config: ModelConfig) -> Any:
@@ -125,7 +126,7 @@ def export(model: Any, tensors: dict[str, Tensor], config: ModelConfig, folder: 
     """
     if config.memory_adapter is not None:
         (adapter,) = adapters_of(model).values()
-        adapter.save_pretrained(folder / "memory", state_dict=tensors)
+        adapter.save_pretrained(folder / MEMORY, state_dict=tensors)
     if config.lora is not None:
         from peft import get_peft_model_state_dict
 
@@ -170,4 +171,7 @@ def load_attached(folder: Path, base_model: str | None = None) -> Any:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+    if (folder / MEMORY / CHAPTERS).is_file():
+        (adapter,) = adapters_of(model).values()
+        adapter.chapters.load(folder / MEMORY / CHAPTERS)
     return model

@@ -25,6 +25,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from memattn.files import replacing, sha256_of
+from memattn.parts.chapters import FILE as CHAPTERS
+from memattn.parts.chapters import Chapters
 from memattn.train.attached import is_attached, saved_tensors, write_description
 from memattn.train.config import ModelConfig
 from memattn.train.distributed import full_tensor, on_main_process, shard_like
@@ -219,6 +221,8 @@ def save_model(
         tokenizer.save_pretrained(folder)
         return
     model.config.save_pretrained(folder)
+    if isinstance(chapters := getattr(model, "chapters", None), Chapters):
+        chapters.write(folder / CHAPTERS)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,0 +1,66 @@
+"""Depthwise convolution over a token and those before it, and which tokens of a call exist."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class CausalConvolution(nn.Module):
+    """A filter of its own for each feature, over a token and those before it.
+
+    Args:
+        num_features: Features, ``F``.
+        size: Tokens that a filter sees.
+    """
+
+    def __init__(self, num_features: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.empty(num_features, size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """New filters, uniform as those of ``torch.nn.Conv1d``."""
+        bound = self.size**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, inputs: Tensor, T: int, positions: Tensor | None = None) -> Tensor:
+        """Filter the last ``T`` of ``inputs [B, S, F]``, where ``S`` is at least ``T + size - 1``.
+
+        ``positions`` int64 ``[T]`` of packed documents: nothing before position 0 is seen.
+        """
+        first = inputs.shape[1] - T
+        out = torch.zeros_like(inputs[:, first:])
+        for back in range(self.size):
+            seen = inputs[:, first - back : first - back + T] * self.weight[:, -1 - back]
+            if positions is not None and back:
+                seen = torch.where((positions >= back)[:, None], seen, 0.0)
+            out = out + seen
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, size={self.size}"
+
+
+class PresentTokens(NamedTuple):
+    """Which tokens of a call exist: those of each row follow each other."""
+
+    present: Tensor  # bool [B, T]
+    start: Tensor  # int64 [B]
+    length: Tensor  # int64 [B]
+
+
+def present_tokens(
+    x: Tensor, seq_start: Tensor | None, seq_end: Tensor | None
+) -> PresentTokens | None:
+    """None where all tokens exist."""
+    B, T, _ = x.shape
+    if seq_start is None and seq_end is None:
+        return None
+    full = torch.zeros(B, dtype=torch.int64, device=x.device)
+    start = full if seq_start is None else seq_start.long().clamp(0, T)
+    end = full + T if seq_end is None else seq_end.long().clamp(0, T)
+    column = torch.arange(T, device=x.device)
+    present = (column >= start[:, None]) & (column < end[:, None])
+    return PresentTokens(present, start, (end - start).clamp(min=0))

@@ -1,0 +1,43 @@
+"""Attention to several sets of chapters, put together from the output and ``lse`` of each."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memattn.ops.segmented_attention import AttentionOutput
+
+
+def mix_chapters(
+    first: AttentionOutput, others: Sequence[tuple[AttentionOutput, float]], *, joint: bool
+) -> Tensor:
+    """Attention to one set of chapters and to others, each with a weight.
+
+    - joint: one softmax over all of their keys, those of a set times its weight:
+      ``sum_i w_i exp(lse_i) out_i / sum_i w_i exp(lse_i)``, where the first has weight 1;
+    - independent: ``first.out + sum_i w_i out_i``.
+
+    Computed in float32, or in float64 for such outputs, and rounded once. A query that attended to
+    nothing anywhere gives 0.
+
+    Args:
+        first: ``out [B, H, T, D]`` and ``lse [B, H, T]``.
+        others: The same of each other set, and its weight, which is positive.
+        joint: Which of the two.
+
+    Returns:
+        ``[B, H, T, D]`` in the dtype of ``first.out``. Differentiable in all outputs and ``lse``.
+    """
+    wide = torch.promote_types(first.out.dtype, torch.float32)
+    weighed = ((first, 1.0), *others)
+    if not joint:
+        return sum(weight * part.out.to(wide) for part, weight in weighed).to(first.out.dtype)  # type: ignore[union-attr]
+    highest = torch.stack([part.lse for part, _ in weighed]).amax(0).detach()
+    highest = torch.where(highest.isfinite(), highest, 0.0)  # -inf - -inf is NaN
+    shares = [weight * (part.lse - highest).exp() for part, weight in weighed]
+    total = torch.stack(shares).sum(0)
+    total = torch.where(total > 0.0, total, 1.0)
+    mixed = torch.zeros((), dtype=wide, device=total.device)
+    for (part, _), share in zip(weighed, shares, strict=True):
+        mixed = mixed + (share / total)[..., None].to(wide) * part.out.to(wide)
+    return mixed.to(first.out.dtype)

@@ -1,0 +1,332 @@
+"""Chapters that users make of texts: what parts keep of them, which are open, their file.
+
+A part says by ``PartConfig.chapter_layout`` what it keeps of each token of a text in a layer. While
+a model reads a text in ``Chapters.recording``, that is collected; ``Chapters.opened`` then gives it
+to the part in every call of the model, as long as the chapter is open.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memattn.checks import must
+from memattn.files import read_metadata, read_tensors, write_tensors
+
+FILE, FORMAT = "chapters.safetensors", "memattn-chapters-1"
+TOKENS = "tokens"  # of the text, beside what parts keep
+
+
+class OpenChapter(NamedTuple):
+    """What one part has in one layer of a chapter that is open."""
+
+    tensors: Mapping[str, Tensor]  # by name, one row for each token
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chapter:
+    """Where a chapter comes from, and whether it is open.
+
+    Attributes:
+        name: Its name.
+        source: What the user calls its text, such as a file.
+        num_tokens: Tokens of the text.
+        sha256: Checksum of the text, or of its tokens where those were given.
+        made_at: When it was made, UTC, ISO 8601.
+        model: The model that read the text.
+        weights: Checksum of numbers taken from all weights that the model had then.
+        context_len: Tokens that the model read at once.
+        prefix: Tokens in front of each of these pieces, which are not kept.
+        is_open: Whether every token attends to it.
+        weight: How much it counts then: 1 is as much as one chapter of the part's own.
+    """
+
+    name: str
+    source: str
+    num_tokens: int
+    sha256: str
+    made_at: str
+    model: str
+    weights: str
+    context_len: int
+    prefix: tuple[int, ...] = ()
+    is_open: bool = False
+    weight: float = 1.0
+
+
+class Chapters:
+    """The chapters of one model, by name, in the order in which they were made.
+
+    None of them is a parameter: they are neither trained nor in a ``state_dict``. A chapter that is
+    closed takes no part in anything.
+
+    Args:
+        layout: What the model's parts keep of a token: number of features by
+            ``layers.<i>.<part>.<tensor>``.
+        model: Type and sizes of the model.
+    """
+
+    def __init__(self, layout: Mapping[str, int], model: Mapping[str, Any]) -> None:
+        self.layout = dict(layout)
+        self.model = dict(model)
+        self._chapters: dict[str, Chapter] = {}
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+        self._opened: dict[str, tuple[OpenChapter, ...]] = {}  # by "layers.<i>.<part>"
+        self._recorded: dict[str, list[Tensor]] | None = None
+
+    def __iter__(self) -> Iterator[Chapter]:
+        return iter(self._chapters.values())
+
+    def __len__(self) -> int:
+        return len(self._chapters)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._chapters
+
+    def __getitem__(self, name: str) -> Chapter:
+        self._check_known(name)
+        return self._chapters[name]
+
+    def _check_known(self, *names: str) -> None:
+        for name in names:
+            if name not in self._chapters:
+                known = ", ".join(self._chapters) or "none, as there are no chapters"
+                must("name", f"be one of {known}", repr(name))
+
+    def tokens(self, name: str) -> Tensor:
+        """The tokens of a chapter's text, int64 ``[n]``."""
+        self._check_known(name)
+        return self._tensors[name][TOKENS].long()
+
+    def add(self, chapter: Chapter, tokens: Tensor, kept: Mapping[str, Tensor]) -> None:
+        """Take in a chapter, or a new version of one of that name.
+
+        Args:
+            chapter: What is known of it.
+            tokens: Of its text, ``[n]``.
+            kept: Tensors ``[n, features]`` by the names of the layout.
+
+        Raises:
+            ValueError: If the tensors do not fit the model.
+        """
+        shapes = {name: (len(tokens), features) for name, features in self.layout.items()}
+        self._check_shapes("kept", kept, shapes)
+        self._chapters[chapter.name] = chapter
+        self._tensors[chapter.name] = {TOKENS: tokens.int(), **kept}
+        self._update()
+
+    @staticmethod
+    def _check_shapes(
+        argument: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        for name in sorted(tensors.keys() ^ shapes.keys()):
+            must(argument, f"{'not have' if name in tensors else 'have'} {name}", "others")
+        for name, shape in shapes.items():
+            if tuple(tensors[name].shape) != shape:
+                allowed = f"have {name} of shape {list(shape)}"
+                must(argument, allowed, list(tensors[name].shape))
+
+    def open(self, *names: str, weight: float | None = None) -> None:
+        """Let every token of every sequence attend to these chapters from now on.
+
+        Args:
+            names: At least one name.
+            weight: How much they count: 1 is as much as one chapter of the part's own. None
+                leaves their weight, which is 1 at first.
+
+        Raises:
+            ValueError: If a name is unknown, or the weight is not positive and finite.
+        """
+        if not names:
+            must("names", "have at least one name", "none")
+        self._check_known(*names)
+        if weight is not None and not 0.0 < weight < math.inf:
+            must("weight", "be positive and finite", weight)
+        for name in names:
+            chapter = self._chapters[name]
+            self._chapters[name] = replace(
+                chapter, is_open=True, weight=chapter.weight if weight is None else float(weight)
+            )
+        self._update()
+
+    def close(self, *names: str) -> None:
+        """Let these chapters, or all where none is named, take no part any more."""
+        self._check_known(*names)
+        for name in names or tuple(self._chapters):
+            self._chapters[name] = replace(self._chapters[name], is_open=False)
+        self._update()
+
+    def delete(self, *names: str) -> None:
+        """Forget these chapters. Nothing is left of them in the model."""
+        if not names:
+            must("names", "have at least one name", "none")
+        self._check_known(*names)
+        for name in dict.fromkeys(names):
+            del self._chapters[name], self._tensors[name]
+        self._update()
+
+    @contextmanager
+    def only(self, *names: str, weight: float | None = None) -> Iterator[None]:
+        """Open these chapters and no others for a while."""
+        before = dict(self._chapters)
+        self.close()
+        try:
+            if names:
+                self.open(*names, weight=weight)
+            yield
+        finally:
+            self._chapters = {
+                name: replace(chapter, is_open=before[name].is_open, weight=before[name].weight)
+                if name in before
+                else chapter
+                for name, chapter in self._chapters.items()
+            }
+            self._update()
+
+    def _update(self) -> None:
+        """Sort what is open by layer and part."""
+        opened: dict[str, list[OpenChapter]] = {}
+        for chapter in self:
+            places: dict[str, dict[str, Tensor]] = {}
+            for name in self.layout if chapter.is_open else ():
+                place, _, tensor = name.rpartition(".")
+                places.setdefault(place, {})[tensor] = self._tensors[chapter.name][name]
+            for place, tensors in places.items():
+                opened.setdefault(place, []).append(OpenChapter(tensors, chapter.weight))
+        self._opened = {place: tuple(chapters) for place, chapters in opened.items()}
+
+    def opened(self, layer: int, part: str, device: torch.device) -> tuple[OpenChapter, ...]:
+        """What a part has in a layer of the open chapters; the same object until that changes."""
+        if self._recorded is not None:
+            return ()  # what a chapter holds does not depend on others
+        chapters = self._opened.get(f"layers.{layer}.{part}", ())
+        if any(tensor.device != device for c in chapters for tensor in c.tensors.values()):
+            prefix = f"layers.{layer}.{part}."
+            for kept in self._tensors.values():
+                for name in kept:
+                    kept[name] = kept[name].to(device) if name.startswith(prefix) else kept[name]
+            self._update()
+            chapters = self._opened[f"layers.{layer}.{part}"]
+        return chapters
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether what parts keep is collected."""
+        return self._recorded is not None
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, list[Tensor]]]:
+        """Collect what parts keep of one sequence in each call; no chapter is open meanwhile."""
+        self._recorded = {}
+        try:
+            yield self._recorded
+        finally:
+            self._recorded = None
+
+    def record(self, layer: int, part: str, kept: Mapping[str, Tensor]) -> None:
+        """Collect ``[n, features]`` of a part in a layer."""
+        assert self._recorded is not None
+        for name, tensor in kept.items():
+            key = f"layers.{layer}.{part}.{name}"
+            self._recorded.setdefault(key, []).append(tensor.detach().clone())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all chapters to a safetensors file, whole or not at all."""
+        about = {"model": self.model, "chapters": [asdict(chapter) for chapter in self]}
+        tensors = {
+            f"{number}.{name}": tensor
+            for number, chapter in enumerate(self)
+            for name, tensor in self._tensors[chapter.name].items()
+        }
+        write_tensors(path, tensors, {"format": FORMAT, "about": json.dumps(about)})
+
+    def load(self, path: str | os.PathLike[str], *, weights: str | None = None) -> None:
+        """Take in the chapters of a file that ``save`` wrote, open those that were.
+
+        Args:
+            path: The file.
+            weights: Checksum that the weights must have had; None takes any.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged, of another model, or has a name that is taken; nothing
+                is taken in then.
+        """
+        tensors, metadata = read_tensors(path, "Chapters.save")
+        model, chapters = _described(path, metadata)
+        for name, value in self.model.items():
+            if model.get(name) != value:
+                must(
+                    "path",
+                    f"be of a model with {name} {value!r}",
+                    f"{path} with {model.get(name)!r}",
+                )
+        for chapter in chapters:
+            if chapter.name in self:
+                must("path", "have no chapter that is here already", repr(chapter.name))
+        shapes: dict[str, tuple[int, ...]] = {}
+        for number, chapter in enumerate(chapters):
+            shapes[f"{number}.{TOKENS}"] = (chapter.num_tokens,)
+            for name, features in self.layout.items():
+                shapes[f"{number}.{name}"] = (chapter.num_tokens, features)
+        self._check_shapes(os.fspath(path), tensors, shapes)
+        for chapter in chapters:
+            if weights not in (None, chapter.weights):
+                allowed = "have chapters that these weights have made"
+                must("path", allowed, f"{chapter.name!r} of {chapter.model}")
+        for number, chapter in enumerate(chapters):
+            kept = {name: tensors[f"{number}.{name}"] for name in self.layout}
+            self.add(chapter, tensors[f"{number}.{TOKENS}"], kept)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "Chapters":
+        """The chapters of a file, without the model.
+
+        Raises:
+            FileNotFoundError, ValueError: As ``load`` does.
+        """
+        tensors, metadata = read_tensors(path, "Chapters.save")
+        model, _ = _described(path, metadata)
+        kept = {name.partition(".")[2]: t for name, t in tensors.items() if t.dim() == 2}
+        chapters = cls({name: tensor.shape[1] for name, tensor in kept.items()}, model)
+        chapters.load(path)
+        return chapters
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Save all chapters or, where there are none, see to it that there is no file."""
+        if len(self):
+            self.save(path)
+        elif os.path.exists(path):
+            os.remove(path)
+
+
+def list_chapters(path: str | os.PathLike[str]) -> list[Chapter]:
+    """What is known of the chapters of a file; their tensors are not read.
+
+    Raises:
+        FileNotFoundError, ValueError: As ``Chapters.load`` does.
+    """
+    return _described(path, read_metadata(path, "Chapters.save"))[1]
+
+
+def _described(
+    path: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> tuple[dict[str, Any], list[Chapter]]:
+    """The model and the chapters that the metadata of a file describe."""
+    if metadata.get("format") != FORMAT:
+        must("path", f"be a file of format {FORMAT}", f"{path} of {metadata.get('format')}")
+    try:
+        about = json.loads(metadata["about"])
+        chapters = [
+            Chapter(**{**values, "prefix": tuple(values["prefix"])}) for values in about["chapters"]
+        ]
+        return dict(about["model"]), chapters
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"path must describe its chapters, got {path} ({error})") from error
