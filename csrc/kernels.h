@@ -237,7 +237,7 @@ struct RouterArgs {
 
 // What the rows of one chunk add up to.
 struct RouterSums {
-  float* probability;  // [C][lanes]
+  float* probability;  // [C]
   int64_t* chosen;     // [C], how many rows selected each chapter
   double z_square = 0.0, entropy = 0.0;
   int64_t count = 0;   // valid rows
@@ -246,8 +246,8 @@ struct RouterSums {
 // Tiles of rows whose gradients of the logits are there at a time.
 struct RouterBlock {
   int64_t first, tiles;  // row, number of tiles
-  float* gradients;      // [tiles][C][rows of a tile]
-  float* rows;           // [tiles][E rounded up to two vectors][rows of a tile]
+  float* gradients;      // [panels][C][lanes of a panel]
+  float* rows;           // [panels][E / two vectors][lanes of a panel][two vectors], E rounded up
   float* d_weight;       // [C][E rounded up to two vectors], sums
   double* d_bias;        // [C], sums
 };
@@ -255,8 +255,8 @@ struct RouterBlock {
 struct RouterKernels {
   int64_t (*forward_scratch)(const RouterArgs&);
   int64_t (*backward_scratch)(const RouterArgs&);
-  // a tile of rows from `first` on; tile `i` of a block; the chapters [c, c + n) of a block
-  void (*forward)(const RouterArgs&, int64_t first, RouterSums&, float* scratch);
+  // rows [begin, end); tile `i` of a block; the chapters [c, c + n) of a block
+  void (*forward)(const RouterArgs&, int64_t begin, int64_t end, RouterSums&, float* scratch);
   void (*backward_rows)(const RouterArgs&, const RouterBlock&, int64_t i, float* scratch);
   void (*backward_chapters)(const RouterArgs&, const RouterBlock&, int64_t c, int64_t n);
 };
