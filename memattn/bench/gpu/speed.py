@@ -28,7 +28,7 @@ ALWAYS = ("sdpa cudnn", "sdpa flash")
 BOTH = ("forward", "backward")
 CaseT = TypeVar("CaseT", bound=Case)
 # sizes of a dry run, where a case has them
-DRY = {"B": 1, "H": 2, "D": 16, "T": 40, "future_dim": 8, "n_tasks": 1, "window_size": 16}
+DRY = {"B": 1, "H": 2, "D": 16, "T": 24, "future_dim": 8, "n_tasks": 1, "window_size": 16}
 DRY |= {"segment_len": 16, "P": 2, "M": 2, "C": 6, "K": 2, "E": 16}
 DRY |= {"device": "cpu", "dtype": torch.float32}
 
@@ -84,7 +84,7 @@ def _add(plan: Plan, bar: Bar) -> None:
 def _dry_bar(bar: Bar) -> Bar:
     changes: dict[str, Any] = {"case": dry_case(bar.case)}
     if hasattr(bar, "lengths"):
-        changes["lengths"] = (24, 40)
+        changes["lengths"] = (17, 24)
     return replace(bar, **changes)
 
 
