@@ -165,12 +165,14 @@ struct ChapterArgs {
   double scale;
   bool is_joint;
   bool counts_slots;                 // a chapter has a weight, or stands in several slots of a row
+  bool has_repeats;                  // the latter
   View query, out;                   // [B, H, T, D or Dv]; out is contiguous
   BankView key, value;               // [C, Hkv, M, D or Dv]
   const int32_t* indices;            // [B, N, K]
   const float* weights;              // [B, N, K] or null
   const int32_t *row_start, *row_end;  // [B, N], the queries of each routing row
-  // the routing rows b * N + n with chapter c, rising: entries [chapter_begin[c], chapter_begin[c + 1])
+  // the slots (b * N + n) * K + s with chapter c, rising, the first of each routing row: entries
+  // [chapter_begin[c], chapter_begin[c + 1])
   const int32_t *chapter_begin, *entries;
   const uint8_t* row_class;          // [B, N], how finely a routing row is summed
   uint32_t classes;                  // a bit for each class that some row has
@@ -180,6 +182,9 @@ struct ChapterArgs {
   View d_out, d_query;               // [B, H, T, Dv or D]; d_query is contiguous
   const float* d_lse;                // [B, H, T]
   float* row_stats;                  // [B, H, T, 4]
+
+  // the routing row of an entry
+  int64_t row_of(int64_t e) const { return (uint32_t)entries[e] / (uint32_t)K; }
 };
 
 // Classes of routing rows by the number of their keys, from few to many (SumRuns).
@@ -232,7 +237,7 @@ struct RouterArgs {
 
 // What the rows of one chunk add up to.
 struct RouterSums {
-  float* probability;  // [C][lanes]
+  float* probability;  // [C]
   int64_t* chosen;     // [C], how many rows selected each chapter
   double z_square = 0.0, entropy = 0.0;
   int64_t count = 0;   // valid rows
@@ -241,8 +246,8 @@ struct RouterSums {
 // Tiles of rows whose gradients of the logits are there at a time.
 struct RouterBlock {
   int64_t first, tiles;  // row, number of tiles
-  float* gradients;      // [tiles][C][rows of a tile]
-  float* rows;           // [tiles][E rounded up to two vectors][rows of a tile]
+  float* gradients;      // [panels][C][lanes of a panel]
+  float* rows;           // [panels][E / two vectors][lanes of a panel][two vectors], E rounded up
   float* d_weight;       // [C][E rounded up to two vectors], sums
   double* d_bias;        // [C], sums
 };
@@ -250,8 +255,8 @@ struct RouterBlock {
 struct RouterKernels {
   int64_t (*forward_scratch)(const RouterArgs&);
   int64_t (*backward_scratch)(const RouterArgs&);
-  // a tile of rows from `first` on; tile `i` of a block; the chapters [c, c + n) of a block
-  void (*forward)(const RouterArgs&, int64_t first, RouterSums&, float* scratch);
+  // rows [begin, end); tile `i` of a block; the chapters [c, c + n) of a block
+  void (*forward)(const RouterArgs&, int64_t begin, int64_t end, RouterSums&, float* scratch);
   void (*backward_rows)(const RouterArgs&, const RouterBlock&, int64_t i, float* scratch);
   void (*backward_chapters)(const RouterArgs&, const RouterBlock&, int64_t c, int64_t n);
 };
