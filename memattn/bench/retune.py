@@ -89,6 +89,7 @@ _RELATIVES: dict[str, str] = {
     "fwd_independent": "fwd",
     "fwd_quantised": "fwd",
     "bwd_dq_independent": "bwd_dq",
+    "bwd_dq_quantised": "bwd_dq",
     "fwd_by_chapter": "fwd",
     "bwd_dq_by_chapter": "bwd_dq",
     "bwd_dkdv_in_tile": "bwd_dkdv",
@@ -105,7 +106,8 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "task_masked_attention": ("fwd", "bwd_dq", "bwd_dkdv"),
     "chapter_attention": (
         *("fwd", "fwd_independent", "fwd_quantised", "fwd_by_chapter", "decode"),
-        *("bwd_dq", "bwd_dq_independent", "bwd_dq_by_chapter", "bwd_dkdv", "bwd_dkdv_in_tile"),
+        *("bwd_dq", "bwd_dq_independent", "bwd_dq_quantised", "bwd_dq_by_chapter"),
+        *("bwd_dkdv", "bwd_dkdv_in_tile"),
     ),
     "chapter_router": ("logits", "d_hidden", "d_weight"),
 }

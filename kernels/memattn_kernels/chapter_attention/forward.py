@@ -282,8 +282,8 @@ def row_config(
     """Tile lengths and launch options of a query-stationary kernel.
 
     In the tables that by chapter has ``_by_chapter`` behind its name, that by row with a softmax
-    for each chapter ``_independent``, and a forward of a quantised bank ``_quantised``; a forward
-    with few rows in a routing row is ``decode``.
+    for each chapter ``_independent``, and that of a quantised bank ``_quantised``; a forward with
+    few rows in a routing row is ``decode``.
     """
     width = inputs["row_width"]
     if by_chapter:
@@ -292,7 +292,7 @@ def row_config(
         name = name.replace("fwd", "decode")
     elif not args.is_joint:
         name += "_independent"
-    elif args.key_scale is not None and name.endswith("fwd"):
+    elif args.key_scale is not None:
         name += "_quantised"
     config = lookup(name, args.query, inputs)
     config = config | {"BLOCK_N": block_length(config["BLOCK_N"], inputs["M"])}
