@@ -93,8 +93,8 @@ struct Call {
   void use(const ChapterIndex& index) {
     ChapterArgs& a = args;
     a.chapter_begin = index.begin, a.entries = index.entries;
-    a.counts_slots = a.weights || index.has_repeats;
-    row_class = index.row_classes(a.B * a.N, a.C, a.M, a.classes);
+    a.has_repeats = index.has_repeats, a.counts_slots = a.weights || a.has_repeats;
+    row_class = index.row_classes(a.B * a.N, a.K, a.C, a.M, a.classes);
     a.row_class = row_class.data();
   }
 };
@@ -168,19 +168,13 @@ class WeightGradients {
     const ChapterArgs& a = call.args;
     parallel_work(a.C, [] { return 0; }, [&](int64_t c, int) {
       for (int64_t e = a.chapter_begin[c]; e < a.chapter_begin[c + 1]; ++e) {
-        const int64_t row = a.entries[e];
-        float sum = 0.0f;
-        bool is_summed = false;
-        for (int64_t s = 0; s < a.K; ++s) {
-          if (a.indices[row * a.K + s] != c || !call.rows.holds(row, s, a.C)) continue;
-          float& to = d_weights[row * a.K + s];
-          if (!is_summed) {
-            sum = to;
-            for (int64_t h = 0; h < heads; ++h) sum += by_entry.get()[h * n + e];
-            is_summed = true;
-          }
-          to = sum;
-        }
+        const int64_t first = a.entries[e], row = a.row_of(e);
+        float sum = d_weights[first];
+        for (int64_t h = 0; h < heads; ++h) sum += by_entry.get()[h * n + e];
+        d_weights[first] = sum;
+        if (!a.has_repeats) continue;
+        for (int64_t i = first + 1; i < (row + 1) * a.K; ++i)
+          if (a.indices[i] == c && call.rows.holds(row, i - row * a.K, a.C)) d_weights[i] = sum;
       }
     });
   }

@@ -23,7 +23,7 @@ struct ChapterBackward {
   Pieces pieces;
   float *q_rows, *d_out_rows, *q, *d_out;
   float *weights, *ds;  // of the panels, one behind the other: [CHAPTER_KEYS][lanes of the panel]
-  float *d_rows, *key, *value;
+  float *d_rows, *key, *value, *spare;
   float *lse_high, *lse_low, *delta, *extra, *weight, *d_weight;  // [TILE_ROWS]
   float *own_high, *own_low, *own_sum, *own_delta, *own_extra;    // of the chapter's own softmax
   // what is added up for an entry of the list, over its queries
@@ -38,31 +38,44 @@ struct ChapterBackward {
     weights = pieces.take(TILE_ROWS * CHAPTER_KEYS), ds = pieces.take(TILE_ROWS * CHAPTER_KEYS);
     d_rows = pieces.take(TILE_ROWS * ldk);
     key = pieces.take(CHAPTER_KEYS * ldk), value = pieces.take(CHAPTER_KEYS * ldv);
+    spare = pieces.take(VL * (ldk > ldv ? ldk : ldv));
     for (float** piece : {&lse_high, &lse_low, &delta, &extra, &weight, &d_weight, &own_high,
                           &own_low, &own_sum, &own_delta, &own_extra})
       *piece = pieces.take(TILE_ROWS);
   }
 
-  // Calls visit(lanes, runs, blocks) for the tiles of rows of some classes that selected chapter c.
+  // Calls visit(lanes, runs, blocks) for the tiles of chapter c, with routing rows of some classes and
+  // the tokens and key head of a range; gradients of the queries will be added to rows of d_query.
   template <class Visit>
-  void for_each(int64_t c, int64_t hkv, const Entries& entries, int64_t t0, int64_t t1,
-                uint32_t classes, Visit visit) {
-    ChapterBlocks blocks{a, c, hkv, ldk, ldv, key, value};
+  void for_each(int64_t c, const QueryRange& range, const Entries& rows, uint32_t classes,
+                const RowSums& d_query, Visit visit) {
+    ChapterBlocks blocks{a, c, range.hkv, ldk, ldv, key, value};
     for (int row_class = 0; row_class < ROW_CLASSES; ++row_class) {
       if (!(a.classes & classes & uint32_t{1} << row_class)) continue;
       const SumRuns runs = class_runs(row_class);
-      for_each_tile(a, c, hkv, entries, t0, t1, row_class, [&](const ChapterLanes& lanes) {
+      // the first tile of the next chapter is only looked at
+      TileWalk walk(a, range, rows, row_class, c, c + 2 < a.C ? c + 2 : a.C);
+      walk.for_each(c + 1, [&](const ChapterLanes& lanes, const ChapterLanes& next) {
         load_tile(lanes);
+        for_each_panel(lanes.n, [&](const Panel& panel, auto) {
+          fetch_ahead(a, range.hkv, lanes, next, panel, [&](int64_t b, int64_t h, int64_t t) {
+            fetch_row(a.query, at(a.query, b, h, t), a.D);
+            fetch_row(a.d_out, at(a.d_out, b, h, t), a.Dv);
+            if (d_query.data) fetch_bytes(d_query.row(b, h, t), a.D * 4);
+          });
+        });
         visit(lanes, runs, blocks);
       });
     }
   }
 
   void load_tile(const ChapterLanes& lanes) {
-    gather_rows(a.query, lanes, a.D, ldk, q_rows);
-    gather_rows(a.d_out, lanes, a.Dv, ldv, d_out_rows);
-    rows_to_panels(q_rows, ldk, lanes.n, a.D, q);
-    rows_to_panels(d_out_rows, ldv, lanes.n, a.Dv, d_out);
+    for_each_panel(lanes.n, [&](const Panel& panel, auto nv) {
+      const int64_t first = panel.first;
+      gather_panel<nv>(a.query, lanes, panel, a.D, ldk, spare, q_rows + first * ldk, q + first * a.D);
+      gather_panel<nv>(a.d_out, lanes, panel, a.Dv, ldv, spare, d_out_rows + first * ldv,
+                       d_out + first * a.Dv);
+    });
     for (int64_t i = 0; i < TILE_ROWS; ++i) {
       // weight 0 everywhere for lanes without a row
       RowStats stats{-NO_SCORE, 0.0f, 0.0f, 0.0f};
@@ -75,10 +88,13 @@ struct ChapterBackward {
 
   // Scores of the block's keys and gradients of their weights in a panel.
   template <int NV>
-  void products(const Panel& panel, const SumRuns& runs, int64_t n, float* scores, float* dp) {
+  void products(const Panel& panel, const SumRuns& runs, const ChapterBlocks& blocks, float* scores,
+                float* dp) {
     constexpr int64_t PANEL = NV * VL;
-    dot_products<NV>(n, a.D, runs.dims, key, ldk, q + panel.first * a.D, PANEL, scores, PANEL);
-    dot_products<NV>(n, a.Dv, runs.dims, value, ldv, d_out + panel.first * a.Dv, PANEL, dp, PANEL);
+    dot_products<NV>(blocks.n, a.D, runs.dims, blocks.key, ldk, q + panel.first * a.D, PANEL, scores,
+                     PANEL);
+    dot_products<NV>(blocks.n, a.Dv, runs.dims, blocks.value, ldv, d_out + panel.first * a.Dv, PANEL,
+                     dp, PANEL);
   }
 
   // exp(s - lse) of scores, in place.
@@ -97,9 +113,10 @@ struct ChapterBackward {
 
   // Where all chapters of a row share a softmax: p and ds of a block's keys, in place of the products.
   template <int NV>
-  void joint_panel(const Panel& panel, const SumRuns& runs, int64_t n) {
+  void joint_panel(const Panel& panel, const SumRuns& runs, const ChapterBlocks& blocks) {
+    const int64_t n = blocks.n;
     float *p = weights + panel.first * CHAPTER_KEYS, *d = ds + panel.first * CHAPTER_KEYS;
-    products<NV>(panel, runs, n, p, d);
+    products<NV>(panel, runs, blocks, p, d);
     weigh<NV>(panel, n, p);
     for (int64_t begin = 0; begin < n; begin += WEIGHTS_RUN) {
       const int64_t end = n - begin < WEIGHTS_RUN ? n : begin + WEIGHTS_RUN;
@@ -128,7 +145,7 @@ struct ChapterBackward {
     WeightedMean means[NV];
     for (int64_t block = 0; block < blocks.count(); ++block) {
       blocks.load(block);
-      products<NV>(panel, runs, blocks.n, p, d);
+      products<NV>(panel, runs, blocks, p, d);
       vf alpha[NV];
       softmax_step<NV>(p, blocks.n, scale2, &state, alpha);
       for (int v = 0; v < NV; ++v) {
@@ -151,13 +168,14 @@ struct ChapterBackward {
 
   // And p and ds of a block's keys.
   template <int NV>
-  void own_panel(const ChapterLanes& lanes, const Panel& panel, const SumRuns& runs, int64_t n,
-                 bool is_computed) {
+  void own_panel(const ChapterLanes& lanes, const Panel& panel, const SumRuns& runs,
+                 const ChapterBlocks& blocks) {
     constexpr int64_t PANEL = NV * VL;
+    const int64_t n = blocks.n;
     float *p = weights + panel.first * CHAPTER_KEYS, *d = ds + panel.first * CHAPTER_KEYS;
     const vf *high = (const vf*)(own_high + panel.first), *low = (const vf*)(own_low + panel.first);
-    if (!is_computed) {
-      products<NV>(panel, runs, n, p, d);
+    if (!blocks.is_one()) {  // else own_softmax() has left them
+      products<NV>(panel, runs, blocks, p, d);
       vi large[NV];
       vf sum[NV];
       for (int v = 0; v < NV; ++v) large[v] = is_large(high[v]), sum[v] = vf{};
@@ -217,11 +235,11 @@ struct ChapterBackward {
     for (int64_t block = 0; block < blocks.count(); ++block) {
       blocks.load(block);
       for_each_panel(lanes.n, [&](const Panel& panel, auto nv) {
-        if (a.is_joint) joint_panel<nv>(panel, runs, blocks.n);
-        else own_panel<nv>(lanes, panel, runs, blocks.n, blocks.is_one());
+        if (a.is_joint) joint_panel<nv>(panel, runs, blocks);
+        else own_panel<nv>(lanes, panel, runs, blocks);
         if (grads.d_query.data)
-          weighted_rows<nv * VL>(panel.n, blocks.n, runs.keys, ds + panel.first * CHAPTER_KEYS, key,
-                                 ldk, block > 0, d_rows + panel.first * ldk);
+          weighted_rows<nv * VL>(panel.n, blocks.n, runs.keys, ds + panel.first * CHAPTER_KEYS,
+                                 blocks.key, ldk, block > 0, d_rows + panel.first * ldk);
       });
       const int64_t first = block * CHAPTER_KEYS;
       if (!grads.d_key) continue;
@@ -277,7 +295,7 @@ static void chapter_prepare(const ChapterArgs& a, const QueryRange& range, float
   auto mean_of = [&](int64_t h, int64_t t) { return means + ((h - h0) * tokens + t - range.t0) * 4; };
   for (int64_t c = 0; c < a.C; ++c)
     backward.for_each(
-        c, range.hkv, entries_of(a, c, rows), range.t0, range.t1, 1,
+        c, range, rows, 1, RowSums{},
         [&](const ChapterLanes& lanes, const SumRuns& runs, ChapterBlocks& blocks) {
           blocks.load(0);  // few keys are in one block
           for_each_panel(lanes.n, [&](const Panel& panel, auto nv) {
@@ -293,7 +311,7 @@ static void chapter_prepare(const ChapterArgs& a, const QueryRange& range, float
               }
             };
             exchange_means(true);
-            backward.products<nv>(panel, runs, blocks.n, backward.weights, backward.ds);
+            backward.products<nv>(panel, runs, blocks, backward.weights, backward.ds);
             backward.weigh<nv>(panel, blocks.n, backward.weights);
             for (int v = 0; v < nv; ++v) {
               WeightedMean mean{((vf*)parts[0])[v], ((vf*)parts[1])[v], ((vf*)parts[2])[v],
@@ -342,7 +360,7 @@ static void chapter_d_query(const ChapterArgs& a, const QueryRange& range, float
       __builtin_memset(sums.row(range.b, h, t), 0, a.D * 4);
   const Entries rows = rows_of(a, range);
   for (int64_t c = 0; c < a.C; ++c)
-    backward.for_each(c, range.hkv, entries_of(a, c, rows), range.t0, range.t1, ~uint32_t{0},
+    backward.for_each(c, range, rows, ~uint32_t{0}, sums,
                       [&](const ChapterLanes& lanes, const SumRuns& runs, ChapterBlocks& blocks) {
                         backward.tile(lanes, runs, blocks, grads);
                       });
@@ -356,7 +374,7 @@ static void chapter_d_query(const ChapterArgs& a, const QueryRange& range, float
 static void chapter_d_chapter(const ChapterArgs& a, int64_t hkv, int64_t c,
                               const ChapterGrads& grads, float* scratch) {
   ChapterBackward backward(a, scratch);
-  backward.for_each(c, hkv, {a.chapter_begin[c], a.chapter_begin[c + 1]}, 0, a.T, ~uint32_t{0},
+  backward.for_each(c, {0, hkv, 0, a.T}, {0, a.B * a.N}, ~uint32_t{0}, grads.d_query,
                     [&](const ChapterLanes& lanes, const SumRuns& runs, ChapterBlocks& blocks) {
                       backward.tile(lanes, runs, blocks, grads);
                     });
@@ -365,6 +383,6 @@ static void chapter_d_chapter(const ChapterArgs& a, int64_t hkv, int64_t c,
 
 static int64_t chapter_scratch(const ChapterArgs& a, int64_t tokens) {
   const int64_t wide = round_up(a.D, VL) + round_up(a.Dv, VL), rows = a.H / a.Hkv * tokens;
-  return (3 * TILE_ROWS + CHAPTER_KEYS) * wide + 2 * TILE_ROWS * (CHAPTER_KEYS + 8) +
+  return (3 * TILE_ROWS + CHAPTER_KEYS + VL) * wide + 2 * TILE_ROWS * (CHAPTER_KEYS + 8) +
          (4 + wide) * rows + 512;
 }

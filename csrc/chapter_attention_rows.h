@@ -14,10 +14,12 @@ static MEMATTN_INLINE SumRuns class_runs(int row_class) {
 // The query rows of a tile, row i in lane i.
 struct ChapterLanes {
   int64_t n = 0;
+  int64_t c = 0;  // the chapter
+  int64_t key_begin = 0, key_end = 0;  // keys of the next chapter to bring nearer meanwhile
   int32_t b[TILE_ROWS], head[TILE_ROWS], t[TILE_ROWS];
   int32_t entry[TILE_ROWS];  // of the chapter's list
   // slots of the row that hold the chapter, and the sum of their weights
-  float number[TILE_ROWS], weight[TILE_ROWS];
+  alignas(64) float number[TILE_ROWS] = {}, weight[TILE_ROWS] = {};
 };
 
 // A panel of a tile: lanes [first, first + n), n no more than a panel has.
@@ -72,9 +74,9 @@ static void count_slots(const ChapterArgs& a, int64_t row, int64_t c, float* num
   *number = (float)n, *weight = sum;
 }
 
-// Entries of a list.
+// Entries of a list, or routing rows.
 struct Entries {
-  int64_t begin, end;
+  int64_t begin = 0, end = 0;
 };
 
 // The first i in [begin, end) that holds, where all behind it do; else end.
@@ -98,59 +100,163 @@ static Entries rows_of(const ChapterArgs& a, const QueryRange& range) {
 // Those of them that selected chapter c.
 static Entries entries_of(const ChapterArgs& a, int64_t c, const Entries& rows) {
   const int64_t begin = a.chapter_begin[c], end = a.chapter_begin[c + 1];
-  return {first_that(begin, end, [&](int64_t e) { return a.entries[e] >= rows.begin; }),
-          first_that(begin, end, [&](int64_t e) { return a.entries[e] >= rows.end; })};
+  if (rows.begin == 0 && rows.end == a.B * a.N) return {begin, end};
+  return {first_that(begin, end, [&](int64_t e) { return a.entries[e] >= rows.begin * a.K; }),
+          first_that(begin, end, [&](int64_t e) { return a.entries[e] >= rows.end * a.K; })};
 }
 
-// Calls visit(lanes) for the tiles of rows of one class that selected chapter c, in the order of the
-// entries, with queries [t0, t1) of each sequence.
-template <class Visit>
-static MEMATTN_INLINE void for_each_tile(const ChapterArgs& a, int64_t c, int64_t hkv,
-                                         const Entries& entries, int64_t t0, int64_t t1,
-                                         int row_class, Visit visit) {
-  const int64_t G = a.H / a.Hkv;
-  ChapterLanes lanes;
-  int64_t b = 0;
-  for (int64_t e = entries.begin; e < entries.end; ++e) {
-    const int64_t row = a.entries[e];
-    if (a.row_class[row] != row_class) continue;
+// Brings `n` bytes nearer.
+static MEMATTN_INLINE void fetch_bytes(const void* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
+}
+
+static MEMATTN_INLINE void fetch_row(const View& view, int64_t offset, int64_t width) {
+  const int64_t size = view.dtype == Dtype::float32 ? 4 : 2;
+  fetch_bytes((const char*)view.data + offset * size, width * size);
+}
+
+static MEMATTN_INLINE void fetch_bank_row(const BankView& bank, int64_t c, int64_t hkv, int64_t j,
+                                          int64_t width) {
+  const int64_t* stride = bank.view.stride;
+  const int64_t offset = c * stride[0] + hkv * stride[1] + j * stride[2];
+  if (bank.bits) fetch_bytes((const int8_t*)bank.view.data + offset, width * bank.bits / 8);
+  else fetch_row(bank.view, offset, width);
+}
+
+// The tiles of rows of one class with queries [t0, t1), chapter by chapter, in the order of the entries.
+class TileWalk {
+ public:
+  // Chapters [begin, end), and the routing rows `rows` with the tokens and the key head of a range.
+  TileWalk(const ChapterArgs& a, const QueryRange& range, const Entries& rows, int row_class,
+           int64_t begin, int64_t end)
+      : a(a), t0(range.t0), t1(range.t1), h0(range.hkv * (a.H / a.Hkv)), h1(h0 + a.H / a.Hkv),
+        row_class(row_class), end(end), rows(rows), c(begin - 1), ahead(list_of(begin)) {
+    next_chapter();
+  }
+
+  // Calls visit(lanes, next) for the tiles of chapters below `last`, where `next` is the tile behind.
+  template <class Visit>
+  MEMATTN_INLINE void for_each(int64_t last, Visit visit) {
+    ChapterLanes tiles[2];
+    fill(tiles[0]);
+    for (int i = 0; tiles[i].n && tiles[i].c < last; i ^= 1) {
+      fill(tiles[i ^ 1]);
+      visit((const ChapterLanes&)tiles[i], (const ChapterLanes&)tiles[i ^ 1]);
+    }
+  }
+
+ private:
+  const ChapterArgs& a;
+  const int64_t t0, t1, h0, h1;
+  const int row_class;
+  const int64_t end;
+  const Entries rows;
+  int64_t c;            // the chapter,
+  Entries list, ahead;  // its list and that of the next one
+  int64_t e = 0, h = 0, t = 0;  // where the next tile begins
+  bool is_entered = false;      // whether the row of entry e has been read
+  int64_t b = 0, t_begin = 0, t_end = 0;
+  float number = 1.0f, weight = 1.0f;
+
+  Entries list_of(int64_t i) const { return i < end ? entries_of(a, i, rows) : Entries(); }
+
+  void next_chapter() {
+    ++c, list = ahead, ahead = list_of(c + 1), e = list.begin, b = 0;
+  }
+
+  // Reads the row of entry e; false where the walk passes it over.
+  MEMATTN_INLINE bool enter() {
+    const int64_t row = a.row_of(e);
+    if (a.row_class[row] != row_class) return false;
     if (row >= (b + 1) * a.N) b = row / a.N;
-    const int64_t first = a.row_start[row] > t0 ? a.row_start[row] : t0;
-    const int64_t last = a.row_end[row] < t1 ? a.row_end[row] : t1;
-    float number = 1.0f, weight = 1.0f;
-    if (a.counts_slots && first < last) count_slots(a, row, c, &number, &weight);
-    for (int64_t h = hkv * G; h < (hkv + 1) * G; ++h)
-      for (int64_t t = first; t < last; ++t) {
-        const int64_t i = lanes.n++;
-        lanes.b[i] = (int32_t)b, lanes.head[i] = (int32_t)h, lanes.t[i] = (int32_t)t;
-        lanes.entry[i] = (int32_t)e;
-        lanes.number[i] = number, lanes.weight[i] = weight;
-        if (lanes.n == TILE_ROWS) visit(lanes), lanes.n = 0;
+    t_begin = a.row_start[row] > t0 ? a.row_start[row] : t0;
+    t_end = a.row_end[row] < t1 ? a.row_end[row] : t1;
+    if (a.has_repeats) count_slots(a, row, c, &number, &weight);
+    else if (a.counts_slots) weight = a.weights[a.entries[e]];
+    h = h0, t = t_begin;
+    return t_begin < t_end;
+  }
+
+  void fill(ChapterLanes& lanes) {
+    const int64_t first = e, keys = a.M < CHAPTER_KEYS ? a.M : CHAPTER_KEYS;
+    lanes.n = 0;
+    for (; c < end; next_chapter()) {
+      lanes.c = c;
+      for (; e < list.end; ++e, is_entered = false) {
+        if (!is_entered && !enter()) continue;
+        is_entered = true;
+        for (; h < h1; ++h, t = t_begin)
+          for (; t < t_end; ++t) {
+            if (lanes.n == TILE_ROWS) return share(lanes, keys, first);
+            const int64_t i = lanes.n++;
+            lanes.b[i] = (int32_t)b, lanes.head[i] = (int32_t)h, lanes.t[i] = (int32_t)t;
+            lanes.entry[i] = (int32_t)e;
+            lanes.number[i] = number, lanes.weight[i] = weight;
+          }
       }
+      if (lanes.n) return share(lanes, keys, first);
+    }
   }
-  if (lanes.n) visit(lanes);
+
+  // Gives a tile, begun at entry `first`, its share of the next chapter's keys.
+  void share(ChapterLanes& lanes, int64_t keys, int64_t first) {
+    const int64_t begin = first < list.begin ? 0 : first - list.begin, n = list.end - list.begin;
+    const bool is_wanted = ahead.begin < ahead.end;
+    lanes.key_begin = is_wanted ? keys * begin / n : 0;
+    lanes.key_end = is_wanted ? keys * (e - list.begin) / n : 0;
+  }
+};
+
+// Brings nearer what the next tile reads, whose rows lie scattered, and keys of the next chapter: a part
+// of it before the products of each panel. fetch(b, head, t) does so for a row.
+template <class Fetch>
+static MEMATTN_INLINE void fetch_ahead(const ChapterArgs& a, int64_t hkv, const ChapterLanes& lanes,
+                                       const ChapterLanes& next, const Panel& panel, Fetch fetch) {
+  const int64_t end = panel.first + panel.n, keys = lanes.key_end - lanes.key_begin;
+  for (int64_t i = panel.first; i < next.n && (i < end || end == lanes.n); ++i)
+    fetch(next.b[i], next.head[i], next.t[i]);
+  for (int64_t j = keys * panel.first / lanes.n; j < keys * end / lanes.n; ++j) {
+    fetch_bank_row(a.key, lanes.c + 1, hkv, lanes.key_begin + j, a.D);
+    fetch_bank_row(a.value, lanes.c + 1, hkv, lanes.key_begin + j, a.Dv);
+  }
 }
 
-// Rows of `view` as float32 [lanes rounded up][ld], zero past `width` and in lanes without a row.
-static void gather_rows(const View& view, const ChapterLanes& lanes, int64_t width, int64_t ld,
-                        float* to) {
-  const int64_t n = round_up(lanes.n, VL);
-  for (int64_t i = 0; i < n; ++i, to += ld) {
-    const int64_t m = i < lanes.n ? width : 0;
-    if (m) load_row(view, at(view, lanes.b[i], lanes.head[i], lanes.t[i]), view.stride[3], m, to);
-    __builtin_memset(to + m, 0, (ld - m) * 4);
+// Query rows of `view` for the lanes of a panel, as panel [width][NV * VL], zero in lanes without a
+// row; and, unless `rows` is null, as float32 rows [lanes rounded up][ld], zero past `width`.
+// spare: [VL][ld].
+template <int NV>
+static void gather_panel(const View& view, const ChapterLanes& lanes, const Panel& panel,
+                         int64_t width, int64_t ld, float* spare, float* rows, float* to) {
+  const bool in_place = view.dtype == Dtype::float32 && view.stride[3] == 1 && width == ld;
+  for (int64_t lane = 0; lane < panel.n; lane += VL) {
+    const float* from[VL];
+    for (int64_t k = 0; k < VL; ++k) {
+      const int64_t i = panel.first + lane + k;
+      const bool is_row = lane + k < panel.n;
+      const int64_t offset = is_row ? at(view, lanes.b[i], lanes.head[i], lanes.t[i]) : 0;
+      if (is_row && in_place) {
+        from[k] = (const float*)view.data + offset;
+        continue;
+      }
+      float* row = spare + k * ld;
+      if (is_row) load_row(view, offset, view.stride[3], width, row);
+      __builtin_memset(row + (is_row ? width : 0), 0, (is_row ? ld - width : ld) * 4);
+      from[k] = row;
+    }
+    for (int64_t d = 0; d < width; d += VL) {
+      vf square[VL];
+#pragma GCC unroll 16
+      for (int k = 0; k < VL; ++k) square[k] = *(const vf_unaligned*)(from[k] + d);
+      if (rows)
+#pragma GCC unroll 16
+        for (int k = 0; k < VL; ++k) *(vf*)(rows + (lane + k) * ld + d) = square[k];
+      transpose(square);
+      float* column = to + d * NV * VL + lane;
+#pragma GCC unroll 16
+      for (int k = 0; k < VL; ++k)
+        if (d + k < width) *(vf*)(column + k * NV * VL) = square[k];
+    }
   }
-}
-
-// Those rows as panels, each [width][lanes of the panel], one behind the other.
-static void rows_to_panels(const float* rows, int64_t ld, int64_t lanes, int64_t width,
-                           float* panels) {
-  for_each_panel(lanes, [&](const Panel& panel, auto nv) {
-    constexpr int64_t PANEL = nv * VL;
-    // what lies behind the last row is zero for a whole number of vectors only
-    to_panels(rows + panel.first * ld, ld, round_up(panel.n, VL), width, PANEL,
-              panels + panel.first * width);
-  });
 }
 
 // Row j of chapter c as float32, zero past `width`.
@@ -178,26 +284,44 @@ static void load_bank_row(const BankView& bank, int64_t c, int64_t hkv, int64_t 
   }
 }
 
-// The keys and values of a chapter, a block of them at a time.
+// The keys and values of a chapter, a block of them at a time: where they lie if the kernels can read
+// them there.
 struct ChapterBlocks {
   const ChapterArgs& a;
   int64_t c, hkv, ldk, ldv;
-  float *key, *value;  // [CHAPTER_KEYS][ldk or ldv]
+  float *key_copy, *value_copy;  // [CHAPTER_KEYS][ldk or ldv]
+  const float *key = nullptr, *value = nullptr;
   int64_t n = 0;       // keys of the block
   int64_t loaded = -1;
 
   bool is_one() const { return a.M <= CHAPTER_KEYS; }
   int64_t count() const { return (a.M + CHAPTER_KEYS - 1) / CHAPTER_KEYS; }
 
+  void turn_to(int64_t chapter) {
+    if (c != chapter) c = chapter, loaded = -1;
+  }
+
   void load(int64_t block) {
     if (loaded == block) return;
     loaded = block;
     const int64_t first = block * CHAPTER_KEYS, left = a.M - first;
     n = left < CHAPTER_KEYS ? left : CHAPTER_KEYS;
-    for (int64_t j = 0; j < n; ++j) {
-      load_bank_row(a.key, c, hkv, first + j, a.D, ldk, key + j * ldk);
-      load_bank_row(a.value, c, hkv, first + j, a.Dv, ldv, value + j * ldv);
-    }
+    key = rows_of(a.key, first, a.D, ldk, key_copy);
+    value = rows_of(a.value, first, a.Dv, ldv, value_copy);
+  }
+
+ private:
+  const float* rows_of(const BankView& bank, int64_t first, int64_t width, int64_t ld, float* copy) {
+    const int64_t* stride = bank.view.stride;
+    const float* in_place =
+        (const float*)bank.view.data + c * stride[0] + hkv * stride[1] + first * stride[2];
+    // rows further apart could share few sets of the cache
+    if (!bank.bits && bank.view.dtype == Dtype::float32 && width == ld && stride[3] == 1 &&
+        stride[2] == ld && (uintptr_t)in_place % sizeof(vf) == 0)
+      return in_place;
+    for (int64_t j = 0; j < n; ++j)
+      load_bank_row(bank, c, hkv, first + j, width, ld, copy + j * ld);
+    return copy;
   }
 };
 

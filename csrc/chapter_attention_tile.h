@@ -4,21 +4,66 @@
 // Included once per instruction set after chapter_attention_rows.h. What a query gets does not depend
 // on what else is in its tile: so its bits depend on the query and its chapters alone.
 
-// Softmax states of query rows.
-struct RowStates {
-  float *high, *low, *sum;
+// The softmax state of a query row.
+struct RowState {
+  float high, low, sum;
 };
 
 // w = mantissa * 2^exponent with a mantissa in [1, 2); NaN for what is not finite.
-static MEMATTN_INLINE void split_weight(float w, float* exponent, float* mantissa) {
-  *exponent = 0.0f;
-  if (w < 0x1p-126f) w *= 0x1p64f, *exponent = -64.0f;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &w, 4);
-  *exponent += (float)((int32_t)(bits >> 23) - 127);
-  bits = (bits & 0x7fffff) | 0x3f800000;
-  __builtin_memcpy(mantissa, &bits, 4);
-  if (!(w <= 3.4028235e38f)) *mantissa = __builtin_nanf("");
+static MEMATTN_INLINE void split_weight(vf w, vf* exponent, vf* mantissa) {
+  const vi is_small = w < 0x1p-126f;
+  const vf normal = select(is_small, w * 0x1p64f, w);
+  const vi bits = (vi)normal;
+  *exponent = __builtin_convertvector((bits >> 23 & 511) - 127, vf) -
+              select(is_small, broadcast(64.0f), vf{});
+  *mantissa = select(normal <= 3.4028235e38f, (vf)((bits & 0x7fffff) | 0x3f800000),
+                     broadcast(__builtin_nanf("")));
+}
+
+// rows[i][:] = alpha[i] * rows[i][:] + beta[i] * the sum over n keys of weights[key][i] * keys[key][:],
+// summed in one go; `width` is a multiple of two vectors.
+template <int MR>
+static MEMATTN_INLINE void merge_group(int64_t n, const float* weights, int64_t panel,
+                                       const float* keys, int64_t width, float* const* rows,
+                                       const float* alpha, const float* beta) {
+  for (int64_t d = 0; d < width; d += 2 * VL) {
+    vf acc[MR][2];
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) acc[m][0] = acc[m][1] = vf{};
+    const float *w = weights, *from = keys + d;
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < n; ++k, w += panel, from += width) {
+      const vf low = ((const vf*)from)[0], high = ((const vf*)from)[1];
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+        const vf wm = broadcast(w[m]);
+        acc[m][0] = fma(wm, low, acc[m][0]), acc[m][1] = fma(wm, high, acc[m][1]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        vf_unaligned* to = (vf_unaligned*)(rows[m] + d) + v;
+        *to = *to * alpha[m] + acc[m][v] * beta[m];
+      }
+  }
+}
+
+// Calls visit(i, number of rows) for groups of up to MR of n rows, the last ones in one go.
+template <int MR, class Visit>
+static MEMATTN_INLINE void for_each_group(int64_t i, int64_t n, Visit visit) {
+  for (; n - i >= MR; i += MR) visit(i, std::integral_constant<int, MR>());
+  if constexpr (MR > 8) for_each_group<8>(i, n, visit);
+  else if constexpr (MR > 1) for_each_group<MR - 1>(i, n, visit);
+}
+
+template <int PANEL>
+static void merge_rows(int64_t lanes, int64_t n, const float* weights, const float* keys,
+                       int64_t width, float* const* rows, const float* alpha, const float* beta) {
+  for_each_group<micro_rows<2>()>(0, lanes, [&](int64_t i, auto mr) {
+    merge_group<mr>(n, weights + i, PANEL, keys, width, rows + i, alpha + i, beta + i);
+  });
 }
 
 struct ChapterForward {
@@ -27,19 +72,18 @@ struct ChapterForward {
   int64_t ldk, ldv;
   Split scale2;
   RowSums sums;
-  RowStates states;  // [heads of the group][tokens of the range]
-  float *rows, *q, *scores, *out, *key, *value;
+  RowState* states;  // [heads of the group][tokens of the range]
+  float *spare, *q, *scores, *out, *key, *value;
 
   ChapterForward(const ChapterArgs& a, const QueryRange& range, float* scratch)
       : a(a), range(range), ldk(round_up(a.D, VL)), ldv(round_up(a.Dv, VL)),
         scale2(Split::factor(a.scale * LOG2E)) {
     const int64_t G = a.H / a.Hkv, tokens = range.t1 - range.t0;
     Pieces pieces{scratch};
-    rows = pieces.take(TILE_ROWS * ldk), q = pieces.take(TILE_ROWS * a.D);
+    spare = pieces.take(VL * ldk), q = pieces.take(2 * VL * a.D);
     scores = pieces.take(CHAPTER_KEYS * 2 * VL), out = pieces.take(2 * VL * ldv);
     key = pieces.take(CHAPTER_KEYS * ldk), value = pieces.take(CHAPTER_KEYS * ldv);
-    states.high = pieces.take(G * tokens), states.low = pieces.take(G * tokens);
-    states.sum = pieces.take(G * tokens);
+    states = (RowState*)pieces.take(G * tokens * 3);
     sums.b0 = range.b, sums.h0 = range.hkv * G, sums.t0 = range.t0;
     if (a.out.dtype == Dtype::float32) {
       sums.data = (float*)a.out.data + at(a.out, sums.b0, sums.h0, sums.t0);
@@ -50,77 +94,82 @@ struct ChapterForward {
     }
   }
 
-  int64_t state_of(int64_t head, int64_t t) const {
-    return (head - sums.h0) * (range.t1 - range.t0) + t - range.t0;
+  RowState& state_of(int64_t head, int64_t t) const {
+    return states[(head - sums.h0) * (range.t1 - range.t0) + t - range.t0];
   }
 
   void run() {
     const int64_t G = a.H / a.Hkv;
     for (int64_t h = sums.h0; h < sums.h0 + G; ++h)
       for (int64_t t = range.t0; t < range.t1; ++t) {
-        const int64_t i = state_of(h, t);
-        states.high[i] = NO_SCORE, states.low[i] = states.sum[i] = 0.0f;
+        state_of(h, t) = {NO_SCORE, 0.0f, 0.0f};
         __builtin_memset(sums.row(range.b, h, t), 0, a.Dv * 4);
       }
-    const Entries in_range = rows_of(a, range);
+    const Entries rows = rows_of(a, range);
     for (int row_class = 0; row_class < ROW_CLASSES; ++row_class) {
       if (!(a.classes >> row_class & 1)) continue;
       const SumRuns runs = class_runs(row_class);
-      for (int64_t c = 0; c < a.C; ++c) {
-        ChapterBlocks blocks{a, c, range.hkv, ldk, ldv, key, value};
-        for_each_tile(a, c, range.hkv, entries_of(a, c, in_range), range.t0, range.t1, row_class,
-                      [&](const ChapterLanes& lanes) { attend_tile(lanes, runs, blocks); });
-      }
+      ChapterBlocks blocks{a, 0, range.hkv, ldk, ldv, key, value};
+      TileWalk walk(a, range, rows, row_class, 0, a.C);
+      walk.for_each(a.C, [&](const ChapterLanes& lanes, const ChapterLanes& next) {
+        blocks.turn_to(lanes.c);
+        for_each_panel(lanes.n, [&](const Panel& panel, auto nv) {
+          attend_panel<nv>(lanes, panel, next, runs, blocks);
+        });
+      });
     }
     for (int64_t h = sums.h0; h < sums.h0 + G; ++h)
       for (int64_t t = range.t0; t < range.t1; ++t) finish(h, t);
   }
 
-  void attend_tile(const ChapterLanes& lanes, const SumRuns& runs, ChapterBlocks& blocks) {
-    gather_rows(a.query, lanes, a.D, ldk, rows);
-    rows_to_panels(rows, ldk, lanes.n, a.D, q);
-    for_each_panel(lanes.n, [&](const Panel& panel, auto nv) {
-      attend_panel<nv>(lanes, panel, runs, blocks);
-    });
-  }
-
   template <int NV>
-  void attend_panel(const ChapterLanes& lanes, const Panel& panel, const SumRuns& runs,
-                    ChapterBlocks& blocks) {
+  void attend_panel(const ChapterLanes& lanes, const Panel& panel, const ChapterLanes& next,
+                    const SumRuns& runs, ChapterBlocks& blocks) {
     constexpr int64_t PANEL = NV * VL;
+    gather_panel<NV>(a.query, lanes, panel, a.D, ldk, spare, nullptr, q);
+    fetch_ahead(a, range.hkv, lanes, next, panel, [&](int64_t b, int64_t h, int64_t t) {
+      fetch_row(a.query, at(a.query, b, h, t), a.D);
+      fetch_bytes(sums.row(b, h, t), a.Dv * 4);
+    });
     SoftmaxState<NV> state;
     clear<NV>(&state, 1);
+    // keys that are summed in one go need no rows of their own
+    const bool is_direct = a.M <= runs.keys && blocks.is_one() && a.Dv % (2 * VL) == 0;
     for (int64_t block = 0; block < blocks.count(); ++block) {
       blocks.load(block);
-      dot_products<NV>(blocks.n, a.D, runs.dims, key, ldk, q + panel.first * a.D, PANEL, scores,
-                       PANEL);
+      dot_products<NV>(blocks.n, a.D, runs.dims, blocks.key, ldk, q, PANEL, scores, PANEL);
       vf alpha[NV];
       softmax_step<NV>(scores, blocks.n, scale2, &state, alpha);
+      if (is_direct) break;
       if (block)
         for (int64_t i = 0; i < panel.n; ++i)
           for (int64_t d = 0; d < ldv; ++d) out[i * ldv + d] *= ((const float*)alpha)[i];
-      weighted_rows<PANEL>(panel.n, blocks.n, runs.keys, scores, value, ldv, block > 0, out);
+      weighted_rows<PANEL>(panel.n, blocks.n, runs.keys, scores, blocks.value, ldv, block > 0, out);
     }
-    merge_panel<NV>(lanes, panel, state);
+    merge_panel<NV>(lanes, panel, state, is_direct ? &blocks : nullptr);
   }
 
-  // Adds what the lanes of a panel have from this chapter to their rows.
+  // Adds what the lanes of a panel have from this chapter to their rows: the rows of `out`, or with
+  // `direct` the sums of its values under the weights in `scores`.
   template <int NV>
-  void merge_panel(const ChapterLanes& lanes, const Panel& panel, const SoftmaxState<NV>& chapter) {
+  void merge_panel(const ChapterLanes& lanes, const Panel& panel, const SoftmaxState<NV>& chapter,
+                   const ChapterBlocks* direct) {
     constexpr int64_t PANEL = NV * VL;
-    alignas(64) float high[PANEL], low[PANEL], sum[PANEL], exponent[PANEL], mantissa[PANEL];
-    alignas(64) float factor[PANEL], before[PANEL], here[PANEL];
+    alignas(64) float high[PANEL], low[PANEL], sum[PANEL], before[PANEL], here[PANEL];
+    RowState* state[PANEL];
+    float* rows[PANEL];
     for (int64_t i = 0; i < PANEL; ++i) {
       const int64_t lane = panel.first + (i < panel.n ? i : 0);
-      const int64_t row = state_of(lanes.head[lane], lanes.t[lane]);
-      high[i] = states.high[row], low[i] = states.low[row], sum[i] = states.sum[row];
-      factor[i] = lanes.weight[lane], exponent[i] = 0.0f, mantissa[i] = 1.0f;
-      if (a.counts_slots)
-        split_weight(a.is_joint ? factor[i] : lanes.number[lane], exponent + i, mantissa + i);
+      state[i] = &state_of(lanes.head[lane], lanes.t[lane]);
+      high[i] = state[i]->high, low[i] = state[i]->low, sum[i] = state[i]->sum;
     }
     for (int v = 0; v < NV; ++v) {
       vf *h = (vf*)high + v, *l = (vf*)low + v, *s = (vf*)sum + v;
-      const vf bias = ((vf*)exponent)[v], part = ((vf*)mantissa)[v];
+      const vf factor = *((const vf*)(lanes.weight + panel.first) + v);
+      vf bias{}, part = broadcast(1.0f);
+      if (a.counts_slots)
+        split_weight(a.is_joint ? factor : *((const vf*)(lanes.number + panel.first) + v), &bias,
+                     &part);
       // the maximum with the exponent of the weight, exactly
       const vf own = chapter.high[v] + bias, taken = own - chapter.high[v];
       vf rest = chapter.low[v] + ((chapter.high[v] - (own - taken)) + (bias - taken));
@@ -135,25 +184,29 @@ struct ChapterForward {
       *s = fma(*s, alpha, chapter.sum[v] * beta);
       *h = top, *l = top_low;
       ((vf*)before)[v] = a.is_joint ? alpha : broadcast(1.0f);
-      ((vf*)here)[v] = a.is_joint ? beta : ((vf*)factor)[v] / chapter.sum[v];
+      ((vf*)here)[v] = a.is_joint ? beta : factor / chapter.sum[v];
     }
     for (int64_t i = 0; i < panel.n; ++i) {
-      const int64_t lane = panel.first + i, row = state_of(lanes.head[lane], lanes.t[lane]);
-      states.high[row] = high[i], states.low[row] = low[i], states.sum[row] = sum[i];
-      scale_and_add(sums.row(range.b, lanes.head[lane], lanes.t[lane]), out + i * ldv, a.Dv,
-                    before[i], here[i]);
+      const int64_t lane = panel.first + i;
+      *state[i] = {high[i], low[i], sum[i]};
+      rows[i] = sums.row(range.b, lanes.head[lane], lanes.t[lane]);
     }
+    if (direct)
+      merge_rows<PANEL>(panel.n, direct->n, scores, direct->value, a.Dv, rows, before, here);
+    else
+      for (int64_t i = 0; i < panel.n; ++i)
+        scale_and_add(rows[i], out + i * ldv, a.Dv, before[i], here[i]);
   }
 
   void finish(int64_t h, int64_t t) {
-    const int64_t i = state_of(h, t), flat = (range.b * a.H + h) * a.T + t;
+    const int64_t flat = (range.b * a.H + h) * a.T + t;
+    const RowState& state = state_of(h, t);
     float* row = sums.row(range.b, h, t);
-    const float sum = states.sum[i];
-    if (a.is_joint && sum != 0.0f)
-      for (int64_t d = 0; d < a.Dv; ++d) row[d] /= sum;
+    if (a.is_joint && state.sum != 0.0f)
+      for (int64_t d = 0; d < a.Dv; ++d) row[d] /= state.sum;
     if (a.out.dtype != Dtype::float32)
       store_row(a.out, at(a.out, range.b, h, t), a.out.stride[3], a.Dv, row);
-    const RowLse lse(states.high[i], states.low[i], sum);
+    const RowLse lse(state.high, state.low, state.sum);
     a.lse[flat] = lse.natural, a.lse2_high[flat] = lse.high, a.lse2_low[flat] = lse.low;
   }
 };

@@ -1,4 +1,4 @@
-// Which routing rows selected each chapter, sorted once for forward and backward.
+// Which slots selected each chapter, sorted once for forward and backward.
 #pragma once
 
 #include "tensors.h"
@@ -21,7 +21,8 @@ struct RoutingRows {
 };
 
 // The chapters' lists, as one int32 tensor: where the list of each chapter begins, [C + 1]; whether a
-// row has a chapter in several slots; and the routing rows of all lists, each rising.
+// row has a chapter in several slots; and the slots of all lists, each rising: for every row that
+// selected the chapter the first slot that holds it, row * K + s.
 class ChapterIndex {
  public:
   const int32_t *begin, *entries;
@@ -40,7 +41,7 @@ class ChapterIndex {
     std::fill_n(data, size, 0);
     int32_t *counts = data + 1, *entries = data + C + 2;
     std::vector<int32_t> last_row(C);
-    // calls visit(chapter, row) once for each row and chapter; repeats are merged
+    // calls visit(chapter, slot) once for each row and chapter; repeats are merged
     auto for_each = [&](auto visit) {
       std::fill(last_row.begin(), last_row.end(), -1);
       for (int64_t row = 0; row < n_rows; ++row) {
@@ -53,21 +54,22 @@ class ChapterIndex {
             continue;
           }
           last_row[c] = static_cast<int32_t>(row);
-          visit(c, static_cast<int32_t>(row));
+          visit(c, static_cast<int32_t>(row * rows.K + s));
         }
       }
     };
     for_each([&](int32_t c, int32_t) { ++counts[c]; });
     for (int64_t c = 0; c < C; ++c) data[c + 1] += data[c];
     std::vector<int32_t> next(data, data + C);
-    for_each([&](int32_t c, int32_t row) { entries[next[c]++] = row; });
+    for_each([&](int32_t c, int32_t slot) { entries[next[c]++] = slot; });
     return index;
   }
 
   // The class of each row by the number of its keys.
-  std::vector<uint8_t> row_classes(int64_t n_rows, int64_t C, int64_t M, uint32_t& present) const {
+  std::vector<uint8_t> row_classes(int64_t n_rows, int64_t K, int64_t C, int64_t M,
+                                   uint32_t& present) const {
     std::vector<int32_t> chapters(n_rows);
-    for (int32_t e = 0; e < begin[C]; ++e) ++chapters[entries[e]];
+    for (int32_t e = 0; e < begin[C]; ++e) ++chapters[entries[e] / K];
     std::vector<uint8_t> classes(n_rows);
     present = 0;
     for (int64_t row = 0; row < n_rows; ++row) {

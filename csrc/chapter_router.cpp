@@ -2,11 +2,12 @@
 // chapter_router_tile.h, the definition in memattn/reference/chapter_router.py.
 //
 // Nothing of the size (rows x chapters) is stored: a thread has the logits of one tile of rows, and
-// the backward computes them again for a block of tiles. Sums over rows have an order that depends
-// on the sizes only, not on threads.
+// the backward computes them again for a few blocks of tiles. Sums over rows have an order that
+// depends on the sizes only, not on threads.
 #include <cmath>
 #include <tuple>
 
+#include "block_pipeline.h"
 #include "gradient_sums.h"
 #include "tensors.h"
 
@@ -105,7 +106,7 @@ float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 // ---- forward -----------------------------------------------------------------------------------
 
-// What the tiles of one chunk of rows add up to, lanes added.
+// What the tiles of one chunk of rows add up to.
 struct Chunk {
   std::vector<float> probability;
   std::vector<int64_t> chosen;
@@ -119,20 +120,10 @@ int64_t chunk_rows(const RouterArgs& a) {
   return std::max<int64_t>((a.rows + tile * MOST_CHUNKS - 1) / (tile * MOST_CHUNKS), 1) * tile;
 }
 
-void run_chunk(const RouterArgs& a, int64_t begin, int64_t end, float* lanes, float* scratch,
-               Chunk& chunk) {
-  const int64_t width = kernels().lanes;
-  std::fill_n(lanes, a.C * width, 0.0f);
-  chunk.chosen.assign(a.C, 0);
-  chunk.sums.probability = lanes, chunk.sums.chosen = chunk.chosen.data();
-  for (int64_t row = begin; row < end; row += kernels().tile_rows)
-    kernels().router.forward(a, row, chunk.sums, scratch);
-  chunk.probability.resize(a.C);
-  for (int64_t c = 0; c < a.C; ++c) {
-    float sum = 0.0f;
-    for (int64_t i = 0; i < width; ++i) sum += lanes[c * width + i];
-    chunk.probability[c] = sum;
-  }
+void run_chunk(const RouterArgs& a, int64_t begin, int64_t end, float* scratch, Chunk& chunk) {
+  chunk.probability.resize(a.C), chunk.chosen.assign(a.C, 0);
+  chunk.sums.probability = chunk.probability.data(), chunk.sums.chosen = chunk.chosen.data();
+  kernels().router.forward(a, begin, end, chunk.sums, scratch);
 }
 
 struct Losses {
@@ -155,36 +146,31 @@ Results run_forward(const Inputs& in) {
   a.indices = static_cast<int32_t*>(indices.data_ptr()), a.weights = floats(weights);
   take_pair(lse, a.lse_high, a.lse_low);
 
-  const int64_t step = chunk_rows(a), width = kernels().lanes;
+  const int64_t step = chunk_rows(a);
   std::vector<Chunk> chunks((a.rows + step - 1) / step);
-  struct State {
-    Buffer lanes, scratch;
-  };
   parallel_work(
-      chunks.size(),
-      [&] { return State{buffer(a.C * width), buffer(kernels().router.forward_scratch(a))}; },
-      [&](int64_t i, State& state) {
-        run_chunk(a, i * step, std::min((i + 1) * step, a.rows), state.lanes.get(),
-                  state.scratch.get(), chunks[i]);
+      chunks.size(), [&] { return buffer(kernels().router.forward_scratch(a)); },
+      [&](int64_t i, Buffer& scratch) {
+        run_chunk(a, i * step, std::min((i + 1) * step, a.rows), scratch.get(), chunks[i]);
       });
 
   int64_t count = 0;
   Losses losses{};
+  std::vector<double> probabilities(a.C, 0.0);
+  std::vector<int64_t> chosen(a.C, 0);
   for (const Chunk& chunk : chunks) {
     count += chunk.sums.count;
     losses.z += chunk.sums.z_square, losses.entropy += chunk.sums.entropy;
+    for (int64_t c = 0; c < a.C; ++c)
+      probabilities[c] += chunk.probability[c], chosen[c] += chunk.chosen[c];
   }
   const double n = static_cast<double>(std::max<int64_t>(count, 1));
   const double C = static_cast<double>(a.C);
   for (int64_t c = 0; c < a.C; ++c) {
-    double probability = 0.0;
-    int64_t chosen = 0;
-    for (const Chunk& chunk : chunks)
-      probability += chunk.probability[c], chosen += chunk.chosen[c];
-    probability /= n;
+    const double probability = probabilities[c] / n, share = static_cast<double>(chosen[c]) / n;
     floats(importance)[c] = static_cast<float>(probability);
-    floats(load)[c] = static_cast<float>(static_cast<double>(chosen) / n);
-    losses.balance += static_cast<double>(chosen) / n * probability;
+    floats(load)[c] = static_cast<float>(share);
+    losses.balance += share * probability;
     if (count > 0) losses.auxiliary += (probability - 1.0 / C) * (probability - 1.0 / C);
   }
   auto scalar = [&](double value) {
@@ -211,12 +197,12 @@ double value_of(const OptionalTensor& cotangent) {
   return cotangent ? static_cast<double>(*floats(*cotangent)) : 0.0;
 }
 
-// Tiles of a block. Sums take tile after tile, so that the number changes no bit.
+// Tiles of a block: whole runs of the sums over rows, and work for every thread.
 int64_t block_tiles(const RouterArgs& a) {
-  constexpr int64_t FLOATS = 1 << 20;
   const int64_t threads = torch::stable::get_num_threads(), tile = kernels().tile_rows;
-  const int64_t all = (a.rows + tile - 1) / tile;
-  return std::min(std::max({FLOATS / (tile * a.C), 4 * threads, int64_t{1}}), all);
+  const int64_t all = (a.rows + tile - 1) / tile, least = a.C <= 2048 ? 4 : 2;
+  const int64_t tiles = (std::max(threads, least) + least - 1) / least * least;
+  return std::min(tiles, std::max<int64_t>(all, 1));
 }
 
 struct Cotangents {
@@ -242,10 +228,10 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Inputs& in, const Cotangen
   const Tensor kept_indices = torch::stable::contiguous(indices);
   Tensor kept_lse = torch::stable::contiguous(lse);
   a.indices = static_cast<int32_t*>(kept_indices.data_ptr());
-  for (int64_t i = 0; i < a.rows * slots; ++i)
-    STD_TORCH_CHECK(!a.valid[i / slots] ||
-                        (a.indices[i] >= 0 && a.indices[i] < a.C + a.num_shared),
-                    "indices must be those of the forward, got ", a.indices[i]);
+  for (int64_t row = 0; row < a.rows; ++row)
+    for (int64_t i = row * slots; a.valid[row] && i < (row + 1) * slots; ++i)
+      STD_TORCH_CHECK(a.indices[i] >= 0 && a.indices[i] < a.C + a.num_shared,
+                      "indices must be those of the forward, got ", a.indices[i]);
   take_pair(kept_lse, a.lse_high, a.lse_low);
   OptionalTensor d_weights;
   if (d.weights) {
@@ -267,36 +253,40 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Inputs& in, const Cotangen
   a.gamma = gamma.data();
 
   const int64_t tile = kernels().tile_rows, lanes = 2 * kernels().lanes;
-  const int64_t ld = (a.E + lanes - 1) / lanes * lanes, tiles = block_tiles(a);
+  const int64_t ld = (a.E + lanes - 1) / lanes * lanes;
   const bool in_place = in.weight.scalar_type() == ScalarType::Float && ld == a.E;
   const Buffer sums = in_place ? nullptr : buffer(a.C * ld);
   std::vector<double> bias_sums(a.C, 0.0);
-  const Buffer gradients = buffer(tiles * tile * a.C), rows = buffer(tiles * tile * ld);
-  RouterBlock block{0, 0, gradients.get(), rows.get(), in_place ? floats(d_weight) : sums.get(),
-                    bias_sums.data()};
-  std::fill_n(block.d_weight, a.C * ld, 0.0f);
 
   constexpr int64_t CHAPTERS = 48;
-  const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
-  std::vector<Buffer> scratch(std::min(threads, tiles));
-  for (Buffer& own : scratch) own = buffer(kernels().router.backward_scratch(a));
-  for (int64_t first = 0; first < a.rows; first += tiles * tile) {
-    block.first = first;
-    block.tiles = std::min(tiles, (a.rows - first + tile - 1) / tile);
-    std::atomic<int64_t> next{0};
-    parallel_work(
-        block.tiles, [&] { return scratch[next.fetch_add(1)].get(); },
-        [&](int64_t i, float* own) { kernels().router.backward_rows(a, block, i, own); });
-    parallel_work(
-        (a.C + CHAPTERS - 1) / CHAPTERS, [] { return 0; },
-        [&](int64_t i, int) {
-          kernels().router.backward_chapters(a, block, i * CHAPTERS,
-                                             std::min(CHAPTERS, a.C - i * CHAPTERS));
-        });
-  }
+  const int64_t tiles = block_tiles(a), all = (a.rows + tile - 1) / tile;
+  const BlockPipeline pipeline(all, tiles, (a.C + CHAPTERS - 1) / CHAPTERS);
+  const int64_t floats_of_block = tiles * tile * (a.C + ld);
+  const Buffer blocks = buffer(pipeline.buffers() * floats_of_block);
+  auto block_of = [&](int64_t b) {
+    float* own = blocks.get() + b % pipeline.buffers() * floats_of_block;
+    return RouterBlock{b * tiles * tile,
+                       std::min(tiles, all - b * tiles),
+                       own,
+                       own + tiles * tile * a.C,
+                       in_place ? floats(d_weight) : sums.get(),
+                       bias_sums.data()};
+  };
+  pipeline.run(
+      [&] { return buffer(kernels().router.backward_scratch(a)); },
+      [&](int64_t b, int64_t i, Buffer& scratch) {
+        kernels().router.backward_rows(a, block_of(b), i, scratch.get());
+      },
+      [&](int64_t b, int64_t i) {
+        const RouterBlock block = block_of(b);
+        const int64_t c = i * CHAPTERS, n = std::min(CHAPTERS, a.C - c);
+        if (b == 0) std::fill_n(block.d_weight + c * ld, n * ld, 0.0f);
+        kernels().router.backward_chapters(a, block, c, n);
+      });
+  if (a.rows == 0) std::fill_n(in_place ? floats(d_weight) : sums.get(), a.C * ld, 0.0f);
 
   if (!in_place)
-    store_sum(view_of(d_weight), 0, a.C, a.E, ld, 1.0f, {{block.d_weight, 0, a.C}});
+    store_sum(view_of(d_weight), 0, a.C, a.E, ld, 1.0f, {{sums.get(), 0, a.C}});
   if (in.bias) {
     std::vector<float> rounded(bias_sums.begin(), bias_sums.end());
     store_sum(view_of(d_bias), 0, 1, a.C, a.C, 1.0f, {{rounded.data(), 0, 1}});

@@ -4,7 +4,7 @@
 // Included once per instruction set after attention_tile.h.
 
 constexpr int64_t ROUTER_BLOCK = 96;   // chapters of a block; a multiple of the micro-tile rows
-constexpr int64_t LOGIT_RUN = 32;     // terms of a logit summed in one go
+constexpr int64_t LOGIT_RUN = 128;    // terms of a logit summed in one go
 constexpr int64_t PROBABILITY_RUN = 32;  // probabilities summed in one go
 constexpr uint32_t ORDERED_INFINITY = 0x007fffff;  // ordered() of minus infinity
 
@@ -61,6 +61,20 @@ struct RouterTile {
         panel(n <= VL ? VL : 2 * VL), panels((n + panel - 1) / panel), ld(round_up(a.E, 2 * VL)) {}
 };
 
+// to[i] += the sum of row i of n rows of lanes.
+template <class Sum>
+static void add_lane_sums(const vf* lanes, int64_t n, Sum* to) {
+  for (int64_t i = 0; i < n; i += VL) {
+    vf rows[VL];
+    for (int64_t j = 0; j < VL; ++j) rows[j] = i + j < n ? lanes[i + j] : vf{};
+    transpose(rows);
+#pragma GCC unroll 16
+    for (int width = VL / 2; width; width /= 2)
+      for (int j = 0; j < width; ++j) rows[j] += rows[j + width];
+    for (int64_t j = 0; j < VL && i + j < n; ++j) to[i + j] += rows[0][j];
+  }
+}
+
 static int64_t router_run(const RouterArgs& a) {
   const int64_t run = a.C / (2 * a.top_k);
   return run < 1 ? 1 : run;
@@ -73,11 +87,7 @@ static int64_t router_inputs_floats(const RouterArgs& a) {
 
 static int64_t router_forward_scratch(const RouterArgs& a) {
   const int64_t keys = (2 * VL + 1) * router_capacity(a);
-  return router_inputs_floats(a) + TILE_ROWS * a.C + a.top_k * 2 * VL + 2 * keys;
-}
-
-static int64_t router_backward_scratch(const RouterArgs& a) {
-  return router_inputs_floats(a) + TILE_ROWS * round_up(a.E, VL) + 2 * VL * a.top_k;
+  return router_inputs_floats(a) + (TILE_ROWS + VL) * a.C + TILE_ROWS * a.top_k + 2 * keys;
 }
 
 // The rows of a tile as float32, 0 for those that are not valid, and the same in panels.
@@ -118,20 +128,35 @@ static MEMATTN_INLINE void walk_chapters(const RouterArgs& a, const RouterTile& 
       visit(p, c, a.C - c < ROUTER_BLOCK ? a.C - c : ROUTER_BLOCK);
 }
 
-// The top_k largest of the maxima of runs of chapters, the largest first: at least top_k logits of
-// a lane are as large as the last of them. NaN is passed over.
+// The top_k largest of the maxima of runs of chapters of one panel, the largest first: at least
+// top_k logits of a lane are as large as the last of them. NaN is passed over.
 template <int NV>
-static void largest_of_runs(const RouterArgs& a, const float* z, vf* largest) {
-  const int64_t run = router_run(a), K = a.top_k;
-  for (int64_t j = 0; j < K * NV; ++j) largest[j] = broadcast(-__builtin_inff());
-  for (int64_t c = 0; c < a.C; c += run) {
-    vf maximum[NV];
+struct LargestOfRuns {
+  vf* largest;  // [top_k][NV]
+  vf maximum[NV];
+  int64_t K, run, left;  // left: chapters until the run ends
+
+  LargestOfRuns() = default;
+  LargestOfRuns(const RouterArgs& a, vf* largest)
+      : largest(largest), K(a.top_k), run(router_run(a)), left(run) {
+    for (int64_t j = 0; j < K * NV; ++j) largest[j] = broadcast(-__builtin_inff());
     for (int v = 0; v < NV; ++v) maximum[v] = broadcast(-__builtin_inff());
-    for (int64_t i = c; i < a.C && i < c + run; ++i)
-      for (int v = 0; v < NV; ++v) {
-        const vf x = ((const vf*)z)[i * NV + v];
-        maximum[v] = greater(x, maximum[v]);
-      }
+  }
+
+  void take(const float* z, int64_t n) {
+    for (int64_t i = 0; i < n;) {
+      const int64_t end = n - i < left ? n : i + left;
+      left -= end - i;
+      vf top[NV];
+      for (int v = 0; v < NV; ++v) top[v] = maximum[v];
+      for (; i < end; ++i)
+        for (int v = 0; v < NV; ++v) top[v] = greater(((const vf*)z)[i * NV + v], top[v]);
+      for (int v = 0; v < NV; ++v) maximum[v] = top[v];
+      if (left == 0) end_run();
+    }
+  }
+
+  void end_run() {
     for (int64_t j = 0; j < K; ++j)
       for (int v = 0; v < NV; ++v) {
         const vf before = largest[j * NV + v], x = maximum[v];
@@ -139,8 +164,10 @@ static void largest_of_runs(const RouterArgs& a, const float* z, vf* largest) {
         largest[j * NV + v] = select(rises, x, before);
         maximum[v] = select(rises, before, x);
       }
+    for (int v = 0; v < NV; ++v) maximum[v] = broadcast(-__builtin_inff());
+    left = run;
   }
-}
+};
 
 // The candidates of the lanes of a panel for the top_k, and what a lane must reach to be one.
 struct Candidates {
@@ -179,13 +206,14 @@ struct Candidates {
   }
 };
 
-// What one panel of rows adds to results and sums; its logits become e^(logit - maximum).
+// What one panel of rows adds to results and sums. Its logits become e^(logit - maximum), and
+// `inverse` what makes them probabilities, 0 for rows that do not count.
 template <int NV>
 static void router_panel(const RouterArgs& a, const RouterTile& tile, int64_t p, float* z,
-                         vf* largest, Candidates& candidates, RouterSums& sums) {
+                         const vf* largest, vf* inverse, Candidates& candidates,
+                         RouterSums& sums) {
   constexpr int PANEL = NV * VL;
   const int64_t K = a.top_k, slots = a.num_shared + K;
-  largest_of_runs<NV>(a, z, largest);
   vf least[NV], maximum[NV];
   for (int v = 0; v < NV; ++v) {
     maximum[v] = largest[v], least[v] = largest[(K - 1) * NV + v];
@@ -239,7 +267,7 @@ static void router_panel(const RouterArgs& a, const RouterTile& tile, int64_t p,
     for (int v = 0; v < NV; ++v) sum[v] += part[v], weighted[v] += weighted_part[v];
   }
 
-  vf inverse[NV] = {};
+  for (int v = 0; v < NV; ++v) inverse[v] = vf{};
   for (int64_t i = 0; i < PANEL; ++i) {
     const int64_t row = chosen_at[i];
     if (row < 0) continue;
@@ -262,35 +290,53 @@ static void router_panel(const RouterArgs& a, const RouterTile& tile, int64_t p,
     const double factor = a.routed_scale / all;
     for (int64_t j = 0; j < K; ++j) weights[j] = (float)(weights[j] * factor);
   }
-  for (int64_t c = 0; c < a.C; ++c) {
-    vf added = ((const vf*)z)[c * NV] * inverse[0];
-    for (int v = 1; v < NV; ++v) added = fma(((const vf*)z)[c * NV + v], inverse[v], added);
-    ((vf*)sums.probability)[c] += added;
-  }
 }
 
 template <int NV>
-static void router_forward_tile(const RouterArgs& a, const RouterTile& tile, RouterSums& sums,
-                                float* scratch) {
+static void router_forward_tile(const RouterArgs& a, const RouterTile& tile, vf* probability,
+                                RouterSums& sums, float* scratch) {
   float* rows = scratch;
   float* x = rows + TILE_ROWS * tile.ld;
   float* z = x + TILE_ROWS * round_up(a.E, VL);
   vf* largest = (vf*)(z + TILE_ROWS * a.C);
   Candidates candidates;
   candidates.capacity = router_capacity(a);
-  candidates.keys = (uint64_t*)(largest + a.top_k * 2);
+  candidates.keys = (uint64_t*)((float*)largest + TILE_ROWS * a.top_k);
   candidates.sorted = candidates.keys + 2 * VL * candidates.capacity;
   load_rows(a, tile, rows, x);
+  constexpr int64_t PANEL = NV * VL;
+  LargestOfRuns<NV> runs[TILE_ROWS / PANEL];
+  vf inverse[TILE_ROWS / PANEL][NV];
+  for (int64_t p = 0; p < tile.panels; ++p) runs[p] = {a, largest + p * a.top_k * NV};
   walk_chapters(a, tile, [&](int64_t p, int64_t c, int64_t n) {
-    router_logits<NV>(a, c, n, x + p * a.E * tile.panel, z + (p * a.C + c) * tile.panel);
+    float* at = z + (p * a.C + c) * PANEL;
+    router_logits<NV>(a, c, n, x + p * a.E * PANEL, at);
+    runs[p].take(at, n);
   });
-  for (int64_t p = 0; p < tile.panels; ++p)
-    router_panel<NV>(a, tile, p, z + p * a.C * tile.panel, largest, candidates, sums);
+  for (int64_t p = 0; p < tile.panels; ++p) {
+    if (runs[p].left < runs[p].run) runs[p].end_run();
+    router_panel<NV>(a, tile, p, z + p * a.C * PANEL, runs[p].largest, inverse[p], candidates,
+                     sums);
+  }
+  for (int64_t c = 0; c < a.C; ++c) {
+    vf added{};
+    for (int64_t p = 0; p < tile.panels; ++p)
+      for (int v = 0; v < NV; ++v)
+        added = fma(((const vf*)z)[(p * a.C + c) * NV + v], inverse[p][v], added);
+    probability[c] += added;
+  }
 }
 
-// One tile of rows, from `first` on.
-static void router_forward(const RouterArgs& a, int64_t first, RouterSums& sums, float* scratch) {
-  const RouterTile tile(a, first);
-  if (tile.panel == VL) router_forward_tile<1>(a, tile, sums, scratch);
-  else router_forward_tile<2>(a, tile, sums, scratch);
+// The rows of a chunk, tile by tile.
+static void router_forward(const RouterArgs& a, int64_t begin, int64_t end, RouterSums& sums,
+                           float* scratch) {
+  vf* probability = (vf*)scratch;  // [C], summed over the rows of a lane
+  scratch += a.C * VL;
+  for (int64_t c = 0; c < a.C; ++c) probability[c] = vf{}, sums.probability[c] = 0.0f;
+  for (int64_t row = begin; row < end; row += TILE_ROWS) {
+    const RouterTile tile(a, row);
+    if (tile.panel == VL) router_forward_tile<1>(a, tile, probability, sums, scratch);
+    else router_forward_tile<2>(a, tile, probability, sums, scratch);
+  }
+  add_lane_sums(probability, a.C, sums.probability);
 }

@@ -26,6 +26,10 @@ namespace memattn::avx512 {
 #include "chapter_attention_backward_tile.h"
 #include "chapter_router_tile.h"
 #include "chapter_router_backward_tile.h"
+#include "neural_memory_chunk.h"
+#include "neural_memory_tile.h"
+#include "neural_memory_backward_tile.h"
+#include "neural_memory_step_tile.h"
 #include "kernel_table.h"
 }  // namespace memattn::avx512
 

@@ -10,5 +10,7 @@ static constexpr Kernels make_kernels(const char* name) {
           {task_forward_scratch, task_backward_scratch, task_forward, task_backward},
           {chapter_scratch, chapter_forward, chapter_prepare, chapter_d_query, chapter_d_chapter},
           {router_forward_scratch, router_backward_scratch, router_forward, router_backward_rows,
-           router_backward_chapters}};
+           router_backward_chapters},
+          {memory_forward_scratch, memory_backward_scratch, memory_step_scratch, memory_forward,
+           memory_backward, memory_step}};
 }

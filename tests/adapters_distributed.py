@@ -1,7 +1,6 @@
-"""Run by two processes: models with attached parts under DDP and FSDP2 learn as in one process."""
+"""Run in two processes: models with attached parts under DDP and FSDP2 learn as in one process."""
 
-import sys
-from pathlib import Path
+import os
 
 import pytest
 import torch
@@ -89,7 +88,13 @@ def check(case, folder, accelerator):
     disable_adapters(wrapped)
 
 
-if __name__ == "__main__":
+def check_all(rank, folder):
+    """All cases in one of two processes."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    # these must be there, and are not read
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    store = f"file://{folder.parent / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     for case in CASES:
-        check(case, Path(sys.argv[1]), Accelerator(cpu=True))
+        check(case, folder, Accelerator(cpu=True))
     leave_process_group()

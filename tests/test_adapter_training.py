@@ -1,9 +1,8 @@
 """Learning with attached parts: losses, checkpointing, compiled, LoRA, transformers' trainer."""
 
+import multiprocessing
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -15,6 +14,7 @@ from adapter_factories import (
     make_base,
     perturb_adapter,
 )
+from adapters_distributed import check_all
 from model_factories import enable_checkpointing, logits_of, make_tokens, pad_left
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -296,21 +296,18 @@ def test_transformers_trainer_trains_saves_and_resumes(tmp_path):
     assert torch.equal(logits_of(loaded, make_tokens()), logits_of(model.eval(), make_tokens()))
 
 
-def test_two_processes_learn_as_one(tmp_path):
+def test_two_processes_learn_as_one(tmp_path, monkeypatch, capfd):
     """Under DDP and FSDP2, with chapters that no token selects."""
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(here / "adapters_distributed.py"), str(tmp_path)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent / "kernels")]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ddp", "fsdp", "fsdp-checkpointing"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["adapters_distributed"])  # what takes long, once for both
+    folder = tmp_path / "saved"
+    workers = [context.Process(target=check_all, args=(rank, folder)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(300)
+        worker.kill()
+    assert [worker.exitcode for worker in workers] == [0, 0], capfd.readouterr().err[-4000:]
+    assert sorted(path.name for path in folder.iterdir()) == ["ddp", "fsdp", "fsdp-checkpointing"]

@@ -11,7 +11,7 @@ from memattn.testing import run_with_gradients
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from memattn_kernels import configs
-from memattn_kernels.chapter_attention import backward, forward, index
+from memattn_kernels.chapter_attention import backward, forward, index, lists
 from memattn_kernels.signatures import ChapterAttentionArgs
 
 pytestmark = needs_triton
@@ -29,18 +29,34 @@ def use_form(monkeypatch: pytest.MonkeyPatch, by_chapter: bool) -> None:
         monkeypatch.setattr(module, "is_by_chapter", lambda args: by_chapter)
 
 
+def use_parts(monkeypatch: pytest.MonkeyPatch) -> list[lists.Parts]:
+    """Every tile of a chapter is a part of it; the parts of calls to come."""
+    found: list[lists.Parts] = []
+
+    def cut(*sizes):
+        found.append(lists.parts_of_chapters(*sizes))
+        return found[-1]
+
+    monkeypatch.setattr(lists, "MIN_PART", 16)
+    monkeypatch.setattr(lists, "N_PROGRAMS", 10**6)
+    monkeypatch.setattr(backward, "parts_of_chapters", cut)
+    return found
+
+
 @pytest.mark.parametrize("by_chapter", [False, True], ids=["by row", "by chapter"])
 @pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize(
     ("sizes", "options"),
-    [(dict(), {}), (dict(H=6, Hkv=2, N=5, M=7), dict(routing_block=5))],
+    [(dict(T=13, N=13, C=3), {}), (dict(H=6, Hkv=2, N=5, M=7), dict(routing_block=5))],
     ids=["token", "block"],
 )
 def test_both_forms_match_the_reference(monkeypatch, sizes, options, combine, by_chapter):
-    """Chapters of several tiles and of one, entries of one query and of several."""
+    """Chapters of several tiles and of one, in parts; entries of one query and of several."""
     use_form(monkeypatch, by_chapter)
     tensors, slots = triton_inputs(**sizes)
+    found = use_parts(monkeypatch)
     check(chapter_attention, tensors, {**slots, **options, "combine": combine})
+    assert found and all(part.n_sums for part in found)
 
 
 @pytest.mark.parametrize("by_chapter", [False, True], ids=["by row", "by chapter"])
@@ -48,7 +64,7 @@ def test_both_forms_match_the_reference(monkeypatch, sizes, options, combine, by
 def test_neither_slots_nor_the_batch_change_a_bit(monkeypatch, combine, by_chapter):
     """Of results and the query's gradient; the others are sums over the batch."""
     use_form(monkeypatch, by_chapter)
-    tensors, slots = triton_inputs(M=9)
+    tensors, slots = triton_inputs(M=9, T=9, N=9)
     slots["combine"] = combine
     whole = run_with_gradients(chapter_attention, tensors, slots)
 
@@ -111,6 +127,35 @@ def test_slots_rise_and_the_index_has_every_entry_once(weighted):
         listed = list(zip(of_tile[slot].tolist(), first[slot].tolist(), strict=True))
         assert listed[: len(tiles)] == tiles
         assert all(c == 5 for c, _ in listed[len(tiles) :])
+
+
+@pytest.mark.parametrize("rows", [1, 6, 64])
+def test_parts_have_every_tile_once(rows, monkeypatch):
+    monkeypatch.setattr(lists, "MIN_PART", 32)
+    monkeypatch.setattr(lists, "N_PROGRAMS", 40)
+    C, K, block = 5, 3, 16
+    # a chapter that every row selects, one that none does
+    slots = torch.randint(0, C - 1, (2, 100, K), generator=torch.Generator().manual_seed(0)).int()
+    slots[..., 0] = 0
+    entries = index.ChapterIndex(torch.empty(600).int(), torch.empty(C * K + 1).int())
+    index.fill_index(entries, slots.sort(-1).values, C)
+    parts = lists.parts_of_chapters(entries, K, rows, block, 2)
+    n_tiles = [-(-int((slots == c).sum()) * rows // block) for c in range(C)]
+    assert parts.tiles.diff().tolist() == n_tiles and parts.tiles[-1] <= parts.n_tiles
+    walked = [[] for _ in range(C + 1)]
+    for chapter, first in zip(parts.chapter.tolist(), parts.first.tolist(), strict=True):
+        walked[chapter].append(first)
+    assert [firsts for firsts in walked[:C]] == [[*range(0, n, parts.most)] or [0] for n in n_tiles]
+    several = [c for c in range(C) if n_tiles[c] > parts.most]
+    assert 0 in several and set(several) <= set(parts.several.tolist())
+    places = [parts.sums[c] + i for c in several for i in range(len(walked[c]))]
+    assert places == [*range(len(places))] and len(places) <= parts.n_sums
+    # entries follow each other in the list, and a chapter begins with a tile
+    begins = lists.places_of_entries(entries, parts, K, rows, block)
+    for c in range(C):
+        first, last = entries.offset[c * K].item(), entries.offset[(c + 1) * K].item()
+        begin = parts.tiles[c].item() * block
+        assert begins[first:last].tolist() == [*range(begin, begin + (last - first) * rows, rows)]
 
 
 def test_the_form_depends_on_no_batch():

@@ -7,11 +7,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from chapter_factories import make_chapter_inputs
 from model_factories import make_model, make_tokens
 from operator_contract import check
 from torch import Tensor
 
-from memattn import TaskMask, segmented_attention, task_masked_attention
+from memattn import (
+    TaskMask,
+    chapter_attention,
+    chapter_router,
+    segmented_attention,
+    task_masked_attention,
+)
 from memattn.bench.inputs import make_segmented_inputs
 from memattn.evaluate.audit import audit
 from memattn.testing import assert_within_budget
@@ -20,7 +27,15 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-SYSTEMS = ("vanilla", "both", "future")
+SYSTEMS = ("vanilla", "both", "future", "chapters", "tokens")
+
+
+def make(system: str, dtype: torch.dtype):
+    """A tiny model; of "tokens" every token selects chapters."""
+    if system == "tokens":
+        names = ("routing_strategy_train", "routing_strategy_inference")
+        return make_model("chapters", dtype, **dict.fromkeys(names, "token"))
+    return make_model(system, dtype)
 
 
 def gradients(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> list[Tensor]:
@@ -35,7 +50,7 @@ def test_a_training_step_is_that_of_the_cpu(system: str):
     tokens = make_tokens(B=2, T=61)
 
     def step(dtype: torch.dtype, device: str, *, plain: bool = False) -> dict[str, Tensor]:
-        model = make_model(system, dtype).to(device).train()
+        model = make(system, dtype).to(device).train()
         for module in model.modules() if plain else ():
             if hasattr(module, "backend"):
                 module.backend = "reference"
@@ -64,14 +79,14 @@ def test_a_training_step_is_that_of_the_cpu(system: str):
 def test_generation_is_that_of_the_cpu(system: str):
     tokens = make_tokens(B=2, T=19)
     options = dict(max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=None)
-    expected = make_model(system, torch.float64).generate(tokens, **options)
-    actual = make_model(system, torch.float32).cuda().generate(tokens.cuda(), **options)
+    expected = make(system, torch.float64).generate(tokens, **options)
+    actual = make(system, torch.float32).cuda().generate(tokens.cuda(), **options)
     assert torch.equal(actual.cpu(), expected)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_model_in_bfloat16_is_exact(system: str):
-    report = audit(make_model(system, torch.bfloat16).cuda(), seq_len=150)
+    report = audit(make(system, torch.bfloat16).cuda(), seq_len=150)
     assert report.passed, str(report)
 
 
@@ -88,6 +103,41 @@ def test_rows_far_apart():
     actual = gradients(lambda **x: segmented_attention(**x, window_size=200).out, apart)
     for got, wanted in zip(actual, expected, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("combine", ["joint", "independent"])
+@pytest.mark.parametrize("form", ["token", "sequence"])
+def test_chapters_and_queries_far_apart(form: str, combine: str):
+    """Rows of queries 4 Mi elements apart, chapters 256 Mi: the last begin beyond 32 bits."""
+    T, D, C, dtype = 530, 64, 12, torch.bfloat16
+    tensors, slots = make_chapter_inputs(
+        B=1, H=2, Hkv=1, T=T, D=D, C=C, M=70, K=3, N=T if form == "token" else None,
+        dtype=dtype, device="cuda",
+    )  # fmt: skip
+    apart = dict(tensors)
+    for name, stride, width in (("query", 2**22, 128), ("chapter_key", 2**28, 4480)):
+        tensor = tensors[name]
+        storage = torch.empty(max(T * 2**22, C * 2**28), dtype=dtype, device="cuda")
+        shape = {"query": (0, D, stride, 1), "chapter_key": (stride, width, D, 1)}[name]
+        apart[name] = storage.as_strided(tensor.shape, shape)
+        apart[name].copy_(tensor)
+    attend = lambda **x: chapter_attention(**x, **slots, combine=combine, backend="triton").out
+    for got, wanted in zip(gradients(attend, apart), gradients(attend, tensors), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("combine", ["joint", "independent"])
+def test_a_chapter_of_all_tokens_is_the_same_at_every_call(combine: str):
+    """One chapter has a third of all rows, in parts that are added in their order."""
+    tensors, slots = make_chapter_inputs(
+        B=4, H=4, Hkv=2, T=3000, D=64, C=40, M=64, K=3, N=3000, dtype=torch.bfloat16, device="cuda"
+    )
+    slots["chapter_indices"][..., 0] = 0
+    attend = lambda **x: chapter_attention(**x, **slots, combine=combine, backend="triton").out
+    expected = gradients(attend, tensors)
+    for _ in range(20):
+        for got, wanted in zip(gradients(attend, tensors), expected, strict=True):
+            assert torch.equal(got, wanted)
 
 
 def test_gradients_beyond_32_bits():
@@ -130,6 +180,47 @@ def test_forward_and_backward_in_a_cuda_graph():
         tensor.detach().zero_()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("form", ["token", "sequence"])
+def test_routing_and_chapters_in_a_cuda_graph(form: str):
+    """Nothing that the selection decides is read by the CPU."""
+    B, T, E, C = 2, 300, 64, 24
+    tensors, _ = make_chapter_inputs(
+        B=B, H=2, Hkv=2, T=T, D=64, C=C, M=64, K=3, weights=False, dtype=torch.bfloat16,
+        device="cuda",
+    )  # fmt: skip
+    rows = T if form == "token" else 1
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, device="cuda").bfloat16()
+    leaves = [*tensors.values(), draw(B, rows, E), draw(C, E)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    d_out = torch.randn_like(tensors["query"])
+
+    def step() -> list[Tensor]:
+        routed = chapter_router(*leaves[3:], top_k=3, backend="triton")
+        chosen = [t if rows > 1 else t[:, 0] for t in (routed.indices, routed.weights)]
+        out = chapter_attention(*leaves[:3], *chosen, backend="triton").out
+        losses = [routed.load_balance_loss, routed.z_loss]
+        return [
+            out,
+            *torch.autograd.grad([out, *losses], leaves, [d_out, *map(torch.ones_like, losses)]),
+        ]
+
+    expected = [tensor.detach().clone() for tensor in step()]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    # other rows select other chapters
+    with torch.no_grad():
+        leaves[3].copy_(draw(B, rows, E))
+    for tensor in results:
+        tensor.detach().zero_()
+    graph.replay()
+    actual = [tensor.detach().clone() for tensor in results]
+    assert not torch.equal(actual[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(actual, step(), strict=True))
 
 
 @pytest.mark.parametrize("D", [64, 128, 256])

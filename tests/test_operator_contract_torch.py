@@ -52,7 +52,7 @@ def test_compiles_once_for_all_lengths(spec, case, backend):
     compiled = torch.compile(spec.operator, fullgraph=True, dynamic=True, backend="aot_eager")
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for T in (9, 14, 17):
+        for T in (9, 18):  # odd and even, within a tile and over it
             tensors, options = spec.make(case(T), backend)
             actual = run_with_gradients(compiled, tensors, options)
             # torch's products may be traced into others
@@ -64,10 +64,10 @@ def test_compiles_once_for_all_lengths(spec, case, backend):
 @over(SPECS, "compiled")
 def test_compiles_at_a_second_length(spec, case, backend):
     """As torch does it when nothing is said: for one length, then for all others."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = torch._dynamo.testing.CompileCounter()  # the other test compiles further
     compiled = torch.compile(spec.operator, fullgraph=True, backend=counter)
     torch._dynamo.reset()
-    for T in (9, 14, 17, 20):
+    for T in (9, 14, 18):
         tensors, options = spec.make(case(T), backend)
         for actual, expected in zip(
             compiled(**tensors, **options), spec.run(tensors, options), strict=True

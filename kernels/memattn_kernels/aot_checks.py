@@ -14,6 +14,8 @@ TENSOR_MEMORY_LIMIT = 512
 SPILL_LIMIT = 32
 # of the instructions of a hot loop, for loads and stores of spilled registers
 LOOP_SPILL_LIMIT = 0.01
+# of the matrix products of a hot loop: with one each ptxas has serialised them, for any reason
+WAIT_LIMIT = 0.5
 # a hot loop may be this much longer than the committed count
 TOLERANCE = 0.02
 
@@ -40,6 +42,8 @@ def faults(variant: Variant, report: Report) -> list[str]:
     for loop in report.loops:
         if loop.spills > LOOP_SPILL_LIMIT * loop.instructions:
             found.append(f"{loop.spills} of {loop.instructions} instructions of a hot loop spill")
+        if loop.waits > WAIT_LIMIT * loop.products:
+            found.append(f"waits {loop.waits} times for {loop.products} matrix products")
     if report.spilled > SPILL_LIMIT:
         found.append(f"spills {report.spilled} B, {SPILL_LIMIT} may be")
     promised = promised_programs(variant.config)

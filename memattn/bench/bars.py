@@ -144,6 +144,22 @@ class RateBar(Bar):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimeBar(Bar):
+    """At most so many milliseconds."""
+
+    unit: ClassVar[str] = " ms"
+    at_most: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}: time"
+
+    def reached(self, found: Found) -> float | None:
+        timing = found.ours(self.case, self.direction).timing
+        return None if timing is None else 1e3 * timing.median
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoofBar(Bar):
     """At least so many percent of the measured roof, whichever rules."""
 
@@ -281,3 +297,34 @@ class PeakBar(BytesBar):
         if peaks is None or not peaks[0] or peaks[1] is None:
             return None
         return peaks[1] / peaks[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerPeakBar(Bar):
+    """Peak bytes of ours over those of a peer on the same case; a direction with a forward."""
+
+    against: str
+
+    unit: ClassVar[str] = "x"
+    at_most: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}: peak memory over that of {self.against}"
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        return (self.against,)
+
+    @property
+    def peaks(self) -> set[tuple[Case, str, str]]:
+        """The rows whose peak has to be measured."""
+        return {(self.case, self.direction, name) for name in (OURS, self.against)}
+
+    def reached(self, found: Found) -> float | None:
+        ours, its = (
+            found.rows.get((self.case, self.direction, name)) for name in (OURS, self.against)
+        )
+        if ours is None or its is None or ours.peak_bytes is None or not its.peak_bytes:
+            return None
+        return ours.peak_bytes / its.peak_bytes

@@ -10,18 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from memattn.bench.bars import Bar, BytesBar, CostBar, Found, PeakBar, SpeedBar
+from memattn.bench.bars import Bar, BytesBar, CostBar, Found, PeakBar, RateBar, SpeedBar, TimeBar
 from memattn.bench.case import Case, Forward, Peer
-from memattn.bench.peers import sdpa, sdpa_backends
+from memattn.bench.peers import flex, sdpa, sdpa_backends
 from memattn.bench.roofline import Work, attention_work
 from memattn.ops import chapter_attention, segmented_attention
 from memattn.reference.chapter_quantization import quantize_rows
 
 BLOCK = 64  # tokens of a routing block
 WHOLE_BANK = "memattn, whole bank"
+SAME_KEYS = "memattn, as many keys"  # the first K chapters for every sequence: no selection
+JOINT = "memattn, joint"
+FLASH = "sdpa flash, whole bank"
 FLOAT_BANK = "memattn, float bank"
 GATHERED = "gather + sdpa"  # the backward gathers again: kept, the keys would fill gigabytes
 GATHERED_BYTES = 1 << 27  # keys and values that are gathered at a time
+GATHERED_BYTES_ON_CUDA = 1 << 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ class ChapterCase(Case):
         "block": f"blocks of {BLOCK} tokens do",
         "sequence": "a sequence does",
         "int8": "every token selects chapters of an int8 bank",
+        "independent": "every token selects chapters, each with a softmax of its own",
     }
     quick_kinds: ClassVar[tuple[str, ...]] = ("token", "sequence")
     cuda_sizes: ClassVar[dict[str, int]] = {"B": 4, "H": 16}
@@ -59,6 +64,10 @@ class ChapterCase(Case):
     def n_rows(self) -> int:
         """Routing rows of a sequence."""
         return -(-self.T // self.block)
+
+    @property
+    def combine(self) -> str:
+        return "independent" if self.kind == "independent" else "joint"
 
     def _draw(self, part: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(3 * self.seed + part)
@@ -107,6 +116,7 @@ class ChapterCase(Case):
             chapter_attention,
             chapter_indices=self.indices(),
             routing_block=self.block,
+            combine=self.combine,
             backend=backend,
         )
         bank = self.bank() if self.kind == "int8" else {}
@@ -116,7 +126,10 @@ class ChapterCase(Case):
         row_of = torch.arange(self.T, device=self.device)[rows] // self.block
         bank = self.bank() if self.kind == "int8" else {}
         attention: Any = partial(
-            chapter_attention, chapter_indices=self.indices()[:, row_of], backend="reference"
+            chapter_attention,
+            chapter_indices=self.indices()[:, row_of],
+            combine=self.combine,
+            backend="reference",
         )
 
         def forward(inputs: dict[str, Tensor]) -> Tensor:
@@ -159,32 +172,66 @@ class ChapterCase(Case):
         peers = {"naive": Peer(partial(self.subject, "reference"), scores)}
         if self.kind == "int8":
             return {FLOAT_BANK: Peer(self._of_float_bank, yardstick=self.work())} | peers
+        if self.kind == "independent":
+            joint = replace(self, kind="token")
+            return {JOINT: Peer(partial(joint.subject, "auto"), yardstick=self.work())} | peers
         whole = self._work(self.C)
         for name, backend in sdpa_backends(self.device).items():
             build = partial(self._whole, sdpa(backend))
             size = scores if name == "math" else 0
             peers[f"sdpa {name}, whole bank"] = Peer(build, size, yardstick=whole)
         peers["sdpa, weights as a mask"] = Peer(self._masked, scores)
-        peers[GATHERED] = Peer(self._gathered, GATHERED_BYTES)
+        peers[GATHERED] = Peer(self._gathered, self._gathered_bytes)
+        # the CPU builds the block mask from a dense one
+        stored = 0 if "cuda" in self.device else 8 * self.B * self.T * self.C * self.M
+        peers["flex"] = Peer(self._flex, stored, compiled=True)
         peers[WHOLE_BANK] = Peer(partial(self._whole, _dense), yardstick=whole)
+        own = partial(self._whole, _dense, self.K)
+        peers[SAME_KEYS] = Peer(own, yardstick=self.work())
         return peers
+
+    @property
+    def _gathered_bytes(self) -> int:
+        return GATHERED_BYTES_ON_CUDA if "cuda" in self.device else GATHERED_BYTES
 
     def _of_float_bank(self) -> Forward:
         forward, bank = replace(self, kind="token").subject("auto"), self.float_bank()
         return lambda inputs: forward(inputs | bank)
 
-    def _whole(self, attention: Any) -> Forward:
-        """Attention of every query to all chapters."""
+    def _whole(self, attention: Any, chapters: int | None = None) -> Forward:
+        """Attention of every query to all chapters, or to the first so many."""
 
         def forward(inputs: dict[str, Tensor]) -> Tensor:
-            return attention(inputs["query"], *self._flat(inputs))
+            return attention(inputs["query"], *self._flat(inputs, chapters))
 
         return forward
 
-    def _flat(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole bank for every sequence, ``[B, Hkv, C * M, D]``."""
-        flat = lambda bank: bank.transpose(0, 1).flatten(1, 2).expand(self.B, -1, -1, -1)
+    def _flat(
+        self, inputs: dict[str, Tensor], chapters: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the bank for every sequence, ``[B, Hkv, C * M, D]``."""
+        flat = lambda x: x[:chapters].transpose(0, 1).flatten(1, 2).expand(self.B, -1, -1, -1)
         return flat(inputs["chapter_key"]), flat(inputs["chapter_value"])
+
+    def _flex(self) -> Forward:
+        """FlexAttention to the bank under a mask of tokens and chapters; weights change scores."""
+        indices, block, M = self.indices().long(), self.block, self.M
+        none = torch.zeros(*indices.shape[:2], self.C, device=self.device)
+        is_selected = none.bool().scatter(2, indices, True)
+        attention = flex(
+            lambda b, h, i, j: is_selected[b, i // block, j // M],
+            self.T,
+            self.C * M,
+            self.device,
+            batch=self.B,
+            score_mod=lambda score, b, h, i, j, bias: score + bias[b, i // block, j // M],
+        )
+
+        def forward(inputs: dict[str, Tensor]) -> Tensor:
+            bias = none.scatter(2, indices, inputs["chapter_weights"].log())
+            return attention(inputs["query"], *self._flat(inputs), bias)
+
+        return forward
 
     def _masked(self) -> Forward:
         """PyTorch's attention to the bank with the logarithms of the weights as its mask."""
@@ -204,7 +251,7 @@ class ChapterCase(Case):
         """The keys of each routing row side by side, some rows at a time."""
         indices, block = self.indices().long(), self.block
         row_bytes = 2 * self.B * self.key_heads * self.K * self.M * self.D * self.dtype.itemsize
-        step = max(1, GATHERED_BYTES // row_bytes)
+        step = max(1, self._gathered_bytes // row_bytes)
 
         def part(query: Tensor, key: Tensor, value: Tensor, weights: Tensor, n: int) -> Tensor:
             chosen = indices[:, n : n + step]
@@ -220,6 +267,8 @@ class ChapterCase(Case):
         def forward(inputs: dict[str, Tensor]) -> Tensor:
             names = ("query", "chapter_key", "chapter_value", "chapter_weights")
             query, key, value, weights = (inputs[name] for name in names)
+            if step >= self.n_rows:  # it fits: nothing is gathered twice
+                return part(query, key, value, weights, 0)
             parts: list[Any] = [
                 checkpoint(
                     part,
@@ -238,24 +287,56 @@ class ChapterCase(Case):
 
     @classmethod
     def bars(cls, suite: str) -> Sequence[Bar]:
-        if suite != "cpu-bars":
-            return ()
-        case = cls(kind="token", T=2048)
-        int8 = replace(case, kind="int8")
-        bars: list[Bar] = []
-        for direction in ("forward", "backward"):
-            faster = partial(SpeedBar, case=case, direction=direction)
-            bars += [
-                faster(target=5.0, against=("sdpa flash, whole bank",)),
-                faster(target=6.0, against=(GATHERED,)),
-                # at least 75 % of the rate of our attention to the whole bank
-                CostBar(case=case, direction=direction, target=1 / 0.75, against=WHOLE_BANK),
-                SpeedBar(case=int8, direction=direction, target=1 / 1.1, against=(FLOAT_BANK,)),
-            ]
-        few, many = replace(case, K=2), replace(case, K=32)
-        for direction in ("forward", "forward+backward"):
-            bars.append(PeakBar(case=many, base=few, direction=direction, target=1.1))
-        return [*bars, BankBytesBar(case=int8, base=case, direction="forward", target=0.3)]
+        return _cpu_bars() if suite == "cpu-bars" else _gpu_bars()
+
+
+def _cpu_bars() -> list[Bar]:
+    case = ChapterCase(kind="token", T=2048)
+    int8 = replace(case, kind="int8")
+    bars: list[Bar] = []
+    for direction in ("forward", "backward"):
+        faster = partial(SpeedBar, case=case, direction=direction)
+        bars += [
+            faster(target=5.0, against=(FLASH,)),
+            faster(target=6.0, against=(GATHERED,)),
+            # at least 75 % of the rate of our attention to the whole bank
+            CostBar(case=case, direction=direction, target=1 / 0.75, against=WHOLE_BANK),
+            SpeedBar(case=int8, direction=direction, target=1 / 1.1, against=(FLOAT_BANK,)),
+        ]
+    few, many = replace(case, K=2), replace(case, K=32)
+    for direction in ("forward", "forward+backward"):
+        bars.append(PeakBar(case=many, base=few, direction=direction, target=1.1))
+    return [*bars, BankBytesBar(case=int8, base=case, direction="forward", target=0.3)]
+
+
+def _gpu_bars() -> list[Bar]:
+    on = partial(ChapterCase, device="cuda", dtype=torch.bfloat16)
+    sequence = on(kind="sequence", T=8192, B=4, H=12, C=4096, K=64)
+    token = on(kind="token", T=8192, B=32, C=512, M=128)
+    grouped = replace(token, H=16, Hkv=1)
+    long = on(kind="token", T=65536, H=64, Hkv=4, D=128, C=1024, K=16)
+    # goal and least: milliseconds of shapes that others have published, and TFLOP/s of the last
+    times = {(token, "forward"): (5.0, 10.0), (token, "backward"): (12.0, 22.0)}
+    times |= {(grouped, "forward"): (6.0, 9.0), (grouped, "backward"): (14.0, 22.0)}
+    rates = {"forward": (200.0, 110.0), "backward": (250.0, 180.0)}
+    bars: list[Bar] = []
+    for direction, share in (("forward", 0.85), ("backward", 0.8)):
+        bars += [
+            CostBar(case=sequence, direction=direction, target=1 / share, against=SAME_KEYS),
+            SpeedBar(case=sequence, direction=direction, target=1.5, against=(GATHERED,)),
+        ]
+        bars += [
+            TimeBar(case=case, direction=direction, target=times[case, direction][0],
+                    must=times[case, direction][1])
+            for case in (token, grouped)
+        ]  # fmt: skip
+        faster = partial(SpeedBar, direction=direction, target=1.0)
+        bars += [faster(case=token, against=(name,)) for name in (FLASH, GATHERED, "flex")]
+        goal, least = rates[direction]
+        bars.append(RateBar(case=long, direction=direction, target=goal, must=least))
+        independent = replace(token, kind="independent")
+        bars.append(faster(case=independent, must=1 / 1.2, against=(JOINT,)))
+    return bars
 
 
 @dataclass(frozen=True, kw_only=True)

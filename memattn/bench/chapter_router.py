@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from memattn.bench.bars import Bar, SpeedBar
+from memattn.bench.bars import Bar, PeerPeakBar, RoofBar, SpeedBar
 from memattn.bench.case import Case, Forward, Peer
 from memattn.bench.roofline import Work
 from memattn.ops import chapter_router
@@ -47,8 +47,9 @@ class RouterCase(Case):
         def forward(inputs: dict[str, Tensor]) -> Tensor:
             hidden, weight, bias = (inputs[name] for name in ("hidden", "weight", "bias"))
             found = chapter_router(hidden, weight, bias, top_k=self.K, backend=backend)
-            loss = found.load_balance_loss + found.auxiliary_loss + found.z_loss
-            return (found.weights + loss)[:, None]
+            return _in_columns(
+                found.weights, found.load_balance_loss, found.auxiliary_loss, found.z_loss
+            )
 
         return forward
 
@@ -79,10 +80,10 @@ class RouterCase(Case):
         ones = torch.ones_like(indices, dtype=wide).flatten()
         load = load.scatter_add(0, indices.flatten(), ones) / (self.B * self.T)
         importance = logits.softmax(-1).mean((0, 1))
-        loss = self.C / self.K * (load * importance).sum()
-        loss = loss + self.C * importance.square().sum() - 1
-        loss = loss + logits.logsumexp(-1).square().mean()
-        return (values.softmax(-1) + loss)[:, None]
+        balance = self.C / self.K * (load * importance).sum()
+        auxiliary = self.C * (importance - 1 / self.C).square().sum()
+        z = logits.logsumexp(-1).square().mean()
+        return _in_columns(values.softmax(-1), balance, auxiliary, z)
 
     def work(self) -> dict[str, Work]:
         """One product forward, three backward; inputs and results are read and written once."""
@@ -107,6 +108,12 @@ class RouterCase(Case):
         return _cpu_bars() if suite == "cpu-bars" else _gpu_bars()
 
 
+def _in_columns(weights: Tensor, *losses: Tensor) -> Tensor:
+    """Weights and losses side by side, ``[B, 1, T, K + 3]``: each has a cotangent of its own."""
+    columns = torch.stack(losses).to(weights.dtype).expand(*weights.shape[:2], -1)
+    return torch.cat([weights, columns], -1)[:, None]
+
+
 def _cpu_bars() -> list[Bar]:
     small, wide = (RouterCase(kind="router", T=8192, E=E) for E in (64, 512))
     against = (COMPOSITION,)
@@ -114,6 +121,10 @@ def _cpu_bars() -> list[Bar]:
         SpeedBar(case=small, direction="forward", target=3.0, against=against),
         SpeedBar(case=small, direction="backward", target=3.0, against=against),
         SpeedBar(case=wide, direction="forward", target=1.5, against=against),
+        *(
+            PeerPeakBar(case=case, direction="forward+backward", target=0.25, against=COMPOSITION)
+            for case in (small, wide)
+        ),
     ]
 
 
@@ -121,8 +132,11 @@ def _gpu_bars() -> list[Bar]:
     case = RouterCase(
         kind="router", T=8192, device="cuda", dtype=torch.bfloat16, **RouterCase.cuda_sizes
     )
+    both = "forward+backward"
     return [
-        SpeedBar(case=case, direction="forward+backward", target=3.0, against=(COMPOSITION,)),
+        SpeedBar(case=case, direction=both, target=3.0, against=(COMPOSITION,)),
+        SpeedBar(case=case, direction=both, target=1.0, against=("compiled",)),
+        RoofBar(case=case, direction=both, target=70.0),
     ]
 
 

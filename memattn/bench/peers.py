@@ -5,6 +5,7 @@ raises when it is first called, and the engine reports that reason.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+ScoreMod = Callable[..., Tensor]
 
 _SDPA_ON_CPU = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 _SDPA_ON_CUDA = {
@@ -48,11 +50,18 @@ def sdpa(backend: SDPBackend, *, mask: Tensor | None = None, is_causal: bool = F
 
 
 def flex(
-    mask_mod: MaskMod | None, T: int, S: int, device: str, batch: int | None = None
-) -> Attention:
+    mask_mod: MaskMod | None,
+    T: int,
+    S: int,
+    device: str,
+    batch: int | None = None,
+    score_mod: ScoreMod | None = None,
+) -> Callable[..., Tensor]:
     """Compiled FlexAttention under a block mask made from ``mask_mod(b, h, q_idx, kv_idx)``.
 
-    ``batch`` is None where the mask is the same for every sequence.
+    ``batch`` is None where the mask is the same for every sequence. What is called with further
+    tensors behind query, key and value gives them to ``score_mod(score, b, h, q_idx, kv_idx,
+    *tensors)``.
     """
     from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -64,17 +73,24 @@ def flex(
         # compiled on CUDA, where masks are long: else it stores T x S integers on the way
         create = torch.compile(create_block_mask) if "cuda" in device else create_block_mask
         block_mask = create(mask_mod, batch, None, T, S, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
 
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    change: Any = score_mod
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor) -> Tensor:
+        return flex_attention(
+            query,
+            key,
+            value,
+            score_mod=change and (lambda *scores: change(*scores, *tensors)),
+            block_mask=block_mask,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+    compiled = torch.compile(attend, dynamic=False)
+
+    def attention(*tensors: Tensor) -> Tensor:
         # the backward is timed many times over one graph, so its buffers must stay
         with config.patch(donated_buffer=False):
-            return compiled(
-                query,
-                key,
-                value,
-                block_mask=block_mask,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
+            return compiled(*tensors)
 
     return attention

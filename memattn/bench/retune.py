@@ -43,6 +43,11 @@ _SHARED_CANDIDATES = {
             (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2),
             (32, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2),
         ],
+        # the last is BLOCK_K
+        "product": [
+            (128, 128, 8, 3, 32), (128, 128, 8, 3, 64), (128, 128, 8, 4, 64), (128, 256, 8, 3, 64),
+            (64, 128, 4, 3, 32), (64, 128, 8, 3, 32), (64, 128, 4, 3, 64), (64, 64, 4, 3, 64),
+        ],
     },
     "float": {
         "fwd": [
@@ -57,6 +62,9 @@ _SHARED_CANDIDATES = {
             (32, 32, 4, 2), (32, 32, 8, 1), (32, 64, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1),
             (16, 32, 8, 2),
         ],
+        "product": [
+            (64, 64, 8, 2, 16), (64, 64, 8, 2, 32), (128, 64, 8, 2, 16), (32, 64, 4, 2, 32),
+        ],
     },
 }  # fmt: skip
 
@@ -67,6 +75,7 @@ _CAPPED_CANDIDATES = {
     "decode": [],
     "bwd_dq": [(128, 64, 8, 3, 128), (128, 64, 8, 2, 128), (64, 64, 4, 2, 128)],
     "bwd_dkdv": [(32, 128, 8, 3, 128), (32, 128, 8, 2, 128), (32, 64, 4, 2, 128)],
+    "product": [],
 }
 
 
@@ -77,8 +86,15 @@ _RELATIVES: dict[str, str] = {
     "bwd_dq_target": "bwd_dq",
     "bwd_dkdv_target": "bwd_dkdv",
     "bwd_table": "bwd_dkdv",
+    "fwd_independent": "fwd",
+    "fwd_quantised": "fwd",
+    "bwd_dq_independent": "bwd_dq",
     "fwd_by_chapter": "fwd",
     "bwd_dq_by_chapter": "bwd_dq",
+    "bwd_dkdv_in_tile": "bwd_dkdv",
+    "logits": "product",
+    "d_hidden": "product",
+    "d_weight": "product",
 }
 _KERNELS: dict[str, tuple[str, ...]] = {
     "segmented_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv", "bwd_dkdv_grouped"),
@@ -88,8 +104,10 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     ),
     "task_masked_attention": ("fwd", "bwd_dq", "bwd_dkdv"),
     "chapter_attention": (
-        *("fwd", "fwd_by_chapter", "decode", "bwd_dq", "bwd_dq_by_chapter", "bwd_dkdv"),
+        *("fwd", "fwd_independent", "fwd_quantised", "fwd_by_chapter", "decode"),
+        *("bwd_dq", "bwd_dq_independent", "bwd_dq_by_chapter", "bwd_dkdv", "bwd_dkdv_in_tile"),
     ),
+    "chapter_router": ("logits", "d_hidden", "d_weight"),
 }
 
 
@@ -193,14 +211,14 @@ def write_table(
 
 def trials(kernel: str, head_dim: int, kind: str, present: Config) -> Iterator[Trial]:
     """The present configuration, then every other candidate."""
-    from memattn_kernels.configs import OPTIONAL, OPTIONS
+    from memattn_kernels.configs import OPTIONAL, options_of
 
     yield Trial(kernel, head_dim, kind, present)
     candidates = CANDIDATES[kind][kernel]
     if head_dim == 64 and kind == "half" and torch.version.hip is None:
         candidates = candidates + CAPPED_CANDIDATES[kernel]
     for values in candidates:
-        config = dict(zip(OPTIONS + OPTIONAL, values, strict=False))
+        config = dict(zip(options_of(kernel) + OPTIONAL, values, strict=False))
         if config != present:
             yield Trial(kernel, head_dim, kind, config)
 
@@ -283,7 +301,7 @@ def time_trial(trial: Trial) -> float:
     for options in passes:
         options = options | ({"query_offset": S - T} if decode else {})
         attend = partial(operator, **leaves, **options, backend="triton")
-        if "_bwd_" in trial.kernel:
+        if "_bwd_" in trial.kernel or "_d_" in trial.kernel:
             outputs = [t for name, t in attend()._asdict().items() if name in ("out", "loss")]
             cotangents = [torch.ones_like(t) for t in outputs]
             run = partial(torch.autograd.grad, outputs, [*leaves.values()], cotangents, True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,12 @@ from torch import Tensor
 KEYS_OF_CHAPTER = 128
 # kernels that also see rows of a chapter
 LONG_LISTS = ("by_chapter", "bwd_dkdv")
+# and what some kernels are for
+SPECIAL: dict[str, dict[str, Any]] = {
+    "_quantised": {"bits": 8},
+    "_independent": {"combine": "independent"},
+    "_in_tile": {"combine": "independent"},
+}
 
 
 def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
@@ -19,7 +25,8 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
     runs with a loss but for the forward without one; its gradient passes through the target for the
     kernels that are there for it. Task-masked attention runs with full tiles, then with partial
     ones. Chapter attention selects for each token or for each sequence, whichever the kernel is
-    for, or both.
+    for, or both; one softmax for each chapter where it is computed anew. The router has 4096
+    chapters where rows are many.
     """
     from memattn import ops
     from memattn.bench import inputs
@@ -27,9 +34,15 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
     if kernel.startswith("task_masked_attention"):
         return task_masked_attention, inputs.make_segmented_inputs, [{"shift": 0}, {"shift": 64}]
     if kernel.startswith("chapter_attention"):
+        for suffix, options in SPECIAL.items():
+            if kernel.endswith(suffix):
+                passes = [{"form": "sequence"} | options]
+                return chapter_attention, inputs.make_segmented_inputs, passes
         forms = {"sequence": "by_chapter" not in kernel, "token": kernel.endswith(LONG_LISTS)}
         passes = [{"form": form} for form, is_wanted in forms.items() if is_wanted]
         return chapter_attention, inputs.make_segmented_inputs, passes
+    if kernel.startswith("chapter_router"):
+        return chapter_router, make_router_inputs, [{}]
     if kernel.startswith("segmented_attention"):
         make_inputs = partial(inputs.make_segmented_inputs, P=16)
         return ops.segmented_attention, make_inputs, [{}, {"segment_len": 512, "window_size": 512}]
@@ -62,21 +75,71 @@ def _task_mask(T: int, S: int, shift: int, device: torch.device) -> Any:
 
 
 def chapter_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, form: str, backend: str, query_offset: int = 0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    form: str,
+    backend: str,
+    combine: str = "joint",
+    bits: int | None = None,
+    query_offset: int = 0,
 ):
     """The operator with chapters made of the first sequence's keys, and a selection at random."""
     from memattn import ops
+    from memattn.reference.chapter_quantization import quantize_rows
 
     (B, _, T, _), C = query.shape, key.shape[2] // KEYS_OF_CHAPTER
     chapters = lambda rows: (
         rows[0, :, : C * KEYS_OF_CHAPTER].unflatten(1, (C, KEYS_OF_CHAPTER)).transpose(0, 1)
     )
     indices, weights = _selection((B, T) if form == "token" else (B,), C, query.device)
+    scales = {}
+    bank = {"chapter_key": chapters(key), "chapter_value": chapters(value)}
+    if bits is not None:
+        for name, rows in bank.items():
+            codes, scale = quantize_rows(rows.detach().float(), bits)
+            bank[name], scales[f"{name.removeprefix('chapter_')}_scale"] = codes, scale
     return ops.chapter_attention(
-        *(query, chapters(key), chapters(value), indices, weights),
+        query,
+        **bank,
+        **scales,
+        chapter_indices=indices,
+        chapter_weights=weights,
         query_offset=query_offset,
+        combine=combine,
         backend=backend,
     )
+
+
+class Routed(NamedTuple):
+    """Weights, and the losses on each."""
+
+    out: Tensor
+
+
+def make_router_inputs(
+    *,
+    T: int,
+    D: int,
+    B: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **others: int,
+) -> dict[str, Tensor]:
+    """Hidden states ``[B, 4 T, E]`` and logits of about 1; E is D, or 768 where that is 256."""
+    E, C = (768 if D == 256 else D), (4096 if T >= 4096 else 96)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)
+    return {"hidden": draw(B, 4 * T, E), "weight": draw(C, E) * E**-0.5, "bias": draw(C)}
+
+
+def chapter_router(hidden: Tensor, weight: Tensor, bias: Tensor, *, backend: str) -> Routed:
+    """The operator; its losses are added to the weights."""
+    from memattn import ops
+
+    found = ops.chapter_router(hidden, weight, bias, top_k=8, backend=backend)
+    return Routed(found.weights + found.load_balance_loss + found.auxiliary_loss + found.z_loss)
 
 
 @cache

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from memattn.bench import report
-from memattn.bench.bars import Bar, Found, Sweep
+from memattn.bench.bars import Bar, Found, PeerPeakBar, Sweep
 from memattn.bench.case import Case
 from memattn.bench.engine import (
     OURS,
     Effort,
     Row,
+    add_cpu_memory,
     add_roofs,
     check_all,
     measure_case,
@@ -42,7 +43,7 @@ def run_suite(
 
     found = Found()
     rows: list[Row] = []
-    with report.progress(len(checks) + len(cases) + len(times) + len(memory)) as step:
+    with report.progress(len(checks) + len(cases) + 1 + len(times) + len(memory)) as step:
         check_all(checks, backend, effort, step)
         for case, directions in cases.items():
             step(case.label())
@@ -54,6 +55,9 @@ def run_suite(
                 effort=effort,
             )
         found.rows = {(row.case, row.direction, row.competitor): row for row in rows}
+        peaks = set[Any]().union(*(bar.peaks for bar in bars if isinstance(bar, PeerPeakBar)))
+        step("memory beside peers")
+        add_cpu_memory([row for key, row in found.rows.items() if key in peaks], backend)
         for sweep, direction in times:
             step(f"{sweep[0].kind} at {len(sweep)} lengths, {direction}")
             if _possible(sweep, backend, effort):

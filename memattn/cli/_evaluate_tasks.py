@@ -53,22 +53,21 @@ def _command_of(kind: type["Task"]) -> Callable[..., int]:
     about = parse_docstring(inspect.getdoc(kind) or "")
     helps = {argument.arg_name: argument.description or "" for argument in about.params}
     common = inspect.signature(_options).parameters
-    unused = set() if kind.has_depth else {"depths"}  # pyright: ignore[reportGeneralTypeIssues]
+    unused: set[str] = set() if kind.has_depth else {"depths"}
     takes_text = "haystack" in hints
     if not takes_text:
         unused |= {"haystack", "cache_dir"}
-    is_free = {part.name: part.default is not MISSING for part in own if part.name != "haystack"}
+    parameters: list[tuple[str, Any, Any, str]]
     parameters = [("model", str, inspect.Parameter.empty, _MODEL)]
     for part in own:
         if part.name != "haystack":
-            # a task of plain tokens takes the model's own vocabulary
+            # what has no default depends on the model
             hint, default = hints[part.name], part.default
-            if not is_free[part.name]:
+            if default is MISSING:
                 hint, default = hint | None, None
             parameters.append((part.name, hint, default, helps[part.name]))
-    notes = {
-        p.arg_name: p.description for p in parse_docstring(inspect.getdoc(_options) or "").params
-    }
+    described = parse_docstring(inspect.getdoc(_options) or "").params
+    notes = {argument.arg_name: argument.description or "" for argument in described}
     parameters += [
         (name, get_type_hints(_options)[name], parameter.default, notes[name])
         for name, parameter in common.items()

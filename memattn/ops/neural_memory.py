@@ -182,7 +182,10 @@ def neural_memory(
             found = _token_by_token(tokens, weights, state, seq_start, seq_end, named)
             return found if return_state else found._replace(state=None)
 
-    initial = pack([layer.to(wide) for layer in weights])  # [H, P]
+    if state is None or torch.is_grad_enabled():
+        initial = pack([layer.to(wide) for layer in weights])  # [H, P]
+    else:  # a copy would cost as much as a step reads
+        initial = state.initial
     row_start, row_end = _rows(query, seq_start, seq_end, cu_seqlens)
     query, key, value = (autocast(tensor) for tensor in (query, key, value))
     args = NeuralMemoryArgs(
@@ -249,10 +252,14 @@ def neural_memory(
 
 def _backend(chosen: str, wanted: str) -> tuple[Callable, Callable | None]:
     """The operator of a backend, and that of one token where it has one."""
-    if chosen != "reference" and wanted != "auto":
-        must("backend", 'be "auto" or "reference"', repr(wanted), NotImplementedError)
-    from memattn.reference.neural_memory import neural_memory as impl
-    from memattn.reference.neural_memory_step import neural_memory_step as step
+    if wanted == "triton":
+        must("backend", 'be "auto", "cpp" or "reference"', repr(wanted), NotImplementedError)
+    if chosen == "cpp":
+        from memattn.cpp.neural_memory import neural_memory as impl
+        from memattn.cpp.neural_memory import neural_memory_step as step
+    else:
+        from memattn.reference.neural_memory import neural_memory as impl
+        from memattn.reference.neural_memory_step import neural_memory_step as step
 
     return impl, step
 

@@ -1,8 +1,9 @@
-"""Key-stationary backward of chapter attention: one program per tile of keys of a chapter.
+"""Key-stationary backward of chapter attention: one program per tile of keys of a chapter's part.
 
     d_key = scale * dS^T Q,  d_value = (w P)^T d_out
 
-summed over all rows of the batch that select the chapter, in the order of the index.
+summed over all rows of the batch that select the chapter, in the order of the index. Long chapters
+are cut into parts (``lists``), whose sums are added in their order.
 """
 
 import triton
@@ -10,39 +11,49 @@ import triton.language as tl
 
 from memattn_kernels._common import exponent_factor, power, store_tile
 from memattn_kernels.chapter_attention.forward import RUNTIME_SIZES
-from memattn_kernels.chapter_attention.tiles import (
-    entries_of,
-    exp_lse,
-    gather_rows,
-    load_bank_tile,
-    rows_of_entries,
-)
+from memattn_kernels.chapter_attention.tiles import entries_of, exp_lse, load_bank_tile, load_rows
 
 
-@triton.jit(do_not_specialize=RUNTIME_SIZES)
+@triton.jit(do_not_specialize=(*RUNTIME_SIZES, "most"))
 def chapter_attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, weight_ptr,  # inputs
-    entry_ptr, sequence_ptr, start_ptr, length_ptr, offset_ptr,  # index
-    lse_ptr, residual_ptr, do_ptr, dlse_ptr, delta_ptr, stat_ptr,
-    dk_ptr, dv_ptr,  # outputs
+    q_ptr, k_ptr, v_ptr, do_ptr, weight_ptr,  # inputs; weights in the order of the index, or None
+    sequence_ptr, start_ptr, length_ptr, offset_ptr,  # index
+    chapter_ptr, first_ptr, tiles_ptr, sums_ptr,  # parts
+    # lists [Hkv, n_list], by entry with LIST_ENTRIES, else where an entry's routing row has its own
+    shift_ptr, rest_ptr, list_ptr, place_ptr,
+    dk_ptr, dv_ptr, part_dk_ptr, part_dv_ptr,  # outputs; the last None if no chapter has parts
     stride_qb, stride_qh, stride_qt, stride_kc, stride_kh, stride_km,
     stride_vc, stride_vh, stride_vm, stride_dob, stride_doh, stride_dot,
     stride_dkc, stride_dkh, stride_dkm, stride_dvc, stride_dvh, stride_dvm,
-    H, T, K, row_width, n_entries, scale,  # sizes
+    H, K, C, row_width, most, n_list, scale,  # sizes
     G: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, IS_JOINT: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    LIST_ENTRIES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (C * cdiv(M, BLOCK_N) * Hkv,), heads first. One program owns BLOCK_N keys."""
+    """Grid: (n_parts * cdiv(M, BLOCK_N) * Hkv,), heads first. One program owns BLOCK_N keys.
+
+    With WIDTH a tile has rows of several entries, of WIDTH each, else of one. Places of a tile
+    without a row read that of a row of their chapter, and their exponent in the list is infinite.
+    The joint form in half precision has logarithms of weights, to base 2, and with WIDTH none, as
+    they are in the list.
+    """
     HAS_WEIGHTS: tl.constexpr = weight_ptr is not None
-    IN_TILE: tl.constexpr = M <= BLOCK_N
     n_key_tiles: tl.constexpr = (M + BLOCK_N - 1) // BLOCK_N
     n_heads = H // G
     pid = tl.program_id(0)
     h_kv = pid % n_heads
     n = pid // n_heads % n_key_tiles * BLOCK_N
-    chapter = (pid // n_heads // n_key_tiles).to(tl.int64)
+    chapter = tl.load(chapter_ptr + pid // n_heads // n_key_tiles)
+    if chapter >= C:
+        return
+    first = tl.load(first_ptr + pid // n_heads // n_key_tiles)
     begin, end = entries_of(chapter, 0, K, K, offset_ptr)
+    first_tile = tl.load(tiles_ptr + chapter)
+    n_tiles = tl.load(tiles_ptr + chapter + 1) - first_tile
+    sums = first // most
+    if part_dk_ptr is not None:
+        sums += tl.load(sums_ptr + chapter)
+    chapter = chapter.to(tl.int64)
 
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     k_ptr += chapter * stride_kc + h_kv * stride_kh
@@ -54,81 +65,92 @@ def chapter_attention_bwd_dkdv_kernel(
 
     exponent_scale = scale * exponent_factor(dtype)
     is_key = n + tl.arange(0, BLOCK_N) < M
-    n_stats = tl.cast(n_entries, tl.int64) * n_heads * row_width
     offs_m = tl.arange(0, BLOCK_M)
-    # tiles of one entry each where it has many rows, else rows of several entries
     n_entry_tiles = tl.cdiv(row_width, BLOCK_M)
-    n_tiles = tl.cdiv((end - begin) * row_width, BLOCK_M)
-    if WIDTH is None:
-        n_tiles = (end - begin) * n_entry_tiles
-    for index in range(n_tiles):
+    head = tl.cast(h_kv, tl.int64)
+    q_ptr += head * G * stride_qh
+    do_ptr += head * G * stride_doh
+    entry, tile = begin + first // n_entry_tiles, first % n_entry_tiles
+    for index in range(first, tl.minimum(first + most, n_tiles)):
+        at = (first_tile + index) * BLOCK_M
         if WIDTH is None:
-            place = begin + index // n_entry_tiles
-            b = tl.load(sequence_ptr + place)
-            start = tl.load(start_ptr + place)
-            i = index % n_entry_tiles * BLOCK_M + offs_m
+            place = entry
+            i = tile * BLOCK_M + offs_m
             valid = i < tl.load(length_ptr + place)
+            if not LIST_ENTRIES:
+                at = tl.load(place_ptr + place) + tile * BLOCK_M
+            tile += 1
+            is_last = tile == n_entry_tiles
+            entry += is_last.to(tl.int32)
+            tile = tl.where(is_last, 0, tile)
         else:
-            place, b, start, i, valid = rows_of_entries(
-                index * BLOCK_M + offs_m, begin, end, sequence_ptr, start_ptr, length_ptr, WIDTH
-            )  # fmt: skip
-        h, t = h_kv * G + i % G, start + i // G
-        number = (b * H + h) * T + t
-        b, h, t = b.to(tl.int64), h.to(tl.int64), t.to(tl.int64)
-        q = gather_rows(q_ptr, b * stride_qb + h * stride_qh + t * stride_qt, valid, D, BLOCK_D)
-        offs_do = b * stride_dob + h * stride_doh + t * stride_dot
-        do = gather_rows(do_ptr, offs_do, valid, DV, BLOCK_DV)
+            i = index * BLOCK_M + offs_m
+            place = tl.minimum(begin + i // WIDTH, end - 1)
+            i = i % WIDTH
+        if length_ptr is not None:
+            i = tl.minimum(i, tl.load(length_ptr + place) - 1)
+        b = tl.load(sequence_ptr + place).to(tl.int64)
+        t = (tl.load(start_ptr + place) + i // G).to(tl.int64)
+        offs_q, offs_do = b * stride_qb + t * stride_qt, b * stride_dob + t * stride_dot
+        if G > 1:
+            offs_q += i % G * tl.cast(stride_qh, tl.int64)
+            offs_do += i % G * tl.cast(stride_doh, tl.int64)
+        q = load_rows(q_ptr, offs_q, D, BLOCK_D)
+        do = load_rows(do_ptr, offs_do, DV, BLOCK_DV)
         if HAS_WEIGHTS:
-            if WIDTH is None:
-                w = tl.load(weight_ptr + place) + tl.zeros([BLOCK_M], dtype=tl.float32)
-            else:
-                w = tl.load(weight_ptr + place, mask=valid, other=0.0)
+            w = tl.load(weight_ptr + place)
+        offs = tl.multiple_of(head * n_list + at, BLOCK_M)  # lists begin with a tile
 
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # keys by rows
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        residual = 0.0
-        if IS_JOINT or dlse_ptr is not None:
-            lse = tl.load(lse_ptr + number, mask=valid, other=float("inf")) * exponent_factor(dtype)
-            if dtype == tl.float32:
-                residual = tl.load(residual_ptr + number, mask=valid, other=0.0)
-        if IS_JOINT:
-            x = scores * exponent_scale - lse[None, :]
-            if dtype == tl.float32:
-                x -= residual[None, :]
-            p = power(x, dtype)
-            ds = dp - tl.load(delta_ptr + number, mask=valid, other=0.0)[None, :]
-            if HAS_WEIGHTS:
-                p *= w[None, :]
-            ds *= p
-        else:
-            if IN_TILE:
-                if M < BLOCK_N:
-                    scores = tl.where(is_key[:, None], scores, -float("inf"))
-                m = tl.max(scores, 0) * exponent_scale
-                p = power(scores * exponent_scale - m[None, :], dtype)
-                l = tl.sum(p, 0)
-                p /= l[None, :]
-                delta = tl.sum(p * dp, 0)
+        if IS_JOINT or LIST_ENTRIES:
+            shift = tl.load(shift_ptr + offs + offs_m)
+            number = tl.load(list_ptr + offs + offs_m)
+            if IS_JOINT and HAS_WEIGHTS and WIDTH is None and dtype != tl.float32:
+                shift -= w
+            x = scores * exponent_scale - shift[None, :]
+            if dtype != tl.float32:
+                p = power(x, dtype)
+            elif IS_JOINT:
+                p = power(x - tl.load(rest_ptr + offs + offs_m)[None, :], dtype)
             else:
-                entry = tl.load(entry_ptr + place + 0 * i, mask=valid, other=0)
-                offs = (entry.to(tl.int64) * n_heads + h_kv) * row_width + i
-                m = tl.load(stat_ptr + offs, mask=valid, other=0.0)
-                l = tl.load(stat_ptr + n_stats + offs, mask=valid, other=1.0)
-                delta = tl.load(stat_ptr + 2 * n_stats + offs, mask=valid, other=0.0)
-                p = power(scores * exponent_scale - m[None, :], dtype) / l[None, :]
-            ds = dp - delta[None, :]
-            if HAS_WEIGHTS:
-                ds *= w[None, :]
-            if dlse_ptr is not None:
-                dlse = tl.load(dlse_ptr + number, mask=valid, other=0.0)
-                ds += (dlse * exp_lse(m, l, lse, residual, dtype))[None, :]
-            ds *= p
-            if HAS_WEIGHTS:
-                p *= w[None, :]
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+                p = power(x, dtype) * tl.load(rest_ptr + offs + offs_m)[None, :]
+            if IS_JOINT:
+                if HAS_WEIGHTS and dtype == tl.float32:
+                    p *= w if WIDTH is None else w[None, :]
+                weighted, ds = p, p * (dp - number[None, :])
+            elif HAS_WEIGHTS:
+                w_rows = w if WIDTH is None else w[None, :]
+                weighted, ds = p * w_rows, p * (dp * w_rows - number[None, :])
+            else:
+                weighted, ds = p, p * (dp - number[None, :])
+        else:
+            if M < BLOCK_N:
+                scores = tl.where(is_key[:, None], scores, -float("inf"))
+            m = tl.max(scores, 0) * exponent_scale
+            p = power(scores * exponent_scale - m[None, :], dtype)
+            l = tl.sum(p, 0)
+            p /= l[None, :]
+            factor = tl.where(valid, w if HAS_WEIGHTS else 1.0, 0.0)
+            ds = (dp - tl.sum(p * dp, 0)[None, :]) * factor[None, :]
+            if list_ptr is not None:
+                lse = tl.load(shift_ptr + offs + offs_m)
+                rest = lse
+                if dtype == tl.float32:
+                    rest = tl.load(rest_ptr + offs + offs_m)
+                d_lse = tl.load(list_ptr + offs + offs_m)
+                ds += (d_lse * exp_lse(m, l, lse, rest, dtype))[None, :]
+            weighted, ds = p * factor[None, :], p * ds
+        dv = tl.dot(weighted.to(do.dtype), do, dv, input_precision="ieee")
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
-    dk_ptr += chapter * stride_dkc + h_kv * stride_dkh
-    store_tile(dk_ptr, n, stride_dkm, M, dk * scale, D, BLOCK_N, BLOCK_D)
-    dv_ptr += chapter * stride_dvc + h_kv * stride_dvh
-    store_tile(dv_ptr, n, stride_dvm, M, dv, DV, BLOCK_N, BLOCK_DV)
+    is_part = part_dk_ptr is not None and n_tiles > most
+    if is_part:
+        part = (sums.to(tl.int64) * n_heads + h_kv) * M
+        store_tile(part_dk_ptr + part * D, n, D, M, dk, D, BLOCK_N, BLOCK_D)
+        store_tile(part_dv_ptr + part * DV, n, DV, M, dv, DV, BLOCK_N, BLOCK_DV)
+    else:
+        dk_ptr += chapter * stride_dkc + h_kv * stride_dkh
+        store_tile(dk_ptr, n, stride_dkm, M, dk * scale, D, BLOCK_N, BLOCK_D)
+        dv_ptr += chapter * stride_dvc + h_kv * stride_dvh
+        store_tile(dv_ptr, n, stride_dvm, M, dv, DV, BLOCK_N, BLOCK_DV)

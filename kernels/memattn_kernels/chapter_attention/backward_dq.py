@@ -88,12 +88,13 @@ def chapter_attention_bwd_dq_kernel(
     entry_ptr, sequence_ptr, start_ptr, length_ptr,  # index by chapter, or None
     offset_ptr, chapter_ptr, first_ptr,
     o_ptr, o_rest_ptr, lse_ptr, residual_ptr, do_ptr, dlse_ptr,
-    dq_ptr, dw_ptr, delta_ptr, stat_ptr,  # outputs; the last but one joint, the last independent
+    dq_ptr, dw_ptr, delta_ptr,  # outputs; the last joint
+    place_ptr, shift_ptr, rest_ptr, list_ptr,  # lists by entry, independent, or None
     acc_ptr,  # what rows have so far, by chapter only
     stride_qb, stride_qh, stride_qt, stride_kc, stride_kh, stride_km,
     stride_vc, stride_vh, stride_vm, stride_ob, stride_oh, stride_ot,
     stride_dob, stride_doh, stride_dot, stride_dqb, stride_dqh, stride_dqt,
-    H, T, N, K, C, row_width, n_tiles, slot, n_entries, scale,  # sizes
+    H, T, N, K, C, row_width, n_tiles, slot, n_list, scale,  # sizes
     G: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, IS_JOINT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -198,12 +199,18 @@ def chapter_attention_bwd_dq_kernel(
                 stride_vm, w, lse, residual, dlse, exponent_scale, M, D, DV, BLOCK_N, BLOCK_D,
                 BLOCK_DV, dlse_ptr is not None,
             )  # fmt: skip
-        if stat_ptr is not None:
-            offs = (tl.cast(place, tl.int64) * n_heads + h_kv) * row_width + i
-            n_stats = tl.cast(n_entries, tl.int64) * n_heads * row_width
-            tl.store(stat_ptr + offs, m, mask=valid)
-            tl.store(stat_ptr + n_stats + offs, l, mask=valid)
-            tl.store(stat_ptr + 2 * n_stats + offs, of_weight, mask=valid)
+        if place_ptr is not None:
+            # see the key-stationary kernel: w (d_out V^T - Delta_s) + d_lse exp(l_s - lse)
+            offs = tl.cast(h_kv, tl.int64) * n_list + tl.load(place_ptr + place) + i
+            listed = w * of_weight
+            if dlse_ptr is not None:
+                listed -= dlse * exp_lse(m, l, lse, residual, q.dtype)
+            tl.store(list_ptr + offs, listed, mask=valid)
+            if rest_ptr is not None:  # a logarithm would cost float32 digits
+                tl.store(shift_ptr + offs, m, mask=valid)
+                tl.store(rest_ptr + offs, 1.0 / l, mask=valid)
+            else:
+                tl.store(shift_ptr + offs, m + tl.log2(l), mask=valid)
         if HAS_WEIGHTS:
             if BY_CHAPTER:
                 dw += of_weight

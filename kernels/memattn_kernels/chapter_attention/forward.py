@@ -43,7 +43,7 @@ from memattn_kernels.chapter_attention.tiles import (
 from memattn_kernels.signatures import ChapterAttentionArgs
 
 # sizes that change from call to call: compile once for all their values
-RUNTIME_SIZES = ("T", "N", "K", "C", "row_width", "n_tiles", "slot", "n_entries")
+RUNTIME_SIZES = ("T", "N", "K", "C", "row_width", "n_tiles", "slot", "n_list")
 # what a kernel by row has not
 INDEX = ("entry_ptr", "sequence_ptr", "start_ptr", "length_ptr", "offset_ptr", "chapter_ptr",
          "first_ptr")  # fmt: skip
@@ -281,14 +281,19 @@ def row_config(
 ) -> dict[str, int]:
     """Tile lengths and launch options of a query-stationary kernel.
 
-    In the tables that by chapter has ``_by_chapter`` behind its name; a forward with few rows in
-    a routing row is ``decode``.
+    In the tables that by chapter has ``_by_chapter`` behind its name, that by row with a softmax
+    for each chapter ``_independent``, and a forward of a quantised bank ``_quantised``; a forward
+    with few rows in a routing row is ``decode``.
     """
     width = inputs["row_width"]
     if by_chapter:
         name += "_by_chapter"
     elif width <= configs.DECODE_LENGTH and name.endswith("fwd"):
         name = name.replace("fwd", "decode")
+    elif not args.is_joint:
+        name += "_independent"
+    elif args.key_scale is not None and name.endswith("fwd"):
+        name += "_quantised"
     config = lookup(name, args.query, inputs)
     config = config | {"BLOCK_N": block_length(config["BLOCK_N"], inputs["M"])}
     if not by_chapter:

@@ -93,6 +93,16 @@ def gather_rows(ptr, offsets, valid, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.conste
 
 
 @triton.jit
+def load_rows(ptr, offsets, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """The rows at these offsets, zero past WIDTH."""
+    offs_w = tl.arange(0, BLOCK_WIDTH)[None, :]
+    if WIDTH < BLOCK_WIDTH:
+        return tl.load(ptr + offsets[:, None] + offs_w, mask=offs_w < WIDTH, other=0.0)
+    else:
+        return tl.load(ptr + offsets[:, None] + offs_w)
+
+
+@triton.jit
 def scatter_rows(ptr, offsets, valid, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Write the valid rows in the dtype of ``ptr``."""
     offs_w = tl.arange(0, BLOCK_WIDTH)[None, :]

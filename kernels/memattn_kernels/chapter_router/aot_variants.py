@@ -10,7 +10,7 @@ import triton
 
 from memattn_kernels.aot_kernel import AotKernel
 from memattn_kernels.chapter_router import products, rows
-from memattn_kernels.chapter_router.launch import SELECT_ROWS, TILES, WEIGHT_TILES, row_warps
+from memattn_kernels.chapter_router.launch import SELECT_ROWS, row_warps
 
 N_CHAPTERS = 4096
 TYPES = dict.fromkeys(
@@ -46,9 +46,9 @@ KERNELS = tuple(
         types=TYPES,
     )
     for name, function, tiles in (
-        ("logits", products.chapter_router_logits_kernel, TILES),
-        ("d_hidden", products.chapter_router_d_hidden_kernel, TILES),
-        ("d_weight", products.chapter_router_d_weight_kernel, WEIGHT_TILES),
+        ("logits", products.chapter_router_logits_kernel, None),
+        ("d_hidden", products.chapter_router_d_hidden_kernel, None),
+        ("d_weight", products.chapter_router_d_weight_kernel, None),
         ("select", rows.chapter_router_select_kernel, ROW_TILES),
         ("gradient", rows.chapter_router_gradient_kernel, ROW_TILES),
     )

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from memattn_kernels import configs
 from memattn_kernels._common import IS_INTERPRETED, block_width, rows_ready
 from memattn_kernels.chapter_router.products import (
     chapter_router_d_hidden_kernel,
@@ -28,26 +29,17 @@ SELECT_ROWS = 4
 N_PROGRAMS = 256
 MIN_ROWS = 1024
 
-# Pinned for every architecture: whatever the number of rows, as a logit must not depend on it.
-TILES = {
-    "half": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
-    "float": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
-}
-# at 128 chapters it spills
-WEIGHT_TILES = TILES | {"half": TILES["half"] | {"BLOCK_M": 64}}
-INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 1, "num_stages": 1}
-
 
 def row_warps(n_chapters: int) -> int:
     """Warps that share a row: at most 16 chapters a thread, 64 beyond 8192 chapters."""
     return min(max(block_width(n_chapters) // 512, 4), 16)
 
 
-def _tiles(tiles: dict[str, dict[str, int]], args: ChapterRouterArgs) -> dict[str, int]:
-    """The tiles of a product."""
-    if IS_INTERPRETED:
-        return INTERPRETED
-    return tiles["float" if torch.float32 in (args.hidden.dtype, args.weight.dtype) else "half"]
+def _tiles(product: str, args: ChapterRouterArgs) -> dict[str, int]:
+    """The tiles of a product, whatever the number of rows: a logit must not depend on it."""
+    wider = max(args.hidden, args.weight, key=lambda tensor: tensor.element_size())
+    width = min(block_width(args.weight.shape[1]), configs.WIDTHS[-1])
+    return configs.lookup(f"chapter_router_{product}", wider, width)
 
 
 def _precision(hidden: Tensor, weight: Tensor) -> str:
@@ -81,7 +73,7 @@ class _Chunks:
 
     def __iter__(self):
         """First row and number of rows of each chunk, its logits computed."""
-        tiles = _tiles(TILES, self.args)
+        tiles = _tiles("logits", self.args)
         for first in range(0, self.n_rows, self.step):
             n_rows = min(self.step, self.n_rows - first)
             grid = triton.cdiv(n_rows, tiles["BLOCK_M"])
@@ -189,7 +181,7 @@ def launch_backward(
     lse, residual = saved["lse"].view(2, -1)
     d_hidden = grads["hidden"].view(chunks.n_rows, E)
     grid = lambda n, tiles: triton.cdiv(n, tiles["BLOCK_M"]) * triton.cdiv(E, tiles["BLOCK_N"])
-    row_tiles, weight_tiles = _tiles(TILES, args), _tiles(WEIGHT_TILES, args)
+    row_tiles, weight_tiles = _tiles("d_hidden", args), _tiles("d_weight", args)
 
     n_programs = max(grid(n_routed, weight_tiles), 1)
     n_parts = min(triton.cdiv(N_PROGRAMS, n_programs), triton.cdiv(chunks.step, MIN_ROWS))

@@ -18,6 +18,8 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (64, 128, 256)
 DTYPE_CLASSES = ("half", "float")
 OPTIONS: tuple[str, ...] = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+# products of the router have a tile of what they sum over, too
+PRODUCT_OPTIONS: tuple[str, ...] = (*OPTIONS, "BLOCK_K")
 # a cap on the registers of one thread, so that more programs fit a multiprocessor; NVIDIA only
 OPTIONAL: tuple[str, ...] = ("maxnreg",)
 MAX_BLOCK = 256
@@ -29,6 +31,7 @@ DECODE_LENGTH = 16
 INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 1}
 # a mask has borders of its own, and its tiles of 128 rows take many steps
 INTERPRETED_MASKS = INTERPRETED | {"BLOCK_M": 64, "BLOCK_N": 32}
+INTERPRETED_PRODUCTS = INTERPRETED | {"BLOCK_N": 32, "BLOCK_K": 16}
 
 _loaded: dict[str, dict] = {}
 
@@ -42,12 +45,19 @@ def lookup(kernel: str, tensor: Tensor, width: int) -> dict[str, int]:
         width: The largest padded head dimension.
 
     Returns:
-        Tile lengths ``BLOCK_M`` and ``BLOCK_N``, and options of the launch: ``num_warps``,
-        ``num_stages`` and perhaps ``maxnreg``.
+        Tile lengths ``BLOCK_M`` and ``BLOCK_N``, of products also ``BLOCK_K``, and options of the
+        launch: ``num_warps``, ``num_stages`` and perhaps ``maxnreg``.
     """
     if IS_INTERPRETED:
+        if kernel.startswith("chapter_router"):
+            return INTERPRETED_PRODUCTS
         return INTERPRETED_MASKS if kernel.startswith("task_masked") else INTERPRETED
     return table(architecture(tensor.device))[kernel][_bucket(width)][dtype_class(tensor.dtype)]
+
+
+def options_of(kernel: str) -> tuple[str, ...]:
+    """What the configuration of a kernel must have."""
+    return PRODUCT_OPTIONS if kernel.startswith("chapter_router") else OPTIONS
 
 
 def dtype_class(dtype: torch.dtype) -> str:
@@ -105,16 +115,17 @@ def read(path: str | Path) -> dict:
         for width in map(str, WIDTHS):
             for kind in DTYPE_CLASSES:
                 entry = f"{path}: {kernel}, {width}, {kind}"
-                _check(entry, widths.get(width, {}).get(kind), () if is_amd else OPTIONAL)
+                optional = () if is_amd else OPTIONAL
+                _check(entry, widths.get(width, {}).get(kind), options_of(kernel), optional)
     return kernels
 
 
-def _check(entry: str, config: object, optional: tuple[str, ...]) -> None:
+def _check(entry: str, config: object, needed: tuple[str, ...], optional: tuple[str, ...]) -> None:
     """Raise ValueError unless this is a configuration that a kernel can be launched with."""
-    known = OPTIONS + optional
-    if not isinstance(config, dict) or not set(OPTIONS) <= config.keys() <= set(known):
+    known = needed + optional
+    if not isinstance(config, dict) or not set(needed) <= config.keys() <= set(known):
         also = f" and perhaps {', '.join(optional)}" if optional else ""
-        raise ValueError(f"{entry} must have {', '.join(OPTIONS)}{also}, got {config}")
+        raise ValueError(f"{entry} must have {', '.join(needed)}{also}, got {config}")
     for option, value in config.items():
         low, high = LIMITS.get(option, (16, MAX_BLOCK))
         any_integer = option in ("num_stages", "maxnreg")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memattn import ops, testing
 from memattn.bench import inputs
+from memattn.bench.gpu import chapters
 from memattn.bench.gpu.pool import Job, Result
 
 LENGTH, DRY_LENGTH = 333, 21
@@ -57,6 +58,8 @@ CASES = {
     "segmented_attention": SEGMENTED,
     "future_attention": FUTURE,
     "task_masked_attention": TASK_MASKED,
+    "chapter_attention": chapters.ATTENTION,
+    "chapter_router": chapters.ROUTER,
 }
 
 
@@ -168,6 +171,20 @@ def build(job: Job) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, An
     decode = "query_offset" in options
     shape = {"T": 3 if decode else T, "S": T, "D": job["D"]}
     common = {"device": device, "dtype": DTYPES[job["dtype"]], "seed": job["seed"]}
+    if operator.startswith("chapter"):
+        generator = torch.Generator().manual_seed(job["seed"])
+
+        def draw(*shape: int) -> Tensor:
+            values = torch.randn(*shape, generator=generator).to(torch.bfloat16)
+            return values.to(device, common["dtype"])
+
+        if device == "cpu":
+            sizes = chapters.few(sizes)
+        is_router = operator == "chapter_router"
+        make = chapters.build_router if is_router else chapters.build_attention
+        return make(sizes, options, T=shape["T"], D=job["D"], draw=draw)
+    if device == "cpu":  # a dry run: as many query heads to a key head, but fewer
+        sizes = sizes | {"H": sizes["H"] // 2, "Hkv": sizes["Hkv"] // 2}
     if operator == "future_attention":
         tensors = inputs.make_future_inputs(**sizes, **shape, **common)
         options["future_dim"] = max(T // 5, 1)

@@ -29,7 +29,8 @@ BOTH = ("forward", "backward")
 CaseT = TypeVar("CaseT", bound=Case)
 # sizes of a dry run, where a case has them
 DRY = {"B": 1, "H": 2, "D": 16, "T": 40, "future_dim": 8, "n_tasks": 1, "window_size": 16}
-DRY |= {"segment_len": 16, "P": 2, "M": 2, "device": "cpu", "dtype": torch.float32}
+DRY |= {"segment_len": 16, "P": 2, "M": 2, "C": 6, "K": 2, "E": 16}
+DRY |= {"device": "cpu", "dtype": torch.float32}
 
 
 @dataclass
@@ -90,7 +91,12 @@ def _dry_bar(bar: Bar) -> Bar:
 def dry_case(case: CaseT) -> CaseT:
     """The case at the size of a dry run, on the CPU."""
     names = {field.name for field in fields(case)}
-    return replace(case, **{name: value for name, value in DRY.items() if name in names})
+    sizes: dict[str, Any] = {name: value for name, value in DRY.items() if name in names}
+    if "Hkv" in names:
+        sizes["Hkv"] = None
+    if case.operator == "chapter_attention":
+        sizes["M"] = 16  # of so many keys rows are grouped by chapter: few programs
+    return replace(case, **sizes)
 
 
 def prepare_jobs(names: tuple[str, ...], *, dry: bool) -> list[Job]:
@@ -135,8 +141,15 @@ def prepare(job: Job) -> Result:
 def _few_heads(case: Case) -> Case:
     """The case with few heads, for checks of several processes at once: results add no heads."""
     sizes = case.sizes()
-    heads = 16 if case.T <= 8192 else 4  # 16 heads compile as 32 do
-    few = {"H": min(sizes["H"], heads), "B": 1}
+    few: dict[str, int] = {"B": 1}
+    if "H" in sizes:
+        most = 16 if case.T <= 8192 else 4  # 16 heads compile as 32 do
+        few["H"] = min(sizes["H"], most)
+        if (
+            sizes["Hkv"] is not None
+        ):  # as many query heads for each key head, which kernels depend on
+            few["Hkv"] = max(sizes["Hkv"] * few["H"] // sizes["H"], 1)
+            few["H"] = few["Hkv"] * (sizes["H"] // sizes["Hkv"])
     return replace(case, **few)
 
 

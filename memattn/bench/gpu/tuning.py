@@ -13,24 +13,39 @@ DRY_LENGTH = 20
 DRY_HEAD_DIM = 64  # as in the tables; the interpreter takes its own tiles
 CHECK_SECONDS, TIME_SECONDS = 90, 60
 PARTS = {"forward": ("fwd",), "backward": ("bwd_dkdv", "bwd_dq")}
+BY_CHAPTER = {"forward": ("fwd_by_chapter",), "backward": ("bwd_dkdv", "bwd_dq_by_chapter")}
+PRODUCTS = {"forward": ("logits",), "backward": ("d_weight", "d_hidden")}
+WIDEST = 256  # of the tables
 
 
 def targets(rows: Iterable[Mapping[str, Any]], operators: Iterable[str]) -> list[tuple[str, int]]:
     """Kernels and head dimensions, the furthest from the roof first; all if nothing is known."""
     shares: dict[tuple[str, int], float] = {}
     for row in rows:
-        width, share = row["sizes"].get("D"), row.get("roof_share")
-        if row["competitor"] != "memattn" or share is None or width not in (64, 128):
+        sizes, share = row["sizes"], row.get("roof_share")
+        width = sizes["D"] if "D" in sizes else min(sizes["E"], WIDEST)
+        if row["competitor"] != "memattn" or share is None or width not in (64, 128, WIDEST):
             continue
-        for part in PARTS.get(row["direction"], ()):
+        for part in parts_of(row["operator"], row["case"]).get(row["direction"], ()):
             kernel = f"{row['operator']}_{part}"
             shares[kernel, width] = min(share, shares.get((kernel, width), share))
     if shares:
         return sorted(shares, key=lambda target: shares[target])
-    parts = [part for each in PARTS.values() for part in each]
     return [
-        (f"{operator}_{part}", D) for D in (64, 128) for operator in operators for part in parts
+        (f"{operator}_{part}", D)
+        for D in (64, 128)
+        for operator in operators
+        for parts in parts_of(operator, "sequence").values()
+        for part in parts
     ]
+
+
+def parts_of(operator: str, kind: str) -> dict[str, tuple[str, ...]]:
+    """The kernels of a case by direction, as the tables name them."""
+    if operator == "chapter_router":
+        return PRODUCTS
+    is_by_chapter = operator == "chapter_attention" and kind in ("token", "int8", "independent")
+    return BY_CHAPTER if is_by_chapter else PARTS
 
 
 def jobs(kernel: str, head_dim: int, task: str, *, dry: bool) -> list[Job]:
@@ -55,7 +70,8 @@ def jobs(kernel: str, head_dim: int, task: str, *, dry: bool) -> list[Job]:
 
 def describe(config: Mapping[str, int]) -> str:
     """A configuration in a few words."""
-    text = f"{config['BLOCK_M']}x{config['BLOCK_N']}, {config['num_warps']} warps"
+    tile = "x".join(str(config[name]) for name in sorted(config) if name.startswith("BLOCK"))
+    text = f"{tile}, {config['num_warps']} warps"
     text += f", {config['num_stages']} stages"
     return text + (f", {config['maxnreg']} registers" if "maxnreg" in config else "")
 

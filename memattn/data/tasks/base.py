@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -37,10 +37,10 @@ class Task(Protocol):
         has_depth: Whether the place of the fact that is asked for can be chosen.
     """
 
+    has_depth: ClassVar[bool]
+
     @property
     def name(self) -> str: ...
-    @property
-    def has_depth(self) -> bool: ...
 
     def draw(self, length: int, depth: float | None, generator: random.Random) -> Sample:
         """Draw a sample of ``length`` tokens.

@@ -1,0 +1,223 @@
+"""The neural memory in C++: the definition in float64, every instruction set, and by itself."""
+
+import pytest
+import torch
+from neural_memory_factories import call, cut, floating, make_inputs, run
+from operator_contract import DTYPES, Recorder, assert_same, int32, needs_cpp
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from memattn import NeuralMemoryState
+from memattn.testing import assert_within_budget
+
+pytestmark = [pytest.mark.operator, needs_cpp]
+
+# sizes of the inputs, options, and the tokens that a state holds already
+CASES = {
+    "depth1": (dict(hidden=()), dict(chunk_size=4), 3),
+    "depth2": (dict(T=41, D=20, Dv=33), dict(chunk_size=17), 5),
+    "depth3": (dict(hidden=(9, 18)), dict(chunk_size=5, max_norm=0.5), 2),
+    "depth4": (dict(hidden=(5, 6, 3)), dict(chunk_size=5, activation="silu"), 2),
+    "no-momentum": (dict(T=50, hidden=(40,), momentum=False), dict(chunk_size=40), 7),
+    "no-decay": (dict(decay=False), dict(chunk_size=3), 0),
+    "neither": (dict(momentum=False, decay=False), dict(chunk_size=3, return_state=False), 0),
+    "recurrence": (dict(T=7), dict(chunk_size=1), 2),
+    "chunk-read": (dict(), dict(chunk_size=4, read="chunk"), 3),
+    "residual": (dict(hidden=(5, 6)), dict(chunk_size=4, residual=True, activation="silu"), 0),
+    "huber": (dict(), dict(chunk_size=4, loss="huber", huber_delta=0.3, residual=True), 3),
+    "soft": (dict(hidden=(7, 5)), dict(chunk_size=4, max_norm=0.5, clamp="soft"), 0),
+    "documents": (dict(B=1, H=16, T=90), dict(cu_seqlens=int32(0, 0, 1, 37, 88, 90)), 0),
+    "padded": (dict(B=2, H=12, T=90), dict(seq_start=int32(1, 9), seq_end=int32(90, 71)), 3),
+    "empty": (dict(B=2, H=12, T=9), dict(seq_start=int32(0, 3), seq_end=int32(9, 3)), 6),
+}  # fmt: skip
+
+
+def small_steps(**sizes):
+    """Inputs whose rounding does not grow from token to token: learning converges."""
+    inputs = make_inputs(**sizes)
+    return {n: t / 4 if n == "lr" else t for n, t in inputs.items()}
+
+
+def check(case, dtype, seeds=2):
+    """Assert the error rule over many sequences: rounding grows in some more than in others."""
+    sizes, options, before = CASES[case]
+    sizes, options = dict(B=12, H=2) | sizes, dict(chunk_size=4) | options
+    found = {}
+    for seed in range(seeds):
+        inputs, given = small_steps(**sizes, dtype=dtype, seed=seed), dict(options)
+        if before:
+            past = small_steps(**{**sizes, "T": before}, dtype=dtype, seed=seed)
+            alike = {n: o for n, o in options.items() if not n.startswith("seq_")}
+            weights = {n: t for n, t in inputs.items() if n.startswith("weights_")}
+            given["state"] = call({**past, **weights}, **alike, backend="reference").state
+        three = [
+            run(inputs, {**given, "backend": backend}, wide)
+            for backend, wide in (("cpp", None), ("reference", None), ("reference", torch.float64))
+        ]
+        for name in set(three[0]) & {"count", "skipped"}:
+            assert torch.equal(*(results.pop(name) for results in three[:2]))
+        for name in three[0]:
+            found.setdefault(name, []).append([results[name].flatten() for results in three])
+    for name, draws in found.items():
+        assert_within_budget(name, *(torch.cat(which) for which in zip(*draws, strict=True)))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_reference(case, dtype):
+    """Values, the state and every gradient; memory that is not written is NaN."""
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("name", ["avx2", "portable"])
+@pytest.mark.parametrize("case", ["depth2", "depth3", "no-momentum"])
+def test_every_instruction_set(case, name):
+    ops = torch.ops.memattn_cpp
+    before = ops.cpu_capability()
+    ops.set_cpu_capability(name)
+    try:
+        check(case, torch.float32)
+    finally:
+        ops.set_cpu_capability(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [*CASES][:12])
+def test_decoding_is_prefill(case):
+    """Token by token, rows at unlike places of their chunks: as near as one call is."""
+    sizes, options, _ = CASES[case]
+    inputs = small_steps(**dict(B=32, T=20) | sizes, dtype=torch.float32)
+    start, steps, B = 4, 9, inputs["query"].shape[0]
+    options = dict(options, return_state=True)
+    bounds = dict(seq_start=torch.arange(B, dtype=torch.int32) % 3, seq_end=int32(*[start] * B))
+    state = call(cut(inputs, 0, start), **bounds, **options, backend="reference").state
+    rest = cut(inputs, start, start + steps)
+    results = []
+    for backend, dtype in (("reference", None), ("reference", torch.float64)):
+        wide = {n: getattr(state, n).to(dtype) for n in (*floating(state), "initial")}
+        given = NeuralMemoryState(**{**vars(state), **wide})
+        found = call({n: t.to(dtype) for n, t in rest.items()}, state=given, **options,
+                     backend=backend)  # fmt: skip
+        results.append([found.out, *floating(found.state).values()])
+    outs, after = [], state
+    for t in range(steps):
+        found = call(cut(rest, t, t + 1), state=after, **options, backend="cpp")
+        outs.append(found.out)
+        after = found.state
+    rows = torch.arange(after.chunk_size - 1) < after.count[:, None, None]
+    for name, low, high in zip(("out", *floating(after)), *results, strict=True):
+        actual = torch.cat(outs, 2) if name == "out" else getattr(after, name)
+        if name.startswith("pending"):  # what stands behind the count may be anything
+            actual = torch.where(rows[..., None] if actual.dim() == 4 else rows, actual, 0.0)
+        assert_within_budget(name, actual, low, high)
+
+
+def test_results_do_not_depend_on_threads():
+    inputs = make_inputs(B=3, T=40, hidden=(40,), dtype=torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(run(inputs, dict(chunk_size=8, backend="cpp")))
+    finally:
+        torch.set_num_threads(before)
+    for again in found[1:]:
+        assert_same(again, found[0])
+
+
+def test_absent_tokens_and_strides_do_not_matter():
+    """NaN around the tokens, and tensors that are not contiguous: the same bits."""
+    inputs = make_inputs(T=20, D=6, hidden=(9,), dtype=torch.float32)
+    options = dict(chunk_size=6, backend="cpp")
+    expected = run(inputs, options)
+    tokens = [n for n in inputs if not n.startswith("weights_")]
+    padded = {
+        n: F.pad(inputs[n], (0, 0) * (inputs[n].dim() - 3) + (3, 2), value=torch.nan)
+        for n in tokens
+    }
+    bounds = dict(seq_start=int32(3, 3), seq_end=int32(23, 23))
+    outs = [call({**inputs, **x}, **o, **options) for x, o in ((padded, bounds), ({}, {}))]
+    assert torch.equal(outs[0].out[:, :, 3:-2], outs[1].out)
+    assert torch.equal(outs[0].state.packed_weights, outs[1].state.packed_weights)
+    assert not outs[0].out[:, :, :3].any() and not outs[0].surprise[:, :, -2:].any()
+    views = {n: torch.stack([t, t], -1)[..., 0].mT.contiguous().mT for n, t in inputs.items()}
+    assert_same(run(views, options), expected)
+
+
+def test_saved_memory_does_not_grow_with_chunks():
+    """Besides its inputs a call saves at most as much as query, key and value have."""
+    inputs = make_inputs(B=1, H=1, T=1000, D=8, hidden=(32,), dtype=torch.float32)
+    inputs = {n: t.requires_grad_() for n, t in inputs.items()}
+    saved = {}
+    keep = lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        call(inputs, chunk_size=4, backend="cpp")
+    given = sum(t.numel() for n, t in inputs.items() if n in ("query", "key", "value"))
+    given += sum(t.numel() for t in inputs.values())
+    assert sum(t.numel() for t in saved.values()) <= given + 8 * 32 * 2
+
+
+def test_skipped_updates_leave_no_trace():
+    inputs = make_inputs(T=9, dtype=torch.float32)
+    harmless = {n: t.clone() for n, t in inputs.items()}
+    inputs["key"][1, 0, 3] = torch.nan
+    inputs["value"][0, 1, 6, 2] = torch.inf
+    for row in ((1, 0, 3), (0, 1, 6)):
+        harmless["lr"][row] = 0.0
+    options = dict(chunk_size=4, skip_nonfinite=True, max_norm=1.0, backend="cpp")
+    results, expected = run(inputs, options), run(harmless, options)
+    assert results.pop("skipped").tolist() == [1, 1]
+    assert (~results.pop("surprise").isfinite()).sum() == 2
+    for name, result in results.items():
+        assert result.isfinite().all(), name
+        if name.startswith("d_weights_") or name in ("out", "packed_weights", "d_query"):
+            torch.testing.assert_close(result, expected[name], msg=name)
+
+
+def test_opcheck():
+    options, inputs = dict(chunk_size=3), make_inputs(T=6, dtype=torch.float32)
+    state = call(cut(inputs, 0, 2), **options).state
+    given = {n: t.requires_grad_() for n, t in inputs.items()}
+    with Recorder() as recorder:
+        call(given, state=state, **options, backend="cpp")
+    ((operator, args, kwargs),) = recorder.calls
+    leaf = lambda x: x.detach().requires_grad_(x.requires_grad)
+    args = [leaf(x) if isinstance(x, torch.Tensor) else x for x in args]
+    torch.library.opcheck(operator, tuple(args), kwargs)
+
+
+def test_compiles_once_for_all_lengths():
+    function = lambda inputs: call(inputs, chunk_size=4, backend="cpp")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for T in (9, 12, 33):
+            inputs = make_inputs(T=T, dtype=torch.float32)
+            inputs = {n: t.requires_grad_() for n, t in inputs.items()}
+            results = []
+            for which in (compiled, function):
+                found = which(inputs)
+                loss = found.out.square().sum() + found.state.packed_weights.sum()
+                results.append([found.out, *torch.autograd.grad(loss, list(inputs.values()))])
+            for actual, expected in zip(*results, strict=True):
+                torch.testing.assert_close(actual, expected)
+
+
+def test_differentiable_once_and_recomputable():
+    inputs = make_inputs(T=6, dtype=torch.float32)
+    inputs = {n: t.requires_grad_() for n, t in inputs.items()}
+    function = lambda *given: (
+        call(dict(zip(inputs, given, strict=True)), chunk_size=4, backend="cpp").out
+    )
+    out = checkpoint(function, *inputs.values(), use_reentrant=False)
+    expected = function(*inputs.values())
+    grads = [torch.autograd.grad(x.sum(), list(inputs.values())) for x in (out, expected)]
+    for actual, wanted in zip(*grads, strict=True):
+        assert torch.equal(actual, wanted)
+    (first,) = torch.autograd.grad(
+        function(*inputs.values()).square().sum(), inputs["key"], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiable once; backend='reference'"):
+        first.square().sum().backward()
