@@ -65,6 +65,21 @@ SYSTEMS = {
             routing_window_size=7,
         ),
     ),
+    **{
+        f"titans-{variant}": (
+            MemAttnConfig.titans,
+            dict(
+                variant=variant,
+                window_size=5,
+                num_persistent_tokens=2,
+                memory_expansion=2,
+                chunk_size=9,
+                conv_size=3,
+                max_norm=1.0,
+            ),
+        )
+        for variant in ("lmm", "mag", "mal")
+    },
 }
 
 

@@ -276,7 +276,7 @@ def another(**attributes):
         (
             lambda: MemAttnConfig(attention={"kind": "toy"}),
             ValueError,
-            "attention.kind must be one of causal, future, segmented, got 'toy'",
+            "attention.kind must be one of causal, future, segmented, titans, got 'toy'",
         ),
         (
             lambda: make_model(parts=[ToyConfig(), ToyConfig(num_rows=2)]),

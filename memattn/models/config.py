@@ -16,6 +16,7 @@ from memattn.parts.chapter_memory import ChapterMemoryConfig
 from memattn.parts.future import FutureConfig
 from memattn.parts.old_spellings import upgrade_attention
 from memattn.parts.segmented import SegmentedConfig
+from memattn.parts.titans import TitansConfig
 from memattn.parts.together import (
     build_shared_parts,
     check_together,
@@ -246,6 +247,7 @@ class MemAttnConfig(PreTrainedConfig):
         num_chapters=16,
         top_k_chapters=4,
     )
+    titans = _preset(TitansConfig, "A decoder with a neural memory, alone or beside attention.")
 
     @classmethod
     def _check_sizes(cls, sizes: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,168 @@
+"""Titans: a neural memory instead of attention, or joined with attention near by."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from memattn.checks import check_int, must
+from memattn.nn import CausalConvolution, NeuralMemory, SegmentedAttention
+from memattn.parts.base import PartOutput, Role, Sizes, register_part
+from memattn.parts.causal import AttentionPart
+from memattn.parts.context import PartContext
+from memattn.parts.state import PartState
+from memattn.parts.titans_layers import MemoryAsGate, MemoryAsLayer, MemoryLayer
+from memattn.parts.titans_state import TitansState
+
+VARIANTS = ("lmm", "mag", "mal")
+
+
+@register_part
+@dataclass(frozen=True, kw_only=True)
+class TitansConfig(AttentionPart):
+    """A memory that learns while it reads, alone or with attention within a window.
+
+    All variants are strictly causal. The attention's persistent tokens are learned keys and values,
+    the memory's are learned hidden states that it reads before every sequence.
+
+    Attributes:
+        variant: ``"lmm"``, the memory alone; ``"mag"``, attention gated by the memory; ``"mal"``,
+            attention over what the memory gives.
+        window_size: Keys in the window of the attention, the query's own included.
+        num_persistent_tokens: Persistent tokens of the memory, and keys of the attention.
+        memory_heads: Heads of the memory; None means as many as the attention has.
+        memory_head_dim: Features of such a head; None means ``hidden_size / memory_heads``.
+        memory_depth: Layers of a memory, 1 to 4.
+        memory_expansion: Width of its hidden layers, in units of its head size.
+        chunk_size: Tokens whose gradients are taken at the same weights.
+        conv_size: Tokens that the convolutions of the memory see; 1 means none.
+        lr: Learning rate of a new memory; each token has its own.
+        momentum: Its momentum; None means none is kept.
+        decay: Its decay; None means none.
+        max_norm: Largest norm of a token's gradient; None means any.
+        backend: Backend of the operators, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+    """
+
+    kind: ClassVar[str] = "titans"
+    state_type: ClassVar[type[PartState]] = TitansState
+
+    variant: str = "mag"
+    window_size: int = 128
+    num_persistent_tokens: int = 4
+    memory_heads: int | None = None
+    memory_head_dim: int | None = None
+    memory_depth: int = 2
+    memory_expansion: int = 4
+    chunk_size: int = 64
+    conv_size: int = 4
+    lr: float = 0.01
+    momentum: float | None = 0.5
+    decay: float | None = 0.001
+    max_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant not in VARIANTS:
+            must("attention.variant", f"be one of {', '.join(VARIANTS)}", repr(self.variant))
+        for name in ("window_size", "memory_expansion", "chunk_size", "conv_size"):
+            check_int(f"attention.{name}", getattr(self, name), 1)
+        check_int("attention.num_persistent_tokens", self.num_persistent_tokens, 0)
+        check_int("attention.memory_depth", self.memory_depth, 1)
+        if self.memory_depth > 4:
+            must("attention.memory_depth", "be at most 4", self.memory_depth)
+        for name in ("memory_heads", "memory_head_dim"):
+            if getattr(self, name) is not None:
+                check_int(f"attention.{name}", getattr(self, name), 1)
+        for name in ("lr", "momentum", "decay"):
+            rate = getattr(self, name)
+            if rate is not None and not 0.0 < rate < 1.0:
+                must(f"attention.{name}", "be between 0 and 1", rate)
+        if self.max_norm is not None and not self.max_norm > 0.0:
+            must("attention.max_norm", "be positive", self.max_norm)
+
+    def check(self, sizes: Sizes, others: list) -> None:
+        heads = self._memory_heads(sizes)
+        if self.memory_head_dim is None and sizes.hidden_size % heads:
+            must("attention.memory_heads", f"divide hidden_size={sizes.hidden_size}", heads)
+
+    def _memory_heads(self, sizes: Sizes) -> int:
+        return self.memory_heads or sizes.num_heads
+
+    @property
+    def attends(self) -> bool:
+        """Whether there is attention beside the memory."""
+        return self.variant != "lmm"
+
+    @property
+    def reach(self) -> int:
+        return max(self.chunk_size, self.window_size if self.attends else 0)
+
+    def build(self, sizes: Sizes, layer: int) -> nn.Module:
+        memory = NeuralMemory(
+            sizes.hidden_size,
+            self._memory_heads(sizes),
+            head_dim=self.memory_head_dim,
+            depth=self.memory_depth,
+            expansion=self.memory_expansion,
+            chunk_size=self.chunk_size,
+            conv_size=self.conv_size,
+            num_persistent_tokens=self.num_persistent_tokens,
+            lr=self.lr,
+            momentum=self.momentum,
+            decay=self.decay,
+            norm_eps=sizes.norm_eps,
+            options={} if self.max_norm is None else dict(max_norm=self.max_norm),
+            backend=self.backend,
+        )
+        if not self.attends:
+            return MemoryLayer(memory)
+        attention = SegmentedAttention(
+            **self.heads(sizes),
+            window_size=self.window_size,
+            num_persistent_tokens=self.num_persistent_tokens,
+        )
+        if self.variant == "mal":
+            return MemoryAsLayer(memory, attention)
+        return MemoryAsGate(memory, attention, sizes.hidden_size, sizes.norm_eps)
+
+    def run(self, module: nn.Module, hidden_states: Tensor, context: PartContext) -> PartOutput:
+        return PartOutput(module(hidden_states, context))
+
+    def new_state(self) -> PartState:
+        window = self.window_size if self.attends else None
+        return TitansState(self.kind, None, window, self.variant)
+
+    @staticmethod
+    def init_weights(module: nn.Module, std: float) -> None:
+        if isinstance(module, CausalConvolution):
+            module.reset_parameters()
+        if isinstance(module, NeuralMemory):
+            bias = module.rate_proj.bias
+            loaded = bias.clone() if getattr(bias, "_is_hf_initialized", False) else None
+            module.reset_parameters()
+            if loaded is not None:
+                with torch.no_grad():
+                    bias.copy_(loaded)
+        # persistent keys of attention have the rule of the parts that own such a layer
+
+    def role(self, name: str, parameter: Tensor) -> Role | None:
+        learned = ("memory.memory_weights", "memory.persistent_", "attention.persistent_")
+        return Role("memory") if name.startswith(learned) else None
+
+    def visible(self, position: int, sizes: Sizes) -> int:
+        if not self.attends:
+            return 0
+        return min(position + 1, self.window_size) + self.num_persistent_tokens
+
+    def operator_flops(self, sizes: Sizes, length: int) -> int:
+        heads = self._memory_heads(sizes)
+        D = self.memory_head_dim or sizes.hidden_size // heads
+        widths = [D, *[self.memory_expansion * D] * (self.memory_depth - 1), D]
+        pairs = list(zip(widths, widths[1:], strict=False))
+        W, both = sum(a * b for a, b in pairs), sum(a + b for a, b in pairs)
+        kept = 1 if self.momentum is None else 2  # sums over the chunk: weights, momentum
+        # keys forward, backward, sums of updates, and the read at the chunk's start and within it
+        token = 2 * W + 2 * (W - widths[0] * widths[1]) + kept * 4 * W
+        token += (min(self.chunk_size, length) + 1) * both
+        return super().operator_flops(sizes, length) + heads * length * token

@@ -1,0 +1,145 @@
+"""What a sequence keeps of a Titans layer: keys of its attention, and the memory's state."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memattn.checks import must
+from memattn.nn import NeuralMemory, NeuralMemoryLayerState
+from memattn.parts.state import PartState
+
+UNSAVED = ("memory.initial", "memory.sizes")  # of the layer, not of a sequence
+PRESENT = "present"  # bool [B, columns], which columns held a token since recording began
+
+
+class TitansState(PartState):
+    """Keys of the attention as token tensors, the state of the neural memory as row tensors.
+
+    A crop is exact as far back as the memory goes, which is a chunk or more, if the past is
+    recorded; else it is refused.
+
+    Args:
+        kind: The part that it belongs to.
+        segment_len: Segment of the attention, or None.
+        window_size: Window of the attention, or None.
+        variant: How attention and memory are joined.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        segment_len: int | None = None,
+        window_size: int | None = None,
+        variant: str | None = None,
+    ) -> None:
+        self.variant = variant
+        super().__init__(kind, segment_len, window_size)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._memory: NeuralMemoryLayerState | None = None
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "variant": self.variant}
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from super().tensors()
+        past = None if self._memory is None else self._memory.memory.past
+        if past is not None:
+            yield from past.tensors().values()
+
+    def read_memory(self, layer: NeuralMemory, B: int) -> NeuralMemoryLayerState:
+        """The memory's state before this call, of ``B`` rows."""
+        begin, state = None, self._memory
+        if not self.rows or self._restarting is not None or state is None:
+            begin = layer.start().expand(B)
+        if state is None and begin is not None:
+            state = begin
+            if self.rows:  # from a file, or of merged rows
+                initial = {name: begin.tensors()[name] for name in UNSAVED}
+                state = NeuralMemoryLayerState.from_tensors(self.rows | initial)
+        assert state is not None
+        if self._restarting is not None and begin is not None:
+            mask = self._restarting.to(state.memory.count.device)
+            state = state.reset(mask, begin)
+        if self.record_past and state.since is None:
+            state = state.record_past()
+        return state
+
+    def write_memory(self, state: NeuralMemoryLayerState, present: Tensor) -> None:
+        """Keep the memory's state after a call, whose tokens are ``present`` bool ``[B, T]``."""
+        self._keep(state)
+        if self.record_past:
+            earlier = [self.history[PRESENT]] if PRESENT in self.history else []
+            self.history[PRESENT] = torch.cat([*earlier, present], 1)
+
+    def _keep(self, state: NeuralMemoryLayerState) -> None:
+        self._memory = state
+        self.rows = {name: x for name, x in state.tensors().items() if name not in UNSAVED}
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "TitansState":
+        other = super().apply(function)
+        assert isinstance(other, TitansState)
+        state = self._memory
+        if state is not None:
+            memory = state.memory
+            changed = memory._map(lambda name, x: x.detach() if name == "initial" else function(x))
+            device = changed.packed_weights.device
+            changed = dataclasses.replace(changed, initial=changed.initial.to(device))
+            other._keep(state._map(changed, function))
+        return other
+
+    @classmethod
+    def merge(cls, states: "list[PartState]") -> "TitansState":
+        widest: dict[str, int] = {}
+        names = ("inputs", "read_inputs")
+        for state in states:
+            for name in names:
+                if name in state.rows:
+                    widest[name] = max(widest.get(name, 0), state.rows[name].shape[1])
+        widened = []
+        for state in states:
+            other = state.apply(lambda tensor: tensor)
+            for name in widest:
+                x = other.rows[name]
+                other.rows[name] = F.pad(x, (0, 0, widest[name] - x.shape[1], 0))
+            widened.append(other)
+        merged = super().merge(widened)
+        assert isinstance(merged, TitansState)
+        return merged
+
+    def _cropped(self, num_columns: int) -> NeuralMemoryLayerState | None:
+        """The memory's state after a crop."""
+        seen = self.history.get(PRESENT)
+        recorded = 0 if seen is None else seen.shape[1]
+        if seen is None or self._memory is None or num_columns > recorded:
+            why = f"be at least {-recorded}, what {self.kind} has recorded"
+            must("tokens_to_remove", f"{why} (see activate_past_recording)", -num_columns)
+        return self._memory.crop(seen[:, recorded - num_columns :].sum(1))
+
+    def check_crop(self, num_columns: int, oldest: int, visible: int) -> None:
+        if self.tokens and visible < oldest:
+            must("tokens_to_remove", "leave what later tokens see", -num_columns)
+        if self.rows and num_columns:
+            try:
+                self._cropped(num_columns)
+            except ValueError as error:
+                if "tokens_to_remove" in str(error):
+                    raise
+                must("tokens_to_remove", f"fit what the memory keeps ({error})", -num_columns)
+
+    def crop(self, num_columns: int) -> None:
+        if self.rows and num_columns:
+            state = self._cropped(num_columns)
+            assert state is not None
+            self._keep(state)
+            seen = self.history[PRESENT]
+            self.history[PRESENT] = seen[:, : seen.shape[1] - num_columns]
+        rest = self.kept - num_columns
+        for name, states in self.tokens.items():
+            self.tokens[name] = states[..., :rest, :]
+        self.trim()
