@@ -117,6 +117,7 @@ def _run(
     from memattn.data import load_documents
     from memattn.data.tasks import Haystack
     from memattn.evaluate import recall
+    from memattn.evaluate.perplexity import check_window
     from memattn.files import write_json
     from memattn.viz.recall import plot_recall
 
@@ -127,7 +128,7 @@ def _run(
         options = {**options, "haystack": Haystack(load_model_tokenizer(model), texts)}
     elif options.get("vocab_size") is None:
         options = {**options, "vocab_size": loaded.config.vocab_size - options["first_token"]}
-    longest = min(getattr(loaded.config, "max_position_embeddings", None) or 1024, 1024)
+    longest, _ = check_window(loaded, None, None)
     report = recall(
         loaded,
         kind(**options),

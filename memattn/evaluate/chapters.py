@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.chapters import chapter_from_text, chapters_of
+from memattn.chapters import LONGEST, chapter_from_text, chapters_of
 from memattn.checks import check_int, must
+from memattn.evaluate.perplexity import run_in_eval_mode
 
 BATCH = 8
-LONGEST = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,13 +180,9 @@ class _Measure:
             tokens, front = tokens[1:], tokens[:1]
         full = len(tokens) // self.piece_len * self.piece_len
         groups = [*tokens[:full].view(-1, self.piece_len).split(BATCH), tokens[None, full:]]
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad(), chapters_of(self.model).only(*names, weight=weight):
-                return torch.cat([self._losses(front, group) for group in groups if group.numel()])
-        finally:
-            self.model.train(was_training)
+        opened = chapters_of(self.model).only(*names, weight=weight)
+        with torch.no_grad(), run_in_eval_mode(self.model), opened:
+            return torch.cat([self._losses(front, group) for group in groups if group.numel()])
 
     def _losses(self, front: Tensor, pieces: Tensor) -> Tensor:
         device = next(self.model.parameters()).device

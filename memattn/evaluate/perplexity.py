@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 Batch = tuple[dict[str, Tensor], Tensor]  # inputs, and for each position the token that follows
+Item = TypeVar("Item")
 Window = tuple[list[int], list[int]]  # inputs, and the tokens that follow the last of them
 
 
@@ -123,7 +124,7 @@ def perplexity(
         ]
         batches = padded(windows, batch_size)
         if progress:
-            batches = _with_progress(batches, -(-len(windows) // batch_size))
+            batches = with_progress(batches, -(-len(windows) // batch_size))
         num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
         num_words = sum(len(text.split()) for text in texts)
     total, num_tokens, losses = _sum_loss(model, batches)
@@ -235,11 +236,12 @@ def padded(windows: list[Window], batch_size: int) -> Iterator[Batch]:
         yield inputs if bool(mask.all()) else {**inputs, "attention_mask": mask}, targets
 
 
-def _with_progress(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
+def with_progress(items: Iterable[Item], total: int) -> Iterator[Item]:
+    """The items, with a bar on stderr."""
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(batches, "evaluating", total, console=Console(stderr=True))
+    yield from track(items, "evaluating", total, console=Console(stderr=True))
 
 
 def _exp(value: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from memattn._tables import Table
 from memattn.checks import check_int, must
 from memattn.data.tasks import Sample, Task, draw_sample
-from memattn.evaluate.perplexity import run_in_eval_mode
+from memattn.evaluate.perplexity import run_in_eval_mode, with_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,8 @@ def recall(
     ]
     cells = []
     with run_in_eval_mode(model):
-        for (length, depth), cell in _track(list(zip(grid, drawn, strict=True)), progress):
+        pairs = zip(grid, drawn, strict=True)
+        for (length, depth), cell in with_progress(pairs, len(grid)) if progress else pairs:
             batches = [cell[at : at + batch_size] for at in range(0, samples, batch_size)]
             results = [result for batch in batches for result in _answer(model, batch)]
             cells.append(_cell(length, depth, cell, results, reach))
@@ -226,13 +227,3 @@ def _cell(
         distance=sum(sample.distance for sample in samples) / n,
         beyond_reach=beyond,
     )
-
-
-def _track(cells: list[Any], progress: bool) -> Iterator[Any]:
-    if not progress:
-        yield from cells
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(cells, "evaluating", len(cells), console=Console(stderr=True))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from memattn.checks import check_int, must
 from memattn.nn import CausalConvolution, NeuralMemory, SegmentedAttention
+from memattn.ops.neural_memory import DEEPEST
 from memattn.parts.base import PartOutput, Role, Sizes, register_part
 from memattn.parts.causal import AttentionPart
 from memattn.parts.context import PartContext
@@ -69,8 +70,8 @@ class TitansConfig(AttentionPart):
             check_int(f"attention.{name}", getattr(self, name), 1)
         check_int("attention.num_persistent_tokens", self.num_persistent_tokens, 0)
         check_int("attention.memory_depth", self.memory_depth, 1)
-        if self.memory_depth > 4:
-            must("attention.memory_depth", "be at most 4", self.memory_depth)
+        if self.memory_depth > DEEPEST:
+            must("attention.memory_depth", f"be at most {DEEPEST}", self.memory_depth)
         for name in ("memory_heads", "memory_head_dim"):
             if getattr(self, name) is not None:
                 check_int(f"attention.{name}", getattr(self, name), 1)

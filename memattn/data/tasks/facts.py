@@ -58,14 +58,19 @@ class _World:
         self.left.pop(thing, None)
 
 
-def _one_fact(generator: random.Random, n: int) -> _Story:
+def _moves(generator: random.Random, n: int) -> tuple[list[str], str, str, int]:
+    """Facts about where people went; one of them, where that person is, and since which fact."""
     world = _World(generator)
     for _ in range(n):
         world.move()
     person = generator.choice(sorted(world.place))
-    place, since = world.place[person]
+    return world.facts, person, *world.place[person]
+
+
+def _one_fact(generator: random.Random, n: int) -> _Story:
+    facts, person, place, since = _moves(generator, n)
     question = f"Where is {person}? {person} is in the"
-    return _Story(world.facts, since, question, place, len(PLACES))
+    return _Story(facts, since, question, place, len(PLACES))
 
 
 def _two_facts(generator: random.Random, n: int) -> _Story:
@@ -80,16 +85,12 @@ def _two_facts(generator: random.Random, n: int) -> _Story:
 
 
 def _yes_no(generator: random.Random, n: int) -> _Story:
-    world = _World(generator)
-    for _ in range(n):
-        world.move()
-    person = generator.choice(sorted(world.place))
-    place, since = world.place[person]
+    facts, person, place, since = _moves(generator, n)
     asked, answer = place, "yes"
     if generator.random() < 0.5:
         asked, answer = generator.choice([p for p in PLACES if p != place]), "no"
     question = f"Is {person} in the {asked}? The answer is"
-    return _Story(world.facts, since, question, answer, 2)
+    return _Story(facts, since, question, answer, 2)
 
 
 def _counting(generator: random.Random, n: int) -> _Story:
