@@ -51,7 +51,7 @@ class NeuralMemory(nn.Module):
         norm_eps: Of the output's norm.
         options: Further arguments of ``memattn.neural_memory``: ``read``, ``activation``,
             ``residual``, ``loss``, ``huber_delta``, ``max_norm``, ``clamp``, ``skip_nonfinite``.
-        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+        backend: Backend of the operator, ``"auto"``, ``"cpp"`` or ``"reference"``.
 
     Raises:
         ValueError: If heads do not divide or a value is outside its range.

@@ -42,7 +42,7 @@ class TitansConfig(AttentionPart):
         momentum: Its momentum; None means none is kept.
         decay: Its decay; None means none.
         max_norm: Largest norm of a token's gradient; None means any.
-        backend: Backend of the operators, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+        backend: Backend of the operators, ``"auto"``, ``"cpp"`` or ``"reference"``.
     """
 
     kind: ClassVar[str] = "titans"
