@@ -9,6 +9,7 @@ from memattn.nn.chapter_memory import (
     MemoryCrossAttention,
     ProjectedChapters,
 )
+from memattn.nn.domain_gate import DomainGate, GateOutput, GateState
 from memattn.nn.future_attention import FutureAttention, FutureLayerOutput
 from memattn.nn.future_keys import FutureComputed, FutureRelative, FutureRows, FutureTable
 from memattn.nn.linear import LowRankLinear, ZeroLinear
@@ -35,6 +36,7 @@ __all__ = [
     "ChapterMemory",
     "ChapterRouter",
     "ColumnLayout",
+    "DomainGate",
     "FactorizedMemoryBank",
     "FutureAttention",
     "FutureComputed",
@@ -42,6 +44,8 @@ __all__ = [
     "FutureRelative",
     "FutureRows",
     "FutureTable",
+    "GateOutput",
+    "GateState",
     "KeyValueCache",
     "LowRankLinear",
     "MemoryBank",
