@@ -1,6 +1,7 @@
 """Thin modules around the operators: projections, one operator call, output projection."""
 
 from memattn.nn._heads import KeyValueCache, MultiHeadAttention, TokenCache
+from memattn.nn.axial_positions import AxialPositions, ContinuousAxialPositions
 from memattn.nn.causal_convolution import CausalConvolution
 from memattn.nn.chapter_memory import (
     ChapterMemory,
@@ -32,10 +33,12 @@ from memattn.nn.task_tokens import TokenProjection
 
 __all__ = [
     "GELUMLP",
+    "AxialPositions",
     "CausalConvolution",
     "ChapterMemory",
     "ChapterRouter",
     "ColumnLayout",
+    "ContinuousAxialPositions",
     "DomainGate",
     "FactorizedMemoryBank",
     "FutureAttention",
