@@ -71,6 +71,7 @@ SYSTEMS = {
             dict(
                 variant=variant,
                 window_size=5,
+                segment_len=9,
                 num_persistent_tokens=2,
                 memory_expansion=2,
                 chunk_size=9,
@@ -78,7 +79,7 @@ SYSTEMS = {
                 max_norm=1.0,
             ),
         )
-        for variant in ("lmm", "mag", "mal")
+        for variant in ("lmm", "mac", "mac_parallel", "mag", "mal")
     },
 }
 

@@ -1,6 +1,11 @@
 """Thin modules around the operators: projections, one operator call, output projection."""
 
-from memattn.nn._heads import KeyValueCache, MultiHeadAttention, TokenCache
+from memattn.nn._heads import (
+    KeyValueCache,
+    MultiHeadAttention,
+    PersistentAttention,
+    TokenCache,
+)
 from memattn.nn.causal_convolution import CausalConvolution
 from memattn.nn.chapter_memory import (
     ChapterMemory,
@@ -51,6 +56,7 @@ __all__ = [
     "NeuralMemory",
     "NeuralMemoryLayerOutput",
     "NeuralMemoryLayerState",
+    "PersistentAttention",
     "ProjectedChapters",
     "QuantizedMemoryBank",
     "ReducedDimMemoryBank",
