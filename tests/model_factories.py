@@ -77,9 +77,18 @@ SYSTEMS = {
                 chunk_size=9,
                 conv_size=3,
                 max_norm=1.0,
+                **options,
             ),
         )
-        for variant in ("lmm", "mac", "mac_parallel", "mag", "mal")
+        for variant, options in {
+            "lmm": dict(position_embedding="continuous_axial", position_segment_len=6),
+            "mac": {},
+            "mac_parallel": {},
+            "mag": {},
+            "mal": dict(
+                position_embedding="axial", position_segment_len=7, max_position_embeddings=160
+            ),
+        }.items()
     },
 }
 

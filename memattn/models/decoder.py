@@ -17,7 +17,7 @@ from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
 from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
-from memattn.nn import RotaryEmbedding, make_norm, sequence_positions
+from memattn.nn import ContinuousAxialPositions, RotaryEmbedding, make_norm, sequence_positions
 from memattn.parts import PARTS, PartConfig, PartContext, Role, SequenceBounds
 from memattn.parts.chapters import FILE, Chapters
 from memattn.parts.losses import LossSums
@@ -45,6 +45,8 @@ class MemAttnPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, ContinuousAxialPositions):
+            module.reset_parameters(self.config.initializer_range)
         for init_weights in dict.fromkeys(part.init_weights for part in PARTS.values()):
             init_weights(module, self.config.initializer_range)
 
@@ -106,10 +108,8 @@ class MemAttnModel(MemAttnPreTrainedModel):
         super().__init__(config)
         assert config.head_dim is not None and config.rope_parameters is not None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = self.rotary = None
-        if config.embeds_positions:
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        else:
+        self.embed_positions, self.rotary = config.build_positions(), None
+        if self.embed_positions is None:
             self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters["rope_theta"])
         self.layers = nn.ModuleList(
             MemAttnBlock(config, i) for i in range(config.num_hidden_layers)

@@ -6,6 +6,7 @@ from memattn.nn._heads import (
     PersistentAttention,
     TokenCache,
 )
+from memattn.nn.axial_positions import AxialPositions, ContinuousAxialPositions
 from memattn.nn.causal_convolution import CausalConvolution
 from memattn.nn.chapter_memory import (
     ChapterMemory,
@@ -36,10 +37,12 @@ from memattn.nn.task_tokens import TokenProjection
 
 __all__ = [
     "GELUMLP",
+    "AxialPositions",
     "CausalConvolution",
     "ChapterMemory",
     "ChapterRouter",
     "ColumnLayout",
+    "ContinuousAxialPositions",
     "FactorizedMemoryBank",
     "FutureAttention",
     "FutureComputed",
