@@ -71,6 +71,7 @@ SYSTEMS = {
             dict(
                 variant=variant,
                 window_size=5,
+                segment_len=9,
                 num_persistent_tokens=2,
                 memory_expansion=2,
                 chunk_size=9,
@@ -81,6 +82,8 @@ SYSTEMS = {
         )
         for variant, options in {
             "lmm": dict(position_embedding="continuous_axial", position_segment_len=6),
+            "mac": {},
+            "mac_parallel": {},
             "mag": {},
             "mal": dict(
                 position_embedding="axial", position_segment_len=7, max_position_embeddings=160

@@ -176,7 +176,9 @@ class MemAttnModel(MemAttnPreTrainedModel):
             check_lengths(positions, attention_mask, limit)
         if position_ids is not None:
             check_positions(position_ids, positions, attention_mask)
-        present = None if attention_mask is None else attention_mask[:, -T:] != 0
+        present = None
+        if attention_mask is not None and _has_padding(cache, bounds):
+            present = attention_mask[:, -T:] != 0
         if self.embed_positions is not None:
             known = positions if present is None else torch.where(present, positions, 0)
             hidden_states = hidden_states + self.embed_positions(known.clamp(min=0))
@@ -235,6 +237,13 @@ class MemAttnModel(MemAttnPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not (self.training or packed)
         return MemAttnCache(self.config) if cache is None and use_cache else cache
+
+
+def _has_padding(cache: MemAttnCache | None, bounds: SequenceBounds) -> bool:
+    """Whether a row has no token in some column of a call, as far as is known without waiting."""
+    if cache is not None:
+        return cache.has_padding
+    return bounds.seq_start is not None or bounds.seq_end is not None
 
 
 class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):

@@ -1,6 +1,11 @@
 """Thin modules around the operators: projections, one operator call, output projection."""
 
-from memattn.nn._heads import KeyValueCache, MultiHeadAttention, TokenCache
+from memattn.nn._heads import (
+    KeyValueCache,
+    MultiHeadAttention,
+    PersistentAttention,
+    TokenCache,
+)
 from memattn.nn.axial_positions import AxialPositions, ContinuousAxialPositions
 from memattn.nn.causal_convolution import CausalConvolution
 from memattn.nn.chapter_memory import (
@@ -58,6 +63,7 @@ __all__ = [
     "NeuralMemory",
     "NeuralMemoryLayerOutput",
     "NeuralMemoryLayerState",
+    "PersistentAttention",
     "ProjectedChapters",
     "QuantizedMemoryBank",
     "ReducedDimMemoryBank",
