@@ -22,6 +22,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "no-persistent": {"num_persistent_tokens": 0},
 }
 MODELS = (VANILLA, *VARIANTS, *WITHOUT)
+USUAL = ("lmm", "mac", "mag", "mal")  # the paper's variants
 HEADINGS = {
     "recall": "Multi-query associative recall",
     "needle": "One needle",
@@ -65,14 +66,15 @@ class TitansPart:
     Attributes:
         models: Variants; ``vanilla``, attention within the window alone; and ``no-decay``,
             ``no-momentum``, ``no-convolution``, ``linear`` (one layer), ``no-persistent``.
-        window_size: Keys in the window of the attention, of all models.
+        window_size: Keys in the window of the attention, of all models; tokens of a segment of
+            ``mac``.
         sizes: Sizes of every model, keywords of the presets.
         memory: Further fields of the Titans part, such as ``chunk_size``.
         data: The text or task, of which a part must be held out.
         training: Optimisation; output_dir and seed are left to the study.
     """
 
-    models: list[str] = field(default_factory=lambda: list(MODELS))
+    models: list[str] = field(default_factory=lambda: [VANILLA, *USUAL, *WITHOUT])
     window_size: int = 16
     sizes: dict[str, Any] = field(
         default_factory=lambda: dict(
@@ -92,7 +94,7 @@ class TitansPart:
     def __post_init__(self) -> None:
         check_list("models", self.models, MODELS)
         check_int("window_size", self.window_size, 1)
-        for name in ("variant", "window_size"):
+        for name in ("variant", "window_size", "segment_len"):
             if name in self.memory:
                 must(f"memory.{name}", "be left to the study", self.memory[name])
 
@@ -134,7 +136,7 @@ class TitansStudy(Study):
     )
     needle: TitansPart = field(
         default_factory=lambda: TitansPart(
-            models=[VANILLA, *VARIANTS],
+            models=[VANILLA, *USUAL],
             data=_task("needle", {"needle": "word"}, vocab_size=700, seq_len=96),
             training=_training(max_steps=300, warmup_steps=20),
         )
@@ -235,7 +237,8 @@ class _PartStudy(Study):
         if name == VANILLA:
             return "segmented", {**options, "segment_len": None, "num_persistent_tokens": 0}
         variant = name if name in VARIANTS else self.all.compare.variant
-        return "titans", {**options, **self.part.memory, "variant": variant} | WITHOUT.get(name, {})
+        options |= {"segment_len": self.part.window_size, **self.part.memory, "variant": variant}
+        return "titans", options | WITHOUT.get(name, {})
 
     @property
     def reach(self) -> int:
