@@ -178,13 +178,8 @@ class TitansConfig(TitansOptions):
         # persistent keys of attention have the rule of the parts that own such a layer
 
     def role(self, name: str, parameter: Tensor) -> Role | None:
-        learned = (
-            "memory.memory_weights",
-            "memory.persistent_",
-            "attention.persistent_",
-            "longterm",
-        )
-        return Role("memory") if name.startswith(learned) else None
+        learned = ("memory.memory_weights", "memory.persistent_", "attention.persistent_")
+        return Role("memory") if name.startswith((*learned, "longterm.")) else None
 
     def visible(self, position: int, sizes: Sizes) -> int:
         if not self.attends:
@@ -204,10 +199,15 @@ class TitansConfig(TitansOptions):
         token = 2 * W + 2 * (W - widths[0] * widths[1]) + kept * 4 * W
         token += (min(self._chunk, length) + 1) * both
         again = 0  # products with matrices that are used for a second time
-        if self.segments:  # keys and values of what the memory gave
-            again = 2 * sizes.hidden_size * sizes.num_kv_heads * sizes.head_dim
+        longterm = 0  # of the long-term memory tokens of all segments
+        keys = 2 * sizes.hidden_size * sizes.num_kv_heads * sizes.head_dim  # and values
+        if self.segments:  # those of what the memory gave
+            again = keys
         if self.variant == "mac":  # the read at the segment's start: query, gate, output
             token += 2 * W
             convolution = self.conv_size if self.conv_size > 1 else 0
             again += (3 * sizes.hidden_size + convolution) * heads * D
-        return super().operator_flops(sizes, length) + length * (heads * token + 2 * again)
+            tokens = -(-length // self.segment_len) * self.num_longterm_mem_tokens
+            longterm = tokens * (heads * 2 * W + 2 * (again + keys))
+        once = super().operator_flops(sizes, length) + longterm
+        return once + length * (heads * token + 2 * again)

@@ -121,6 +121,7 @@ class AttendedSegments(NamedTuple):
     keys: ContextKeys  # [B or 1, Hkv, G, D]
     attended: Tensor  # [B or 1, G, E]
     remembered: Tensor  # [B or 1, G, E], read with queries of what attention gave
+    longterm: list[ContextKeys]  # of each piece, [rows, Hkv, M, D]; empty without such tokens
 
 
 class MemoryAsContext(ContextLayer):
@@ -157,7 +158,7 @@ class MemoryAsContext(ContextLayer):
         before = self.remembered_before(context)
         before = None if before is None else cut.flat(before)
         starts = SegmentStarts(cache, cut.phase) if self.memory.chunk_size < L else None
-        attended, remembered, memory_keys, memory_values = [], [], [], []
+        attended, remembered, memory_keys, memory_values, fronts = [], [], [], [], []
         for piece in cut.pieces:
             if piece.rows < rows:  # documents that have ended
                 rows = piece.rows
@@ -181,6 +182,8 @@ class MemoryAsContext(ContextLayer):
             remembered.append(out)
             memory_keys.append(memory[0])
             memory_values.append(memory[1])
+            if front is not None:
+                fronts.append(front)
         keys = ContextKeys(key, value, cut.join(memory_keys), cut.join(memory_values))
         if cache is not None:
             present = all_present(hidden_states, context)
@@ -189,7 +192,7 @@ class MemoryAsContext(ContextLayer):
                 starts.keep(present.sum(1), L)
             for name, tensor in keys._asdict().items():
                 cache.append(name, cut.columns(tensor))
-        found = AttendedSegments(query, keys, cut.join(attended), cut.join(remembered))
+        found = AttendedSegments(query, keys, cut.join(attended), cut.join(remembered), fronts)
         if self.weight_residual:
             context.handed[REMEMBERED] = cut.columns(found.remembered)
         return found
@@ -328,12 +331,15 @@ def _segments(context: PartContext, S: int, L: int) -> tuple[Tensor | None, Tens
 
 
 def _sources(layer: ContextLayer, hidden_states: Tensor, context: PartContext) -> dict[str, Tensor]:
-    """Masses ``[B, H, T]`` of tokens, of what the memory gave, and of persistent keys."""
-    attention = layer.attention
+    """Masses ``[B, H, T]`` of tokens, of what the memory gave, and of keys that all tokens see."""
+    attention, longterm = layer.attention, None
     if isinstance(layer, MemoryAsContext):
         shape = (hidden_states.shape[0], hidden_states.shape[1])
         cut = segment_pieces(context, shape, attention.segment_len)
-        query, keys, *_ = layer.run_segments(hidden_states, context, cut)
+        query, keys, _, _, fronts = layer.run_segments(hidden_states, context, cut)
+        if fronts:
+            pairs = zip(cut.pieces, fronts, strict=True)
+            longterm = cut.join([_front_lse(cut.of(query, piece), front) for piece, front in pairs])
     else:
         assert isinstance(layer, MemoryInParallel)
         remembered = layer.remember(hidden_states, context)
@@ -349,8 +355,17 @@ def _sources(layer: ContextLayer, hidden_states: Tensor, context: PartContext) -
         persistent = (attention.persistent_key, attention.persistent_value)
         shared = (x.expand(len(query), -1, -1, -1) for x in persistent)
         parts["persistent"] = lse(*shared, is_causal=False)
+    if longterm is not None:
+        parts["longterm"] = longterm[..., 0]
     total = torch.stack(list(parts.values())).logsumexp(0)
     return {name: (part - total).exp() for name, part in parts.items()}
+
+
+def _front_lse(query: Tensor, front: ContextKeys) -> Tensor:
+    """Log-sum-exp ``[B, H, T, 1]`` of the scores of all keys in front of a segment."""
+    key = torch.cat([front.key, front.memory_key], 2)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return (query @ key.mT * query.shape[-1] ** -0.5).double().logsumexp(-1, keepdim=True)
 
 
 SOURCES[MemoryAsContext] = SOURCES[MemoryInParallel] = _sources

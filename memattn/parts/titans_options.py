@@ -1,7 +1,7 @@
 """What a layer of Titans may have beyond a memory and attention: residuals, tokens, sizes."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,6 @@ from torch import Tensor, nn
 from memattn.checks import check_bool, check_int, must
 from memattn.parts.base import Sizes
 from memattn.parts.causal import AttentionPart
-
-if TYPE_CHECKING:
-    from memattn.parts.titans_layers import MemoryLayer
 
 VALUES = "value_residual"  # [B, T, Hkv D], values of the first layer
 REMEMBERED = "memory_output"  # [B, T, E], what the memory of the layer before gave
@@ -122,12 +119,12 @@ class TitansOptions(AttentionPart):
             if not even and whole % unit:
                 must("attention.memory_dim", f"be a multiple of the head size {unit}", whole)
         if whole % heads or (D is not None and heads * D != whole):
-            fit = "divide" if D is None else f"times memory_head_dim={D} be"
+            fit = "divide" if D is None else f"have memory_head_dim={D} features and make up"
             must("attention.memory_heads", f"{fit} {name}={whole}", heads)
         return heads, whole // heads
 
-    def add_options(self, module: "MemoryLayer", sizes: Sizes, layer: int) -> "MemoryLayer":
-        """Give a layer what these fields ask for."""
+    def add_options(self, module: Any, sizes: Sizes, layer: int) -> nn.Module:
+        """Give a layer of ``memattn.parts.titans_layers`` what these fields ask for."""
         module.weight_residual = self.neural_mem_weight_residual
         module.value_residual = self.value_residual
         if self.value_residual and layer:
