@@ -62,6 +62,7 @@ class Study:
             value = getattr(self.training, name)
             if value != getattr(TrainingConfig(), name):
                 must(f"training.{name}", "be left to the study", value)
+        self.training.num_steps()  # refuses epochs: the runs are compared at equal steps
 
     @property
     def seeds(self) -> list[int]:

@@ -42,7 +42,7 @@ class StudyRun:
 
     @property
     def max_steps(self) -> int:
-        return self.config.training.max_steps
+        return self.config.training.num_steps()
 
     def __str__(self) -> str:
         return f"{self.cell.name}, seed {self.seed}"
