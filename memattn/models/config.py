@@ -295,6 +295,7 @@ PRESETS: dict[str, Callable[..., MemAttnConfig]] = {
     "segmented": MemAttnConfig.segmented,
     "future": MemAttnConfig.future,
     "memory_transformer": MemAttnConfig.memory_transformer,
+    "titans": MemAttnConfig.titans,
 }
 
 
