@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from memattn.checks import check_int, must
 from memattn.nn import CausalConvolution, NeuralMemory, SegmentedAttention
+from memattn.ops._dispatch import BACKENDS
 from memattn.ops.neural_memory import DEEPEST
 from memattn.parts.base import PartOutput, Role, Sizes, register_part
 from memattn.parts.causal import AttentionPart
@@ -42,10 +43,12 @@ class TitansConfig(AttentionPart):
         momentum: Its momentum; None means none is kept.
         decay: Its decay; None means none.
         max_norm: Largest norm of a token's gradient; None means any.
-        backend: Backend of the operators, ``"auto"``, ``"cpp"`` or ``"reference"``.
+        backend: Backend of the operators, ``"auto"``, ``"cpp"`` or ``"reference"``; or ``"flex"``
+            for the attention and ``"auto"`` for the memory.
     """
 
     kind: ClassVar[str] = "titans"
+    backends: ClassVar[tuple[str, ...]] = (*BACKENDS, "flex")
     state_type: ClassVar[type[PartState]] = TitansState
 
     variant: str = "mag"
@@ -114,7 +117,7 @@ class TitansConfig(AttentionPart):
             decay=self.decay,
             norm_eps=sizes.norm_eps,
             options={} if self.max_norm is None else dict(max_norm=self.max_norm),
-            backend=self.backend,
+            backend="auto" if self.backend == "flex" else self.backend,
         )
         if not self.attends:
             return MemoryLayer(memory)

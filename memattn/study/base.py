@@ -35,6 +35,7 @@ class Study:
         baselines: Names of the cells that the others are compared with.
         measures: What is measured beside train and validation loss.
         packages: Packages that its numbers depend on beside torch.
+        folder_option: What messages call the option ``out``.
 
     Attributes:
         out: Folder of the runs and results.
@@ -48,6 +49,7 @@ class Study:
     baselines: ClassVar[tuple[str, ...]]
     measures: ClassVar[tuple[Measure, ...]] = ()
     packages: ClassVar[tuple[str, ...]] = ()
+    folder_option: ClassVar[str] = "out"
 
     out: str
     data: DataConfig
