@@ -79,7 +79,7 @@ WIKITEXT = """
 
 def run(folder: Path, *options: str) -> int:
     """A comparison that takes a second."""
-    tiny = "--dim 32 --depth 1 --heads 1 --dim-head 32 --segment-len 16 --batch-size 2 --lr 1e-3"
+    tiny = "--dim 32 --depth 1 --heads 1 --dim-head 32 --segment-len 48 --batch-size 2 --lr 1e-3"
     tiny += " --eval-batch-size 3 --steps 4 --warmup-steps 1 --log-interval 1 --eval-interval 2"
     tiny += " --eval-steps 1 --save-interval 2 --seq-len 96 --tokenizer bytes"
     where = ["--dataset", str(folder / "corpus.jsonl"), "--data-dir", str(folder / "data")]
@@ -151,7 +151,7 @@ def test_models_have_equal_tokens_and_parameters_and_all_is_written(compared):
     assert f"{titans['losses']['word_perplexity']['mean']:,.2f}" in text
     assert "Perplexity: the standard test text of wikitext-103, in windows of 96 tokens" in text
     loaded = PRESETS["titans"].__self__.from_pretrained(out / "titans" / "seed-0" / "model")
-    assert loaded.attention.memory_head_dim == 32 and loaded.attention.window_size == 16
+    assert loaded.attention.memory_head_dim == 32 and loaded.attention.segment_len == 48
 
 
 def test_another_test_text_is_measured_anew_and_another_run_refused(compared, tmp_path, capsys):

@@ -13,7 +13,7 @@ def compare(
     use_memory: bool = True,
     use_flex_attn: bool = False,
     memory_dim: int | None = None,
-    variant: Literal["mag", "mal", "lmm"] = "mag",
+    variant: Literal["mac", "mac_parallel", "mag", "mal", "lmm"] = "mac",
     models: tuple[str, ...] = (),
     batch_size: int = 16,
     eval_batch_size: int = 16,

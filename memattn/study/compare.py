@@ -46,7 +46,7 @@ class ModelSizes:
     memory_dim: int | None = None
     use_memory: bool = True
     use_flex_attn: bool = False
-    variant: str = "mag"
+    variant: str = "mac"
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "dim_head", "segment_len", "ff_mult"):
@@ -80,6 +80,7 @@ class ModelSizes:
         memory_dim = self.dim if self.memory_dim is None else self.memory_dim
         options |= dict(
             variant=self.variant,
+            segment_len=self.segment_len,
             window_size=self.segment_len,
             memory_heads=memory_dim // self.dim_head,
             memory_head_dim=self.dim_head,
