@@ -143,6 +143,7 @@ class TitansStudy(Study):
     )
     text: TitansPart = field(
         default_factory=lambda: TitansPart(
+            models=[VANILLA, *USUAL],
             data=DataConfig(vocab_size=1024, seq_len=128),
             training=_training(max_steps=400, batch_size=8, warmup_steps=40),
         )
