@@ -26,7 +26,7 @@ def plot(
     Args:
         runs: Run folders, as memattn train writes them; or a view, and one model, as memattn
             generate takes it. A run folder of such a name is ./attention.
-        out: Picture to write: .png, .svg or .pdf; by default curves.png, or VIEW.png.
+        out: Picture to write: .png, .svg, .pdf or .html; by default curves.png, or VIEW.png.
         x: What the horizontal axis of loss curves counts.
         text: Text that the model reads; - for the standard input.
     """

@@ -1,5 +1,6 @@
 """Titans: a neural memory instead of attention, or joined with attention near by."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from memattn.checks import check_int, must
 from memattn.nn import CausalConvolution, NeuralMemory, SegmentedAttention
 from memattn.ops.neural_memory import DEEPEST
-from memattn.parts.base import PartOutput, Role, Sizes, register_part
+from memattn.parts.base import PartOutput, Role, Sizes, View, register_part
 from memattn.parts.causal import AttentionPart
 from memattn.parts.context import PartContext
+from memattn.parts.memory_measures import measure_memory
+from memattn.parts.memory_picture import draw_memory_use
 from memattn.parts.state import PartState
 from memattn.parts.titans_layers import MemoryAsGate, MemoryAsLayer, MemoryLayer
 from memattn.parts.titans_state import TitansState
@@ -47,6 +50,7 @@ class TitansConfig(AttentionPart):
 
     kind: ClassVar[str] = "titans"
     state_type: ClassVar[type[PartState]] = TitansState
+    views: ClassVar[Mapping[str, View]] = {"memory": View(measure_memory, draw_memory_use)}
 
     variant: str = "mag"
     window_size: int = 128

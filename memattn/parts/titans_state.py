@@ -52,6 +52,11 @@ class TitansState(PartState):
         if past is not None:
             yield from past.tensors().values()
 
+    @property
+    def memory(self) -> NeuralMemoryLayerState | None:
+        """The memory's state, or None before the first call and behind a file."""
+        return self._memory
+
     def read_memory(self, layer: NeuralMemory, B: int) -> NeuralMemoryLayerState:
         """The memory's state before this call, of ``B`` rows."""
         begin, state = None, self._memory
