@@ -1,6 +1,12 @@
 """Thin modules around the operators: projections, one operator call, output projection."""
 
-from memattn.nn._heads import KeyValueCache, MultiHeadAttention, TokenCache
+from memattn.nn._heads import (
+    KeyValueCache,
+    MultiHeadAttention,
+    PersistentAttention,
+    TokenCache,
+)
+from memattn.nn.axial_positions import AxialPositions, ContinuousAxialPositions
 from memattn.nn.causal_convolution import CausalConvolution
 from memattn.nn.chapter_memory import (
     ChapterMemory,
@@ -31,10 +37,12 @@ from memattn.nn.task_tokens import TokenProjection
 
 __all__ = [
     "GELUMLP",
+    "AxialPositions",
     "CausalConvolution",
     "ChapterMemory",
     "ChapterRouter",
     "ColumnLayout",
+    "ContinuousAxialPositions",
     "FactorizedMemoryBank",
     "FutureAttention",
     "FutureComputed",
@@ -51,6 +59,7 @@ __all__ = [
     "NeuralMemory",
     "NeuralMemoryLayerOutput",
     "NeuralMemoryLayerState",
+    "PersistentAttention",
     "ProjectedChapters",
     "QuantizedMemoryBank",
     "ReducedDimMemoryBank",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memattn.checks import check_int, must
-from memattn.nn import SegmentedAttention
+from memattn.nn import PersistentAttention, SegmentedAttention
 from memattn.nn.rotary import apply_rotary
 from memattn.ops import segmented_attention
 from memattn.ops._dispatch import BACKENDS
@@ -95,9 +95,10 @@ class CausalConfig(AttentionPart):
 
     @staticmethod
     def init_weights(module: nn.Module, std: float) -> None:
-        if isinstance(module, SegmentedAttention) and module.persistent_key is not None:
-            nn.init.normal_(module.persistent_key, std=std)
-            nn.init.normal_(module.persistent_value, std=std)
+        if isinstance(module, PersistentAttention):
+            for persistent in (module.persistent_key, module.persistent_value):
+                if persistent is not None:
+                    nn.init.normal_(persistent, std=std)
 
     def role(self, name: str, parameter: Tensor) -> Role | None:
         return Role("memory") if name.startswith("persistent_") else None

@@ -16,10 +16,12 @@ from memattn.parts.context import PartContext
 from memattn.parts.memory_measures import measure_memory
 from memattn.parts.memory_picture import draw_memory_use
 from memattn.parts.state import PartState
+from memattn.parts.titans_context import ContextAttention, MemoryAsContext, MemoryInParallel
 from memattn.parts.titans_layers import MemoryAsGate, MemoryAsLayer, MemoryLayer
 from memattn.parts.titans_state import TitansState
 
-VARIANTS = ("lmm", "mag", "mal")
+VARIANTS = ("lmm", "mac", "mac_parallel", "mag", "mal")
+CHUNK = 64  # tokens of a chunk, unless others are asked for
 
 
 @register_part
@@ -32,14 +34,19 @@ class TitansConfig(AttentionPart):
 
     Attributes:
         variant: ``"lmm"``, the memory alone; ``"mag"``, attention gated by the memory; ``"mal"``,
-            attention over what the memory gives.
+            attention over what the memory gives; ``"mac"``, attention over a segment and what the
+            memory knows of it, which then learns the result; ``"mac_parallel"``, another model:
+            the memory learns from the input instead.
         window_size: Keys in the window of the attention, the query's own included.
-        num_persistent_tokens: Persistent tokens of the memory, and keys of the attention.
+        segment_len: Tokens in a segment, of ``"mac"`` and ``"mac_parallel"``, which have no window.
+        num_persistent_tokens: Persistent tokens of the memory, and keys of the attention. The
+            memory of ``"mac"`` learns from attention alone and has none.
         memory_heads: Heads of the memory; None means as many as the attention has.
         memory_head_dim: Features of such a head; None means ``hidden_size / memory_heads``.
         memory_depth: Layers of a memory, 1 to 4.
         memory_expansion: Width of its hidden layers, in units of its head size.
-        chunk_size: Tokens whose gradients are taken at the same weights.
+        chunk_size: Tokens whose gradients are taken at the same weights; in ``"mac"`` it divides
+            the segment. None means 64, or there the segment where 64 does not divide it.
         conv_size: Tokens that the convolutions of the memory see; 1 means none.
         lr: Learning rate of a new memory; each token has its own.
         momentum: Its momentum; None means none is kept.
@@ -52,14 +59,15 @@ class TitansConfig(AttentionPart):
     state_type: ClassVar[type[PartState]] = TitansState
     views: ClassVar[Mapping[str, View]] = {"memory": View(measure_memory, draw_memory_use)}
 
-    variant: str = "mag"
+    variant: str = "mac"
     window_size: int = 128
+    segment_len: int = 128
     num_persistent_tokens: int = 4
     memory_heads: int | None = None
     memory_head_dim: int | None = None
     memory_depth: int = 2
     memory_expansion: int = 4
-    chunk_size: int = 64
+    chunk_size: int | None = None
     conv_size: int = 4
     lr: float = 0.01
     momentum: float | None = 0.5
@@ -70,8 +78,15 @@ class TitansConfig(AttentionPart):
         super().__post_init__()
         if self.variant not in VARIANTS:
             must("attention.variant", f"be one of {', '.join(VARIANTS)}", repr(self.variant))
-        for name in ("window_size", "memory_expansion", "chunk_size", "conv_size"):
+        for name in ("window_size", "segment_len", "memory_expansion", "conv_size"):
             check_int(f"attention.{name}", getattr(self, name), 1)
+        if self.chunk_size is None:
+            fits = self.variant != "mac" or self.segment_len % CHUNK == 0
+            # frozen; whoever reads the field gets the number
+            object.__setattr__(self, "chunk_size", CHUNK if fits else self.segment_len)
+        check_int("attention.chunk_size", self.chunk_size, 1)
+        if self.variant == "mac" and self.segment_len % self._chunk:
+            must("attention.chunk_size", f"divide segment_len={self.segment_len}", self._chunk)
         check_int("attention.num_persistent_tokens", self.num_persistent_tokens, 0)
         check_int("attention.memory_depth", self.memory_depth, 1)
         if self.memory_depth > DEEPEST:
@@ -95,13 +110,24 @@ class TitansConfig(AttentionPart):
         return self.memory_heads or sizes.num_heads
 
     @property
+    def _chunk(self) -> int:
+        assert self.chunk_size is not None
+        return self.chunk_size
+
+    @property
     def attends(self) -> bool:
         """Whether there is attention beside the memory."""
         return self.variant != "lmm"
 
     @property
+    def segments(self) -> bool:
+        """Whether attention is within segments, over what the memory gives too."""
+        return self.variant in ("mac", "mac_parallel")
+
+    @property
     def reach(self) -> int:
-        return max(self.chunk_size, self.window_size if self.attends else 0)
+        attended = self.segment_len if self.segments else self.window_size
+        return max(self._chunk, attended if self.attends else 0)
 
     def build(self, sizes: Sizes, layer: int) -> nn.Module:
         memory = NeuralMemory(
@@ -110,9 +136,9 @@ class TitansConfig(AttentionPart):
             head_dim=self.memory_head_dim,
             depth=self.memory_depth,
             expansion=self.memory_expansion,
-            chunk_size=self.chunk_size,
+            chunk_size=self._chunk,
             conv_size=self.conv_size,
-            num_persistent_tokens=self.num_persistent_tokens,
+            num_persistent_tokens=0 if self.variant == "mac" else self.num_persistent_tokens,
             lr=self.lr,
             momentum=self.momentum,
             decay=self.decay,
@@ -122,6 +148,14 @@ class TitansConfig(AttentionPart):
         )
         if not self.attends:
             return MemoryLayer(memory)
+        if self.segments:
+            over = ContextAttention(
+                **self.heads(sizes),
+                segment_len=self.segment_len,
+                num_persistent_tokens=self.num_persistent_tokens,
+            )
+            joined = MemoryAsContext if self.variant == "mac" else MemoryInParallel
+            return joined(memory, over, sizes.hidden_size, sizes.norm_eps)
         attention = SegmentedAttention(
             **self.heads(sizes),
             window_size=self.window_size,
@@ -135,8 +169,9 @@ class TitansConfig(AttentionPart):
         return PartOutput(module(hidden_states, context))
 
     def new_state(self) -> PartState:
-        window = self.window_size if self.attends else None
-        return TitansState(self.kind, None, window, self.variant)
+        segment = self.segment_len if self.segments else None
+        window = self.window_size if self.attends and not self.segments else None
+        return TitansState(self.kind, segment, window, self.variant)
 
     @staticmethod
     def init_weights(module: nn.Module, std: float) -> None:
@@ -158,6 +193,8 @@ class TitansConfig(AttentionPart):
     def visible(self, position: int, sizes: Sizes) -> int:
         if not self.attends:
             return 0
+        if self.segments:  # tokens, and what the memory gave for them
+            return 2 * (position % self.segment_len + 1) + self.num_persistent_tokens
         return min(position + 1, self.window_size) + self.num_persistent_tokens
 
     def operator_flops(self, sizes: Sizes, length: int) -> int:
@@ -169,5 +206,12 @@ class TitansConfig(AttentionPart):
         kept = 1 if self.momentum is None else 2  # sums over the chunk: weights, momentum
         # keys forward, backward, sums of updates, and the read at the chunk's start and within it
         token = 2 * W + 2 * (W - widths[0] * widths[1]) + kept * 4 * W
-        token += (min(self.chunk_size, length) + 1) * both
-        return super().operator_flops(sizes, length) + heads * length * token
+        token += (min(self._chunk, length) + 1) * both
+        again = 0  # products with matrices that are used for a second time
+        if self.segments:  # keys and values of what the memory gave
+            again = 2 * sizes.hidden_size * sizes.num_kv_heads * sizes.head_dim
+        if self.variant == "mac":  # the read at the segment's start: query, gate, output
+            token += 2 * W
+            convolution = self.conv_size if self.conv_size > 1 else 0
+            again += (3 * sizes.hidden_size + convolution) * heads * D
+        return super().operator_flops(sizes, length) + length * (heads * token + 2 * again)
