@@ -29,7 +29,7 @@ def draw_text(generator, length, n=6):
     return text[:length], is_answer[:length]
 
 
-def train_on_facts(folder, *, steps=160, batch_size=32, length=48):
+def train_on_facts(folder, *, steps=160, batch_size=16, length=48):
     """Train a memory without attention on such texts, and save it with its tokenizer."""
     tokenizer = load_tokenizer("bytes")
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ def memory(
 
     Of each layer: surprise of the tokens, update of the weights in a chunk, relevance of the memory
     in what the layer gives, how much of the directions of its weights it uses, and how well at the
-    end it knows what stood so many tokens back: 1 is perfectly, 0 is no better than before the text.
+    end it knows what stood so many tokens back: 1 is perfectly, 0 no better than before the text.
 
     Args:
         model: A folder with a saved model and its tokenizer, or a run folder.
@@ -32,7 +32,7 @@ def memory(
 
     from memattn.cli._evaluate_texts import load_texts
     from memattn.cli._runs import load_either
-    from memattn.evaluate.memory import memory_table, memory_use, memory_values
+    from memattn.evaluate.memory import memory_tables, memory_use, memory_values
     from memattn.files import write_json
     from memattn.parts.memory_measures import memory_layers
     from memattn.viz import plot_view
@@ -50,7 +50,8 @@ def memory(
         write_json(json, {**facts, "layers": memory_values(use)})
     console = Console()
     console.print(title, highlight=False)
-    console.print(memory_table(use).to_rich())
+    for table in memory_tables(use):
+        console.print(table.to_rich())
     if out is not None:
         plot_view("memory", use, out, title=title)
         console.print(f"wrote {out}", highlight=False)

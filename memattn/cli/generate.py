@@ -1,5 +1,7 @@
 """``memattn generate``."""
 
+from typing import Any
+
 
 def generate(
     model: str | None = None,
@@ -62,7 +64,7 @@ def generate(
     ids = torch.tensor([first + tokenizer(text, add_special_tokens=False)["input_ids"]])
     if ids.numel() == 0:
         raise ValueError("prompt must have at least one token, got none")
-    sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0.0:
         sampling = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
     torch.manual_seed(seed)
@@ -70,8 +72,8 @@ def generate(
     if kept is not None:
         from memattn.cli._go_on import go_on
 
-        sampling["end"] = tokenizer.eos_token_id
-        go_on(loaded, kept.cache, ids, max_new_tokens, streamer, **sampling)
+        end = tokenizer.eos_token_id
+        go_on(loaded, kept.cache, ids, max_new_tokens, streamer, end=end, **sampling)
         return 0
     with torch.inference_mode():
         loaded.generate(

@@ -9,10 +9,11 @@ LONGEST_LINE = 16 * BLOCK
 
 def memorize(
     book: str,
-    model: str,
-    out: str,
+    model: str | None = None,
+    out: str = "book.memory",
     memory: str | None = None,
     piece: int = 512,
+    measure: bool = True,
     device: str | None = None,
 ) -> int:
     """Read a text of any length into the memory of a model, and keep it as a file.
@@ -29,6 +30,8 @@ def memorize(
         out: File to write.
         memory: A file that this command wrote for the same model, to go on behind its text.
         piece: Tokens in one forward pass.
+        measure: Whether to measure what happens on the way, for memattn plot state: each memory
+            then writes every token twice.
         device: Where to run, such as cpu or cuda; by default CUDA where there is one.
     """
     import sys
@@ -43,6 +46,8 @@ def memorize(
     from memattn.models import KeptMemory
     from memattn.models.kept_memory import piece_length
 
+    if model is None:
+        raise ValueError("model must be given, got none")
     if piece < 1:
         raise ValueError(f"piece must be at least 1, got {piece}")
     path, target = Path(book).expanduser(), Path(out).expanduser()
@@ -59,19 +64,28 @@ def memorize(
         # of a pipe nobody knows how long it is
         total = None if book == "-" else path.stat().st_size
         task = progress.add_task("reading", total=total, tokens=0)
-        first = [] if tokenizer.bos_token_id is None or before else [tokenizer.bos_token_id]
+        ids = [] if tokenizer.bos_token_id is None or before else [tokenizer.bos_token_id]
+        length = piece_length(loaded, piece)
+        num_text_tokens = 0
+
+        def read(ids: list[int]) -> None:
+            tokens = torch.tensor([ids], dtype=torch.long, device=loaded.device)
+            kept.read(loaded, tokens, piece_len=length, measure=measure)
+
         try:
             for text in text_blocks(file):
-                ids = first + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-                tokens = torch.tensor([ids], device=loaded.device)
-                kept.read(loaded, tokens, piece_len=piece_length(loaded, piece))
-                first = []
-                size = len(text.encode("utf-8"))
-                progress.update(task, advance=size, tokens=kept.num_tokens - before)
+                new = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                num_text_tokens += len(new)
+                ids += new
+                whole = len(ids) // length * length
+                read(ids[:whole])
+                ids = ids[whole:]
+                progress.update(task, advance=len(text.encode("utf-8")), tokens=num_text_tokens)
+            if num_text_tokens == 0:
+                raise ValueError(f"book must have at least one token, got none in {book}")
+            read(ids)
         except UnicodeDecodeError as error:
             raise ValueError(f"book must be text in UTF-8, got {book} ({error})") from error
-    if kept.num_tokens == before:
-        raise ValueError(f"book must have at least one token, got none in {book}")
     kept.save(target)
     sys.stdout.write(
         f"read {kept.num_tokens - before:,} tokens into {out}, a state of "

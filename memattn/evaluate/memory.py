@@ -48,18 +48,14 @@ def memory_use(
     tokens = list(tokenize(list(texts), tokenizer))
     length = min(context_len, max(map(len, tokens)))
     windows = [
-        ids[at : at + length]
-        for ids in tokens
-        for at in range(0, len(ids) - length + 1, length)
+        ids[at : at + length] for ids in tokens for at in range(0, len(ids) - length + 1, length)
     ]
     device = next(model.parameters()).device
     return measure_memory(model, torch.tensor(windows[:samples], device=device))
 
 
-def memory_table(use: MemoryUse) -> Table:
-    """A row for each layer, means over sequences, heads and tokens, and retrieval by distance."""
-    buckets = [bucket.first for bucket in use.uses[0].retrieval]
-    heads = ("layer", "surprise", "update", "relevance", "utilisation")
+def memory_tables(use: MemoryUse) -> list[Table]:
+    """Measures of each layer, means over sequences, heads and tokens; and retrieval by distance."""
     rows = [
         (
             name,
@@ -67,12 +63,19 @@ def memory_table(use: MemoryUse) -> Table:
             f"{layer.update.mean():.4f}",
             f"{layer.relevance.mean():.4f}",
             " ".join(f"{x:.3f}" for x in layer.utilisation.mean((0, 1)).tolist()),
-            *(f"{bucket.quality:.3f}" for bucket in layer.retrieval),
         )
         for name, layer in zip(*use, strict=True)
     ]
-    distances = [f"retrieval {n:,}" for n in buckets]
-    return Table("use of the neural memory", (*heads, *distances), rows)
+    heads = ("layer", "surprise", "update", "relevance", "utilisation")
+    distances = [f"{bucket.first:,}" for bucket in use.uses[0].retrieval]
+    known = [
+        (name, *(f"{bucket.quality:.2f}" for bucket in layer.retrieval))
+        for name, layer in zip(*use, strict=True)
+    ]
+    return [
+        Table("use of the neural memory", heads, rows),
+        Table("retrieval by tokens to the end, at least", ("layer", *distances), known),
+    ]
 
 
 def memory_values(use: MemoryUse) -> dict[str, Any]:

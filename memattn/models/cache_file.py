@@ -76,7 +76,7 @@ def read_cache(path: str | os.PathLike[str], device: str | torch.device) -> Save
             state.restart = tensor.cpu()
         else:
             getattr(state, kind)[key] = tensor
-    return SavedCache(layers, int(metadata["position"]), *bounds, notes, extra)
+    return SavedCache(layers, int(metadata["position"]), bounds[0], bounds[1], notes, extra)
 
 
 def _empty(facts: dict[str, Any]) -> PartState:

@@ -77,15 +77,18 @@ class KeptMemory:
         Args:
             model: The model that it is of, in evaluation mode.
             input_ids: int64 ``[1, T]``.
-            piece_len: Tokens in a piece.
+            piece_len: Tokens in a piece; where there are segments, the nearest multiple below.
             measure: Whether to measure what happens, which writes every token twice.
+
+        The relevance of a memory whose layer attends to it within segments is not known (NaN) where
+        a call begins within a segment.
 
         Raises:
             ValueError: If the text becomes longer than the model takes.
         """
         check_rank("input_ids", input_ids, "B T")
         check_int("piece_len", piece_len, 1)
-        T, at = input_ids.shape[1], 0
+        T, at, piece_len = input_ids.shape[1], 0, piece_length(model, piece_len)
         limit = getattr(model.config, "position_limit", None)
         if limit is not None and self.num_tokens + T > limit:
             must("text", f"have at most {limit} tokens for this model", self.num_tokens + T)
@@ -107,7 +110,7 @@ class KeptMemory:
             "tokens": self.cache.position - sum(sizes) + torch.tensor(sizes).cumsum(0),
             "update": torch.stack([x.mean() for x in watch.update]).float(),
             "surprise": torch.stack([x.mean() for x in surprise]).float(),
-            "relevance": torch.stack([x.mean() for x in relevance]).float(),
+            "relevance": torch.stack([x.nanmean() for x in relevance]).float(),
         }
         old = self.metrics.get(watch.name)
         if old is not None:
@@ -153,10 +156,9 @@ class KeptMemory:
             FileNotFoundError: If there is no such file.
             ValueError: If it is damaged, something else, or of another model.
         """
-        if device is None:
-            device = "cpu" if model is None else next(model.parameters()).device
+        where = "cpu" if model is None else next(model.parameters()).device
         try:
-            saved = read_cache(path, device)
+            saved = read_cache(path, where if device is None else device)
         except (FileNotFoundError, ValueError) as error:
             text = str(error).replace("path must", "memory must", 1)
             raise type(error)(text.replace("MemAttnCache.save", "memattn memorize")) from error
@@ -184,11 +186,11 @@ def fingerprint_of(model: nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters()):
         x = parameter.detach().cpu().contiguous()
         digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
-        digest.update(x.flatten().view(torch.uint8).numpy() if x.numel() else b"")
+        digest.update(x.flatten().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
     return digest.hexdigest()
 
 
 def piece_length(model: Any, wanted: int) -> int:
-    """Tokens of a piece, near ``wanted`` and at most so many, that ends where segments end."""
+    """The largest multiple of the model's segment that is at most ``wanted``, and at least one."""
     segment = getattr(model.config.attention, "segment_len", None) or 1
     return max(wanted // segment, 1) * segment

@@ -1,9 +1,9 @@
-"""How a neural memory is used: surprise, updates, relevance, what it still knows, how full it is."""
+"""How a neural memory is used: surprise, updates, relevance, what it still knows."""
 
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ class RetrievalBucket(NamedTuple):
 
     first: int  # fewest tokens from the token to the end, a power of two
     last: int
-    quality: float  # 1 is perfect, 0 is as little as before the text, below 0 is less; NaN: all known
+    quality: float  # 1 is perfect, 0 as before the text, below 0 worse; NaN: all was known
 
 
 class LayerUse(NamedTuple):
@@ -80,7 +80,7 @@ class MemoryWatch:
             return
         options = dict(options)
         hidden_states, kv_states = args[0], options.pop("kv_states", None)
-        state: NeuralMemoryLayerState | None = options.pop("state", None)
+        state: NeuralMemoryLayerState = options.pop("state", None)
         if any(bound is not None for bound in options.values()):
             must("input_ids", "be without padding and not packed", ", ".join(options))
         if state is None:
@@ -286,6 +286,6 @@ def _double(layers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(layer.detach().double().cpu() for layer in layers)
 
 
-def _norm(layers: Any) -> Tensor:
+def _norm(layers: Sequence[Tensor]) -> Tensor:
     """Norm ``[B, H]`` over all layers ``[B, H, d_n, d_{n-1}]``."""
-    return sum(layer.square().sum((-1, -2)) for layer in layers).sqrt()
+    return torch.stack([layer.square().sum((-1, -2)) for layer in layers]).sum(0).sqrt()

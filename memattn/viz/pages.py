@@ -40,11 +40,9 @@ def write_figures(figures: Mapping[str, Figure], path: str | Path, *, title: str
     name = html.escape(title)
     head = f'<meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
     heading = f"<h1>{name}</h1>" if name else ""
-    body = "".join([heading, *parts])
-    write_text(
-        Path(path),
-        f'<!doctype html><html lang="en"><head>{head}</head><body><main>{body}</main></body></html>',
-    )
+    body = f"<main>{''.join([heading, *parts])}</main>"
+    page = f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>'
+    write_text(Path(path), page)
 
 
 def to_svg(figure: Figure) -> str:

@@ -65,7 +65,7 @@ def visualize_model_state(
         facts = facts._replace(metrics=metrics)
     rows = max(len(facts.weights), 1)
     figure = Figure(figsize=(12.0, 1.9 * rows + 7.0), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.9 * rows, 7.0])
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.9 * rows, 7.0])[:, 0]
     _draw_weights(upper, facts)
     axes = lower.subplots(2, 2).flatten()
     _draw_keys(axes[0], facts.keys)
@@ -114,7 +114,7 @@ def _facts(state: Any, row: int) -> StateFacts:
 
 
 def _memory_of(part: PartState, start: Layers | None) -> NeuralMemoryState | None:
-    """The neural memory that a part keeps, if any; behind a file its sizes are those of ``start``."""
+    """The memory that a part keeps, if any; behind a file its sizes are those of ``start``."""
     if (live := getattr(part, "memory", None)) is not None:
         return live.memory
     prefix = "memory."
