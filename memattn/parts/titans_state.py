@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from memattn.checks import must
 from memattn.nn import NeuralMemory, NeuralMemoryLayerState
+from memattn.ops import NeuralMemoryState
 from memattn.parts.state import PartState
 
 UNSAVED = ("memory.initial", "memory.sizes")  # of the layer, not of a sequence
@@ -55,11 +56,6 @@ class TitansState(PartState):
         if past is not None:
             yield from past.tensors().values()
 
-    @property
-    def memory(self) -> NeuralMemoryLayerState | None:
-        """The memory's state, or None before the first call and behind a file."""
-        return self._memory
-
     def read_memory(self, layer: NeuralMemory, B: int) -> NeuralMemoryLayerState:
         """The memory's state before this call, of ``B`` rows."""
         begin, state = None, self._memory
@@ -77,6 +73,11 @@ class TitansState(PartState):
         if self.record_past and state.since is None:
             state = state.record_past()
         return state
+
+    @property
+    def memory(self) -> NeuralMemoryState | None:
+        """The neural memory behind the last token; None before the first call."""
+        return None if self._memory is None else self._memory.memory
 
     def write_memory(self, state: NeuralMemoryLayerState, present: Tensor) -> None:
         """Keep the memory's state after a call, whose tokens are ``present`` bool ``[B, T]``."""

@@ -48,8 +48,9 @@ def visualize_model_state(
     magnitude, surprise and relevance.
 
     Args:
-        state: A ``KeptMemory``, the file of one, or a cache of a model. A cache has no record of
-            what happened; without ``metrics`` its total update stands in place of it.
+        state: A ``KeptMemory``, the file of one, a cache of a model, or what has one as ``cache``.
+            A cache has no record of what happened; without ``metrics`` its total update stands in
+            place of it.
         path: Picture to write, ``.png``, ``.svg``, ``.pdf`` or ``.html``; it is whole or absent.
         metrics: Over the tokens, as ``KeptMemory.metrics``; None means those of the state.
         row: Which sequence.
@@ -116,7 +117,7 @@ def _facts(state: Any, row: int) -> StateFacts:
 def _memory_of(part: PartState, start: Layers | None) -> NeuralMemoryState | None:
     """The memory that a part keeps, if any; behind a file its sizes are those of ``start``."""
     if (live := getattr(part, "memory", None)) is not None:
-        return live.memory
+        return live
     prefix = "memory."
     rows = {n.removeprefix(prefix): x for n, x in part.rows.items() if n.startswith(prefix)}
     if start is None or not rows:
