@@ -18,7 +18,7 @@ def write_pictures(study: CompareStudy) -> Path:
     runs = json.loads((out / "results.json").read_text(encoding="utf-8"))["runs"]
     curves = {
         name: read_metrics(out / name / f"seed-{seed}" / "metrics.csv")
-        for name in study.compare.models
+        for name in study.cell_names
     }
     bars = {}
     for measure in study.measures:
