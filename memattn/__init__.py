@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         MemAttnConfig,
         MemAttnForCausalLM,
         MemAttnModel,
+        TitansTransformer,
+        TransformerState,
     )
     from memattn.nn import FutureAttention, RotaryEmbedding, SegmentedAttention, TaskLinear
     from memattn.ops import (
@@ -64,6 +66,8 @@ __all__ = [
     "SegmentedAttention",
     "TaskLinear",
     "TaskMask",
+    "TitansTransformer",
+    "TransformerState",
     "__version__",
     "attach_memory",
     "branch_attention",
@@ -108,6 +112,8 @@ _HOMES = {
         "MemAttnConfig",
         "MemAttnForCausalLM",
         "MemAttnModel",
+        "TitansTransformer",
+        "TransformerState",
     ),
     "memattn.parts": ("quantize_memory",),
     "memattn.adapters": ("MemoryAdapter", "attach_memory", "detach_memory"),
