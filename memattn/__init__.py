@@ -19,7 +19,15 @@ if TYPE_CHECKING:
         MemAttnForCausalLM,
         MemAttnModel,
     )
-    from memattn.nn import FutureAttention, RotaryEmbedding, SegmentedAttention, TaskLinear
+    from memattn.nn import (
+        DomainGate,
+        FutureAttention,
+        RotaryEmbedding,
+        SegmentedAttention,
+        ShiftableMultiheadAttention,
+        ShiftableTransformerBlock,
+        TaskLinear,
+    )
     from memattn.ops import (
         AttentionOutput,
         FutureAttentionLossOutput,
@@ -48,6 +56,7 @@ __all__ = [
     "AttentionOutput",
     "ChapterMemoryConfig",
     "DTGMAModel",
+    "DomainGate",
     "FutureAttention",
     "FutureAttentionLossOutput",
     "FutureAttentionOutput",
@@ -62,6 +71,8 @@ __all__ = [
     "RotaryEmbedding",
     "RouterOutput",
     "SegmentedAttention",
+    "ShiftableMultiheadAttention",
+    "ShiftableTransformerBlock",
     "TaskLinear",
     "TaskMask",
     "__version__",
@@ -99,7 +110,15 @@ _HOMES = {
         "segmented_attention",
         "task_masked_attention",
     ),
-    "memattn.nn": ("FutureAttention", "RotaryEmbedding", "SegmentedAttention", "TaskLinear"),
+    "memattn.nn": (
+        "DomainGate",
+        "FutureAttention",
+        "RotaryEmbedding",
+        "SegmentedAttention",
+        "ShiftableMultiheadAttention",
+        "ShiftableTransformerBlock",
+        "TaskLinear",
+    ),
     "memattn.models": (
         "AttentionConfig",
         "ChapterMemoryConfig",
