@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         MemAttnConfig,
         MemAttnForCausalLM,
         MemAttnModel,
+        TitansTransformer,
+        TransformerState,
     )
     from memattn.nn import (
         DomainGate,
@@ -75,6 +77,8 @@ __all__ = [
     "ShiftableTransformerBlock",
     "TaskLinear",
     "TaskMask",
+    "TitansTransformer",
+    "TransformerState",
     "__version__",
     "attach_memory",
     "branch_attention",
@@ -127,6 +131,8 @@ _HOMES = {
         "MemAttnConfig",
         "MemAttnForCausalLM",
         "MemAttnModel",
+        "TitansTransformer",
+        "TransformerState",
     ),
     "memattn.parts": ("quantize_memory",),
     "memattn.adapters": ("MemoryAdapter", "attach_memory", "detach_memory"),
