@@ -15,6 +15,7 @@ from memattn.nn.chapter_memory import (
     MemoryCrossAttention,
     ProjectedChapters,
 )
+from memattn.nn.domain_gate import DomainGate, GateOutput, GateState
 from memattn.nn.future_attention import FutureAttention, FutureLayerOutput
 from memattn.nn.future_keys import FutureComputed, FutureRelative, FutureRows, FutureTable
 from memattn.nn.linear import LowRankLinear, ZeroLinear
@@ -43,6 +44,7 @@ __all__ = [
     "ChapterRouter",
     "ColumnLayout",
     "ContinuousAxialPositions",
+    "DomainGate",
     "FactorizedMemoryBank",
     "FutureAttention",
     "FutureComputed",
@@ -50,6 +52,8 @@ __all__ = [
     "FutureRelative",
     "FutureRows",
     "FutureTable",
+    "GateOutput",
+    "GateState",
     "KeyValueCache",
     "LowRankLinear",
     "MemoryBank",

@@ -4,7 +4,7 @@ A study is one file beside this one: a frozen dataclass that plans its cells. It
 options of ``memattn study <system>``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -62,6 +62,13 @@ class Study:
             value = getattr(self.training, name)
             if value != getattr(TrainingConfig(), name):
                 must(f"training.{name}", "be left to the study", value)
+
+    def parts(self) -> Mapping[str, "Study"]:
+        """The studies that it is made of, by name, each on a text or task of its own.
+
+        One with parts trains nothing itself; its report is theirs, in this order.
+        """
+        return {}
 
     @property
     def seeds(self) -> list[int]:

@@ -12,7 +12,7 @@ from memattn.checks import must
 from memattn.files import write_json, write_text
 from memattn.study.base import Study
 from memattn.study.cells import Cell
-from memattn.study.report import print_report, write_report
+from memattn.study.report import print_report, write_parts, write_report
 from memattn.study.results import MEASURES, read_run
 from memattn.train import TrainConfig, load_config, train
 from memattn.train.metrics import read_metrics
@@ -61,7 +61,8 @@ def run_study(
     ``<out>/<cell>/seed-<n>/`` are run folders of ``memattn.train``. Finished runs are kept, an
     interrupted one goes on at its last checkpoint. At the end ``results.json``, ``results.csv``,
     ``results.md`` and ``curves.png`` are written. Seeds are the outer loop, so that cells stay
-    comparable whenever it is stopped.
+    comparable whenever it is stopped. The parts of a study that has some are run one after
+    another, in folders of their own, and ``results.md`` and the page have those of all.
 
     Args:
         study: The study.
@@ -87,6 +88,18 @@ def run_study(
         must("max_minutes", "be above 0", max_minutes)
     began = time.perf_counter()
     left = lambda: None if max_minutes is None else 60.0 * max_minutes - time.perf_counter() + began
+    command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if parts := study.parts():
+        for name, part in parts.items():
+            seconds = left()
+            _say(console, f"part {name}")
+            if seconds is not None and seconds <= 0.0:
+                _say(console, f"{name} is not finished; the same command goes on")
+                return None
+            minutes = None if seconds is None else seconds / 60.0
+            if run_study(part, max_minutes=minutes, command=command, console=console) is None:
+                return None
+        return _written(write_parts(study, None if page is None else Path(page)), page, console)
     first = _first_run(study)
     if first is not None and not first.is_finished:
         _say(console, f"first {first}")
@@ -125,7 +138,6 @@ def run_study(
     results = [
         read_run(run.folder, run.cell.name, run.seed, run.max_steps, study.measures) for run in runs
     ]
-    command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     facts = {
         "command": command,
         "config": study.to_dict(),
@@ -136,6 +148,11 @@ def run_study(
     page = None if page is None else Path(page)
     report = write_report(study, cells, results, metrics, facts, page)
     print_report(console, study, cells, results)
+    return _written(report, page, console)
+
+
+def _written(report: Path, page: str | Path | None, console: Console) -> Path:
+    """Say what was written."""
     _say(console, f"wrote {report}")
     if page is not None:
         _say(console, f"wrote {page}")

@@ -77,6 +77,30 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Samples of a synthetic task, of which the answers are learnt.
+
+    Attributes:
+        name: ``needle``, ``tracking``, ``words``, ``facts`` or ``recall``.
+        options: Fields of the task of ``memattn.data.tasks``.
+        samples: How many samples, those that are held out included.
+    """
+
+    name: str = "recall"
+    options: dict[str, Any] = field(default_factory=dict)
+    samples: int = 10_000
+
+    def __post_init__(self) -> None:
+        from memattn.data.tasks import TASKS
+
+        if self.name not in TASKS:
+            must("data.task.name", f"be one of {', '.join(TASKS)}", repr(self.name))
+        if "haystack" in self.options:
+            must("data.task.options", "leave out haystack", self.options["haystack"])
+        check_int("data.task.samples", self.samples, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The text, and how it is cut into rows.
 
@@ -89,6 +113,7 @@ class DataConfig:
         messages_field: Field with the messages of a conversation, for instruction_finetuning.
         chat_template: File with a chat template in Jinja; None means that of the tokenizer.
         document_separator: Text that separates the documents of one text file.
+        task: A synthetic task in place of a text, with samples of ``seq_len`` tokens.
         held_out: Share of the documents that only evaluation sees; 0 for none.
         split_seed: Seed of the choice of held-out documents.
         tokenizer: ``bpe`` (trained on the training documents), ``bytes``, or a folder or hub
@@ -107,6 +132,7 @@ class DataConfig:
     messages_field: str = "messages"
     chat_template: str | None = None
     document_separator: str | None = None
+    task: TaskConfig | None = None
     held_out: float = 0.05
     split_seed: int = 0
     tokenizer: str | None = None
@@ -120,6 +146,8 @@ class DataConfig:
             must("data.dataset_name", "not be empty", repr(self.dataset_name))
         if not 0.0 <= self.held_out < 1.0:
             must("data.held_out", "be in [0, 1)", self.held_out)
+        if self.task is not None:
+            self._check_no_text()
         check_int("data.split_seed", self.split_seed, 0)
         check_int("data.seq_len", self.seq_len, 2)
         check_bool("data.packed", self.packed)
@@ -127,6 +155,13 @@ class DataConfig:
             check_int("data.vocab_size", self.vocab_size, 259)
             if self.tokenizer not in (None, "bpe"):
                 must("data.vocab_size", f"be None with tokenizer {self.tokenizer}", self.vocab_size)
+
+    def _check_no_text(self) -> None:
+        """Raise ValueError if a text is described beside a task."""
+        texts = ("dataset_name", "dataset_subset", "dataset_split", "text_field")
+        for name in (*texts, "messages_field", "chat_template", "document_separator"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                must(f"data.{name}", "be left out with data.task", repr(getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
