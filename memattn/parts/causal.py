@@ -110,9 +110,10 @@ def _sources(
     *,
     rotary: tuple[Tensor, Tensor] | None,
     cache: None = None,
+    change_value: Any = None,
     **bounds: Any,
 ) -> dict[str, Tensor]:
-    """Masses ``[B, H, T]`` of tokens and persistent keys."""
+    """Masses ``[B, H, T]`` of tokens and persistent keys, whatever the values are."""
     query, key, value = layer.split_heads(hidden_states)
     if rotary is not None:
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
