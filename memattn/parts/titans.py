@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from memattn.checks import check_int, must
 from memattn.nn import CausalConvolution, NeuralMemory, SegmentedAttention
+from memattn.ops._dispatch import BACKENDS
 from memattn.ops.neural_memory import DEEPEST
 from memattn.parts.base import PartOutput, Role, Sizes, register_part
 from memattn.parts.context import PartContext
@@ -49,10 +50,12 @@ class TitansConfig(TitansOptions):
         momentum: Its momentum; None means none is kept.
         decay: Its decay; None means none.
         max_norm: Largest norm of a token's gradient; None means any.
-        backend: Backend of the operators, ``"auto"``, ``"cpp"`` or ``"reference"``.
+        backend: Backend of the operators, ``"auto"``, ``"cpp"`` or ``"reference"``; or ``"flex"``
+            for the attention and ``"auto"`` for the memory.
     """
 
     kind: ClassVar[str] = "titans"
+    backends: ClassVar[tuple[str, ...]] = (*BACKENDS, "flex")
     state_type: ClassVar[type[PartState]] = TitansState
 
     window_size: int = 128
@@ -131,7 +134,7 @@ class TitansConfig(TitansOptions):
             decay=self.decay,
             norm_eps=sizes.norm_eps,
             options={} if self.max_norm is None else dict(max_norm=self.max_norm),
-            backend=self.backend,
+            backend="auto" if self.backend == "flex" else self.backend,
         )
         if not self.attends:
             return MemoryLayer(memory)
