@@ -10,11 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memattn.checks import check_int, check_rank, check_shape, must
-from memattn.nn.causal_convolution import CausalConvolution, PresentTokens, present_tokens
+from memattn.nn.causal_convolution import (
+    CausalConvolution,
+    PresentTokens,
+    causal_convolution,
+    present_tokens,
+)
 from memattn.nn.neural_memory_state import NeuralMemoryLayerState
 from memattn.ops import neural_memory
 from memattn.ops.neural_memory import DEEPEST
-from memattn.reference.neural_memory import memory_forward, unpack
+from memattn.reference.neural_memory import unpack
 
 
 class NeuralMemoryLayerOutput(NamedTuple):
@@ -243,15 +248,21 @@ class NeuralMemory(nn.Module):
         )
         query = _unit(self._heads(query))
         packed = state.memory.packed_weights if weights is None else weights
-        x, layers = query.to(packed.dtype), unpack(packed, state.memory.sizes)
+        x = query.to(packed.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            is_silu = self.options.get("activation") == "silu"
-            residual = self.options.get("residual", False)
-            out = memory_forward(layers, x, is_silu, residual)[0]
+            out = self._network(unpack(packed, state.memory.sizes), x)
         if bounds is not None:
             out = torch.where(bounds.present[:, None, :, None], out, 0.0)
         state = NeuralMemoryLayerState(state.memory, state.inputs, inputs, state.since)
         return self._finish(out.to(query.dtype), hidden_states), state
+
+    def _network(self, layers: Sequence[Tensor], x: Tensor) -> Tensor:
+        """What memories ``[B, H, d_n, d_{n-1}]`` say of ``x [B, H, T, D]``."""
+        activation = F.silu if self.options.get("activation") == "silu" else F.gelu
+        h = x @ layers[0].mT
+        for layer in layers[1:]:
+            h = activation(h) @ layer.mT
+        return x + h if self.options.get("residual", False) else h
 
     def _write(
         self,
@@ -344,13 +355,9 @@ class NeuralMemory(nn.Module):
             ends = cu_seqlens[1:, None] + torch.arange(-kept, 0, device=x.device)
             own = ends >= cu_seqlens[:-1, None]
             after = torch.where(own[..., None], x[0, ends.clamp(min=0).long()], 0.0)
-        parts = inputs.split([p.shape[-1] for p in projected], -1)
-        convolutions = [getattr(self, f"{name}_conv") for name in names]
-        filtered = [
-            F.silu(convolution(part, T, positions))
-            for convolution, part in zip(convolutions, parts, strict=True)
-        ]
-        return filtered, after
+        filters = torch.cat([getattr(self, f"{name}_conv").weight for name in names])
+        filtered = F.silu(causal_convolution(inputs, filters, T, positions))
+        return list(filtered.split([p.shape[-1] for p in projected], -1)), after
 
     def extra_repr(self) -> str:
         depth, P = len(self.memory_weights), self.persistent_tokens
