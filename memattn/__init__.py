@@ -21,7 +21,15 @@ if TYPE_CHECKING:
         TitansTransformer,
         TransformerState,
     )
-    from memattn.nn import FutureAttention, RotaryEmbedding, SegmentedAttention, TaskLinear
+    from memattn.nn import (
+        DomainGate,
+        FutureAttention,
+        RotaryEmbedding,
+        SegmentedAttention,
+        ShiftableMultiheadAttention,
+        ShiftableTransformerBlock,
+        TaskLinear,
+    )
     from memattn.ops import (
         AttentionOutput,
         FutureAttentionLossOutput,
@@ -50,6 +58,7 @@ __all__ = [
     "AttentionOutput",
     "ChapterMemoryConfig",
     "DTGMAModel",
+    "DomainGate",
     "FutureAttention",
     "FutureAttentionLossOutput",
     "FutureAttentionOutput",
@@ -64,6 +73,8 @@ __all__ = [
     "RotaryEmbedding",
     "RouterOutput",
     "SegmentedAttention",
+    "ShiftableMultiheadAttention",
+    "ShiftableTransformerBlock",
     "TaskLinear",
     "TaskMask",
     "TitansTransformer",
@@ -103,7 +114,15 @@ _HOMES = {
         "segmented_attention",
         "task_masked_attention",
     ),
-    "memattn.nn": ("FutureAttention", "RotaryEmbedding", "SegmentedAttention", "TaskLinear"),
+    "memattn.nn": (
+        "DomainGate",
+        "FutureAttention",
+        "RotaryEmbedding",
+        "SegmentedAttention",
+        "ShiftableMultiheadAttention",
+        "ShiftableTransformerBlock",
+        "TaskLinear",
+    ),
     "memattn.models": (
         "AttentionConfig",
         "ChapterMemoryConfig",
