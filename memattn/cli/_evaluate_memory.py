@@ -44,7 +44,7 @@ def memory(
         loaded.model, texts, loaded.tokenizer, context_len=context_len, samples=samples
     )
     n, length = use.uses[0].relevance.shape
-    title = f"{loaded.name} on {name}, {n} windows of {length:,} tokens"
+    title = f"{loaded.name} on {name}, {n} window{'s' * (n > 1)} of {length:,} tokens"
     if json is not None:
         facts = {"model": loaded.name, "data": name, "samples": n, "context_len": length}
         write_json(json, {**facts, "layers": memory_values(use)})

@@ -67,14 +67,13 @@ def memory_tables(use: MemoryUse) -> list[Table]:
         for name, layer in zip(*use, strict=True)
     ]
     heads = ("layer", "surprise", "update", "relevance", "utilisation")
-    distances = [f"{bucket.first:,}" for bucket in use.uses[0].retrieval]
     known = [
-        (name, *(f"{bucket.quality:.2f}" for bucket in layer.retrieval))
-        for name, layer in zip(*use, strict=True)
+        (f"{found[0].first:,}", *(f"{bucket.quality:.3f}" for bucket in found))
+        for found in zip(*(layer.retrieval for layer in use.uses), strict=True)
     ]
     return [
         Table("use of the neural memory", heads, rows),
-        Table("retrieval by tokens to the end, at least", ("layer", *distances), known),
+        Table("retrieval by tokens to the end, at least", ("tokens", *use.layers), known),
     ]
 
 

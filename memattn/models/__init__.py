@@ -12,6 +12,7 @@ from memattn.models.hf_attention import register_hf_attention
 from memattn.models.hf_names import register_class_name
 from memattn.models.kept_memory import KeptMemory
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
+from memattn.models.transformer import TitansOutput, TitansTransformer, TransformerState
 from memattn.parts import PARTS, AttentionConfig
 
 AutoConfig.register(MemAttnConfig.model_type, MemAttnConfig)
@@ -31,6 +32,9 @@ __all__ = [
     "MemAttnModel",
     "MemAttnModelOutput",
     "MemAttnPreTrainedModel",
+    "TitansOutput",
+    "TitansTransformer",
+    "TransformerState",
     "register_hf_attention",
     "register_preset",
     "vanilla_of_equal_parameters",
