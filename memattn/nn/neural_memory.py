@@ -19,7 +19,7 @@ from memattn.nn.causal_convolution import (
 from memattn.nn.neural_memory_state import NeuralMemoryLayerState
 from memattn.ops import neural_memory
 from memattn.ops.neural_memory import DEEPEST
-from memattn.reference.neural_memory import memory_forward, unpack
+from memattn.reference.neural_memory import unpack
 
 
 class NeuralMemoryLayerOutput(NamedTuple):
@@ -311,14 +311,6 @@ class NeuralMemory(nn.Module):
         past = None if state is None else state.inputs
         (_, key, value), _ = self._filtered(projected, list("qkv"), past, None, None)
         return _unit(self._heads(key)), self._heads(value)
-
-    def recall(self, weights: Sequence[Tensor], key: Tensor) -> Tensor:
-        """What memories with ``weights``, layers ``[B, H, d_n, d_{n-1}]``, answer to keys.
-
-        Keys are ``[B, H, T, D]`` of the dtype of the weights, and so are the answers.
-        """
-        is_silu = self.options.get("activation") == "silu"
-        return memory_forward(weights, key, is_silu, self.options.get("residual", False))[0]
 
     def _write(
         self,
