@@ -81,10 +81,16 @@ SYSTEMS = {
             ),
         )
         for variant, options in {
-            "lmm": dict(position_embedding="continuous_axial", position_segment_len=6),
-            "mac": {},
+            "lmm": dict(
+                position_embedding="continuous_axial",
+                position_segment_len=6,
+                neural_mem_weight_residual=True,
+            ),
+            "mac": dict(
+                num_longterm_mem_tokens=2, value_residual=True, neural_mem_weight_residual=True
+            ),
             "mac_parallel": {},
-            "mag": {},
+            "mag": dict(value_residual=True, neural_mem_weight_residual=True),
             "mal": dict(
                 position_embedding="axial", position_segment_len=7, max_position_embeddings=160
             ),

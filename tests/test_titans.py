@@ -92,8 +92,11 @@ def test_flops_are_those_of_projections_pairs_and_memory():
     attention = 2 * length * (2 * E * E + 4 * E * 16) + 4 * E * pairs
     assert found["mac_parallel"].flops == found["lmm"].flops + attention
     # a second read: query with its convolution, gate, output, and the memory itself
-    read = 2 * length * (3 * E * E + 3 * E) + 4 * length * 2 * 256
-    assert found["mac"].flops == found["mac_parallel"].flops + read
+    read = 2 * (3 * E * E + 3 * E) + 4 * 2 * 256
+    # the same for 2 long-term tokens before each of 2 segments, keys and values of them and of what
+    # it gives, and 2 keys more for each in sight
+    longterm = 2 * 2 * (read + 2 * 4 * E * 16) + 4 * E * length * 2 * 2
+    assert found["mac"].flops == found["mac_parallel"].flops + length * read + longterm
 
 
 def test_crop_is_refused_before_anything_changes():

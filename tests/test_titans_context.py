@@ -97,12 +97,20 @@ def mac_by_hand(layer, x, segment, chunk):
     for t, token in enumerate(x):
         if t % segment == 0:
             begun, seen = [list(head) for head in memory.weights], []
+            memory.past.pop("longterm", None)
+            for learned in layer.longterm.tokens:
+                query = memory.projected("longterm", learned, "q")
+                read = [memory.network(begun[h], query[h]) for h in memory.heads]
+                for states in (learned, memory.given(read, learned)):
+                    projections = (attention.k_proj, attention.v_proj)
+                    keys, values = (by_heads(proj, states) for proj in projections)
+                    seen.append((3, keys, values))  # at no position
         query = memory.projected("read", token, "q")
         read = [memory.network(begun[h], query[h]) for h in memory.heads]
         for source, states in enumerate((token, memory.given(read, token))):
             keys, values = by_heads(attention.k_proj, states), by_heads(attention.v_proj, states)
             seen.append((source, [rotated(key, t) for key in keys], values))
-        query, out, mass = by_heads(attention.q_proj, token), [], torch.zeros(3, H)
+        query, out, mass = by_heads(attention.q_proj, token), [], torch.zeros(4, H)
         for h in range(H):
             kv = h * attention.num_kv_heads // H
             keys = [k[kv] for _, k, _ in seen] + list(attention.persistent_key[kv])
@@ -130,7 +138,7 @@ def test_mac_is_the_loop_over_tokens(chunk):
         x, _ = captured(model, model.get_input_embeddings()(ids))
         _, masses = mac_by_hand(model.model.layers[0].attention, x[0], 6, chunk)
         found = attention_mass(model, ids)
-        assert tuple(found) == ("tokens", "memory", "persistent")
+        assert tuple(found) == ("tokens", "memory", "persistent", "longterm")
         for mass, expected in zip(found.values(), masses, strict=True):
             torch.testing.assert_close(mass[0].float(), expected)
 

@@ -1,5 +1,6 @@
 """What multi-head attention layers share: their projections."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -65,12 +66,19 @@ class MultiHeadAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
-    def split_heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query ``[B, H, T, D]``, key and value ``[B, Hkv, T, D]`` of ``[B, T, E]``."""
+    def split_heads(
+        self, hidden_states: Tensor, change_value: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query ``[B, H, T, D]``, key and value ``[B, Hkv, T, D]`` of ``[B, T, E]``.
+
+        ``change_value`` maps values ``[B, T, Hkv D]`` to those that are used instead.
+        """
         check_rank("hidden_states", hidden_states, "B T E")
+        projected = [proj(hidden_states) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        if change_value is not None:
+            projected[2] = change_value(projected[2])
         query, key, value = (
-            rearrange(proj(hidden_states), "b t (h d) -> b h t d", d=self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(x, "b t (h d) -> b h t d", d=self.head_dim) for x in projected
         )
         return query, key, value
 

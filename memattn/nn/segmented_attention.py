@@ -1,5 +1,7 @@
 """Segmented attention as a drop-in multi-head attention layer."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from memattn.checks import check_int
@@ -67,6 +69,7 @@ class SegmentedAttention(PersistentAttention):
         seq_start: Tensor | None = None,
         seq_end: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        change_value: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Attend over ``hidden_states [B, T, E]`` and return ``[B, T, E]``.
 
@@ -78,8 +81,9 @@ class SegmentedAttention(PersistentAttention):
                 key, cached keys included.
             seq_end: int32 ``[B]``, the column after the last one, counted like ``seq_start``.
             cache: Keys and values of earlier calls, extended by those of this one.
+            change_value: Maps values ``[B, T, Hkv D]`` to those that are used instead.
         """
-        query, key, value = self.split_heads(hidden_states)
+        query, key, value = self.split_heads(hidden_states, change_value)
         if rotary is not None:
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if cache is not None:

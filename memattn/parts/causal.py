@@ -26,12 +26,13 @@ class AttentionPart(PartConfig):
     """
 
     place: ClassVar[str] = "attention"
+    backends: ClassVar[tuple[str, ...]] = BACKENDS
 
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            must("attention.backend", f"be one of {', '.join(BACKENDS)}", repr(self.backend))
+        if self.backend not in self.backends:
+            must("attention.backend", f"be one of {', '.join(self.backends)}", repr(self.backend))
 
     def heads(self, sizes: Sizes) -> dict[str, Any]:
         """Keywords of ``MultiHeadAttention`` and the backend."""
@@ -59,10 +60,12 @@ class CausalConfig(AttentionPart):
 
     Attributes:
         num_persistent_tokens: Learned keys and values that every token sees.
-        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"``, ``"reference"`` or
+            ``"flex"``.
     """
 
     kind: ClassVar[str] = "causal"
+    backends: ClassVar[tuple[str, ...]] = (*BACKENDS, "flex")
 
     num_persistent_tokens: int = 0
 
@@ -110,9 +113,10 @@ def _sources(
     *,
     rotary: tuple[Tensor, Tensor] | None,
     cache: None = None,
+    change_value: Any = None,
     **bounds: Any,
 ) -> dict[str, Tensor]:
-    """Masses ``[B, H, T]`` of tokens and persistent keys."""
+    """Masses ``[B, H, T]`` of tokens and persistent keys, whatever the values are."""
     query, key, value = layer.split_heads(hidden_states)
     if rotary is not None:
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)

@@ -1,28 +1,27 @@
 """Memory as context: attention within a segment, over what the memory gives for it too."""
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
-from memattn.nn import NeuralMemory, PersistentAttention, apply_rotary
+from memattn.nn import (
+    NeuralMemory,
+    NeuralMemoryLayerState,
+    PersistentAttention,
+    apply_rotary,
+)
 from memattn.ops import segmented_attention
 from memattn.parts.context import Angles, PartContext
+from memattn.parts.context_keys import ContextKeys, behind, by_segments, columns_from
+from memattn.parts.memory_routing import call_bounds
 from memattn.parts.segment_pieces import Piece, SegmentPieces, segment_pieces
 from memattn.parts.titans_layers import MemoryLayer, NormedGate, all_present
+from memattn.parts.titans_options import REMEMBERED
 from memattn.parts.titans_state import EARLIER, START, TitansState
 from memattn.parts.views import SOURCES
-
-
-class ContextKeys(NamedTuple):
-    """Keys and values of tokens and of what the memory gave for them, ``[B, Hkv, S, D]`` each."""
-
-    key: Tensor
-    value: Tensor
-    memory_key: Tensor
-    memory_value: Tensor
 
 
 class ContextAttention(PersistentAttention):
@@ -37,6 +36,7 @@ class ContextAttention(PersistentAttention):
         num_kv_heads: Key and value heads, ``Hkv``.
         head_dim: Features of a head, ``D``.
         num_persistent_tokens: Persistent keys, ``P``.
+        num_longterm_tokens: Tokens that stand before each segment, ``M``.
         backend: Backend of the operator.
     """
 
@@ -49,10 +49,12 @@ class ContextAttention(PersistentAttention):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         num_persistent_tokens: int = 0,
+        num_longterm_tokens: int = 0,
         backend: str = "auto",
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, num_persistent_tokens)
         self.segment_len = segment_len
+        self.num_longterm_tokens = num_longterm_tokens
         self.backend = backend
 
     def memory_heads(self, remembered: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
@@ -76,7 +78,7 @@ class ContextAttention(PersistentAttention):
 
         Args:
             query: ``[B, H, T, D]``.
-            keys: The tokens' keys, and the memory's by segments, ``[B, Hkv, n_segments, L, D]``.
+            keys: The tokens' keys, and the memory's by segments, ``[B, Hkv, n_segments, M+L, D]``.
             seq_start: int32 ``[B]``, as in ``segmented_attention``.
             seq_end: int32 ``[B]``.
             cu_seqlens: int32 ``[n+1]``.
@@ -84,7 +86,7 @@ class ContextAttention(PersistentAttention):
         out = segmented_attention(
             query,
             *keys[:2],
-            segment_len=self.segment_len,
+            segment_len=self.segment_len + self.num_longterm_tokens,
             memory_key=keys.memory_key,
             memory_value=keys.memory_value,
             memory_is_causal=True,
@@ -120,6 +122,7 @@ class AttendedSegments(NamedTuple):
     keys: ContextKeys  # [B or 1, Hkv, G, D]
     attended: Tensor  # [B or 1, G, E]
     remembered: Tensor  # [B or 1, G, E], read with queries of what attention gave
+    longterm: list[ContextKeys]  # of each piece, [rows, Hkv, M, D]; empty without such tokens
 
 
 class MemoryAsContext(ContextLayer):
@@ -140,10 +143,12 @@ class MemoryAsContext(ContextLayer):
     ) -> AttendedSegments:
         """Go through the pieces of a call, and keep in the state what later calls need."""
         cache, L = context.state, self.attention.segment_len
+        M = self.attention.num_longterm_tokens
         assert cache is None or isinstance(cache, TitansState)
         x = cut.flat(hidden_states)
         angles = cut.angles(context, x.dtype)
-        query, key, value = self.attention.split_heads(x)
+        change = self.change_value(x, context, cut)
+        query, key, value = self.attention.split_heads(x, change)
         if angles is not None:
             query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
         rows = cut.pieces[0].rows
@@ -151,28 +156,45 @@ class MemoryAsContext(ContextLayer):
             state = self.memory.start().expand(rows)
         else:
             state = cache.read_memory(self.memory, rows)
+        queries, state = self.memory.read_queries(
+            hidden_states, state, cu_seqlens=context.cu_seqlens, **call_bounds(context)
+        )
+        # all that does not wait for the memory, of all segments at once
+        split = lambda x: [None] * len(cut.pieces) if x is None else cut.split(x)
+        before = self.remembered_before(context)
+        tensors = zip(
+            *map(split, (query, key, value, cut.flat(queries), self.memory.gates(x))),
+            split(None if before is None else cut.flat(before)),
+            cut.split_angles(angles),
+            strict=True,
+        )
         starts = SegmentStarts(cache, cut.phase) if self.memory.chunk_size < L else None
-        attended, remembered, memory_keys, memory_values = [], [], [], []
-        for piece in cut.pieces:
+        attended, remembered, memory_keys, memory_values, fronts = [], [], [], [], []
+        for piece, (q, k, v, asked, gates, taught, turned) in zip(cut.pieces, tensors, strict=True):
             if piece.rows < rows:  # documents that have ended
                 rows = piece.rows
                 state = state.select(torch.arange(rows, device=x.device))
-            weights = None if starts is None else starts.of(piece, state.memory.packed_weights)
-            read, state = self.memory.read(
-                cut.of(x, piece), state, weights=weights, seq_end=piece.count
-            )
-            memory = self.attention.memory_heads(read, cut.angles_of(angles, piece))
-            keys = ContextKeys(cut.of(key, piece), cut.of(value, piece), *memory)
+            weights = state.memory.packed_weights
+            if starts is not None:
+                weights = starts.of(piece, weights)
+            front = self.longterm_keys(state, weights, x)
+            read = self.memory.answer(asked, gates, weights)
+            memory = self.attention.memory_heads(read, turned)
+            keys = ContextKeys(k, v, *memory)
             if piece.begin == 0 and cache is not None:
-                y = self._continue(cut.of(query, piece), keys, cache, cut)
+                y = self._continue(q, keys, front, cache, cut)
             else:
-                keys = _by_segments(keys, L)
-                y = self.attention(cut.of(query, piece), keys, seq_end=piece.count)
-            out, state, _ = self.memory(y, state=state, seq_end=piece.count)
+                keys = by_segments(behind(front, keys), M + L)
+                end = None if piece.count is None else piece.count + M
+                y = self.attention(q, keys, seq_end=end)
+            learned = y if taught is None else y + taught
+            out, state, _ = self.memory(y, kv_states=learned, state=state, seq_end=piece.count)
             attended.append(y)
             remembered.append(out)
             memory_keys.append(memory[0])
             memory_values.append(memory[1])
+            if front is not None:
+                fronts.append(front)
         keys = ContextKeys(key, value, cut.join(memory_keys), cut.join(memory_values))
         if cache is not None:
             present = all_present(hidden_states, context)
@@ -181,13 +203,37 @@ class MemoryAsContext(ContextLayer):
                 starts.keep(present.sum(1), L)
             for name, tensor in keys._asdict().items():
                 cache.append(name, cut.columns(tensor))
-        return AttendedSegments(query, keys, cut.join(attended), cut.join(remembered))
+        found = AttendedSegments(query, keys, cut.join(attended), cut.join(remembered), fronts)
+        if self.weight_residual:
+            context.handed[REMEMBERED] = cut.columns(found.remembered)
+        return found
+
+    def longterm_keys(
+        self, state: NeuralMemoryLayerState, weights: Tensor | None, like: Tensor
+    ) -> ContextKeys | None:
+        """Keys of the long-term memory tokens, and of what the memory knew before a segment.
+
+        They carry no position. ``weights`` are those of ``NeuralMemory.read``.
+        """
+        if self.longterm is None:
+            return None
+        tokens = self.longterm.tokens.to(like.dtype).expand(len(state.memory.count), -1, -1)
+        apart = dataclasses.replace(state, read_inputs=None)  # no tokens stand before them
+        read, _ = self.memory.read(tokens, apart, weights=weights)
+        own, remembered = (self.attention.memory_heads(x, None) for x in (tokens, read))
+        return ContextKeys(*own, *remembered)
 
     def _continue(
-        self, query: Tensor, keys: ContextKeys, cache: TitansState, cut: SegmentPieces
+        self,
+        query: Tensor,
+        keys: ContextKeys,
+        front: ContextKeys | None,
+        cache: TitansState,
+        cut: SegmentPieces,
     ) -> Tensor:
         """Attend in segments that earlier calls began, whose tokens stand in front of the new."""
         L, phase, count = self.attention.segment_len, cut.phase, cut.pieces[0].count
+        M = self.attention.num_longterm_tokens
         K = phase if isinstance(phase, int) else min(cache.kept, L - 1)
         if K:
             past = (cache.tokens[name][..., cache.kept - K :, :] for name in ContextKeys._fields)
@@ -196,12 +242,14 @@ class MemoryAsContext(ContextLayer):
         start = index = None
         if isinstance(phase, Tensor):
             start = (K - phase).to(torch.int32)
-            index = _columns(start, L, keys.key.shape[2])
+        keys = behind(front, keys, start)
+        if start is not None:
+            index = columns_from(start, M + L, keys.key.shape[2])
         return self.attention(
             query,
-            _by_segments(keys, L, index),
+            by_segments(keys, M + L, index),
             seq_start=start,
-            seq_end=None if count is None else count + K,
+            seq_end=None if count is None else count + K + M,
         )
 
 
@@ -256,7 +304,7 @@ class MemoryInParallel(ContextLayer):
         start, index = context.once(("memory segments", L, S), lambda: _segments(context, S, L))
         attended = self.attention(
             query,
-            _by_segments(keys, L, index),
+            by_segments(keys, L, index),
             seq_start=start,
             seq_end=context.bounds.seq_end,
             cu_seqlens=context.cu_seqlens,
@@ -267,33 +315,12 @@ class MemoryInParallel(ContextLayer):
         self, hidden_states: Tensor, remembered: Tensor, context: PartContext
     ) -> tuple[Tensor, ContextKeys]:
         """Queries and keys of the tokens of a call."""
-        query, key, value = self.attention.split_heads(hidden_states)
+        change = self.change_value(hidden_states, context)
+        query, key, value = self.attention.split_heads(hidden_states, change)
         angles = context.rotary
         if angles is not None:
             query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
         return query, ContextKeys(key, value, *self.attention.memory_heads(remembered, angles))
-
-
-def _by_segments(keys: ContextKeys, L: int, index: Tensor | None = None) -> ContextKeys:
-    """The memory's keys ``[B, Hkv, S, D]`` as ``[B, Hkv, n_segments, L, D]``.
-
-    ``index`` int64 ``[B, n_segments * L]`` are their columns; None: they begin at the first one.
-    """
-
-    def cut(x: Tensor) -> Tensor:
-        if index is None:
-            x = F.pad(x, (0, 0, 0, -x.shape[2] % L))
-        else:
-            x = x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-        return x.unflatten(2, (x.shape[2] // L, L))
-
-    return keys._replace(memory_key=cut(keys.memory_key), memory_value=cut(keys.memory_value))
-
-
-def _columns(start: Tensor, n: int, S: int) -> Tensor:
-    """The ``n`` columns from ``start [B]`` on, int64 ``[B, n]``, moved to those that there are."""
-    columns = start.long()[:, None] + torch.arange(n, device=start.device)
-    return columns.clamp(0, max(S - 1, 0))
 
 
 def _segments(context: PartContext, S: int, L: int) -> tuple[Tensor | None, Tensor | None]:
@@ -311,16 +338,19 @@ def _segments(context: PartContext, S: int, L: int) -> tuple[Tensor | None, Tens
     # whole segments in front of the first column hold nothing that is seen
     start = torch.where(start < 0, -(-start % L), start)
     begun_before = L - 1 if context.state is not None else 0
-    return start, _columns(start, -(-(S + begun_before) // L) * L, S)
+    return start, columns_from(start, -(-(S + begun_before) // L) * L, S)
 
 
 def _sources(layer: ContextLayer, hidden_states: Tensor, context: PartContext) -> dict[str, Tensor]:
-    """Masses ``[B, H, T]`` of tokens, of what the memory gave, and of persistent keys."""
-    attention = layer.attention
+    """Masses ``[B, H, T]`` of tokens, of what the memory gave, and of keys that all tokens see."""
+    attention, longterm = layer.attention, None
     if isinstance(layer, MemoryAsContext):
         shape = (hidden_states.shape[0], hidden_states.shape[1])
         cut = segment_pieces(context, shape, attention.segment_len)
-        query, keys, *_ = layer.run_segments(hidden_states, context, cut)
+        query, keys, _, _, fronts = layer.run_segments(hidden_states, context, cut)
+        if fronts:
+            pairs = zip(cut.split(query), fronts, strict=True)
+            longterm = cut.join([_front_lse(*pair) for pair in pairs])
     else:
         assert isinstance(layer, MemoryInParallel)
         remembered = layer.remember(hidden_states, context)
@@ -336,8 +366,17 @@ def _sources(layer: ContextLayer, hidden_states: Tensor, context: PartContext) -
         persistent = (attention.persistent_key, attention.persistent_value)
         shared = (x.expand(len(query), -1, -1, -1) for x in persistent)
         parts["persistent"] = lse(*shared, is_causal=False)
+    if longterm is not None:
+        parts["longterm"] = longterm[..., 0]
     total = torch.stack(list(parts.values())).logsumexp(0)
     return {name: (part - total).exp() for name, part in parts.items()}
+
+
+def _front_lse(query: Tensor, front: ContextKeys) -> Tensor:
+    """Log-sum-exp ``[B, H, T, 1]`` of the scores of all keys in front of a segment."""
+    key = torch.cat([front.key, front.memory_key], 2)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return (query @ key.mT * query.shape[-1] ** -0.5).double().logsumexp(-1, keepdim=True)
 
 
 SOURCES[MemoryAsContext] = SOURCES[MemoryInParallel] = _sources

@@ -8,6 +8,7 @@ from memattn.study.adapters import AdaptersCompare, AdaptersStudy, BaseModel
 from memattn.study.base import Study
 from memattn.study.cells import Cell, Measure
 from memattn.study.chapters import ChaptersCompare, ChaptersStudy
+from memattn.study.compare import CompareStudy
 from memattn.study.future import FutureCompare, FutureStudy
 from memattn.study.titans import TitansCompare, TitansPart, TitansStudy
 from memattn.train.config import read_config
@@ -27,6 +28,7 @@ __all__ = [
     "Cell",
     "ChaptersCompare",
     "ChaptersStudy",
+    "CompareStudy",
     "FutureCompare",
     "FutureStudy",
     "Measure",

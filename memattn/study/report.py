@@ -17,6 +17,7 @@ from memattn.files import replacing_file, write_text
 from memattn.study.base import Study
 from memattn.study.cells import Cell
 from memattn.study.results import COMMON, RunResult, cross_entropy, summarise
+from memattn.train.config import DEFAULT_STEPS
 from memattn.viz import plot_bands
 from memattn.viz.curves import smooth_curve
 
@@ -134,7 +135,7 @@ def _made(report: Mapping[str, Any]) -> str:
     minutes = sum(run["seconds"] for run in report["runs"]) / 60.0
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"Printed by `{report['command']}`: {n} runs of {training['max_steps']:,} "
+        f"Printed by `{report['command']}`: {n} runs of {training['max_steps'] or DEFAULT_STEPS:,} "
         f"steps of {rows} x {data['seq_len']} tokens, {tokens:,} tokens each, from {_source(data)} "
         f"({report['train_tokens']:,} tokens to train on, "
         f"{report['held_out_tokens']:,} held out); {minutes:.1f} min of training and "

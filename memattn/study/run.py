@@ -42,7 +42,7 @@ class StudyRun:
 
     @property
     def max_steps(self) -> int:
-        return self.config.training.max_steps
+        return self.config.training.num_steps()
 
     def __str__(self) -> str:
         return f"{self.cell.name}, seed {self.seed}"
@@ -111,7 +111,7 @@ def run_study(
         cells = study.plan(len(corpus.tokenizer))
     runs = plan_runs(study, cells)
     for run in runs:
-        _check_same(run)
+        _check_same(run, study.folder_option)
     write_text(Path(study.out) / "config.yaml", study.to_yaml())
     for cell in cells:
         _say(console, str(cell))
@@ -179,11 +179,11 @@ def _first_run(study: Study) -> StudyRun | None:
         config.training.seed,
         config,
     )
-    _check_same(run)
+    _check_same(run, study.folder_option)
     return run
 
 
-def _check_same(run: StudyRun) -> None:
+def _check_same(run: StudyRun, option: str) -> None:
     """Raise unless the run's folder is new, or has this run."""
     file = run.folder / "config.yaml"
     if not file.is_file():
@@ -193,7 +193,7 @@ def _check_same(run: StudyRun) -> None:
         for name, value in values.items():
             was = before[section][name]
             if name not in _FREE and was != value:
-                must("out", f"be a new folder for {section}.{name} {value}", f"{file} with {was}")
+                must(option, f"be a new folder for {section}.{name} {value}", f"{file} with {was}")
 
 
 def _train(run: StudyRun, seconds: float | None, console: Console) -> bool:

@@ -1,5 +1,6 @@
 """What a training run is: frozen dataclasses, and the same written down as YAML."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("no", "fp16", "bf16")
 STRATEGIES = ("ddp", "fsdp")
 MODES = ("pretraining", "instruction_finetuning")
+DEFAULT_STEPS = 1000
 Config = TypeVar("Config")
 
 
@@ -172,8 +174,10 @@ class TrainingConfig:
         output_dir: Folder of the run.
         training_mode: ``pretraining``, on documents, or ``instruction_finetuning``, on
             conversations, of which the answers are learnt.
-        max_steps: Optimizer steps.
+        max_steps: Optimizer steps; None means 1000, or as many as ``max_epochs`` gives.
+        max_epochs: Times that the text is read; a run with both ends where the first of them does.
         batch_size: Rows of one process in one forward pass.
+        eval_batch_size: The same in held-out evaluations; None means as in training.
         gradient_accumulation_steps: Forward passes in one optimizer step.
         base_model_lr: Highest learning rate.
         memory_lr: That of memory parameters, such as persistent tokens; None means the same.
@@ -194,14 +198,17 @@ class TrainingConfig:
         seed: Seed of new weights, dropout and the order of the documents.
         log_steps: Steps from one row of metrics to the next.
         eval_steps: Steps from one held-out evaluation to the next; None means only at the end.
+        eval_batches: Batches of such an evaluation, the first ones; None means all there are.
         save_steps: Steps from one checkpoint to the next; None means only at the end.
         keep_checkpoints: How many checkpoints to keep, the newest ones.
     """
 
     output_dir: str = "runs/train"
     training_mode: str = "pretraining"
-    max_steps: int = 1000
+    max_steps: int | None = None
+    max_epochs: int | None = None
     batch_size: int = 8
+    eval_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     base_model_lr: float = 1e-3
     memory_lr: float | None = None
@@ -221,16 +228,18 @@ class TrainingConfig:
     seed: int = 0
     log_steps: int = 1
     eval_steps: int | None = None
+    eval_batches: int | None = None
     save_steps: int | None = 500
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
         if not self.output_dir:
             must("training.output_dir", "not be empty", repr(self.output_dir))
-        counts = ("max_steps", "batch_size", "gradient_accumulation_steps", "log_steps")
-        for name in (*counts, "keep_checkpoints"):
+        counts = ("batch_size", "gradient_accumulation_steps", "log_steps", "keep_checkpoints")
+        for name in counts:
             check_int(f"training.{name}", getattr(self, name), 1)
-        for name in ("eval_steps", "save_steps", "num_gpus"):
+        lengths = ("max_steps", "max_epochs", "eval_steps", "save_steps")
+        for name in (*lengths, "eval_batch_size", "eval_batches", "num_gpus"):
             if getattr(self, name) is not None:
                 check_int(f"training.{name}", getattr(self, name), 1)
         for name in ("warmup_steps", "seed"):
@@ -254,6 +263,19 @@ class TrainingConfig:
         ):
             if getattr(self, name) not in known:
                 must(f"training.{name}", f"be one of {', '.join(known)}", getattr(self, name))
+
+    def num_steps(self, steps_per_epoch: float | None = None) -> int:
+        """Optimizer steps of the run.
+
+        Args:
+            steps_per_epoch: Those that read the text once; needed where ``max_epochs`` is given.
+        """
+        if self.max_epochs is None:
+            return self.max_steps or DEFAULT_STEPS
+        if steps_per_epoch is None:
+            must("training.max_epochs", "be null here, give max_steps instead", self.max_epochs)
+        steps = math.ceil(self.max_epochs * steps_per_epoch)
+        return min(steps, self.max_steps or steps)
 
 
 @dataclass(frozen=True, kw_only=True)

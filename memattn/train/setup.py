@@ -198,7 +198,7 @@ def run_tokenizer(config: TrainConfig) -> Any:
     data, model = config.data, config.model
     if data.task is not None:
         return _task_tokenizer(data, data.task, model)
-    if data.tokenizer in (None, "bpe") and model.model_path is None:
+    if data.tokenizer == "bpe" or (data.tokenizer is None and model.model_path is None):
         return prepare_data(config).tokenizer
     return _tokenizer(data, model, [])
 
@@ -215,13 +215,19 @@ def make_batches(
 ) -> Batches:
     """Packed or padded batches of a configuration.
 
+    Those for training are shuffled; those that are not are for evaluation and have its size.
+
     Raises:
         ValueError: If the model cannot take packed rows, or the tokenizer cannot pad.
     """
+    training = config.training
+    rows = training.batch_size
+    if not shuffle and training.eval_batch_size is not None:
+        rows = training.eval_batch_size
     options: dict[str, Any] = {
-        "batch_size": config.training.batch_size,
+        "batch_size": rows,
         "seq_len": config.data.seq_len,
-        "seed": config.training.seed,
+        "seed": training.seed,
         "shuffle": shuffle,
         "rank": rank,
         "world_size": world_size,
