@@ -71,14 +71,30 @@ SYSTEMS = {
             dict(
                 variant=variant,
                 window_size=5,
+                segment_len=9,
                 num_persistent_tokens=2,
                 memory_expansion=2,
                 chunk_size=9,
                 conv_size=3,
                 max_norm=1.0,
+                **options,
             ),
         )
-        for variant in ("lmm", "mag", "mal")
+        for variant, options in {
+            "lmm": dict(
+                position_embedding="continuous_axial",
+                position_segment_len=6,
+                neural_mem_weight_residual=True,
+            ),
+            "mac": dict(
+                num_longterm_mem_tokens=2, value_residual=True, neural_mem_weight_residual=True
+            ),
+            "mac_parallel": {},
+            "mag": dict(value_residual=True, neural_mem_weight_residual=True),
+            "mal": dict(
+                position_embedding="axial", position_segment_len=7, max_position_embeddings=160
+            ),
+        }.items()
     },
 }
 

@@ -52,6 +52,7 @@ class OperatorSpec:
     """
 
     operator: Callable[..., Any]
+    backends: tuple[str, ...] = ("cpp", "triton", "reference")
     make_inputs: Callable[..., Arguments]  # of the sizes, dtype=, device= and seed=
     # -- against the reference: all cases, each with every variant of the options
     cases: Cases
@@ -66,6 +67,7 @@ class OperatorSpec:
     at_instruction_set: Cases
     at_threads: Cases  # few heads, so that threads share a head
     # -- what the inputs are
+    own_axes: bool = False  # not [B, H, T, D]: messages about shapes are in its own file
     tokens: tuple[str, ...] = ("query", "key", "value")  # with a row for each token
     # with a row for each sequence, options among them
     batched: tuple[str, ...] = ("query", "key", "value")
@@ -184,6 +186,12 @@ def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(result, expected[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
+def queries(name: str, results: dict[str, Tensor], first: int, last: int) -> Tensor:
+    """Rows of some of the queries of a result: ``lse`` has an axis less."""
+    result = results[name]
+    return result[..., first:last] if name == "lse" else result[..., first:last, :]
+
+
 def int32(*values: int, device: str = "cpu") -> Tensor:
     """An index tensor."""
     return torch.tensor(values, dtype=torch.int32, device=device)
@@ -196,7 +204,8 @@ def reference_params(specs: Iterable[OperatorSpec]) -> list:
     """
     params = []
     for spec in specs:
-        for backend, dtype in ((b, d) for b in ("cpp", "triton") for d in DTYPES):
+        backends = [b for b in ("cpp", "triton") if b in spec.backends]
+        for backend, dtype in ((b, d) for b in backends for d in DTYPES):
             names = tuple(spec.cases)
             if backend == "triton" and INTERPRETED:
                 half = {torch.float16: spec.interpreted_half}.get(dtype, spec.interpreted_half[:1])

@@ -83,7 +83,8 @@ def test_cells_of_a_row():
     flops = small("causal").work()["forward"].flops
     roof = f"{100 * flops / 1e9 / 0.002:.0f} %"
     assert cells[:4] == ["causal B=2 T=48 D=16", "forward", "sdpa flash", "2 ms"]
-    assert [cells[6], cells[8], cells[9]] == [roof, "1.50x", "3.0 MiB"]
+    assert cells[5] == "48,000"  # tokens in a second
+    assert [cells[7], cells[9], cells[10]] == [roof, "1.50x", "3.0 MiB"]
 
 
 def test_table_without_rich(monkeypatch, capsys):
@@ -256,7 +257,7 @@ def test_command_line(capsys):
     assert "sdpa" not in printed
     assert main(["bench", "attention"]) == 2
     assert (
-        "future_attention, segmented_attention, task_masked_attention, got"
+        "future_attention, neural_memory, segmented_attention, task_masked_attention, got"
         in capsys.readouterr().err
     )
 

@@ -327,7 +327,7 @@ def test_what_the_gpt_parts_are():
         (
             dict(position_embedding="alibi"),
             ValueError,
-            "position_embedding must be one of rope, learned, got 'alibi'",
+            "position_embedding must be one of rope, learned, axial, continuous_axial, got 'alibi'",
         ),
         (dict(norm="batch"), ValueError, "norm must be one of rms, layer, got 'batch'"),
         (dict(mlp="relu"), ValueError, "mlp must be one of swiglu, gelu, got 'relu'"),

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from operator_contract import DTYPES, assert_same, needs_cpp, over
-from operator_specs import SPECS
+from operator_specs import having
 
+SPECS = having("cpp")
 pytestmark = [pytest.mark.operator, needs_cpp]
 # around the sizes of panels, tiles and blocks
 LENGTHS = [2, 15, 16, 17, 63, 64, 65, 95, 96, 97, 127, 128, 129]

@@ -11,7 +11,7 @@ from operator_contract import (
     assert_same,
     over,
 )
-from operator_specs import SPECS
+from operator_specs import SPECS, having
 from torch.utils.checkpoint import checkpoint
 
 from memattn.testing import run_with_gradients
@@ -126,7 +126,7 @@ def test_activation_checkpointing(spec, backend, use_reentrant):
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@over(SPECS, "gpu_large")
+@over(having("triton"), "gpu_large")
 def test_gradients_repeat_bit_for_bit(spec, case, dtype):
     tensors, options = spec.make(case, "triton", dtype)
     for variant in spec.each_variant("triton", few=True):

@@ -7,20 +7,22 @@ from model_factories import make_config, make_model, make_tokens
 from memattn.evaluate import audit
 from memattn.models import MemAttnCache, MemAttnConfig
 
-VARIANTS = ("lmm", "mag", "mal")
+VARIANTS = ("lmm", "mac", "mac_parallel", "mag", "mal")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_audit_finds_no_leak(variant):
-    model = make_model(f"titans-{variant}", torch.float32, num_hidden_layers=1)
-    report = audit(model, seq_len=21)
+    # two chunks in a segment of MAC
+    short = dict(segment_len=4, chunk_size=2) if variant == "mac" else {}
+    model = make_model(f"titans-{variant}", torch.float32, num_hidden_layers=1, **short)
+    report = audit(model, seq_len=13 if short else 21)
     assert report.verdict == "all 0"
 
 
 def test_layers_are_memory_and_attention_joined_as_defined():
     x = torch.randn(2, 14, 32, dtype=torch.float64)
     captured = {}
-    for variant in VARIANTS:
+    for variant in ("lmm", "mag", "mal"):
         model = make_model(f"titans-{variant}", num_hidden_layers=1)
         layer = model.model.layers[0]
         hook = lambda m, args, out, v=variant: captured.update({v: (args[0], out)})
@@ -28,7 +30,8 @@ def test_layers_are_memory_and_attention_joined_as_defined():
         with torch.no_grad():
             model(inputs_embeds=x, use_cache=False)
             normed, out = captured[variant]
-            angles = model.model.rotary(torch.arange(14)[None], torch.float64)
+            rotary = model.model.rotary
+            angles = None if rotary is None else rotary(torch.arange(14)[None], torch.float64)
             remembered = layer.attention.memory(normed).out
             if variant == "lmm":
                 expected = remembered
@@ -84,6 +87,16 @@ def test_flops_are_those_of_projections_pairs_and_memory():
     pairs = sum(min(i + 1, 5) + 2 for i in range(length))
     attention = 2 * length * (2 * E * E + 2 * E * 16) + 4 * E * pairs
     assert found["mag"].flops == found["mal"].flops == found["lmm"].flops + attention
+    # segments of 9: two keys for each token in sight, and the memory's keys are projected too
+    pairs = sum(2 * (i % 9 + 1) + 2 for i in range(length))
+    attention = 2 * length * (2 * E * E + 4 * E * 16) + 4 * E * pairs
+    assert found["mac_parallel"].flops == found["lmm"].flops + attention
+    # a second read: query with its convolution, gate, output, and the memory itself
+    read = 2 * (3 * E * E + 3 * E) + 4 * 2 * 256
+    # the same for 2 long-term tokens before each of 2 segments, keys and values of them and of what
+    # it gives, and 2 keys more for each in sight
+    longterm = 2 * 2 * (read + 2 * 4 * E * 16) + 4 * E * length * 2 * 2
+    assert found["mac"].flops == found["mac_parallel"].flops + length * read + longterm
 
 
 def test_crop_is_refused_before_anything_changes():
@@ -104,9 +117,17 @@ def test_crop_is_refused_before_anything_changes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(variant="mean"), r"attention.variant must be one of lmm, mag, mal, got 'mean'"),
+        (
+            dict(variant="mean"),
+            r"attention.variant must be one of lmm, mac, mac_parallel, mag, mal, got 'mean'",
+        ),
         (dict(memory_depth=5), r"attention.memory_depth must be at most 4, got 5"),
         (dict(chunk_size=0), r"attention.chunk_size must be at least 1, got 0"),
+        (dict(segment_len=0), r"attention.segment_len must be at least 1, got 0"),
+        (
+            dict(variant="mac", segment_len=20, chunk_size=8),
+            r"attention.chunk_size must divide segment_len=20, got 8",
+        ),
         (dict(decay=1.0), r"attention.decay must be between 0 and 1, got 1.0"),
         (dict(memory_heads=3), r"attention.memory_heads must divide hidden_size=512, got 3"),
     ],

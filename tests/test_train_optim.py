@@ -140,7 +140,7 @@ def test_schedules(name, factors):
         lr_scheduler=name, warmup_steps=2, max_steps=6, base_model_lr=2e-3, memory_lr=1e-3
     )
     optimizer = make_optimizer(small_model(), config)
-    scheduler = make_scheduler(optimizer, config)
+    scheduler = make_scheduler(optimizer, config, config.num_steps())
     for factor in factors:
         rates = sorted({group["lr"] for group in optimizer.param_groups} | {0.0})[1:]
         assert rates == pytest.approx([1e-3 * factor, 2e-3 * factor] if factor else [])

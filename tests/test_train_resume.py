@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,10 @@ from safetensors.torch import load_file
 from train_factories import columns, tiny_config, write_corpus
 
 from memattn.cli import main
-from memattn.train import TrainResult, checkpoint, train
+from memattn.train import TrainResult, checkpoint, loop, train
 from memattn.train.interrupt import StopRequest
 from memattn.train.metrics import MetricsLog, read_metrics
+from memattn.train.setup import prepare_data
 
 ROOT = Path(__file__).parent
 EXACT = ("step", "tokens", "loss", "eval_loss", "learning_rate", "grad_norm")
@@ -173,6 +176,36 @@ def test_a_run_stopped_before_its_first_step_resumes(tmp_path, monkeypatch, whol
         with pytest.raises(KeyboardInterrupt, match="stopped after step 0; resume from .*step-0"):
             train(tiny_config(tmp_path), progress=False)
     assert_same_run(train(tiny_config(tmp_path), resume=True, progress=False), whole)
+
+
+def test_epochs_end_a_run_wherever_it_was_paused(tmp_path, monkeypatch):
+    def keep(accelerator, model, batches, max_batches):
+        evaluated.append([len(b["input_ids"][0]) for b in islice(batches.one_epoch(), max_batches)])
+        return held_out_losses(accelerator, model, batches, max_batches)
+
+    evaluated, held_out_losses = [], loop.held_out_losses
+    monkeypatch.setattr(loop, "held_out_losses", keep)
+    results = []
+    for name, pauses in (("whole", ()), ("paused", (3, 5))):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_corpus(folder / "corpus.jsonl", documents=4)
+        options = {"eval_batch_size": 1, "eval_batches": 2, "save_steps": None}
+        config = tiny_config(folder, max_steps=None, max_epochs=2, **options)
+        for stop_step in pauses:
+            assert train(config, resume=True, stop_step=stop_step, progress=False).step == stop_step
+        results.append(train(config, resume=True, progress=False))
+    whole, paused = results
+    epoch = prepare_data(config).train.ids.numel() / (4 * 32)  # in steps of four rows
+    assert 3 < epoch < 4, "the pauses must lie in both epochs"
+    # an epoch ends in mid-row and the next goes on there; the last step is a whole one
+    assert whole.step == paused.step == math.ceil(2 * math.ceil(4 * epoch) / 4)
+    assert evaluated == [[32, 32]] * 2
+    for column in EXACT:
+        rows = [read_metrics(result.output_dir / "metrics.csv") for result in results]
+        assert columns(rows[0], column) == columns(rows[1], column), column
+    capped = dataclasses.replace(config.training, max_steps=3, output_dir=str(tmp_path / "capped"))
+    assert train(dataclasses.replace(config, training=capped), progress=False).step == 3
 
 
 def test_a_finished_run_goes_on_in_another_folder(tmp_path, whole):

@@ -116,6 +116,24 @@ class ChapterRouterArgs(NamedTuple):
     is_mean: bool  # the load-balance loss is 1 at balance, else top_k
 
 
+class BranchAttentionArgs(NamedTuple):
+    """Arguments of attention in branches; a slot of a token is in one of them."""
+
+    gradients = "query key value gates"
+
+    query: Tensor  # [B, A, H, T, D]
+    key: Tensor  # [B, F, Hkv, S, D]
+    value: Tensor  # [B, F, Hkv, S, Dv]
+    gates: Tensor  # float32 [B, T, A]
+    indices: Tensor | None  # int32 [B, T, A], -1 is empty; None: A = F and slot a is in branch a
+    cu_seqlens: Tensor | None  # int32 [n + 1]
+    seq_start: Tensor | None  # int32 [B]
+    seq_end: Tensor | None  # int32 [B]
+    is_causal: bool
+    query_offset: int
+    scale: float
+
+
 class NeuralMemoryArgs(NamedTuple):
     """Arguments of the neural memory. A row is a sequence or a packed document; R of them.
 

@@ -82,6 +82,10 @@ class Case(ABC):
         """Whether sampled rows of the output tell the gradients; a mean over all rows does not."""
         return True
 
+    def has(self, direction: str) -> bool:
+        """Whether this case is measured in a direction."""
+        return True
+
     @abstractmethod
     def label(self, T: str | None = None) -> str:
         """Short text for tables: the kind and the sizes that matter; ``T`` replaces the length."""

@@ -90,6 +90,29 @@ def cpu_peaks(jobs: Sequence[MemoryJob]) -> list[int | None]:
     return pickle.loads(done.stdout)
 
 
+def step_peak(call: Callable[[], object], device: str) -> int | None:
+    """Bytes at the peak of a call above those before it, in this process; None where unknown.
+
+    On the CPU the process gives back what it has freed first, and the first call, in which
+    libraries load and threads start, is not counted. What else the process does at the same time
+    counts, so this is for calls of many mebibytes, such as a training step.
+    """
+    if device.startswith("cuda"):
+        call()
+        return cuda_peak(call, device)
+    if not _CLEAR.exists():
+        return None
+    call()
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    _CLEAR.write_text("5")
+    before = _status("VmRSS")
+    call()
+    return max(_status("VmHWM") - before, 0)
+
+
 def keep_freed_memory() -> None:
     """Let this process keep what it frees on the CPU, as PyTorch does on CUDA.
 

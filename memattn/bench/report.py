@@ -18,8 +18,8 @@ from memattn.bench.roofline import Roofs, work_of
 from memattn.bench.timing import Timing
 from memattn.files import replacing_file, write_text
 
-COLUMNS = ("case", "direction", "competitor", "median", "20-80 %", "useful", "roof", "GB/s")
-COLUMNS = (*COLUMNS, "speed-up", "peak memory")
+COLUMNS = ("case", "direction", "competitor", "median", "20-80 %", "tokens/s", "useful", "roof")
+COLUMNS = (*COLUMNS, "GB/s", "speed-up", "peak memory")
 
 
 def machine(seed: int) -> dict[str, Any]:
@@ -103,6 +103,7 @@ def row_cells(record: Mapping[str, Any]) -> list[str]:
         *cells,
         f"{1e3 * seconds['median']:.3g} ms",
         f"{1e3 * seconds['q20']:.3g}-{1e3 * seconds['q80']:.3g}",
+        f"{record['tokens'] / seconds['median']:,.0f}",
         f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s",
         "" if roof is None else f"{100 * roof:.0f} %",
         f"{record['bytes_per_second'] / 1e9:.3g}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 
-from memattn.data.tasks import CommonWords, Facts, MultiQueryRecall, Needle, VariableTracking
+from memattn.data.tasks import TASKS as KINDS
 
 if TYPE_CHECKING:
     from memattn.data.tasks import Task
@@ -155,10 +155,4 @@ def _run(
     return 0
 
 
-TASKS = {
-    "needle": _command_of(Needle),
-    "tracking": _command_of(VariableTracking),
-    "words": _command_of(CommonWords),
-    "facts": _command_of(Facts),
-    "recall": _command_of(MultiQueryRecall),
-}
+TASKS = {name: _command_of(kind) for name, kind in KINDS.items()}

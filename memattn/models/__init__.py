@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from memattn.models.cache import MemAttnCache
 from memattn.models.config import PRESETS, MemAttnConfig, register_preset
 from memattn.models.decoder import MemAttnForCausalLM, MemAttnModel, MemAttnPreTrainedModel
+from memattn.models.factory import vanilla_of_equal_parameters
 from memattn.models.hf_attention import register_hf_attention
 from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
@@ -30,6 +31,7 @@ __all__ = [
     "MemAttnPreTrainedModel",
     "register_hf_attention",
     "register_preset",
+    "vanilla_of_equal_parameters",
 ]
 
 

@@ -107,7 +107,7 @@ class MemAttnBlock(GradientCheckpointingLayer):
         if context.measure_losses:
             for name in self.loss_names:
                 flat += losses[name]
-        return (*flat, *carry.values())
+        return (*flat, *(carry[name] for name in dict.fromkeys((*names, *self.carry_names))))
 
     def _run(
         self,

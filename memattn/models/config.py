@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from memattn.checks import check_int, must
+from memattn.nn import AxialPositions, ContinuousAxialPositions
 from memattn.nn.mlp import MLPS
 from memattn.nn.norm import NORMS
 from memattn.parts import PARTS, PartConfig, Sizes, make_part
@@ -25,7 +26,7 @@ from memattn.parts.together import (
     parts_of_layer,
 )
 
-POSITION_EMBEDDINGS = ("rope", "learned")
+POSITION_EMBEDDINGS = ("rope", "learned", "axial", "continuous_axial")
 
 
 def _preset(part: type[PartConfig], summary: str, **defaults: Any) -> Any:
@@ -62,8 +63,12 @@ class MemAttnConfig(PreTrainedConfig):
         max_position_embeddings: Longest sequence that the model is meant for. It is a limit where
             positions have parameters: learned position embeddings, and parts that say so. Otherwise
             only tokenizers and servers read it.
-        position_embedding: ``"rope"``, rotary positions in every attention layer, or
-            ``"learned"``, parameters added to the embedded tokens.
+        position_embedding: ``"rope"``, rotary positions in every attention layer, or what is added
+            to the embedded tokens: ``"learned"``, a row for each position; ``"axial"``, a row for
+            the segment and one for the place in it; ``"continuous_axial"``, the same by networks,
+            for any length.
+        position_segment_len: Tokens in a segment of axial positions; None means the longest window
+            or segment of a part.
         norm: ``"rms"``, RMSNorm, or ``"layer"``, LayerNorm without bias.
         mlp: ``"swiglu"``, or ``"gelu"``, two projections around a GELU; both without biases.
         rope_parameters: ``{"rope_type": "default", "rope_theta": 10000.0}``; ``rope_theta`` may
@@ -90,6 +95,7 @@ class MemAttnConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     max_position_embeddings: int = 4096
     position_embedding: str = "rope"
+    position_segment_len: int | None = None
     norm: str = "rms"
     mlp: str = "swiglu"
     rope_parameters: dict[str, Any] | None = None
@@ -144,6 +150,7 @@ class MemAttnConfig(PreTrainedConfig):
         if not self.rms_norm_eps > 0:
             must("rms_norm_eps", "be positive", self.rms_norm_eps)
         self._make_parts()
+        self._check_position_segment()
         super().__post_init__(**kwargs)
         _check_rope(self.rope_parameters or {})
 
@@ -156,6 +163,19 @@ class MemAttnConfig(PreTrainedConfig):
             make_part(part, f"parts[{i}]", attention=False) for i, part in enumerate(self.parts)
         ]
         check_together([self.attention, *self.parts], self.sizes)
+
+    def _check_position_segment(self) -> None:
+        """Choose the segments of axial positions; other positions have none."""
+        length = self.position_segment_len
+        if "axial" in self.position_embedding:
+            length = self.reach if length is None else length
+            if not length:
+                must("position_segment_len", "be given where no part has segments", length)
+            check_int("position_segment_len", length, 1)
+            self.position_segment_len = length
+        elif length is not None:
+            kind = repr(self.position_embedding)
+            must("position_segment_len", f"be None with position_embedding {kind}", length)
 
     @property
     def sizes(self) -> Sizes:
@@ -200,12 +220,19 @@ class MemAttnConfig(PreTrainedConfig):
     def position_limit(self) -> int | None:
         """Tokens of the longest sequence that the model has parameters for; None means no limit."""
         limits = any(part.limits_length for part in self.named_parts().values())
-        return self.max_position_embeddings if limits or self.embeds_positions else None
+        limits = limits or self.position_embedding in ("learned", "axial")
+        return self.max_position_embeddings if limits else None
 
-    @property
-    def embeds_positions(self) -> bool:
-        """Whether positions have parameters that are added to the embedded tokens."""
-        return self.position_embedding == "learned"
+    def build_positions(self) -> nn.Module | None:
+        """What is added to the embedded tokens for their positions; None for rotary ones."""
+        length, segment = self.max_position_embeddings, self.position_segment_len
+        if self.position_embedding == "learned":
+            return nn.Embedding(length, self.hidden_size)
+        if segment is None:
+            return None
+        if self.position_embedding == "axial":
+            return AxialPositions(self.hidden_size, segment, length)
+        return ContinuousAxialPositions(self.hidden_size, segment)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values that JSON can hold."""
@@ -295,6 +322,7 @@ PRESETS: dict[str, Callable[..., MemAttnConfig]] = {
     "segmented": MemAttnConfig.segmented,
     "future": MemAttnConfig.future,
     "memory_transformer": MemAttnConfig.memory_transformer,
+    "titans": MemAttnConfig.titans,
 }
 
 

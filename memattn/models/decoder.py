@@ -17,7 +17,7 @@ from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
 from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
-from memattn.nn import RotaryEmbedding, make_norm, sequence_positions
+from memattn.nn import ContinuousAxialPositions, RotaryEmbedding, make_norm, sequence_positions
 from memattn.parts import PARTS, PartConfig, PartContext, Role, SequenceBounds
 from memattn.parts.chapters import FILE, Chapters
 from memattn.parts.losses import LossSums
@@ -45,6 +45,8 @@ class MemAttnPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, ContinuousAxialPositions):
+            module.reset_parameters(self.config.initializer_range)
         for init_weights in dict.fromkeys(part.init_weights for part in PARTS.values()):
             init_weights(module, self.config.initializer_range)
 
@@ -106,10 +108,8 @@ class MemAttnModel(MemAttnPreTrainedModel):
         super().__init__(config)
         assert config.head_dim is not None and config.rope_parameters is not None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = self.rotary = None
-        if config.embeds_positions:
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        else:
+        self.embed_positions, self.rotary = config.build_positions(), None
+        if self.embed_positions is None:
             self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters["rope_theta"])
         self.layers = nn.ModuleList(
             MemAttnBlock(config, i) for i in range(config.num_hidden_layers)
@@ -176,7 +176,9 @@ class MemAttnModel(MemAttnPreTrainedModel):
             check_lengths(positions, attention_mask, limit)
         if position_ids is not None:
             check_positions(position_ids, positions, attention_mask)
-        present = None if attention_mask is None else attention_mask[:, -T:] != 0
+        present = None
+        if attention_mask is not None and _has_padding(cache, bounds):
+            present = attention_mask[:, -T:] != 0
         if self.embed_positions is not None:
             known = positions if present is None else torch.where(present, positions, 0)
             hidden_states = hidden_states + self.embed_positions(known.clamp(min=0))
@@ -235,6 +237,13 @@ class MemAttnModel(MemAttnPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not (self.training or packed)
         return MemAttnCache(self.config) if cache is None and use_cache else cache
+
+
+def _has_padding(cache: MemAttnCache | None, bounds: SequenceBounds) -> bool:
+    """Whether a row has no token in some column of a call, as far as is known without waiting."""
+    if cache is not None:
+        return cache.has_padding
+    return bounds.seq_start is not None or bounds.seq_end is not None
 
 
 class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):

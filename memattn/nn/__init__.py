@@ -1,6 +1,12 @@
 """Thin modules around the operators: projections, one operator call, output projection."""
 
-from memattn.nn._heads import KeyValueCache, MultiHeadAttention, TokenCache
+from memattn.nn._heads import (
+    KeyValueCache,
+    MultiHeadAttention,
+    PersistentAttention,
+    TokenCache,
+)
+from memattn.nn.axial_positions import AxialPositions, ContinuousAxialPositions
 from memattn.nn.causal_convolution import CausalConvolution
 from memattn.nn.chapter_memory import (
     ChapterMemory,
@@ -9,6 +15,7 @@ from memattn.nn.chapter_memory import (
     MemoryCrossAttention,
     ProjectedChapters,
 )
+from memattn.nn.domain_gate import DomainGate, GateOutput, GateState
 from memattn.nn.future_attention import FutureAttention, FutureLayerOutput
 from memattn.nn.future_keys import FutureComputed, FutureRelative, FutureRows, FutureTable
 from memattn.nn.linear import LowRankLinear, ZeroLinear
@@ -31,10 +38,13 @@ from memattn.nn.task_tokens import TokenProjection
 
 __all__ = [
     "GELUMLP",
+    "AxialPositions",
     "CausalConvolution",
     "ChapterMemory",
     "ChapterRouter",
     "ColumnLayout",
+    "ContinuousAxialPositions",
+    "DomainGate",
     "FactorizedMemoryBank",
     "FutureAttention",
     "FutureComputed",
@@ -42,6 +52,8 @@ __all__ = [
     "FutureRelative",
     "FutureRows",
     "FutureTable",
+    "GateOutput",
+    "GateState",
     "KeyValueCache",
     "LowRankLinear",
     "MemoryBank",
@@ -51,6 +63,7 @@ __all__ = [
     "NeuralMemory",
     "NeuralMemoryLayerOutput",
     "NeuralMemoryLayerState",
+    "PersistentAttention",
     "ProjectedChapters",
     "QuantizedMemoryBank",
     "ReducedDimMemoryBank",

@@ -1,7 +1,9 @@
 """What multi-head attention layers share: their projections."""
 
+from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -64,15 +66,60 @@ class MultiHeadAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
-    def split_heads(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query ``[B, H, T, D]``, key and value ``[B, Hkv, T, D]`` of ``[B, T, E]``."""
+    def split_heads(
+        self, hidden_states: Tensor, change_value: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query ``[B, H, T, D]``, key and value ``[B, Hkv, T, D]`` of ``[B, T, E]``.
+
+        ``change_value`` maps values ``[B, T, Hkv D]`` to those that are used instead.
+        """
         check_rank("hidden_states", hidden_states, "B T E")
+        projected = [proj(hidden_states) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        if change_value is not None:
+            projected[2] = change_value(projected[2])
         query, key, value = (
-            rearrange(proj(hidden_states), "b t (h d) -> b h t d", d=self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(x, "b t (h d) -> b h t d", d=self.head_dim) for x in projected
         )
         return query, key, value
 
     def merge_heads(self, out: Tensor) -> Tensor:
         """Map ``[B, H, T, D]`` to ``[B, T, E]``."""
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+
+
+class PersistentAttention(MultiHeadAttention):
+    """The same with persistent keys and values, which every query sees.
+
+    They start small, so that the layer starts close to one without them, and carry no position.
+
+    Args:
+        hidden_size: As in ``MultiHeadAttention``, with the three that follow.
+        num_heads: Query heads, ``H``.
+        num_kv_heads: Key and value heads, ``Hkv``.
+        head_dim: Features of a head, ``D``.
+        num_persistent_tokens: Persistent keys, ``P``.
+    """
+
+    persistent_key: nn.Parameter | None  # [Hkv, P, D]
+    persistent_value: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        num_persistent_tokens: int = 0,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim)
+        check_int("num_persistent_tokens", num_persistent_tokens, 0)
+        self.num_persistent_tokens = num_persistent_tokens
+        if num_persistent_tokens:
+            shape = (self.num_kv_heads, num_persistent_tokens, self.head_dim)
+            self.persistent_key = nn.Parameter(torch.empty(shape))
+            self.persistent_value = nn.Parameter(torch.empty(shape))
+            nn.init.normal_(self.persistent_key, std=0.02)
+            nn.init.normal_(self.persistent_value, std=0.02)
+        else:
+            self.register_parameter("persistent_key", None)
+            self.register_parameter("persistent_value", None)

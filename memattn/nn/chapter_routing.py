@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memattn.nn._running_sums import running_sum, shift, window_sum
+
 STRATEGIES = ("sequence", "rolling", "token", "hybrid")
 
 
@@ -117,7 +119,7 @@ def pool_blocks(
 
     # sums over all blocks from the first of this call on, and before each
     relative = blocks.number - blocks.number[:, :1]
-    total = _shift(_running_sum(sums[:, lead:], relative), 1, relative)
+    total = shift(running_sum(sums[:, lead:], relative), 1, relative)
     if past is not None and past_is_whole is not None:
         if lead:
             past = past + torch.where(past_is_whole[:, None], sums[:, lead - 1], 0.0)
@@ -126,10 +128,10 @@ def pool_blocks(
     pooled = {"sequence": lambda: (total + first) / count}
 
     def rolling() -> Tensor:
-        window = _shift(_window_sum(sums, index, full), 1, index) if full else 0.0
+        window = shift(window_sum(sums, index, full), 1, index) if full else 0.0
         if rest:
             ends = _fixed_sum(tokens[:, :, R - rest :]).double()
-            window = window + _shift(ends, full + 1, index)
+            window = window + shift(ends, full + 1, index)
         window = window[:, lead:] if isinstance(window, Tensor) else window
         return (window + first) / count.clamp(max=W)
 
@@ -159,33 +161,3 @@ def _fixed_sum(x: Tensor) -> Tensor:
         high = x[:, :, half:]
         x = x[:, :, :half] + F.pad(high, (0, 0, 0, half - high.shape[2]))
     return x[:, :, 0]
-
-
-def _shift(x: Tensor, n: int, index: Tensor) -> Tensor:
-    """``x [B, N, E]`` of the block ``n`` earlier, 0 where ``index [B, N]`` has none."""
-    N = x.shape[1]
-    moved = F.pad(x[:, : max(N - n, 0)], (0, 0, min(n, N), 0))
-    return torch.where((index >= n)[..., None], moved, 0.0)
-
-
-def _running_sum(x: Tensor, index: Tensor) -> Tensor:
-    """Sum over all blocks up to each; its order depends on ``index`` alone."""
-    span = 1
-    while span < x.shape[1]:
-        x = x + _shift(x, span, index)
-        span *= 2
-    return x
-
-
-def _window_sum(x: Tensor, index: Tensor, n: int) -> Tensor:
-    """Sum over the last ``n`` blocks up to each, in ``log n`` steps of a fixed order."""
-    total, length = torch.zeros_like(x), 0
-    power, span = x, 1  # sums over the last `span` blocks
-    while n >= span:
-        if n & span:
-            total = total + _shift(power, length, index) if length else power
-            length += span
-        if n >= 2 * span:
-            power = power + _shift(power, span, index)
-        span *= 2
-    return total

@@ -14,7 +14,7 @@ from memattn.nn.causal_convolution import CausalConvolution, PresentTokens, pres
 from memattn.nn.neural_memory_state import NeuralMemoryLayerState
 from memattn.ops import neural_memory
 from memattn.ops.neural_memory import DEEPEST
-from memattn.reference.neural_memory import memory_forward
+from memattn.reference.neural_memory import memory_forward, unpack
 
 
 class NeuralMemoryLayerOutput(NamedTuple):
@@ -221,16 +221,18 @@ class NeuralMemory(nn.Module):
         hidden_states: Tensor,
         state: NeuralMemoryLayerState,
         *,
+        weights: Tensor | None = None,
         seq_start: Tensor | None = None,
         seq_end: Tensor | None = None,
     ) -> tuple[Tensor, NeuralMemoryLayerState]:
-        """Read at the weights before the open chunk, ``[B, T, E]``, and write nothing.
+        """Read at the weights before the open chunk, or others, and write nothing: ``[B, T, E]``.
 
         The convolution of these queries has inputs of its own, in the state that is returned.
 
         Args:
             hidden_states: ``[B, T, E]``.
             state: What ``forward`` or ``start().expand(B)`` gave.
+            weights: ``[B, H, P]``, earlier ``state.memory.packed_weights`` to read at instead.
             seq_start: int32 ``[B]``, as in ``forward``.
             seq_end: int32 ``[B]``.
         """
@@ -240,11 +242,12 @@ class NeuralMemory(nn.Module):
             [self.q_proj(hidden_states)], ["q"], state.read_inputs, state.since, bounds
         )
         query = _unit(self._heads(query))
-        x = query.to(state.memory.packed_weights.dtype)
+        packed = state.memory.packed_weights if weights is None else weights
+        x, layers = query.to(packed.dtype), unpack(packed, state.memory.sizes)
         with torch.autocast(x.device.type, enabled=False):
             is_silu = self.options.get("activation") == "silu"
             residual = self.options.get("residual", False)
-            out = memory_forward(state.memory.weights, x, is_silu, residual)[0]
+            out = memory_forward(layers, x, is_silu, residual)[0]
         if bounds is not None:
             out = torch.where(bounds.present[:, None, :, None], out, 0.0)
         state = NeuralMemoryLayerState(state.memory, state.inputs, inputs, state.since)

@@ -1,15 +1,16 @@
 """Segmented attention as a drop-in multi-head attention layer."""
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
+
+from torch import Tensor
 
 from memattn.checks import check_int
-from memattn.nn._heads import KeyValueCache, MultiHeadAttention
+from memattn.nn._heads import KeyValueCache, PersistentAttention
 from memattn.nn.rotary import apply_rotary
 from memattn.ops import segmented_attention
 
 
-class SegmentedAttention(MultiHeadAttention):
+class SegmentedAttention(PersistentAttention):
     """Causal multi-head attention within segments, a sliding window and persistent tokens.
 
     Without ``segment_len`` and ``window_size`` it is plain causal attention. Persistent keys and
@@ -51,24 +52,13 @@ class SegmentedAttention(MultiHeadAttention):
         num_persistent_tokens: int = 0,
         backend: str = "auto",
     ) -> None:
-        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim)
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, num_persistent_tokens)
         for name, value in (("segment_len", segment_len), ("window_size", window_size)):
             if value is not None:
                 check_int(name, value, 1)
-        check_int("num_persistent_tokens", num_persistent_tokens, 0)
         self.segment_len = segment_len
         self.window_size = window_size
-        self.num_persistent_tokens = num_persistent_tokens
         self.backend = backend
-        if num_persistent_tokens:
-            shape = (self.num_kv_heads, num_persistent_tokens, self.head_dim)
-            self.persistent_key = nn.Parameter(torch.empty(shape))
-            self.persistent_value = nn.Parameter(torch.empty(shape))
-            nn.init.normal_(self.persistent_key, std=0.02)
-            nn.init.normal_(self.persistent_value, std=0.02)
-        else:
-            self.register_parameter("persistent_key", None)
-            self.register_parameter("persistent_value", None)
 
     def forward(
         self,
@@ -79,6 +69,7 @@ class SegmentedAttention(MultiHeadAttention):
         seq_start: Tensor | None = None,
         seq_end: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        change_value: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Attend over ``hidden_states [B, T, E]`` and return ``[B, T, E]``.
 
@@ -90,8 +81,9 @@ class SegmentedAttention(MultiHeadAttention):
                 key, cached keys included.
             seq_end: int32 ``[B]``, the column after the last one, counted like ``seq_start``.
             cache: Keys and values of earlier calls, extended by those of this one.
+            change_value: Maps values ``[B, T, Hkv D]`` to those that are used instead.
         """
-        query, key, value = self.split_heads(hidden_states)
+        query, key, value = self.split_heads(hidden_states, change_value)
         if rotary is not None:
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if cache is not None:

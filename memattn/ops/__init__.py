@@ -1,5 +1,6 @@
 """Attention operators: one contract, three backends."""
 
+from memattn.ops.branch_attention import branch_attention
 from memattn.ops.chapter_attention import chapter_attention
 from memattn.ops.chapter_router import RouterOutput, chapter_router
 from memattn.ops.future_attention import (
@@ -22,6 +23,7 @@ __all__ = [
     "NeuralMemoryState",
     "RouterOutput",
     "TaskMask",
+    "branch_attention",
     "chapter_attention",
     "chapter_router",
     "future_attention",

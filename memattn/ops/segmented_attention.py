@@ -92,7 +92,8 @@ def segmented_attention(
         scale: Factor of the scores; None means ``1/sqrt(D)``.
         backend: ``"auto"`` (Triton for CUDA tensors, C++ for CPU tensors, the reference for
             float64 and where the extension is not built), ``"triton"``, ``"cpp"`` or
-            ``"reference"``. A named backend never falls back.
+            ``"reference"``; or ``"flex"``, PyTorch's FlexAttention, which is compiled and has no
+            backward on the CPU. A named backend never falls back.
 
     Returns:
         ``out [B, H, T, Dv]`` in the dtype of ``query`` and ``lse [B, H, T]``.
@@ -181,6 +182,10 @@ def segmented_attention(
         query_offset=query_offset,
         scale=check_scale(scale, D),
     )
+    if backend == "flex":
+        from memattn.ops.flex_attention import flex_segmented_attention
+
+        return AttentionOutput(*flex_segmented_attention(args))
     match resolve_backend(backend, query):
         case "triton":
             from memattn_kernels.segmented_attention import segmented_attention as impl

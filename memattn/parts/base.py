@@ -83,7 +83,6 @@ class PartConfig:
             fields decide between places beside attention overrides ``stands``.
         repeatable: Whether it may stand more than once in ``MemAttnConfig.parts``.
         reports: Names of the losses that it may return.
-        carries: Names of what it may hand to the next layer.
         views: Its pictures by name.
         state_type: Class of what a sequence keeps of it.
         limits_length: Whether it has parameters for ``max_position_embeddings`` positions only.
@@ -93,7 +92,6 @@ class PartConfig:
     place: ClassVar[str]
     repeatable: ClassVar[bool] = False
     reports: ClassVar[tuple[str, ...]] = ()
-    carries: ClassVar[tuple[str, ...]] = ()
     views: ClassVar[Mapping[str, View]] = {}
     state_type: ClassVar[type[PartState]] = PartState
 
@@ -110,6 +108,11 @@ class PartConfig:
     @property
     def limits_length(self) -> bool:
         return False
+
+    @property
+    def carries(self) -> tuple[str, ...]:
+        """Names of what it may hand to the next layer."""
+        return ()
 
     @property
     def needs_state(self) -> bool:

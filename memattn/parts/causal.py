@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memattn.checks import check_int, must
-from memattn.nn import SegmentedAttention
+from memattn.nn import PersistentAttention, SegmentedAttention
 from memattn.nn.rotary import apply_rotary
 from memattn.ops import segmented_attention
 from memattn.ops._dispatch import BACKENDS
@@ -26,12 +26,13 @@ class AttentionPart(PartConfig):
     """
 
     place: ClassVar[str] = "attention"
+    backends: ClassVar[tuple[str, ...]] = BACKENDS
 
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            must("attention.backend", f"be one of {', '.join(BACKENDS)}", repr(self.backend))
+        if self.backend not in self.backends:
+            must("attention.backend", f"be one of {', '.join(self.backends)}", repr(self.backend))
 
     def heads(self, sizes: Sizes) -> dict[str, Any]:
         """Keywords of ``MultiHeadAttention`` and the backend."""
@@ -59,10 +60,12 @@ class CausalConfig(AttentionPart):
 
     Attributes:
         num_persistent_tokens: Learned keys and values that every token sees.
-        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"``, ``"reference"`` or
+            ``"flex"``.
     """
 
     kind: ClassVar[str] = "causal"
+    backends: ClassVar[tuple[str, ...]] = (*BACKENDS, "flex")
 
     num_persistent_tokens: int = 0
 
@@ -95,9 +98,10 @@ class CausalConfig(AttentionPart):
 
     @staticmethod
     def init_weights(module: nn.Module, std: float) -> None:
-        if isinstance(module, SegmentedAttention) and module.persistent_key is not None:
-            nn.init.normal_(module.persistent_key, std=std)
-            nn.init.normal_(module.persistent_value, std=std)
+        if isinstance(module, PersistentAttention):
+            for persistent in (module.persistent_key, module.persistent_value):
+                if persistent is not None:
+                    nn.init.normal_(persistent, std=std)
 
     def role(self, name: str, parameter: Tensor) -> Role | None:
         return Role("memory") if name.startswith("persistent_") else None
@@ -109,9 +113,10 @@ def _sources(
     *,
     rotary: tuple[Tensor, Tensor] | None,
     cache: None = None,
+    change_value: Any = None,
     **bounds: Any,
 ) -> dict[str, Tensor]:
-    """Masses ``[B, H, T]`` of tokens and persistent keys."""
+    """Masses ``[B, H, T]`` of tokens and persistent keys, whatever the values are."""
     query, key, value = layer.split_heads(hidden_states)
     if rotary is not None:
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)

@@ -34,6 +34,7 @@ class PartContext:
         library: The chapters of texts that the model keeps, or None.
         chapters: What the part keeps in this layer of those that are open.
         shared: What ``once`` remembers in this call of the model.
+        handed: What a module of the part hands on to the next layer, for ``PartOutput.carry``.
     """
 
     positions: Tensor
@@ -51,6 +52,7 @@ class PartContext:
     library: Chapters | None = None
     chapters: tuple[OpenChapter, ...] = ()
     shared: dict[Any, Any] = field(default_factory=dict)
+    handed: dict[str, Tensor] = field(default_factory=dict)
 
     def of_part(
         self,

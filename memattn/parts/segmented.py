@@ -18,7 +18,8 @@ class SegmentedConfig(CausalConfig):
         window_size: Keys in the sliding window, the query's own included; None means no window.
             One of the two is given.
         num_persistent_tokens: Learned keys and values that every token sees.
-        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"``, ``"reference"`` or
+            ``"flex"``.
     """
 
     kind: ClassVar[str] = "segmented"

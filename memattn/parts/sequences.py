@@ -41,6 +41,7 @@ class SequenceStates:
         seq_start: int64 ``[B]`` on the CPU, the column where each row's sequence begins, or None
             before the first call.
         seq_end: int64 ``[B]`` on the CPU, the column where it ended, if it has.
+        has_padding: Whether a row has no token in some column of the last call.
     """
 
     layers: Any  # list of LayerStates, or of what has their attributes
@@ -56,6 +57,7 @@ class SequenceStates:
         self.position = 0
         self.seq_start: Tensor | None = None
         self.seq_end: Tensor | None = None
+        self.has_padding = False
 
     def _like(self) -> "Self":
         """An empty one with the same layers."""
@@ -138,13 +140,15 @@ class SequenceStates:
         if max_length is not None:
             check_longest(end.clamp(max=p + T) - start, max_length)
         self.seq_start, self.seq_end, self.position = start, end, p + T
+        self.has_padding = bool((first > 0).any() or (last < T).any())
+        alike = int(start[0]) if B and bool((start == start[0]).all()) else None
 
         known: dict[tuple, SequenceBounds] = {}  # most layers are alike
         for state in self._states():
             kind = (state.kept, state.segment_len, state.window_size)
             if kind not in known:
                 known[kind] = self._bounds(state, T, device)
-            state.bounds = known[kind]
+            state.bounds, state.start = known[kind], alike
             state.begin()
         self._mark_visible()
 

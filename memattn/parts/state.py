@@ -54,6 +54,7 @@ class PartState:
         self._before: dict[str, Tensor] = {}
         self.keep = 0  # newest tokens that later ones can see, set by the cache
         self.bounds = SequenceBounds(None, None)  # of this call, set by the cache
+        self.start: int | None = None  # column where all rows begin, if one, set by the cache
 
     def fresh(self) -> "PartState":
         """An empty one of the same part."""

@@ -8,54 +8,62 @@ from torch import Tensor, nn
 
 from memattn.checks import check_int, must
 from memattn.nn import CausalConvolution, NeuralMemory, SegmentedAttention
+from memattn.ops._dispatch import BACKENDS
 from memattn.ops.neural_memory import DEEPEST
 from memattn.parts.base import PartOutput, Role, Sizes, register_part
-from memattn.parts.causal import AttentionPart
 from memattn.parts.context import PartContext
 from memattn.parts.state import PartState
+from memattn.parts.titans_context import ContextAttention, MemoryAsContext, MemoryInParallel
 from memattn.parts.titans_layers import MemoryAsGate, MemoryAsLayer, MemoryLayer
+from memattn.parts.titans_options import LongTermTokens, TitansOptions
 from memattn.parts.titans_state import TitansState
 
-VARIANTS = ("lmm", "mag", "mal")
+VARIANTS = ("lmm", "mac", "mac_parallel", "mag", "mal")
+CHUNK = 64  # tokens of a chunk, unless others are asked for
 
 
 @register_part
 @dataclass(frozen=True, kw_only=True)
-class TitansConfig(AttentionPart):
+class TitansConfig(TitansOptions):
     """A memory that learns while it reads, alone or with attention within a window.
 
     All variants are strictly causal. The attention's persistent tokens are learned keys and values,
-    the memory's are learned hidden states that it reads before every sequence.
+    the memory's are learned hidden states that it reads before every sequence. Further fields are
+    those of ``memattn.parts.titans_options.TitansOptions``: sizes of the memory, residuals between
+    layers, long-term memory tokens.
 
     Attributes:
         variant: ``"lmm"``, the memory alone; ``"mag"``, attention gated by the memory; ``"mal"``,
-            attention over what the memory gives.
+            attention over what the memory gives; ``"mac"``, attention over a segment and what the
+            memory knows of it, which then learns the result; ``"mac_parallel"``, another model:
+            the memory learns from the input instead.
         window_size: Keys in the window of the attention, the query's own included.
-        num_persistent_tokens: Persistent tokens of the memory, and keys of the attention.
-        memory_heads: Heads of the memory; None means as many as the attention has.
-        memory_head_dim: Features of such a head; None means ``hidden_size / memory_heads``.
+        segment_len: Tokens in a segment, of ``"mac"`` and ``"mac_parallel"``, which have no window.
+        num_persistent_tokens: Persistent tokens of the memory, and keys of the attention. The
+            memory of ``"mac"`` learns from attention alone and has none.
         memory_depth: Layers of a memory, 1 to 4.
         memory_expansion: Width of its hidden layers, in units of its head size.
-        chunk_size: Tokens whose gradients are taken at the same weights.
+        chunk_size: Tokens whose gradients are taken at the same weights; in ``"mac"`` it divides
+            the segment. None means 64, or there the segment where 64 does not divide it.
         conv_size: Tokens that the convolutions of the memory see; 1 means none.
         lr: Learning rate of a new memory; each token has its own.
         momentum: Its momentum; None means none is kept.
         decay: Its decay; None means none.
         max_norm: Largest norm of a token's gradient; None means any.
-        backend: Backend of the operators, ``"auto"``, ``"cpp"`` or ``"reference"``.
+        backend: Backend of the operators, ``"auto"``, ``"cpp"`` or ``"reference"``; or ``"flex"``
+            for the attention and ``"auto"`` for the memory.
     """
 
     kind: ClassVar[str] = "titans"
+    backends: ClassVar[tuple[str, ...]] = (*BACKENDS, "flex")
     state_type: ClassVar[type[PartState]] = TitansState
 
-    variant: str = "mag"
     window_size: int = 128
+    segment_len: int = 128
     num_persistent_tokens: int = 4
-    memory_heads: int | None = None
-    memory_head_dim: int | None = None
     memory_depth: int = 2
     memory_expansion: int = 4
-    chunk_size: int = 64
+    chunk_size: int | None = None
     conv_size: int = 4
     lr: float = 0.01
     momentum: float | None = 0.5
@@ -66,15 +74,19 @@ class TitansConfig(AttentionPart):
         super().__post_init__()
         if self.variant not in VARIANTS:
             must("attention.variant", f"be one of {', '.join(VARIANTS)}", repr(self.variant))
-        for name in ("window_size", "memory_expansion", "chunk_size", "conv_size"):
+        for name in ("window_size", "segment_len", "memory_expansion", "conv_size"):
             check_int(f"attention.{name}", getattr(self, name), 1)
+        if self.chunk_size is None:
+            fits = self.variant != "mac" or self.segment_len % CHUNK == 0
+            # frozen; whoever reads the field gets the number
+            object.__setattr__(self, "chunk_size", CHUNK if fits else self.segment_len)
+        check_int("attention.chunk_size", self.chunk_size, 1)
+        if self.variant == "mac" and self.segment_len % self._chunk:
+            must("attention.chunk_size", f"divide segment_len={self.segment_len}", self._chunk)
         check_int("attention.num_persistent_tokens", self.num_persistent_tokens, 0)
         check_int("attention.memory_depth", self.memory_depth, 1)
         if self.memory_depth > DEEPEST:
             must("attention.memory_depth", f"be at most {DEEPEST}", self.memory_depth)
-        for name in ("memory_heads", "memory_head_dim"):
-            if getattr(self, name) is not None:
-                check_int(f"attention.{name}", getattr(self, name), 1)
         for name in ("lr", "momentum", "decay"):
             rate = getattr(self, name)
             if rate is not None and not 0.0 < rate < 1.0:
@@ -82,13 +94,10 @@ class TitansConfig(AttentionPart):
         if self.max_norm is not None and not self.max_norm > 0.0:
             must("attention.max_norm", "be positive", self.max_norm)
 
-    def check(self, sizes: Sizes, others: list) -> None:
-        heads = self._memory_heads(sizes)
-        if self.memory_head_dim is None and sizes.hidden_size % heads:
-            must("attention.memory_heads", f"divide hidden_size={sizes.hidden_size}", heads)
-
-    def _memory_heads(self, sizes: Sizes) -> int:
-        return self.memory_heads or sizes.num_heads
+    @property
+    def _chunk(self) -> int:
+        assert self.chunk_size is not None
+        return self.chunk_size
 
     @property
     def attends(self) -> bool:
@@ -96,28 +105,48 @@ class TitansConfig(AttentionPart):
         return self.variant != "lmm"
 
     @property
+    def segments(self) -> bool:
+        """Whether attention is within segments, over what the memory gives too."""
+        return self.variant in ("mac", "mac_parallel")
+
+    @property
     def reach(self) -> int:
-        return max(self.chunk_size, self.window_size if self.attends else 0)
+        attended = self.segment_len if self.segments else self.window_size
+        return max(self._chunk, attended if self.attends else 0)
 
     def build(self, sizes: Sizes, layer: int) -> nn.Module:
+        return self.add_options(self._build(sizes), sizes, layer)
+
+    def _build(self, sizes: Sizes) -> MemoryLayer:
+        """A layer without the options."""
+        heads, head_dim = self.memory_sizes(sizes)
         memory = NeuralMemory(
             sizes.hidden_size,
-            self._memory_heads(sizes),
-            head_dim=self.memory_head_dim,
+            heads,
+            head_dim=head_dim,
             depth=self.memory_depth,
             expansion=self.memory_expansion,
-            chunk_size=self.chunk_size,
+            chunk_size=self._chunk,
             conv_size=self.conv_size,
-            num_persistent_tokens=self.num_persistent_tokens,
+            num_persistent_tokens=0 if self.variant == "mac" else self.num_persistent_tokens,
             lr=self.lr,
             momentum=self.momentum,
             decay=self.decay,
             norm_eps=sizes.norm_eps,
             options={} if self.max_norm is None else dict(max_norm=self.max_norm),
-            backend=self.backend,
+            backend="auto" if self.backend == "flex" else self.backend,
         )
         if not self.attends:
             return MemoryLayer(memory)
+        if self.segments:
+            over = ContextAttention(
+                **self.heads(sizes),
+                segment_len=self.segment_len,
+                num_persistent_tokens=self.num_persistent_tokens,
+                num_longterm_tokens=self.num_longterm_mem_tokens,
+            )
+            joined = MemoryAsContext if self.variant == "mac" else MemoryInParallel
+            return joined(memory, over, sizes.hidden_size, sizes.norm_eps)
         attention = SegmentedAttention(
             **self.heads(sizes),
             window_size=self.window_size,
@@ -128,16 +157,20 @@ class TitansConfig(AttentionPart):
         return MemoryAsGate(memory, attention, sizes.hidden_size, sizes.norm_eps)
 
     def run(self, module: nn.Module, hidden_states: Tensor, context: PartContext) -> PartOutput:
-        return PartOutput(module(hidden_states, context))
+        out = module(hidden_states, context)
+        return PartOutput(out, carry=context.handed)
 
     def new_state(self) -> PartState:
-        window = self.window_size if self.attends else None
-        return TitansState(self.kind, None, window, self.variant)
+        segment = self.segment_len if self.segments else None
+        window = self.window_size if self.attends and not self.segments else None
+        return TitansState(self.kind, segment, window, self.variant)
 
     @staticmethod
     def init_weights(module: nn.Module, std: float) -> None:
         if isinstance(module, CausalConvolution):
             module.reset_parameters()
+        if isinstance(module, LongTermTokens):
+            nn.init.normal_(module.tokens, std=std)
         if isinstance(module, NeuralMemory):
             bias = module.rate_proj.bias
             loaded = bias.clone() if getattr(bias, "_is_hf_initialized", False) else None
@@ -149,21 +182,35 @@ class TitansConfig(AttentionPart):
 
     def role(self, name: str, parameter: Tensor) -> Role | None:
         learned = ("memory.memory_weights", "memory.persistent_", "attention.persistent_")
-        return Role("memory") if name.startswith(learned) else None
+        return Role("memory") if name.startswith((*learned, "longterm.")) else None
 
     def visible(self, position: int, sizes: Sizes) -> int:
         if not self.attends:
             return 0
+        if self.segments:  # tokens, and what the memory gave for them
+            own = position % self.segment_len + 1 + self.num_longterm_mem_tokens
+            return 2 * own + self.num_persistent_tokens
         return min(position + 1, self.window_size) + self.num_persistent_tokens
 
     def operator_flops(self, sizes: Sizes, length: int) -> int:
-        heads = self._memory_heads(sizes)
-        D = self.memory_head_dim or sizes.hidden_size // heads
+        heads, D = self.memory_sizes(sizes)
         widths = [D, *[self.memory_expansion * D] * (self.memory_depth - 1), D]
         pairs = list(zip(widths, widths[1:], strict=False))
         W, both = sum(a * b for a, b in pairs), sum(a + b for a, b in pairs)
         kept = 1 if self.momentum is None else 2  # sums over the chunk: weights, momentum
         # keys forward, backward, sums of updates, and the read at the chunk's start and within it
         token = 2 * W + 2 * (W - widths[0] * widths[1]) + kept * 4 * W
-        token += (min(self.chunk_size, length) + 1) * both
-        return super().operator_flops(sizes, length) + heads * length * token
+        token += (min(self._chunk, length) + 1) * both
+        again = 0  # products with matrices that are used for a second time
+        longterm = 0  # of the long-term memory tokens of all segments
+        keys = 2 * sizes.hidden_size * sizes.num_kv_heads * sizes.head_dim  # and values
+        if self.segments:  # those of what the memory gave
+            again = keys
+        if self.variant == "mac":  # the read at the segment's start: query, gate, output
+            token += 2 * W
+            convolution = self.conv_size if self.conv_size > 1 else 0
+            again += (3 * sizes.hidden_size + convolution) * heads * D
+            tokens = -(-length // self.segment_len) * self.num_longterm_mem_tokens
+            longterm = tokens * (heads * 2 * W + 2 * (again + keys))
+        once = super().operator_flops(sizes, length) + longterm
+        return once + length * (heads * token + 2 * again)

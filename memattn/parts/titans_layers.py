@@ -1,5 +1,6 @@
 """Layers of Titans: a neural memory alone, beside attention as a gate, or before it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from memattn.nn import NeuralMemory, SegmentedAttention
 from memattn.parts.context import PartContext
 from memattn.parts.memory_routing import call_bounds
+from memattn.parts.segment_pieces import SegmentPieces
+from memattn.parts.titans_options import REMEMBERED, VALUES, LongTermTokens, ValueMix
 from memattn.parts.titans_state import TitansState
 
 
@@ -30,6 +33,10 @@ class MemoryLayer(nn.Module):
     def __init__(self, memory: NeuralMemory) -> None:
         super().__init__()
         self.memory = memory
+        # what TitansOptions may add
+        self.weight_residual = self.value_residual = False
+        self.value_mix: ValueMix | None = None
+        self.longterm: LongTermTokens | None = None
 
     def forward(self, hidden_states: Tensor, context: PartContext) -> Tensor:
         """Map normed hidden states ``[B, T, E]`` to the layer's output ``[B, T, E]``."""
@@ -38,17 +45,44 @@ class MemoryLayer(nn.Module):
     def remember(self, hidden_states: Tensor, context: PartContext) -> Tensor:
         """Write the tokens into the memory and read it at each, from the layer's state on."""
         B, T, _ = hidden_states.shape
-        if context.cu_seqlens is not None:
-            return self.memory(hidden_states, cu_seqlens=context.cu_seqlens).out
-        bounds: dict[str, Any] = call_bounds(context)
+        options: dict[str, Any] = dict(cu_seqlens=context.cu_seqlens, **call_bounds(context))
+        before = self.remembered_before(context)
+        if before is not None:
+            options["kv_states"] = hidden_states + before
         cache = context.state
-        if cache is None:
-            return self.memory(hidden_states, **bounds).out
-        assert isinstance(cache, TitansState)
-        state = cache.read_memory(self.memory, B)
-        found = self.memory(hidden_states, state=state, **bounds)
-        cache.write_memory(found.state, all_present(hidden_states, context))
+        if cache is not None:
+            assert isinstance(cache, TitansState)
+            options["state"] = cache.read_memory(self.memory, B)
+        found = self.memory(hidden_states, **options)
+        if isinstance(cache, TitansState):
+            cache.write_memory(found.state, all_present(hidden_states, context))
+        if self.weight_residual:
+            context.handed[REMEMBERED] = found.out
         return found.out
+
+    def remembered_before(self, context: PartContext) -> Tensor | None:
+        """What the memory of the layer before gave, ``[B, T, E]``; None where it is not used."""
+        return context.carry.get(REMEMBERED) if self.weight_residual else None
+
+    def change_value(
+        self, hidden_states: Tensor, context: PartContext, cut: SegmentPieces | None = None
+    ) -> Callable[[Tensor], Tensor] | None:
+        """What is done to the values of attention over ``hidden_states [B, T, E]``.
+
+        The first layer hands them on, the others mix in what that had. With ``cut``, tokens are in
+        the order of its pieces.
+        """
+        if not self.value_residual:
+            return None
+
+        def change(value: Tensor) -> Tensor:
+            if self.value_mix is None:
+                context.handed[VALUES] = value if cut is None else cut.columns(value)
+                return value
+            first = context.carry[VALUES]
+            return self.value_mix(hidden_states, value, first if cut is None else cut.flat(first))
+
+        return change
 
 
 class MemoryAsGate(MemoryLayer):
@@ -62,7 +96,9 @@ class MemoryAsGate(MemoryLayer):
         self.gate = NormedGate(hidden_size, eps)
 
     def forward(self, hidden_states: Tensor, context: PartContext) -> Tensor:
-        attended = self.attention(hidden_states, **context.attention_inputs())
+        change = self.change_value(hidden_states, context)
+        inputs = context.attention_inputs()
+        attended = self.attention(hidden_states, **inputs, change_value=change)
         return self.gate(attended, self.remember(hidden_states, context))
 
 
@@ -75,7 +111,8 @@ class MemoryAsLayer(MemoryLayer):
 
     def forward(self, hidden_states: Tensor, context: PartContext) -> Tensor:
         remembered = self.remember(hidden_states, context)
-        return self.attention(remembered, **context.attention_inputs())
+        change = self.change_value(remembered, context)
+        return self.attention(remembered, **context.attention_inputs(), change_value=change)
 
 
 def all_present(hidden_states: Tensor, context: PartContext) -> Tensor:

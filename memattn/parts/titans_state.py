@@ -14,6 +14,9 @@ from memattn.parts.state import PartState
 
 UNSAVED = ("memory.initial", "memory.sizes")  # of the layer, not of a sequence
 PRESENT = "present"  # bool [B, columns], which columns held a token since recording began
+START = "segment_start"  # [B, H, P], weights before the segment of the newest token
+EARLIER = "segment_before"  # [B, H, P], weights before the segment before that
+PLACE = "segment_place"  # int64 [B], place of the newest token in its segment
 
 
 class TitansState(PartState):
@@ -79,7 +82,17 @@ class TitansState(PartState):
 
     def _keep(self, state: NeuralMemoryLayerState) -> None:
         self._memory = state
-        self.rows = {name: x for name, x in state.tensors().items() if name not in UNSAVED}
+        start = {START: self.rows[START]} if START in self.rows else {}
+        self.rows = {name: x for name, x in state.tensors().items() if name not in UNSAVED} | start
+
+    def keep_segments(self, start: Tensor, earlier: Tensor, place: Tensor) -> None:
+        """Keep the weights ``[B, H, P]`` before the segment of the newest token, and before that.
+
+        ``place`` int64 ``[B]`` is where the newest token stands in its segment.
+        """
+        self.rows[START] = start
+        if self.record_past:
+            self.history |= {EARLIER: earlier, PLACE: place}
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> "TitansState":
         other = super().apply(function)
@@ -138,7 +151,13 @@ class TitansState(PartState):
             assert state is not None
             self._keep(state)
             seen = self.history[PRESENT]
-            self.history[PRESENT] = seen[:, : seen.shape[1] - num_columns]
+            left = seen.shape[1] - num_columns
+            self.history[PRESENT] = seen[:, :left]
+            if PLACE in self.history and self.segment_len is not None:
+                place = self.history[PLACE] - seen[:, left:].sum(1)
+                back = (place < 0)[:, None, None]  # in the segment before
+                self.rows[START] = torch.where(back, self.history[EARLIER], self.rows[START])
+                self.history[PLACE] = place % self.segment_len
         rest = self.kept - num_columns
         for name, states in self.tokens.items():
             self.tokens[name] = states[..., :rest, :]

@@ -8,14 +8,16 @@ from memattn.study.adapters import AdaptersCompare, AdaptersStudy, BaseModel
 from memattn.study.base import Study
 from memattn.study.cells import Cell, Measure
 from memattn.study.chapters import ChaptersCompare, ChaptersStudy
+from memattn.study.compare import CompareStudy
 from memattn.study.future import FutureCompare, FutureStudy
+from memattn.study.titans import TitansCompare, TitansPart, TitansStudy
 from memattn.train.config import read_config
 
 if TYPE_CHECKING:
     from memattn.study.run import run_study
 
 STUDIES: dict[str, type[Study]] = {
-    study.system: study for study in (FutureStudy, ChaptersStudy, AdaptersStudy)
+    study.system: study for study in (FutureStudy, ChaptersStudy, AdaptersStudy, TitansStudy)
 }
 
 __all__ = [
@@ -26,10 +28,14 @@ __all__ = [
     "Cell",
     "ChaptersCompare",
     "ChaptersStudy",
+    "CompareStudy",
     "FutureCompare",
     "FutureStudy",
     "Measure",
     "Study",
+    "TitansCompare",
+    "TitansPart",
+    "TitansStudy",
     "load_study",
     "run_study",
 ]

@@ -4,7 +4,7 @@ A study is one file beside this one: a frozen dataclass that plans its cells. It
 options of ``memattn study <system>``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +35,7 @@ class Study:
         baselines: Names of the cells that the others are compared with.
         measures: What is measured beside train and validation loss.
         packages: Packages that its numbers depend on beside torch.
+        folder_option: What messages call the option ``out``.
 
     Attributes:
         out: Folder of the runs and results.
@@ -48,6 +49,7 @@ class Study:
     baselines: ClassVar[tuple[str, ...]]
     measures: ClassVar[tuple[Measure, ...]] = ()
     packages: ClassVar[tuple[str, ...]] = ()
+    folder_option: ClassVar[str] = "out"
 
     out: str
     data: DataConfig
@@ -62,6 +64,14 @@ class Study:
             value = getattr(self.training, name)
             if value != getattr(TrainingConfig(), name):
                 must(f"training.{name}", "be left to the study", value)
+        self.training.num_steps()  # refuses epochs: the runs are compared at equal steps
+
+    def parts(self) -> Mapping[str, "Study"]:
+        """The studies that it is made of, by name, each on a text or task of its own.
+
+        One with parts trains nothing itself; its report is theirs, in this order.
+        """
+        return {}
 
     @property
     def seeds(self) -> list[int]:

@@ -8,7 +8,7 @@ from memattn.train.config import ModelConfig
 
 
 class Measure(NamedTuple):
-    """A loss of a cell beside the train and validation loss; lower is better.
+    """Something measured of a cell beside the train and validation loss, such as another loss.
 
     Attributes:
         name: Its name in results.

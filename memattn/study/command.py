@@ -18,14 +18,15 @@ _OWN = """    max_minutes: Stop with a checkpoint after so many minutes; the sam
 """
 
 
-def study(system: Literal["future", "chapters", "adapters"]) -> int:
+def study(system: Literal["future", "chapters", "adapters", "titans"]) -> int:
     """Compare a system with its equals over several seeds, with paired differences.
 
     Each system has options of its own: memattn study SYSTEM --help.
 
     Args:
         system: What is studied: future, attention with learned keys for the positions ahead;
-            chapters, a memory of routed chapters; adapters, LoRA and memory in a pretrained model.
+            chapters, a memory of routed chapters; adapters, LoRA and memory in a pretrained model;
+            titans, a memory that learns while it reads.
     """
     return KINDS[system]()
 

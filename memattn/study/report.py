@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +13,11 @@ from rich.console import Console
 
 from memattn._tables import Spread
 from memattn.bench.report import machine
-from memattn.files import write_text
+from memattn.files import replacing_file, write_text
 from memattn.study.base import Study
 from memattn.study.cells import Cell
 from memattn.study.results import COMMON, RunResult, cross_entropy, summarise
+from memattn.train.config import DEFAULT_STEPS
 from memattn.viz import plot_bands
 from memattn.viz.curves import smooth_curve
 
@@ -72,14 +74,48 @@ def write_report(
     text = f"{tables}\n{study.note(rows)}\n\n{_made(report)}\n"
     write_text(out / "results.md", text)
     if page is not None:
-        kept = ""
-        if page.is_file():
-            kept = "".join(page.read_text(encoding="utf-8").partition(READING)[1:])
         picture = page.with_suffix(".png")
         _plot(study, cells, metrics, picture)
-        curves = f"![Losses over the steps]({picture.name})"
-        write_text(page, f"# {study.heading}\n\n{text}\n{curves}\n{kept}")
+        write_text(page, f"# {study.heading}\n\n{text}\n{_curves(picture)}\n{_reading(page)}")
     return out / "results.md"
+
+
+def write_parts(study: Study, page: Path | None = None) -> Path:
+    """Write ``results.md`` of a study whose parts are finished, and a page.
+
+    Args:
+        study: The study.
+        page: As for ``write_report``; the curves of each part stand beside it.
+
+    Returns:
+        Path of ``results.md``.
+    """
+    texts, illustrated = [], []
+    for name, part in study.parts().items():
+        text = (Path(part.out) / "results.md").read_text(encoding="utf-8")
+        texts.append(f"## {part.heading}\n\n{text}")
+        if page is not None:
+            picture = page.with_name(f"{page.stem}_{name}.png")
+            with replacing_file(picture) as file:
+                shutil.copyfile(Path(part.out) / "curves.png", file)
+            illustrated.append(f"{texts[-1]}\n{_curves(picture)}\n")
+    report = Path(study.out) / "results.md"
+    write_text(report, "\n".join(texts))
+    if page is not None:
+        body = "\n".join(illustrated)
+        write_text(page, f"# {study.heading}\n\n{body}{_reading(page)}")
+    return report
+
+
+def _curves(picture: Path) -> str:
+    return f"![Losses over the steps]({picture.name})"
+
+
+def _reading(page: Path) -> str:
+    """What an earlier page has from its heading ``Reading`` on."""
+    if not page.is_file():
+        return ""
+    return "".join(page.read_text(encoding="utf-8").partition(READING)[1:])
 
 
 def _record(run: RunResult, names: Sequence[str]) -> dict[str, Any]:
@@ -99,12 +135,20 @@ def _made(report: Mapping[str, Any]) -> str:
     minutes = sum(run["seconds"] for run in report["runs"]) / 60.0
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"Printed by `{report['command']}`: {n} runs of {training['max_steps']:,} "
-        f"steps of {rows} x {data['seq_len']} tokens, {tokens:,} tokens each, from the corpus "
-        f"{data['dataset_name']} ({report['train_tokens']:,} tokens to train on, "
+        f"Printed by `{report['command']}`: {n} runs of {training['max_steps'] or DEFAULT_STEPS:,} "
+        f"steps of {rows} x {data['seq_len']} tokens, {tokens:,} tokens each, from {_source(data)} "
+        f"({report['train_tokens']:,} tokens to train on, "
         f"{report['held_out_tokens']:,} held out); {minutes:.1f} min of training and "
         f"evaluation on {device}; {versions}; {machine['date']}."
     )
+
+
+def _source(data: Mapping[str, Any]) -> str:
+    """What the tokens are those of."""
+    if data["task"] is None:
+        return f"the corpus {data['dataset_name']}"
+    options = ", ".join(f"{name} {value}" for name, value in data["task"]["options"].items())
+    return f"the task {data['task']['name']}" + (f" with {options}" if options else "")
 
 
 def _to_csv(study: Study, cells: list[Cell], runs: list[RunResult]) -> str:

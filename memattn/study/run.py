@@ -12,7 +12,7 @@ from memattn.checks import must
 from memattn.files import write_json, write_text
 from memattn.study.base import Study
 from memattn.study.cells import Cell
-from memattn.study.report import print_report, write_report
+from memattn.study.report import print_report, write_parts, write_report
 from memattn.study.results import MEASURES, read_run
 from memattn.train import TrainConfig, load_config, train
 from memattn.train.metrics import read_metrics
@@ -42,7 +42,7 @@ class StudyRun:
 
     @property
     def max_steps(self) -> int:
-        return self.config.training.max_steps
+        return self.config.training.num_steps()
 
     def __str__(self) -> str:
         return f"{self.cell.name}, seed {self.seed}"
@@ -61,7 +61,8 @@ def run_study(
     ``<out>/<cell>/seed-<n>/`` are run folders of ``memattn.train``. Finished runs are kept, an
     interrupted one goes on at its last checkpoint. At the end ``results.json``, ``results.csv``,
     ``results.md`` and ``curves.png`` are written. Seeds are the outer loop, so that cells stay
-    comparable whenever it is stopped.
+    comparable whenever it is stopped. The parts of a study that has some are run one after
+    another, in folders of their own, and ``results.md`` and the page have those of all.
 
     Args:
         study: The study.
@@ -87,6 +88,18 @@ def run_study(
         must("max_minutes", "be above 0", max_minutes)
     began = time.perf_counter()
     left = lambda: None if max_minutes is None else 60.0 * max_minutes - time.perf_counter() + began
+    command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if parts := study.parts():
+        for name, part in parts.items():
+            seconds = left()
+            _say(console, f"part {name}")
+            if seconds is not None and seconds <= 0.0:
+                _say(console, f"{name} is not finished; the same command goes on")
+                return None
+            minutes = None if seconds is None else seconds / 60.0
+            if run_study(part, max_minutes=minutes, command=command, console=console) is None:
+                return None
+        return _written(write_parts(study, None if page is None else Path(page)), page, console)
     first = _first_run(study)
     if first is not None and not first.is_finished:
         _say(console, f"first {first}")
@@ -98,7 +111,7 @@ def run_study(
         cells = study.plan(len(corpus.tokenizer))
     runs = plan_runs(study, cells)
     for run in runs:
-        _check_same(run)
+        _check_same(run, study.folder_option)
     write_text(Path(study.out) / "config.yaml", study.to_yaml())
     for cell in cells:
         _say(console, str(cell))
@@ -125,7 +138,6 @@ def run_study(
     results = [
         read_run(run.folder, run.cell.name, run.seed, run.max_steps, study.measures) for run in runs
     ]
-    command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     facts = {
         "command": command,
         "config": study.to_dict(),
@@ -136,6 +148,11 @@ def run_study(
     page = None if page is None else Path(page)
     report = write_report(study, cells, results, metrics, facts, page)
     print_report(console, study, cells, results)
+    return _written(report, page, console)
+
+
+def _written(report: Path, page: str | Path | None, console: Console) -> Path:
+    """Say what was written."""
     _say(console, f"wrote {report}")
     if page is not None:
         _say(console, f"wrote {page}")
@@ -162,11 +179,11 @@ def _first_run(study: Study) -> StudyRun | None:
         config.training.seed,
         config,
     )
-    _check_same(run)
+    _check_same(run, study.folder_option)
     return run
 
 
-def _check_same(run: StudyRun) -> None:
+def _check_same(run: StudyRun, option: str) -> None:
     """Raise unless the run's folder is new, or has this run."""
     file = run.folder / "config.yaml"
     if not file.is_file():
@@ -176,7 +193,7 @@ def _check_same(run: StudyRun) -> None:
         for name, value in values.items():
             was = before[section][name]
             if name not in _FREE and was != value:
-                must("out", f"be a new folder for {section}.{name} {value}", f"{file} with {was}")
+                must(option, f"be a new folder for {section}.{name} {value}", f"{file} with {was}")
 
 
 def _train(run: StudyRun, seconds: float | None, console: Console) -> bool:

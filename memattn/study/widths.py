@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from memattn.checks import must
 
 
@@ -19,11 +17,9 @@ def count_parameters(preset: str, options: dict[str, Any], vocab_size: int) -> i
     Raises:
         ValueError: If an option is wrong.
     """
-    from memattn.models import MemAttnForCausalLM
+    from memattn.models import factory
 
-    with torch.device("meta"):
-        model = MemAttnForCausalLM(make_config(preset, options, vocab_size))
-    return sum(parameter.numel() for parameter in model.parameters())
+    return factory.count_parameters(make_config(preset, options, vocab_size))
 
 
 def make_config(preset: str, options: dict[str, Any], vocab_size: int) -> Any:
@@ -51,11 +47,12 @@ def equal_width(name: str, count: Callable[[int], int], target: int, what: str) 
     Raises:
         ValueError: If even width 1 is nearer to more than the target.
     """
-    first = count(1)
-    width = 1 + round((target - first) / (count(2) - first))
+    from memattn.models.factory import nearest_width
+
+    width = nearest_width(count, target)
     if width < 1:
         raise ValueError(
-            f"sizes must leave {name} room for an MLP at {target:,} {what}, got {first:,} "
+            f"sizes must leave {name} room for an MLP at {target:,} {what}, got {count(1):,} "
             "with intermediate_size 1"
         )
     return width

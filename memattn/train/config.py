@@ -1,5 +1,6 @@
 """What a training run is: frozen dataclasses, and the same written down as YAML."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("no", "fp16", "bf16")
 STRATEGIES = ("ddp", "fsdp")
 MODES = ("pretraining", "instruction_finetuning")
+DEFAULT_STEPS = 1000
 Config = TypeVar("Config")
 
 
@@ -77,6 +79,30 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Samples of a synthetic task, of which the answers are learnt.
+
+    Attributes:
+        name: ``needle``, ``tracking``, ``words``, ``facts`` or ``recall``.
+        options: Fields of the task of ``memattn.data.tasks``.
+        samples: How many samples, those that are held out included.
+    """
+
+    name: str = "recall"
+    options: dict[str, Any] = field(default_factory=dict)
+    samples: int = 10_000
+
+    def __post_init__(self) -> None:
+        from memattn.data.tasks import TASKS
+
+        if self.name not in TASKS:
+            must("data.task.name", f"be one of {', '.join(TASKS)}", repr(self.name))
+        if "haystack" in self.options:
+            must("data.task.options", "leave out haystack", self.options["haystack"])
+        check_int("data.task.samples", self.samples, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The text, and how it is cut into rows.
 
@@ -89,6 +115,7 @@ class DataConfig:
         messages_field: Field with the messages of a conversation, for instruction_finetuning.
         chat_template: File with a chat template in Jinja; None means that of the tokenizer.
         document_separator: Text that separates the documents of one text file.
+        task: A synthetic task in place of a text, with samples of ``seq_len`` tokens.
         held_out: Share of the documents that only evaluation sees; 0 for none.
         split_seed: Seed of the choice of held-out documents.
         tokenizer: ``bpe`` (trained on the training documents), ``bytes``, or a folder or hub
@@ -107,6 +134,7 @@ class DataConfig:
     messages_field: str = "messages"
     chat_template: str | None = None
     document_separator: str | None = None
+    task: TaskConfig | None = None
     held_out: float = 0.05
     split_seed: int = 0
     tokenizer: str | None = None
@@ -120,6 +148,8 @@ class DataConfig:
             must("data.dataset_name", "not be empty", repr(self.dataset_name))
         if not 0.0 <= self.held_out < 1.0:
             must("data.held_out", "be in [0, 1)", self.held_out)
+        if self.task is not None:
+            self._check_no_text()
         check_int("data.split_seed", self.split_seed, 0)
         check_int("data.seq_len", self.seq_len, 2)
         check_bool("data.packed", self.packed)
@@ -127,6 +157,13 @@ class DataConfig:
             check_int("data.vocab_size", self.vocab_size, 259)
             if self.tokenizer not in (None, "bpe"):
                 must("data.vocab_size", f"be None with tokenizer {self.tokenizer}", self.vocab_size)
+
+    def _check_no_text(self) -> None:
+        """Raise ValueError if a text is described beside a task."""
+        texts = ("dataset_name", "dataset_subset", "dataset_split", "text_field")
+        for name in (*texts, "messages_field", "chat_template", "document_separator"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                must(f"data.{name}", "be left out with data.task", repr(getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +174,10 @@ class TrainingConfig:
         output_dir: Folder of the run.
         training_mode: ``pretraining``, on documents, or ``instruction_finetuning``, on
             conversations, of which the answers are learnt.
-        max_steps: Optimizer steps.
+        max_steps: Optimizer steps; None means 1000, or as many as ``max_epochs`` gives.
+        max_epochs: Times that the text is read; a run with both ends where the first of them does.
         batch_size: Rows of one process in one forward pass.
+        eval_batch_size: The same in held-out evaluations; None means as in training.
         gradient_accumulation_steps: Forward passes in one optimizer step.
         base_model_lr: Highest learning rate.
         memory_lr: That of memory parameters, such as persistent tokens; None means the same.
@@ -159,14 +198,17 @@ class TrainingConfig:
         seed: Seed of new weights, dropout and the order of the documents.
         log_steps: Steps from one row of metrics to the next.
         eval_steps: Steps from one held-out evaluation to the next; None means only at the end.
+        eval_batches: Batches of such an evaluation, the first ones; None means all there are.
         save_steps: Steps from one checkpoint to the next; None means only at the end.
         keep_checkpoints: How many checkpoints to keep, the newest ones.
     """
 
     output_dir: str = "runs/train"
     training_mode: str = "pretraining"
-    max_steps: int = 1000
+    max_steps: int | None = None
+    max_epochs: int | None = None
     batch_size: int = 8
+    eval_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     base_model_lr: float = 1e-3
     memory_lr: float | None = None
@@ -186,16 +228,18 @@ class TrainingConfig:
     seed: int = 0
     log_steps: int = 1
     eval_steps: int | None = None
+    eval_batches: int | None = None
     save_steps: int | None = 500
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
         if not self.output_dir:
             must("training.output_dir", "not be empty", repr(self.output_dir))
-        counts = ("max_steps", "batch_size", "gradient_accumulation_steps", "log_steps")
-        for name in (*counts, "keep_checkpoints"):
+        counts = ("batch_size", "gradient_accumulation_steps", "log_steps", "keep_checkpoints")
+        for name in counts:
             check_int(f"training.{name}", getattr(self, name), 1)
-        for name in ("eval_steps", "save_steps", "num_gpus"):
+        lengths = ("max_steps", "max_epochs", "eval_steps", "save_steps")
+        for name in (*lengths, "eval_batch_size", "eval_batches", "num_gpus"):
             if getattr(self, name) is not None:
                 check_int(f"training.{name}", getattr(self, name), 1)
         for name in ("warmup_steps", "seed"):
@@ -219,6 +263,19 @@ class TrainingConfig:
         ):
             if getattr(self, name) not in known:
                 must(f"training.{name}", f"be one of {', '.join(known)}", getattr(self, name))
+
+    def num_steps(self, steps_per_epoch: float | None = None) -> int:
+        """Optimizer steps of the run.
+
+        Args:
+            steps_per_epoch: Those that read the text once; needed where ``max_epochs`` is given.
+        """
+        if self.max_epochs is None:
+            return self.max_steps or DEFAULT_STEPS
+        if steps_per_epoch is None:
+            must("training.max_epochs", "be null here, give max_steps instead", self.max_epochs)
+        steps = math.ceil(self.max_epochs * steps_per_epoch)
+        return min(steps, self.max_steps or steps)
 
 
 @dataclass(frozen=True, kw_only=True)

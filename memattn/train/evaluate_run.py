@@ -34,7 +34,7 @@ def answer_losses(
     if corpus.held_out is None:
         must("data.held_out", "be above 0 to evaluate on what is held out", config.data.held_out)
     batches = make_batches(
-        replace(config, training=replace(config.training, batch_size=batch_size)),
+        replace(config, training=replace(config.training, eval_batch_size=batch_size)),
         corpus.held_out,
         model=model,
         tokenizer=tokenizer,

@@ -41,7 +41,8 @@ from memattn.train.step import (
 
 # what may differ between a run and its resumption
 _FREE = {
-    *("output_dir", "max_steps", "log_steps", "eval_steps", "save_steps", "keep_checkpoints"),
+    *("output_dir", "max_steps", "max_epochs", "log_steps", "save_steps", "keep_checkpoints"),
+    *("eval_steps", "eval_batches", "eval_batch_size"),
     *("gradient_checkpointing", "distributed_strategy", "num_gpus", "cpu", "cache_dir"),
     *("batch_size", "gradient_accumulation_steps"),  # their product is compared
     # what these say is in the tokens, which are compared
@@ -164,7 +165,8 @@ def train(
     wrapped = prepare_model(accelerator, model, options)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     plain_optimizer = make_optimizer(model, options)
-    scheduler = make_scheduler(plain_optimizer, options)
+    max_steps = options.num_steps(batches.num_rows / rows)
+    scheduler = make_scheduler(plain_optimizer, options, max_steps)
     optimizer: Any = accelerator.prepare_optimizer(plain_optimizer)
     checkpoints = Checkpointer(
         accelerator=accelerator,
@@ -190,9 +192,9 @@ def train(
         active=accelerator.is_main_process,
         losses=part_losses(model),
     )
-    bar = TrainProgress(options.max_steps, active=progress and accelerator.is_main_process)
+    bar = TrainProgress(max_steps, active=progress and accelerator.is_main_process)
     began, trained, trained_seconds = time.perf_counter() - state.seconds, 0, 0.0
-    last = options.max_steps if stop_step is None else min(stop_step, options.max_steps)
+    last = max_steps if stop_step is None else min(stop_step, max_steps)
     try:
         with StopRequest() as stop, bar:
             while state.step < last:
@@ -240,11 +242,11 @@ def train(
                 state.seconds = now - began
                 bar.update(step, row["loss"], trained / trained_seconds)
 
-                done = step == options.max_steps
+                done = step == max_steps
                 if done or step % options.log_steps == 0:
                     log.write(step=step, tokens=state.tokens, seconds=state.seconds, **row)
                 if held_out is not None and (done or _due(step, options.eval_steps)):
-                    measured = held_out_losses(accelerator, wrapped, held_out)
+                    measured = held_out_losses(accelerator, wrapped, held_out, options.eval_batches)
                     state.eval_loss = measured["eval_loss"]
                     state.seconds = time.perf_counter() - began
                     log.write(step=step, tokens=state.tokens, seconds=state.seconds, **measured)
@@ -255,7 +257,7 @@ def train(
     if saved is None:  # a finished run that goes on in another folder
         saved = checkpoints.save(state)
 
-    if state.step >= options.max_steps:
+    if state.step >= max_steps:
         tensors = gather_model(model)
         on_main_process(
             accelerator,

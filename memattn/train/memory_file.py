@@ -122,6 +122,8 @@ def from_memory_file(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     model = FileModel(**_known("model", sections["model"], _names(FileModel)))
     given = _known("training", sections["training"], _names(TrainingConfig) + list(_DATASET))
     training = {**asdict(FileTraining()), **given}
+    if given.get("max_epochs") is not None:
+        training["max_steps"] = given.get("max_steps")  # the default does not end it earlier
     data = _known("data", sections["data"], _names(DataConfig))
     for name in _DATASET:
         value = training.pop(name)

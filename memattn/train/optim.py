@@ -91,8 +91,8 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     return AdamW(parameter_groups(model, config), lr=config.base_model_lr, betas=betas)
 
 
-def make_scheduler(optimizer: Optimizer, config: TrainingConfig) -> LRScheduler:
-    """The schedule of all groups, one step of it for one of the optimizer."""
+def make_scheduler(optimizer: Optimizer, config: TrainingConfig, max_steps: int) -> LRScheduler:
+    """The schedule of all groups over so many steps, one of it for one of the optimizer."""
     from transformers import get_scheduler
 
     name = config.lr_scheduler
@@ -102,7 +102,7 @@ def make_scheduler(optimizer: Optimizer, config: TrainingConfig) -> LRScheduler:
         name,
         optimizer,
         num_warmup_steps=config.warmup_steps,
-        num_training_steps=config.max_steps,
+        num_training_steps=max_steps,
     )
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from memattn.data.tokenizer import load_tokenizer, tokenize_documents, train_tok
 from memattn.data.tokens import Tokens
 from memattn.files import sha256_of_text
 from memattn.train.attached import load_base
-from memattn.train.config import DataConfig, ModelConfig, TrainConfig
+from memattn.train.config import DataConfig, ModelConfig, TaskConfig, TrainConfig
 from memattn.train.pretrained import find_pretrained
+from memattn.train.task_corpus import has_text, task_corpus, texts_of_task
 
 
 class Corpus(NamedTuple):
@@ -54,10 +56,16 @@ def prepare_data(config: TrainConfig) -> Corpus:
     data = config.data
     if config.model.model_path is not None:
         find_pretrained(config.model.model_path)  # before a long look at the text
+    if data.task is not None:
+        if config.training.training_mode != "pretraining":
+            mode = config.training.training_mode
+            must("training.training_mode", "be pretraining with data.task", mode)
+        tokenizer = _task_tokenizer(data, data.task, config.model)
+        return Corpus(tokenizer, *task_corpus(data, data.task, tokenizer))
     split = split_documents(
         load_source(data, config.training.training_mode), data.held_out, seed=data.split_seed
     )
-    tokenizer = _tokenizer(data, config.model, split.train)
+    tokenizer = _tokenizer(data, config.model, [document.text for document in split.train])
     train, held_out = (
         _tokenize(side, tokenizer, config) if side else None
         for side in (split.train, split.held_out)
@@ -104,7 +112,15 @@ def _tokenize(side: list[Any], tokenizer: Any, config: TrainConfig) -> Tokens:
     return tokens
 
 
-def _tokenizer(data: DataConfig, model: ModelConfig, documents: list[Any]) -> Any:
+def _task_tokenizer(data: DataConfig, task: TaskConfig, model: ModelConfig) -> Any:
+    """The tokenizer of a task: plain tokens are bytes where nothing else is asked for."""
+    if data.tokenizer is None and model.model_path is None and not has_text(task):
+        data = replace(data, tokenizer="bytes")
+    trained = data.tokenizer in (None, "bpe") and model.model_path is None
+    return _tokenizer(data, model, list(texts_of_task(data, task)) if trained else [])
+
+
+def _tokenizer(data: DataConfig, model: ModelConfig, texts: list[str]) -> Any:
     """The tokenizer of a configuration, trained where it asks for that."""
     name = data.tokenizer or "bpe"
     if data.tokenizer is None and model.model_path is not None:
@@ -114,7 +130,6 @@ def _tokenizer(data: DataConfig, model: ModelConfig, documents: list[Any]) -> An
             must("data.vocab_size", f"be None with tokenizer {name}", data.vocab_size)
         return load_tokenizer(name)
     size = data.vocab_size or 4096
-    texts = [document.text for document in documents]
     digest = hashlib.sha256(f"{size}".encode())
     for text in texts:
         digest.update(bytes.fromhex(sha256_of_text(text)))
@@ -181,7 +196,9 @@ def run_tokenizer(config: TrainConfig) -> Any:
         ValueError, FileNotFoundError, ImportError, OSError: As ``prepare_data`` does.
     """
     data, model = config.data, config.model
-    if data.tokenizer in (None, "bpe") and model.model_path is None:
+    if data.task is not None:
+        return _task_tokenizer(data, data.task, model)
+    if data.tokenizer == "bpe" or (data.tokenizer is None and model.model_path is None):
         return prepare_data(config).tokenizer
     return _tokenizer(data, model, [])
 
@@ -198,13 +215,19 @@ def make_batches(
 ) -> Batches:
     """Packed or padded batches of a configuration.
 
+    Those for training are shuffled; those that are not are for evaluation and have its size.
+
     Raises:
         ValueError: If the model cannot take packed rows, or the tokenizer cannot pad.
     """
+    training = config.training
+    rows = training.batch_size
+    if not shuffle and training.eval_batch_size is not None:
+        rows = training.eval_batch_size
     options: dict[str, Any] = {
-        "batch_size": config.training.batch_size,
+        "batch_size": rows,
         "seq_len": config.data.seq_len,
-        "seed": config.training.seed,
+        "seed": training.seed,
         "shuffle": shuffle,
         "rank": rank,
         "world_size": world_size,

@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -88,8 +89,10 @@ def part_losses(model: Any) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def held_out_losses(accelerator: Accelerator, model: Any, batches: Batches) -> dict[str, float]:
-    """Means over the targets of one epoch.
+def held_out_losses(
+    accelerator: Accelerator, model: Any, batches: Batches, max_batches: int | None = None
+) -> dict[str, float]:
+    """Means over the targets of one epoch, or of its first batches.
 
     Returns:
         ``eval_loss``, the cross-entropy without smoothing or other losses, and ``eval_<name>`` for
@@ -100,7 +103,7 @@ def held_out_losses(accelerator: Accelerator, model: Any, batches: Batches) -> d
     options = {"output_losses": True} if names else {}
     # of the cross-entropy and of each part: sum over targets, and number of targets
     total = torch.zeros(1 + len(names), 2, dtype=torch.float64, device=accelerator.device)
-    for batch in batches.one_epoch():
+    for batch in islice(batches.one_epoch(), max_batches):
         inputs = {name: value.to(accelerator.device) for name, value in batch.items()}
         labels = inputs.pop("labels")[:, 1:]
         output = model(**inputs, **options, use_cache=False)

@@ -86,7 +86,7 @@ def draw_curves(axes: Axes, runs: Mapping[str, Rows], *, x: str = "tokens") -> N
     axes.set_xlabel(AXES[x])
     axes.set_ylabel("loss (nats per token)")
     if x != "step":
-        axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+        axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -109,7 +109,7 @@ def smooth_curve(points: list[tuple[float, float]]) -> list[tuple[float, float]]
     return smoothed
 
 
-def _short(value: float) -> str:
+def short_number(value: float) -> str:
     """1500000 as 1.5M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:

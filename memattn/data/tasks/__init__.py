@@ -8,9 +8,19 @@ from memattn.data.tasks.recall import MultiQueryRecall
 from memattn.data.tasks.tracking import VariableTracking
 from memattn.data.tasks.words import CommonWords
 
+# by the names that commands and configurations have for them
+TASKS: dict[str, type[Task]] = {
+    "needle": Needle,
+    "tracking": VariableTracking,
+    "words": CommonWords,
+    "facts": Facts,
+    "recall": MultiQueryRecall,
+}
+
 __all__ = [
     "NEEDLES",
     "STORIES",
+    "TASKS",
     "CommonWords",
     "Facts",
     "Haystack",

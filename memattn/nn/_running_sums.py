@@ -1,0 +1,35 @@
+"""Sums over earlier entries of each sequence of a row, in an order that nothing else changes."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def shift(x: Tensor, n: int, index: Tensor) -> Tensor:
+    """``x [B, N, E]`` of the block ``n`` earlier, 0 where ``index [B, N]`` has none."""
+    N = x.shape[1]
+    moved = F.pad(x[:, : max(N - n, 0)], (0, 0, min(n, N), 0))
+    return torch.where((index >= n)[..., None], moved, 0.0)
+
+
+def running_sum(x: Tensor, index: Tensor) -> Tensor:
+    """Sum over all blocks up to each; its order depends on ``index`` alone."""
+    span = 1
+    while span < x.shape[1]:
+        x = x + shift(x, span, index)
+        span *= 2
+    return x
+
+
+def window_sum(x: Tensor, index: Tensor, n: int) -> Tensor:
+    """Sum over the last ``n`` blocks up to each, in ``log n`` steps of a fixed order."""
+    total, length = torch.zeros_like(x), 0
+    power, span = x, 1  # sums over the last `span` blocks
+    while n >= span:
+        if n & span:
+            total = total + shift(power, length, index) if length else power
+            length += span
+        if n >= 2 * span:
+            power = power + shift(power, span, index)
+        span *= 2
+    return total

@@ -1,0 +1,397 @@
+"""The gate of specialists: how much of each branch a token gets, from rows that specialists own."""
+
+import re
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memattn.checks import check_int, check_rank, check_shape, check_tensor, must
+from memattn.nn._running_sums import running_sum
+
+SCOPES = ("token", "prefix", "sequence")
+ACTIVATIONS = ("softmax", "sigmoid")
+SUMS_TO_ONE = 1e-5  # how far the weights of a token may be from it
+
+
+class GateState(NamedTuple):
+    """What a gate of scope ``"prefix"`` keeps of the tokens of earlier calls."""
+
+    total: Tensor  # [B, E], float64, the sum of their inputs
+    tokens: Tensor  # [B], float64, how many there were
+
+
+class GateOutput(NamedTuple):
+    """Gates of the base and of each specialist, and their losses."""
+
+    gates: Tensor  # [B, T, 1 + N], float32 (float64 for float64 inputs); 0 for absent tokens
+    losses: dict[str, tuple[Tensor, Tensor]]  # name -> (sum over tokens, number of tokens)
+    state: GateState | None  # of scope "prefix"
+
+    def means(self) -> Tensor:
+        """The mean gates of each row over its present tokens, ``[B, 1 + N]``."""
+        count = (self.gates.sum(-1) > 0.5).sum(1)  # the gates of a present token sum to 1
+        return self.gates.sum(1) / count.clamp(min=1)[:, None]
+
+
+class GateRow(nn.Module):
+    """The part of a gate that one specialist owns: its logit ``u . relu(V x + c) + d``.
+
+    Args:
+        hidden_size: Features of the input.
+        gate_size: Rows of ``V``.
+        prior: Prior of the specialist; one of 0 is closed.
+    """
+
+    prior: Tensor
+
+    def __init__(self, hidden_size: int, gate_size: int, prior: float) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(hidden_size, gate_size)
+        self.logit = nn.Linear(gate_size, 1)
+        self.register_buffer("prior", torch.tensor(prior, dtype=torch.float32))
+        self._seen: tuple[object, bool] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the prior is above 0; read from the device once for every change of it."""
+        if torch.compiler.is_compiling():
+            return True  # it may be
+        version = 0 if self.prior.is_inference() else self.prior._version
+        stamp = (id(self.prior), version)
+        if self._seen is None or self._seen[0] != stamp:
+            self._seen = (stamp, bool(self.prior > 0))
+        return self._seen[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., E]`` to logits ``[...]``, in the dtype of ``x``."""
+        weights = (p.to(x.dtype) for p in (*self.hidden.parameters(), *self.logit.parameters()))
+        V, c, u, d = weights
+        return F.linear(F.relu(F.linear(x, V, c)), u, d)[..., 0]
+
+
+class DomainGate(nn.Module):
+    """Gates of a base and N specialists, for every token of a sequence.
+
+    Each specialist has a row of its own, which gives its logit ``a_e``; the base's is 0. So rows
+    can be trained, frozen, saved and added one by one, and all others keep their bits. With the
+    prior ``prior_e`` of each and a temperature ``tau``:
+
+    - softmax: ``softmax(a_e / tau + log prior_e)``;
+    - sigmoid: ``s_e / sum s`` of ``s_e = prior_e sigmoid(a_e / tau)`` and ``s_0 = prior_0``.
+
+    A specialist with prior 0 is **closed**: its gate is exactly 0, and the others are what they are
+    without it. New ones are closed until ``set_prior``. Where nothing is left, the base gets 1.
+
+    Logits are computed in float32, whatever the autocast.
+
+    Args:
+        hidden_size: Features of the input, E.
+        num_specialists: Specialists to begin with, named ``specialist_0``, ``specialist_1``, ...
+        scope: What a token's gates depend on: ``"token"``, its own input; ``"prefix"``, the mean
+            over all tokens up to it; ``"sequence"``, the mean over all tokens, for encoders.
+        activation: ``"softmax"`` or ``"sigmoid"``.
+        temperature: ``tau``.
+        top_k: Specialists that a token uses at most, those with the largest logits and among equal
+            ones the first; None means all. The base always stays.
+        gate_size: Hidden features of a row.
+
+    Raises:
+        TypeError: If an argument has the wrong Python type.
+        ValueError: If a size, ``scope``, ``activation`` or ``temperature`` does not fit.
+
+    Example:
+        >>> gate = DomainGate(16, 2, top_k=1)
+        >>> gate(torch.randn(4, 5, 16)).gates.shape
+        torch.Size([4, 5, 3])
+
+    Note:
+        Source: Shiftable attention, https://github.com/computermaster0101/shiftable-attention-poc.
+        Differs: no hidden layer is shared by specialists, the mean of a causal model ends at the
+        token, padding is not pooled, and entropies are finite where a gate is 0.
+    """
+
+    _place: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_specialists: int = 0,
+        *,
+        scope: str = "token",
+        activation: str = "softmax",
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        gate_size: int = 64,
+    ) -> None:
+        super().__init__()
+        check_int("hidden_size", hidden_size, 1)
+        check_int("num_specialists", num_specialists, 0)
+        check_int("gate_size", gate_size, 1)
+        if top_k is not None:
+            check_int("top_k", top_k, 1)
+        if scope not in SCOPES:
+            must("scope", f"be one of {', '.join(SCOPES)}", repr(scope))
+        if activation not in ACTIVATIONS:
+            must("activation", f"be one of {', '.join(ACTIVATIONS)}", repr(activation))
+        if not 0.0 < temperature < float("inf"):
+            must("temperature", "be positive and finite", temperature)
+        self.hidden_size, self.gate_size = hidden_size, gate_size
+        self.scope, self.activation = scope, activation
+        self.temperature, self.top_k = temperature, top_k
+        self.rows = nn.ModuleDict()
+        # knows the dtype and the device of a gate that has no rows yet
+        self.register_buffer("_place", torch.empty(0), persistent=False)
+        for _ in range(num_specialists):
+            self.add_specialist()
+
+    def extra_repr(self) -> str:
+        return f"scope={self.scope!r}, activation={self.activation!r}, top_k={self.top_k}"
+
+    @property
+    def specialists(self) -> tuple[str, ...]:
+        """The names of the specialists, in the order of their gates."""
+        return tuple(self.rows)
+
+    @property
+    def open_specialists(self) -> tuple[int, ...]:
+        """The places of the specialists whose prior is above 0, from 0 to N - 1."""
+        return tuple(e for e, row in enumerate(self._rows()) if row.is_open)
+
+    def add_specialist(self, name: str | None = None, *, prior: float = 0.0) -> str:
+        """Add a row, and return its name; None takes the first ``specialist_<n>`` that is free.
+
+        Raises:
+            TypeError: If ``name`` is no string.
+            ValueError: If ``name`` is taken or has other characters than letters, digits, ``_`` and
+                ``-``, or ``prior`` is negative or not finite.
+        """
+        if name is None:
+            free = (f"specialist_{n}" for n in range(len(self.rows) + 1))
+            name = next(x for x in free if x not in self.rows)
+        check_new_name(name, self.rows)
+        row = GateRow(self.hidden_size, self.gate_size, _check_prior(prior))
+        self.rows[name] = row.to(self._place.device)
+        for parameter in row.parameters():
+            parameter.data = parameter.data.to(self._place.dtype)
+        row.train(self.training)
+        return name
+
+    def remove_specialist(self, name: str) -> None:
+        """Drop a row.
+
+        Raises:
+            ValueError: If there is no such specialist.
+        """
+        self.row(name)
+        del self.rows[name]
+
+    def row(self, name: str) -> GateRow:
+        """The row of one specialist.
+
+        Raises:
+            ValueError: If there is no such specialist.
+        """
+        if name not in self.rows:
+            must("name", f"be a specialist: {', '.join(self.rows) or 'there is none'}", repr(name))
+        row = self.rows[name]
+        assert isinstance(row, GateRow)
+        return row
+
+    def set_prior(self, name: str, prior: float) -> None:
+        """Open a specialist with a prior above 0, as one of 1 that weighs as much as the base.
+
+        Raises:
+            ValueError: If there is no such specialist, or ``prior`` is negative or not finite.
+        """
+        with torch.no_grad():
+            self.row(name).prior.fill_(_check_prior(prior))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        present: Tensor | None = None,
+        index: Tensor | None = None,
+        is_causal: bool = False,
+        prior: Tensor | None = None,
+        mask: Tensor | None = None,
+        override: Tensor | None = None,
+        state: GateState | None = None,
+    ) -> GateOutput:
+        """Gates of all tokens, and their losses.
+
+        ``losses`` has ``"gate_entropy"``, ``-sum g log g``, and ``"gate_sparsity"``, ``(1 - sum
+        g^2) / 2``, which is 0 where one branch is used alone. Both are finite, and so are their
+        gradients, where gates are 0.
+
+        Args:
+            x: ``[B, T, E]``.
+            present: bool ``[B, T]``, which tokens are real. The others may hold anything; their
+                gates are 0, and they count in no mean and no loss.
+            index: int64 ``[B, T]``, place of each token in its own sequence or packed document, for
+                scope ``"prefix"``; None means one sequence in each row.
+            is_causal: Whether no token may depend on a later one: scope ``"sequence"`` is refused.
+            prior: ``[1 + N]`` or ``[B, 1 + N]``, at least 0: priors of base and specialists instead
+                of 1 and the specialists' own.
+            mask: bool ``[N]`` or ``[B, N]``, True where a specialist may be used.
+            override: ``[B, 1 + N]`` or ``[B, T, 1 + N]``, at least 0: gates to use as they are.
+                Those of a token sum to 1 (values are checked on the CPU).
+            state: What an earlier call of scope ``"prefix"`` returned.
+
+        Raises:
+            TypeError: If an argument has the wrong Python type.
+            ValueError: If a shape or value does not fit, or the scope looks ahead in a causal call.
+        """
+        check_tensor("x", x)
+        check_rank("x", x, "B T E")
+        B, T, _ = x.shape
+        N = len(self.rows)
+        check_shape("x", x, B=B, T=T, E=self.hidden_size)
+        if is_causal and self.scope == "sequence":
+            must("scope", "be token or prefix in a causal model", repr(self.scope))
+        for name, tensor in (("present", present), ("index", index)):
+            if tensor is not None:
+                check_shape(name, tensor, B=B, T=T)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if present is None:
+            present = torch.ones(B, T, dtype=torch.bool, device=x.device)
+        inputs, state = self._inputs(torch.where(present[..., None], x, 0.0), present, index, state)
+        if override is not None:
+            gates = _check_override(override, B, T, 1 + N).to(wide).expand(B, T, 1 + N)
+            scores = None
+        else:
+            gates, scores = self._gates(inputs.to(wide), prior, mask)
+            gates = gates.expand(B, T, 1 + N)
+        entropy = _entropy(gates, scores if self.activation == "softmax" else None)
+        sparsity = 0.5 * (1.0 - gates.square().sum(-1))
+        count = present.sum().to(wide)
+        losses = {
+            name: (torch.where(present, loss, 0.0).sum(), count)
+            for name, loss in (("gate_entropy", entropy), ("gate_sparsity", sparsity))
+        }
+        return GateOutput(torch.where(present[..., None], gates, 0.0), losses, state)
+
+    def _rows(self) -> list[GateRow]:
+        return [row for row in self.rows.values() if isinstance(row, GateRow)]
+
+    def _inputs(
+        self, x: Tensor, present: Tensor, index: Tensor | None, state: GateState | None
+    ) -> tuple[Tensor, GateState | None]:
+        """What the rows see, ``[B, T or 1, E]``; the inputs of absent tokens are 0."""
+        if self.scope == "token":
+            return x, None
+        counted = torch.cat([x.double(), present[..., None].double()], -1)  # and a column of ones
+        if self.scope == "sequence":
+            if index is not None:
+                must("index", "be None with scope sequence", "a tensor")
+            sums = counted.sum(1, keepdim=True)
+        else:
+            B, T = present.shape
+            if index is None:
+                index = torch.arange(T, device=x.device).expand(B, T)
+            sums = running_sum(counted, index)
+            if state is not None:
+                check_shape("state.total", state.total, B=B, E=x.shape[-1])
+                sums = sums + torch.cat([state.total, state.tokens[:, None]], -1)[:, None]
+            if T:
+                state = GateState(sums[:, -1, :-1], sums[:, -1, -1])
+        mean = sums[..., :-1] / sums[..., -1:].clamp(min=1.0)
+        return mean.to(x.dtype), state if self.scope == "prefix" else None
+
+    def _gates(self, x: Tensor, prior: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Gates ``[B, T, 1 + N]`` and the scores that their softmax is of."""
+        B, N = x.shape[0], len(self.rows)
+        rows = self._rows()
+        used = [prior is not None or row.is_open for row in rows]
+        device = x.device.type
+        can_autocast = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if can_autocast else nullcontext():
+            # a closed specialist's logit is not looked at
+            zero = x.new_zeros(x.shape[:2])
+            logits = [row(x) if use else zero for row, use in zip(rows, used, strict=True)]
+            logits = torch.stack([zero, *logits], -1) / self.temperature
+        if prior is None:
+            prior = torch.stack([x.new_ones(()), *(row.prior.to(x) for row in rows)])
+        else:
+            prior = _check_row("prior", prior, B, 1 + N).detach().to(x)
+        prior = prior.expand(B, 1 + N)[:, None]
+        if mask is not None:
+            allowed = F.pad(_check_row("mask", mask, B, N).bool().expand(B, N), (1, 0), value=True)
+            prior = torch.where(allowed[:, None], prior, 0.0)
+        scores = logits + prior.log()
+        if self.top_k is not None and self.top_k < N:
+            order = scores[..., 1:].detach().sort(dim=-1, descending=True, stable=True).indices
+            keep = torch.zeros_like(scores, dtype=torch.bool)
+            keep = keep.scatter(-1, order[..., : self.top_k] + 1, True)
+            keep[..., 0] = True
+            scores = scores.masked_fill(~keep, -torch.inf)
+        if self.activation == "sigmoid":
+            shares = torch.where(scores.isneginf(), 0.0, logits.sigmoid() * prior)
+            shares = torch.cat([prior[..., :1].expand_as(shares[..., :1]), shares[..., 1:]], -1)
+            total = shares.sum(-1, keepdim=True)
+            alone = F.one_hot(torch.zeros_like(total[..., 0], dtype=torch.long), 1 + N).to(total)
+            return torch.where(
+                total > 0, shares / torch.where(total > 0, total, 1.0), alone
+            ), scores
+        nothing = scores.isneginf().all(-1, keepdim=True)
+        base = torch.where(nothing, 0.0, scores[..., :1])
+        scores = torch.cat([base, scores[..., 1:]], -1)
+        return scores.softmax(-1), scores
+
+
+def check_new_name(name: str, taken: object) -> None:
+    """Raise unless ``name`` is a string that can name a new specialist."""
+    if not isinstance(name, str):
+        must("name", "be a string", type(name).__name__, TypeError)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+        must("name", "be letters, digits, _ and -, and no method of a dict", repr(name))
+    if name in taken:  # type: ignore[operator]
+        must("name", "be a new one", repr(name))
+
+
+def _check_prior(prior: float) -> float:
+    if isinstance(prior, bool) or not isinstance(prior, int | float):
+        must("prior", "be a number", type(prior).__name__, TypeError)
+    if not 0.0 <= prior < float("inf"):
+        must("prior", "be at least 0 and finite", prior)
+    return float(prior)
+
+
+def _check_row(name: str, tensor: Tensor, B: int, n: int) -> Tensor:
+    """A tensor ``[n]`` or ``[B, n]``."""
+    check_tensor(name, tensor)
+    if list(tensor.shape) not in ([n], [B, n]):
+        must(name, f"have shape [{n}] or [B={B}, {n}]", list(tensor.shape))
+    if name == "prior" and _is_readable(tensor) and not bool((tensor >= 0).all()):
+        must(name, "be at least 0", tensor.tolist())
+    return tensor
+
+
+def _check_override(override: Tensor, B: int, T: int, n: int) -> Tensor:
+    """Weights ``[B, 1 or T, n]`` that are gates."""
+    check_tensor("override", override)
+    if list(override.shape) not in ([B, n], [B, T, n]):
+        must("override", f"have shape [B={B}, {n}] or [B={B}, T={T}, {n}]", list(override.shape))
+    if _is_readable(override) and override.numel():
+        off = (override.detach().double().sum(-1) - 1).abs().max().item()
+        if not off <= SUMS_TO_ONE or bool((override < 0).any()):
+            must("override", "be at least 0 and sum to 1 for each token", f"sums off by {off:.3g}")
+    return override if override.dim() == 3 else override[:, None]
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device."""
+    fake = isinstance(tensor, torch._subclasses.FakeTensor)
+    return not (torch.compiler.is_compiling() or fake or tensor.is_cuda)
+
+
+def _entropy(gates: Tensor, scores: Tensor | None) -> Tensor:
+    """``-sum g log g`` over the last axis; from the scores of the softmax where they are known."""
+    if scores is None:
+        safe = torch.where(gates > 0, gates, 1.0)
+        return -(safe * safe.log()).sum(-1)
+    finite = torch.where(scores.isneginf(), 0.0, scores)
+    return scores.logsumexp(-1) - (gates * finite).sum(-1)

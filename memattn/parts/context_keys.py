@@ -1,0 +1,60 @@
+"""Keys of tokens and of what a memory gave for them, laid out for attention within segments."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class ContextKeys(NamedTuple):
+    """Keys and values of tokens and of what the memory gave for them, ``[B, Hkv, S, D]`` each."""
+
+    key: Tensor
+    value: Tensor
+    memory_key: Tensor
+    memory_value: Tensor
+
+
+def behind(
+    front: ContextKeys | None, keys: ContextKeys, start: Tensor | None = None
+) -> ContextKeys:
+    """Keys with ``M`` others in front of their first one, or of the segment at ``start [B]``.
+
+    All columns move by ``M``; what stood before the segment there is overwritten.
+    """
+    if front is None:
+        return keys
+    if start is None:
+        return ContextKeys(*(torch.cat(pair, 2) for pair in zip(front, keys, strict=True)))
+    M = front.key.shape[2]
+    place = torch.arange(M + keys.key.shape[2], device=start.device) - start.long()[:, None]
+    inside, place = ((place >= 0) & (place < M))[:, None, :, None], place.clamp(0, M - 1)
+
+    def put(x: Tensor, y: Tensor) -> Tensor:
+        at = place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        return torch.where(inside, x.gather(2, at), F.pad(y, (0, 0, M, 0)))
+
+    return ContextKeys(*(put(x, y) for x, y in zip(front, keys, strict=True)))
+
+
+def by_segments(keys: ContextKeys, L: int, index: Tensor | None = None) -> ContextKeys:
+    """The memory's keys ``[B, Hkv, S, D]`` as ``[B, Hkv, n_segments, L, D]``.
+
+    ``index`` int64 ``[B, n_segments * L]`` are their columns; None: they begin at the first one.
+    """
+
+    def cut(x: Tensor) -> Tensor:
+        if index is None:
+            x = F.pad(x, (0, 0, 0, -x.shape[2] % L))
+        else:
+            x = x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        return x.unflatten(2, (x.shape[2] // L, L))
+
+    return keys._replace(memory_key=cut(keys.memory_key), memory_value=cut(keys.memory_value))
+
+
+def columns_from(start: Tensor, n: int, S: int) -> Tensor:
+    """The ``n`` columns from ``start [B]`` on, int64 ``[B, n]``, moved to those that there are."""
+    columns = start.long()[:, None] + torch.arange(n, device=start.device)
+    return columns.clamp(0, max(S - 1, 0))

@@ -1,0 +1,186 @@
+"""The tokens of a call in pieces, each within one segment of every row that takes part."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memattn.parts.context import Angles, PartContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Tokens that follow each other in one segment of each row.
+
+    Attributes:
+        rows: Rows that take part: the first ones.
+        begin: First of its tokens in the order of ``SegmentPieces.flat``.
+        width: Tokens of each row, those that do not exist included; they come last.
+        count: int32 ``[rows]``, tokens that exist; None means all.
+    """
+
+    rows: int
+    begin: int
+    width: int
+    count: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentPieces:
+    """How a call ``[B, T]`` is cut at the ends of segments, which rows may reach at other tokens.
+
+    The first piece goes on with the open segment of each row, every other one begins a segment.
+    Where all rows are alike, pieces are slices of the call. Else tokens are gathered, piece by
+    piece, and what is of documents becomes a row for each.
+
+    Attributes:
+        pieces: The pieces, at least one.
+        phase: Place of the first token in its segment; int64 ``[R]`` where rows differ.
+        index: int64 ``[G]``, where each token stands in the call ``[B * T]``; None for slices.
+        exists: bool ``[G]``.
+        back: int64 ``[B * T]``, where each token of the call stands in the order of pieces.
+        present: bool ``[B, T]``, tokens of the call that exist.
+        positions: int64 ``[1, G]``.
+    """
+
+    pieces: Sequence[Piece]
+    phase: int | Tensor
+    index: Tensor | None = None
+    exists: Tensor = field(default_factory=lambda: torch.empty(0))
+    back: Tensor = field(default_factory=lambda: torch.empty(0))
+    present: Tensor = field(default_factory=lambda: torch.empty(0))
+    positions: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def flat(self, x: Tensor) -> Tensor:
+        """The tokens of ``[B, T, E]`` in the order of pieces, ``[1, G, E]``; slices: as it is."""
+        if self.index is None:
+            return x
+        tokens = x.flatten(0, 1).index_select(0, self.index)
+        return torch.where(self.exists[:, None], tokens, 0.0)[None]
+
+    def angles(self, context: PartContext, dtype: torch.dtype) -> Angles | None:
+        """Cosines and sines for tokens in this order, or None where positions are not rotary."""
+        if self.index is None or context.rotary_embedding is None:
+            return context.rotary
+        return context.rotary_embedding(self.positions, dtype)
+
+    def of(self, x: Tensor, piece: Piece) -> Tensor:
+        """A piece of ``[..., G, F]``: ``[rows, ..., width, F]``."""
+        if self.index is None:
+            return x.narrow(-2, piece.begin, piece.width)
+        x = x[0].narrow(-2, piece.begin, piece.rows * piece.width)
+        return x.unflatten(-2, (piece.rows, piece.width)).movedim(-3, 0)
+
+    def angles_of(self, angles: Angles | None, piece: Piece) -> Angles | None:
+        """Those of a piece."""
+        return None if angles is None else (self.of(angles[0], piece), self.of(angles[1], piece))
+
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The reverse of ``of`` for all pieces."""
+        if self.index is not None:
+            pieces = [x.movedim(0, -3).flatten(-3, -2)[None] for x in pieces]
+        return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), -2)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """``[1, ..., G, F]`` as in the call, ``[B, ..., T, F]``; 0 where there is no token."""
+        if self.index is None:
+            return x
+        x = x[0].index_select(-2, self.back)
+        x = x.unflatten(-2, tuple(self.present.shape)).movedim(-3, 0)
+        shape = (self.present.shape[0], *[1] * (x.dim() - 3), self.present.shape[1], 1)
+        return torch.where(self.present.view(shape), x, 0.0)
+
+
+def segment_pieces(context: PartContext, shape: tuple[int, int], L: int) -> SegmentPieces:
+    """Cut the call ``[B, T]`` that a context describes at the ends of segments of ``L`` tokens."""
+    B, T = shape
+    if context.cu_seqlens is not None:
+        return _documents(context.cu_seqlens, T, L)
+    state, phase = context.state, 0
+    if state is not None and context.offset:
+        phase = None if state.start is None else max(context.offset - state.start, 0) % L
+    if phase is not None and context.present is None:
+        widths = _widths(T, L, phase)
+        begins = [sum(widths[:k]) for k in range(len(widths))]
+        pieces = [Piece(rows=B, begin=b, width=w) for b, w in zip(begins, widths, strict=True)]
+        return SegmentPieces(pieces=pieces, phase=phase)
+
+    device = context.positions.device
+    present, positions = context.present, context.positions.expand(B, T)
+    if present is None:
+        present = torch.ones(B, T, dtype=torch.bool, device=device)
+    length, column = present.sum(1), torch.arange(T, device=device)
+    first = torch.where(present, column, T).amin(1).clamp(max=T - 1) if T else length
+    place = positions.gather(1, first[:, None])[:, 0] if T else length
+    if phase is None:  # it is in the positions: pieces for rows that begin anywhere in a segment
+        phase = place % L
+        widths = [min(T, L), *(_widths(T - 1, L, 0) if T > 1 else [])]
+    else:
+        widths = _widths(T, L, phase)
+    rows = _Rows(first + T * torch.arange(B, device=device), length, place)
+    return _gathered(rows, phase, [(B, width) for width in widths], present, L)
+
+
+def _documents(cu_seqlens: Tensor, T: int, L: int) -> SegmentPieces:
+    """Documents as rows, the longest first, so that those that go on are the first ones."""
+    bounds = cu_seqlens.tolist()
+    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
+    longest = lengths[order[0]]
+    steps = [(len(lengths), min(longest, L))]
+    for begun in range(L, longest, L):
+        steps.append((sum(n > begun for n in lengths), min(longest - begun, L)))
+    device = cu_seqlens.device
+    start = torch.tensor([bounds[d] for d in order], device=device)
+    length = torch.tensor([lengths[d] for d in order], device=device)
+    present = torch.ones(1, T, dtype=torch.bool, device=device)
+    return _gathered(_Rows(start, length, torch.zeros_like(start)), 0, steps, present, L)
+
+
+class _Rows(NamedTuple):
+    """Where rows lie in the tokens of a call, int64 ``[R]`` each."""
+
+    start: Tensor  # first token
+    length: Tensor  # tokens
+    place: Tensor  # of the first one in its sequence
+
+
+def _gathered(
+    rows: _Rows, phase: int | Tensor, steps: list[tuple[int, int]], present: Tensor, L: int
+) -> SegmentPieces:
+    """Pieces of so many rows and tokens each, left-aligned in every row."""
+    device, n = present.device, present.numel()
+    pieces, index, exists, positions = [], [], [], []
+    begin, done = 0, torch.zeros_like(rows.length)
+    for R, width in steps:
+        start, length, place = (x[:R] for x in rows)
+        done, room = done[:R], L - phase if begin == 0 else L
+        count = (length - done).clamp(min=0)
+        count = count.minimum(room) if isinstance(room, Tensor) else count.clamp(max=room)
+        j = torch.arange(width, device=device)
+        index.append(((start + done)[:, None] + j).flatten())
+        exists.append((j < count[:, None]).flatten())
+        positions.append(((place + done)[:, None] + j).flatten())
+        pieces.append(Piece(rows=R, begin=begin, width=width, count=count.to(torch.int32)))
+        begin, done = begin + R * width, done + count
+    taken, there = torch.cat(index), torch.cat(exists)
+    back = torch.zeros(n + 1, dtype=torch.int64, device=device)
+    back = back.scatter(0, torch.where(there, taken, n), torch.arange(begin, device=device))[:n]
+    return SegmentPieces(
+        pieces=pieces,
+        phase=phase,
+        index=taken.clamp(0, max(n - 1, 0)),
+        exists=there,
+        back=back,
+        present=present,
+        positions=torch.cat(positions)[None],
+    )
+
+
+def _widths(T: int, L: int, phase: int) -> list[int]:
+    """Tokens of each piece of ``T`` tokens, the first of which stands at a place of its segment."""
+    first = min(T, L - phase)
+    whole, rest = divmod(T - first, L)
+    return [first, *[L] * whole, *[rest] * bool(rest)]

@@ -1,0 +1,371 @@
+"""Memory as context: attention within a segment, over what the memory gives for it too."""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from memattn.nn import (
+    NeuralMemory,
+    NeuralMemoryLayerState,
+    PersistentAttention,
+    apply_rotary,
+)
+from memattn.ops import segmented_attention
+from memattn.parts.context import Angles, PartContext
+from memattn.parts.context_keys import ContextKeys, behind, by_segments, columns_from
+from memattn.parts.segment_pieces import Piece, SegmentPieces, segment_pieces
+from memattn.parts.titans_layers import MemoryLayer, NormedGate, all_present
+from memattn.parts.titans_options import REMEMBERED
+from memattn.parts.titans_state import EARLIER, START, TitansState
+from memattn.parts.views import SOURCES
+
+
+class ContextAttention(PersistentAttention):
+    """Attention within segments over tokens, what the memory gave for them, and persistent keys.
+
+    Tokens and what the memory gives have the same projections.
+
+    Args:
+        hidden_size: As in ``MultiHeadAttention``, with the three that follow.
+        num_heads: Query heads, ``H``.
+        segment_len: Tokens in a segment, ``L``.
+        num_kv_heads: Key and value heads, ``Hkv``.
+        head_dim: Features of a head, ``D``.
+        num_persistent_tokens: Persistent keys, ``P``.
+        num_longterm_tokens: Tokens that stand before each segment, ``M``.
+        backend: Backend of the operator.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        segment_len: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        num_persistent_tokens: int = 0,
+        num_longterm_tokens: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, num_persistent_tokens)
+        self.segment_len = segment_len
+        self.num_longterm_tokens = num_longterm_tokens
+        self.backend = backend
+
+    def memory_heads(self, remembered: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, Hkv, T, D]`` of what the memory gave for tokens ``[B, T, E]``."""
+        key, value = (
+            rearrange(proj(remembered), "b t (h d) -> b h t d", d=self.head_dim)
+            for proj in (self.k_proj, self.v_proj)
+        )
+        return key if angles is None else apply_rotary(key, *angles), value
+
+    def forward(
+        self,
+        query: Tensor,
+        keys: ContextKeys,
+        *,
+        seq_start: Tensor | None = None,
+        seq_end: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from the last ``T`` of ``S`` tokens, ``[B, T, E]``.
+
+        Args:
+            query: ``[B, H, T, D]``.
+            keys: The tokens' keys, and the memory's by segments, ``[B, Hkv, n_segments, M+L, D]``.
+            seq_start: int32 ``[B]``, as in ``segmented_attention``.
+            seq_end: int32 ``[B]``.
+            cu_seqlens: int32 ``[n+1]``.
+        """
+        out = segmented_attention(
+            query,
+            *keys[:2],
+            segment_len=self.segment_len + self.num_longterm_tokens,
+            memory_key=keys.memory_key,
+            memory_value=keys.memory_value,
+            memory_is_causal=True,
+            persistent_key=self.persistent_key,
+            persistent_value=self.persistent_value,
+            seq_start=seq_start,
+            seq_end=seq_end,
+            cu_seqlens=cu_seqlens,
+            query_offset=keys.key.shape[2] - query.shape[2],
+            backend=self.backend,
+        ).out
+        return self.merge_heads(out)
+
+    def extra_repr(self) -> str:
+        return f"segment_len={self.segment_len}, num_persistent_tokens={self.num_persistent_tokens}"
+
+
+class ContextLayer(MemoryLayer):
+    """A memory, attention over what it gives, and the gate that joins the two."""
+
+    def __init__(
+        self, memory: NeuralMemory, attention: ContextAttention, hidden_size: int, eps: float
+    ) -> None:
+        super().__init__(memory)
+        self.attention = attention
+        self.gate = NormedGate(hidden_size, eps)
+
+
+class AttendedSegments(NamedTuple):
+    """What MAC computes for the tokens of a call, in the order of their pieces."""
+
+    query: Tensor  # [B or 1, H, G, D]
+    keys: ContextKeys  # [B or 1, Hkv, G, D]
+    attended: Tensor  # [B or 1, G, E]
+    remembered: Tensor  # [B or 1, G, E], read with queries of what attention gave
+    longterm: list[ContextKeys]  # of each piece, [rows, Hkv, M, D]; empty without such tokens
+
+
+class MemoryAsContext(ContextLayer):
+    """MAC: attention over a segment and what the memory knows of it, which then learns the result.
+
+    The memory is read as it was before the segment, and learns what attention gives for it: so a
+    layer goes from segment to segment.
+    """
+
+    def forward(self, hidden_states: Tensor, context: PartContext) -> Tensor:
+        (B, T, _), L = hidden_states.shape, self.attention.segment_len
+        cut = context.once(("segment pieces", L), lambda: segment_pieces(context, (B, T), L))
+        found = self.run_segments(hidden_states, context, cut)
+        return cut.columns(self.gate(found.attended, found.remembered))
+
+    def run_segments(
+        self, hidden_states: Tensor, context: PartContext, cut: SegmentPieces
+    ) -> AttendedSegments:
+        """Go through the pieces of a call, and keep in the state what later calls need."""
+        cache, L = context.state, self.attention.segment_len
+        M = self.attention.num_longterm_tokens
+        assert cache is None or isinstance(cache, TitansState)
+        x = cut.flat(hidden_states)
+        angles = cut.angles(context, x.dtype)
+        change = self.change_value(x, context, cut)
+        query, key, value = self.attention.split_heads(x, change)
+        if angles is not None:
+            query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
+        rows = cut.pieces[0].rows
+        if cache is None:
+            state = self.memory.start().expand(rows)
+        else:
+            state = cache.read_memory(self.memory, rows)
+        before = self.remembered_before(context)
+        before = None if before is None else cut.flat(before)
+        starts = SegmentStarts(cache, cut.phase) if self.memory.chunk_size < L else None
+        attended, remembered, memory_keys, memory_values, fronts = [], [], [], [], []
+        for piece in cut.pieces:
+            if piece.rows < rows:  # documents that have ended
+                rows = piece.rows
+                state = state.select(torch.arange(rows, device=x.device))
+            weights = None if starts is None else starts.of(piece, state.memory.packed_weights)
+            front = self.longterm_keys(state, weights, x)
+            read, state = self.memory.read(
+                cut.of(x, piece), state, weights=weights, seq_end=piece.count
+            )
+            memory = self.attention.memory_heads(read, cut.angles_of(angles, piece))
+            keys = ContextKeys(cut.of(key, piece), cut.of(value, piece), *memory)
+            if piece.begin == 0 and cache is not None:
+                y = self._continue(cut.of(query, piece), keys, front, cache, cut)
+            else:
+                keys = by_segments(behind(front, keys), M + L)
+                end = None if piece.count is None else piece.count + M
+                y = self.attention(cut.of(query, piece), keys, seq_end=end)
+            learned = y if before is None else y + cut.of(before, piece)
+            out, state, _ = self.memory(y, kv_states=learned, state=state, seq_end=piece.count)
+            attended.append(y)
+            remembered.append(out)
+            memory_keys.append(memory[0])
+            memory_values.append(memory[1])
+            if front is not None:
+                fronts.append(front)
+        keys = ContextKeys(key, value, cut.join(memory_keys), cut.join(memory_values))
+        if cache is not None:
+            present = all_present(hidden_states, context)
+            cache.write_memory(state, present)
+            if starts is not None:
+                starts.keep(present.sum(1), L)
+            for name, tensor in keys._asdict().items():
+                cache.append(name, cut.columns(tensor))
+        found = AttendedSegments(query, keys, cut.join(attended), cut.join(remembered), fronts)
+        if self.weight_residual:
+            context.handed[REMEMBERED] = cut.columns(found.remembered)
+        return found
+
+    def longterm_keys(
+        self, state: NeuralMemoryLayerState, weights: Tensor | None, like: Tensor
+    ) -> ContextKeys | None:
+        """Keys of the long-term memory tokens, and of what the memory knew before a segment.
+
+        They carry no position. ``weights`` are those of ``NeuralMemory.read``.
+        """
+        if self.longterm is None:
+            return None
+        tokens = self.longterm.tokens.to(like.dtype).expand(len(state.memory.count), -1, -1)
+        apart = dataclasses.replace(state, read_inputs=None)  # no tokens stand before them
+        read, _ = self.memory.read(tokens, apart, weights=weights)
+        own, remembered = (self.attention.memory_heads(x, None) for x in (tokens, read))
+        return ContextKeys(*own, *remembered)
+
+    def _continue(
+        self,
+        query: Tensor,
+        keys: ContextKeys,
+        front: ContextKeys | None,
+        cache: TitansState,
+        cut: SegmentPieces,
+    ) -> Tensor:
+        """Attend in segments that earlier calls began, whose tokens stand in front of the new."""
+        L, phase, count = self.attention.segment_len, cut.phase, cut.pieces[0].count
+        M = self.attention.num_longterm_tokens
+        K = phase if isinstance(phase, int) else min(cache.kept, L - 1)
+        if K:
+            past = (cache.tokens[name][..., cache.kept - K :, :] for name in ContextKeys._fields)
+            pairs = zip(past, keys, strict=True)
+            keys = ContextKeys(*(torch.cat([x.to(y.dtype), y], 2) for x, y in pairs))
+        start = index = None
+        if isinstance(phase, Tensor):
+            start = (K - phase).to(torch.int32)
+        keys = behind(front, keys, start)
+        if start is not None:
+            index = columns_from(start, M + L, keys.key.shape[2])
+        return self.attention(
+            query,
+            by_segments(keys, M + L, index),
+            seq_start=start,
+            seq_end=None if count is None else count + K + M,
+        )
+
+
+class SegmentStarts:
+    """The weights that each segment is read with, where a segment has several chunks.
+
+    Args:
+        cache: What the sequences keep, or None.
+        phase: Places of the first tokens of the call in their segments.
+    """
+
+    def __init__(self, cache: TitansState | None, phase: int | Tensor) -> None:
+        self.cache, self.phase = cache, phase
+        self.start = None if cache is None else cache.rows.get(START)
+        self.earlier = None if cache is None else cache.history.get(EARLIER)
+
+    def of(self, piece: Piece, current: Tensor) -> Tensor:
+        """Those of a piece, ``[rows, H, P]``, before which the memory has the ``current`` ones."""
+        begins: bool | Tensor = True if piece.begin else self.phase == 0
+        if self.cache is not None and piece.count is not None:
+            begins = (piece.count > 0) & begins
+        if self.start is None or begins is True:
+            self.start, self.earlier = current, self.start
+        elif isinstance(begins, Tensor):
+            mask, before = begins[:, None, None], self.start
+            earlier = before if self.earlier is None else self.earlier
+            self.start, self.earlier = (
+                torch.where(mask, *pair) for pair in ((current, before), (before, earlier))
+            )
+        return self.start
+
+    def keep(self, length: Tensor, L: int) -> None:
+        """Keep what later calls need, behind ``length`` int64 ``[B]`` tokens of each row."""
+        assert self.cache is not None and self.start is not None
+        earlier = self.start if self.earlier is None else self.earlier
+        self.cache.keep_segments(self.start, earlier, (self.phase + length - 1) % L)
+
+
+class MemoryInParallel(ContextLayer):
+    """Attention within segments over tokens and what the memory gives at each, gated by that.
+
+    The memory learns from the layer's input, so the whole sequence is one call of it.
+    """
+
+    def forward(self, hidden_states: Tensor, context: PartContext) -> Tensor:
+        remembered = self.remember(hidden_states, context)
+        query, keys = self.heads(hidden_states, remembered, context)
+        if context.state is not None:
+            named = keys._asdict().items()
+            keys = ContextKeys(*(context.state.append(name, x) for name, x in named))
+        S, L = keys.key.shape[2], self.attention.segment_len
+        start, index = context.once(("memory segments", L, S), lambda: _segments(context, S, L))
+        attended = self.attention(
+            query,
+            by_segments(keys, L, index),
+            seq_start=start,
+            seq_end=context.bounds.seq_end,
+            cu_seqlens=context.cu_seqlens,
+        )
+        return self.gate(attended, remembered)
+
+    def heads(
+        self, hidden_states: Tensor, remembered: Tensor, context: PartContext
+    ) -> tuple[Tensor, ContextKeys]:
+        """Queries and keys of the tokens of a call."""
+        change = self.change_value(hidden_states, context)
+        query, key, value = self.attention.split_heads(hidden_states, change)
+        angles = context.rotary
+        if angles is not None:
+            query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
+        return query, ContextKeys(key, value, *self.attention.memory_heads(remembered, angles))
+
+
+def _segments(context: PartContext, S: int, L: int) -> tuple[Tensor | None, Tensor | None]:
+    """Where sequences start in ``S`` columns, and the columns of their segments."""
+    if context.cu_seqlens is not None:
+        bounds, device = context.cu_seqlens.tolist(), context.cu_seqlens.device
+        columns = [
+            torch.arange(a, a + (b - a + L - 1) // L * L, device=device)
+            for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
+        return None, torch.cat(columns).clamp(max=max(S - 1, 0))[None]
+    start = context.bounds.seq_start
+    if start is None:
+        return None, None
+    # whole segments in front of the first column hold nothing that is seen
+    start = torch.where(start < 0, -(-start % L), start)
+    begun_before = L - 1 if context.state is not None else 0
+    return start, columns_from(start, -(-(S + begun_before) // L) * L, S)
+
+
+def _sources(layer: ContextLayer, hidden_states: Tensor, context: PartContext) -> dict[str, Tensor]:
+    """Masses ``[B, H, T]`` of tokens, of what the memory gave, and of keys that all tokens see."""
+    attention, longterm = layer.attention, None
+    if isinstance(layer, MemoryAsContext):
+        shape = (hidden_states.shape[0], hidden_states.shape[1])
+        cut = segment_pieces(context, shape, attention.segment_len)
+        query, keys, _, _, fronts = layer.run_segments(hidden_states, context, cut)
+        if fronts:
+            pairs = zip(cut.pieces, fronts, strict=True)
+            longterm = cut.join([_front_lse(cut.of(query, piece), front) for piece, front in pairs])
+    else:
+        assert isinstance(layer, MemoryInParallel)
+        remembered = layer.remember(hidden_states, context)
+        query, keys = layer.heads(hidden_states, remembered, context)
+    lse = lambda *keys, **options: segmented_attention(
+        query, *keys, backend=attention.backend, **options
+    ).lse.double()
+    parts = {
+        "tokens": lse(keys.key, keys.value, segment_len=attention.segment_len),
+        "memory": lse(keys.memory_key, keys.memory_value, segment_len=attention.segment_len),
+    }
+    if attention.persistent_key is not None and attention.persistent_value is not None:
+        persistent = (attention.persistent_key, attention.persistent_value)
+        shared = (x.expand(len(query), -1, -1, -1) for x in persistent)
+        parts["persistent"] = lse(*shared, is_causal=False)
+    if longterm is not None:
+        parts["longterm"] = longterm[..., 0]
+    total = torch.stack(list(parts.values())).logsumexp(0)
+    return {name: (part - total).exp() for name, part in parts.items()}
+
+
+def _front_lse(query: Tensor, front: ContextKeys) -> Tensor:
+    """Log-sum-exp ``[B, H, T, 1]`` of the scores of all keys in front of a segment."""
+    key = torch.cat([front.key, front.memory_key], 2)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return (query @ key.mT * query.shape[-1] ** -0.5).double().logsumexp(-1, keepdim=True)
+
+
+SOURCES[MemoryAsContext] = SOURCES[MemoryInParallel] = _sources
