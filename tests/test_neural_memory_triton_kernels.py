@@ -18,7 +18,8 @@ CASES = {
     "documents": (dict(T=11), dict(chunk_size=4, cu_seqlens=int32(0, 0, 1, 6, 11)), 0),
     "depth-3": (
         dict(T=6, hidden=(20, 24)),
-        dict(chunk_size=4, residual=True, loss="huber", huber_delta=0.3, max_norm=0.4, clamp="soft"),
+        dict(chunk_size=4, residual=True, loss="huber", huber_delta=0.3, max_norm=0.4,
+             clamp="soft"),
         3,
     ),
     "depth-4, plain": (

@@ -110,9 +110,9 @@ def neural_memory(
         cu_seqlens: int32 ``[n + 1]``, bounds of packed documents, with ``B = 1``. The state has a
             row for each document then.
         return_state: Whether to return the state.
-        backend: ``"auto"`` (C++ for CPU tensors; the reference on other devices, for float64 and
-            where the extension is not built), ``"cpp"`` or ``"reference"``. A named backend never
-            falls back; ``"triton"`` is refused, as there are no such kernels yet.
+        backend: ``"auto"`` (Triton for CUDA tensors, C++ for CPU tensors; the reference for
+            float64 and where neither is installed), ``"triton"``, ``"cpp"`` or ``"reference"``. A
+            named backend never falls back.
 
     Returns:
         ``out`` in the dtype of ``query``, the state, and the surprise in float32.

@@ -162,7 +162,8 @@ def neural_memory_bwd_kernel(
     first, n_heads, T, group, n_slots, program_floats, states_at,  # sizes
     huber_delta, max_norm,
     depth: tl.constexpr, width_0: tl.constexpr, width_1: tl.constexpr, width_2: tl.constexpr,
-    width_3: tl.constexpr, width_4: tl.constexpr, chunk: tl.constexpr, all_inputs: tl.constexpr, all_outputs: tl.constexpr,
+    width_3: tl.constexpr, width_4: tl.constexpr, chunk: tl.constexpr,
+    all_inputs: tl.constexpr, all_outputs: tl.constexpr,
     IS_BATCH: tl.constexpr, READ_CHUNK: tl.constexpr, IS_SILU: tl.constexpr, RESIDUAL: tl.constexpr,
     IS_HUBER: tl.constexpr, CLAMP: tl.constexpr, SKIP: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
     HAS_END: tl.constexpr,

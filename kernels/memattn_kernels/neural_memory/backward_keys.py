@@ -11,8 +11,6 @@ from memattn_kernels.neural_memory.tiles import (
     D_SCALED,
     DELTA,
     FIRST,
-    G,
-    H,
     KAPPA,
     LR,
     MU,
@@ -21,6 +19,8 @@ from memattn_kernels.neural_memory.tiles import (
     SECOND,
     SIGMA,
     WIDE,
+    G,
+    H,
     add_outer,
     back,
     inputs_at,
@@ -55,8 +55,9 @@ def store_pending_gradients(m, t, x, to):
     """The gradients of pending factors leave."""
     if t.pending > 0:
         first = place_of(x)[0] * (m.chunk - 1)
-        d_h_ptr, d_delta_ptr = to.pending_h + first * m.all_inputs, to.pending_delta + first * m.all_outputs
+        d_h_ptr = to.pending_h + first * m.all_inputs
         _take_rows(m, t, inputs_at(m, D_H, 0), d_h_ptr, m.all_inputs)
+        d_delta_ptr = to.pending_delta + first * m.all_outputs
         _take_rows(m, t, outputs_at(m, D_SCALED, 0), d_delta_ptr, m.all_outputs)
     tl.debug_barrier()
 
@@ -88,9 +89,7 @@ def _finish(m, t, d, l, row, col, dv_ptr, stride_dv):
     """Store what becomes of the gradient of delta: of ``a`` in its place, and ``WIDE``."""
     PD, n_out = m.all_outputs, width(m, l + 1)
     if l + 1 < m.depth:
-        first = load_block(
-            outputs_at(m, FIRST, l), PD, row, col, t.n, n_out, m.BLOCK_M, m.BLOCK_N
-        )
+        first = load_block(outputs_at(m, FIRST, l), PD, row, col, t.n, n_out, m.BLOCK_M, m.BLOCK_N)
         second = load_block(
             outputs_at(m, SECOND, l), PD, row, col, t.n, n_out, m.BLOCK_M, m.BLOCK_N
         )
@@ -98,9 +97,7 @@ def _finish(m, t, d, l, row, col, dv_ptr, stride_dv):
         store_block(outputs_at(m, D_SCALED, l), PD, row, col, t.n, n_out, second * d)
     else:
         if m.IS_HUBER:
-            e = load_block(
-                outputs_at(m, SECOND, l), PD, row, col, t.n, n_out, m.BLOCK_M, m.BLOCK_N
-            )
+            e = load_block(outputs_at(m, SECOND, l), PD, row, col, t.n, n_out, m.BLOCK_M, m.BLOCK_N)
             d = tl.where(tl.abs(e) <= m.huber_delta, d, 0.0)
         slots = row + tl.arange(0, m.BLOCK_M)
         store_tokens(dv_ptr, stride_dv, t, slots, n_out, col, -d)
@@ -184,9 +181,7 @@ def key_backward(m, t, x, w_ptr, to):
             slots = row + tl.arange(0, m.BLOCK_M)
             for col in tl.range(0, n_in, m.BLOCK_N, disable_licm=True):
                 d = back(m, t, outputs_at(m, D_SCALED, l), w_ptr, l, row, col)
-                d += load_block(
-                    inputs_at(m, D_H, l), PH, row, col, t.n, n_in, m.BLOCK_M, m.BLOCK_N
-                )
+                d += load_block(inputs_at(m, D_H, l), PH, row, col, t.n, n_in, m.BLOCK_M, m.BLOCK_N)
                 if l > 0:
                     first = load_block(
                         outputs_at(m, FIRST, l - 1), PD, row, col, t.n, n_in, m.BLOCK_M, m.BLOCK_N

@@ -16,8 +16,6 @@ from memattn_kernels.neural_memory.tiles import (
     D_SIGMA,
     DECAY,
     ETA,
-    G,
-    H,
     MASKED,
     MU,
     OWN,
@@ -26,6 +24,8 @@ from memattn_kernels.neural_memory.tiles import (
     SCALED,
     SIGMA,
     C,
+    G,
+    H,
     M,
     back,
     forth,
@@ -45,8 +45,9 @@ from memattn_kernels.neural_memory.tiles import (
 
 @triton.jit
 def clear_chunk(m, t, x, d):
-    """Gradients of the factors of a chunk that does not end: those that the state at the end has."""
+    """Gradients of the factors of a chunk that does not end: those of the state at the end."""
     PH, PD = m.all_inputs, m.all_outputs
+    n_open = tl.where(t.n < m.chunk, t.n, 0)
     first = place_of(x)[0] * (m.chunk - 1)
     d_h_ptr, d_delta_ptr = d.h, d.delta
     if d_h_ptr is not None:
@@ -57,14 +58,12 @@ def clear_chunk(m, t, x, d):
         for col in tl.range(0, PH, m.BLOCK_N, disable_licm=True):
             d_x = tl.zeros([m.BLOCK_M, m.BLOCK_N], dtype=tl.float32)
             if d_h_ptr is not None:
-                if t.n < m.chunk:
-                    d_x = load_block(d_h_ptr, PH, row, col, t.n, PH, m.BLOCK_M, m.BLOCK_N)
+                d_x = load_block(d_h_ptr, PH, row, col, n_open, PH, m.BLOCK_M, m.BLOCK_N)
             store_block(inputs_at(m, D_H, 0), PH, row, col, t.n, PH, d_x)
         for col in tl.range(0, PD, m.BLOCK_N, disable_licm=True):
             d_x = tl.zeros([m.BLOCK_M, m.BLOCK_N], dtype=tl.float32)
             if d_delta_ptr is not None:
-                if t.n < m.chunk:
-                    d_x = load_block(d_delta_ptr, PD, row, col, t.n, PD, m.BLOCK_M, m.BLOCK_N)
+                d_x = load_block(d_delta_ptr, PD, row, col, n_open, PD, m.BLOCK_M, m.BLOCK_N)
             store_block(outputs_at(m, D_SCALED, 0), PD, row, col, t.n, PD, d_x)
     tl.debug_barrier()
 
@@ -203,8 +202,8 @@ def read_backward(m, t, x, w_ptr, s_ptr, d_results, to):
                     d_scaled = outputs_at(m, D_SCALED, l)
                     d_x = load_block(d_scaled, PD, row, col, t.n, n_out, m.BLOCK_M, m.BLOCK_N)
                     d_x = product(
-                        m, d_x, pairs_at(m, PAIRS), m.chunk, own, PD, row, col, t.n, n_out, row, t.n,
-                        None, True, False,
+                        m, d_x, pairs_at(m, PAIRS), m.chunk, own, PD, row, col, t.n, n_out, row,
+                        t.n, None, True, False,
                     )  # fmt: skip
                     store_block(d_scaled, PD, row, col, t.n, n_out, d_x)
         tl.debug_barrier()

@@ -23,12 +23,9 @@ from memattn_kernels.neural_memory.keys import (
 )
 from memattn_kernels.neural_memory.tiles import (
     BETA,
-    C,
     DECAY,
     DELTA,
     ETA,
-    G,
-    H,
     N_INPUTS,
     N_LANES,
     N_OUTPUTS,
@@ -37,6 +34,9 @@ from memattn_kernels.neural_memory.tiles import (
     READ_FIRST,
     SCALED,
     SIGMA,
+    C,
+    G,
+    H,
     Memory,
     Row,
     activate,
@@ -189,7 +189,8 @@ def neural_memory_fwd_kernel(
     first, n_heads, T, group, n_slots, program_floats,  # sizes
     huber_delta, max_norm,
     depth: tl.constexpr, width_0: tl.constexpr, width_1: tl.constexpr, width_2: tl.constexpr,
-    width_3: tl.constexpr, width_4: tl.constexpr, chunk: tl.constexpr, all_inputs: tl.constexpr, all_outputs: tl.constexpr,
+    width_3: tl.constexpr, width_4: tl.constexpr, chunk: tl.constexpr,
+    all_inputs: tl.constexpr, all_outputs: tl.constexpr,
     IS_BATCH: tl.constexpr, READ_CHUNK: tl.constexpr, IS_SILU: tl.constexpr, RESIDUAL: tl.constexpr,
     IS_HUBER: tl.constexpr, CLAMP: tl.constexpr, SKIP: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,

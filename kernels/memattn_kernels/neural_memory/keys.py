@@ -6,21 +6,21 @@ import triton.language as tl
 from memattn_kernels.neural_memory.tiles import (
     BETA,
     CURVE,
-    C,
     DECAY,
     DELTA,
     ETA,
     FIRST,
-    G,
-    H,
     KAPPA,
     LR,
-    M,
     MU,
     RATE,
     SCALED,
     SECOND,
     SIGMA,
+    C,
+    G,
+    H,
+    M,
     Tokens,
     activate,
     add_outer,
@@ -251,7 +251,8 @@ def load_pending(m, t, x, BACKWARD: tl.constexpr):
     if x.pending_h is not None:
         if t.pending > 0:
             first = place_of(x)[0] * (m.chunk - 1)
-            h_ptr, delta_ptr = x.pending_h + first * m.all_inputs, x.pending_delta + first * m.all_outputs
+            h_ptr = x.pending_h + first * m.all_inputs
+            delta_ptr = x.pending_delta + first * m.all_outputs
             copy_rows(m, h_ptr, inputs_at(m, H, 0), t.pending, m.all_inputs)
             section = outputs_at(m, SCALED if BACKWARD else DELTA, 0)
             copy_rows(m, delta_ptr, section, t.pending, m.all_outputs)

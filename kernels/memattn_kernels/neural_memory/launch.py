@@ -19,8 +19,8 @@ from memattn_kernels.signatures import NeuralMemoryArgs
 
 # bytes of scratch of all programs of a launch; heads beyond wait for another one
 SCRATCH_BYTES = 1 << 30
-# tokens by features by what a product sums over; compiled on all architectures without a spill, not
-# timed. Half inputs, too, have weights and sums in float32: their products are six of bfloat16 parts
+# tokens by features by what a product sums over; not timed, nor in the ahead-of-time gate. Half
+# inputs, too, have weights and sums in float32: their products are six of bfloat16 parts
 FLOAT = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1}
 CONFIGS = {
     "fwd": {"half": FLOAT | {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, "float": FLOAT},

@@ -160,8 +160,8 @@ def place_of(x):
 @triton.jit
 def width(m, l):
     """Features before layer ``l``."""
-    last = tl.where(l == 3, m.width_3, m.width_4)
-    return tl.where(l == 0, m.width_0, tl.where(l == 1, m.width_1, tl.where(l == 2, m.width_2, last)))
+    later = tl.where(l == 2, m.width_2, tl.where(l == 3, m.width_3, m.width_4))
+    return tl.where(l == 0, m.width_0, tl.where(l == 1, m.width_1, later))
 
 
 @triton.jit
@@ -174,9 +174,7 @@ def sum_before(l, x_0, x_1, x_2, x_3):
 @triton.jit
 def packed_size(l, width_0, width_1, width_2, width_3, width_4):
     """Numbers of the weights of the first ``l`` layers."""
-    return sum_before(
-        l, width_0 * width_1, width_1 * width_2, width_2 * width_3, width_3 * width_4
-    )
+    return sum_before(l, width_0 * width_1, width_1 * width_2, width_2 * width_3, width_3 * width_4)
 
 
 @triton.jit
@@ -351,7 +349,8 @@ def clamp_of(m, n):
         tanh = (1.0 - e) / (1.0 + e)
         # near 0 the power series, as the differences would cancel
         near = 62.0 / 2835.0 - square * (1382.0 / 155925.0)
-        near = 1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0 - square * near)))
+        near = 2.0 / 15.0 - square * (17.0 / 315.0 - square * near)
+        near = 1.0 - square * (1.0 / 3.0 - square * near)
         bend = 496.0 / 2835.0 - square * (2764.0 / 31185.0)
         bend = -2.0 / 3.0 + square * (8.0 / 15.0 - square * (34.0 / 105.0 - square * bend))
         is_near = x < 0.3
