@@ -11,6 +11,7 @@ from memattn.models.factory import vanilla_of_equal_parameters
 from memattn.models.hf_attention import register_hf_attention
 from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
+from memattn.models.transformer import TitansOutput, TitansTransformer, TransformerState
 from memattn.parts import PARTS, AttentionConfig
 
 AutoConfig.register(MemAttnConfig.model_type, MemAttnConfig)
@@ -29,6 +30,9 @@ __all__ = [
     "MemAttnModel",
     "MemAttnModelOutput",
     "MemAttnPreTrainedModel",
+    "TitansOutput",
+    "TitansTransformer",
+    "TransformerState",
     "register_hf_attention",
     "register_preset",
     "vanilla_of_equal_parameters",

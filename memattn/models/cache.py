@@ -62,6 +62,11 @@ class MemAttnCache(SequenceStates, Cache):
             self._config = config
 
     @property
+    def config(self) -> MemAttnConfig | None:
+        """The configuration of a model that it is known to fit."""
+        return self._config
+
+    @property
     def nbytes(self) -> int:
         """Size of the state of all layers in bytes."""
         return sum(

@@ -100,7 +100,7 @@ class TitansPart:
 
 
 def _training(**options: Any) -> TrainingConfig:
-    return short_training(base_model_lr=3e-3, weight_decay=0.0, **options)
+    return short_training(base_model_lr=6e-3, weight_decay=0.0, **options)
 
 
 def _task(name: str, options: dict[str, Any], **data: Any) -> DataConfig:
@@ -144,7 +144,7 @@ class TitansStudy(Study):
     text: TitansPart = field(
         default_factory=lambda: TitansPart(
             data=DataConfig(vocab_size=1024, seq_len=128),
-            training=_training(max_steps=200, batch_size=8, warmup_steps=20),
+            training=_training(max_steps=400, batch_size=8, warmup_steps=40),
         )
     )
 
