@@ -1,6 +1,7 @@
 """Attention and encoder layers of PyTorch with specialists beside them."""
 
 import copy
+import io
 import re
 import warnings
 
@@ -343,6 +344,29 @@ def test_the_seeds_call():
     assert clone._layer.linear1 is clone.linear1 and clone._layer.self_attn is clone.self_attn.base
     with torch.no_grad():
         torch.testing.assert_close(clone(x.double()).float(), block(x))
+
+
+def test_is_saved_compiled_and_computed_in_half_precision():
+    block = shift(make_layer(), top_k=1)
+    x = draw(B, T, E)
+    expected = block(x)
+    file = io.BytesIO()
+    torch.save(block, file)
+    file.seek(0)
+    read = torch.load(file, weights_only=False)
+    assert torch.equal(read(x), expected) and read._layer.linear1 is read.linear1
+    new = ShiftableTransformerBlock.from_layer(make_layer(), 2, gate=DomainGate(E, gate_size=4))
+    new.self_attn.gate.top_k = 1
+    new.load_state_dict(block.state_dict())
+    assert torch.equal(new(x), expected)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    masks = dict(src_mask=CAUSAL, is_causal=True)
+    torch.testing.assert_close(compiled(x, **masks), block(x, **masks))
+    low = copy.deepcopy(block).bfloat16()(x.bfloat16())
+    layer = make_layer().bfloat16()  # the rounding of the layer alone
+    error = (layer(x.bfloat16()).float() - make_layer()(x)).abs().max()
+    assert low.dtype == torch.bfloat16 and (low.float() - expected).abs().max() <= 2 * error
 
 
 WRONG = {

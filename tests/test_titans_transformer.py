@@ -113,7 +113,8 @@ def test_options_are_those_of_the_configuration():
     assert part.memory_sizes(config.sizes) == (2, 24)
     sizes = {name: size for name, size in SIZES.items() if name != "chunk_size"}
     alone = TitansTransformer(use_memory=False, **sizes).config.attention
-    assert (alone.kind, alone.spans) == ("segmented", (6, None))
+    assert (alone.kind, alone.spans, alone.backend) == ("segmented", (6, None), "auto")
+    assert TitansTransformer(use_flex_attn=True, **SIZES).config.attention.backend == "flex"
 
 
 def test_wrong_options_and_states_are_named(model, tokens, tmp_path):

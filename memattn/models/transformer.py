@@ -162,6 +162,7 @@ class TitansTransformer(MemAttnForCausalLM):
         ff_mult: Width of the MLP, in units of ``dim``.
         memory_dim: Features of all heads of the memory; None means ``dim``.
         use_memory: Whether there is a memory; else attention within segments is alone.
+        use_flex_attn: Whether PyTorch's FlexAttention computes attention: backend ``"flex"``.
         num_persist_mem_tokens: Persistent tokens.
         position_embedding: As in ``MemAttnConfig``.
         options: Further fields of ``MemAttnConfig.titans``, such as ``variant``,
@@ -243,6 +244,7 @@ def titans_config(
     ff_mult: int = 4,
     memory_dim: int | None = None,
     use_memory: bool = True,
+    use_flex_attn: bool = False,
     num_persist_mem_tokens: int = 4,
     position_embedding: str = "continuous_axial",
     **options: Any,
@@ -250,7 +252,8 @@ def titans_config(
     """The configuration that the options of ``TitansTransformer`` describe."""
     for name, value in (("dim", dim), ("ff_mult", ff_mult)):
         check_int(name, value, 1)
-    check_bool("use_memory", use_memory)
+    for name, value in (("use_memory", use_memory), ("use_flex_attn", use_flex_attn)):
+        check_bool(name, value)
     sizes: dict[str, Any] = dict(
         vocab_size=num_tokens,
         hidden_size=dim,
@@ -263,6 +266,8 @@ def titans_config(
         segment_len=segment_len,
         num_persistent_tokens=num_persist_mem_tokens,
     )
+    if use_flex_attn:
+        sizes["backend"] = "flex"
     if not use_memory:
         if memory_dim is not None:
             must("memory_dim", "be None without use_memory", memory_dim)
