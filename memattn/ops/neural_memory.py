@@ -117,9 +117,9 @@ def neural_memory(
         cu_seqlens: int32 ``[n + 1]``, bounds of packed documents, with ``B = 1``. The state has a
             row for each document then.
         return_state: Whether to return the state.
-        backend: ``"auto"`` (C++ for CPU tensors; the reference on other devices, for float64 and
-            where the extension is not built), ``"cpp"`` or ``"reference"``. A named backend never
-            falls back; ``"triton"`` is refused, as there are no such kernels yet.
+        backend: ``"auto"`` (Triton for CUDA tensors, C++ for CPU tensors; the reference for
+            float64 and where neither is installed), ``"triton"``, ``"cpp"`` or ``"reference"``. A
+            named backend never falls back.
 
     Returns:
         ``out`` in the dtype of ``query``, the state, and the surprise in float32.
@@ -234,7 +234,7 @@ def neural_memory(
         skip_nonfinite=skip_nonfinite,
         return_state=return_state,
     )
-    impl, step = _backend(resolve_backend(backend, query), backend)
+    impl, step = _backend(resolve_backend(backend, query))
     if state is not None and step is not None and is_step(args):
         plan = plan_of(args, signature_of(tokens, weights, choices), step)
         out, after, surprise = run_step(args[:6], state, initial, plan)
@@ -265,16 +265,19 @@ def neural_memory(
     return NeuralMemoryOutput(out, after, surprise.detach())
 
 
-def _backend(chosen: str, wanted: str) -> tuple[Callable, Callable | None]:
+def _backend(chosen: str) -> tuple[Callable, Callable | None]:
     """The operator of a backend, and that of one token where it has one."""
-    if wanted == "triton":
-        must("backend", 'be "auto", "cpp" or "reference"', repr(wanted), NotImplementedError)
-    if chosen == "cpp":
-        from memattn.cpp.neural_memory import neural_memory as impl
-        from memattn.cpp.neural_memory import neural_memory_step as step
-    else:
-        from memattn.reference.neural_memory import neural_memory as impl
-        from memattn.reference.neural_memory_step import neural_memory_step as step
+    match chosen:
+        case "triton":
+            from memattn_kernels.neural_memory import neural_memory as impl
+
+            return impl, None
+        case "cpp":
+            from memattn.cpp.neural_memory import neural_memory as impl
+            from memattn.cpp.neural_memory import neural_memory_step as step
+        case _:
+            from memattn.reference.neural_memory import neural_memory as impl
+            from memattn.reference.neural_memory_step import neural_memory_step as step
 
     return impl, step
 
