@@ -13,9 +13,9 @@ VARIANTS = ("lmm", "mac", "mac_parallel", "mag", "mal")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_audit_finds_no_leak(variant):
     # two chunks in a segment of MAC
-    short = dict(segment_len=4, chunk_size=2) if variant == "mac" else {}
+    short = dict(segment_len=6, chunk_size=3) if variant == "mac" else {}
     model = make_model(f"titans-{variant}", torch.float32, num_hidden_layers=1, **short)
-    report = audit(model, seq_len=13 if short else 21)
+    report = audit(model, seq_len=12 if short else 21)
     assert report.verdict == "all 0"
 
 
