@@ -52,7 +52,8 @@ class TitansConfig(TitansOptions):
         lr: Learning rate of a new memory; each token has its own.
         momentum: Its momentum; None means none is kept.
         decay: Its decay; None means none.
-        max_norm: Largest norm of a token's gradient; None means any.
+        max_norm: Largest norm of a token's gradient; None means any, and a chunk of alike keys may
+            then overflow the memory in training.
         backend: Backend of the operators, ``"auto"``, ``"cpp"`` or ``"reference"``; or ``"flex"``
             for the attention and ``"auto"`` for the memory.
     """
@@ -72,7 +73,7 @@ class TitansConfig(TitansOptions):
     lr: float = 0.01
     momentum: float | None = 0.5
     decay: float | None = 0.001
-    max_norm: float | None = None
+    max_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
