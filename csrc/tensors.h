@@ -94,6 +94,8 @@ inline int32_t number_of(ScalarType dtype) {
     case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
     case ScalarType::Int: return aoti_torch_dtype_int32();
     case ScalarType::Long: return aoti_torch_dtype_int64();
+    case ScalarType::Char: return aoti_torch_dtype_int8();
+    case ScalarType::Byte: return aoti_torch_dtype_uint8();
     default: STD_TORCH_CHECK(false, "memattn_cpp makes no tensors of this dtype");
   }
   return 0;
