@@ -19,7 +19,7 @@ from memattn.data import load_tokenizer
 from memattn.data.wikitext import load_wikitext, wikitext_file
 from memattn.models import PRESETS, MemAttnConfig
 from memattn.study import run as study_run
-from memattn.study.compare import ModelSizes
+from memattn.study.compare import CompareStudy, ModelSizes
 from memattn.study.peers import PEERS, PeerSizes, count_parameters, peer_config
 from memattn.viz.comparison import plot_comparison
 
@@ -249,10 +249,12 @@ def test_without_memory_titans_is_its_attention():
     sizes = dict(dim=128, heads=3, dim_head=64, segment_len=32)
     made = ModelSizes(**sizes).model("titans", 64)
     config = PRESETS[made.preset](vocab_size=64, **made.options)
-    assert (config.head_dim, config.attention.memory_heads) == (64, 2)
+    assert (config.head_dim, config.attention.memory_sizes(config.sizes)) == (64, (2, 64))
     bare = ModelSizes(**sizes, use_memory=False).model("titans", 64)
     config = PRESETS[bare.preset](vocab_size=64, **bare.options)
     assert config.attention.spans == (None, 32)
+    study = CompareStudy(sizes=ModelSizes(**sizes, use_memory=False))
+    assert list(study.cell_names) == ["titans-without-memory", "vanilla"]
 
 
 def test_a_step_peaks_where_its_largest_tensors_are():

@@ -54,8 +54,8 @@ def small(monkeypatch):
     """Short windows, so that the audit is short."""
     short = lambda **sizes: MemAttnConfig.segmented(segment_len=8, window_size=8, **sizes)
     monkeypatch.setitem(PRESETS, "segmented", short)
-    small = dict(segment_len=8, chunk_size=8, memory_expansion=1)
-    monkeypatch.setitem(PRESETS, "titans", lambda **sizes: MemAttnConfig.titans(**small, **sizes))
+    small = dict(window_size=8, chunk_size=8, memory_expansion=1)
+    monkeypatch.setitem(PRESETS, "titans", lambda **sizes: MemAttnConfig.titans(**sizes | small))
     budget = Budget(epochs=1, hidden_dim=16, batch_size=128)
     monkeypatch.setattr(demo_continual, "BUDGET", budget)
 

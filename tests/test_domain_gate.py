@@ -202,9 +202,6 @@ def test_gates_do_not_depend_on_autocast_and_are_float32():
     assert expected.gates.dtype == torch.float32 and torch.equal(expected.gates, wide.gates)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(gate(x.float()).gates, wide.gates)
-    compiled = torch.compile(gate, fullgraph=True, backend="aot_eager")
-    torch._dynamo.reset()
-    torch.testing.assert_close(compiled(x.float()).gates, wide.gates)
 
 
 WRONG = {

@@ -36,6 +36,8 @@ SIZES = dict(
     intermediate_size=512,
     max_position_embeddings=2048,
 )
+# of one preset: a variant that trains fast, with a short window, which the audit has to cross
+OPTIONS = {"titans": dict(variant="mag", window_size=64, chunk_size=32)}
 HELD_OUT = 0.02  # of the documents, so that evaluation leaves time for many presets
 
 
@@ -73,7 +75,7 @@ class DemoConfig:
     def train_config(self, preset: str, stage: Stage) -> TrainConfig:
         """The training run of one preset, as planned in a stage."""
         return TrainConfig(
-            model=ModelConfig(preset=preset, options=self.sizes),
+            model=ModelConfig(preset=preset, options=OPTIONS.get(preset, {}) | self.sizes),
             data=DataConfig(
                 dataset_name=self.corpus,
                 vocab_size=self.vocab_size,

@@ -32,6 +32,8 @@ from memattn.nn.neural_memory_state import NeuralMemoryLayerState
 from memattn.nn.norm import make_norm
 from memattn.nn.rotary import RotaryEmbedding, apply_rotary, sequence_positions
 from memattn.nn.segmented_attention import SegmentedAttention
+from memattn.nn.shiftable_attention import ShiftableMultiheadAttention
+from memattn.nn.shiftable_block import ShiftableTransformerBlock
 from memattn.nn.task_attention import ColumnLayout, TaskGraphAttention
 from memattn.nn.task_linear import TaskGroups, TaskLinear, group_by_task
 from memattn.nn.task_tokens import TokenProjection
@@ -69,6 +71,8 @@ __all__ = [
     "ReducedDimMemoryBank",
     "RotaryEmbedding",
     "SegmentedAttention",
+    "ShiftableMultiheadAttention",
+    "ShiftableTransformerBlock",
     "StandardMemoryBank",
     "SwiGLU",
     "TaskGraphAttention",

@@ -30,17 +30,24 @@ class CausalConvolution(nn.Module):
 
         ``positions`` int64 ``[T]`` of packed documents: nothing before position 0 is seen.
         """
-        first = inputs.shape[1] - T
-        out = torch.zeros_like(inputs[:, first:])
-        for back in range(self.size):
-            seen = inputs[:, first - back : first - back + T] * self.weight[:, -1 - back]
-            if positions is not None and back:
-                seen = torch.where((positions >= back)[:, None], seen, 0.0)
-            out = out + seen
-        return out
+        return causal_convolution(inputs, self.weight, T, positions)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, size={self.size}"
+
+
+def causal_convolution(
+    inputs: Tensor, weight: Tensor, T: int, positions: Tensor | None = None
+) -> Tensor:
+    """``CausalConvolution.forward`` with filters ``weight [F, size]``."""
+    first = inputs.shape[1] - T
+    out = inputs[:, first:] * weight[:, -1]
+    for back in range(1, weight.shape[1]):
+        seen = inputs[:, first - back : first - back + T] * weight[:, -1 - back]
+        if positions is not None:
+            seen = torch.where((positions >= back)[:, None], seen, 0.0)
+        out = out + seen
+    return out
 
 
 class PresentTokens(NamedTuple):

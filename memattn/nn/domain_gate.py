@@ -52,18 +52,18 @@ class GateRow(nn.Module):
         self.hidden = nn.Linear(hidden_size, gate_size)
         self.logit = nn.Linear(gate_size, 1)
         self.register_buffer("prior", torch.tensor(prior, dtype=torch.float32))
-        self._seen: tuple[object, bool] | None = None
+        self._seen: tuple[Tensor, int, bool] | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether the prior is above 0; read from the device once for every change of it."""
         if torch.compiler.is_compiling():
             return True  # it may be
-        version = 0 if self.prior.is_inference() else self.prior._version
-        stamp = (id(self.prior), version)
-        if self._seen is None or self._seen[0] != stamp:
-            self._seen = (stamp, bool(self.prior > 0))
-        return self._seen[1]
+        prior = self.prior
+        version = 0 if prior.is_inference() else prior._version
+        if self._seen is None or self._seen[0] is not prior or self._seen[1] != version:
+            self._seen = (prior, version, bool(prior > 0))
+        return self._seen[2]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., E]`` to logits ``[...]``, in the dtype of ``x``."""
@@ -365,7 +365,7 @@ def _check_row(name: str, tensor: Tensor, B: int, n: int) -> Tensor:
     check_tensor(name, tensor)
     if list(tensor.shape) not in ([n], [B, n]):
         must(name, f"have shape [{n}] or [B={B}, {n}]", list(tensor.shape))
-    if name == "prior" and _is_readable(tensor) and not bool((tensor >= 0).all()):
+    if name == "prior" and is_readable(tensor) and not bool((tensor >= 0).all()):
         must(name, "be at least 0", tensor.tolist())
     return tensor
 
@@ -375,14 +375,14 @@ def _check_override(override: Tensor, B: int, T: int, n: int) -> Tensor:
     check_tensor("override", override)
     if list(override.shape) not in ([B, n], [B, T, n]):
         must("override", f"have shape [B={B}, {n}] or [B={B}, T={T}, {n}]", list(override.shape))
-    if _is_readable(override) and override.numel():
+    if is_readable(override) and override.numel():
         off = (override.detach().double().sum(-1) - 1).abs().max().item()
         if not off <= SUMS_TO_ONE or bool((override < 0).any()):
             must("override", "be at least 0 and sum to 1 for each token", f"sums off by {off:.3g}")
     return override if override.dim() == 3 else override[:, None]
 
 
-def _is_readable(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
     """Whether values can be looked at without waiting for a device."""
     fake = isinstance(tensor, torch._subclasses.FakeTensor)
     return not (torch.compiler.is_compiling() or fake or tensor.is_cuda)

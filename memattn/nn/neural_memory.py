@@ -10,11 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memattn.checks import check_int, check_rank, check_shape, must
-from memattn.nn.causal_convolution import CausalConvolution, PresentTokens, present_tokens
+from memattn.nn.causal_convolution import (
+    CausalConvolution,
+    PresentTokens,
+    causal_convolution,
+    present_tokens,
+)
 from memattn.nn.neural_memory_state import NeuralMemoryLayerState
 from memattn.ops import neural_memory
 from memattn.ops.neural_memory import DEEPEST
-from memattn.reference.neural_memory import memory_forward, unpack
+from memattn.reference.neural_memory import unpack
 
 
 class NeuralMemoryLayerOutput(NamedTuple):
@@ -236,22 +241,76 @@ class NeuralMemory(nn.Module):
             seq_start: int32 ``[B]``, as in ``forward``.
             seq_end: int32 ``[B]``.
         """
+        bounds = dict(seq_start=seq_start, seq_end=seq_end)
+        query, state = self.read_queries(hidden_states, state, **bounds)
+        packed = state.memory.packed_weights if weights is None else weights
+        return self.answer(query, self.gates(hidden_states), packed), state
+
+    def read_queries(
+        self,
+        hidden_states: Tensor,
+        state: NeuralMemoryLayerState,
+        *,
+        seq_start: Tensor | None = None,
+        seq_end: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, NeuralMemoryLayerState]:
+        """The queries ``[B, H, T, D]`` of ``read``, 0 where there is no token, and its state."""
         check_rank("hidden_states", hidden_states, "B T E")
         bounds = present_tokens(hidden_states, seq_start, seq_end)
         (query,), inputs = self._filtered(
-            [self.q_proj(hidden_states)], ["q"], state.read_inputs, state.since, bounds
+            *([self.q_proj(hidden_states)], ["q"], state.read_inputs, state.since, bounds),
+            cu_seqlens,
         )
-        query = _unit(self._heads(query))
-        packed = state.memory.packed_weights if weights is None else weights
-        x, layers = query.to(packed.dtype), unpack(packed, state.memory.sizes)
-        with torch.autocast(x.device.type, enabled=False):
-            is_silu = self.options.get("activation") == "silu"
-            residual = self.options.get("residual", False)
-            out = memory_forward(layers, x, is_silu, residual)[0]
         if bounds is not None:
-            out = torch.where(bounds.present[:, None, :, None], out, 0.0)
-        state = NeuralMemoryLayerState(state.memory, state.inputs, inputs, state.since)
-        return self._finish(out.to(query.dtype), hidden_states), state
+            query = torch.where(bounds.present[..., None], query, 0.0)
+        after = NeuralMemoryLayerState(state.memory, state.inputs, inputs, state.since)
+        return _unit(self._heads(query)), after
+
+    def gates(self, hidden_states: Tensor) -> Tensor | None:
+        """What the output for these tokens is multiplied by, ``[B, T, H D]``."""
+        return None if self.gate_proj is None else self.gate_proj(hidden_states).sigmoid()
+
+    def answer(self, query: Tensor, gates: Tensor | None, packed: Tensor) -> Tensor:
+        """What ``read`` gives for its queries and gates at weights ``[B, H, P]``."""
+        sizes = [self.head_dim, *(layer.shape[1] for layer in self.memory_weights)]
+        with torch.autocast(query.device.type, enabled=False):
+            out = self.recall(unpack(packed, sizes), query.to(packed.dtype))
+        return self._finish(out.to(query.dtype), gates)
+
+    def recall(self, weights: Sequence[Tensor], key: Tensor) -> Tensor:
+        """What memories with ``weights``, layers ``[B, H, d_n, d_{n-1}]``, answer to keys.
+
+        Keys are ``[B, H, T, D]`` of the dtype of the weights, and so are the answers.
+        """
+        activation = F.silu if self.options.get("activation") == "silu" else F.gelu
+        out = key @ weights[0].mT
+        for layer in weights[1:]:
+            out = activation(out) @ layer.mT
+        return key + out if self.options.get("residual", False) else out
+
+    def pairs(
+        self,
+        hidden_states: Tensor,
+        *,
+        kv_states: Tensor | None = None,
+        state: NeuralMemoryLayerState | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, H, T, D]`` that ``forward`` writes for tokens without padding.
+
+        Args:
+            hidden_states: ``[B, T, E]``.
+            kv_states: ``[B, T, E]``, as in ``forward``.
+            state: As in ``forward``.
+        """
+        kv_states = hidden_states if kv_states is None else kv_states
+        if state is None and self.persistent_tokens is not None:
+            state = self.start().expand(len(hidden_states))
+        # the inputs of the convolutions that are kept have queries too
+        projected = [self.q_proj(hidden_states), self.k_proj(kv_states), self.v_proj(kv_states)]
+        past = None if state is None else state.inputs
+        (_, key, value), _ = self._filtered(projected, list("qkv"), past, None, None)
+        return _unit(self._heads(key)), self._heads(value)
 
     def _write(
         self,
@@ -294,17 +353,19 @@ class NeuralMemory(nn.Module):
             since = since + (hidden_states.shape[1] if bounds is None else bounds.length)
         read_inputs = None if state is None else state.read_inputs
         after = NeuralMemoryLayerState(memory, inputs, read_inputs, since)
-        return NeuralMemoryLayerOutput(self._finish(out, hidden_states), after, surprise)
+        return NeuralMemoryLayerOutput(
+            self._finish(out, self.gates(hidden_states)), after, surprise
+        )
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b t (h d) -> b h t d", h=self.num_heads)
 
-    def _finish(self, out: Tensor, hidden_states: Tensor) -> Tensor:
+    def _finish(self, out: Tensor, gates: Tensor | None) -> Tensor:
         """Norm, gate and projection of what the memory gave."""
         out = self.norm(out.to(self.norm.weight.dtype))  # autocast does not convert for norms
         out = rearrange(out, "b h t d -> b t (h d)")
-        if self.gate_proj is not None:
-            out = out * self.gate_proj(hidden_states).sigmoid()
+        if gates is not None:
+            out = out * gates
         return self.o_proj(out)
 
     def _filtered(
@@ -344,13 +405,9 @@ class NeuralMemory(nn.Module):
             ends = cu_seqlens[1:, None] + torch.arange(-kept, 0, device=x.device)
             own = ends >= cu_seqlens[:-1, None]
             after = torch.where(own[..., None], x[0, ends.clamp(min=0).long()], 0.0)
-        parts = inputs.split([p.shape[-1] for p in projected], -1)
-        convolutions = [getattr(self, f"{name}_conv") for name in names]
-        filtered = [
-            F.silu(convolution(part, T, positions))
-            for convolution, part in zip(convolutions, parts, strict=True)
-        ]
-        return filtered, after
+        filters = torch.cat([getattr(self, f"{name}_conv").weight for name in names])
+        filtered = F.silu(causal_convolution(inputs, filters, T, positions))
+        return list(filtered.split([p.shape[-1] for p in projected], -1)), after
 
     def extra_repr(self) -> str:
         depth, P = len(self.memory_weights), self.persistent_tokens

@@ -54,10 +54,13 @@ class SegmentPieces:
     positions: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def flat(self, x: Tensor) -> Tensor:
-        """The tokens of ``[B, T, E]`` in the order of pieces, ``[1, G, E]``; slices: as it is."""
+        """The tokens of ``[B, ..., T, F]`` in the order of pieces, ``[1, ..., G, F]``.
+
+        Where pieces are slices, as it is.
+        """
         if self.index is None:
             return x
-        tokens = x.flatten(0, 1).index_select(0, self.index)
+        tokens = x.movedim(0, -3).flatten(-3, -2).index_select(-2, self.index)
         return torch.where(self.exists[:, None], tokens, 0.0)[None]
 
     def angles(self, context: PartContext, dtype: torch.dtype) -> Angles | None:
@@ -66,19 +69,25 @@ class SegmentPieces:
             return context.rotary
         return context.rotary_embedding(self.positions, dtype)
 
-    def of(self, x: Tensor, piece: Piece) -> Tensor:
-        """A piece of ``[..., G, F]``: ``[rows, ..., width, F]``."""
+    def split(self, x: Tensor) -> list[Tensor]:
+        """The pieces of ``[..., G, F]``, each ``[rows, ..., width, F]``."""
+        # one split, not slices: the gradient of each slice would have the size of the whole
         if self.index is None:
-            return x.narrow(-2, piece.begin, piece.width)
-        x = x[0].narrow(-2, piece.begin, piece.rows * piece.width)
-        return x.unflatten(-2, (piece.rows, piece.width)).movedim(-3, 0)
+            return list(x.split([piece.width for piece in self.pieces], -2))
+        parts = x[0].split([piece.rows * piece.width for piece in self.pieces], -2)
+        return [
+            part.unflatten(-2, (piece.rows, piece.width)).movedim(-3, 0)
+            for part, piece in zip(parts, self.pieces, strict=True)
+        ]
 
-    def angles_of(self, angles: Angles | None, piece: Piece) -> Angles | None:
-        """Those of a piece."""
-        return None if angles is None else (self.of(angles[0], piece), self.of(angles[1], piece))
+    def split_angles(self, angles: Angles | None) -> list[Angles | None]:
+        """The pieces of cosines and sines."""
+        if angles is None:
+            return [None] * len(self.pieces)
+        return list(zip(*map(self.split, angles), strict=True))
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """The reverse of ``of`` for all pieces."""
+        """The reverse of ``split``."""
         if self.index is not None:
             pieces = [x.movedim(0, -3).flatten(-3, -2)[None] for x in pieces]
         return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), -2)

@@ -16,6 +16,7 @@ from memattn.nn import (
 from memattn.ops import segmented_attention
 from memattn.parts.context import Angles, PartContext
 from memattn.parts.context_keys import ContextKeys, behind, by_segments, columns_from
+from memattn.parts.memory_routing import call_bounds
 from memattn.parts.segment_pieces import Piece, SegmentPieces, segment_pieces
 from memattn.parts.titans_layers import MemoryLayer, NormedGate, all_present
 from memattn.parts.titans_options import REMEMBERED
@@ -155,28 +156,38 @@ class MemoryAsContext(ContextLayer):
             state = self.memory.start().expand(rows)
         else:
             state = cache.read_memory(self.memory, rows)
+        queries, state = self.memory.read_queries(
+            hidden_states, state, cu_seqlens=context.cu_seqlens, **call_bounds(context)
+        )
+        # all that does not wait for the memory, of all segments at once
+        split = lambda x: [None] * len(cut.pieces) if x is None else cut.split(x)
         before = self.remembered_before(context)
-        before = None if before is None else cut.flat(before)
+        tensors = zip(
+            *map(split, (query, key, value, cut.flat(queries), self.memory.gates(x))),
+            split(None if before is None else cut.flat(before)),
+            cut.split_angles(angles),
+            strict=True,
+        )
         starts = SegmentStarts(cache, cut.phase) if self.memory.chunk_size < L else None
         attended, remembered, memory_keys, memory_values, fronts = [], [], [], [], []
-        for piece in cut.pieces:
+        for piece, (q, k, v, asked, gates, taught, turned) in zip(cut.pieces, tensors, strict=True):
             if piece.rows < rows:  # documents that have ended
                 rows = piece.rows
                 state = state.select(torch.arange(rows, device=x.device))
-            weights = None if starts is None else starts.of(piece, state.memory.packed_weights)
+            weights = state.memory.packed_weights
+            if starts is not None:
+                weights = starts.of(piece, weights)
             front = self.longterm_keys(state, weights, x)
-            read, state = self.memory.read(
-                cut.of(x, piece), state, weights=weights, seq_end=piece.count
-            )
-            memory = self.attention.memory_heads(read, cut.angles_of(angles, piece))
-            keys = ContextKeys(cut.of(key, piece), cut.of(value, piece), *memory)
+            read = self.memory.answer(asked, gates, weights)
+            memory = self.attention.memory_heads(read, turned)
+            keys = ContextKeys(k, v, *memory)
             if piece.begin == 0 and cache is not None:
-                y = self._continue(cut.of(query, piece), keys, front, cache, cut)
+                y = self._continue(q, keys, front, cache, cut)
             else:
                 keys = by_segments(behind(front, keys), M + L)
                 end = None if piece.count is None else piece.count + M
-                y = self.attention(cut.of(query, piece), keys, seq_end=end)
-            learned = y if before is None else y + cut.of(before, piece)
+                y = self.attention(q, keys, seq_end=end)
+            learned = y if taught is None else y + taught
             out, state, _ = self.memory(y, kv_states=learned, state=state, seq_end=piece.count)
             attended.append(y)
             remembered.append(out)
@@ -338,8 +349,8 @@ def _sources(layer: ContextLayer, hidden_states: Tensor, context: PartContext) -
         cut = segment_pieces(context, shape, attention.segment_len)
         query, keys, _, _, fronts = layer.run_segments(hidden_states, context, cut)
         if fronts:
-            pairs = zip(cut.pieces, fronts, strict=True)
-            longterm = cut.join([_front_lse(cut.of(query, piece), front) for piece, front in pairs])
+            pairs = zip(cut.split(query), fronts, strict=True)
+            longterm = cut.join([_front_lse(*pair) for pair in pairs])
     else:
         assert isinstance(layer, MemoryInParallel)
         remembered = layer.remember(hidden_states, context)

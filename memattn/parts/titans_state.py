@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from memattn.checks import must
 from memattn.nn import NeuralMemory, NeuralMemoryLayerState
+from memattn.ops import NeuralMemoryState
 from memattn.parts.state import PartState
 
 UNSAVED = ("memory.initial", "memory.sizes")  # of the layer, not of a sequence
@@ -66,12 +67,23 @@ class TitansState(PartState):
                 initial = {name: begin.tensors()[name] for name in UNSAVED}
                 state = NeuralMemoryLayerState.from_tensors(self.rows | initial)
         assert state is not None
+        _check_memory(state, layer)
         if self._restarting is not None and begin is not None:
             mask = self._restarting.to(state.memory.count.device)
             state = state.reset(mask, begin)
         if self.record_past and state.since is None:
             state = state.record_past()
         return state
+
+    @property
+    def memory(self) -> NeuralMemoryState | None:
+        """The neural memory behind the last token; None before the first call."""
+        return None if self._memory is None else self._memory.memory
+
+    def recall(self, layer: NeuralMemory) -> None:
+        """Know the memory again whose tensors came from a file or from merged rows."""
+        if self._memory is None and self.rows:
+            self._keep(self.read_memory(layer, len(next(iter(self.rows.values())))))
 
     def write_memory(self, state: NeuralMemoryLayerState, present: Tensor) -> None:
         """Keep the memory's state after a call, whose tokens are ``present`` bool ``[B, T]``."""
@@ -162,3 +174,14 @@ class TitansState(PartState):
         for name, states in self.tokens.items():
             self.tokens[name] = states[..., :rest, :]
         self.trim()
+
+
+def _check_memory(state: NeuralMemoryLayerState, layer: NeuralMemory) -> None:
+    """Raise ValueError unless the state is one of such a layer."""
+    memory, weights = state.memory, layer.memory_weights
+    sizes = (weights[0].shape[-1], *(x.shape[-2] for x in weights))
+    own = (memory.packed_weights.shape[1], memory.sizes, memory.chunk_size)
+    wanted = (layer.num_heads, sizes, layer.chunk_size)
+    if own != wanted:
+        say = "{} heads of sizes {} and chunks of {}".format
+        must("past_key_values", f"have a memory with {say(*wanted)}", say(*own))

@@ -77,12 +77,11 @@ class ModelSizes:
         if not self.use_memory:
             options |= dict(segment_len=None, window_size=self.segment_len)
             return ModelConfig(preset="segmented", options=options)
-        memory_dim = self.dim if self.memory_dim is None else self.memory_dim
         options |= dict(
             variant=self.variant,
             segment_len=self.segment_len,
             window_size=self.segment_len,
-            memory_heads=memory_dim // self.dim_head,
+            memory_dim=self.dim if self.memory_dim is None else self.memory_dim,
             memory_head_dim=self.dim_head,
         )
         return ModelConfig(preset="titans", options=options)
@@ -171,6 +170,15 @@ class CompareStudy(Study):
     def seeds(self) -> list[int]:
         return self.compare.seeds
 
+    @property
+    def cell_names(self) -> dict[str, str]:
+        """The models by the names of their cells."""
+        bare = "titans-without-memory"
+        return {
+            bare if name == "titans" and not self.sizes.use_memory else name: name
+            for name in self.compare.models
+        }
+
     def plan(self, vocab_size: int) -> list[Cell]:
         """The models, the first with the sizes given, the others at its number of parameters."""
         from memattn.study.widths import count_parameters, equal_width
@@ -180,11 +188,11 @@ class CompareStudy(Study):
         first = self.sizes.model(self.compare.models[0], self.data.seq_len)
         target = count_parameters(str(first.preset), first.options, vocab_size)
         cells = []
-        for name in self.compare.models:
-            if name in PEERS:
-                cells.append(self._peer(name, target))
+        for name, kind in self.cell_names.items():
+            if kind in PEERS:
+                cells.append(self._peer(kind, target))
                 continue
-            model = self.sizes.model(name, self.data.seq_len)
+            model = self.sizes.model(kind, self.data.seq_len)
             preset, options = str(model.preset), model.options
 
             def count(width: int, preset: str = preset, options: dict[str, Any] = options) -> int:
@@ -245,7 +253,7 @@ class CompareStudy(Study):
         """Finished runs are measured again where the text is another one than before."""
         file, about = Path(self.out) / "test.json", {"test": self.test}
         if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != about:
-            for name in self.compare.models:
+            for name in self.cell_names:
                 for measured in (Path(self.out) / name).glob(f"*/{MEASURES}"):
                     measured.unlink()
         write_json(file, about)

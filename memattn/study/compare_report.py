@@ -17,8 +17,7 @@ def write_pictures(study: CompareStudy) -> Path:
     out, seed = Path(study.out), study.seeds[0]
     runs = json.loads((out / "results.json").read_text(encoding="utf-8"))["runs"]
     curves = {
-        name: read_metrics(out / name / f"seed-{seed}" / "metrics.csv")
-        for name in study.compare.models
+        name: read_metrics(out / name / f"seed-{seed}" / "metrics.csv") for name in study.cell_names
     }
     bars = {}
     for measure in study.measures:

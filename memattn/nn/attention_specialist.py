@@ -1,0 +1,116 @@
+"""Specialists: attentions that begin as copies of one that is frozen, and their projections."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memattn.checks import check_int
+
+PROJECTIONS = ("q", "k", "v", "out")
+
+
+class AttentionWeights(NamedTuple):
+    """Weights and biases of one attention, or of several beside each other."""
+
+    q: Tensor  # [F * E, E]
+    k: Tensor  # [F * E, Ek]
+    v: Tensor  # [F * E, Ev]
+    out: Tensor  # [E, F * E]
+    q_bias: Tensor | None  # [F * E]
+    k_bias: Tensor | None  # [F * E]
+    v_bias: Tensor | None  # [F * E]
+    out_bias: Tensor | None  # [E], or [F, E]
+
+
+def weights_of(attention: nn.MultiheadAttention) -> AttentionWeights:
+    """The weights of PyTorch's attention, packed or not, as views."""
+    if attention._qkv_same_embed_dim:
+        assert attention.in_proj_weight is not None
+        q, k, v = attention.in_proj_weight.chunk(3)
+    else:
+        q, k, v = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
+    packed = attention.in_proj_bias
+    q_bias, k_bias, v_bias = (None,) * 3 if packed is None else packed.chunk(3)
+    out = attention.out_proj
+    return AttentionWeights(q, k, v, out.weight, q_bias, k_bias, v_bias, out.bias)
+
+
+def beside_each_other(branches: Sequence[AttentionWeights]) -> AttentionWeights:
+    """The weights of several attentions, for one product for all of them."""
+
+    def join(name: str) -> Tensor | None:
+        found = [getattr(branch, name) for branch in branches]
+        if found[0] is None:
+            return None
+        return torch.stack(found) if name == "out_bias" else torch.cat(found, int(name == "out"))
+
+    return AttentionWeights(*map(join, AttentionWeights._fields))  # type: ignore[arg-type]
+
+
+class AttentionSpecialist(nn.Module):
+    """The projections of a specialist, which begin as those of the base.
+
+    Args:
+        base: Weights of the attention that it begins as; they are copied, or with ``rank`` only
+            looked at in ``weights``.
+        rank: Rank of what is added to the base's weights; None trains whole weights. Biases are
+            always whole.
+
+    Raises:
+        TypeError: If ``rank`` is no integer.
+        ValueError: If it is below 1.
+    """
+
+    def __init__(self, base: AttentionWeights, rank: int | None = None) -> None:
+        super().__init__()
+        if rank is not None:
+            check_int("rank", rank, 1)
+        self.rank = rank
+        for name in PROJECTIONS:
+            weight, bias = getattr(base, name).detach(), getattr(base, f"{name}_bias")
+            if rank is None:
+                setattr(self, f"{name}_weight", nn.Parameter(weight.clone()))
+            else:
+                down = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
+                nn.init.normal_(down, std=weight.shape[1] ** -0.5)
+                setattr(self, f"{name}_down", down)
+                setattr(self, f"{name}_up", nn.Parameter(weight.new_zeros(weight.shape[0], rank)))
+            copied = None if bias is None else nn.Parameter(bias.detach().clone())
+            self.register_parameter(f"{name}_bias", copied)
+
+    def weights(self, base: AttentionWeights) -> AttentionWeights:
+        """Its weights; ``base`` has those that a low-rank specialist adds to."""
+        if self.rank is None:
+            weights = [getattr(self, f"{name}_weight") for name in PROJECTIONS]
+        else:
+            weights = [
+                getattr(base, name) + getattr(self, f"{name}_up") @ getattr(self, f"{name}_down")
+                for name in PROJECTIONS
+            ]
+        return AttentionWeights(*weights, *(getattr(self, f"{n}_bias") for n in PROJECTIONS))
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, n_branches: int, heads: int) -> Tensor:
+    """Map ``[B, T, E]`` to heads of every branch, ``[B, F, H, T, D]``, in one product."""
+    x = F.linear(x, weight, bias).unflatten(-1, (n_branches, heads, -1))
+    return x.permute(0, 2, 3, 1, 4)
+
+
+def reduce_branches(out: Tensor, gates: Tensor, weights: AttentionWeights) -> Tensor:
+    """Sum of the output projections of all branches, in one product.
+
+    Args:
+        out: ``[B, F, H, T, D]``, gated.
+        gates: ``[B, T, F]``, of the biases.
+        weights: Those of all branches beside each other.
+
+    Returns:
+        ``[B, T, E]`` in the dtype of ``out``.
+    """
+    out = F.linear(out.permute(0, 3, 1, 2, 4).flatten(2), weights.out)
+    if weights.out_bias is None:
+        return out
+    return out + (gates @ weights.out_bias.to(gates.dtype)).to(out.dtype)

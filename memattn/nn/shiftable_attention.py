@@ -1,0 +1,361 @@
+"""PyTorch's multi-head attention, frozen, with gated specialists beside it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memattn.checks import check_bool, check_int, check_tensor, must
+from memattn.nn._attention_masks import AttentionMasks, hidden_keys, take_apart
+from memattn.nn.attention_specialist import (
+    AttentionSpecialist,
+    AttentionWeights,
+    beside_each_other,
+    project,
+    reduce_branches,
+    weights_of,
+)
+from memattn.nn.domain_gate import DomainGate, is_readable
+from memattn.ops.branch_attention import branch_attention
+
+
+class ShiftableMultiheadAttention(nn.Module):
+    """An ``nn.MultiheadAttention`` that stays as it is, and N specialists that shift it.
+
+    ``Y = g_0 Base(x) + sum_e g_e Specialist_e(x)`` with the gates of a ``DomainGate``. A specialist
+    begins as a copy of the base and is closed until ``gate.set_prior`` opens it.
+
+    The base is called as its own module with the arguments that come in, so a token that uses the
+    base alone gets the base's bits. ``base_mha`` itself is used, not a copy: it is frozen and stays
+    in evaluation mode, without dropout, and gradients flow through it to its input. Specialists
+    have no dropout either. Padding of a self-attention gets what the base gives it.
+
+    Args:
+        d_model: Features of the input, those of the base.
+        num_heads: Heads, those of the base.
+        base_mha: The attention, batch first or not, with or without biases.
+        num_specialists: Specialists to begin with.
+        rank: Rank of what new specialists add to the base's weights; None: whole weights.
+        gate: A gate for ``d_model`` features without specialists; None means one by token.
+        backend: Backend of ``branch_attention``.
+
+    Raises:
+        TypeError: If an argument has the wrong Python type.
+        ValueError: If the base's width or heads differ, or the gate does not fit.
+        NotImplementedError: If the base has ``add_bias_kv`` or ``add_zero_attn``.
+
+    Note:
+        Source: Shiftable attention, https://github.com/computermaster0101/shiftable-attention-poc.
+        Differs: the base has gradients for its input and no dropout, gates see neither later tokens
+        nor padding, and specialists that no token uses are not computed.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        base_mha: nn.MultiheadAttention,
+        num_specialists: int = 0,
+        *,
+        rank: int | None = None,
+        gate: DomainGate | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_int("d_model", d_model, 1)
+        check_int("num_heads", num_heads, 1)
+        check_int("num_specialists", num_specialists, 0)
+        check_base("base_mha", base_mha, d_model, num_heads)
+        if gate is None:
+            gate = DomainGate(d_model).to(base_mha.out_proj.weight)
+        if gate.hidden_size != d_model or gate.specialists:
+            got = f"hidden_size={gate.hidden_size} and {len(gate.specialists)} specialists"
+            must("gate", f"have hidden_size={d_model} and no specialists yet", got)
+        self.base = base_mha.requires_grad_(False).eval()
+        self.gate = gate
+        self.rank, self.backend = rank, backend
+        self.specialists = nn.ModuleDict()
+        # an nn.TransformerEncoderLayer that holds this module must call it, and not the kernel that
+        # reads the base's weights instead
+        self._qkv_same_embed_dim = False
+        for _ in range(num_specialists):
+            self.add_specialist()
+
+    # what code that holds an nn.MultiheadAttention looks at
+    embed_dim = property(lambda self: self.base.embed_dim)
+    num_heads = property(lambda self: self.base.num_heads)
+    head_dim = property(lambda self: self.base.head_dim)
+    batch_first = property(lambda self: self.base.batch_first)
+    in_proj_weight = property(lambda self: self.base.in_proj_weight)
+    in_proj_bias = property(lambda self: self.base.in_proj_bias)
+    out_proj = property(lambda self: self.base.out_proj)
+
+    def train(self, mode: bool = True) -> "ShiftableMultiheadAttention":
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def add_specialist(self, name: str | None = None, *, prior: float = 0.0) -> str:
+        """Add a copy of the base, closed unless it has a ``prior``, and return its name.
+
+        Raises:
+            ValueError: If ``name`` is taken or no name, or ``prior`` is negative or not finite.
+        """
+        name = self.gate.add_specialist(name, prior=prior)
+        specialist = AttentionSpecialist(weights_of(self.base), self.rank)
+        self.specialists[name] = specialist.train(self.training)
+        return name
+
+    def remove_specialist(self, name: str) -> None:
+        """Drop a specialist and its part of the gate.
+
+        Raises:
+            ValueError: If there is no such specialist.
+        """
+        self.gate.remove_specialist(name)
+        del self.specialists[name]
+
+    def specialist_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """What one specialist owns, its part of the gate included: to train it, or to freeze it.
+
+        Raises:
+            ValueError: If there is no such specialist.
+        """
+        yield from self.gate.row(name).parameters()
+        yield from self.specialists[name].parameters()
+
+    def export_specialist_state(self, name: str) -> dict[str, Tensor]:
+        """Tensors of one specialist by name, its part of the gate and its prior included.
+
+        Raises:
+            ValueError: If there is no such specialist.
+        """
+        parts = {"gate": self.gate.row(name), "attention": self.specialists[name]}
+        return {
+            f"{part}.{key}": tensor.detach().clone()
+            for part, module in parts.items()
+            for key, tensor in module.state_dict().items()
+        }
+
+    def load_specialist_state(self, name: str, state: dict[str, Tensor]) -> None:
+        """Give a specialist what ``export_specialist_state`` returned.
+
+        Raises:
+            ValueError: If there is no such specialist, or ``state`` is that of another model.
+        """
+        own = {
+            "gate": self.gate.row(name),
+            "attention": self.specialists[name],
+        }
+        expected = {
+            f"{p}.{k}": list(t.shape) for p, m in own.items() for k, t in m.state_dict().items()
+        }
+        given = {key: list(tensor.shape) for key, tensor in state.items()}
+        for key in expected | given:
+            if expected.get(key) != given.get(key):
+                want, got = expected.get(key, "nothing"), given.get(key, "nothing")
+                must("state", f"be of this model, with {want} as {key}", got)
+        for part, module in own.items():
+            prefix = f"{part}."
+            module.load_state_dict(
+                {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+            )
+
+    def used_specialists(self, prior: Tensor | None, weights: Tensor | None) -> list[int]:
+        """Places of the specialists that a call with this prior or these weights may use."""
+        given = prior if weights is None else weights
+        if given is None:
+            return list(self.gate.open_specialists)
+        N = len(self.specialists)
+        check_tensor("domain_prior" if weights is None else "domain_weights", given)
+        if not is_readable(given) or given.shape[-1] != 1 + N:
+            return list(range(N))
+        return (given[..., 1:] != 0).reshape(-1, N).any(0).nonzero()[:, 0].tolist()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        domain_prior: Tensor | None = None,
+        domain_mask: Tensor | None = None,
+        domain_weights: Tensor | None = None,
+        return_gates: bool = False,
+    ) -> Any:
+        """Call it as the base.
+
+        Args:
+            query: As the base takes it, as are all arguments up to ``is_causal``.
+            key: Likewise.
+            value: Likewise.
+            key_padding_mask: Likewise. In self-attention the gate does not look at padding either.
+            need_weights: Whether to return attention weights: those of the base.
+            attn_mask: Likewise.
+            average_attn_weights: Likewise.
+            is_causal: Likewise: a hint that ``attn_mask`` is causal.
+            domain_prior: ``prior`` of the ``DomainGate``.
+            domain_mask: Its ``mask``.
+            domain_weights: Its ``override``.
+            return_gates: Whether to return the gates too.
+
+        Returns:
+            The output and attention weights or None, as the base does; with ``return_gates`` a
+            ``GateOutput`` as a third.
+
+        Raises:
+            TypeError: If an argument has the wrong Python type.
+            ValueError: If an argument does not fit, or the gate's scope is ``"sequence"`` and there
+                is an ``attn_mask``, which may hide later tokens from earlier ones.
+        """
+        check_bool("return_gates", return_gates)
+        out, attention = self.base(
+            *(query, key, value),
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        used = self.used_specialists(domain_prior, domain_weights)
+        given = domain_prior is not None or domain_weights is not None
+        if not (used or given or return_gates):
+            return out, attention
+        is_self = query is key
+        q, k, v = (self._batched(x) for x in (query, key, value))
+        padding = hidden_keys(key_padding_mask, k.shape[0])
+        present = None if padding is None or not is_self else ~padding
+        gates = self.gate(
+            q,
+            present=present,
+            is_causal=is_causal or attn_mask is not None,
+            prior=domain_prior,
+            mask=domain_mask,
+            override=domain_weights,
+        )
+        if used:
+            masks = take_apart(q, k, key_padding_mask, padding, attn_mask, is_causal, is_self)
+            slots = self.gate.top_k
+            if domain_weights is not None:  # as many as a token has, and all where nobody knows
+                count = (domain_weights[..., 1:] != 0).sum(-1)
+                slots = int(count.max()) if is_readable(count) else None
+            shifted = self._shift(
+                *(self._batched(out), (q, k, v), gates.gates, present, used, masks, slots)
+            )
+            shifted = shifted if self.batch_first else shifted.transpose(0, 1)
+            out = shifted.reshape(out.shape)
+        return (out, attention, gates) if return_gates else (out, attention)
+
+    def _batched(self, x: Tensor) -> Tensor:
+        """An input or output of the base as ``[B, T, E]``."""
+        if x.dim() == 2:
+            return x[None]
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _shift(
+        self,
+        base: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        gates: Tensor,
+        present: Tensor | None,
+        used: list[int],
+        masks: AttentionMasks,
+        slots: int | None,
+    ) -> Tensor:
+        """The base's output ``[B, T, E]`` with those of the specialists."""
+        own = weights_of(self.base)
+        names = [self.gate.specialists[e] for e in used]
+        weights = beside_each_other([self._specialist(name).weights(own) for name in names])
+        shares = gates[..., [1 + e for e in used]]  # [B, T, F]
+        if masks.bias is None:
+            others = self._by_intervals(inputs, shares, weights, masks, slots)
+        else:
+            others = self._by_mask(inputs, shares, weights, masks.bias)
+        first = gates[..., :1]
+        # what is not used may hold NaN, and is not multiplied
+        mixed = torch.where(first == 0, 0.0, first * base) + others
+        alone = first == 1
+        if present is not None:
+            alone = alone | ~present[..., None]
+        return torch.where(alone, base, mixed.to(base.dtype))
+
+    def _specialist(self, name: str) -> AttentionSpecialist:
+        specialist = self.specialists[name]
+        assert isinstance(specialist, AttentionSpecialist)
+        return specialist
+
+    def _by_intervals(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        shares: Tensor,
+        weights: AttentionWeights,
+        masks: AttentionMasks,
+        slots: int | None,
+    ) -> Tensor:
+        """Gated sum of the specialists whose tokens see an interval of keys, ``[B, T, E]``."""
+        n, heads = shares.shape[-1], self.num_heads
+        query, key, value = (
+            project(x, weight, bias, n, heads)
+            for x, weight, bias in zip(
+                inputs, weights[:3], (weights.q_bias, weights.k_bias, weights.v_bias), strict=True
+            )
+        )
+        gates, chosen, at = shares, None, None
+        if slots is not None and slots < n:
+            chosen = shares.detach().sort(dim=-1, descending=True, stable=True).indices[..., :slots]
+            gates = shares.gather(-1, chosen)
+            at = chosen.transpose(1, 2)[:, :, None, :, None]  # [B, A, 1, T, 1]
+            query = query.gather(1, at.expand(-1, -1, *query.shape[2:3], -1, query.shape[-1]))
+        out = branch_attention(
+            *(query, key, value, gates, chosen),
+            is_causal=masks.is_causal,
+            seq_start=masks.seq_start,
+            seq_end=masks.seq_end,
+            backend=self.backend,
+        ).out
+        if at is not None:
+            every = out.new_zeros(out.shape[0], n, *out.shape[2:])
+            out = every.scatter(1, at.expand_as(out), out)
+        return reduce_branches(out, shares, weights)
+
+    def _by_mask(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        shares: Tensor,
+        weights: AttentionWeights,
+        bias: Tensor,
+    ) -> Tensor:
+        """The same where a mask is none that the operator takes: PyTorch's attention."""
+        n, heads = shares.shape[-1], self.num_heads
+        query, key, value = (
+            project(x, weight, b, n, heads).flatten(1, 2)
+            for x, weight, b in zip(
+                inputs, weights[:3], (weights.q_bias, weights.k_bias, weights.v_bias), strict=True
+            )
+        )
+        if bias.shape[1] > 1:
+            bias = bias.repeat(1, n, 1, 1)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        gate = shares.transpose(1, 2)[:, :, None, :, None]  # [B, F, 1, T, 1]
+        out = out.unflatten(1, (n, heads))
+        gated = torch.where(gate == 0, 0.0, gate * out).to(out.dtype)
+        return reduce_branches(gated, shares, weights)
+
+
+def check_base(name: str, base: object, d_model: int, num_heads: int) -> None:
+    """Raise unless ``base`` is an attention of this width with as many heads."""
+    if not isinstance(base, nn.MultiheadAttention):
+        must(name, "be an nn.MultiheadAttention", type(base).__name__, TypeError)
+    if base.embed_dim != d_model:
+        must(name, f"have embed_dim=d_model={d_model}", base.embed_dim)
+    if base.num_heads != num_heads:
+        must(name, f"have num_heads={num_heads}", base.num_heads)
+    if base.bias_k is not None or base.add_zero_attn:
+        must(name, "have no add_bias_kv and no add_zero_attn", "one of them", NotImplementedError)
