@@ -121,8 +121,9 @@ Gradients run_backward(const MemoryInputs& in, const Cotangents& d, const Tensor
   if (rows) {
     const int64_t n = a.H * P;
     float* to = data_of(d_weights);
+    if (a.R == 0) std::memset(to, 0, n * sizeof(float));
     torch::stable::parallel_for(0, n, 4096, [&](int64_t begin, int64_t end) {
-      std::copy(rows.get() + begin, rows.get() + end, to + begin);
+      if (a.R > 0) std::copy(rows.get() + begin, rows.get() + end, to + begin);
       for (int64_t row = 1; row < a.R; ++row)
         for (int64_t i = begin; i < end; ++i) to[i] += rows.get()[row * n + i];
     });

@@ -28,37 +28,60 @@ static MEMATTN_INLINE vf sums_of_rows(vf* rows) {
   return rows[0];
 }
 
+// The products of VL rows with x, one in each lane; the rows behind them are on their way.
+template <bool PREFETCH>
+static MEMATTN_INLINE vf products_of_rows(int64_t K, const float* W, int64_t ld, const vf* x) {
+  constexpr int AT_ONCE = VL < 8 ? VL : 8;  // sums that stay in registers beside their rows
+  const int64_t whole = K / VL;
+  vf sums[VL];
+#pragma GCC unroll 2
+  for (int first = 0; first < VL; first += AT_ONCE) {
+    vf own[AT_ONCE];
+    const float* rows = W + first * ld;
+#pragma GCC unroll 8
+    for (int i = 0; i < AT_ONCE; ++i) own[i] = vf{};
+    for (int64_t k = 0; k < whole; ++k) {
+      const vf factor = x[k];
+#pragma GCC unroll 8
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const float* at = rows + i * ld + k * VL;
+        if (PREFETCH) __builtin_prefetch(at + VL * ld);
+        own[i] = fma((vf) * (const vf_anywhere*)at, factor, own[i]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < AT_ONCE; ++i) sums[first + i] = own[i];
+  }
+  if (whole * VL < K)
+    for (int i = 0; i < VL; ++i)
+      sums[i] = fma(load_part(W + i * ld + whole * VL, K - whole * VL), x[whole], sums[i]);
+  return sums_of_rows(sums);
+}
+
 // to[m] = <row m of W, x> for one or two vectors x: rows are read from memory once.
 static void row_products(int64_t M, int64_t K, const float* W, int64_t ld, const float* x,
                          float* to, const float* x2 = nullptr, float* to2 = nullptr) {
-  const int64_t whole = K / VL * VL;
-  for (int64_t m = 0; m < M; m += VL) {
-    const float* row[VL];
-#pragma GCC unroll 16
-    for (int i = 0; i < VL; ++i) row[i] = W + (m + i < M ? m + i : M - 1) * ld;
-    for (int pass = 0; pass < (x2 ? 2 : 1); ++pass) {
-      const vf* with = (const vf*)(pass ? x2 : x);
-      vf sums[VL];
-#pragma GCC unroll 16
-      for (int i = 0; i < VL; ++i) sums[i] = vf{};
-      for (int64_t k = 0; k < whole; k += VL) {
-        const vf factor = with[k / VL];
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; ++i) {
-          if (pass == 0) __builtin_prefetch(row[i] + k + VL * ld);  // the next rows
-          sums[i] = fma(*(const vf_anywhere*)(row[i] + k), factor, sums[i]);
-        }
+  int64_t m = 0;
+  for (; m + VL <= M; m += VL) {
+    ((vf*)to)[m / VL] = products_of_rows<true>(K, W + m * ld, ld, (const vf*)x);
+    if (x2) ((vf*)to2)[m / VL] = products_of_rows<false>(K, W + m * ld, ld, (const vf*)x2);
+  }
+  if (m == M) return;
+  // what is left, and zeros behind it
+  auto last = [&](const float* with) {
+    vf sums[VL];
+    for (int64_t i = 0; i < VL; ++i) {
+      sums[i] = vf{};
+      for (int64_t k = 0; k < K && m + i < M; k += VL) {
+        const float* at = W + (m + i) * ld + k;
+        const vf own = K - k < VL ? load_part(at, K - k) : (vf) * (const vf_anywhere*)at;
+        sums[i] = fma(own, *(const vf*)(with + k), sums[i]);
       }
-      if (whole < K)
-        for (int i = 0; i < VL; ++i)
-          sums[i] = fma(load_part(row[i] + whole, K - whole), with[whole / VL], sums[i]);
-      ((vf*)(pass ? to2 : to))[m / VL] = sums_of_rows(sums);
     }
-  }
-  for (int64_t m = M; m < round_up(M, VL); ++m) {
-    to[m] = 0.0f;
-    if (to2) to2[m] = 0.0f;
-  }
+    return sums_of_rows(sums);
+  };
+  *(vf*)(to + m) = last(x);
+  if (x2) *(vf*)(to2 + m) = last(x2);
 }
 
 // to[k] += sum over m of factor[m] W[m][k].
@@ -231,15 +254,27 @@ static void memory_step(const MemoryArgs& a, int64_t row, int64_t h, float* scra
   const bool is_skipped = a.skips_nonfinite && !(norm <= (double)__FLT_MAX__);
   a.skipped_of[head] = is_skipped;
   const float rate = kappa * load(a.lr, token_at(a.lr, row, h, 0));
+  float is_sound = 0.0f;  // NaN where what is added to the weights is not finite
   for (int64_t l = 0; l < N; ++l) {
-    for (int64_t d = 0; d < a.width[l + 1]; ++d)
-      s.delta[l][d] = is_skipped ? 0.0f : rate * s.delta[l][d];
-    for (int64_t d = 0; d < a.width[l] && is_skipped; ++d) s.key[l][d] = 0.0f;
+    for (int64_t d = 0; d < a.width[l + 1]; d += VL) {
+      vf& delta = *(vf*)(s.delta[l] + d);
+      delta *= rate;
+    }
+    if (__builtin_fabs(norm * rate) <= (double)__FLT_MAX__) continue;
+    for (int64_t d = 0; d < a.width[l + 1]; ++d) is_sound += s.delta[l][d] - s.delta[l][d];
+    for (int64_t d = 0; d < a.width[l]; ++d) is_sound += s.key[l][d] - s.key[l][d];
+  }
+  const bool is_lost = !is_skipped && is_sound != 0.0f;  // the weights from here on are NaN
+  for (int64_t l = 0; l < N && (is_skipped || is_lost); ++l) {
+    for (int64_t d = 0; d < a.width[l + 1]; ++d) s.delta[l][d] = 0.0f;
+    for (int64_t d = 0; d < a.width[l]; ++d) s.key[l][d] = 0.0f;
   }
 
   // coefficients of this token's weights, from the last token to the first
-  const float decay = a.decay.data ? load(a.decay, token_at(a.decay, row, h, 0)) : 0.0f;
-  const float eta = a.has_momentum ? load(a.momentum, token_at(a.momentum, row, h, 0)) : 0.0f;
+  float decay = a.decay.data ? load(a.decay, token_at(a.decay, row, h, 0)) : 0.0f;
+  float eta = a.has_momentum ? load(a.momentum, token_at(a.momentum, row, h, 0)) : 0.0f;
+  if (is_lost) decay = __builtin_nanf("");
+  if (is_lost && a.has_momentum) eta = decay;
   float beta = 1.0f, mu = 1.0f, c = 0.0f;
   s.c[n] = s.m[n] = c = 1.0f;
   for (int64_t i = n; i >= 0; --i) {

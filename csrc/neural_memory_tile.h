@@ -55,6 +55,20 @@ static void skip_token(const MemoryArgs& a, int64_t i, const ChunkKeys<NV>& keys
   keys.rate[i] = 0.0f, keys.kappa[i] = keys.kappa_slope[i] = 0.0f;
 }
 
+// Whether what a token adds to the weights is finite.
+template <int NV>
+static bool is_finite(const MemoryArgs& a, int64_t i, const ChunkKeys<NV>& keys) {
+  auto is_sound = [](float x) { return x - x == 0.0f; };
+  bool sound = is_sound(keys.rate[i]);
+  for (int64_t l = 0; l < a.depth; ++l) {
+    const int64_t K = a.width[l], M = a.width[l + 1];
+    for (int64_t d = 0; d < K; ++d) sound &= is_sound(lane_at<NV>(keys.input[l], K, i, d));
+    for (int64_t d = 0; d < M; ++d)
+      sound &= is_sound(keys.rate[i] * lane_at<NV>(keys.delta[l], M, i, d));
+  }
+  return sound;
+}
+
 // The gradients of a chunk's tokens at the weights w. Returns how many were skipped.
 template <int NV, bool BACKWARD>
 static int64_t key_pass(const MemoryArgs& a, int64_t row, int64_t b, int64_t h,
@@ -116,6 +130,12 @@ static int64_t key_pass(const MemoryArgs& a, int64_t row, int64_t b, int64_t h,
     if (is_new && a.skips_nonfinite && !(norm <= (double)__FLT_MAX__)) {
       skip_token<NV>(a, i, keys);
       ++skipped;
+    } else if (is_new && !(__builtin_fabs(norm * keys.rate[i]) <= (double)__FLT_MAX__) &&
+               !is_finite<NV>(a, i, keys)) {
+      // the weights from here on are NaN; as a factor it would reach earlier tokens as 0 * NaN
+      skip_token<NV>(a, i, keys);
+      keys.decay[i] = __builtin_nanf("");
+      if (a.has_momentum) keys.momentum[i] = __builtin_nanf("");
     }
   }
   for (int64_t l = 0; l < N; ++l)

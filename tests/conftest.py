@@ -42,11 +42,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def lacks_backend(item: pytest.Item) -> bool:
-    """Whether a shared test is about a backend that its operator does not have."""
+def is_foreign(item: pytest.Item) -> bool:
+    """Whether a shared test is about what its operator does not have: a backend, for one."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    backends = getattr(params.get("spec"), "backends", None)
-    return backends is not None and params.get("backend", backends[0]) not in backends
+    spec = params.get("spec")
+    if spec is None or not hasattr(spec, "backends"):
+        return False
+    backend, name = params.get("backend", spec.backends[0]), getattr(item, "originalname", "")
+    return backend not in spec.backends or not {name, f"{name}-{backend}"}.isdisjoint(spec.lacks)
 
 
 # tests of a file here share what takes minutes to make
@@ -54,7 +57,7 @@ TOGETHER = ("test_triton_aot.py", "test_train_distributed.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests first, and none of backends that an operator lacks.
+    """Long tests first, and none of what an operator lacks.
 
     At the end of a run a long one would leave the other workers idle, which take each other's last
     tests, and with them what tests of a file share a second time.
@@ -63,4 +66,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def is_short(item: pytest.Item) -> bool:
         return item.path.name not in TOGETHER and item.get_closest_marker("slow") is None
 
-    items[:] = sorted((x for x in items if not lacks_backend(x)), key=is_short)
+    items[:] = sorted((x for x in items if not is_foreign(x)), key=is_short)

@@ -53,6 +53,7 @@ class OperatorSpec:
 
     operator: Callable[..., Any]
     backends: tuple[str, ...] = ("cpp", "triton", "reference")
+    lacks: tuple[str, ...] = ()  # shared tests, or <test>-<backend>, that are not for it
     make_inputs: Callable[..., Arguments]  # of the sizes, dtype=, device= and seed=
     # -- against the reference: all cases, each with every variant of the options
     cases: Cases

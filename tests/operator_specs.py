@@ -4,10 +4,11 @@ from operator_contract import OperatorSpec
 from specs_branch_attention import BRANCHES
 from specs_chapter_attention import CHAPTERS
 from specs_future_attention import FUTURE, FUTURE_LOSS
+from specs_neural_memory import MEMORY
 from specs_segmented_attention import SEGMENTED
 from specs_task_masked_attention import TASK_MASKED
 
-SPECS = [SEGMENTED, FUTURE, FUTURE_LOSS, TASK_MASKED, CHAPTERS, BRANCHES]
+SPECS = [SEGMENTED, FUTURE, FUTURE_LOSS, TASK_MASKED, CHAPTERS, BRANCHES, MEMORY]
 
 
 def having(backend: str) -> list[OperatorSpec]:

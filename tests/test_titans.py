@@ -5,7 +5,7 @@ import torch
 from model_factories import make_config, make_model, make_tokens
 
 from memattn.evaluate import audit
-from memattn.models import MemAttnCache, MemAttnConfig
+from memattn.models import MemAttnCache, MemAttnConfig, MemAttnForCausalLM
 
 VARIANTS = ("lmm", "mac", "mac_parallel", "mag", "mal")
 
@@ -13,9 +13,9 @@ VARIANTS = ("lmm", "mac", "mac_parallel", "mag", "mal")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_audit_finds_no_leak(variant):
     # two chunks in a segment of MAC
-    short = dict(segment_len=4, chunk_size=2) if variant == "mac" else {}
+    short = dict(segment_len=6, chunk_size=3) if variant == "mac" else {}
     model = make_model(f"titans-{variant}", torch.float32, num_hidden_layers=1, **short)
-    report = audit(model, seq_len=13 if short else 21)
+    report = audit(model, seq_len=12 if short else 21)
     assert report.verdict == "all 0"
 
 
@@ -45,6 +45,28 @@ def test_layers_are_memory_and_attention_joined_as_defined():
                 opened = (scale(remembered, eps) * gate.gate_norm.weight).sigmoid()
                 expected = scale(y, eps) * gate.value_norm.weight * opened
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("persistent", [0, 2])
+@pytest.mark.parametrize("variant", ["lmm", "mac", "mag"])
+def test_new_memories_have_the_rates_asked_for(variant, persistent, tmp_path):
+    rates = dict(lr=0.1, momentum=0.7, decay=0.01)
+    model = MemAttnForCausalLM(
+        make_config(f"titans-{variant}", num_persistent_tokens=persistent, **rates)
+    )
+    memories = [block.attention.memory for block in model.model.layers]
+    for memory in memories:
+        assert not memory.rate_proj.weight.any()
+        found = memory.rate_proj.bias.sigmoid().view(len(rates), -1)
+        expected = torch.tensor(list(rates.values()))[:, None].expand_as(found)
+        torch.testing.assert_close(found, expected)
+    # and loaded ones keep theirs
+    with torch.no_grad():
+        memories[0].rate_proj.bias.add_(1.0)
+    model.save_pretrained(tmp_path)
+    again = MemAttnForCausalLM.from_pretrained(tmp_path).model.layers[0].attention.memory
+    assert torch.equal(again.rate_proj.bias, memories[0].rate_proj.bias)
+    assert torch.equal(again.memory_weights[0], memories[0].memory_weights[0])
 
 
 def test_a_text_beyond_the_window_is_remembered():

@@ -82,8 +82,12 @@ class MemoryCase(Case):
 
         def decode(inputs: dict[str, Tensor]) -> Tensor:
             state, outs = call(_cut(inputs, 0, 0)).state, []
-            for t in range(self.T):
-                out, state, _ = call(_cut(inputs, t, t + 1), state=state)
+            layers = [x for name, x in inputs.items() if name.startswith("weights_")]
+            tokens = {n: x.split(1, 2) for n, x in inputs.items() if not n.startswith("weights_")}
+            options = {**call.keywords, "weights": layers}
+            for token in zip(*tokens.values(), strict=True):
+                own = dict(zip(tokens, token, strict=True))
+                out, state, _ = neural_memory(**own, state=state, **options)
                 outs.append(out)
             return torch.cat(outs, 2)
 
@@ -175,7 +179,7 @@ def _cut(inputs: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
 
 def _cpu_bars() -> list[Bar]:
     case = MemoryCase(kind="token", T=2048)
-    steps = MemoryCase(kind="step", T=case.chunk_size)
+    steps = MemoryCase(kind="step", T=4 * case.chunk_size)
     on = partial(SpeedBar, case=case, direction=TRAINING)
     peak = partial(PeerPeakBar, case=case, direction=TRAINING, target=0.2)
     return [

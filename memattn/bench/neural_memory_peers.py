@@ -1,7 +1,7 @@
 """Other ways to compute the neural memory: per-sample gradients, a loop, ``titans-pytorch``."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +9,26 @@ from torch.nn import functional as F
 
 from memattn.bench.case import Forward
 
-if TYPE_CHECKING:
-    from memattn.bench.neural_memory import MemoryCase
-
 Layers = list[Tensor]
 Chunk = Callable[..., tuple[Tensor, ...]]
 TOKENS = ("query", "key", "value", "lr", "momentum", "decay")
+
+
+class MemorySizes(Protocol):
+    """What a memory of this package and of its peers is made of."""
+
+    @property
+    def H(self) -> int: ...
+    @property
+    def D(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def expansion(self) -> int: ...
+    @property
+    def chunk_size(self) -> int: ...
+    @property
+    def device(self) -> str: ...
 
 
 class _Recomputed(torch.autograd.Function):
@@ -130,7 +144,7 @@ class _Columns(nn.Module):
         return self.change(x[..., self.first : self.last])
 
 
-def titans_pytorch(case: "MemoryCase", *, every_chunk: bool) -> Forward:
+def titans_pytorch(case: MemorySizes, *, every_chunk: bool) -> Forward:
     """``NeuralMemory`` of the package titans-pytorch with queries, keys, values and rates as given.
 
     Its norms, residual, gate and projections are off. Momentum and decay are the chunk's means of

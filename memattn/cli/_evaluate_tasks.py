@@ -42,7 +42,7 @@ def _options(
         seed: Seed of the texts, the same for every model with the same tokenizer.
         cache_dir: Folder with fetched corpora.
         device: Where to run, such as cpu or cuda; by default CUDA where there is one.
-        out: Picture of the accuracy: .png, .svg or .pdf.
+        out: Picture of the accuracy: .png, .svg, .pdf or .html.
         json: File to write the numbers to.
     """
 

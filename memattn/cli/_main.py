@@ -12,7 +12,7 @@ from typing import Any
 
 COMMANDS = (
     *("doctor", "data", "train", "evaluate", "generate", "audit", "bench", "estimate", "plot"),
-    *("chapters", "demo", "study", "compare", "continual"),
+    *("memorize", "chapters", "demo", "study", "compare", "continual"),
 )
 # what a user can put right; anything else is a fault of the program and shows its traceback
 USER_ERRORS = (

@@ -1,9 +1,10 @@
 """``memattn evaluate``."""
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
 
+from memattn.cli._evaluate_memory import memory
 from memattn.cli._evaluate_tasks import TASKS
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def evaluate(
     memattn evaluate TASK MODEL lets it answer questions, by length of the text: needle, tracking,
     words, facts and recall are tasks with options of their own, memattn evaluate TASK --help.
 
+    memattn evaluate memory MODEL measures how its neural memory is used.
+
     Args:
         model: A folder with a saved model and its tokenizer, a run folder, or a name on the
             Hugging Face hub.
@@ -54,6 +57,7 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
+    from memattn.cli._evaluate_texts import load_texts
     from memattn.cli._runs import load_either
     from memattn.evaluate import loss_by_position, perplexity
     from memattn.evaluate.positions import position_table
@@ -66,7 +70,7 @@ def evaluate(
         quantize_memory(loaded.model, memory_bits)
     if data is None and loaded.run is not None and _has_answers(loaded.run):
         return _evaluate_answers(loaded, batch_size, json)
-    texts, name = _load_texts(loaded, data, cache_dir)
+    texts, name = load_texts(loaded, data, cache_dir)
     result = perplexity(
         loaded.model,
         texts,
@@ -104,29 +108,7 @@ def evaluate(
     return 0
 
 
-KINDS = {"perplexity": evaluate, **TASKS}
-
-
-def _load_texts(loaded: "Loaded", data: str | None, cache_dir: str) -> tuple[list[str], str]:
-    """The texts and what they are called."""
-    from memattn.data import load_documents, split_documents
-    from memattn.train.setup import load_source
-
-    if data is not None:
-        documents = load_documents(data, cache_dir=cache_dir)
-        return [document.text for document in documents], data
-    if loaded.run is None:
-        raise ValueError(
-            f"data must be given where the model is not a run folder, got {loaded.name}"
-        )
-    source = loaded.run.data
-    if source.held_out == 0.0:
-        raise ValueError(
-            f"data must be given where the run held out no documents, got {loaded.name}"
-        )
-    documents = load_source(replace(source, cache_dir=cache_dir), "pretraining")
-    held_out = split_documents(documents, source.held_out, seed=source.split_seed).held_out
-    return [document.text for document in held_out], f"held-out part of {source.dataset_name}"
+KINDS = {"perplexity": evaluate, "memory": memory, **TASKS}
 
 
 def _has_answers(run: "TrainConfig") -> bool:

@@ -1,11 +1,14 @@
 """``memattn generate``."""
 
+from typing import Any
+
 
 def generate(
     model: str | None = None,
     config: str | None = None,
     base_model: str | None = None,
     prompt: str = "-",
+    memory: str | None = None,
     max_new_tokens: int = 200,
     temperature: float = 0.8,
     top_k: int = 0,
@@ -25,6 +28,8 @@ def generate(
             it has not, what it would start from.
         base_model: Folder of the pretrained model, in place of that of the configuration.
         prompt: The text to continue; by default the standard input.
+        memory: A file that memattn memorize wrote for this model: the text goes on behind what was
+            read there.
         max_new_tokens: Tokens to add at most.
         temperature: Sharpness of the draw: 0 always takes the likeliest token.
         top_k: Draw from so many likeliest tokens; 0 from all.
@@ -49,14 +54,27 @@ def generate(
         raise ValueError(f"top_k must be at least 0, got {top_k}")
     _, loaded, tokenizer, _ = load_either(model, config, base_model, device)
     text = sys.stdin.read() if prompt == "-" else prompt
-    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    kept = None
+    if memory is not None:
+        from memattn.models import KeptMemory
+
+        kept = KeptMemory.load(memory, loaded)
+    begins = kept is None and tokenizer.bos_token_id is not None
+    first = [tokenizer.bos_token_id] if begins else []
     ids = torch.tensor([first + tokenizer(text, add_special_tokens=False)["input_ids"]])
     if ids.numel() == 0:
         raise ValueError("prompt must have at least one token, got none")
-    sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0.0:
         sampling = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
     torch.manual_seed(seed)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    if kept is not None:
+        from memattn.models.go_on import go_on
+
+        end = tokenizer.eos_token_id
+        go_on(loaded, kept.cache, ids, max_new_tokens, streamer, end=end, **sampling)
+        return 0
     with torch.inference_mode():
         loaded.generate(
             ids.to(loaded.device),
@@ -64,7 +82,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            streamer=streamer,
             **sampling,
         )
     return 0

@@ -20,27 +20,36 @@ def plot(
     layer and head of the model puts on each source of keys while it reads the text: tokens of the
     segment, those of the window beside them, persistent keys, and those that a part adds.
 
+    memattn plot state MODEL --text TEXT draws what the model's state is behind the text: how its
+    memories have changed, the norms of the keys it keeps, and update magnitude, surprise and
+    relevance over the tokens. memattn plot state FILE draws that of a file of memattn memorize.
+
     memattn plot VIEW MODEL --text TEXT draws the picture of that name of a part of the model. The
     message for a view that there is not names those there are.
 
     Args:
         runs: Run folders, as memattn train writes them; or a view, and one model, as memattn
-            generate takes it. A run folder of such a name is ./attention.
-        out: Picture to write: .png, .svg or .pdf; by default curves.png, or VIEW.png.
+            generate takes it. A run folder of such a name is ./attention, for example.
+        out: Picture to write: .png, .svg, .pdf or .html; by default curves.png, or VIEW.png.
         x: What the horizontal axis of loss curves counts.
         text: Text that the model reads; - for the standard input.
     """
+    from pathlib import Path
+
     from rich.console import Console
 
     from memattn import models  # knows the parts
     from memattn.parts.views import part_views
 
     assert models
-    view, names = runs[0], ("attention", *part_views())
+    view, names = runs[0], ("attention", "state", *part_views())
     if view in names:
         if len(runs) != 2:
             raise ValueError(f"runs must be {view} and one model, got {len(runs) - 1} models")
-        if text is None:
+        is_file = view == "state" and Path(runs[1]).expanduser().is_file()
+        if text is not None and is_file:
+            raise ValueError("text must be left out to plot the state of a file, got a text")
+        if text is None and not is_file:
             raise ValueError(f"text must be given to plot {view}, got None")
         out = out or f"{view}.png"
         _plot_view(view, runs[1], out, text)
@@ -68,14 +77,26 @@ def _plot_curves(runs: list[str], out: str, x: str) -> None:
     plot_curves(metrics, out, x=x)
 
 
-def _plot_view(view: str, name: str, out: str, text: str) -> None:
-    from memattn.parts.views import part_views
-    from memattn.viz import attention_mass, plot_attention_mass, plot_view
+def _plot_view(view: str, name: str, out: str, text: str | None) -> None:
+    from pathlib import Path
 
+    from memattn.models import KeptMemory
+    from memattn.parts.views import part_views
+    from memattn.viz import attention_mass, plot_attention_mass, plot_view, visualize_model_state
+
+    if text is None:
+        kept = KeptMemory.load(Path(name).expanduser())
+        title = f"{name}, {kept.num_tokens:,} tokens"
+        visualize_model_state(kept, out, title=title)
+        return
     model, ids = _read(name, text)
     title = f"{name}, {ids.numel():,} tokens"
     if view == "attention":
         plot_attention_mass(attention_mass(model, ids), out, title=title)
+    elif view == "state":
+        kept = KeptMemory.of(model)
+        kept.read(model, ids)
+        visualize_model_state(kept, out, title=title)
     else:
         plot_view(view, part_views()[view].measure(model, ids), out, title=title)
 

@@ -3,6 +3,7 @@
 from memattn.evaluate._report import AuditReport, AuditRow
 from memattn.evaluate.audit import audit
 from memattn.evaluate.estimate import Estimate, EstimateLine, estimate
+from memattn.evaluate.memory import memory_tables, memory_use
 from memattn.evaluate.perplexity import Perplexity, perplexity
 from memattn.evaluate.positions import PositionLoss, loss_by_position
 from memattn.evaluate.recall import RecallCell, RecallReport, recall
@@ -19,6 +20,8 @@ __all__ = [
     "audit",
     "estimate",
     "loss_by_position",
+    "memory_tables",
+    "memory_use",
     "perplexity",
     "recall",
 ]

@@ -10,6 +10,7 @@ from memattn.models.decoder import MemAttnForCausalLM, MemAttnModel, MemAttnPreT
 from memattn.models.factory import vanilla_of_equal_parameters
 from memattn.models.hf_attention import register_hf_attention
 from memattn.models.hf_names import register_class_name
+from memattn.models.kept_memory import KeptMemory
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
 from memattn.models.transformer import TitansOutput, TitansTransformer, TransformerState
 from memattn.parts import PARTS, AttentionConfig
@@ -23,6 +24,7 @@ register_hf_attention()
 __all__ = [
     "PRESETS",
     "AttentionConfig",
+    "KeptMemory",
     "MemAttnCache",
     "MemAttnCausalLMOutput",
     "MemAttnConfig",

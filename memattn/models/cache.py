@@ -134,10 +134,7 @@ class MemAttnCache(SequenceStates, Cache):
         Raises:
             ValueError: If the cache is empty.
         """
-        if self.seq_start is None or self.seq_end is None:
-            must("cache", "hold sequences to be saved", "an empty cache")
-        layers = [layer.parts for layer in self.layers]
-        write_cache(path, SavedCache(layers, self.position, self.seq_start, self.seq_end))
+        write_cache(path, self.to_file())
 
     @classmethod
     def load(
@@ -153,11 +150,27 @@ class MemAttnCache(SequenceStates, Cache):
             FileNotFoundError: If there is no such file.
             ValueError: If it is damaged or no saved cache.
         """
-        saved, cache = read_cache(path, device), object.__new__(cls)
+        return cls.of_file(read_cache(path, device))
+
+    @classmethod
+    def of_file(cls, saved: SavedCache) -> "MemAttnCache":
+        """The cache of what ``read_cache`` read."""
+        cache = object.__new__(cls)
         cache._setup(saved.layers)
-        cache.position, cache.seq_start, cache.seq_end = saved[1:]
+        cache.position, cache.seq_start, cache.seq_end = saved[1:4]
         cache._mark_visible()
         return cache
+
+    def to_file(self) -> SavedCache:
+        """What ``write_cache`` writes.
+
+        Raises:
+            ValueError: If the cache is empty.
+        """
+        if self.seq_start is None or self.seq_end is None:
+            must("cache", "hold sequences to be saved", "an empty cache")
+        layers = [layer.parts for layer in self.layers]
+        return SavedCache(layers, self.position, self.seq_start, self.seq_end)
 
 
 def _empty_states(config: MemAttnConfig) -> list[dict[str, PartState]]:

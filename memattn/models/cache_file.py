@@ -1,7 +1,7 @@
 """Caches as safetensors files: the tensors of each part of each layer, and what they belong to.
 
 A tensor is named ``layers.<i>.<part>.<kind>.<name>``; its kind is ``tokens`` or ``rows``, or
-``restart`` for the rows that are to begin anew.
+``restart`` for the rows that are to begin anew. What begins with ``extra.`` belongs to no layer.
 """
 
 import json
@@ -17,6 +17,7 @@ from memattn.files import read_tensors, write_tensors
 from memattn.parts import PartState, part_type
 
 FORMAT, OLD_FORMAT = "memattn-cache-2", "memattn-cache-1"
+EXTRA = "extra."
 
 
 class SavedCache(NamedTuple):
@@ -26,11 +27,14 @@ class SavedCache(NamedTuple):
     position: int
     seq_start: Tensor  # int64 [B]
     seq_end: Tensor  # int64 [B]
+    notes: Mapping[str, str] = {}  # what else is to be known
+    extra: Mapping[str, Tensor] = {}  # tensors that no layer needs
 
 
 def write_cache(path: str | os.PathLike[str], cache: SavedCache) -> None:
     """Write a file, whole or not at all."""
     tensors = {"seq_start": cache.seq_start, "seq_end": cache.seq_end}
+    tensors |= {f"{EXTRA}{name}": tensor for name, tensor in cache.extra.items()}
     for i, parts in enumerate(cache.layers):
         for name, state in parts.items():
             kinds = {"tokens": state.tokens, "rows": state.rows}
@@ -43,6 +47,7 @@ def write_cache(path: str | os.PathLike[str], cache: SavedCache) -> None:
             }
     layers = [{name: state.describe() for name, state in parts.items()} for parts in cache.layers]
     metadata = {"format": FORMAT, "position": str(cache.position), "layers": json.dumps(layers)}
+    metadata |= {f"{EXTRA}{name}": note for name, note in cache.notes.items()}
     write_tensors(path, tensors, metadata)
 
 
@@ -60,14 +65,18 @@ def read_cache(path: str | os.PathLike[str], device: str | torch.device) -> Save
     else:
         must("path", f"be a saved MemAttnCache of format {FORMAT}", metadata.get("format"))
     bounds = [tensors.pop(name).cpu() for name in ("seq_start", "seq_end")]
+    extra = {n.removeprefix(EXTRA): x for n, x in tensors.items() if n.startswith(EXTRA)}
+    notes = {n.removeprefix(EXTRA): x for n, x in metadata.items() if n.startswith(EXTRA)}
     for name, tensor in tensors.items():
+        if name.startswith(EXTRA):
+            continue
         _, i, part, kind, key = name.split(".", 4)
         state = layers[int(i)][part]
         if kind == "restart":
             state.restart = tensor.cpu()
         else:
             getattr(state, kind)[key] = tensor
-    return SavedCache(layers, int(metadata["position"]), *bounds)
+    return SavedCache(layers, int(metadata["position"]), bounds[0], bounds[1], notes, extra)
 
 
 def _empty(facts: dict[str, Any]) -> PartState:

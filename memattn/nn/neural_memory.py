@@ -289,6 +289,29 @@ class NeuralMemory(nn.Module):
             out = activation(out) @ layer.mT
         return key + out if self.options.get("residual", False) else out
 
+    def pairs(
+        self,
+        hidden_states: Tensor,
+        *,
+        kv_states: Tensor | None = None,
+        state: NeuralMemoryLayerState | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, H, T, D]`` that ``forward`` writes for tokens without padding.
+
+        Args:
+            hidden_states: ``[B, T, E]``.
+            kv_states: ``[B, T, E]``, as in ``forward``.
+            state: As in ``forward``.
+        """
+        kv_states = hidden_states if kv_states is None else kv_states
+        if state is None and self.persistent_tokens is not None:
+            state = self.start().expand(len(hidden_states))
+        # the inputs of the convolutions that are kept have queries too
+        projected = [self.q_proj(hidden_states), self.k_proj(kv_states), self.v_proj(kv_states)]
+        past = None if state is None else state.inputs
+        (_, key, value), _ = self._filtered(projected, list("qkv"), past, None, None)
+        return _unit(self._heads(key)), self._heads(value)
+
     def _write(
         self,
         hidden_states: Tensor,

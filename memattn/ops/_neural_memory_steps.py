@@ -1,16 +1,18 @@
 """Decoding with the neural memory: one token in one call, and calls that remember the past."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from memattn.ops.neural_memory_state import NeuralMemoryState
+from memattn.ops.neural_memory_state import NeuralMemoryState, Writer
 from memattn_kernels.signatures import NeuralMemoryArgs, NeuralMemoryStepArgs
 
-SHARED = [name for name in NeuralMemoryStepArgs._fields if name in NeuralMemoryArgs._fields]
+PENDING = ("pending_h", "pending_delta", "pending_decay", "pending_momentum")
+FIELDS = NeuralMemoryStepArgs._fields
+CONSTANTS = FIELDS[FIELDS.index("skipped") + 1 : FIELDS.index("fold")]
 Step = Callable[[NeuralMemoryStepArgs], tuple[Tensor, ...]]
 
 
@@ -25,42 +27,90 @@ def is_step(args: NeuralMemoryArgs) -> bool:
     return not any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
+class Plan(NamedTuple):
+    """A checked call of one token, for the next one with a state that it made."""
+
+    signature: tuple
+    constants: tuple  # what follows ``skipped`` in the arguments of a step, but ``fold``
+    step: Step
+
+
+def signature_of(tokens: Sequence[Any], weights: Sequence[Any], options: tuple) -> tuple:
+    """All that the checks of a call look at, but its state. Anything may be given."""
+    named = [
+        (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else type(x)
+        for x in (*tokens, *weights)
+    ]
+    return (*named, len(weights), *options)
+
+
+def plan_of(args: NeuralMemoryArgs, signature: tuple, step: Step) -> Plan:
+    """The plan of a call that was checked."""
+    constants = tuple(getattr(args, name) for name in CONSTANTS)
+    return Plan(signature, constants, step)
+
+
+def next_step(
+    state: NeuralMemoryState | None,
+    tokens: Sequence[Any],
+    weights: Sequence[Any],
+    options: tuple,
+) -> tuple[Tensor, NeuralMemoryState, Tensor] | None:
+    """Output, state and surprise of a call like the one that made the state, a step.
+
+    None where that was no step, or something differs: then everything is checked.
+    """
+    if state is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    writer = getattr(state, "writer", None)
+    if writer is None or writer.plan is None or writer.newest() is not state:
+        return None
+    if not isinstance(weights, list | tuple) or torch.is_autocast_enabled(state.count.device.type):
+        return None
+    if writer.plan.signature != signature_of(tokens, weights, options):
+        return None
+    return run_step(tokens, state, state.initial, writer.plan)
+
+
 def run_step(
-    args: NeuralMemoryArgs, state: NeuralMemoryState, initial: Tensor, step: Step
+    tokens: Sequence[Tensor | None], state: NeuralMemoryState, initial: Tensor, plan: Plan
 ) -> tuple[Tensor, NeuralMemoryState, Tensor]:
     """Output, state and surprise of one token.
 
     The pending rows of the state that a step returns are written by the next one, which leaves
     what that state has in them. Weights are written where a chunk ends only.
     """
-    last = state.chunk_size - 1
-    ended = None
-    if state.uniform is not None:
-        fold = state.uniform == last
+    last, uniform, ended = state.chunk_size - 1, state.uniform, None
+    if uniform is not None:
+        fold = uniform == last
     else:
         ended = state.count == last
         fold = state.count.is_cuda or bool(ended.any())  # not worth waiting for the device
     pending, writer = state.writable()
-    shared = {name: getattr(args, name) for name in SHARED}
-    names = ("pending_h", "pending_delta", "pending_decay", "pending_momentum")
-    buffers = dict(zip(names, pending, strict=True))
-    out, surprise, weights, momentum, count, skipped = step(
-        NeuralMemoryStepArgs(**{**shared, **buffers}, fold=fold)
-    )
-    changed: dict[str, Any] = {**buffers, "count": count, "skipped": skipped, "initial": initial}
-    changed["writer"] = writer
-    if state.uniform is not None:
-        changed["uniform"] = (state.uniform + 1) % state.chunk_size
+    given = (*tokens, state.packed_weights, state.packed_momentum, *pending, state.count)
+    given = (*given, state.skipped, *plan.constants, fold)
+    out, surprise, weights, momentum, count, skipped = plan.step(NeuralMemoryStepArgs._make(given))
+    changed: dict[str, Any] = dict(zip(PENDING, pending, strict=True))
+    changed |= {"count": count, "skipped": skipped, "initial": initial, "writer": writer}
+    if uniform is not None:
+        changed["uniform"] = (uniform + 1) % state.chunk_size
+    writer.plan = plan
     if not fold:
-        after = dataclasses.replace(state, **changed)
+        after = state.changed(changed)
         writer.wrote(after)
         return out, after, surprise
     changed["packed_weights"] = weights
     if state.packed_momentum is not None:
         changed["packed_momentum"] = momentum
     # the next step begins new rows: those of the chunk that ended are another state's
-    after = dataclasses.replace(state, **changed | {"writer": None})
-    return out, after.remember(state, ended), surprise
+    if uniform is not None:
+        changed |= {name: torch.empty_like(changed[name]) for name in PENDING}
+    else:
+        changed |= {name: changed[name].clone() for name in PENDING}
+    changed["writer"] = writer = Writer(plan)
+    after = state.changed(changed).remember(state, ended)
+    writer.wrote(after)
+    return out, after, surprise
 
 
 def remembered(

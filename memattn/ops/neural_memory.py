@@ -19,7 +19,14 @@ from memattn.checks import (
 )
 from memattn.ops._attention import autocast, sequence_lengths
 from memattn.ops._dispatch import resolve_backend
-from memattn.ops._neural_memory_steps import is_step, remembered, run_step
+from memattn.ops._neural_memory_steps import (
+    is_step,
+    next_step,
+    plan_of,
+    remembered,
+    run_step,
+    signature_of,
+)
 from memattn.ops.neural_memory_state import NeuralMemoryState
 from memattn.reference.neural_memory import pack
 from memattn_kernels.signatures import NeuralMemoryArgs
@@ -130,6 +137,14 @@ def neural_memory(
         11 to 18. Differs: the inner loss has a factor of 1/2; the learning rate, momentum and decay
         belong to a token, not to a chunk; the read of a token uses the weights behind that token.
     """
+    tokens = (query, key, value, lr, momentum, decay)
+    choices = (chunk_size, read, activation, residual, loss, huber_delta, max_norm, clamp)
+    choices = (*choices, skip_nonfinite, return_state, backend)
+    if seq_start is None and seq_end is None and cu_seqlens is None:
+        found = next_step(state, tokens, weights, choices)
+        if found is not None:
+            out, after, surprise = found
+            return NeuralMemoryOutput(out, after if return_state else None, surprise)
     for name, tensor in (("query", query), ("key", key), ("value", value), ("lr", lr)):
         check_tensor(name, tensor)
     check_rank("query", query, "B H T D")
@@ -178,7 +193,6 @@ def neural_memory(
                 skip_nonfinite=skip_nonfinite,
                 backend=backend,
             )
-            tokens = (query, key, value, lr, momentum, decay)
             found = _token_by_token(tokens, weights, state, seq_start, seq_end, named)
             return found if return_state else found._replace(state=None)
 
@@ -222,7 +236,8 @@ def neural_memory(
     )
     impl, step = _backend(_choose(backend, query))
     if state is not None and step is not None and is_step(args):
-        out, after, surprise = run_step(args, state, initial, step)
+        plan = plan_of(args, signature_of(tokens, weights, choices), step)
+        out, after, surprise = run_step(args[:6], state, initial, plan)
         return NeuralMemoryOutput(out, after if return_state else None, surprise)
     out, surprise, *tensors = impl(args)
     if not return_state:

@@ -1,5 +1,6 @@
 """Titans: a neural memory instead of attention, or joined with attention near by."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,8 +11,10 @@ from memattn.checks import check_int, must
 from memattn.nn import CausalConvolution, NeuralMemory, SegmentedAttention
 from memattn.ops._dispatch import BACKENDS
 from memattn.ops.neural_memory import DEEPEST
-from memattn.parts.base import PartOutput, Role, Sizes, register_part
+from memattn.parts.base import PartOutput, Role, Sizes, View, register_part
 from memattn.parts.context import PartContext
+from memattn.parts.memory_measures import measure_memory
+from memattn.parts.memory_picture import draw_memory_use
 from memattn.parts.state import PartState
 from memattn.parts.titans_context import ContextAttention, MemoryAsContext, MemoryInParallel
 from memattn.parts.titans_layers import MemoryAsGate, MemoryAsLayer, MemoryLayer
@@ -49,7 +52,8 @@ class TitansConfig(TitansOptions):
         lr: Learning rate of a new memory; each token has its own.
         momentum: Its momentum; None means none is kept.
         decay: Its decay; None means none.
-        max_norm: Largest norm of a token's gradient; None means any.
+        max_norm: Largest norm of a token's gradient; None means any, and a chunk of alike keys may
+            then overflow the memory in training.
         backend: Backend of the operators, ``"auto"``, ``"cpp"`` or ``"reference"``; or ``"flex"``
             for the attention and ``"auto"`` for the memory.
     """
@@ -57,6 +61,7 @@ class TitansConfig(TitansOptions):
     kind: ClassVar[str] = "titans"
     backends: ClassVar[tuple[str, ...]] = (*BACKENDS, "flex")
     state_type: ClassVar[type[PartState]] = TitansState
+    views: ClassVar[Mapping[str, View]] = {"memory": View(measure_memory, draw_memory_use)}
 
     window_size: int = 128
     segment_len: int = 128
@@ -68,7 +73,7 @@ class TitansConfig(TitansOptions):
     lr: float = 0.01
     momentum: float | None = 0.5
     decay: float | None = 0.001
-    max_norm: float | None = None
+    max_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

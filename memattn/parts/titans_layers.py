@@ -24,6 +24,8 @@ class NormedGate(nn.Module):
 
     def forward(self, value: Tensor, gate: Tensor) -> Tensor:
         """Gate ``value [..., E]`` by ``gate [..., E]``."""
+        # autocast does not convert for norms
+        value, gate = (x.to(self.value_norm.weight.dtype) for x in (value, gate))
         return self.value_norm(value) * self.gate_norm(gate).sigmoid()
 
 

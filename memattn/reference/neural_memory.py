@@ -87,6 +87,18 @@ def clamp_factor(args: Arguments, norm: Tensor) -> Tensor:
     return torch.where(norm <= args.max_norm, 1.0, args.max_norm / safe)
 
 
+def without_lost(h: list[Tensor], delta: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Zeros for tokens whose update is not finite, and which they are, bool ``[..., n]``.
+
+    From such a token on weights are NaN. As a factor it would reach earlier tokens as 0 * NaN, so
+    it says so in its rates: these are NaN in the state.
+    """
+    sound = [x.detach().isfinite().all(-1) for x in (*h, *delta)]
+    ok = torch.stack(sound).all(0)[..., None]
+    clean = lambda layers: [torch.where(ok, x, 0.0) for x in layers]
+    return clean(h), clean(delta), ~ok[..., 0]
+
+
 def coefficients(decay: Tensor, momentum: Tensor, present: Tensor) -> tuple[Tensor, ...]:
     """How the state at the start of a chunk and its tokens' gradients enter each token's weights.
 
@@ -209,7 +221,8 @@ def _neural_memory(args: NeuralMemoryArgs) -> tuple[Tensor, ...]:
             h, delta, norm = inner_gradient(args, weights, k, v)
             h, delta = ([torch.where(ok, x, 0.0) for x in layers] for layers in (h, delta))
         factor = (lr[:, :, g] * clamp_factor(args, norm))[..., None]
-        delta = [factor * x for x in delta]
+        h, delta, lost = without_lost(h, [factor * x for x in delta])
+        poison = torch.where(lost.cummax(-1).values, torch.nan, 0.0).to(wide)
         if g == 0:
             h = old.into_layers(h, old.h)
             delta = old.into_layers(delta, old.delta)
@@ -223,6 +236,7 @@ def _neural_memory(args: NeuralMemoryArgs) -> tuple[Tensor, ...]:
                 if surprise is not None:
                     z = z + sigma[:, :, g, :, None] * (x @ surprise[n].mT)
                 z = z - ((x @ h[n].mT) * c[:, :, g]) @ delta[n]
+                z = z + poison[..., None]
                 x = activate(z, args.is_silu)[0] if n < args.depth - 1 else z
             outs.append(x + q if args.residual else x)
 
@@ -230,20 +244,24 @@ def _neural_memory(args: NeuralMemoryArgs) -> tuple[Tensor, ...]:
         full = slots.total >= (g + 1) * b
         row = full[:, None, None, None]
         end_c, end_m = c[:, :, g, -1, :, None], m[:, :, g, -1, :, None]
+        end_poison = poison[..., -1, None, None]
         last = lambda x, g=g: x[:, :, g, -1, None, None]
         ended, moved = [], []
         for n, layer in enumerate(weights):
-            end = last(beta) * layer - (end_c * delta[n]).mT @ h[n]
+            end = last(beta) * layer - (end_c * delta[n]).mT @ h[n] + end_poison
             if surprise is not None:
                 end = end + last(sigma) * surprise[n]
-                end_s = last(mu) * surprise[n] - (end_m * delta[n]).mT @ h[n]
+                end_s = end_poison + last(mu) * surprise[n] - (end_m * delta[n]).mT @ h[n]
                 moved.append(torch.where(row, end_s, surprise[n]))
             ended.append(torch.where(row, end, layer))
         weights, surprise = ended, surprise if surprise is None else moved
         # rows whose open chunk this is
         if args.return_state:
             is_open = ~full & (slots.total >= g * b)
-            new.fill(is_open, slots.total - g * b, h, delta, decay[:, :, g], momentum[:, :, g])
+            rates = [decay[:, :, g], momentum[:, :, g]]
+            for n in range(1 if surprise is None else 2):
+                rates[n] = torch.where(lost, torch.nan, rates[n])
+            new.fill(is_open, slots.total - g * b, h, delta, *rates)
 
     none = args.lr.new_zeros(B, H, args.query.shape[2])
     out = slots.put(torch.stack(outs, 2), B) if outs else none[..., None] * args.value.to(wide)

@@ -15,6 +15,7 @@ from memattn.reference.neural_memory import (
     memory_sizes,
     pack,
     unpack,
+    without_lost,
 )
 from memattn_kernels.signatures import NeuralMemoryStepArgs
 
@@ -42,6 +43,7 @@ def _step(args: NeuralMemoryStepArgs) -> tuple[Tensor, ...]:
     # [B, H, 1, .], all layers beside each other
     new_h = torch.where(ok[..., None], torch.cat(h, -1), 0.0)
     new_delta = torch.where(ok[..., None], factor * torch.cat(delta, -1), 0.0)
+    (new_h,), (new_delta,), lost = without_lost([new_h], [new_delta])
 
     # slots of the chunk: pending tokens, this one, and nothing behind it
     slot = torch.arange(b, device=args.count.device)
@@ -59,6 +61,7 @@ def _step(args: NeuralMemoryStepArgs) -> tuple[Tensor, ...]:
     zero = torch.zeros_like(args.lr)
     eta = zero if args.momentum is None else args.momentum
     alpha = zero if args.decay is None else args.decay
+    alpha, eta = (torch.where(lost, torch.nan, x) for x in (alpha, eta))
     all_h, all_delta = behind(args.pending_h, new_h), behind(args.pending_delta, new_delta)
     if momentum is None:
         all_eta = torch.zeros_like(present, dtype=wide)

@@ -83,7 +83,6 @@ class ModelSizes:
             window_size=self.segment_len,
             memory_dim=self.dim if self.memory_dim is None else self.memory_dim,
             memory_head_dim=self.dim_head,
-            max_norm=1.0,  # without a bound, one chunk of alike keys may overflow
         )
         return ModelConfig(preset="titans", options=options)
 

@@ -8,7 +8,9 @@ from memattn.viz.attention import attention_mass, plot_attention_mass
 from memattn.viz.bands import plot_bands
 from memattn.viz.continual import plot_accuracy_matrices, plot_task_graph
 from memattn.viz.curves import draw_curves, plot_curves
-from memattn.viz.figures import draw_influence, draw_state, to_svg
+from memattn.viz.figures import draw_influence, draw_state
+from memattn.viz.pages import to_svg, write_figures
+from memattn.viz.state import visualize_model_state
 from memattn.viz.views import plot_view
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "plot_task_graph",
     "plot_view",
     "to_svg",
+    "visualize_model_state",
+    "write_figures",
 ]
 
 

@@ -57,7 +57,7 @@ def plot_attention_mass(masses: Mapping[str, Tensor], path: str | Path, *, title
 
     Args:
         masses: What ``attention_mass`` returned.
-        path: Picture to write, ``.png``, ``.svg`` or ``.pdf``; it is whole or absent.
+        path: Picture to write, ``.png``, ``.svg``, ``.pdf`` or ``.html``; it is whole or absent.
         title: Heading.
 
     Raises:

@@ -19,7 +19,7 @@ def plot_bands(panels: Mapping[str, Mapping[str, Band]], path: str | Path) -> No
     Args:
         panels: Curves by title of the panel and name; each is points ``(step, mean, standard
             deviation)``. A name has the same colour in every panel.
-        path: Picture to write, ``.png``, ``.svg`` or ``.pdf``; it is whole or absent.
+        path: Picture to write, ``.png``, ``.svg``, ``.pdf`` or ``.html``; it is whole or absent.
 
     Raises:
         ValueError: If there is nothing to draw, or the format is unknown.

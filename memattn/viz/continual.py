@@ -24,7 +24,7 @@ def plot_accuracy_matrices(
     Args:
         matrices: By strategy, ``[n, n]`` accuracies in 0..1 on task ``j`` (column) after training
             on task ``i`` (row); NaN stays blank.
-        path: Picture to write, ``.png``, ``.svg`` or ``.pdf``; it is whole or absent.
+        path: Picture to write, ``.png``, ``.svg``, ``.pdf`` or ``.html``; it is whole or absent.
         tasks: Names of the tasks; by default their numbers.
 
     Raises:
@@ -79,7 +79,7 @@ def plot_task_graph(reads: Mapping[str, Sequence[str]], path: str | Path) -> Non
 
     Args:
         reads: By task, the earlier tasks that it reads.
-        path: Picture to write, ``.png``, ``.svg`` or ``.pdf``; it is whole or absent.
+        path: Picture to write, ``.png``, ``.svg``, ``.pdf`` or ``.html``; it is whole or absent.
 
     Raises:
         ValueError: If there is no task, a task reads one that does not come before it, or the

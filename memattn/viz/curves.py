@@ -11,10 +11,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from memattn.files import replacing_file
+from memattn.viz.pages import write_figures
 
 Rows = Sequence[Mapping[str, Any]]
 AXES = {"tokens": "tokens", "seconds": "seconds", "step": "optimizer steps"}
-FORMATS = (".png", ".svg", ".pdf")
+FORMATS = (".png", ".svg", ".pdf", ".html")
 # Okabe and Ito (2008): distinct in every common kind of colour blindness
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 
@@ -27,7 +28,7 @@ def plot_curves(
     Args:
         runs: Rows of ``metrics.csv`` by the name of the run. Training losses are smoothed over
             their last rows (the raw ones stand faintly behind); held-out losses are points.
-        path: Picture to write, ``.png``, ``.svg`` or ``.pdf``; it is whole or absent.
+        path: Picture to write, ``.png``, ``.svg``, ``.pdf`` or ``.html``; it is whole or absent.
         x: ``"tokens"``, ``"seconds"`` or ``"step"``.
         title: Heading.
 
@@ -42,7 +43,7 @@ def plot_curves(
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure as ``.png``, ``.svg`` or ``.pdf``; the file is whole or absent.
+    """Write a figure as ``.png``, ``.svg``, ``.pdf`` or ``.html``; the file is whole or absent.
 
     Raises:
         ValueError: If the format is unknown.
@@ -50,6 +51,9 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f"path must end in {', '.join(FORMATS)}, got {path}")
+    if path.suffix == ".html":
+        write_figures({"": figure}, path, title=path.stem)
+        return
     FigureCanvasAgg(figure)
     content = io.BytesIO()
     figure.savefig(content, dpi=160, format=path.suffix[1:])

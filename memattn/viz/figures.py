@@ -1,21 +1,13 @@
-"""Pictures of what a model carries and what its tokens reach, and SVG for pages."""
+"""Pictures of what a model carries and what its tokens reach."""
 
-import io
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from memattn.viz.curves import COLOURS
-
-# stands for the colour of text, of which a light and a dark page each have their own
-INK = "#010203"
 
 
 def draw_state(axes: Axes, states: Mapping[str, Sequence[tuple[int, int]]]) -> None:
@@ -64,32 +56,3 @@ def draw_influence(
     axes.set_xlabel("token that is changed")
     axes.set_ylabel("position whose logits move")
     return image
-
-
-def to_svg(figure: Figure) -> str:
-    """The figure as SVG for an HTML page, whose text and axes take the colour of the page's text.
-
-    Axes, ticks and labels become ``currentColor`` and the background transparent, so that one
-    picture suits a light and a dark page. Identifiers are hashed from the content, the same for
-    the same figure.
-    """
-    for axes in figure.axes:
-        axes.set_facecolor("none")
-        axes.tick_params(colors=INK, which="both")
-        for spine in axes.spines.values():
-            spine.set_edgecolor(INK)
-        texts: list[Any] = [axes.title, axes.xaxis.label, axes.yaxis.label]
-        legend = axes.get_legend()
-        if legend is not None:
-            texts += legend.get_texts()
-        for text in texts:
-            text.set_color(INK)
-    figure.set_facecolor("none")
-    content = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "memattn"}):
-        FigureCanvasSVG(figure)
-        figure.savefig(content, format="svg", metadata={"Date": None})
-    svg = content.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    # a page scales it to the width that there is
-    return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", svg, count=1)

@@ -18,7 +18,7 @@ def plot_recall(report: "RecallReport", path: str | Path, *, title: str = "") ->
 
     Args:
         report: What ``memattn.evaluate.recall`` returned.
-        path: Picture to write, ``.png``, ``.svg`` or ``.pdf``; it is whole or absent.
+        path: Picture to write, ``.png``, ``.svg``, ``.pdf`` or ``.html``; it is whole or absent.
         title: Heading.
 
     Raises:

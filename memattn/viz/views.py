@@ -15,7 +15,7 @@ def plot_view(view: str, measures: Any, path: str | Path, *, title: str = "") ->
     Args:
         view: Name of the picture, a key of ``memattn.parts.views.part_views()``.
         measures: What the view's ``measure(model, input_ids)`` returned.
-        path: Picture to write, ``.png``, ``.svg`` or ``.pdf``; it is whole or absent.
+        path: Picture to write, ``.png``, ``.svg``, ``.pdf`` or ``.html``; it is whole or absent.
         title: Heading.
 
     Raises:

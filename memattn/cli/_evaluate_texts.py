@@ -1,0 +1,29 @@
+"""The texts that a model is measured on."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memattn.cli._runs import Loaded
+
+
+def load_texts(loaded: "Loaded", data: str | None, cache_dir: str) -> tuple[list[str], str]:
+    """The texts and what they are called."""
+    from memattn.data import load_documents, split_documents
+    from memattn.train.setup import load_source
+
+    if data is not None:
+        documents = load_documents(data, cache_dir=cache_dir)
+        return [document.text for document in documents], data
+    if loaded.run is None:
+        raise ValueError(
+            f"data must be given where the model is not a run folder, got {loaded.name}"
+        )
+    source = loaded.run.data
+    if source.held_out == 0.0:
+        raise ValueError(
+            f"data must be given where the run held out no documents, got {loaded.name}"
+        )
+    documents = load_source(replace(source, cache_dir=cache_dir), "pretraining")
+    held_out = split_documents(documents, source.held_out, seed=source.split_seed).held_out
+    return [document.text for document in held_out], f"held-out part of {source.dataset_name}"

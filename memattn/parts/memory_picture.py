@@ -1,0 +1,92 @@
+"""A picture of how neural memories are used."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memattn.parts.memory_measures import MemoryUse
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LABELS = {
+    "surprise": "surprise (norm of the gradient)",
+    "update": "update of the weights (share of their norm)",
+    "relevance": "relevance (share of the memory)",
+}
+
+
+def by_chunk(use: MemoryUse) -> dict[str, dict[str, Tensor]]:
+    """Of each layer, by name, one number for each chunk, means over sequences and heads.
+
+    ``tokens`` are the tokens up to the chunk's end; the others are keys of ``LABELS``.
+    """
+    found = {}
+    for name, layer in zip(*use, strict=True):
+        cut = lambda x, sizes=layer.chunk_tokens: torch.stack([p.mean() for p in x.split(sizes)])
+        found[name] = {
+            "tokens": torch.tensor(layer.chunk_tokens).cumsum(0),
+            "update": layer.update.mean((0, 1)),
+            "surprise": cut(layer.surprise.mean((0, 1))),
+            "relevance": cut(layer.relevance.mean(0)),
+        }
+    return found
+
+
+def draw_measure(axes: "Axes", metrics: Mapping[str, Mapping[str, Tensor]], name: str) -> None:
+    """Draw one measure of each layer over the tokens.
+
+    Args:
+        axes: Where to draw.
+        metrics: What ``by_chunk`` returned, or a ``KeptMemory`` has.
+        name: A key of ``LABELS``.
+    """
+    for layer, measures in metrics.items():
+        axes.plot(measures["tokens"].numpy(), measures[name].numpy(), label=short_name(layer))
+    axes.set_xlabel("tokens")
+    axes.set_ylabel(LABELS[name])
+    axes.set_ylim(bottom=0.0, top=1.05 if name == "relevance" else None)
+    finish(axes)
+
+
+def draw_memory_use(figure: "Figure", use: MemoryUse) -> None:
+    """Draw the five measures, a line for each layer."""
+    figure.set_size_inches(12.0, 7.0)
+    axes = figure.subplots(2, 3).flatten()
+    for ax, name in zip(axes, LABELS, strict=False):
+        draw_measure(ax, by_chunk(use), name)
+    for name, layer in zip(*use, strict=True):
+        firsts = [bucket.first for bucket in layer.retrieval]
+        qualities = [bucket.quality for bucket in layer.retrieval]
+        axes[3].plot(firsts, qualities, marker="o", label=short_name(name))
+    axes[3].set_xscale("log", base=2)
+    axes[3].set_xlabel("tokens to the end, at least")
+    axes[3].set_ylabel("retrieval quality")
+    finish(axes[3])
+    depth = max(layer.utilisation.shape[-1] for layer in use.uses)
+    for n in range(depth):
+        parts = [(i, x.utilisation) for i, x in enumerate(use.uses) if x.utilisation.shape[-1] > n]
+        at = [i + (n + 0.5) / depth * 0.8 - 0.4 for i, _ in parts]
+        heights = [float(x[..., n].mean()) for _, x in parts]
+        axes[4].bar(at, heights, 0.8 / depth, label=f"memory layer {n}")
+    axes[4].set_xticks(range(len(use.layers)), [short_name(name) for name in use.layers])
+    axes[4].set_ylim(0.0, 1.05)
+    axes[4].set_ylabel("utilisation (effective rank)")
+    finish(axes[4])
+    axes[5].axis("off")
+
+
+def finish(axes: "Axes") -> None:
+    """Grid, frame and legend of lines."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def short_name(layer: str) -> str:
+    """``layer 3`` for the name of a module in layer 3 of a model."""
+    numbers: Sequence[str] = [part for part in layer.split(".") if part.isdigit()]
+    return f"layer {numbers[0]}" if numbers else layer
