@@ -1,5 +1,6 @@
 """The neural memory: its definition against loops, identities, gradients, and what it refuses."""
 
+import importlib
 import math
 from dataclasses import replace
 
@@ -360,3 +361,11 @@ def test_second_derivatives_and_compilation():
     )
     (second,) = torch.autograd.grad(first.square().sum(), key)
     assert second.abs().max() > 0
+
+
+def test_auto_leaves_out_kernels_that_no_gpu_has_checked(monkeypatch):
+    module = importlib.import_module("memattn.ops.neural_memory")
+    monkeypatch.setattr(module, "resolve_backend", lambda *_: "triton")
+    choose = module._choose
+    query = torch.empty(1)
+    assert (choose("auto", query), choose("triton", query)) == ("reference", "triton")

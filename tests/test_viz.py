@@ -46,7 +46,9 @@ def test_curves_leave_out_what_a_model_adds_to_the_cross_entropy():
 
 
 def test_curves_name_what_is_wrong(tmp_path):
-    with pytest.raises(ValueError, match=r"path must end in \.png, \.svg, \.pdf, got .*c\.jpg"):
+    with pytest.raises(
+        ValueError, match=r"path must end in \.png, \.svg, \.pdf, \.html, got .*c\.jpg"
+    ):
         plot_curves({"a": make_rows()}, tmp_path / "c.jpg")
     with pytest.raises(ValueError, match="x must be one of tokens, seconds, step, got 'loss'"):
         plot_curves({"a": make_rows()}, tmp_path / "c.png", x="loss")

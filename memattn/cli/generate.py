@@ -70,7 +70,7 @@ def generate(
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     if kept is not None:
-        from memattn.cli._go_on import go_on
+        from memattn.models.go_on import go_on
 
         end = tokenizer.eos_token_id
         go_on(loaded, kept.cache, ids, max_new_tokens, streamer, end=end, **sampling)

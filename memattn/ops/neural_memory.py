@@ -117,9 +117,9 @@ def neural_memory(
         cu_seqlens: int32 ``[n + 1]``, bounds of packed documents, with ``B = 1``. The state has a
             row for each document then.
         return_state: Whether to return the state.
-        backend: ``"auto"`` (Triton for CUDA tensors, C++ for CPU tensors; the reference for
-            float64 and where neither is installed), ``"triton"``, ``"cpp"`` or ``"reference"``. A
-            named backend never falls back.
+        backend: ``"auto"`` (C++ for CPU tensors; the reference for float64, where C++ is not built
+            and for CUDA tensors), ``"triton"``, which no GPU has checked yet, so that ``"auto"``
+            does not choose it, ``"cpp"`` or ``"reference"``. A named backend never falls back.
 
     Returns:
         ``out`` in the dtype of ``query``, the state, and the surprise in float32.
@@ -234,7 +234,7 @@ def neural_memory(
         skip_nonfinite=skip_nonfinite,
         return_state=return_state,
     )
-    impl, step = _backend(resolve_backend(backend, query))
+    impl, step = _backend(_choose(backend, query))
     if state is not None and step is not None and is_step(args):
         plan = plan_of(args, signature_of(tokens, weights, choices), step)
         out, after, surprise = run_step(args[:6], state, initial, plan)
@@ -263,6 +263,12 @@ def neural_memory(
     if state is not None and state.records:
         after = remembered(args, state, after)
     return NeuralMemoryOutput(out, after, surprise.detach())
+
+
+def _choose(backend: str, query: Tensor) -> str:
+    """The backend that runs: ``auto`` leaves out Triton, whose kernels no GPU has checked."""
+    chosen = resolve_backend(backend, query)
+    return "reference" if (backend, chosen) == ("auto", "triton") else chosen
 
 
 def _backend(chosen: str) -> tuple[Callable, Callable | None]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memattn import ops, testing
 from memattn.bench import inputs
-from memattn.bench.gpu import chapters
+from memattn.bench.gpu import chapters, memories
 from memattn.bench.gpu.pool import Job, Result
 
 LENGTH, DRY_LENGTH = 333, 21
@@ -60,7 +60,10 @@ CASES = {
     "task_masked_attention": TASK_MASKED,
     "chapter_attention": chapters.ATTENTION,
     "chapter_router": chapters.ROUTER,
+    "neural_memory": memories.MEMORY,
 }
+# not timed or tuned before their results are known to be right
+CHECKED_ONLY = ("neural_memory",)
 
 
 def jobs(operators: tuple[str, ...], *, dry: bool) -> list[Job]:
@@ -171,13 +174,16 @@ def build(job: Job) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, An
     decode = "query_offset" in options
     shape = {"T": 3 if decode else T, "S": T, "D": job["D"]}
     common = {"device": device, "dtype": DTYPES[job["dtype"]], "seed": job["seed"]}
-    if operator.startswith("chapter"):
+    if operator.startswith("chapter") or operator == "neural_memory":
         generator = torch.Generator().manual_seed(job["seed"])
 
         def draw(*shape: int) -> Tensor:
             values = torch.randn(*shape, generator=generator).to(torch.bfloat16)
             return values.to(device, common["dtype"])
 
+        if operator == "neural_memory":
+            sizes = memories.few(sizes) if device == "cpu" else sizes
+            return memories.build(sizes, options, T=T, D=job["D"], draw=draw)
         if device == "cpu":
             sizes = chapters.few(sizes)
         is_router = operator == "chapter_router"

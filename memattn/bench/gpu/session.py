@@ -108,6 +108,11 @@ class Session:
             self._file.flush()
             report.say(line_of(job, result))
 
+    @property
+    def timed(self) -> tuple[str, ...]:
+        """The operators that are also timed and tuned."""
+        return tuple(name for name in self.operators if name not in correctness.CHECKED_ONLY)
+
     def _run_correct(self, deadline: float) -> None:
         jobs = correctness.jobs(self.operators, dry=self.dry)
         self.planned["correct"] = len(jobs)
@@ -138,9 +143,9 @@ class Session:
 
     def _run_speed(self, deadline: float) -> None:
         now = time.monotonic()
-        prepare = speed.prepare_jobs(self.operators, dry=self.dry)
+        prepare = speed.prepare_jobs(self.timed, dry=self.dry)
         wrong: set[str] = set()
-        cases = speed.plan(self.operators, self.dry).cases
+        cases = speed.plan(self.timed, self.dry).cases
 
         def prepared(job: Job, result: Result) -> None:
             self.on_result(job, result)
@@ -148,7 +153,7 @@ class Session:
                 wrong.add(cases[job["index"]].label())
 
         self._check(prepare, prepared, now + PREPARE_SHARE * (deadline - now))
-        timed = speed.speed_jobs(self.operators, dry=self.dry, wrong=wrong)
+        timed = speed.speed_jobs(self.timed, dry=self.dry, wrong=wrong)
         ours = [job for job in timed if not job.get("peers", True)]
         rest = [job for job in timed if job not in ours]
         jobs = [*ours, *predictions.jobs(self.operators, dry=self.dry), *rest]
@@ -207,7 +212,7 @@ class Session:
         tuning.run(
             self.checkers,
             self.timer,
-            tuning.targets(rows, self.operators),
+            tuning.targets(rows, self.timed),
             self.folder,
             self.on_result,
             dry=self.dry,
