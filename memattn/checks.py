@@ -91,14 +91,54 @@ def check_heads(query: Tensor, name: str, tensor: Tensor, dim: int = 1) -> None:
         must(name, f"have a number of heads that divides those of query, H={H}", f"Hkv={Hkv}")
 
 
+def check_on_device_of_query(name: str, tensor: Tensor, query: Tensor) -> None:
+    """Raise unless ``tensor`` is where the query is."""
+    if tensor.device != query.device:
+        must(name, f"be on the device of query, {query.device}", tensor.device)
+
+
+def check_factor(name: str, tensor: Tensor, query: Tensor) -> None:
+    """Raise unless ``tensor`` is float32, or float64 with a float64 query, and where this is."""
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if tensor.dtype not in (torch.float32, wide):
+        must(name, "have dtype torch.float32", tensor.dtype)
+    check_on_device_of_query(name, tensor, query)
+
+
+def check_indices(name: str, indices: Tensor, query: Tensor) -> None:
+    """Raise unless ``indices`` are int32 or int64 and where the query is."""
+    if indices.dtype not in (torch.int32, torch.int64):
+        must(name, "have dtype torch.int32 or torch.int64", indices.dtype)
+    check_on_device_of_query(name, indices, query)
+
+
+def check_index_range(name: str, indices: Tensor, dim: str, size: int) -> None:
+    """Raise for an index that is neither -1 nor below ``size``, where values are readable."""
+    if not is_readable(indices) or not indices.numel():
+        return
+    lowest, highest = (int(x) for x in indices.aminmax())
+    if lowest < -1 or highest >= size:
+        got = lowest if lowest < -1 else highest
+        must(name, f"be from -1 to {dim} - 1 = {size - 1}", got)
+
+
 def check_int32_vector(name: str, value: Any, like: Tensor) -> None:
     """Raise unless ``value`` is an int32 vector on the device of ``like``."""
     check_tensor(name, value)
     if value.dtype != torch.int32:
         must(name, "have dtype torch.int32", value.dtype)
     check_rank(name, value, "n")
-    if value.device != like.device:
-        must(name, f"be on the device of query, {like.device}", value.device)
+    check_on_device_of_query(name, value, like)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether ``tensor`` stands in a graph that is being made, and has no values."""
+    return torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device."""
+    return not (is_traced(tensor) or tensor.is_cuda)
 
 
 # by identity: a plain WeakKeyDictionary would compare tensors with ==
@@ -111,7 +151,7 @@ def values_to_check(tensor: Tensor, *context: Any) -> list[int] | None:
     Reading a CUDA tensor waits for the device, so each tensor is read once for each ``context``
     (and again after it was written to), and never while a graph is captured or traced.
     """
-    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
+    if is_traced(tensor):
         return None
     if tensor.is_cuda:
         if torch.cuda.is_current_stream_capturing():

@@ -1,5 +1,6 @@
 """The gate of specialists: its formulas, what owns what, causality, losses, and what it refuses."""
 
+import copy
 import math
 import re
 
@@ -192,6 +193,19 @@ def test_weights_of_samples_are_used_as_they_are():
     for b in (0, 1):
         alone = gate(x[b : b + 1], override=weights[b : b + 1]).gates
         assert torch.equal(alone[0], gates[b])
+
+
+def test_a_prior_is_seen_as_it_is_in_copies_and_in_inference_mode():
+    """After it was read once, by a gate whose prior has changed as often as that of its copy."""
+    gate, _ = make_gate(n=1, priors=[0.0])
+    assert gate.open_specialists == ()
+    gate.set_prior("specialist_0", 1.0)
+    assert copy.deepcopy(gate).open_specialists == gate.open_specialists == (0,)
+    with torch.inference_mode():
+        gate = DomainGate(8, 1)
+        assert gate.open_specialists == ()
+        gate.set_prior("specialist_0", 1.0)
+        assert gate.open_specialists == (0,)
 
 
 def test_gates_do_not_depend_on_autocast_and_are_float32():

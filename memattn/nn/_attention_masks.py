@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memattn.nn.domain_gate import is_readable
+from memattn.checks import is_readable
 
 
 class AttentionMasks(NamedTuple):
@@ -17,11 +17,9 @@ class AttentionMasks(NamedTuple):
     bias: Tensor | None  # [B or 1, H or 1, T or 1, S], of scores, where there is no interval
 
 
-def hidden_keys(mask: Tensor | None, B: int) -> Tensor | None:
+def hidden_keys(mask: Tensor, B: int) -> Tensor:
     """Which keys a padding mask hides, bool ``[B, S]``; it may be added to scores, with -inf."""
-    if mask is None:
-        return None
-    mask = mask.expand(B, -1) if mask.dim() == 1 else mask
+    mask = mask.expand(B, mask.shape[-1])
     return mask if mask.dtype == torch.bool else mask.isneginf()
 
 
@@ -29,7 +27,6 @@ def take_apart(
     query: Tensor,
     key: Tensor,
     key_padding_mask: Tensor | None,
-    padding: Tensor | None,
     attn_mask: Tensor | None,
     is_causal: bool,
     is_self: bool,
@@ -40,24 +37,24 @@ def take_apart(
         query: ``[B, T, E]``.
         key: ``[B, S, E]``.
         key_padding_mask: ``[B, S]`` or ``[S]``, True where a key is hidden, or added to scores.
-        padding: bool ``[B, S]``, which keys it hides.
         attn_mask: ``[T, S]`` or ``[B * H, T, S]``, the same for each query.
         is_causal: Whether ``attn_mask`` is known to be causal.
         is_self: Whether padding hides queries too, as in self-attention.
     """
     B, S = key.shape[:2]
     free = attn_mask is None or is_causal
-    if free and padding is None:
+    if free and key_padding_mask is None:
         return AttentionMasks(is_causal, None, None, None)
-    if free and padding is not None and key_padding_mask is not None and is_self:
+    if free and is_self and key_padding_mask is not None and is_readable(key_padding_mask):
+        padding = hidden_keys(key_padding_mask, B)
         place = torch.arange(S, device=key.device)
-        start = torch.where(padding, S, place).amin(1).clamp(max=S)
+        start = torch.where(padding, S, place).amin(1)
         end = torch.where(padding, 0, place + 1).amax(1)
         start = start.minimum(end)
         other = ((~padding).sum(1) != end - start).any()  # a gap, or a bias that hides nothing
         if key_padding_mask.dtype != torch.bool:
             other = other | (~padding & (key_padding_mask != 0)).any()
-        if is_readable(padding) and not bool(other):
+        if not bool(other):
             return AttentionMasks(is_causal, start.int(), end.int(), None)
     bias = query.new_zeros(1, 1, 1, 1)
     if attn_mask is not None:
@@ -65,7 +62,7 @@ def take_apart(
         mask = mask.unflatten(0, (-1, mask.shape[0] // B if mask.shape[0] > 1 else 1))
         bias = bias + _as_bias(mask, query)
     if key_padding_mask is not None:
-        mask = key_padding_mask.expand(B, -1) if key_padding_mask.dim() == 1 else key_padding_mask
+        mask = key_padding_mask.expand(B, S)
         bias = bias + _as_bias(mask, query)[:, None, None]
     return AttentionMasks(False, None, None, bias)
 

@@ -2,13 +2,13 @@
 
 import re
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.checks import check_int, check_rank, check_shape, check_tensor, must
+from memattn.checks import check_int, check_rank, check_shape, check_tensor, is_readable, must
 from memattn.nn._running_sums import running_sum
 
 SCOPES = ("token", "prefix", "sequence")
@@ -60,10 +60,14 @@ class GateRow(nn.Module):
         if torch.compiler.is_compiling():
             return True  # it may be
         prior = self.prior
-        version = 0 if prior.is_inference() else prior._version
-        if self._seen is None or self._seen[0] is not prior or self._seen[1] != version:
-            self._seen = (prior, version, bool(prior > 0))
+        if prior.is_inference():  # nothing tells of its changes
+            return bool(prior > 0)
+        if self._seen is None or self._seen[0] is not prior or self._seen[1] != prior._version:
+            self._seen = (prior, prior._version, bool(prior > 0))
         return self._seen[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_seen": None}  # a copy counts its changes anew
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., E]`` to logits ``[...]``, in the dtype of ``x``."""
@@ -94,8 +98,8 @@ class DomainGate(nn.Module):
             over all tokens up to it; ``"sequence"``, the mean over all tokens, for encoders.
         activation: ``"softmax"`` or ``"sigmoid"``.
         temperature: ``tau``.
-        top_k: Specialists that a token uses at most, those with the largest logits and among equal
-            ones the first; None means all. The base always stays.
+        top_k: Specialists that a token uses at most, those with the largest ``a_e / tau + log
+            prior_e`` and among equal ones the first; None means all. The base always stays.
         gate_size: Hidden features of a row.
 
     Raises:
@@ -380,12 +384,6 @@ def _check_override(override: Tensor, B: int, T: int, n: int) -> Tensor:
         if not off <= SUMS_TO_ONE or bool((override < 0).any()):
             must("override", "be at least 0 and sum to 1 for each token", f"sums off by {off:.3g}")
     return override if override.dim() == 3 else override[:, None]
-
-
-def is_readable(tensor: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a device."""
-    fake = isinstance(tensor, torch._subclasses.FakeTensor)
-    return not (torch.compiler.is_compiling() or fake or tensor.is_cuda)
 
 
 def _entropy(gates: Tensor, scores: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.checks import check_bool, check_int, check_tensor, must
+from memattn.checks import check_bool, check_int, check_tensor, is_readable, must
 from memattn.nn._attention_masks import AttentionMasks, hidden_keys, take_apart
 from memattn.nn.attention_specialist import (
     AttentionSpecialist,
@@ -17,7 +17,7 @@ from memattn.nn.attention_specialist import (
     reduce_branches,
     weights_of,
 )
-from memattn.nn.domain_gate import DomainGate, is_readable
+from memattn.nn.domain_gate import DomainGate, GateOutput
 from memattn.ops.branch_attention import branch_attention
 
 
@@ -123,8 +123,7 @@ class ShiftableMultiheadAttention(nn.Module):
         Raises:
             ValueError: If there is no such specialist.
         """
-        yield from self.gate.row(name).parameters()
-        yield from self.specialists[name].parameters()
+        return self._owned_by(name).parameters()
 
     def export_specialist_state(self, name: str) -> dict[str, Tensor]:
         """Tensors of one specialist by name, its part of the gate and its prior included.
@@ -132,12 +131,8 @@ class ShiftableMultiheadAttention(nn.Module):
         Raises:
             ValueError: If there is no such specialist.
         """
-        parts = {"gate": self.gate.row(name), "attention": self.specialists[name]}
-        return {
-            f"{part}.{key}": tensor.detach().clone()
-            for part, module in parts.items()
-            for key, tensor in module.state_dict().items()
-        }
+        owned = self._owned_by(name).state_dict()
+        return {key: tensor.detach().clone() for key, tensor in owned.items()}
 
     def load_specialist_state(self, name: str, state: dict[str, Tensor]) -> None:
         """Give a specialist what ``export_specialist_state`` returned.
@@ -145,23 +140,19 @@ class ShiftableMultiheadAttention(nn.Module):
         Raises:
             ValueError: If there is no such specialist, or ``state`` is that of another model.
         """
-        own = {
-            "gate": self.gate.row(name),
-            "attention": self.specialists[name],
-        }
-        expected = {
-            f"{p}.{k}": list(t.shape) for p, m in own.items() for k, t in m.state_dict().items()
-        }
-        given = {key: list(tensor.shape) for key, tensor in state.items()}
+        owned = self._owned_by(name)
+        expected, given = (
+            {key: list(tensor.shape) for key, tensor in tensors.items()}
+            for tensors in (owned.state_dict(), state)
+        )
         for key in expected | given:
             if expected.get(key) != given.get(key):
                 want, got = expected.get(key, "nothing"), given.get(key, "nothing")
                 must("state", f"be of this model, with {want} as {key}", got)
-        for part, module in own.items():
-            prefix = f"{part}."
-            module.load_state_dict(
-                {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
-            )
+        owned.load_state_dict(state)
+
+    def _owned_by(self, name: str) -> nn.ModuleDict:
+        return nn.ModuleDict({"gate": self.gate.row(name), "attention": self.specialists[name]})
 
     def used_specialists(self, prior: Tensor | None, weights: Tensor | None) -> list[int]:
         """Places of the specialists that a call with this prior or these weights may use."""
@@ -170,9 +161,31 @@ class ShiftableMultiheadAttention(nn.Module):
             return list(self.gate.open_specialists)
         N = len(self.specialists)
         check_tensor("domain_prior" if weights is None else "domain_weights", given)
-        if not is_readable(given) or given.shape[-1] != 1 + N:
+        if not is_readable(given) or list(given.shape[-1:]) != [1 + N]:
             return list(range(N))
         return (given[..., 1:] != 0).reshape(-1, N).any(0).nonzero()[:, 0].tolist()
+
+    def gates_of(
+        self,
+        query: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        domain_prior: Tensor | None = None,
+        domain_mask: Tensor | None = None,
+        domain_weights: Tensor | None = None,
+    ) -> GateOutput:
+        """The gates of a self-attention with these arguments, which are those of ``forward``."""
+        x = self._batched(query)
+        return self.gate(
+            x,
+            present=None if key_padding_mask is None else ~hidden_keys(key_padding_mask, len(x)),
+            is_causal=is_causal or attn_mask is not None,
+            prior=domain_prior,
+            mask=domain_mask,
+            override=domain_weights,
+        )
 
     def forward(
         self,
@@ -229,26 +242,20 @@ class ShiftableMultiheadAttention(nn.Module):
         if not (used or given or return_gates):
             return out, attention
         is_self = query is key
-        q, k, v = (self._batched(x) for x in (query, key, value))
-        padding = hidden_keys(key_padding_mask, k.shape[0])
-        present = None if padding is None or not is_self else ~padding
-        gates = self.gate(
-            q,
-            present=present,
-            is_causal=is_causal or attn_mask is not None,
-            prior=domain_prior,
-            mask=domain_mask,
-            override=domain_weights,
+        gates = self.gates_of(
+            *(query, key_padding_mask if is_self else None, attn_mask, is_causal),
+            domain_prior=domain_prior,
+            domain_mask=domain_mask,
+            domain_weights=domain_weights,
         )
         if used:
-            masks = take_apart(q, k, key_padding_mask, padding, attn_mask, is_causal, is_self)
+            q, k, v = (self._batched(x) for x in (query, key, value))
+            masks = take_apart(q, k, key_padding_mask, attn_mask, is_causal, is_self)
             slots = self.gate.top_k
             if domain_weights is not None:  # as many as a token has, and all where nobody knows
                 count = (domain_weights[..., 1:] != 0).sum(-1)
                 slots = int(count.max()) if is_readable(count) else None
-            shifted = self._shift(
-                *(self._batched(out), (q, k, v), gates.gates, present, used, masks, slots)
-            )
+            shifted = self._shift(self._batched(out), (q, k, v), gates.gates, used, masks, slots)
             shifted = shifted if self.batch_first else shifted.transpose(0, 1)
             out = shifted.reshape(out.shape)
         return (out, attention, gates) if return_gates else (out, attention)
@@ -264,7 +271,6 @@ class ShiftableMultiheadAttention(nn.Module):
         base: Tensor,
         inputs: tuple[Tensor, Tensor, Tensor],
         gates: Tensor,
-        present: Tensor | None,
         used: list[int],
         masks: AttentionMasks,
         slots: int | None,
@@ -281,15 +287,23 @@ class ShiftableMultiheadAttention(nn.Module):
         first = gates[..., :1]
         # what is not used may hold NaN, and is not multiplied
         mixed = torch.where(first == 0, 0.0, first * base) + others
-        alone = first == 1
-        if present is not None:
-            alone = alone | ~present[..., None]
+        alone = (first == 1) | ~gates.any(-1, keepdim=True)  # absent tokens have no gate at all
         return torch.where(alone, base, mixed.to(base.dtype))
 
     def _specialist(self, name: str) -> AttentionSpecialist:
         specialist = self.specialists[name]
         assert isinstance(specialist, AttentionSpecialist)
         return specialist
+
+    def _project(
+        self, inputs: tuple[Tensor, Tensor, Tensor], weights: AttentionWeights, n: int
+    ) -> list[Tensor]:
+        """Queries, keys and values of ``n`` specialists, ``[B, F, H, T, D]``."""
+        biases = (weights.q_bias, weights.k_bias, weights.v_bias)
+        return [
+            project(x, weight, bias, n, self.num_heads)
+            for x, weight, bias in zip(inputs, weights[:3], biases, strict=True)
+        ]
 
     def _by_intervals(
         self,
@@ -300,13 +314,8 @@ class ShiftableMultiheadAttention(nn.Module):
         slots: int | None,
     ) -> Tensor:
         """Gated sum of the specialists whose tokens see an interval of keys, ``[B, T, E]``."""
-        n, heads = shares.shape[-1], self.num_heads
-        query, key, value = (
-            project(x, weight, bias, n, heads)
-            for x, weight, bias in zip(
-                inputs, weights[:3], (weights.q_bias, weights.k_bias, weights.v_bias), strict=True
-            )
-        )
+        n = shares.shape[-1]
+        query, key, value = self._project(inputs, weights, n)
         gates, chosen, at = shares, None, None
         if slots is not None and slots < n:
             chosen = shares.detach().sort(dim=-1, descending=True, stable=True).indices[..., :slots]
@@ -333,18 +342,13 @@ class ShiftableMultiheadAttention(nn.Module):
         bias: Tensor,
     ) -> Tensor:
         """The same where a mask is none that the operator takes: PyTorch's attention."""
-        n, heads = shares.shape[-1], self.num_heads
-        query, key, value = (
-            project(x, weight, b, n, heads).flatten(1, 2)
-            for x, weight, b in zip(
-                inputs, weights[:3], (weights.q_bias, weights.k_bias, weights.v_bias), strict=True
-            )
-        )
+        n = shares.shape[-1]
+        query, key, value = (x.flatten(1, 2) for x in self._project(inputs, weights, n))
         if bias.shape[1] > 1:
             bias = bias.repeat(1, n, 1, 1)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
         gate = shares.transpose(1, 2)[:, :, None, :, None]  # [B, F, 1, T, 1]
-        out = out.unflatten(1, (n, heads))
+        out = out.unflatten(1, (n, self.num_heads))
         gated = torch.where(gate == 0, 0.0, gate * out).to(out.dtype)
         return reduce_branches(gated, shares, weights)
 

@@ -181,7 +181,10 @@ class ShiftableTransformerBlock(nn.TransformerEncoderLayer):
         gates = None
         if not used:
             if given or return_gates:
-                _, gates = self._attend(self.norm1(src) if self.norm_first else src, masks, domain)
+                x = self.norm1(src) if self.norm_first else src
+                gates = self.self_attn.gates_of(
+                    x, src_key_padding_mask, src_mask, is_causal, **domain
+                )
             out = self._layer(src, **masks)
         elif self.norm_first:
             shifted, gates = self._attend(self.norm1(src), masks, domain)

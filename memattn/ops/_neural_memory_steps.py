@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from memattn.checks import is_traced
 from memattn.ops.neural_memory_state import NeuralMemoryState, Writer
 from memattn_kernels.signatures import NeuralMemoryArgs, NeuralMemoryStepArgs
 
@@ -20,7 +21,7 @@ def is_step(args: NeuralMemoryArgs) -> bool:
     """Whether this is one token behind a state, in all rows, without gradients or a trace."""
     if args.count is None or args.query.shape[2] != 1 or args.row_start is not None:
         return False
-    if torch.compiler.is_compiling() or isinstance(args.query, torch._subclasses.FakeTensor):
+    if is_traced(args.query):
         return False
     if not torch.is_grad_enabled():
         return True

@@ -1,12 +1,14 @@
 """Attention in branches over the same tokens: a base and specialists, weighted by gates."""
 
-import torch
 from torch import Tensor
 
 from memattn.checks import (
     check_bool,
+    check_factor,
     check_floating,
     check_heads,
+    check_index_range,
+    check_indices,
     check_int,
     check_like,
     check_rank,
@@ -132,25 +134,12 @@ def _check_slots(query: Tensor, gates: Tensor, indices: Tensor | None, F: int) -
     """Raise unless every slot of every token has a gate and a branch."""
     B, A, _, T, _ = query.shape
     check_shape("gates", gates, B=B, T=T, A=A)
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if gates.dtype not in (torch.float32, wide):
-        must("gates", "have dtype torch.float32", gates.dtype)
-    if gates.device != query.device:
-        must("gates", f"be on the device of query, {query.device}", gates.device)
+    check_factor("gates", gates, query)
     if indices is None:
         if A != F:
             must("query", f"have A={F} slots, one for each branch, without branch_indices", A)
         return
     check_tensor("branch_indices", indices)
-    if indices.dtype not in (torch.int32, torch.int64):
-        must("branch_indices", "have dtype torch.int32 or torch.int64", indices.dtype)
+    check_indices("branch_indices", indices, query)
     check_shape("branch_indices", indices, B=B, T=T, A=A)
-    if indices.device != query.device:
-        must("branch_indices", f"be on the device of query, {query.device}", indices.device)
-    unreadable = torch.compiler.is_compiling() or isinstance(indices, torch._subclasses.FakeTensor)
-    if unreadable or indices.is_cuda or not indices.numel():
-        return
-    lowest, highest = (int(x) for x in indices.aminmax())
-    if lowest < -1 or highest >= F:
-        got = lowest if lowest < -1 else highest
-        must("branch_indices", f"be from -1 to F - 1 = {F - 1}", got)
+    check_index_range("branch_indices", indices, "F", F)

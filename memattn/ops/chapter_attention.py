@@ -4,10 +4,14 @@ import torch
 from torch import Tensor
 
 from memattn.checks import (
+    check_factor,
     check_floating,
     check_heads,
+    check_index_range,
+    check_indices,
     check_int,
     check_like,
+    check_on_device_of_query,
     check_pair,
     check_rank,
     check_scale,
@@ -123,7 +127,7 @@ def chapter_attention(
         check_int("routing_block", routing_block, 1)
     T = query.shape[2]
     indices, weights = _check_slots(query, chapter_indices, chapter_weights, routing_block)
-    _check_range(chapter_indices, chapter_key.shape[0])
+    check_index_range("chapter_indices", chapter_indices, "C", chapter_key.shape[0])
     sequence_lengths(
         query, query_offset + T, cu_seqlens, seq_start, seq_end, query_offset, wanted_for=None
     )
@@ -194,16 +198,8 @@ def _check_bank(
     for name, tensor in (("key_scale", key_scale), ("value_scale", value_scale)):
         check_tensor(name, tensor)
         check_shape(name, tensor, C=C, Hkv=Hkv, M=M)
-        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        if tensor.dtype not in (torch.float32, wide):
-            must(name, "have dtype torch.float32", tensor.dtype)
-    for name, tensor in (
-        ("chapter_key", key),
-        ("key_scale", key_scale),
-        ("value_scale", value_scale),
-    ):
-        if tensor.device != query.device:
-            must(name, f"be on the device of query, {query.device}", tensor.device)
+        check_factor(name, tensor, query)
+    check_on_device_of_query("chapter_key", key, query)
     return value.shape[-1] * (2 if packed else 1)
 
 
@@ -212,10 +208,7 @@ def _check_slots(
 ) -> tuple[Tensor, Tensor | None]:
     """Indices int32 ``[B, N, K]`` and weights of the same shape."""
     B, _, T, _ = query.shape
-    if indices.dtype not in (torch.int32, torch.int64):
-        must("chapter_indices", "have dtype torch.int32 or torch.int64", indices.dtype)
-    if indices.device != query.device:
-        must("chapter_indices", f"be on the device of query, {query.device}", indices.device)
+    check_indices("chapter_indices", indices, query)
     if indices.dim() == 2:
         check_shape("chapter_indices", indices, B=B, K=None)
         if routing_block is not None:
@@ -229,22 +222,7 @@ def _check_slots(
         check_tensor("chapter_weights", weights)
         dims = ("B", "K") if indices.dim() == 2 else ("B", "N", "K")
         check_shape("chapter_weights", weights, **dict(zip(dims, indices.shape, strict=True)))
-        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        if weights.dtype not in (torch.float32, wide):
-            must("chapter_weights", "have dtype torch.float32", weights.dtype)
-        if weights.device != query.device:
-            must("chapter_weights", f"be on the device of query, {query.device}", weights.device)
+        check_factor("chapter_weights", weights, query)
     if indices.dim() == 2:
         indices, weights = indices[:, None], None if weights is None else weights[:, None]
     return indices.int().contiguous(), None if weights is None else weights.contiguous()
-
-
-def _check_range(indices: Tensor, n_chapters: int) -> None:
-    """Raise for an index that names no chapter, where that can be read without waiting."""
-    unreadable = torch.compiler.is_compiling() or isinstance(indices, torch._subclasses.FakeTensor)
-    if unreadable or indices.is_cuda or not indices.numel():
-        return
-    lowest, highest = (int(x) for x in indices.aminmax())
-    if lowest < -1 or highest >= n_chapters:
-        got = lowest if lowest < -1 else highest
-        must("chapter_indices", f"be from -1 to C - 1 = {n_chapters - 1}", got)

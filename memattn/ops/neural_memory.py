@@ -12,6 +12,7 @@ from memattn.checks import (
     check_floating,
     check_int,
     check_like,
+    check_on_device_of_query,
     check_rank,
     check_shape,
     check_tensor,
@@ -292,8 +293,7 @@ def _check_wide(name: str, tensor: Tensor, query: Tensor, wide: torch.dtype) -> 
     """Raise unless a tensor has the dtype of sums and the device of the query."""
     if tensor.dtype != wide:
         must(name, f"have dtype {wide} with a query of {query.dtype}", tensor.dtype)
-    if tensor.device != query.device:
-        must(name, f"be on the device of query, {query.device}", tensor.device)
+    check_on_device_of_query(name, tensor, query)
 
 
 def _check_positive(name: str, value: object) -> float:
@@ -323,8 +323,7 @@ def _check_weights(
         check_shape(name, layer, H=H, **last, **before)
         if layer.dtype not in (query.dtype, wide):
             must(name, f"have the dtype of query, {query.dtype}, or {wide}", layer.dtype)
-        if layer.device != query.device:
-            must(name, f"be on the device of query, {query.device}", layer.device)
+        check_on_device_of_query(name, layer, query)
         sizes.append(layer.shape[1])
     return tuple(sizes)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from memattn.checks import check_bool, check_scale, must, values_to_check
+from memattn.checks import check_bool, check_indices, check_scale, must, values_to_check
 from memattn.ops._attention import (
     autocast,
     check_query_key_value,
@@ -119,12 +119,9 @@ def _task_ids(task_id: int | Tensor, n_tasks: int, query: Tensor) -> Tensor:
     """The task of each sequence, int32 ``[B]`` on the device of the query."""
     B = query.shape[0]
     if isinstance(task_id, Tensor):
-        if task_id.dtype not in (torch.int32, torch.int64):
-            must("task_id", "have dtype torch.int32 or torch.int64", task_id.dtype)
+        check_indices("task_id", task_id, query)
         if list(task_id.shape) != [B]:
             must("task_id", f"be an integer or have shape [B={B}]", list(task_id.shape))
-        if task_id.device != query.device:
-            must("task_id", f"be on the device of query, {query.device}", task_id.device)
         for task in values_to_check(task_id, n_tasks) or ():
             _check_task(task, n_tasks)
         return task_id.to(torch.int32).contiguous()

@@ -31,7 +31,8 @@ def branch_attention(args: BranchAttentionArgs) -> tuple[Tensor, Tensor]:
     key, value = (
         rearrange(torch.where(seen, x, 0.0), "b f h s d -> b h (f s) d") for x in (key, value)
     )
-    query = torch.where(mask.any(-1).any(-1)[:, :, None, :, None], query, 0.0)
+    active = mask.any(-1).any(-1)  # [B, A, T]
+    query = torch.where(active[:, :, None, :, None], query, 0.0)
     query = query.unflatten(2, (Hkv, H // Hkv)).transpose(1, 2)  # [B, Hkv, A, G, T, D]
     scores = scaled_scores(query.flatten(2, 4), key, args.scale)
     scores = scores.unflatten(2, (A, H // Hkv, T))
@@ -40,7 +41,7 @@ def branch_attention(args: BranchAttentionArgs) -> tuple[Tensor, Tensor]:
 
     ungated, lse = (x.transpose(1, 2).flatten(2, 3) for x in (ungated, lse))  # [B, A, H, T, ...]
     ungated, lse = (x.reshape(B, args.query.shape[1], *x.shape[2:]) for x in (ungated, lse))
-    gates = torch.where(lse[:, :, 0].isneginf(), 0.0, gates)  # those of empty slots get no gradient
+    gates = torch.where(active.reshape(gates.shape), gates, 0.0)  # others get no gradient
     return (ungated * gates[:, :, None, :, None]).to(query.dtype), lse
 
 
