@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memattn import NeuralMemoryState, neural_memory
+from memattn.testing import assert_within_budget
 
 FLOATING = ("packed_weights", "packed_momentum", "pending_h", "pending_delta")
 FLOATING += ("pending_decay", "pending_momentum")
@@ -43,6 +44,11 @@ def make_inputs(
     for n, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False)):
         tensors[f"weights_{n + 1}"] = draw(H, after, before).to(wide) / 2
     return tensors
+
+
+def small_steps(**sizes) -> dict[str, Tensor]:
+    """Inputs whose rounding does not grow from token to token: learning converges."""
+    return {n: t / 4 if n == "lr" else t for n, t in make_inputs(**sizes).items()}
 
 
 def cut(tensors, first, last):
@@ -110,3 +116,30 @@ def run(
     if found.state is not None:
         results |= {"count": found.state.count, "skipped": found.state.skipped}
     return results
+
+
+def check(
+    backend: str, sizes: dict[str, Any], options: dict[str, Any], before: int, seeds: int = 2
+) -> None:
+    """Assert the error rule over many sequences: rounding grows in some more than in others.
+
+    Values, the state and every gradient, of calls whose state holds ``before`` tokens already.
+    """
+    found: dict[str, list[list[Tensor]]] = {}
+    for seed in range(seeds):
+        inputs, given = small_steps(**sizes, seed=seed), dict(options)
+        if before:
+            past = small_steps(**{**sizes, "T": before}, seed=seed)
+            alike = {n: o for n, o in options.items() if not n.startswith("seq_")}
+            weights = {n: t for n, t in inputs.items() if n.startswith("weights_")}
+            given["state"] = call({**past, **weights}, **alike, backend="reference").state
+        three = [
+            run(inputs, {**given, "backend": which}, wide)
+            for which, wide in ((backend, None), ("reference", None), ("reference", torch.float64))
+        ]
+        for name in set(three[0]) & {"count", "skipped"}:
+            assert torch.equal(*(results.pop(name) for results in three[:2]))
+        for name in three[0]:
+            found.setdefault(name, []).append([results[name].flatten() for results in three])
+    for name, draws in found.items():
+        assert_within_budget(name, *(torch.cat(which) for which in zip(*draws, strict=True)))

@@ -50,18 +50,6 @@ class MemAttnPreTrainedModel(PreTrainedModel):
         for init_weights in dict.fromkeys(part.init_weights for part in PARTS.values()):
             init_weights(module, self.config.initializer_range)
 
-    def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """As of transformers, which takes a module without parameters of its own for a loaded one.
-
-        Such a module, a memory without persistent tokens for one, may still have a rule for those
-        of its children.
-        """
-        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if own:
-            super()._initialize_weights(module, *args, **kwargs)
-        else:
-            super()._initialize_weights(module)
-
     def parameter_roles(self) -> dict[str, Role]:
         """What each parameter is that a part says something about, by name."""
         found: list[tuple[str, PartConfig, nn.Module]] = []  # prefix, part, its module

@@ -1,13 +1,13 @@
 """Titans under the names of its first description: ``TitansTransformer`` and its state."""
 
+import contextlib
 import dataclasses
-import functools
 import inspect
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from memattn.checks import check_bool, check_int, must
@@ -17,9 +17,11 @@ from memattn.models.decoder import MemAttnForCausalLM
 from memattn.models.outputs import MemAttnCausalLMOutput
 from memattn.nn import NeuralMemory
 from memattn.ops import NeuralMemoryState
+from memattn.parts.memory_measures import update_magnitude, utilisation
 from memattn.parts.titans_layers import MemoryLayer
 from memattn.parts.titans_options import TitansOptions
 from memattn.parts.titans_state import TitansState
+from memattn.reference.neural_memory import unpack
 
 Pair = tuple[Tensor, Tensor]
 
@@ -276,36 +278,24 @@ def titans_config(
     return MemAttnConfig.titans(**{**sizes, **options})
 
 
-class _naming:
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
     """Errors about a cache name the argument that it was given as."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError | TypeError) and "past_key_values" in str(error):
-            raise type(error)(str(error).replace("past_key_values", self.name)) from error
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if "past_key_values" not in str(error):
+            raise
+        raise type(error)(str(error).replace("past_key_values", name)) from error
 
 
 def _measure(state: NeuralMemoryState) -> dict[str, Tensor]:
     """The metrics of one memory."""
-    from memattn.reference.neural_memory import unpack
-
-    before = [x.detach().double() for x in unpack(state.initial, state.sizes)]
-    change = [x.detach().double() - y for x, y in zip(state.current()[0], before, strict=True)]
-    norm = lambda layers: functools.reduce(
-        torch.add, [x.square().sum((-1, -2)) for x in layers]
-    ).sqrt()
-    used = []
-    for layer in change:
-        square = torch.linalg.svdvals(layer).square()
-        share = square / square.sum(-1, keepdim=True).clamp(min=torch.finfo(square.dtype).tiny)
-        entropy = -torch.special.xlogy(share, share).sum(-1)
-        used.append(torch.where(square.sum(-1) > 0, entropy.exp() / square.shape[-1], 0.0))
+    before, after = (
+        [x.detach().double() for x in layers]
+        for layers in (unpack(state.initial, state.sizes), state.current()[0])
+    )
     return {
-        "update_magnitude": norm(change) / norm(before),
-        "utilisation": torch.stack(used).mean(0),
+        "update_magnitude": update_magnitude(before, after),
+        "utilisation": utilisation(before, after).mean(-1),
     }

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class CausalConvolution(nn.Module):
@@ -71,3 +72,50 @@ def present_tokens(
     column = torch.arange(T, device=x.device)
     present = (column >= start[:, None]) & (column < end[:, None])
     return PresentTokens(present, start, (end - start).clamp(min=0))
+
+
+def continued_convolution(
+    x: Tensor,
+    weight: Tensor,
+    past: Tensor | None,
+    kept: int,
+    bounds: PresentTokens | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Filter tokens ``[B, T, F]`` behind those before, and what is to be kept for later ones.
+
+    Args:
+        x: ``[B, T, F]``.
+        weight: Filters ``[F, size]``.
+        past: ``[B, n, F]``, inputs before these, the newest last; None: there are none.
+        kept: Inputs that are kept, at least ``size - 1``.
+        bounds: Which tokens exist; None means all. Others count as 0.
+        cu_seqlens: int32 ``[n+1]``, bounds of packed documents, without a past.
+
+    Returns:
+        ``[B, T, F]`` and the newest inputs ``[B, kept, F]``, of each document where there are such.
+    """
+    B, T, width = x.shape
+    if past is None:
+        past = x.new_zeros(B, kept, width)
+    past = past.to(x.dtype)[:, -kept:]
+    past = F.pad(past, (0, 0, kept - past.shape[1], 0))
+    positions = None
+    if bounds is None:
+        inputs = torch.cat([past, x], 1)
+        after = inputs[:, T:]
+    else:
+        # what was before stands right before the first token of each row
+        x = F.pad(torch.where(bounds.present[..., None], x, 0.0), (0, 0, kept, 0))
+        column = torch.arange(kept, device=x.device)[:, None]
+        at = lambda first: (first[:, None, None] + column).expand(-1, -1, width)
+        inputs = x.scatter(1, at(bounds.start), past)
+        after = inputs.gather(1, at(bounds.start + bounds.length))
+    if cu_seqlens is not None:
+        token = torch.arange(T, device=x.device)
+        document = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+        positions = token - cu_seqlens[document]
+        ends = cu_seqlens[1:, None] + torch.arange(-kept, 0, device=x.device)
+        own = ends >= cu_seqlens[:-1, None]
+        after = torch.where(own[..., None], x[0, ends.clamp(min=0).long()], 0.0)
+    return causal_convolution(inputs, weight, T, positions), after

@@ -1,6 +1,5 @@
 """The neural memory of Titans as a layer: projections, convolutions, rates, operator, gate."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,12 +12,13 @@ from memattn.checks import check_int, check_rank, check_shape, must
 from memattn.nn.causal_convolution import (
     CausalConvolution,
     PresentTokens,
-    causal_convolution,
+    continued_convolution,
     present_tokens,
 )
+from memattn.nn.neural_memory_parameters import MemoryRates, MemoryWeights
 from memattn.nn.neural_memory_state import NeuralMemoryLayerState
 from memattn.ops import neural_memory
-from memattn.ops.neural_memory import DEEPEST
+from memattn.ops._neural_memory_checks import DEEPEST
 from memattn.reference.neural_memory import unpack
 
 
@@ -56,7 +56,7 @@ class NeuralMemory(nn.Module):
         norm_eps: Of the output's norm.
         options: Further arguments of ``memattn.neural_memory``: ``read``, ``activation``,
             ``residual``, ``loss``, ``huber_delta``, ``max_norm``, ``clamp``, ``skip_nonfinite``.
-        backend: Backend of the operator, ``"auto"``, ``"cpp"`` or ``"reference"``.
+        backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Raises:
         ValueError: If heads do not divide or a value is outside its range.
@@ -113,8 +113,10 @@ class NeuralMemory(nn.Module):
                 must("hidden_size", f"be divisible by num_heads={num_heads}", hidden_size)
             head_dim = hidden_size // num_heads
         check_int("head_dim", head_dim, 1)
-        for name, rate in (("lr", lr / max_lr), ("momentum", momentum), ("decay", decay)):
-            if rate is not None and not 0.0 < rate < 1.0:
+        rates = {"lr": lr / max_lr, "momentum": momentum, "decay": decay}
+        rates = {name: rate for name, rate in rates.items() if rate is not None}
+        for name, rate in rates.items():
+            if not 0.0 < rate < 1.0:
                 most = f"max_lr={max_lr}" if name == "lr" else "1"
                 must(name, f"be between 0 and {most}", lr if name == "lr" else rate)
         self.num_heads = num_heads
@@ -122,8 +124,7 @@ class NeuralMemory(nn.Module):
         self.chunk_size = chunk_size
         self.conv_size = conv_size
         self.max_lr = max_lr
-        self.rates = {"lr": lr / max_lr, "momentum": momentum, "decay": decay}
-        self.rates = {name: rate for name, rate in self.rates.items() if rate is not None}
+        self.rates = tuple(rates)
         self.options = dict(options or {})
         self.backend = backend
         inner = num_heads * head_dim
@@ -134,12 +135,9 @@ class NeuralMemory(nn.Module):
             self.q_conv = CausalConvolution(inner, conv_size)
             self.k_conv = CausalConvolution(inner, conv_size)
             self.v_conv = CausalConvolution(inner, conv_size)
-        self.rate_proj = nn.Linear(hidden_size, len(self.rates) * num_heads)
+        self.rate_proj = MemoryRates(hidden_size, num_heads, rates)
         sizes = [head_dim, *[expansion * head_dim] * (depth - 1), head_dim]
-        self.memory_weights = nn.ParameterList(
-            nn.Parameter(torch.empty(num_heads, after, before))
-            for before, after in zip(sizes, sizes[1:], strict=False)
-        )
+        self.memory_weights = MemoryWeights(num_heads, sizes)
         self.norm = nn.RMSNorm(head_dim, eps=norm_eps)
         self.gate_proj = nn.Linear(hidden_size, inner, bias=False) if gate else None
         self.o_proj = nn.Linear(inner, hidden_size, bias=False)
@@ -150,16 +148,7 @@ class NeuralMemory(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """New memory weights, rates and persistent tokens; projections keep theirs."""
-        for layer in self.memory_weights:
-            nn.init.normal_(layer, std=layer.shape[-1] ** -0.5)
-        # the rates of a new layer are those asked for, whatever the token
-        nn.init.zeros_(self.rate_proj.weight)
-        with torch.no_grad():
-            for bias, rate in zip(
-                self.rate_proj.bias.view(-1, self.num_heads), self.rates.values(), strict=True
-            ):
-                bias.fill_(math.log(rate / (1 - rate)))
+        """New persistent tokens; the modules inside have their own rules."""
         if self.persistent_tokens is not None:
             nn.init.normal_(self.persistent_tokens, std=0.02)
 
@@ -328,17 +317,16 @@ class NeuralMemory(nn.Module):
         filtered, inputs = self._filtered(projected, list("qkv"), past, since, bounds, cu_seqlens)
         query, key, value = (self._heads(x) for x in filtered)
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        rates = rearrange(
-            self.rate_proj(kv_states).to(wide).sigmoid(), "b t (n h) -> n b h t", h=self.num_heads
-        )
-        named = dict(zip(self.rates, rates, strict=True))
+        rates = self.rate_proj(kv_states).to(wide).sigmoid()
+        rates = rearrange(rates, "b t (n h) -> n b h t", h=self.num_heads)
+        rates = dict(zip(self.rates, rates, strict=True))
         out, memory, surprise = neural_memory(
             _unit(query),
             _unit(key),
             value,
-            self.max_lr * named["lr"],
-            named.get("momentum"),
-            named.get("decay"),
+            self.max_lr * rates["lr"],
+            rates.get("momentum"),
+            rates.get("decay"),
             list(self.memory_weights),
             state=None if state is None else state.memory,
             chunk_size=self.chunk_size,
@@ -381,33 +369,10 @@ class NeuralMemory(nn.Module):
         if self.conv_size == 1:
             return [F.silu(x) for x in projected], None
         x = torch.cat(list(projected), -1)
-        B, T, width = x.shape
         kept = self.conv_size - 1 + (0 if since is None else 2 * self.chunk_size)
-        if past is None:
-            past = x.new_zeros(B, kept, width)
-        past = past.to(x.dtype)[:, -kept:]
-        past = F.pad(past, (0, 0, kept - past.shape[1], 0))
-        positions = None
-        if bounds is None:
-            inputs = torch.cat([past, x], 1)
-            after = inputs[:, T:]
-        else:
-            # what was before stands right before the first token of each row
-            x = F.pad(torch.where(bounds.present[..., None], x, 0.0), (0, 0, kept, 0))
-            column = torch.arange(kept, device=x.device)[:, None]
-            at = lambda first: (first[:, None, None] + column).expand(-1, -1, width)
-            inputs = x.scatter(1, at(bounds.start), past)
-            after = inputs.gather(1, at(bounds.start + bounds.length))
-        if cu_seqlens is not None:
-            token = torch.arange(T, device=x.device)
-            document = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-            positions = token - cu_seqlens[document]
-            ends = cu_seqlens[1:, None] + torch.arange(-kept, 0, device=x.device)
-            own = ends >= cu_seqlens[:-1, None]
-            after = torch.where(own[..., None], x[0, ends.clamp(min=0).long()], 0.0)
         filters = torch.cat([getattr(self, f"{name}_conv").weight for name in names])
-        filtered = F.silu(causal_convolution(inputs, filters, T, positions))
-        return list(filtered.split([p.shape[-1] for p in projected], -1)), after
+        out, after = continued_convolution(x, filters, past, kept, bounds, cu_seqlens)
+        return list(F.silu(out).split([p.shape[-1] for p in projected], -1)), after
 
     def extra_repr(self) -> str:
         depth, P = len(self.memory_weights), self.persistent_tokens

@@ -19,6 +19,12 @@ from memattn.checks import (
 )
 from memattn.ops._attention import autocast, sequence_lengths
 from memattn.ops._dispatch import resolve_backend
+from memattn.ops._neural_memory_checks import (
+    check_positive,
+    check_state,
+    check_weights,
+    check_wide,
+)
 from memattn.ops._neural_memory_steps import (
     is_step,
     next_step,
@@ -31,7 +37,6 @@ from memattn.ops.neural_memory_state import NeuralMemoryState
 from memattn.reference.neural_memory import pack
 from memattn_kernels.signatures import NeuralMemoryArgs
 
-DEEPEST = 4
 CHOICES = {
     "read": ("token", "chunk"),
     "activation": ("gelu", "silu"),
@@ -159,8 +164,8 @@ def neural_memory(
         if gate is not None:
             check_tensor(name, gate)
             check_shape(name, gate, B=B, H=H, T=T)
-            _check_wide(name, gate, query, wide)
-    sizes = _check_weights(weights, query, value, wide)
+            check_wide(name, gate, query, wide)
+    sizes = check_weights(weights, query, value, wide)
     check_int("chunk_size", chunk_size, 1)
     for name, choice in dict(read=read, activation=activation, loss=loss, clamp=clamp).items():
         if choice not in CHOICES[name]:
@@ -173,13 +178,13 @@ def neural_memory(
         check_bool(name, flag)
     if residual and value.shape[-1] != D:
         must("value", f"have Dv = D = {D} with residual=True", value.shape[-1])
-    huber_delta = _check_positive("huber_delta", huber_delta)
-    max_norm = None if max_norm is None else _check_positive("max_norm", max_norm)
+    huber_delta = check_positive("huber_delta", huber_delta)
+    max_norm = None if max_norm is None else check_positive("max_norm", max_norm)
     sequence_lengths(query, T, cu_seqlens, seq_start, seq_end, 0, wanted_for=None)
     if state is not None:
         if cu_seqlens is not None:
             must("state", "be None with cu_seqlens", "a state")
-        _check_state(state, query, momentum, sizes, chunk_size, wide)
+        check_state(state, query, momentum, sizes, chunk_size, wide)
         if state.records and T > 1:
             named = dict(
                 chunk_size=chunk_size,
@@ -286,74 +291,6 @@ def _backend(chosen: str) -> tuple[Callable, Callable | None]:
             from memattn.reference.neural_memory_step import neural_memory_step as step
 
     return impl, step
-
-
-def _check_wide(name: str, tensor: Tensor, query: Tensor, wide: torch.dtype) -> None:
-    """Raise unless a tensor has the dtype of sums and the device of the query."""
-    if tensor.dtype != wide:
-        must(name, f"have dtype {wide} with a query of {query.dtype}", tensor.dtype)
-    if tensor.device != query.device:
-        must(name, f"be on the device of query, {query.device}", tensor.device)
-
-
-def _check_positive(name: str, value: object) -> float:
-    """The number, which must be above 0 and finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        must(name, "be a number", type(value).__name__, TypeError)
-    if not 0.0 < value < float("inf"):
-        must(name, "be positive and finite", value)
-    return float(value)
-
-
-def _check_weights(
-    weights: Sequence[Tensor], query: Tensor, value: Tensor, wide: torch.dtype
-) -> tuple[int, ...]:
-    """``d_0 ... d_N`` of layers that fit each other, the query and the value."""
-    if not isinstance(weights, tuple | list):
-        must("weights", "be a tuple of layers", type(weights).__name__, TypeError)
-    if not 1 <= len(weights) <= DEEPEST:
-        must("weights", f"have from 1 to {DEEPEST} layers", len(weights))
-    H, D, Dv = query.shape[1], query.shape[-1], value.shape[-1]
-    sizes = [D]
-    for n, layer in enumerate(weights):
-        name = f"weights[{n}]"
-        check_tensor(name, layer)
-        last = {"Dv": Dv} if n == len(weights) - 1 else {f"d_{n + 1}": None}
-        before = {"D": D} if n == 0 else {f"d_{n}": sizes[-1]}
-        check_shape(name, layer, H=H, **last, **before)
-        if layer.dtype not in (query.dtype, wide):
-            must(name, f"have the dtype of query, {query.dtype}, or {wide}", layer.dtype)
-        if layer.device != query.device:
-            must(name, f"be on the device of query, {query.device}", layer.device)
-        sizes.append(layer.shape[1])
-    return tuple(sizes)
-
-
-def _check_state(
-    state: NeuralMemoryState,
-    query: Tensor,
-    momentum: Tensor | None,
-    sizes: tuple[int, ...],
-    chunk_size: int,
-    wide: torch.dtype,
-) -> None:
-    """Raise unless the state is of this memory and this batch."""
-    if not isinstance(state, NeuralMemoryState):
-        must("state", "be a NeuralMemoryState", type(state).__name__, TypeError)
-    B, H = query.shape[:2]
-    if state.count.shape[0] != B:
-        must("state", f"be of B={B} sequences", state.count.shape[0])
-    if state.packed_weights.shape[1] != H:
-        must("state", f"be of H={H} heads", state.packed_weights.shape[1])
-    if state.sizes != sizes:
-        must("state", f"be of a memory with the sizes {list(sizes)}", list(state.sizes))
-    if state.chunk_size != chunk_size:
-        must("state", f"be of chunks of chunk_size={chunk_size}", state.chunk_size)
-    if (state.packed_momentum is None) != (momentum is None):
-        has = "a momentum" if momentum is not None else "no momentum, as momentum is None"
-        must("state", f"have {has}", "none" if momentum is not None else "one")
-    _check_wide("state", state.packed_weights, query, wide)
-    state.check(B, H, wide)
 
 
 def _token_by_token(

@@ -100,9 +100,7 @@ class MemoryWatch:
             found = memory.forward(piece, kv_states=kv_piece, state=state)
             state = found.state
             self.end = _double(state.memory.current()[0])
-            change = [after - first for after, first in zip(self.end, before, strict=True)]
-            size = _norm(before)
-            moved = _norm(change) / torch.where(size > 0, size, 1.0)
+            moved = update_magnitude(before, self.end)
             self.surprise.append(found.surprise.double().cpu())
             if count and self.update:
                 self.update[-1] = moved
@@ -242,9 +240,7 @@ def _use(watch: MemoryWatch) -> LayerUse:
         update=torch.stack(watch.update, 2),
         relevance=torch.cat(watch.relevance, 1),
         retrieval=_retrieval(watch, key, value),
-        utilisation=torch.stack(
-            [_utilisation(b - a) for a, b in zip(watch.start, watch.end, strict=True)], -1
-        ),
+        utilisation=utilisation(watch.start, watch.end),
     )
 
 
@@ -265,13 +261,24 @@ def _retrieval(watch: MemoryWatch, key: Tensor, value: Tensor) -> list[Retrieval
     return buckets
 
 
-def _utilisation(change: Tensor) -> Tensor:
-    """Effective rank ``[B, H]`` of ``change [B, H, m, n]`` in units of the smaller side."""
-    square = torch.linalg.svdvals(change).square()
-    total = square.sum(-1, keepdim=True)
-    share = square / torch.where(total > 0, total, 1.0)
-    entropy = -torch.special.xlogy(share, share).sum(-1)
-    return torch.where(total[..., 0] > 0, entropy.exp() / square.shape[-1], 0.0)
+def update_magnitude(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """Norm ``[B, H]`` of the change of layers ``[B, H, d_n, d_{n-1}]``, in units of their norm."""
+    norm = lambda layers: torch.stack([x.square().sum((-1, -2)) for x in layers]).sum(0).sqrt()
+    size = norm(before)
+    change = [y - x for x, y in zip(before, after, strict=True)]
+    return norm(change) / torch.where(size > 0, size, 1.0)
+
+
+def utilisation(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """Effective rank ``[B, H, N]`` of the change of each layer, in units of its smaller side."""
+    found = []
+    for x, y in zip(before, after, strict=True):
+        square = torch.linalg.svdvals(y - x).square()
+        total = square.sum(-1, keepdim=True)
+        share = square / torch.where(total > 0, total, 1.0)
+        entropy = -torch.special.xlogy(share, share).sum(-1)
+        found.append(torch.where(total[..., 0] > 0, entropy.exp() / square.shape[-1], 0.0))
+    return torch.stack(found, -1)
 
 
 def _copy(state: PartState) -> PartState:
@@ -284,8 +291,3 @@ def _copy(state: PartState) -> PartState:
 
 def _double(layers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(layer.detach().double().cpu() for layer in layers)
-
-
-def _norm(layers: Sequence[Tensor]) -> Tensor:
-    """Norm ``[B, H]`` over all layers ``[B, H, d_n, d_{n-1}]``."""
-    return torch.stack([layer.square().sum((-1, -2)) for layer in layers]).sum(0).sqrt()

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from memattn.checks import check_int, must
 from memattn.nn import CausalConvolution, NeuralMemory, SegmentedAttention
+from memattn.nn.neural_memory_parameters import MemoryRates, MemoryWeights
 from memattn.ops._dispatch import BACKENDS
-from memattn.ops.neural_memory import DEEPEST
+from memattn.ops._neural_memory_checks import DEEPEST
 from memattn.parts.base import PartOutput, Role, Sizes, View, register_part
 from memattn.parts.context import PartContext
 from memattn.parts.memory_measures import measure_memory
@@ -54,8 +54,8 @@ class TitansConfig(TitansOptions):
         decay: Its decay; None means none.
         max_norm: Largest norm of a token's gradient; None means any, and a chunk of alike keys may
             then overflow the memory in training.
-        backend: Backend of the operators, ``"auto"``, ``"cpp"`` or ``"reference"``; or ``"flex"``
-            for the attention and ``"auto"`` for the memory.
+        backend: Backend of the operators, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``;
+            or ``"flex"`` for the attention and ``"auto"`` for the memory.
     """
 
     kind: ClassVar[str] = "titans"
@@ -172,17 +172,15 @@ class TitansConfig(TitansOptions):
 
     @staticmethod
     def init_weights(module: nn.Module, std: float) -> None:
-        if isinstance(module, CausalConvolution):
+        if isinstance(module, CausalConvolution | MemoryWeights | NeuralMemory):
             module.reset_parameters()
         if isinstance(module, LongTermTokens):
             nn.init.normal_(module.tokens, std=std)
-        if isinstance(module, NeuralMemory):
-            bias = module.rate_proj.bias
-            loaded = bias.clone() if getattr(bias, "_is_hf_initialized", False) else None
-            module.reset_parameters()
-            if loaded is not None:
-                with torch.no_grad():
-                    bias.copy_(loaded)
+        if isinstance(module, MemoryRates):
+            nn.init.zeros_(module.weight)
+            # no function of torch.nn.init sets several numbers, so none spares a loaded bias
+            if not getattr(module.bias, "_is_hf_initialized", False):
+                module.reset_parameters()
         # persistent keys of attention have the rule of the parts that own such a layer
 
     def role(self, name: str, parameter: Tensor) -> Role | None:

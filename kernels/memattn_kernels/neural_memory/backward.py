@@ -33,24 +33,24 @@ from memattn_kernels.neural_memory.keys import (
     row_of,
 )
 from memattn_kernels.neural_memory.tiles import (
+    BACKWARD_SECTIONS,
     D_DECAY,
     D_ETA,
     Memory,
     Row,
+    Strided,
     copy,
     packed_size,
+    scratch_of,
     total_product,
     weights_before,
 )
 
 
 class Cotangents(NamedTuple):
-    """Gradients of results, arguments of the kernel; each may be None."""
+    """Gradients of results, arguments of the kernel; each pointer may be None."""
 
-    out: Any
-    stride_outb: Any
-    stride_outh: Any
-    stride_outt: Any
+    out: Strided
     h: Any
     delta: Any
     decay: Any
@@ -60,18 +60,9 @@ class Cotangents(NamedTuple):
 class Gradients(NamedTuple):
     """Gradients of inputs, arguments of the kernel; those after ``lr`` may be None."""
 
-    q: Any
-    stride_qb: Any
-    stride_qh: Any
-    stride_qt: Any
-    k: Any
-    stride_kb: Any
-    stride_kh: Any
-    stride_kt: Any
-    v: Any
-    stride_vb: Any
-    stride_vh: Any
-    stride_vt: Any
+    q: Strided
+    k: Strided
+    v: Strided
     lr: Any
     decay: Any
     eta: Any
@@ -84,7 +75,7 @@ class Gradients(NamedTuple):
 @triton.jit
 def chunk_backward(m, t, x, w, s, d_w, d_s, has_end, d, to):
     """Gradients of a chunk, from ``d_w`` and ``d_s`` behind it to those before it."""
-    HAS_READ: tl.constexpr = d.out is not None
+    HAS_READ: tl.constexpr = d.out.ptr is not None
     size = weights_before(m, m.depth)
     beta_end, sigma_end, mu_end = 0.0, 0.0, 0.0
     if has_end:
@@ -191,25 +182,30 @@ def neural_memory_bwd_kernel(
             d_end_s_ptr += item * size
         copy(d_end_s_ptr, d_s, size, COPY_BLOCK)
     x = Row(
-        place_ptr + 2 * item, IS_BATCH, n_heads, T, q_ptr, stride_qb, stride_qh, stride_qt,
-        k_ptr, stride_kb, stride_kh, stride_kt, v_ptr, stride_vb, stride_vh, stride_vt,
-        lr_ptr, stride_lrb, stride_lrh, stride_lrt, decay_ptr, stride_decayb, stride_decayh,
-        stride_decayt, eta_ptr, stride_etab, stride_etah, stride_etat, pending_h_ptr,
-        pending_delta_ptr, pending_decay_ptr, pending_eta_ptr, checkpoints_ptr, n_slots,
-        2 * size if HAS_MOMENTUM else size, group, start, pending, total,
+        place_ptr + 2 * item, IS_BATCH, n_heads, T,
+        Strided(q_ptr, stride_qb, stride_qh, stride_qt),
+        Strided(k_ptr, stride_kb, stride_kh, stride_kt),
+        Strided(v_ptr, stride_vb, stride_vh, stride_vt),
+        Strided(lr_ptr, stride_lrb, stride_lrh, stride_lrt),
+        Strided(decay_ptr, stride_decayb, stride_decayh, stride_decayt),
+        Strided(eta_ptr, stride_etab, stride_etah, stride_etat),
+        pending_h_ptr, pending_delta_ptr, pending_decay_ptr, pending_eta_ptr, checkpoints_ptr,
+        n_slots, 2 * size if HAS_MOMENTUM else size, group, start, pending, total,
     )  # fmt: skip
-    d = Cotangents(do_ptr, stride_dob, stride_doh, stride_dot, d_end_h_ptr, d_end_delta_ptr,
-                   d_end_decay_ptr, d_end_eta_ptr)  # fmt: skip
+    d = Cotangents(Strided(do_ptr, stride_dob, stride_doh, stride_dot), d_end_h_ptr,
+                   d_end_delta_ptr, d_end_decay_ptr, d_end_eta_ptr)  # fmt: skip
     to = Gradients(
-        dq_ptr, stride_dqb, stride_dqh, stride_dqt, dk_ptr, stride_dkb, stride_dkh, stride_dkt,
-        dv_ptr, stride_dvb, stride_dvh, stride_dvt, d_lr_ptr, d_decay_ptr, d_eta_ptr,
+        Strided(dq_ptr, stride_dqb, stride_dqh, stride_dqt),
+        Strided(dk_ptr, stride_dkb, stride_dkh, stride_dkt),
+        Strided(dv_ptr, stride_dvb, stride_dvh, stride_dvt),
+        d_lr_ptr, d_decay_ptr, d_eta_ptr,
         d_pending_h_ptr, d_pending_delta_ptr, d_pending_decay_ptr, d_pending_eta_ptr,
     )  # fmt: skip
-    inputs_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * program_floats
-    outputs_ptr = inputs_ptr + 3 * chunk * all_inputs
-    pairs_ptr = outputs_ptr + 8 * chunk * all_outputs
+    inputs_ptr, outputs_ptr, pairs_ptr, lanes_ptr = scratch_of(
+        scratch_ptr, program_floats, chunk, all_inputs, all_outputs, BACKWARD_SECTIONS
+    )
     walk_backward(
-        Memory(inputs_ptr, outputs_ptr, pairs_ptr, pairs_ptr + 5 * chunk * chunk, chunk, depth,
+        Memory(inputs_ptr, outputs_ptr, pairs_ptr, lanes_ptr, chunk, depth,
                width_0, width_1, width_2, width_3, width_4, all_inputs, all_outputs, huber_delta,
                max_norm, READ_CHUNK, IS_SILU, RESIDUAL, IS_HUBER, CLAMP, SKIP, HAS_MOMENTUM,
                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_C, PRECISION),

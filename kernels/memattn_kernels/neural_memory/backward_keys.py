@@ -22,6 +22,7 @@ from memattn_kernels.neural_memory.tiles import (
     G,
     H,
     add_outer,
+    at_head,
     back,
     inputs_at,
     lanes_at,
@@ -109,8 +110,7 @@ def key_backward(m, t, x, w_ptr, to):
     """Gradients of keys, values and learning rates."""
     PH, PD = m.all_inputs, m.all_outputs
     at, b, head = place_of(x)
-    dk_ptr = to.k + b * to.stride_kb + head * to.stride_kh
-    dv_ptr, stride_dv = to.v + b * to.stride_vb + head * to.stride_vh, to.stride_vt
+    dk_ptr, dv_ptr, stride_dv = at_head(to.k, b, head), at_head(to.v, b, head), to.v.t
     d_lr_ptr = to.lr + (b * x.n_heads + head) * x.T
     for row in tl.range(0, t.n, m.BLOCK_M, disable_licm=True):
         slots = row + tl.arange(0, m.BLOCK_M)
@@ -194,7 +194,7 @@ def key_backward(m, t, x, w_ptr, to):
                     if m.RESIDUAL:
                         error = outputs_at(m, D_SCALED, m.depth - 1)
                         d += load_block(error, PD, row, col, t.n, n_in, m.BLOCK_M, m.BLOCK_N)
-                    store_tokens(dk_ptr, to.stride_kt, t, slots, n_in, col, d)
+                    store_tokens(dk_ptr, to.k.t, t, slots, n_in, col, d)
         tl.debug_barrier()
 
 

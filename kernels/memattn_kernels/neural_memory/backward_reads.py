@@ -27,6 +27,7 @@ from memattn_kernels.neural_memory.tiles import (
     G,
     H,
     M,
+    at_head,
     back,
     forth,
     inputs_at,
@@ -131,8 +132,7 @@ def read_backward(m, t, x, w_ptr, s_ptr, d_results, to):
     """Gradients of what the queries of a chunk read."""
     PH, PD = m.all_inputs, m.all_outputs
     at, b, h = place_of(x)
-    do_ptr = d_results.out + b * d_results.stride_outb + h * d_results.stride_outh
-    dq_ptr = to.q + b * to.stride_qb + h * to.stride_qh
+    do_ptr, dq_ptr = at_head(d_results.out, b, h), at_head(to.q, b, h)
     n_out = width(m, m.depth)
     for row in tl.range(0, t.n, m.BLOCK_M, disable_licm=True):
         slots = row + tl.arange(0, m.BLOCK_M)
@@ -141,7 +141,7 @@ def read_backward(m, t, x, w_ptr, s_ptr, d_results, to):
         tl.store(lanes_at(m, D_BETA) + slots, zero, mask=mask)
         tl.store(lanes_at(m, D_SIGMA) + slots, zero, mask=mask)
         for col in tl.range(0, n_out, m.BLOCK_N, disable_licm=True):
-            d = load_tokens(do_ptr, d_results.stride_outt, t, slots, n_out, col, m.BLOCK_N)
+            d = load_tokens(do_ptr, d_results.out.t, t, slots, n_out, col, m.BLOCK_N)
             store_block(outputs_at(m, OWN, m.depth - 1), PD, row, col, t.n, n_out, d)
     tl.debug_barrier()
     for index in tl.range(m.depth, disable_licm=True):
@@ -192,7 +192,7 @@ def read_backward(m, t, x, w_ptr, s_ptr, d_results, to):
                             outputs_at(m, OWN, m.depth - 1), PD, row, col, t.n, n_in, m.BLOCK_M,
                             m.BLOCK_N,
                         )  # fmt: skip
-                    store_tokens(dq_ptr, to.stride_qt, t, slots, n_in, col, d)
+                    store_tokens(dq_ptr, to.q.t, t, slots, n_in, col, d)
             if not m.READ_CHUNK:
                 d_beta += tl.load(lanes_at(m, D_BETA) + slots, mask=mask, other=0.0)
                 d_sigma += tl.load(lanes_at(m, D_SIGMA) + slots, mask=mask, other=0.0)

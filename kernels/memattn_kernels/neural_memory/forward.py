@@ -26,10 +26,7 @@ from memattn_kernels.neural_memory.tiles import (
     DECAY,
     DELTA,
     ETA,
-    N_INPUTS,
     N_LANES,
-    N_OUTPUTS,
-    N_PAIRS,
     PAIRS,
     READ_FIRST,
     SCALED,
@@ -39,7 +36,9 @@ from memattn_kernels.neural_memory.tiles import (
     H,
     Memory,
     Row,
+    Strided,
     activate,
+    at_head,
     copy,
     forth,
     inputs_at,
@@ -50,6 +49,7 @@ from memattn_kernels.neural_memory.tiles import (
     pairs_at,
     place_of,
     product,
+    scratch_of,
     store_block,
     store_tokens,
     weights_before,
@@ -57,14 +57,13 @@ from memattn_kernels.neural_memory.tiles import (
 )
 
 COPY_BLOCK: tl.constexpr = tl.constexpr(1024)
-# sections of inputs, outputs and pairs that a program has
-FORWARD_SECTIONS = (2, 1, 3)
-BACKWARD_SECTIONS = (N_INPUTS, N_OUTPUTS, N_PAIRS)
+# sections of inputs, outputs and pairs; one of outputs is phi', delta and scaled delta in turn
+FORWARD_SECTIONS: tl.constexpr = tl.constexpr((2, 1, 3))
 
 
-def scratch_floats(chunk: int, sizes: list[int], sections: tuple[int, int, int]) -> int:
+def scratch_floats(chunk: int, sizes: list[int], sections: tl.constexpr) -> int:
     """Floats of scratch of a program with these sections, in whole lines of the cache."""
-    n_inputs, n_outputs, n_pairs = sections
+    n_inputs, n_outputs, n_pairs = sections.value
     row = n_inputs * sum(sizes[:-1]) + n_outputs * sum(sizes[1:]) + n_pairs * chunk + N_LANES
     return -(-chunk * row // 32) * 32
 
@@ -72,10 +71,7 @@ def scratch_floats(chunk: int, sizes: list[int], sections: tuple[int, int, int])
 class Results(NamedTuple):
     """What a program writes, arguments of the kernel; those of the state may be None."""
 
-    out: Any
-    stride_outb: Any
-    stride_outh: Any
-    stride_outt: Any
+    out: Strided
     surprise: Any
     end_h: Any
     end_delta: Any
@@ -89,7 +85,7 @@ def read_pass(m, t, x, w_ptr, s_ptr, out, BACKWARD: tl.constexpr):
     PH, PD = m.all_inputs, m.all_outputs
     if not BACKWARD:
         at, b, head = place_of(x)
-        out_ptr = out.out + b * out.stride_outb + head * out.stride_outh
+        out_ptr = at_head(out.out, b, head)
     for l in tl.range(m.depth - 1 if BACKWARD else m.depth, disable_licm=True):
         n_in, n_out = width(m, l), width(m, l + 1)
         g, h = inputs_at(m, G, l), inputs_at(m, H, l)
@@ -132,7 +128,7 @@ def read_pass(m, t, x, w_ptr, s_ptr, out, BACKWARD: tl.constexpr):
                             inputs_at(m, G, 0), PH, row, col, t.n, n_out, m.BLOCK_M, m.BLOCK_N
                         )
                     if not BACKWARD:
-                        store_tokens(out_ptr, out.stride_outt, t, slots, n_out, col, z)
+                        store_tokens(out_ptr, out.out.t, t, slots, n_out, col, z)
         tl.debug_barrier()
 
 
@@ -213,20 +209,23 @@ def neural_memory_fwd_kernel(
         copy(start_s_ptr, s, size, COPY_BLOCK)
     tl.debug_barrier()
     x = Row(
-        place_ptr + 2 * item, IS_BATCH, n_heads, T, q_ptr, stride_qb, stride_qh, stride_qt,
-        k_ptr, stride_kb, stride_kh, stride_kt, v_ptr, stride_vb, stride_vh, stride_vt,
-        lr_ptr, stride_lrb, stride_lrh, stride_lrt, decay_ptr, stride_decayb, stride_decayh,
-        stride_decayt, eta_ptr, stride_etab, stride_etah, stride_etat, pending_h_ptr,
-        pending_delta_ptr, pending_decay_ptr, pending_eta_ptr, checkpoints_ptr, n_slots,
-        2 * size if HAS_MOMENTUM else size, group, start, pending, total,
+        place_ptr + 2 * item, IS_BATCH, n_heads, T,
+        Strided(q_ptr, stride_qb, stride_qh, stride_qt),
+        Strided(k_ptr, stride_kb, stride_kh, stride_kt),
+        Strided(v_ptr, stride_vb, stride_vh, stride_vt),
+        Strided(lr_ptr, stride_lrb, stride_lrh, stride_lrt),
+        Strided(decay_ptr, stride_decayb, stride_decayh, stride_decayt),
+        Strided(eta_ptr, stride_etab, stride_etah, stride_etat),
+        pending_h_ptr, pending_delta_ptr, pending_decay_ptr, pending_eta_ptr, checkpoints_ptr,
+        n_slots, 2 * size if HAS_MOMENTUM else size, group, start, pending, total,
     )  # fmt: skip
-    out = Results(o_ptr, stride_ob, stride_oh, stride_ot, surprise_ptr, end_h_ptr, end_delta_ptr,
-                  end_decay_ptr, end_eta_ptr)  # fmt: skip
-    inputs_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * program_floats
-    outputs_ptr = inputs_ptr + 2 * chunk * all_inputs
-    pairs_ptr = outputs_ptr + chunk * all_outputs
+    out = Results(Strided(o_ptr, stride_ob, stride_oh, stride_ot), surprise_ptr, end_h_ptr,
+                  end_delta_ptr, end_decay_ptr, end_eta_ptr)  # fmt: skip
+    inputs_ptr, outputs_ptr, pairs_ptr, lanes_ptr = scratch_of(
+        scratch_ptr, program_floats, chunk, all_inputs, all_outputs, FORWARD_SECTIONS
+    )
     skipped = walk_forward(
-        Memory(inputs_ptr, outputs_ptr, pairs_ptr, pairs_ptr + 3 * chunk * chunk, chunk, depth,
+        Memory(inputs_ptr, outputs_ptr, pairs_ptr, lanes_ptr, chunk, depth,
                width_0, width_1, width_2, width_3, width_4, all_inputs, all_outputs, huber_delta,
                max_norm, READ_CHUNK, IS_SILU, RESIDUAL, IS_HUBER, CLAMP, SKIP, HAS_MOMENTUM,
                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_C, PRECISION),

@@ -24,6 +24,7 @@ from memattn_kernels.neural_memory.tiles import (
     Tokens,
     activate,
     add_outer,
+    at_head,
     back,
     clamp_of,
     forth,
@@ -86,14 +87,12 @@ def _gate(ptr, stride, pending_ptr, t, slots):
 def load_chunk(m, t, x):
     """Keys and queries as inputs of the first layer, rates as lanes."""
     at, b, h = place_of(x)
-    q_ptr = x.q + b * x.stride_qb + h * x.stride_qh
-    k_ptr = x.k + b * x.stride_kb + h * x.stride_kh
-    lr_ptr = x.lr + b * x.stride_lrb + h * x.stride_lrh
-    decay_ptr, eta_ptr = x.decay, x.eta
-    if x.decay is not None:
-        decay_ptr += b * x.stride_decayb + h * x.stride_decayh
-    if x.eta is not None:
-        eta_ptr += b * x.stride_etab + h * x.stride_etah
+    q_ptr, k_ptr, lr_ptr = at_head(x.q, b, h), at_head(x.k, b, h), at_head(x.lr, b, h)
+    decay_ptr, eta_ptr = x.decay.ptr, x.eta.ptr
+    if decay_ptr is not None:
+        decay_ptr = at_head(x.decay, b, h)
+    if eta_ptr is not None:
+        eta_ptr = at_head(x.eta, b, h)
     pending_decay_ptr, pending_eta_ptr = x.pending_decay, x.pending_eta
     if x.pending_h is not None:
         pending_decay_ptr += at * (m.chunk - 1)
@@ -101,15 +100,15 @@ def load_chunk(m, t, x):
     for row in tl.range(0, t.n, m.BLOCK_M, disable_licm=True):
         slots = row + tl.arange(0, m.BLOCK_M)
         for col in tl.range(0, m.width_0, m.BLOCK_N, disable_licm=True):
-            k = load_tokens(k_ptr, x.stride_kt, t, slots, m.width_0, col, m.BLOCK_N)
+            k = load_tokens(k_ptr, x.k.t, t, slots, m.width_0, col, m.BLOCK_N)
             store_block(inputs_at(m, H, 0), m.all_inputs, row, col, t.n, m.width_0, k)
-            q = load_tokens(q_ptr, x.stride_qt, t, slots, m.width_0, col, m.BLOCK_N)
+            q = load_tokens(q_ptr, x.q.t, t, slots, m.width_0, col, m.BLOCK_N)
             store_block(inputs_at(m, G, 0), m.all_inputs, row, col, t.n, m.width_0, q)
         mask = slots < t.n
-        tl.store(lanes_at(m, LR) + slots, _gate(lr_ptr, x.stride_lrt, None, t, slots), mask=mask)
-        decay = _gate(decay_ptr, x.stride_decayt, pending_decay_ptr, t, slots)
+        tl.store(lanes_at(m, LR) + slots, _gate(lr_ptr, x.lr.t, None, t, slots), mask=mask)
+        decay = _gate(decay_ptr, x.decay.t, pending_decay_ptr, t, slots)
         tl.store(lanes_at(m, DECAY) + slots, decay, mask=mask)
-        eta = _gate(eta_ptr, x.stride_etat, pending_eta_ptr, t, slots)
+        eta = _gate(eta_ptr, x.eta.t, pending_eta_ptr, t, slots)
         tl.store(lanes_at(m, ETA) + slots, eta, mask=mask)
     tl.debug_barrier()
 
@@ -124,7 +123,7 @@ def key_pass(m, t, x, w_ptr, surprise_ptr, BACKWARD: tl.constexpr):
     SCALED_: tl.constexpr = SCALED if BACKWARD else DELTA
     PH, PD = m.all_inputs, m.all_outputs
     at, b, head = place_of(x)
-    v_ptr = x.v + b * x.stride_vb + head * x.stride_vh
+    v_ptr = at_head(x.v, b, head)
     for l in tl.range(m.depth, disable_licm=True):
         n_out = width(m, l + 1)
         for row in tl.range(0, t.n, m.BLOCK_M, disable_licm=True):
@@ -142,7 +141,7 @@ def key_pass(m, t, x, w_ptr, surprise_ptr, BACKWARD: tl.constexpr):
                         a += load_block(
                             inputs_at(m, H, 0), PH, row, col, t.n, n_out, m.BLOCK_M, m.BLOCK_N
                         )
-                    a -= load_tokens(v_ptr, x.stride_vt, t, slots, n_out, col, m.BLOCK_N)
+                    a -= load_tokens(v_ptr, x.v.t, t, slots, n_out, col, m.BLOCK_N)
                     if m.IS_HUBER:
                         if BACKWARD:
                             store_block(outputs_at(m, SECOND, l), PD, row, col, t.n, n_out, a)

@@ -10,11 +10,11 @@ from memattn_kernels import configs
 from memattn_kernels._common import IS_INTERPRETED, block_width, rows
 from memattn_kernels.neural_memory.backward import neural_memory_bwd_kernel
 from memattn_kernels.neural_memory.forward import (
-    BACKWARD_SECTIONS,
     FORWARD_SECTIONS,
     neural_memory_fwd_kernel,
     scratch_floats,
 )
+from memattn_kernels.neural_memory.tiles import BACKWARD_SECTIONS
 from memattn_kernels.signatures import NeuralMemoryArgs
 
 # bytes of scratch of all programs of a launch; heads beyond wait for another one

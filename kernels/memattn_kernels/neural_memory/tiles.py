@@ -16,46 +16,20 @@ import triton
 import triton.language as tl
 
 # sections of inputs: of keys, of queries, gradient of the first
-H: tl.constexpr = tl.constexpr(0)
-G: tl.constexpr = tl.constexpr(1)
-D_H: tl.constexpr = tl.constexpr(2)
-N_INPUTS = 3
-# sections of outputs: gradient of the inner loss, that times theta kappa, gradient of the second
-DELTA: tl.constexpr = tl.constexpr(0)
-SCALED: tl.constexpr = tl.constexpr(1)
-D_SCALED: tl.constexpr = tl.constexpr(2)
-# phi', phi'' times the gradient of its value, phi' of queries
-FIRST: tl.constexpr = tl.constexpr(3)
-SECOND: tl.constexpr = tl.constexpr(4)
-READ_FIRST: tl.constexpr = tl.constexpr(5)
-# gradient of what queries have before phi, phi' times the gradient of delta
-OWN: tl.constexpr = tl.constexpr(6)
-WIDE: tl.constexpr = tl.constexpr(7)
-N_OUTPUTS = 8
+_inputs = H, G, D_H = [tl.constexpr(n) for n in range(3)]
+# sections of outputs: gradient of the inner loss, that times theta kappa, gradient of the second;
+# phi', phi'' times the gradient of its value, phi' of queries; gradient of what queries have
+# before phi, phi' times the gradient of delta
+_outputs = [tl.constexpr(n) for n in range(8)]
+DELTA, SCALED, D_SCALED, FIRST, SECOND, READ_FIRST, OWN, WIDE = _outputs
 # sections of pairs: coefficients of weights and momentum, scratch, gradient of the first
-C: tl.constexpr = tl.constexpr(0)
-M: tl.constexpr = tl.constexpr(1)
-PAIRS: tl.constexpr = tl.constexpr(2)
-MASKED: tl.constexpr = tl.constexpr(3)
-D_C: tl.constexpr = tl.constexpr(4)
-N_PAIRS = 5
+_pairs = C, M, PAIRS, MASKED, D_C = [tl.constexpr(n) for n in range(5)]
 # sections of lanes; RATE is theta kappa, CURVE the derivative of kappa over the norm
-LR: tl.constexpr = tl.constexpr(0)
-DECAY: tl.constexpr = tl.constexpr(1)
-ETA: tl.constexpr = tl.constexpr(2)
-BETA: tl.constexpr = tl.constexpr(3)
-SIGMA: tl.constexpr = tl.constexpr(4)
-MU: tl.constexpr = tl.constexpr(5)
-RATE: tl.constexpr = tl.constexpr(6)
-KAPPA: tl.constexpr = tl.constexpr(7)
-CURVE: tl.constexpr = tl.constexpr(8)
-D_BETA: tl.constexpr = tl.constexpr(9)
-D_SIGMA: tl.constexpr = tl.constexpr(10)
-D_LAST_C: tl.constexpr = tl.constexpr(11)
-D_LAST_M: tl.constexpr = tl.constexpr(12)
-D_DECAY: tl.constexpr = tl.constexpr(13)
-D_ETA: tl.constexpr = tl.constexpr(14)
-N_LANES = 15
+_lanes = [tl.constexpr(n) for n in range(15)]
+LR, DECAY, ETA, BETA, SIGMA, MU, RATE, KAPPA, CURVE, *_gradients = _lanes
+D_BETA, D_SIGMA, D_LAST_C, D_LAST_M, D_DECAY, D_ETA = _gradients
+N_LANES = len(_lanes)
+BACKWARD_SECTIONS: tl.constexpr = tl.constexpr((len(_inputs), len(_outputs), len(_pairs)))
 
 
 class Memory(NamedTuple):
@@ -93,6 +67,15 @@ class Memory(NamedTuple):
     PRECISION: Any
 
 
+class Strided(NamedTuple):
+    """A tensor ``[B, H, T, ...]``: its pointer, which may be None, and strides."""
+
+    ptr: Any
+    b: Any
+    h: Any
+    t: Any
+
+
 class Row(NamedTuple):
     """What a program reads: arguments of the kernel, and the tokens of its row."""
 
@@ -100,30 +83,12 @@ class Row(NamedTuple):
     is_batch: Any  # rows are sequences of the batch, not documents of one
     n_heads: Any
     T: Any
-    q: Any
-    stride_qb: Any
-    stride_qh: Any
-    stride_qt: Any
-    k: Any
-    stride_kb: Any
-    stride_kh: Any
-    stride_kt: Any
-    v: Any
-    stride_vb: Any
-    stride_vh: Any
-    stride_vt: Any
-    lr: Any
-    stride_lrb: Any
-    stride_lrh: Any
-    stride_lrt: Any
-    decay: Any  # may be None, as the pointers that follow
-    stride_decayb: Any
-    stride_decayh: Any
-    stride_decayt: Any
-    eta: Any
-    stride_etab: Any
-    stride_etah: Any
-    stride_etat: Any
+    q: Strided
+    k: Strided
+    v: Strided
+    lr: Strided
+    decay: Strided  # its pointer may be None, as those that follow
+    eta: Strided
     pending_h: Any
     pending_delta: Any
     pending_decay: Any
@@ -158,6 +123,12 @@ def place_of(x):
 
 
 @triton.jit
+def at_head(x, b, h):
+    """Where the tokens of a head of a sequence begin."""
+    return x.ptr + b * x.b + h * x.h
+
+
+@triton.jit
 def width(m, l):
     """Features before layer ``l``."""
     later = tl.where(l == 2, m.width_2, tl.where(l == 3, m.width_3, m.width_4))
@@ -181,6 +152,16 @@ def packed_size(l, width_0, width_1, width_2, width_3, width_4):
 def weights_before(m, l):
     """Where layer ``l`` lies in packed weights; of ``depth``, their size."""
     return packed_size(l, m.width_0, m.width_1, m.width_2, m.width_3, m.width_4)
+
+
+@triton.jit
+def scratch_of(scratch_ptr, program_floats, chunk, all_inputs, all_outputs,
+               SECTIONS: tl.constexpr):  # fmt: skip
+    """Inputs, outputs, pairs and lanes of this program."""
+    inputs_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * program_floats
+    outputs_ptr = inputs_ptr + SECTIONS[0] * chunk * all_inputs
+    pairs_ptr = outputs_ptr + SECTIONS[1] * chunk * all_outputs
+    return inputs_ptr, outputs_ptr, pairs_ptr, pairs_ptr + SECTIONS[2] * chunk * chunk
 
 
 @triton.jit
