@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from memattn.data import load_documents, load_tokenizer, split_documents
+from memattn.data import load_documents, load_tokenizer
 from memattn.evaluate import perplexity
 from memattn.study.compare import ModelSizes
 from memattn.study.compare_text import ComparedText, find_text
 from memattn.train import DataConfig, TrainConfig, TrainingConfig, train
+from memattn.train.setup import held_out_texts
 
 DIM_HEAD = 64
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
@@ -106,12 +107,13 @@ def evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MemAttnForCausalLM.from_pretrained(folder).to(device)
     data = config.data
-    documents = load_documents(text.test or text.train, cache_dir=data.cache_dir)
     if text.test is None:
-        documents = split_documents(documents, data.held_out, seed=data.split_seed).held_out
+        texts = held_out_texts(data)
+    else:
+        texts = [document.text for document in load_documents(text.test)]
     found = perplexity(
         model,
-        [document.text for document in documents],
+        texts,
         load_tokenizer(folder),
         context_len=data.seq_len,
         batch_size=args.val_batch_size,

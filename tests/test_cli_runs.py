@@ -12,8 +12,10 @@ from chat_templates import CHATML
 from train_factories import tiny_config
 
 from memattn.cli import main
+from memattn.cli._evaluate_texts import load_texts
+from memattn.cli._runs import load_either
 from memattn.data import load_tokenizer
-from memattn.train import train
+from memattn.train import TaskConfig, train
 from memattn.train.metrics import read_metrics
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -80,6 +82,21 @@ def test_evaluate_measures_the_answers_of_conversations(capsys, tmp_path):
     code, text, _ = run(capsys, "evaluate", tmp_path / "run", *options)
     assert code == 0 and "held-out answers of" in text
     assert json.loads(out.read_text())["eval_loss"] == pytest.approx(result.eval_loss, abs=1e-6)
+
+
+def test_evaluate_measures_the_answers_of_a_task(capsys, tmp_path):
+    options = {"vocab_size": 12, "num_pairs": 2}
+    data = {"task": TaskConfig(options=options, samples=8), "seq_len": 16, "held_out": 0.25}
+    data |= {"dataset_name": "wiki", "vocab_size": None}
+    config = tiny_config(tmp_path, preset="vanilla", data=data, max_steps=2)
+    result = train(config, progress=False)
+    out = tmp_path / "out.json"
+    options = ["--device", "cpu", "--json", out, "--batch_size", 1]
+    code, text, _ = run(capsys, "evaluate", tmp_path / "run", *options)
+    assert code == 0 and "held-out answers of recall" in text
+    assert json.loads(out.read_text())["eval_loss"] == pytest.approx(result.eval_loss, abs=1e-6)
+    with pytest.raises(ValueError, match="data must be given where the run has learnt a task"):
+        load_texts(load_either(str(tmp_path / "run"), None, None, "cpu"), None, str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,8 @@ def test_state_of_a_file_is_drawn(learned, tmp_path, capsys):
     capsys.readouterr()
     assert main(["plot", "state", state, "--text", "A", "--out", str(page)]) == 2
     assert "text must be left out" in capsys.readouterr().err
+    assert main(["plot", "state", str(tmp_path / "none"), "--out", str(page)]) == 2
+    assert "text must be given to plot the state of a model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", ("lmm", "mac"))
@@ -135,6 +137,30 @@ def test_memorize_keeps_the_old_file_where_it_fails_and_goes_on_where_asked(
     for ours, theirs in zip(loaded.cache.layers, whole.cache.layers, strict=True):
         for name, x in ours.state.items():
             torch.testing.assert_close(x, theirs.state[name])
+
+
+@pytest.mark.parametrize("options", (["--temperature", "0"], ["--seed", "3", "--top_k", "9"]))
+def test_text_goes_on_behind_a_memory_as_behind_the_text(learned, tmp_path, capsys, options):
+    folder, _ = learned
+    model, state, book = str(folder / "model"), str(tmp_path / "state"), tmp_path / "book.txt"
+    book.write_text("A1B2C3")
+    assert main(["memorize", str(book), "--model", model, "--out", state]) == 0
+    capsys.readouterr()
+    command = ["generate", model, "--max_new_tokens", "6", *options, "--prompt"]
+    assert main([*command, "B", "--memory", state]) == 0
+    behind = capsys.readouterr().out
+    assert main([*command, "A1B2C3B"]) == 0
+    assert "A1B2C3" + behind == capsys.readouterr().out
+
+
+def test_a_book_is_never_overwritten(learned, tmp_path, capsys):
+    folder, _ = learned
+    book = tmp_path / "book.txt"
+    book.write_text("A1B2")
+    out = str(tmp_path / "." / "book.txt")
+    assert main(["memorize", str(book), "--model", str(folder / "model"), "--out", out]) == 2
+    assert "out must be another file than book" in capsys.readouterr().err
+    assert book.read_text() == "A1B2"
 
 
 def make_whole(folder, tokenizer, text):

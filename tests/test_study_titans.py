@@ -182,7 +182,7 @@ def test_bad_input_is_named(tmp_path):
         TitansCompare(parts=["x"])
     with pytest.raises(ValueError, match="compare.variant must be one of .*, got 'x'"):
         TitansCompare(variant="x")
-    with pytest.raises(ValueError, match="models must have entries of .*, got 'x'"):
+    with pytest.raises(ValueError, match="^models must have entries of .*, got 'x'"):
         TitansPart(models=["x"])
     with pytest.raises(ValueError, match="memory.variant must be left to the study"):
         TitansPart(memory={"variant": "mag"})

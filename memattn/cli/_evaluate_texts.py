@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
 def load_texts(loaded: "Loaded", data: str | None, cache_dir: str) -> tuple[list[str], str]:
     """The texts and what they are called."""
-    from memattn.data import load_documents, split_documents
-    from memattn.train.setup import load_source
+    from memattn.data import load_documents
+    from memattn.train.setup import held_out_texts
 
     if data is not None:
         documents = load_documents(data, cache_dir=cache_dir)
@@ -20,10 +20,13 @@ def load_texts(loaded: "Loaded", data: str | None, cache_dir: str) -> tuple[list
             f"data must be given where the model is not a run folder, got {loaded.name}"
         )
     source = loaded.run.data
+    if source.task is not None:
+        raise ValueError(
+            f"data must be given where the run has learnt a task, no text, got {loaded.name}"
+        )
     if source.held_out == 0.0:
         raise ValueError(
             f"data must be given where the run held out no documents, got {loaded.name}"
         )
-    documents = load_source(replace(source, cache_dir=cache_dir), "pretraining")
-    held_out = split_documents(documents, source.held_out, seed=source.split_seed).held_out
-    return [document.text for document in held_out], f"held-out part of {source.dataset_name}"
+    texts = held_out_texts(replace(source, cache_dir=cache_dir))
+    return texts, f"held-out part of {source.dataset_name}"

@@ -43,8 +43,8 @@ def evaluate(
             it has not, what it would start from.
         base_model: Folder of the pretrained model, in place of that of the configuration.
         data: A corpus (memattn data --list), a text file, a folder or a Hugging Face dataset. By
-            default the documents that the run held out from training; of conversations only the
-            answers count.
+            default the documents that the run held out from training; of conversations and
+            tasks only the answers count.
         context_len: Tokens in a window; by default the model's own maximum, at most 1024.
         stride: Tokens by which the window moves; by default as many as it has.
         batch_size: Windows in one forward pass.
@@ -112,7 +112,8 @@ KINDS = {"perplexity": evaluate, "memory": memory, **TASKS}
 
 
 def _has_answers(run: "TrainConfig") -> bool:
-    return run.training.training_mode == "instruction_finetuning"
+    """Whether a run has learnt answers, which it measures as it was trained, and no whole text."""
+    return run.data.task is not None or run.training.training_mode == "instruction_finetuning"
 
 
 def _evaluate_answers(loaded: "Loaded", batch_size: int, json: str | None) -> int:
@@ -122,7 +123,8 @@ def _evaluate_answers(loaded: "Loaded", batch_size: int, json: str | None) -> in
 
     assert loaded.run is not None
     result = answer_losses(loaded.run, loaded.model, loaded.tokenizer, batch_size)
-    name = f"held-out answers of {loaded.run.data.dataset_name}"
+    data = loaded.run.data
+    name = f"held-out answers of {data.dataset_name if data.task is None else data.task.name}"
     if json is not None:
         write_json(json, {"model": loaded.name, "data": name, **result})
     for measure, value in result.items():

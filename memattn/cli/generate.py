@@ -54,12 +54,14 @@ def generate(
         raise ValueError(f"top_k must be at least 0, got {top_k}")
     _, loaded, tokenizer, _ = load_either(model, config, base_model, device)
     text = sys.stdin.read() if prompt == "-" else prompt
-    kept = None
+    past: dict[str, Any] = {}
+    num_read = 0
     if memory is not None:
         from memattn.models import KeptMemory
 
         kept = KeptMemory.load(memory, loaded)
-    begins = kept is None and tokenizer.bos_token_id is not None
+        past, num_read = {"past_key_values": kept.cache}, kept.num_tokens
+    begins = memory is None and tokenizer.bos_token_id is not None
     first = [tokenizer.bos_token_id] if begins else []
     ids = torch.tensor([first + tokenizer(text, add_special_tokens=False)["input_ids"]])
     if ids.numel() == 0:
@@ -68,21 +70,16 @@ def generate(
     if temperature > 0.0:
         sampling = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
     torch.manual_seed(seed)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    if kept is not None:
-        from memattn.models.go_on import go_on
-
-        end = tokenizer.eos_token_id
-        go_on(loaded, kept.cache, ids, max_new_tokens, streamer, end=end, **sampling)
-        return 0
     with torch.inference_mode():
         loaded.generate(
             ids.to(loaded.device),
-            attention_mask=torch.ones_like(ids).to(loaded.device),
+            # by its length generate() knows that tokens of the state are not among these
+            attention_mask=ids.new_ones(1, num_read + ids.shape[1]).to(loaded.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            streamer=streamer,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
             **sampling,
+            **past,
         )
     return 0

@@ -55,6 +55,8 @@ def memorize(
         raise FileNotFoundError(f"book must be a text file, or -, got {book}")
     if not target.parent.is_dir() or target.is_dir():
         raise ValueError(f"out must be a file in a folder that exists, got {out}")
+    if book != "-" and target.exists() and target.samefile(path):
+        raise ValueError(f"out must be another file than book, got {out} for both")
     loaded, tokenizer = load_model(model, device), load_model_tokenizer(model)
     kept = KeptMemory.of(loaded) if memory is None else KeptMemory.load(memory, loaded)
     before = kept.num_tokens

@@ -49,6 +49,11 @@ def plot(
         is_file = view == "state" and Path(runs[1]).expanduser().is_file()
         if text is not None and is_file:
             raise ValueError("text must be left out to plot the state of a file, got a text")
+        if text is None and view == "state" and not is_file:
+            raise ValueError(
+                "text must be given to plot the state of a model; only a file of memattn memorize "
+                f"needs none, got {runs[1]}"
+            )
         if text is None and not is_file:
             raise ValueError(f"text must be given to plot {view}, got None")
         out = out or f"{view}.png"

@@ -29,7 +29,7 @@ class AdaptersCompare:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
 
     def __post_init__(self) -> None:
-        check_list("adapters", self.adapters, ADAPTERS)
+        check_list("compare.adapters", self.adapters, ADAPTERS)
         if "lora" not in self.adapters:
             must("compare.adapters", "have lora, which the others are compared with", self.adapters)
         check_seeds(self.seeds)

@@ -145,17 +145,17 @@ def short_training(**options: Any) -> TrainingConfig:
     return TrainingConfig(**usual | options)
 
 
-def check_seeds(seeds: Sequence[Any]) -> None:
-    """Raise ValueError unless ``compare.seeds`` are different seeds, one at least."""
-    check_list("seeds", seeds)
+def check_seeds(seeds: Sequence[Any], name: str = "compare.seeds") -> None:
+    """Raise ValueError unless these are different seeds, one at least."""
+    check_list(name, seeds)
     for seed in seeds:
-        check_int("compare.seeds", seed, 0)
+        check_int(name, seed, 0)
 
 
 def check_list(name: str, values: Sequence[Any], known: Sequence[Any] | None = None) -> None:
-    """Raise ValueError unless a list of ``compare`` has different, known entries, one at least."""
+    """Raise ValueError unless a list has different, known entries, one at least."""
     if not values or len(set(values)) < len(values):
-        must(f"compare.{name}", "have at least one entry and none twice", list(values))
+        must(name, "have at least one entry and none twice", list(values))
     for value in values:
         if known is not None and value not in known:
-            must(f"compare.{name}", f"have entries of {', '.join(known)}", repr(value))
+            must(name, f"have entries of {', '.join(known)}", repr(value))

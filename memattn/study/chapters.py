@@ -29,7 +29,7 @@ class ChaptersCompare:
     def __post_init__(self) -> None:
         from memattn.nn.chapter_routing import STRATEGIES
 
-        check_list("strategies", self.strategies, STRATEGIES)
+        check_list("compare.strategies", self.strategies, STRATEGIES)
         check_seeds(self.seeds)
 
 

@@ -111,7 +111,7 @@ class ComparedModels:
 
     def __post_init__(self) -> None:
         check_list("models", self.models, (*OWN, *PEERS))
-        check_seeds(self.seeds)
+        check_seeds(self.seeds, "seeds")
         if self.models[0] not in OWN:
             must("models", f"begin with {' or '.join(OWN)}, whose sizes are given", self.models[0])
         if VANILLA not in self.models:

@@ -42,7 +42,7 @@ def measure_run(config: TrainConfig, test: str | None) -> dict[str, float]:
     from memattn.data import load_documents
     from memattn.evaluate import perplexity, recall
     from memattn.train.metrics import read_metrics
-    from memattn.train.setup import prepare_data
+    from memattn.train.setup import held_out_texts, prepare_data
     from memattn.viz.recall import plot_recall
 
     assert models  # knows the decoder
@@ -58,7 +58,11 @@ def measure_run(config: TrainConfig, test: str | None) -> dict[str, float]:
     model = model.to(device)
     corpus = prepare_data(config)
     tokenizer = corpus.tokenizer
-    texts = [document.text for document in load_documents(test)] if test else _held_out(config)
+    texts = (
+        [document.text for document in load_documents(test)]
+        if test
+        else held_out_texts(config.data, config.training.training_mode)
+    )
     seq_len = config.data.seq_len
     rows = config.training.eval_batch_size or config.training.batch_size
     text = perplexity(model, texts, tokenizer, context_len=seq_len, batch_size=rows)
@@ -102,17 +106,6 @@ def _tasks(tokenizer: Any, texts: Any) -> tuple[Any, Any]:
 
     needle = Needle(haystack=Haystack(tokenizer, texts), needle="passkey")
     return needle, MultiQueryRecall(vocab_size=len(tokenizer), num_pairs=PAIRS)
-
-
-def _held_out(config: TrainConfig) -> list[str]:
-    """Texts of the documents that a run has held out."""
-    from memattn.data import split_documents
-    from memattn.train.setup import load_source
-
-    data = config.data
-    documents = load_source(data, config.training.training_mode)
-    split = split_documents(documents, data.held_out, seed=data.split_seed)
-    return [document.text for document in split.held_out]
 
 
 def _peak_of_step(model: Any, config: TrainConfig, corpus: Any) -> int | None:

@@ -47,10 +47,10 @@ class FutureCompare:
         from memattn.nn.future_attention import SOURCES
         from memattn.ops.future_attention import LOSS_TYPES
 
-        check_list("loss_types", self.loss_types, (NO_LOSS, *LOSS_TYPES))
-        check_list("sources", self.sources, SOURCES)
+        check_list("compare.loss_types", self.loss_types, (NO_LOSS, *LOSS_TYPES))
+        check_list("compare.sources", self.sources, SOURCES)
         check_seeds(self.seeds)
-        check_list("future_dims", self.future_dims)
+        check_list("compare.future_dims", self.future_dims)
         for value in self.future_dims:
             check_int("compare.future_dims", value, 1)
         check_bool("compare.full", self.full)

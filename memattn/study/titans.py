@@ -51,7 +51,7 @@ class TitansCompare:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
 
     def __post_init__(self) -> None:
-        check_list("parts", self.parts, tuple(HEADINGS))
+        check_list("compare.parts", self.parts, tuple(HEADINGS))
         if self.variant not in VARIANTS:
             must("compare.variant", f"be one of {', '.join(VARIANTS)}", repr(self.variant))
         check_int("compare.longer", self.longer, 2)
@@ -332,15 +332,12 @@ class _TextStudy(_PartStudy):
         return [(a, b - 1) for a, b in zip(bounds, bounds[1:], strict=False)]
 
     def measure(self, config: TrainConfig) -> dict[str, float]:
-        from memattn.data.documents import split_documents
         from memattn.evaluate import loss_by_position
-        from memattn.train.setup import load_source, run_tokenizer
+        from memattn.train.setup import held_out_texts, run_tokenizer
 
-        documents = load_source(self.data, "pretraining")
-        split = split_documents(documents, self.data.held_out, seed=self.data.split_seed)
         found = loss_by_position(
             self._model(config),
-            [document.text for document in split.held_out],
+            held_out_texts(self.data),
             run_tokenizer(config),
             context_len=self.lengths[1],
             batch_size=self.training.batch_size,

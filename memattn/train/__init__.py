@@ -6,6 +6,7 @@ from memattn.train.config import (
     DataConfig,
     LoraConfig,
     ModelConfig,
+    TaskConfig,
     TrainConfig,
     TrainingConfig,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "NonFiniteError",
+    "TaskConfig",
     "TrainConfig",
     "TrainResult",
     "TrainingConfig",

@@ -96,6 +96,20 @@ def load_source(data: DataConfig, training_mode: str) -> list[Any]:
     )
 
 
+def held_out_texts(data: DataConfig, training_mode: str = "pretraining") -> list[str]:
+    """The texts of the documents that a run with such data holds out; none where that is nothing.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError, ConnectionError: As ``load_source`` does, and if
+            the run reads no text but a task.
+    """
+    if data.task is not None:
+        must("data.task", "be null where held-out texts are read", data.task.name)
+    documents = load_source(data, training_mode)
+    split = split_documents(documents, data.held_out, seed=data.split_seed)
+    return [document.text for document in split.held_out]
+
+
 def _tokenize(side: list[Any], tokenizer: Any, config: TrainConfig) -> Tokens:
     """The tokens of documents or conversations."""
     data = config.data

@@ -25,7 +25,7 @@ def plot_comparison(
         curves: Rows of ``metrics.csv`` by the name of the model, for the losses over the tokens.
         bars: By title of the panel and name of the model, the values of its seeds; the bar is their
             mean, and each of several is a point. A model has one colour everywhere.
-        path: Picture to write, ``.png``, ``.svg`` or ``.pdf``; it is whole or absent.
+        path: Picture to write, ``.png``, ``.svg``, ``.pdf`` or ``.html``; it is whole or absent.
         title: Heading.
 
     Raises:
