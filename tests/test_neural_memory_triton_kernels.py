@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from neural_memory_factories import call, cut, make_inputs, run
+from neural_memory_factories import call, check, cut, make_inputs, run, small_steps
 from operator_contract import DEVICE, INTERPRETED, Recorder, assert_same, int32, needs_triton
-
-from memattn.testing import assert_within_budget
 
 pytestmark = [pytest.mark.operator, needs_triton]
 
@@ -15,7 +13,7 @@ CASES = {
     "tiles": (dict(T=20, D=20, Dv=33, hidden=(35,)), dict(chunk_size=17, max_norm=0.5), 5),
     "depth-1": (dict(B=2, hidden=(), T=9), dict(chunk_size=4, seq_end=int32(9, 5)), 2),
     "groups": (dict(H=2, T=13, hidden=(6,)), dict(chunk_size=4, return_state=False), 0),
-    "documents": (dict(T=11), dict(chunk_size=4, cu_seqlens=int32(0, 0, 1, 6, 11)), 0),
+    "documents": (dict(B=1, T=11), dict(chunk_size=4, cu_seqlens=int32(0, 0, 1, 6, 11)), 0),
     "depth-3": (
         dict(T=6, hidden=(20, 24)),
         dict(chunk_size=4, residual=True, loss="huber", huber_delta=0.3, max_norm=0.4,
@@ -30,45 +28,24 @@ CASES = {
     "chunk-read": (dict(H=2, T=8), dict(chunk_size=3, read="chunk"), 2),
 }  # fmt: skip
 HALF = ("depth-1", "documents")
+ONE = dict(B=1, H=1, D=16, hidden=(24,))
+# the interpreter takes seconds for each head of a sequence, so it has one of a case; alone one may
+# miss the budget by its draw, and these do not. A GPU pools the error of many
+POOLED, SEEDS = (ONE, 1) if INTERPRETED else (ONE | dict(B=12, H=12), 2)
 
 
-def small_steps(device="cpu", **sizes):
-    """Inputs whose rounding does not grow from token to token: learning converges."""
-    inputs = make_inputs(**dict(B=1, H=1, D=16, hidden=(24,)) | sizes, device=device)
-    return {n: t / 4 if n == "lr" else t for n, t in inputs.items()}
-
-
-def check(case: str, dtype: torch.dtype) -> None:
-    """Assert the error rule for values, the state and every gradient."""
+def check_case(case: str, dtype: torch.dtype) -> None:
     sizes, options, before = CASES[case]
     device = DEVICE["triton"]
     options = {n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in options.items()}
-    inputs = small_steps(**sizes, dtype=dtype, device=device)
-    if before:
-        past = small_steps(**{**sizes, "T": before}, dtype=dtype, device=device)
-        alike = {n: o for n, o in options.items() if not n.startswith("seq_")}
-        weights = {n: t for n, t in inputs.items() if n.startswith("weights_")}
-        options["state"] = call({**past, **weights}, **alike, backend="reference").state
-    three = [
-        run(inputs, {**options, "backend": backend}, wide)
-        for backend, wide in (("triton", None), ("reference", None), ("reference", torch.float64))
-    ]
-    for name in set(three[0]) & {"count", "skipped"}:
-        assert torch.equal(*(results.pop(name) for results in three[:2]))
-    for results in three:  # few numbers, of the same kind as those of other tokens
-        for name in ("d_decay", "d_momentum"):
-            pending = results.pop(name.replace("d_", "d_state_pending_"), None)
-            if pending is not None and name in results:
-                results[name] = torch.cat([results[name], pending], 2)
-    for name in three[0]:
-        assert_within_budget(name, *(results[name] for results in three))
+    check("triton", POOLED | sizes | dict(dtype=dtype, device=device), options, before, SEEDS)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", CASES)
 def test_matches_reference(case):
-    """Memory that is not written is NaN."""
-    check(case, torch.float32)
+    """Values, the state and every gradient; memory that is not written is NaN."""
+    check_case(case, torch.float32)
 
 
 @pytest.mark.parametrize("case", HALF if INTERPRETED else CASES)
@@ -76,14 +53,14 @@ def test_matches_reference(case):
 def test_matches_reference_in_half_precision(case, dtype):
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter computes bfloat16 wrongly")
-    check(case, dtype)
+    check_case(case, dtype)
 
 
 def test_launches_and_strides_change_no_bit(monkeypatch):
     """Scratch for one head at a time, and tensors that are not contiguous."""
     from memattn_kernels.neural_memory import launch
 
-    inputs = small_steps(B=2, T=4, dtype=torch.float32, device=DEVICE["triton"])
+    inputs = small_steps(**ONE | dict(B=2, T=4, dtype=torch.float32, device=DEVICE["triton"]))
     options = dict(chunk_size=3, backend="triton")
     expected = run(inputs, options)
     monkeypatch.setattr(launch, "SCRATCH_BYTES", 1)
@@ -111,7 +88,7 @@ def test_skipped_updates_leave_no_trace():
 
 def test_no_tokens_and_gradients_of_the_state_alone():
     """A call without tokens passes weights on; one whose output is not used has a gradient."""
-    inputs = small_steps(T=4, dtype=torch.float32, device=DEVICE["triton"])
+    inputs = small_steps(**ONE, T=4, dtype=torch.float32, device=DEVICE["triton"])
     options = dict(chunk_size=3, backend="triton")
     empty = call(cut(inputs, 0, 0), **options)
     assert empty.out.shape == (1, 1, 0, 16) and not empty.state.count.any()
