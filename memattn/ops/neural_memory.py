@@ -1,7 +1,6 @@
 """Neural memory: a small network for each head whose weights are learned while it reads."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -310,7 +309,7 @@ def _token_by_token(
         query, key, value, lr = (x[:, :, a:b] for x in tokens[:4])
         momentum, decay = (None if x is None else x[:, :, a:b] for x in tokens[4:])
         start, end = (None if x is None else (x - a).clamp(min=0) for x in (seq_start, seq_end))
-        given = state if b - a == 1 else replace(state, records=False, past=None)
+        given = state if b - a == 1 else state.forget_past()
         found = neural_memory(
             *(query, key, value, lr, momentum, decay, weights),
             state=given,

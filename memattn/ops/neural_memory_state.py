@@ -139,6 +139,10 @@ class NeuralMemoryState:
         """
         return dataclasses.replace(self, records=True)
 
+    def forget_past(self) -> "NeuralMemoryState":
+        """The same state, which does not record: for tokens that no ``crop`` shall reach."""
+        return dataclasses.replace(self, records=False, past=None)
+
     def crop(self, n: int | Tensor) -> "NeuralMemoryState":
         """Forget the newest ``n`` tokens of every row, or ``n`` (integers ``[R]``) of each.
 

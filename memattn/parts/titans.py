@@ -168,7 +168,7 @@ class TitansConfig(TitansOptions):
     def new_state(self) -> PartState:
         segment = self.segment_len if self.segments else None
         window = self.window_size if self.attends and not self.segments else None
-        return TitansState(self.kind, segment, window, self.variant)
+        return TitansState(self.kind, segment, window, self.variant, self.extras)
 
     @staticmethod
     def init_weights(module: nn.Module, std: float) -> None:

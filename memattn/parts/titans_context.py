@@ -170,6 +170,7 @@ class MemoryAsContext(ContextLayer):
         )
         starts = SegmentStarts(cache, cut.phase) if self.memory.chunk_size < L else None
         attended, remembered, memory_keys, memory_values, fronts = [], [], [], [], []
+        left = hidden_states.shape[1]  # tokens of the call behind a piece
         for piece, (q, k, v, asked, gates, taught, turned) in zip(cut.pieces, tensors, strict=True):
             if piece.rows < rows:  # documents that have ended
                 rows = piece.rows
@@ -188,6 +189,9 @@ class MemoryAsContext(ContextLayer):
                 end = None if piece.count is None else piece.count + M
                 y = self.attention(q, keys, seq_end=end)
             learned = y if taught is None else y + taught
+            left -= piece.width
+            far = piece.count is None and left >= self.memory.chunk_size
+            state = _recording(state, not far)
             out, state, _ = self.memory(y, kv_states=learned, state=state, seq_end=piece.count)
             attended.append(y)
             remembered.append(out)
@@ -251,6 +255,18 @@ class MemoryAsContext(ContextLayer):
             seq_start=start,
             seq_end=None if count is None else count + K + M,
         )
+
+
+def _recording(state: NeuralMemoryLayerState, is_near: bool) -> NeuralMemoryLayerState:
+    """The state, which records its past, if it does, near the end of a call only.
+
+    No crop goes farther back, and a call that records goes token by token.
+    """
+    memory = state.memory
+    if state.since is None or memory.records == is_near:
+        return state
+    memory = memory.record_past() if is_near else memory.forget_past()
+    return dataclasses.replace(state, memory=memory)
 
 
 class SegmentStarts:

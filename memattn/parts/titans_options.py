@@ -98,6 +98,12 @@ class TitansOptions(AttentionPart):
         wanted = {VALUES: self.value_residual, REMEMBERED: self.neural_mem_weight_residual}
         return tuple(name for name, is_on in wanted.items() if is_on)
 
+    @property
+    def extras(self) -> dict[str, bool | int]:
+        """The residuals and tokens that there are, by the names of their fields."""
+        names = ("value_residual", "neural_mem_weight_residual", "num_longterm_mem_tokens")
+        return {name: value for name in names if (value := getattr(self, name))}
+
     def check(self, sizes: Sizes, others: list) -> None:
         self.memory_sizes(sizes)
 

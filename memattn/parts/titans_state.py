@@ -1,7 +1,7 @@
 """What a sequence keeps of a Titans layer: keys of its attention, and the memory's state."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class TitansState(PartState):
         segment_len: Segment of the attention, or None.
         window_size: Window of the attention, or None.
         variant: How attention and memory are joined.
+        options: Residuals and tokens of the layers beyond that, by name: states of models with and
+            without them have the same shapes.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class TitansState(PartState):
         segment_len: int | None = None,
         window_size: int | None = None,
         variant: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.variant = variant
+        self.options = dict(options or {})
         super().__init__(kind, segment_len, window_size)
 
     def _clear(self) -> None:
@@ -48,7 +52,7 @@ class TitansState(PartState):
         self._memory: NeuralMemoryLayerState | None = None
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "variant": self.variant}
+        return {**super().describe(), "variant": self.variant, "options": self.options or None}
 
     def tensors(self) -> Iterator[Tensor]:
         yield from super().tensors()
