@@ -1,9 +1,6 @@
 """``memattn plot``."""
 
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Literal
 
 
 def plot(
@@ -11,6 +8,8 @@ def plot(
     out: str | None = None,
     x: Literal["tokens", "seconds", "step"] = "tokens",
     text: str | None = None,
+    texts: list[str] = [],  # noqa: B006 - the parser's default
+    tokens: int = 4096,
 ) -> int:
     """Draw the loss curves of runs into one picture, or what a model does with a text.
 
@@ -24,6 +23,9 @@ def plot(
     memories have changed, the norms of the keys it keeps, and update magnitude, surprise and
     relevance over the tokens. memattn plot state FILE draws that of a file of memattn memorize.
 
+    memattn plot gates MODEL --text TEXT prints and draws how much of the base and of each
+    specialist its tokens get; --texts general data-engineering compares texts. It is memattn gates.
+
     memattn plot VIEW MODEL --text TEXT draws the picture of that name of a part of the model. The
     message for a view that there is not names those there are.
 
@@ -33,6 +35,8 @@ def plot(
         out: Picture to write: .png, .svg, .pdf or .html; by default curves.png, or VIEW.png.
         x: What the horizontal axis of loss curves counts.
         text: Text that the model reads; - for the standard input.
+        texts: For gates: corpora, files or folders to compare.
+        tokens: For gates: tokens of each of them, at most.
     """
     from pathlib import Path
 
@@ -46,6 +50,12 @@ def plot(
     if view in names:
         if len(runs) != 2:
             raise ValueError(f"runs must be {view} and one model, got {len(runs) - 1} models")
+        if view == "gates":
+            from memattn.cli.gates import gates
+
+            return gates(runs[1], text, texts, tokens, out or "gates.png")
+        if texts:
+            raise ValueError(f"texts must be left out but for gates, got {', '.join(texts)}")
         is_file = view == "state" and Path(runs[1]).expanduser().is_file()
         if text is not None and is_file:
             raise ValueError("text must be left out to plot the state of a file, got a text")
@@ -61,6 +71,8 @@ def plot(
     else:
         if text is not None:
             raise ValueError(f"text must be left out but for {' and '.join(names)}, got a text")
+        if texts:
+            raise ValueError(f"texts must be left out but for gates, got {', '.join(texts)}")
         out = out or "curves.png"
         _plot_curves(runs, out, x)
     Console().print(f"wrote {out}", highlight=False)
@@ -85,6 +97,7 @@ def _plot_curves(runs: list[str], out: str, x: str) -> None:
 def _plot_view(view: str, name: str, out: str, text: str | None) -> None:
     from pathlib import Path
 
+    from memattn.cli._models import load_model, load_model_tokenizer, read_text
     from memattn.models import KeptMemory
     from memattn.parts.views import part_views
     from memattn.viz import attention_mass, plot_attention_mass, plot_view, visualize_model_state
@@ -94,7 +107,8 @@ def _plot_view(view: str, name: str, out: str, text: str | None) -> None:
         title = f"{name}, {kept.num_tokens:,} tokens"
         visualize_model_state(kept, out, title=title)
         return
-    model, ids = _read(name, text)
+    tokenizer, model = load_model_tokenizer(name), load_model(name, None)
+    ids = read_text(model, tokenizer, text)
     title = f"{name}, {ids.numel():,} tokens"
     if view == "attention":
         plot_attention_mass(attention_mass(model, ids), out, title=title)
@@ -104,24 +118,3 @@ def _plot_view(view: str, name: str, out: str, text: str | None) -> None:
         visualize_model_state(kept, out, title=title)
     else:
         plot_view(view, part_views()[view].measure(model, ids), out, title=title)
-
-
-def _read(name: str, text: str) -> "tuple[Any, Tensor]":
-    """The model, and the tokens of the text, as many as it takes."""
-    import sys
-
-    import torch
-
-    from memattn.cli._models import load_model, load_model_tokenizer
-
-    tokenizer = load_model_tokenizer(name)
-    model = load_model(name, None)
-    text = sys.stdin.read() if text == "-" else text
-    ids = tokenizer(text)["input_ids"]
-    if not ids:
-        raise ValueError("text must be one with at least one token, got none")
-    limit = getattr(model.config, "position_limit", None)
-    if limit is not None and len(ids) > limit:
-        sys.stdout.write(f"reading the first {limit} tokens of {len(ids):,}\n")
-        ids = ids[:limit]
-    return model, torch.tensor([ids], device=model.device)
