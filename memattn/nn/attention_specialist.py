@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.checks import check_int
+from memattn.checks import check_int, must
 
 PROJECTIONS = ("q", "k", "v", "out")
 
@@ -23,6 +23,18 @@ class AttentionWeights(NamedTuple):
     k_bias: Tensor | None  # [F * E]
     v_bias: Tensor | None  # [F * E]
     out_bias: Tensor | None  # [E], or [F, E]
+
+
+def check_base(name: str, base: object, d_model: int, num_heads: int) -> None:
+    """Raise unless ``base`` is an attention of this width with as many heads."""
+    if not isinstance(base, nn.MultiheadAttention):
+        must(name, "be an nn.MultiheadAttention", type(base).__name__, TypeError)
+    if base.embed_dim != d_model:
+        must(name, f"have embed_dim=d_model={d_model}", base.embed_dim)
+    if base.num_heads != num_heads:
+        must(name, f"have num_heads={num_heads}", base.num_heads)
+    if base.bias_k is not None or base.add_zero_attn:
+        must(name, "have no add_bias_kv and no add_zero_attn", "one of them", NotImplementedError)
 
 
 def weights_of(attention: nn.MultiheadAttention) -> AttentionWeights:

@@ -13,10 +13,12 @@ from memattn.nn.attention_specialist import (
     AttentionSpecialist,
     AttentionWeights,
     beside_each_other,
+    check_base,
     project,
     reduce_branches,
     weights_of,
 )
+from memattn.nn.branch_products import plan_branches
 from memattn.nn.domain_gate import DomainGate, GateOutput
 from memattn.ops.branch_attention import branch_attention
 
@@ -276,14 +278,14 @@ class ShiftableMultiheadAttention(nn.Module):
         slots: int | None,
     ) -> Tensor:
         """The base's output ``[B, T, E]`` with those of the specialists."""
-        own = weights_of(self.base)
         names = [self.gate.specialists[e] for e in used]
-        weights = beside_each_other([self._specialist(name).weights(own) for name in names])
         shares = gates[..., [1 + e for e in used]]  # [B, T, F]
-        if masks.bias is None:
-            others = self._by_intervals(inputs, shares, weights, masks, slots)
+        if masks.bias is not None:
+            others = self._by_mask(inputs, shares, self._weights(names), masks.bias)
+        elif slots is None or slots >= len(used) or not is_readable(shares):
+            others = self._by_intervals(inputs, shares, self._weights(names), masks, slots)
         else:
-            others = self._by_mask(inputs, shares, weights, masks.bias)
+            others = self._by_rows(inputs, shares, names, masks, slots)
         first = gates[..., :1]
         # what is not used may hold NaN, and is not multiplied
         mixed = torch.where(first == 0, 0.0, first * base) + others
@@ -295,6 +297,11 @@ class ShiftableMultiheadAttention(nn.Module):
         assert isinstance(specialist, AttentionSpecialist)
         return specialist
 
+    def _weights(self, names: list[str]) -> AttentionWeights:
+        """Those of these specialists beside each other."""
+        own = weights_of(self.base)
+        return beside_each_other([self._specialist(name).weights(own) for name in names])
+
     def _project(
         self, inputs: tuple[Tensor, Tensor, Tensor], weights: AttentionWeights, n: int
     ) -> list[Tensor]:
@@ -304,6 +311,43 @@ class ShiftableMultiheadAttention(nn.Module):
             project(x, weight, bias, n, self.num_heads)
             for x, weight, bias in zip(inputs, weights[:3], biases, strict=True)
         ]
+
+    def _by_rows(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        shares: Tensor,
+        names: list[str],
+        masks: AttentionMasks,
+        slots: int,
+    ) -> Tensor:
+        """What ``_by_intervals`` gives, at the cost of the specialists that tokens use."""
+        plan = plan_branches(shares, slots)
+        if not plan.spans:
+            return torch.zeros_like(inputs[0])
+        own = weights_of(self.base)
+        weights = {f: self._specialist(names[f]).weights(own) for f in plan.branches}
+        query = plan.queries(inputs[0], weights, self.num_heads)
+        key = plan.keys(inputs[1], weights, self.num_heads, "k")
+        value = plan.keys(inputs[2], weights, self.num_heads, "v")
+        out = self._attend(query, key, value, plan.gates, plan.places, masks)
+        return plan.reduce(out, weights)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gates: Tensor,
+        branches: Tensor | None,
+        masks: AttentionMasks,
+    ) -> Tensor:
+        return branch_attention(
+            *(query, key, value, gates, branches),
+            is_causal=masks.is_causal,
+            seq_start=masks.seq_start,
+            seq_end=masks.seq_end,
+            backend=self.backend,
+        ).out
 
     def _by_intervals(
         self,
@@ -322,13 +366,7 @@ class ShiftableMultiheadAttention(nn.Module):
             gates = shares.gather(-1, chosen)
             at = chosen.transpose(1, 2)[:, :, None, :, None]  # [B, A, 1, T, 1]
             query = query.gather(1, at.expand(-1, -1, *query.shape[2:3], -1, query.shape[-1]))
-        out = branch_attention(
-            *(query, key, value, gates, chosen),
-            is_causal=masks.is_causal,
-            seq_start=masks.seq_start,
-            seq_end=masks.seq_end,
-            backend=self.backend,
-        ).out
+        out = self._attend(query, key, value, gates, chosen, masks)
         if at is not None:
             every = out.new_zeros(out.shape[0], n, *out.shape[2:])
             out = every.scatter(1, at.expand_as(out), out)
@@ -351,15 +389,3 @@ class ShiftableMultiheadAttention(nn.Module):
         out = out.unflatten(1, (n, self.num_heads))
         gated = torch.where(gate == 0, 0.0, gate * out).to(out.dtype)
         return reduce_branches(gated, shares, weights)
-
-
-def check_base(name: str, base: object, d_model: int, num_heads: int) -> None:
-    """Raise unless ``base`` is an attention of this width with as many heads."""
-    if not isinstance(base, nn.MultiheadAttention):
-        must(name, "be an nn.MultiheadAttention", type(base).__name__, TypeError)
-    if base.embed_dim != d_model:
-        must(name, f"have embed_dim=d_model={d_model}", base.embed_dim)
-    if base.num_heads != num_heads:
-        must(name, f"have num_heads={num_heads}", base.num_heads)
-    if base.bias_k is not None or base.add_zero_attn:
-        must(name, "have no add_bias_kv and no add_zero_attn", "one of them", NotImplementedError)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from memattn.checks import check_bool, check_int, must
+from memattn.nn.attention_specialist import check_base
 from memattn.nn.domain_gate import DomainGate, GateOutput
-from memattn.nn.shiftable_attention import ShiftableMultiheadAttention, check_base
+from memattn.nn.shiftable_attention import ShiftableMultiheadAttention
 
 
 class ShiftableTransformerBlock(nn.TransformerEncoderLayer):
