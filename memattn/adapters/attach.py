@@ -176,6 +176,8 @@ def _check_places(base: Any, named: Mapping[str, PartConfig], structure: Structu
     """Raise ValueError if a part would stand where a layer has no such place."""
     for layer, end in enumerate(structure.after_attention):
         for part in parts_of_layer(named, layer, structure.sizes).values():
+            if part.stands == "beside_attention":
+                must(part.path, "stand behind attention in a transformers model", part.stands)
             if part.stands == "after_attention" and end is None:
                 kind = type(structure.layers[layer]).__name__
                 must(

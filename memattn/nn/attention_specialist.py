@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.checks import check_int, must
+from memattn.checks import check_int
 
 PROJECTIONS = ("q", "k", "v", "out")
 
@@ -23,18 +23,6 @@ class AttentionWeights(NamedTuple):
     k_bias: Tensor | None  # [F * E]
     v_bias: Tensor | None  # [F * E]
     out_bias: Tensor | None  # [E], or [F, E]
-
-
-def check_base(name: str, base: object, d_model: int, num_heads: int) -> None:
-    """Raise unless ``base`` is an attention of this width with as many heads."""
-    if not isinstance(base, nn.MultiheadAttention):
-        must(name, "be an nn.MultiheadAttention", type(base).__name__, TypeError)
-    if base.embed_dim != d_model:
-        must(name, f"have embed_dim=d_model={d_model}", base.embed_dim)
-    if base.num_heads != num_heads:
-        must(name, f"have num_heads={num_heads}", base.num_heads)
-    if base.bias_k is not None or base.add_zero_attn:
-        must(name, "have no add_bias_kv and no add_zero_attn", "one of them", NotImplementedError)
 
 
 def weights_of(attention: nn.MultiheadAttention) -> AttentionWeights:
@@ -126,3 +114,18 @@ def reduce_branches(out: Tensor, gates: Tensor, weights: AttentionWeights) -> Te
     if weights.out_bias is None:
         return out
     return out + (gates @ weights.out_bias.to(gates.dtype)).to(out.dtype)
+
+
+def mix_with_base(base: Tensor, gates: Tensor, others: Tensor) -> Tensor:
+    """The gated base and the specialists, and the base's bits where a token uses it alone.
+
+    Args:
+        base: ``[B, T, E]``.
+        gates: ``[B, T, 1 + N]``; absent tokens, which have none at all, get what the base has.
+        others: ``[B, T, E]``, the sum of the gated specialists.
+    """
+    first = gates[..., :1]
+    # what is not used may hold NaN, and is not multiplied
+    mixed = torch.where(first == 0, 0.0, first * base) + others
+    alone = (first == 1) | ~gates.any(-1, keepdim=True)
+    return torch.where(alone, base, mixed.to(base.dtype))

@@ -1,29 +1,28 @@
 """PyTorch's multi-head attention, frozen, with gated specialists beside it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.checks import check_bool, check_int, check_tensor, is_readable, must
+from memattn.checks import check_bool, check_int, is_readable, must
 from memattn.nn._attention_masks import AttentionMasks, hidden_keys, take_apart
 from memattn.nn.attention_specialist import (
-    AttentionSpecialist,
     AttentionWeights,
     beside_each_other,
-    check_base,
+    mix_with_base,
     project,
     reduce_branches,
     weights_of,
 )
 from memattn.nn.branch_products import plan_branches
 from memattn.nn.domain_gate import DomainGate, GateOutput
+from memattn.nn.specialist_holder import SpecialistHolder
 from memattn.ops.branch_attention import branch_attention
 
 
-class ShiftableMultiheadAttention(nn.Module):
+class ShiftableMultiheadAttention(SpecialistHolder):
     """An ``nn.MultiheadAttention`` that stays as it is, and N specialists that shift it.
 
     ``Y = g_0 Base(x) + sum_e g_e Specialist_e(x)`` with the gates of a ``DomainGate``. A specialist
@@ -65,20 +64,14 @@ class ShiftableMultiheadAttention(nn.Module):
         gate: DomainGate | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
         check_int("d_model", d_model, 1)
         check_int("num_heads", num_heads, 1)
         check_int("num_specialists", num_specialists, 0)
         check_base("base_mha", base_mha, d_model, num_heads)
         if gate is None:
             gate = DomainGate(d_model).to(base_mha.out_proj.weight)
-        if gate.hidden_size != d_model or gate.specialists:
-            got = f"hidden_size={gate.hidden_size} and {len(gate.specialists)} specialists"
-            must("gate", f"have hidden_size={d_model} and no specialists yet", got)
+        super().__init__(d_model, gate, rank, backend)
         self.base = base_mha.requires_grad_(False).eval()
-        self.gate = gate
-        self.rank, self.backend = rank, backend
-        self.specialists = nn.ModuleDict()
         # an nn.TransformerEncoderLayer that holds this module must call it, and not the kernel that
         # reads the base's weights instead
         self._qkv_same_embed_dim = False
@@ -105,67 +98,7 @@ class ShiftableMultiheadAttention(nn.Module):
         Raises:
             ValueError: If ``name`` is taken or no name, or ``prior`` is negative or not finite.
         """
-        name = self.gate.add_specialist(name, prior=prior)
-        specialist = AttentionSpecialist(weights_of(self.base), self.rank)
-        self.specialists[name] = specialist.train(self.training)
-        return name
-
-    def remove_specialist(self, name: str) -> None:
-        """Drop a specialist and its part of the gate.
-
-        Raises:
-            ValueError: If there is no such specialist.
-        """
-        self.gate.remove_specialist(name)
-        del self.specialists[name]
-
-    def specialist_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """What one specialist owns, its part of the gate included: to train it, or to freeze it.
-
-        Raises:
-            ValueError: If there is no such specialist.
-        """
-        return self._owned_by(name).parameters()
-
-    def export_specialist_state(self, name: str) -> dict[str, Tensor]:
-        """Tensors of one specialist by name, its part of the gate and its prior included.
-
-        Raises:
-            ValueError: If there is no such specialist.
-        """
-        owned = self._owned_by(name).state_dict()
-        return {key: tensor.detach().clone() for key, tensor in owned.items()}
-
-    def load_specialist_state(self, name: str, state: dict[str, Tensor]) -> None:
-        """Give a specialist what ``export_specialist_state`` returned.
-
-        Raises:
-            ValueError: If there is no such specialist, or ``state`` is that of another model.
-        """
-        owned = self._owned_by(name)
-        expected, given = (
-            {key: list(tensor.shape) for key, tensor in tensors.items()}
-            for tensors in (owned.state_dict(), state)
-        )
-        for key in expected | given:
-            if expected.get(key) != given.get(key):
-                want, got = expected.get(key, "nothing"), given.get(key, "nothing")
-                must("state", f"be of this model, with {want} as {key}", got)
-        owned.load_state_dict(state)
-
-    def _owned_by(self, name: str) -> nn.ModuleDict:
-        return nn.ModuleDict({"gate": self.gate.row(name), "attention": self.specialists[name]})
-
-    def used_specialists(self, prior: Tensor | None, weights: Tensor | None) -> list[int]:
-        """Places of the specialists that a call with this prior or these weights may use."""
-        given = prior if weights is None else weights
-        if given is None:
-            return list(self.gate.open_specialists)
-        N = len(self.specialists)
-        check_tensor("domain_prior" if weights is None else "domain_weights", given)
-        if not is_readable(given) or list(given.shape[-1:]) != [1 + N]:
-            return list(range(N))
-        return (given[..., 1:] != 0).reshape(-1, N).any(0).nonzero()[:, 0].tolist()
+        return self.add_copy(weights_of(self.base), name, prior=prior)
 
     def gates_of(
         self,
@@ -253,10 +186,7 @@ class ShiftableMultiheadAttention(nn.Module):
         if used:
             q, k, v = (self._batched(x) for x in (query, key, value))
             masks = take_apart(q, k, key_padding_mask, attn_mask, is_causal, is_self)
-            slots = self.gate.top_k
-            if domain_weights is not None:  # as many as a token has, and all where nobody knows
-                count = (domain_weights[..., 1:] != 0).sum(-1)
-                slots = int(count.max()) if is_readable(count) else None
+            slots = self.most_slots(domain_weights)
             shifted = self._shift(self._batched(out), (q, k, v), gates.gates, used, masks, slots)
             shifted = shifted if self.batch_first else shifted.transpose(0, 1)
             out = shifted.reshape(out.shape)
@@ -286,21 +216,12 @@ class ShiftableMultiheadAttention(nn.Module):
             others = self._by_intervals(inputs, shares, self._weights(names), masks, slots)
         else:
             others = self._by_rows(inputs, shares, names, masks, slots)
-        first = gates[..., :1]
-        # what is not used may hold NaN, and is not multiplied
-        mixed = torch.where(first == 0, 0.0, first * base) + others
-        alone = (first == 1) | ~gates.any(-1, keepdim=True)  # absent tokens have no gate at all
-        return torch.where(alone, base, mixed.to(base.dtype))
-
-    def _specialist(self, name: str) -> AttentionSpecialist:
-        specialist = self.specialists[name]
-        assert isinstance(specialist, AttentionSpecialist)
-        return specialist
+        return mix_with_base(base, gates, others)
 
     def _weights(self, names: list[str]) -> AttentionWeights:
         """Those of these specialists beside each other."""
         own = weights_of(self.base)
-        return beside_each_other([self._specialist(name).weights(own) for name in names])
+        return beside_each_other([self.specialist(name).weights(own) for name in names])
 
     def _project(
         self, inputs: tuple[Tensor, Tensor, Tensor], weights: AttentionWeights, n: int
@@ -325,7 +246,7 @@ class ShiftableMultiheadAttention(nn.Module):
         if not plan.spans:
             return torch.zeros_like(inputs[0])
         own = weights_of(self.base)
-        weights = {f: self._specialist(names[f]).weights(own) for f in plan.branches}
+        weights = {f: self.specialist(names[f]).weights(own) for f in plan.branches}
         query = plan.queries(inputs[0], weights, self.num_heads)
         key = plan.keys(inputs[1], weights, self.num_heads, "k")
         value = plan.keys(inputs[2], weights, self.num_heads, "v")
@@ -389,3 +310,15 @@ class ShiftableMultiheadAttention(nn.Module):
         out = out.unflatten(1, (n, self.num_heads))
         gated = torch.where(gate == 0, 0.0, gate * out).to(out.dtype)
         return reduce_branches(gated, shares, weights)
+
+
+def check_base(name: str, base: object, d_model: int, num_heads: int) -> None:
+    """Raise unless ``base`` is an attention of this width with as many heads."""
+    if not isinstance(base, nn.MultiheadAttention):
+        must(name, "be an nn.MultiheadAttention", type(base).__name__, TypeError)
+    if base.embed_dim != d_model:
+        must(name, f"have embed_dim=d_model={d_model}", base.embed_dim)
+    if base.num_heads != num_heads:
+        must(name, f"have num_heads={num_heads}", base.num_heads)
+    if base.bias_k is not None or base.add_zero_attn:
+        must(name, "have no add_bias_kv and no add_zero_attn", "one of them", NotImplementedError)

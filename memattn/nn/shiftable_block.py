@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from memattn.checks import check_bool, check_int, must
-from memattn.nn.attention_specialist import check_base
 from memattn.nn.domain_gate import DomainGate, GateOutput
-from memattn.nn.shiftable_attention import ShiftableMultiheadAttention
+from memattn.nn.shiftable_attention import ShiftableMultiheadAttention, check_base
 
 
 class ShiftableTransformerBlock(nn.TransformerEncoderLayer):
