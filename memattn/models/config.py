@@ -297,6 +297,7 @@ def _part_fields() -> dict[str, str]:
         part_field.name: "attention" if part.place == "attention" else "parts"
         for part in PARTS.values()
         for part_field in fields(part)
+        if part_field.name not in _ROPE_KEYWORDS  # the model's own
     }
 
 
