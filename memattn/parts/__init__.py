@@ -1,7 +1,15 @@
 """What a decoder layer can be made of: one file a part, behind one protocol."""
 
 # each makes itself known by its kind
-from memattn.parts import causal, chapter_memory, future, segmented, titans
+from memattn.parts import (
+    attention_layer,
+    causal,
+    chapter_memory,
+    future,
+    segmented,
+    specialists,
+    titans,
+)
 from memattn.parts.base import (
     PARTS,
     PLACES,
@@ -37,6 +45,7 @@ __all__ = [
     "SequenceStates",
     "Sizes",
     "View",
+    "attention_layer",
     "causal",
     "chapter_memory",
     "future",
@@ -45,5 +54,6 @@ __all__ = [
     "quantize_memory",
     "register_part",
     "segmented",
+    "specialists",
     "titans",
 ]
