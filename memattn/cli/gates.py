@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 def gates(
     model: str,
     text: str | None = None,
-    texts: list[str] = [],  # noqa: B006 - the parser's default
+    texts: tuple[str, ...] = (),
     tokens: int = 4096,
     out: str = "gates.png",
 ) -> int:

@@ -8,7 +8,7 @@ def plot(
     out: str | None = None,
     x: Literal["tokens", "seconds", "step"] = "tokens",
     text: str | None = None,
-    texts: list[str] = [],  # noqa: B006 - the parser's default
+    texts: tuple[str, ...] = (),
     tokens: int = 4096,
 ) -> int:
     """Draw the loss curves of runs into one picture, or what a model does with a text.

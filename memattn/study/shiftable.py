@@ -39,7 +39,7 @@ class ShiftableCompare:
     systems: list[str] = field(default_factory=lambda: list(SYSTEMS))
     specialists: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
     scopes: list[str] = field(default_factory=lambda: ["token", "prefix"])
-    unmixed: list[str] = field(default_factory=lambda: ["full", "lora", "specialists"])
+    unmixed: list[str] = field(default_factory=lambda: ["full", "specialists"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
 
     def __post_init__(self) -> None:
@@ -73,13 +73,13 @@ class Generalist:
             intermediate_size=192,
             num_hidden_layers=3,
             num_attention_heads=2,
-            max_position_embeddings=64,
+            max_position_embeddings=256,
         )
     )
     vocab_size: int = 1024
     training: TrainingConfig = field(
         default_factory=lambda: short_training(
-            max_steps=1000, base_model_lr=3e-3, warmup_steps=40, eval_steps=None
+            max_steps=1000, batch_size=4, base_model_lr=3e-3, warmup_steps=40, eval_steps=None
         )
     )
 
@@ -128,17 +128,17 @@ class ShiftableStudy(Study):
     specialists: dict[str, Any] = field(default_factory=dict)
     general: DataConfig = field(
         default_factory=lambda: DataConfig(
-            dataset_name="general", held_out=0.004, seq_len=64, packed=False
+            dataset_name="general", held_out=0.01, seq_len=256, packed=False
         )
     )
     data: DataConfig = field(
         default_factory=lambda: DataConfig(
-            dataset_name="data-engineering", mix_in="general", seq_len=64, packed=False
+            dataset_name="data-engineering", mix_in="general", seq_len=256, packed=False
         )
     )
     training: TrainingConfig = field(
         default_factory=lambda: short_training(
-            max_steps=100, base_model_lr=3e-3, warmup_steps=10, eval_steps=50
+            max_steps=150, batch_size=4, base_model_lr=3e-3, warmup_steps=15, eval_steps=75
         )
     )
 
