@@ -1,6 +1,6 @@
 """What the package's own parts say about themselves: counts of losses, cost, reach, spellings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -42,6 +42,7 @@ class MixtureConfig(AddedPart):
     place: ClassVar[str] = "after_attention"
     repeatable: ClassVar[bool] = True
     place_of_fields: str = "after_attention"
+    keeps: bool = False  # what attention gives, where it stands beside that
 
     @property
     def stands(self):
@@ -55,6 +56,10 @@ class MixtureConfig(AddedPart):
 
     def run(self, module, hidden_states, context):
         mixture = module(hidden_states).softmax(-1) @ context.shared_module.rows
+        if context.attended is not None:  # beside attention: a gate of what it gives
+            attended = context.attended
+            mixed = context.base.o_proj(attended * mixture)
+            return PartOutput(attended if self.keeps else mixed)
         return PartOutput(mixture + 0.1 * context.residual)
 
     @staticmethod
@@ -123,6 +128,32 @@ def test_fields_decide_where_a_part_stands():
     for place in ("attention", "beside"):
         with pytest.raises(ValueError, match="parts.mixture.stands must"):
             make_mixtures({"place_of_fields": place})
+
+
+def test_parts_beside_attention_stand_instead_of_what_it_gives():
+    """Each gets what attention got, and what the one before it made of the output."""
+    place = {"place_of_fields": "beside_attention"}
+    model, plain = (perturb(make_mixtures(*parts)) for parts in ([place, place], []))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    block, tokens = model.model.layers[0], make_tokens()
+    assert not block.part_norms  # they have attention's
+    calls = []
+    for module in (block.attention, *block.parts.values(), block.mlp_norm):
+        module.register_forward_hook(lambda _, args, out: calls.append((args[0], out)))
+    hidden_states = model(tokens, output_hidden_states=True).hidden_states[0]
+    (normed, out), *mixtures, (residual, _) = calls
+    for (given, mixture), name in zip(mixtures, block.parts, strict=True):
+        assert given is normed
+        out = block.attention.o_proj(out * (mixture.softmax(-1) @ rows_of(model, name)))
+    torch.testing.assert_close(residual, hidden_states + out, rtol=0, atol=1e-14)
+
+    keep = lambda part: replace(part, keeps=True) if part.kind == "mixture" else part
+    model.replace_parts(keep)
+    assert torch.equal(logits_of(model, tokens), logits_of(plain, tokens))
+
+
+def rows_of(model, name):
+    return model.model.shared_parts[name].rows
 
 
 def band_positions(length, future_dim, n_ctx):

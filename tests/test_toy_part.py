@@ -34,7 +34,11 @@ EXACT = dict(rtol=0, atol=1e-12)
 SYSTEMS = {
     "vanilla": dict(parts=[ToyConfig()]),
     "segmented": dict(segment_len=5, window_size=4, parts=[{"kind": "toy", "layers": [1]}]),
-    "future": dict(future_dim=5, max_position_embeddings=160, parts=[ToyConfig(num_rows=7)]),
+    "future": dict(
+        future_dim=5,
+        max_position_embeddings=160,
+        parts=[ToyConfig(num_rows=7, where="beside_attention")],
+    ),
 }
 
 
@@ -304,7 +308,7 @@ def another(**attributes):
         (
             lambda: make_model(parts=[{"kind": "toy", "rows": 2}]),
             ValueError,
-            r"parts\[0\].rows must be a field of toy \(layers, num_rows, .*\), got 2",
+            r"parts\[0\].rows must be a field of toy \(layers, where, num_rows, .*\), got 2",
         ),
         (lambda: make_model(parts=["toy"]), TypeError, r"parts\[0\] must be a PartConfig or a"),
         (lambda: make_model(parts=ToyConfig()), TypeError, "parts must be a list, got ToyConfig"),

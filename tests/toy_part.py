@@ -105,6 +105,7 @@ class ToyConfig(AddedPart):
     carries: ClassVar[tuple[str, ...]] = (CARRY,)
     views: ClassVar[dict[str, View]] = {"gates": View(measure_gates, draw_gates)}
 
+    where: str = "after_attention"
     num_rows: int = 4
     coefficient: float = 0.1
     table_lr: float | None = None
@@ -112,6 +113,16 @@ class ToyConfig(AddedPart):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int(f"{self.path}.num_rows", self.num_rows, 1)
+
+    @property
+    def stands(self) -> str:
+        return self.where
+
+    def run(self, module: nn.Module, hidden_states: Tensor, context: PartContext) -> PartOutput:
+        output = super().run(module, hidden_states, context)
+        if context.attended is None:
+            return output
+        return output._replace(hidden_states=output.hidden_states - 0.5 * context.attended)
 
     @property
     def losses(self) -> dict[str, float]:

@@ -23,8 +23,20 @@ class BlockOutput(NamedTuple):
     carry: dict[str, Tensor]  # by name
 
 
+class BlockCall(NamedTuple):
+    """What the parts of one call of a block share; losses and carry grow from part to part."""
+
+    context: PartContext
+    cache: MemAttnCacheLayer | None
+    shared_parts: Mapping[str, nn.Module]
+    carry: dict[str, Tensor]
+    losses: Losses
+
+
 class MemAttnBlock(GradientCheckpointingLayer):
     """Attention, MLP and further parts, each behind a norm and around a residual.
+
+    Parts beside attention share its norm and its residual.
 
     Args:
         config: Configuration of the model.
@@ -43,7 +55,8 @@ class MemAttnBlock(GradientCheckpointingLayer):
         self.attention = build("attention")
         self.mlp_norm = norm()
         self.mlp = make_mlp(config.mlp, config.hidden_size, config.intermediate_size)
-        self.part_norms = nn.ModuleDict({name: norm() for name in added})
+        own_norm = [n for n in added if self.part_configs[n].stands != "beside_attention"]
+        self.part_norms = nn.ModuleDict({name: norm() for name in own_norm})
         self.parts = nn.ModuleDict({name: build(name) for name in added})
         configs = self.part_configs.values()
         self.loss_names = tuple(dict.fromkeys(name for part in configs for name in part.losses))
@@ -90,45 +103,60 @@ class MemAttnBlock(GradientCheckpointingLayer):
         """Map ``[B, T, E]`` to ``[B, T, E]``, the losses' sums and counts, and what goes on."""
         carry = dict(zip(names, carried, strict=True))
         losses: Losses = {}
+        call = BlockCall(context, cache, shared_parts or {}, carry, losses)
         for place in ("before_attention", "attention", "after_attention", "mlp", "after_mlp"):
             if place == "mlp":
                 hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
-            for name, part in self.part_configs.items():
-                if part.stands == place:
-                    shared = (shared_parts or {}).get(name)
-                    opened = ()
-                    if context.library is not None:
-                        device = hidden_states.device
-                        opened = context.library.opened(self.layer_idx, name, device)
-                    state = None if cache is None else cache.parts[name]
-                    own = context.of_part(state, carry, hidden_states, shared, opened)
-                    hidden_states = self._run(name, hidden_states, carry, losses, own)
+            elif place == "attention":
+                normed = self.attention_norm(hidden_states)
+                attended = self._run("attention", normed, hidden_states, call)
+                for name in self._standing("beside_attention"):
+                    attended = self._run(name, normed, hidden_states, call, attended)
+                hidden_states = hidden_states + attended
+            else:
+                for name in self._standing(place):
+                    normed = self.part_norms[name](hidden_states)
+                    hidden_states = hidden_states + self._run(name, normed, hidden_states, call)
         flat = [hidden_states]
         if context.measure_losses:
             for name in self.loss_names:
                 flat += losses[name]
         return (*flat, *(carry[name] for name in dict.fromkeys((*names, *self.carry_names))))
 
+    def _standing(self, place: str) -> list[str]:
+        """The parts that stand in a place."""
+        return [name for name, part in self.part_configs.items() if part.stands == place]
+
     def _run(
         self,
         name: str,
-        hidden_states: Tensor,
-        carry: dict[str, Tensor],
-        losses: Losses,
-        context: PartContext,
+        normed: Tensor,
+        residual: Tensor,
+        call: BlockCall,
+        attended: Tensor | None = None,
     ) -> Tensor:
-        """Add the output of one part to the residual, its losses and carry to those there are."""
-        part = self.part_configs[name]
-        norm = self.attention_norm if name == "attention" else self.part_norms[name]
-        normed = norm(hidden_states)
-        if context.library is not None and context.library.is_recording:
-            context.library.record(self.layer_idx, name, part.chapter_tensors(normed[0]))
+        """The output of one part; its losses and carry are added to those there are."""
+        part, library = self.part_configs[name], call.context.library
+        opened = ()
+        if library is not None:
+            opened = library.opened(self.layer_idx, name, residual.device)
+            if library.is_recording:
+                library.record(self.layer_idx, name, part.chapter_tensors(normed[0]))
+        context = call.context.of_part(
+            None if call.cache is None else call.cache.parts[name],
+            call.carry,
+            residual,
+            call.shared_parts.get(name),
+            opened,
+            attended,
+            None if attended is None else self.attention,
+        )
         output = part.run(self.module_of(name), normed, context)
         check_output(part, output, measured=context.measure_losses)
         for loss, (total, count) in output.losses.items():
-            before = losses.get(loss)
-            losses[loss] = (
+            before = call.losses.get(loss)
+            call.losses[loss] = (
                 (total, count) if before is None else (before[0] + total, before[1] + count)
             )
-        carry |= output.carry
-        return hidden_states + output.hidden_states
+        call.carry.update(output.carry)
+        return output.hidden_states

@@ -114,3 +114,18 @@ def reduce_branches(out: Tensor, gates: Tensor, weights: AttentionWeights) -> Te
     if weights.out_bias is None:
         return out
     return out + (gates @ weights.out_bias.to(gates.dtype)).to(out.dtype)
+
+
+def mix_with_base(base: Tensor, gates: Tensor, others: Tensor) -> Tensor:
+    """The gated base and the specialists, and the base's bits where a token uses it alone.
+
+    Args:
+        base: ``[B, T, E]``.
+        gates: ``[B, T, 1 + N]``; absent tokens, which have none at all, get what the base has.
+        others: ``[B, T, E]``, the sum of the gated specialists.
+    """
+    first = gates[..., :1]
+    # what is not used may hold NaN, and is not multiplied
+    mixed = torch.where(first == 0, 0.0, first * base) + others
+    alone = (first == 1) | ~gates.any(-1, keepdim=True)
+    return torch.where(alone, base, mixed.to(base.dtype))

@@ -2,7 +2,7 @@
 
 import re
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from memattn.checks import check_int, check_rank, check_shape, check_tensor, is_readable, must
 from memattn.nn._running_sums import running_sum
+from memattn.nn.gate_row import GateRow, check_prior
 
 SCOPES = ("token", "prefix", "sequence")
 ACTIVATIONS = ("softmax", "sigmoid")
@@ -29,51 +30,14 @@ class GateOutput(NamedTuple):
     gates: Tensor  # [B, T, 1 + N], float32 (float64 for float64 inputs); 0 for absent tokens
     losses: dict[str, tuple[Tensor, Tensor]]  # name -> (sum over tokens, number of tokens)
     state: GateState | None  # of scope "prefix"
+    sums: Tensor | None = (
+        None  # [B, T, E + 1], float64, totals and counts of states after each token
+    )
 
     def means(self) -> Tensor:
         """The mean gates of each row over its present tokens, ``[B, 1 + N]``."""
         count = (self.gates.sum(-1) > 0.5).sum(1)  # the gates of a present token sum to 1
         return self.gates.sum(1) / count.clamp(min=1)[:, None]
-
-
-class GateRow(nn.Module):
-    """The part of a gate that one specialist owns: its logit ``u . relu(V x + c) + d``.
-
-    Args:
-        hidden_size: Features of the input.
-        gate_size: Rows of ``V``.
-        prior: Prior of the specialist; one of 0 is closed.
-    """
-
-    prior: Tensor
-
-    def __init__(self, hidden_size: int, gate_size: int, prior: float) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(hidden_size, gate_size)
-        self.logit = nn.Linear(gate_size, 1)
-        self.register_buffer("prior", torch.tensor(prior, dtype=torch.float32))
-        self._seen: tuple[Tensor, int, bool] | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the prior is above 0; read from the device once for every change of it."""
-        if torch.compiler.is_compiling():
-            return True  # it may be
-        prior = self.prior
-        if prior.is_inference():  # nothing tells of its changes
-            return bool(prior > 0)
-        if self._seen is None or self._seen[0] is not prior or self._seen[1] != prior._version:
-            self._seen = (prior, prior._version, bool(prior > 0))
-        return self._seen[2]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_seen": None}  # a copy counts its changes anew
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., E]`` to logits ``[...]``, in the dtype of ``x``."""
-        weights = (p.to(x.dtype) for p in (*self.hidden.parameters(), *self.logit.parameters()))
-        V, c, u, d = weights
-        return F.linear(F.relu(F.linear(x, V, c)), u, d)[..., 0]
 
 
 class DomainGate(nn.Module):
@@ -176,7 +140,7 @@ class DomainGate(nn.Module):
             free = (f"specialist_{n}" for n in range(len(self.rows) + 1))
             name = next(x for x in free if x not in self.rows)
         check_new_name(name, self.rows)
-        row = GateRow(self.hidden_size, self.gate_size, _check_prior(prior))
+        row = GateRow(self.hidden_size, self.gate_size, check_prior(prior))
         self.rows[name] = row.to(self._place.device)
         for parameter in row.parameters():
             parameter.data = parameter.data.to(self._place.dtype)
@@ -211,7 +175,7 @@ class DomainGate(nn.Module):
             ValueError: If there is no such specialist, or ``prior`` is negative or not finite.
         """
         with torch.no_grad():
-            self.row(name).prior.fill_(_check_prior(prior))
+            self.row(name).prior.fill_(check_prior(prior))
 
     def forward(
         self,
@@ -262,7 +226,8 @@ class DomainGate(nn.Module):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         if present is None:
             present = torch.ones(B, T, dtype=torch.bool, device=x.device)
-        inputs, state = self._inputs(torch.where(present[..., None], x, 0.0), present, index, state)
+        x = torch.where(present[..., None], x, 0.0)
+        inputs, state, sums = self._inputs(x, present, index, state)
         if override is not None:
             gates = _check_override(override, B, T, 1 + N).to(wide).expand(B, T, 1 + N)
             scores = None
@@ -276,17 +241,17 @@ class DomainGate(nn.Module):
             name: (torch.where(present, loss, 0.0).sum(), count)
             for name, loss in (("gate_entropy", entropy), ("gate_sparsity", sparsity))
         }
-        return GateOutput(torch.where(present[..., None], gates, 0.0), losses, state)
+        return GateOutput(torch.where(present[..., None], gates, 0.0), losses, state, sums)
 
     def _rows(self) -> list[GateRow]:
         return [row for row in self.rows.values() if isinstance(row, GateRow)]
 
     def _inputs(
         self, x: Tensor, present: Tensor, index: Tensor | None, state: GateState | None
-    ) -> tuple[Tensor, GateState | None]:
+    ) -> tuple[Tensor, GateState | None, Tensor | None]:
         """What the rows see, ``[B, T or 1, E]``; the inputs of absent tokens are 0."""
         if self.scope == "token":
-            return x, None
+            return x, None, None
         counted = torch.cat([x.double(), present[..., None].double()], -1)  # and a column of ones
         if self.scope == "sequence":
             if index is not None:
@@ -303,7 +268,9 @@ class DomainGate(nn.Module):
             if T:
                 state = GateState(sums[:, -1, :-1], sums[:, -1, -1])
         mean = sums[..., :-1] / sums[..., -1:].clamp(min=1.0)
-        return mean.to(x.dtype), state if self.scope == "prefix" else None
+        if self.scope == "sequence":
+            return mean.to(x.dtype), None, None
+        return mean.to(x.dtype), state, sums
 
     def _gates(self, x: Tensor, prior: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Gates ``[B, T, 1 + N]`` and the scores that their softmax is of."""
@@ -354,14 +321,6 @@ def check_new_name(name: str, taken: object) -> None:
         must("name", "be letters, digits, _ and -, and no method of a dict", repr(name))
     if name in taken:  # type: ignore[operator]
         must("name", "be a new one", repr(name))
-
-
-def _check_prior(prior: float) -> float:
-    if isinstance(prior, bool) or not isinstance(prior, int | float):
-        must("prior", "be a number", type(prior).__name__, TypeError)
-    if not 0.0 <= prior < float("inf"):
-        must("prior", "be at least 0 and finite", prior)
-    return float(prior)
 
 
 def _check_row(name: str, tensor: Tensor, B: int, n: int) -> Tensor:

@@ -1,27 +1,28 @@
 """PyTorch's multi-head attention, frozen, with gated specialists beside it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.checks import check_bool, check_int, check_tensor, is_readable, must
+from memattn.checks import check_bool, check_int, is_readable, must
 from memattn.nn._attention_masks import AttentionMasks, hidden_keys, take_apart
 from memattn.nn.attention_specialist import (
-    AttentionSpecialist,
     AttentionWeights,
     beside_each_other,
+    mix_with_base,
     project,
     reduce_branches,
     weights_of,
 )
+from memattn.nn.branch_products import plan_branches
 from memattn.nn.domain_gate import DomainGate, GateOutput
+from memattn.nn.specialist_holder import SpecialistHolder
 from memattn.ops.branch_attention import branch_attention
 
 
-class ShiftableMultiheadAttention(nn.Module):
+class ShiftableMultiheadAttention(SpecialistHolder):
     """An ``nn.MultiheadAttention`` that stays as it is, and N specialists that shift it.
 
     ``Y = g_0 Base(x) + sum_e g_e Specialist_e(x)`` with the gates of a ``DomainGate``. A specialist
@@ -63,20 +64,14 @@ class ShiftableMultiheadAttention(nn.Module):
         gate: DomainGate | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
         check_int("d_model", d_model, 1)
         check_int("num_heads", num_heads, 1)
         check_int("num_specialists", num_specialists, 0)
         check_base("base_mha", base_mha, d_model, num_heads)
         if gate is None:
             gate = DomainGate(d_model).to(base_mha.out_proj.weight)
-        if gate.hidden_size != d_model or gate.specialists:
-            got = f"hidden_size={gate.hidden_size} and {len(gate.specialists)} specialists"
-            must("gate", f"have hidden_size={d_model} and no specialists yet", got)
+        super().__init__(d_model, gate, rank, backend)
         self.base = base_mha.requires_grad_(False).eval()
-        self.gate = gate
-        self.rank, self.backend = rank, backend
-        self.specialists = nn.ModuleDict()
         # an nn.TransformerEncoderLayer that holds this module must call it, and not the kernel that
         # reads the base's weights instead
         self._qkv_same_embed_dim = False
@@ -103,67 +98,7 @@ class ShiftableMultiheadAttention(nn.Module):
         Raises:
             ValueError: If ``name`` is taken or no name, or ``prior`` is negative or not finite.
         """
-        name = self.gate.add_specialist(name, prior=prior)
-        specialist = AttentionSpecialist(weights_of(self.base), self.rank)
-        self.specialists[name] = specialist.train(self.training)
-        return name
-
-    def remove_specialist(self, name: str) -> None:
-        """Drop a specialist and its part of the gate.
-
-        Raises:
-            ValueError: If there is no such specialist.
-        """
-        self.gate.remove_specialist(name)
-        del self.specialists[name]
-
-    def specialist_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """What one specialist owns, its part of the gate included: to train it, or to freeze it.
-
-        Raises:
-            ValueError: If there is no such specialist.
-        """
-        return self._owned_by(name).parameters()
-
-    def export_specialist_state(self, name: str) -> dict[str, Tensor]:
-        """Tensors of one specialist by name, its part of the gate and its prior included.
-
-        Raises:
-            ValueError: If there is no such specialist.
-        """
-        owned = self._owned_by(name).state_dict()
-        return {key: tensor.detach().clone() for key, tensor in owned.items()}
-
-    def load_specialist_state(self, name: str, state: dict[str, Tensor]) -> None:
-        """Give a specialist what ``export_specialist_state`` returned.
-
-        Raises:
-            ValueError: If there is no such specialist, or ``state`` is that of another model.
-        """
-        owned = self._owned_by(name)
-        expected, given = (
-            {key: list(tensor.shape) for key, tensor in tensors.items()}
-            for tensors in (owned.state_dict(), state)
-        )
-        for key in expected | given:
-            if expected.get(key) != given.get(key):
-                want, got = expected.get(key, "nothing"), given.get(key, "nothing")
-                must("state", f"be of this model, with {want} as {key}", got)
-        owned.load_state_dict(state)
-
-    def _owned_by(self, name: str) -> nn.ModuleDict:
-        return nn.ModuleDict({"gate": self.gate.row(name), "attention": self.specialists[name]})
-
-    def used_specialists(self, prior: Tensor | None, weights: Tensor | None) -> list[int]:
-        """Places of the specialists that a call with this prior or these weights may use."""
-        given = prior if weights is None else weights
-        if given is None:
-            return list(self.gate.open_specialists)
-        N = len(self.specialists)
-        check_tensor("domain_prior" if weights is None else "domain_weights", given)
-        if not is_readable(given) or list(given.shape[-1:]) != [1 + N]:
-            return list(range(N))
-        return (given[..., 1:] != 0).reshape(-1, N).any(0).nonzero()[:, 0].tolist()
+        return self.add_copy(weights_of(self.base), name, prior=prior)
 
     def gates_of(
         self,
@@ -251,10 +186,7 @@ class ShiftableMultiheadAttention(nn.Module):
         if used:
             q, k, v = (self._batched(x) for x in (query, key, value))
             masks = take_apart(q, k, key_padding_mask, attn_mask, is_causal, is_self)
-            slots = self.gate.top_k
-            if domain_weights is not None:  # as many as a token has, and all where nobody knows
-                count = (domain_weights[..., 1:] != 0).sum(-1)
-                slots = int(count.max()) if is_readable(count) else None
+            slots = self.most_slots(domain_weights)
             shifted = self._shift(self._batched(out), (q, k, v), gates.gates, used, masks, slots)
             shifted = shifted if self.batch_first else shifted.transpose(0, 1)
             out = shifted.reshape(out.shape)
@@ -276,24 +208,20 @@ class ShiftableMultiheadAttention(nn.Module):
         slots: int | None,
     ) -> Tensor:
         """The base's output ``[B, T, E]`` with those of the specialists."""
-        own = weights_of(self.base)
         names = [self.gate.specialists[e] for e in used]
-        weights = beside_each_other([self._specialist(name).weights(own) for name in names])
         shares = gates[..., [1 + e for e in used]]  # [B, T, F]
-        if masks.bias is None:
-            others = self._by_intervals(inputs, shares, weights, masks, slots)
+        if masks.bias is not None:
+            others = self._by_mask(inputs, shares, self._weights(names), masks.bias)
+        elif slots is None or slots >= len(used) or not is_readable(shares):
+            others = self._by_intervals(inputs, shares, self._weights(names), masks, slots)
         else:
-            others = self._by_mask(inputs, shares, weights, masks.bias)
-        first = gates[..., :1]
-        # what is not used may hold NaN, and is not multiplied
-        mixed = torch.where(first == 0, 0.0, first * base) + others
-        alone = (first == 1) | ~gates.any(-1, keepdim=True)  # absent tokens have no gate at all
-        return torch.where(alone, base, mixed.to(base.dtype))
+            others = self._by_rows(inputs, shares, names, masks, slots)
+        return mix_with_base(base, gates, others)
 
-    def _specialist(self, name: str) -> AttentionSpecialist:
-        specialist = self.specialists[name]
-        assert isinstance(specialist, AttentionSpecialist)
-        return specialist
+    def _weights(self, names: list[str]) -> AttentionWeights:
+        """Those of these specialists beside each other."""
+        own = weights_of(self.base)
+        return beside_each_other([self.specialist(name).weights(own) for name in names])
 
     def _project(
         self, inputs: tuple[Tensor, Tensor, Tensor], weights: AttentionWeights, n: int
@@ -304,6 +232,43 @@ class ShiftableMultiheadAttention(nn.Module):
             project(x, weight, bias, n, self.num_heads)
             for x, weight, bias in zip(inputs, weights[:3], biases, strict=True)
         ]
+
+    def _by_rows(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        shares: Tensor,
+        names: list[str],
+        masks: AttentionMasks,
+        slots: int,
+    ) -> Tensor:
+        """What ``_by_intervals`` gives, at the cost of the specialists that tokens use."""
+        plan = plan_branches(shares, slots)
+        if not plan.spans:
+            return torch.zeros_like(inputs[0])
+        own = weights_of(self.base)
+        weights = {f: self.specialist(names[f]).weights(own) for f in plan.branches}
+        query = plan.queries(inputs[0], weights, self.num_heads)
+        key = plan.keys(inputs[1], weights, self.num_heads, "k")
+        value = plan.keys(inputs[2], weights, self.num_heads, "v")
+        out = self._attend(query, key, value, plan.gates, plan.places, masks)
+        return plan.reduce(out, weights)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gates: Tensor,
+        branches: Tensor | None,
+        masks: AttentionMasks,
+    ) -> Tensor:
+        return branch_attention(
+            *(query, key, value, gates, branches),
+            is_causal=masks.is_causal,
+            seq_start=masks.seq_start,
+            seq_end=masks.seq_end,
+            backend=self.backend,
+        ).out
 
     def _by_intervals(
         self,
@@ -322,13 +287,7 @@ class ShiftableMultiheadAttention(nn.Module):
             gates = shares.gather(-1, chosen)
             at = chosen.transpose(1, 2)[:, :, None, :, None]  # [B, A, 1, T, 1]
             query = query.gather(1, at.expand(-1, -1, *query.shape[2:3], -1, query.shape[-1]))
-        out = branch_attention(
-            *(query, key, value, gates, chosen),
-            is_causal=masks.is_causal,
-            seq_start=masks.seq_start,
-            seq_end=masks.seq_end,
-            backend=self.backend,
-        ).out
+        out = self._attend(query, key, value, gates, chosen, masks)
         if at is not None:
             every = out.new_zeros(out.shape[0], n, *out.shape[2:])
             out = every.scatter(1, at.expand_as(out), out)

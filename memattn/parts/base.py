@@ -19,7 +19,7 @@ from memattn.parts.state import PartState
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PLACES = ("before_attention", "attention", "after_attention", "after_mlp")
+PLACES = ("before_attention", "attention", "beside_attention", "after_attention", "after_mlp")
 ROLES = ("weight", "memory", "table", "norm")
 Part = TypeVar("Part", bound="type[PartConfig]")
 
@@ -53,7 +53,7 @@ class Role(NamedTuple):
 class PartOutput(NamedTuple):
     """What a part returns for hidden states ``[B, T, E]``."""
 
-    hidden_states: Tensor  # [B, T, E], added to the residual by the block
+    hidden_states: Tensor  # [B, T, E], added to the residual; "beside_attention" the new attended
     losses: Mapping[str, tuple[Tensor, Tensor]] = {}  # by name: sum and count
     carry: Mapping[str, Tensor] = {}  # by name: what the next layer gets
 
@@ -79,8 +79,11 @@ class PartConfig:
     Class attributes:
         kind: Its name in a configuration, an identifier.
         place: Where it stands in a layer, one of ``PLACES``. ``"attention"`` stands instead of
-            attention; the others get normed hidden states, and their output is added. A part whose
-            fields decide between places beside attention overrides ``stands``.
+            attention. ``"beside_attention"`` gets the same normed hidden states as attention, whose
+            output is ``context.attended`` and whose module is ``context.base``; its own output
+            stands instead of that. The others get hidden states behind a norm of their own, and
+            their output is added to the residual. A part whose fields decide between places other
+            than attention's overrides ``stands``.
         repeatable: Whether it may stand more than once in ``MemAttnConfig.parts``.
         reports: Names of the losses that it may return.
         views: Its pictures by name.

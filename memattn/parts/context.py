@@ -35,6 +35,9 @@ class PartContext:
         chapters: What the part keeps in this layer of those that are open.
         shared: What ``once`` remembers in this call of the model.
         handed: What a module of the part hands on to the next layer, for ``PartOutput.carry``.
+        attended: Output ``[B, T, E]`` of attention and of the parts beside it that ran before, for
+            a part that stands beside attention; else None.
+        base: The module of attention itself, for such a part; else None.
     """
 
     positions: Tensor
@@ -53,6 +56,8 @@ class PartContext:
     chapters: tuple[OpenChapter, ...] = ()
     shared: dict[Any, Any] = field(default_factory=dict)
     handed: dict[str, Tensor] = field(default_factory=dict)
+    attended: Tensor | None = None
+    base: nn.Module | None = None
 
     def of_part(
         self,
@@ -61,8 +66,10 @@ class PartContext:
         residual: Tensor | None = None,
         shared_module: nn.Module | None = None,
         chapters: tuple[OpenChapter, ...] = (),
+        attended: Tensor | None = None,
+        base: nn.Module | None = None,
     ) -> "PartContext":
-        """The same for one part with its state, its own shared module and its open chapters."""
+        """The same for one part, with what is its own."""
         return PartContext(
             positions=self.positions,
             present=self.present,
@@ -79,6 +86,8 @@ class PartContext:
             library=self.library,
             chapters=chapters,
             shared=self.shared,
+            attended=attended,
+            base=base,
         )
 
     def attention_inputs(self) -> dict[str, Any]:
