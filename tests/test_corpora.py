@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,25 @@ from types import SimpleNamespace
 import pytest
 
 from memattn.cli import main
-from memattn.data import CORPORA, Document, corpora, fetch_corpus, is_cached, load_documents
+from memattn.data import (
+    COLLECTIONS,
+    CORPORA,
+    Document,
+    corpora,
+    fetch_corpus,
+    is_cached,
+    load_conversations,
+    load_documents,
+)
 from memattn.data import checkpoints as packaged
+from memattn.data.collections import Collection, Share
+from memattn.data.dictionary_readers import (
+    read_gcide,
+    read_moby,
+    read_moby_dick,
+    read_wordnet,
+)
+from memattn.data.doc_readers import read_documentation, read_sql
 from memattn.data.readers import read_dictd, read_enwiki_sample, read_sotu, read_wiki
 from memattn.files import replacing, sha256_of
 
@@ -96,6 +114,145 @@ def test_reads_a_dictionary(tmp_path):
     (tmp_path / "b.deb").write_bytes(deb[: deb.index(b"data.tar")])
     with pytest.raises(ValueError, match="archive must be a Debian package with data, got .*b.deb"):
         list(read_dictd(tmp_path / "b.deb"))
+
+
+def write_tar(path: Path, files: dict[str, str]) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in files.items():
+            add(archive, name, text.encode())
+    return path
+
+
+def test_reads_dictionaries_and_thesauri(tmp_path):
+    senses = [
+        {"text": "A fiber.", "examples": [" made of bast "]},
+        {"text": "A rope.", "examples": []},
+    ]
+    pos = [
+        {"part_of_speech": "n.", "etymology": "[AS. b]", "definitions": senses},
+        {"part_of_speech": "v.", "etymology": "", "definitions": [{"text": "", "examples": []}]},
+    ]
+    entries = {"bast": {"entry": "bast", "pos": pos}, "empty": {"entry": "empty", "pos": pos[1:]}}
+    letter = "dictionary/data/en/words_B.json"
+    archive = write_zip(tmp_path / "a.whl", letter, json.dumps(entries).encode())
+    text = "bast\nn.\n1. A fiber.\n   made of bast\n2. A rope."
+    assert list(read_gcide(archive)) == [Document("gcide bast", text)]
+
+    line = "03642182 06 {} 02 lamp_chimney 0 chimney(a) 1 001 @ 0337 n 0000 | a glass flue  \n"
+    kinds = {"noun": "n", "verb": "v", "adj": "s", "adv": "r"}
+    files = {
+        f"package/dict/data.{kind}": "  1 licence\n" + line.format(kinds[kind]) for kind in kinds
+    }
+    words = [document.text for document in read_wordnet(write_tar(tmp_path / "b.tgz", files))]
+    names = ("noun", "verb", "adjective", "adverb")
+    assert words == [f"lamp chimney, chimney ({name}): a glass flue" for name in names]
+
+    archive = write_tar(
+        tmp_path / "c.tgz", {"package/words.txt": "mad,angry,a la mode\r\nlone\r\n"}
+    )
+    assert list(read_moby(archive)) == [Document("moby mad", "mad: angry, a la mode.")]
+
+    files = {
+        f"package/data/chapter_{n}.json": json.dumps({"title": f"T{n}.", "text": f" text {n}\n"})
+        for n in (10, 9)
+    }
+    files["package/data/contents.json"] = "{}"
+    assert list(read_moby_dick(write_tar(tmp_path / "d.tgz", files))) == [
+        Document("Moby-Dick 9. T9.", "T9.\n\ntext 9"),
+        Document("Moby-Dick 10. T10.", "T10.\n\ntext 10"),
+    ]
+
+
+def test_reads_documentation_without_its_markup(tmp_path):
+    rst = """.. _target:
+
+========
+ Select
+========
+
+.. note::
+   :class: wide
+
+   See :func:`_sql.select`, :ref:`the guide <guide>`, `Python <https://x.org>`_ and ``NULL``.
+
+Code::
+
+    >>> print(a == b)
+    {printsql}SELECT 1{stop}
+"""
+    md = (
+        "<!-- hidden -->\n# Title\n\n```{note}\nSee [here](https://x.org) and {term}`table`.\n```\n"
+    )
+    files = {
+        "p-1/docs/b.md": md + LONG * 2,
+        "p-1/docs/a/a.rst": rst + LONG * 2,
+        "p-1/docs/changelog.rst": rst + LONG * 2,
+        "p-1/docs/short.rst": rst,
+        "p-1/other/c.rst": rst + LONG * 2,
+    }
+    archive = write_tar(tmp_path / "p-1.tar.gz", files)
+    first, second = read_documentation("docs", leave_out="^changelog")(archive)
+    code = "Code::\n\n    >>> print(a == b)\n    SELECT 1\n"
+    text = f" Select\n\n   See _sql.select, the guide, Python and NULL.\n\n{code}"
+    assert first == Document("a/a.rst", (text + LONG * 2).strip())
+    assert second == Document("b.md", f"# Title\n\nSee here and table.\n{LONG * 2}")
+
+
+def test_reads_queries_with_their_rewritten_form(tmp_path):
+    rule = "-" * 20
+    sql = "".join(
+        f"{rule}\n-- TPC-H {n}\n{rule}\n# execute: true\nSELECT {n};\nSELECT {n} AS a;\n\n"
+        for n in (1, 2)
+    )
+    fixtures = "sqlglot-1/tests/fixtures"
+    files = {f"{fixtures}/optimizer/tpc-h/tpc-h.sql": sql, f"{fixtures}/identity.sql": "SELECT 3;"}
+    assert list(read_sql(write_tar(tmp_path / "a.tar.gz", files))) == [
+        Document(f"TPC-H {n}", f"SELECT {n};\nSELECT {n} AS a;") for n in (1, 2)
+    ]
+
+
+def test_a_collection_is_read_as_one(tmp_path, monkeypatch, capsys):
+    parts = []
+    for name, count in (("odd", 5), ("even", 2)):
+        archive = tmp_path / "corpora" / f"{name}.tgz"
+        archive.parent.mkdir(exist_ok=True)
+        write_tar(archive, {"package/words.txt": "".join(f"{name}{n},x\n" for n in range(count))})
+        package = dataclasses.replace(
+            CORPORA["wiki"].package, filename=archive.name, sha256=sha256_of(archive)
+        )
+        entry = dataclasses.replace(CORPORA["wiki"], name=name, package=package, read=read_moby)
+        monkeypatch.setitem(CORPORA, name, entry)
+        parts.append(Share(name, every=2 if name == "odd" else 1))
+    both = Collection(name="both", description="two lists", shares=tuple(parts))
+    monkeypatch.setitem(COLLECTIONS, "both", both)
+    titles = [document.title for document in load_documents("both", cache_dir=tmp_path)]
+    assert titles == ["moby odd0", "moby odd2", "moby odd4", "moby even0", "moby even1"]
+    with pytest.raises(ValueError, match="source must hold conversations, not documents, got both"):
+        load_conversations("both")
+    assert main(["data", "both", "odd", "--cache-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split("│")[1].strip() for line in out.splitlines() if "corpus: " in line]
+    assert "collection: two lists" in out and rows == ["odd", "even"]
+
+
+def test_the_page_has_every_corpus():
+    page = (Path(__file__).parent.parent / "docs/data.md").read_text()
+    for corpus in CORPORA.values():
+        package, licence = re.escape(corpus.package.name), re.escape(corpus.licence)
+        assert re.search(rf"^\| `{corpus.name}` \|.*{licence}.*`{package}`", page, re.M), (
+            corpus.name
+        )
+    for name, collection in COLLECTIONS.items():
+        row = re.search(rf"^\| `{name}` \|.*", page, re.M)
+        assert row and all(f"`{share.corpus}`" in row[0] for share in collection.shares)
+    assert f"memattn data {' '.join(COLLECTIONS)}\n" in page  # one command fetches all of them
+
+
+def test_collections_name_corpora_that_there_are():
+    taken = [share.corpus for entry in COLLECTIONS.values() for share in entry.shares]
+    assert set(taken) <= set(CORPORA) and len(set(taken)) == len(taken)
+    assert not set(COLLECTIONS) & set(CORPORA)
+    assert len(COLLECTIONS["general"].shares) > 3 and len(COLLECTIONS) == 5
 
 
 # fetching

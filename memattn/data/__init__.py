@@ -2,6 +2,7 @@
 
 from memattn.data.batches import Batches, PackedBatches, PaddedBatches, WholeBatches
 from memattn.data.chat import ChatTokens, encode_chat
+from memattn.data.collections import COLLECTIONS, Collection
 from memattn.data.conversations import (
     Conversation,
     load_conversations,
@@ -22,10 +23,12 @@ from memattn.data.tokenizer import load_tokenizer, tokenize_documents, train_tok
 from memattn.data.tokens import Tokens
 
 __all__ = [
+    "COLLECTIONS",
     "CORPORA",
     "LABELLED",
     "Batches",
     "ChatTokens",
+    "Collection",
     "Conversation",
     "Corpus",
     "Document",

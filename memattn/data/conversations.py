@@ -10,6 +10,7 @@ import torch
 
 from memattn.checks import check_int, must
 from memattn.data.chat import ChatTokens, Message, chat_template, encode_chat
+from memattn.data.collections import COLLECTIONS
 from memattn.data.corpora import CORPORA
 from memattn.data.hub import load_hub_rows
 from memattn.data.json_lines import read_json_lines, read_utf8
@@ -145,7 +146,7 @@ def _read_rows(
 ) -> Iterator[tuple[str, Any]]:
     """Rows of one source, each with its place."""
     path = Path(source).expanduser()
-    if source in CORPORA:
+    if source in CORPORA or source in COLLECTIONS:
         must("source", "hold conversations, not documents", source)
     if path.exists():
         files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]

