@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         MemAttnConfig,
         MemAttnForCausalLM,
         MemAttnModel,
+        ShiftableLanguageModel,
         TitansTransformer,
         TransformerState,
     )
@@ -73,6 +74,7 @@ __all__ = [
     "RotaryEmbedding",
     "RouterOutput",
     "SegmentedAttention",
+    "ShiftableLanguageModel",
     "ShiftableMultiheadAttention",
     "ShiftableTransformerBlock",
     "TaskLinear",
@@ -131,6 +133,7 @@ _HOMES = {
         "MemAttnConfig",
         "MemAttnForCausalLM",
         "MemAttnModel",
+        "ShiftableLanguageModel",
         "TitansTransformer",
         "TransformerState",
     ),

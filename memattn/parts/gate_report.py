@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from memattn.checks import must
 from memattn.nn.causal_specialists import CausalSpecialists
+from memattn.parts.specialist_set import recording_gates
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,33 +41,23 @@ def measure_gates(model: nn.Module, input_ids: Tensor, **inputs: Any) -> list[La
     Raises:
         ValueError: If the model has no specialists.
     """
-    found: dict[str, LayerGates] = {}
-    layers = {m: name for name, m in model.named_modules() if isinstance(m, CausalSpecialists)}
-    if not any(module.gate.specialists for module in layers):
+    layers = [
+        (_number(name), (BASE, *module.gate.specialists))
+        for name, module in model.named_modules()
+        if isinstance(module, CausalSpecialists)
+    ]
+    if not any(len(names) > 1 for _, names in layers):
         must("model", "have specialists", "one without")
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        assert isinstance(module, CausalSpecialists)
-        names = (BASE, *module.gate.specialists)
-        gates = output.gates
-        if gates is None:  # all are closed
-            alone = torch.zeros(*output.hidden_states.shape[:2], len(names))
-            alone[..., 0] = 1.0
-        found[layers[module]] = LayerGates(
-            _number(layers[module]),
-            names,
-            alone if gates is None else gates.gates.detach().float().cpu(),
-        )
-
     was_training = model.training
-    hooks = [module.register_forward_hook(note) for module in layers]
     try:
-        model.eval()(input_ids, use_cache=False, **inputs)
+        with recording_gates(model) as record:
+            model.eval()(input_ids, use_cache=False, **inputs)
     finally:
-        for hook in hooks:
-            hook.remove()
         model.train(was_training)
-    return list(found.values())
+    return [
+        LayerGates(number, names, gates.float().cpu())
+        for (number, names), gates in zip(layers, record.tokens, strict=True)
+    ]
 
 
 def gate_lines(layers: Sequence[LayerGates]) -> list[str]:
