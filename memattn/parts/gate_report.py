@@ -88,7 +88,7 @@ def draw_gates(figure: "Figure", layers: Sequence[LayerGates]) -> None:
             else torch.full((tokens,), torch.nan)
             for layer in layers
         ]
-        image = axes.imshow(
+        axes.imshow(
             torch.stack(rows).numpy(),
             vmin=0.0,
             vmax=1.0,
@@ -100,7 +100,7 @@ def draw_gates(figure: "Figure", layers: Sequence[LayerGates]) -> None:
         axes.set_ylabel("layer")
         axes.set_yticks(range(len(layers)), [str(layer.layer) for layer in layers])
     panels[-1].set_xlabel("token")
-    figure.colorbar(image, ax=list(panels), label="gate")
+    figure.colorbar(panels[0].images[0], ax=list(panels), label="gate")
 
 
 def _number(name: str) -> int:
