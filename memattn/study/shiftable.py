@@ -262,8 +262,13 @@ class ShiftableStudy(Study):
     def measure(self, config: TrainConfig) -> dict[str, float]:
         """General loss, gates and the rest of a finished run."""
         from memattn.study.shiftable_measures import measure_run
+        from memattn.study.shiftable_xlora import load_xlora
+        from memattn.train.attached import load_model_folder
 
-        return measure_run(self, config)
+        folder = Path(config.training.output_dir)
+        mixed = folder.parent.name == "xlora"
+        model = load_xlora(self, folder) if mixed else load_model_folder(folder / "model")
+        return measure_run(self, config, model)
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         losses, gates = self.measures[:1], self.measures[1:]

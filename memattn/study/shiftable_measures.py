@@ -6,7 +6,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +16,14 @@ from memattn.data.batches import IGNORE
 from memattn.dtgma.inference import nearest_prototype
 from memattn.files import write_json
 from memattn.parts.gate_report import measure_gates
-from memattn.study.shiftable import BASE, ShiftableStudy
-from memattn.train.attached import load_base, load_model_folder
-from memattn.train.config import DataConfig, ModelConfig, TrainConfig
+from memattn.train.attached import load_base
+from memattn.train.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    TrainConfig,
+    TrainingConfig,
+)
 from memattn.train.load import load_config
 from memattn.train.setup import Corpus, make_batches, prepare_data
 
@@ -26,7 +31,29 @@ Inputs = dict[str, Tensor]
 PROTOTYPE_ROWS = 64  # of each text
 
 
-def base_losses(study: ShiftableStudy) -> dict[str, float]:
+class Specialty(Protocol):
+    """What is measured of a study: its texts, its generalist, and how its cells are trained."""
+
+    @property
+    def out(self) -> str: ...
+
+    @property
+    def base_path(self) -> str: ...
+
+    @property
+    def general(self) -> DataConfig: ...
+
+    @property
+    def data(self) -> DataConfig: ...
+
+    @property
+    def training(self) -> TrainingConfig: ...
+
+    @property
+    def lora(self) -> LoraConfig: ...
+
+
+def base_losses(study: Specialty) -> dict[str, float]:
     """What the generalist has of both texts, measured once."""
     file = Path(study.out) / "base.json"
     about = {"general": asdict(study.general), "data": asdict(study.data)}
@@ -44,15 +71,8 @@ def base_losses(study: ShiftableStudy) -> dict[str, float]:
     return losses
 
 
-def measure_run(study: ShiftableStudy, config: TrainConfig) -> dict[str, float]:
-    """What the study measures itself of a finished run."""
-    folder = Path(config.training.output_dir)
-    if folder.parent.name == "xlora":
-        from memattn.study.shiftable_xlora import load_xlora
-
-        model = load_xlora(study, folder)
-    else:
-        model = load_model_folder(folder / "model")
+def measure_run(study: Specialty, config: TrainConfig, model: Any) -> dict[str, float]:
+    """What the study measures itself of a finished run, whose model this is."""
     general = list(held_out_batches(study, study.general, model))
     if config.model.specialists is None:
         return {"general_loss": mean_loss(model, general)}
@@ -63,7 +83,7 @@ def measure_run(study: ShiftableStudy, config: TrainConfig) -> dict[str, float]:
         "forced_gap": mean_loss(model, general, forced) - base_losses(study)["general_loss"],
     }
     choose: Callable[[Inputs], Inputs] = lambda batch: {}
-    if folder.parent.name == "prototype":
+    if Path(config.training.output_dir).parent.name == "prototype":
         prototypes = Prototypes(study, model)
         choose = prototypes.gates
         found["general_loss"] = mean_loss(model, general, choose)
@@ -76,14 +96,12 @@ def measure_run(study: ShiftableStudy, config: TrainConfig) -> dict[str, float]:
     return {**found, **gates, "separation": separation}
 
 
-def held_out_batches(study: ShiftableStudy, data: DataConfig, model: Any) -> Iterator[Inputs]:
+def held_out_batches(study: Specialty, data: DataConfig, model: Any) -> Iterator[Inputs]:
     """The held-out rows of a text, padded."""
     return _batches(study, data, model, held_out=True)
 
 
-def _batches(
-    study: ShiftableStudy, data: DataConfig, model: Any, *, held_out: bool
-) -> Iterator[Inputs]:
+def _batches(study: Specialty, data: DataConfig, model: Any, *, held_out: bool) -> Iterator[Inputs]:
     config = TrainConfig(
         model=ModelConfig(model_path=study.base_path), data=data, training=study.training
     )
@@ -165,9 +183,9 @@ class Prototypes:
         model: A model with one specialist, whose base gives the hidden states.
     """
 
-    tasks = (BASE, "specialist")
+    tasks = ("base", "specialist")
 
-    def __init__(self, study: ShiftableStudy, model: Any) -> None:
+    def __init__(self, study: Specialty, model: Any) -> None:
         self.model = model
         self.means = {}
         for task, data in zip(self.tasks, (study.general, study.data), strict=True):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from memattn.files import replacing, write_text
-from memattn.study.shiftable import ShiftableStudy
+from memattn.study.shiftable_measures import Specialty, held_out_batches, mean_loss
 from memattn.train.attached import load_base
 from memattn.train.config import ModelConfig, TrainConfig
 from memattn.train.metrics import MetricsLog
@@ -19,7 +19,7 @@ from memattn.train.setup import make_batches, prepare_data
 FILE = "xlora.safetensors"
 
 
-def train_xlora(study: ShiftableStudy, config: TrainConfig) -> None:
+def train_xlora(study: Specialty, config: TrainConfig) -> None:
     """Train the classifier of X-LoRA, and write a run folder with its metrics and weights.
 
     The first LoRA is that of the cell ``lora`` with the same seed, which is trained before. A run
@@ -60,8 +60,6 @@ def train_xlora(study: ShiftableStudy, config: TrainConfig) -> None:
         facts = dict(step=step, tokens=tokens, seconds=time.perf_counter() - began)
         log.write(**facts, loss=loss.item(), learning_rate=rate, grad_norm=norm.item())
         if step == steps:
-            from memattn.study.shiftable_measures import held_out_batches, mean_loss
-
             value = mean_loss(model, held_out_batches(study, study.data, model))
             log.write(**{**facts, "seconds": time.perf_counter() - began}, eval_loss=value)
     log.close()
@@ -69,7 +67,7 @@ def train_xlora(study: ShiftableStudy, config: TrainConfig) -> None:
         save_file(dict(_classifier(model)), temporary / FILE)
 
 
-def load_xlora(study: ShiftableStudy, folder: Path) -> Any:
+def load_xlora(study: Specialty, folder: Path) -> Any:
     """The model of a finished run."""
     model = _new(study, int(folder.name.removeprefix("seed-")))
     tensors = load_file(folder / "model" / FILE)
@@ -79,14 +77,14 @@ def load_xlora(study: ShiftableStudy, folder: Path) -> Any:
     return model.eval()
 
 
-def classifier_parameters(study: ShiftableStudy) -> int:
+def classifier_parameters(study: Specialty) -> int:
     """Parameters of the classifier: a matrix and biases for two scalings in each place."""
     model = load_base(ModelConfig(model_path=study.base_path))
     places = sum(name.rpartition(".")[2] in study.lora.targets for name, _ in model.named_modules())
     return (model.config.hidden_size + 1) * 2 * places
 
 
-def _new(study: ShiftableStudy, seed: int) -> Any:
+def _new(study: Specialty, seed: int) -> Any:
     """The generalist with the LoRA of a seed, and the classifier as it begins."""
     from peft import LoraConfig, XLoraConfig
 
