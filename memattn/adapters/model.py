@@ -31,6 +31,7 @@ class AttachedModel(Swapped):
         **kwargs: Any,
     ) -> Any:
         attachment = self._memattn
+        inputs = attachment.take_inputs(kwargs)
         if not attachment.is_running:
             return super().forward(*args, **kwargs)
         if getattr(self, "_is_replica", False):
@@ -51,6 +52,7 @@ class AttachedModel(Swapped):
             given.get("attention_mask") if padding_mask is None else padding_mask,
             given.get("position_ids"),
             measured and bool(attachment.losses),
+            inputs,
         )
         attachment.call = call
         try:
@@ -175,6 +177,12 @@ class AttachedModel(Swapped):
         if attention_mask is not None and self._memattn.is_running and not is_padding:
             inputs["padding_mask"] = attention_mask
         return inputs
+
+    def _validate_model_kwargs(self: Any, model_kwargs: dict[str, Any]) -> None:
+        """As of the model, which does not know what parts take."""
+        rest = dict(model_kwargs)
+        self._memattn.take_inputs(rest)
+        super()._validate_model_kwargs(rest)
 
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
