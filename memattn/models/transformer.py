@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
 from memattn.models.decoder import MemAttnForCausalLM
 from memattn.models.outputs import MemAttnCausalLMOutput
+from memattn.models.signatures import add_arguments
 from memattn.nn import NeuralMemory
 from memattn.ops import NeuralMemoryState
 from memattn.parts.memory_measures import update_magnitude, utilisation
@@ -226,13 +226,7 @@ class TitansTransformer(MemAttnForCausalLM):
         named = {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
         return TitansOutput(**named)
 
-    # what generate() and trainers read
-    _signature = inspect.signature(MemAttnForCausalLM.forward)
-    _state = inspect.Parameter("state", inspect.Parameter.KEYWORD_ONLY, default=None)
-    forward.__signature__ = _signature.replace(  # pyright: ignore[reportFunctionMemberAccess]
-        parameters=[*_signature.parameters.values(), _state]
-    )
-    del _signature, _state
+    add_arguments(forward, MemAttnForCausalLM.forward, "state")
 
 
 def titans_config(
