@@ -15,9 +15,11 @@ from memattn.adapters import (
     attach_memory,
     attach_specialists,
     detach_memory,
+    disable_adapters,
     set_adapter,
 )
 from memattn.evaluate import audit
+from memattn.evaluate.estimate_attached import estimate_attached
 from memattn.parts.specialists import SpecialistsConfig
 from memattn.testing import assert_within_budget
 
@@ -49,8 +51,8 @@ def attach(name, dtype=torch.float64, **options):
 
 
 def open_all(adapter, prior=1.0):
-    for name in adapter.specialists:
-        adapter.set_prior(name, prior)
+    for name in adapter.specialists.names:
+        adapter.specialists.set_prior(name, prior)
 
 
 def hashes(model):
@@ -195,29 +197,79 @@ def test_checkpointing_changes_nothing():
 
 
 def test_specialists_come_and_go_learn_alone_and_are_saved(tmp_path):
-    model, adapter, before, _ = attach("qwen3", rank=2)
-    tokens = make_tokens()
-    assert adapter.specialists == ("specialist_0", "specialist_1")
-    adapter.add_specialist("law", prior=0.5)
-    adapter.remove_specialist("specialist_0")
-    adapter.train_specialists("law")
-    law = set(adapter.specialist_parameters("law"))
+    model, adapter, before, _ = attach("qwen3", rank=2, dtype=torch.float32)
+    tokens, specialists = make_tokens(), adapter.specialists
+    assert specialists.names == ("specialist_0", "specialist_1")
+    specialists.add("law", prior=0.5)
+    specialists.remove("specialist_0")
+    law = set(specialists.train_only("law"))
     assert {p for p in model.parameters() if p.requires_grad} == law
-    assert {p for p in adapter.parameters()} > law and len(law) == 2 * 12
+    assert set(adapter.parameters()) > law and len(law) == 2 * 12
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
     perturb_adapter(adapter)
-    logits = logits_of(model, tokens)
+    logits, gates = model(tokens, return_gates=True)
     assert not torch.allclose(logits, before)
-    adapter.save_pretrained(tmp_path)
+    assert [row.shape for row in gates] == [(2, 3)] * 2
+    assert (gates[1][:, 1] == 0).all() and (gates[1].sum(1) - 1).abs().max() < 1e-6
+    specialists.export("law", tmp_path / "law")
+    adapter.save_pretrained(tmp_path / "whole")
     adapter.detach()
-    again = SpecialistsAdapter.from_pretrained(model, tmp_path)
-    assert torch.equal(logits_of(model, tokens), logits)
-    assert again.specialists == ("specialist_1", "law") and isinstance(again, SpecialistsAdapter)
+    again = SpecialistsAdapter.from_pretrained(model, tmp_path / "whole")
+    assert torch.equal(model(tokens).logits, logits) and isinstance(again, SpecialistsAdapter)
+    assert again.specialists.names == ("specialist_1", "law")
+    set_adapter(model, again.name)
+    assert all(p.requires_grad for p in again.parameters())
+    again.detach()
+    fresh = attach_specialists(model, again_fields(num_specialists=0))
+    assert fresh.specialists.load(tmp_path / "law") == "law"
+    assert torch.equal(model(tokens).logits, logits)  # the other one was closed
     for architecture, sizes, message in (
         ("qwen2", {}, "model.config.model_type must be 'qwen3'"),
         ("qwen3", {}, "model.config.head_dim must be 16"),
     ):
+        other = make_base(architecture, **sizes)
         with pytest.raises(ValueError, match=message):
-            SpecialistsAdapter.from_pretrained(make_base(architecture, **sizes), tmp_path)
+            SpecialistsAdapter.from_pretrained(other, tmp_path / "whole")
+        specialists = attach_specialists(other, again_fields()).specialists
+        with pytest.raises(
+            ValueError, match="folder must be of a model with (model_type|head_dim)"
+        ):
+            specialists.load(tmp_path / "law")
+
+
+def again_fields(**options):
+    return {**BASES["qwen3"][2], "rank": 2, "gate_size": 4, **options}
+
+
+def test_they_are_estimated_with_the_biases_of_the_base():
+    for name, (architecture, sizes, fields) in BASES.items():
+        part = {"kind": "specialists", "num_specialists": 2, "gate_size": 4, **fields}
+        line = estimate_attached(make_base(architecture, **sizes), 10, part).lines[-1]
+        assert line.parameters == attach(name)[1].num_parameters() and line.flops > 0
+    with pytest.raises(ValueError, match="model must have layers with an attention that special"):
+        estimate_attached(make_base("neox"), 10, {"kind": "specialists"})
+
+
+@torch.no_grad()
+def test_gates_are_of_real_tokens():
+    model, adapter, before, _ = attach("qwen2")
+    tokens, mask = pad_left([make_tokens()[0, :9], make_tokens()[1, :4]], 9)
+    _, gates = model(tokens, attention_mask=mask, return_gates="token")  # of closed ones
+    base = torch.tensor([1.0, 0.0, 0.0]) * mask[..., None]
+    assert len(gates) == 2 and torch.equal(gates[0].double(), base.double())
+    open_all(adapter)
+    perturb_adapter(adapter)
+    open_all(adapter)
+    logits, means = model(tokens, attention_mask=mask, return_gates=True)
+    _, gates = model(tokens, attention_mask=mask, return_gates="token")
+    for mean, gate in zip(means, gates, strict=True):
+        torch.testing.assert_close(mean, gate.sum(1) / mask.sum(1)[:, None], **EXACT)
+    assert torch.equal(logits, model(tokens, attention_mask=mask).logits)
+    with pytest.raises(ValueError, match='return_gates must be True, False or "token", got 3'):
+        model(tokens, return_gates=3)
+    disable_adapters(model)
+    with pytest.raises(ValueError, match="return_gates must be None or False where no specialists"):
+        model(tokens, return_gates=True)
 
 
 def test_what_does_not_fit_is_refused_and_leaves_the_model():
@@ -249,11 +301,12 @@ def test_what_does_not_fit_is_refused_and_leaves_the_model():
     model = make_base()
     adapter = attach_specialists(model, SpecialistsConfig(names=["sql"]))
     memory = attach_memory(model, {"kind": "chapter_memory", "num_memory_tokens": 8})
+    own = adapter.specialists
     for call, message in (
-        (lambda: adapter.set_prior("law", 1.0), "name must be a specialist: sql, got 'law'"),
-        (lambda: adapter.remove_specialist("law"), "name must be a specialist: sql, got 'law'"),
-        (lambda: adapter.add_specialist("sql"), "name must be a new one, got 'sql'"),
-        (lambda: adapter.train_specialists("law"), "names must be specialists: sql, got law"),
+        (lambda: own.set_prior("law", 1.0), "name must be a specialist: sql, got 'law'"),
+        (lambda: own.remove("law"), "name must be a specialist: sql, got 'law'"),
+        (lambda: own.add("sql"), "name must be a new one, got 'sql'"),
+        (lambda: own.train_only("law"), "name must be a specialist: sql, got 'law'"),
         (lambda: SpecialistsAdapter(model, memory.name), "be that of an adapter with specialists"),
     ):
         with pytest.raises(ValueError, match=message):

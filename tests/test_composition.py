@@ -5,11 +5,12 @@ import pickle
 import pytest
 import torch
 from adapter_factories import make_base, perturb_adapter
-from model_factories import logits_of, make_tokens, pad_left
+from model_factories import SIZES, logits_of, make_tokens, pad_left, perturb
 from transformers import DynamicCache
 
 from memattn.adapters import attach_memory, attach_specialists, detach_memory, set_adapter
 from memattn.evaluate import audit
+from memattn.models import MemAttnCache, MemAttnConfig, MemAttnForCausalLM
 
 MAC = dict(
     kind="titans",
@@ -59,8 +60,8 @@ def make_perturbed(dtype=torch.float64):
     model, adapters = make_three(dtype)
     for adapter in adapters.values():
         perturb_adapter(adapter)
-        for name in getattr(adapter, "specialists", ()):
-            adapter.set_prior(name, 1.0)
+    for name in adapters["specialists"].specialists.names:
+        adapters["specialists"].specialists.set_prior(name, 1.0)
     return model, adapters
 
 
@@ -91,21 +92,80 @@ def test_as_adapters_they_generate_with_beams_from_one_cache():
     torch.testing.assert_close(rest, logits_of(model, tokens)[:, 10:], rtol=0, atol=1e-12)
 
 
+def check_losses_fall(model, learning, wanted):
+    """Train the parameters that learn, and compare what was lost at the first and the last step."""
+    tokens, losses = make_tokens(), []
+    optimizer = torch.optim.AdamW(learning, lr=2e-2)
+    for _ in range(12):
+        output = model.train()(tokens, labels=tokens)
+        losses.append({name: output.losses[name] for name in wanted} | {"loss": output.loss})
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    for name, loss in losses[0].items():
+        assert losses[-1][name] < loss, name
+
+
+OWN = {  # losses of the three
+    "mac": (),
+    "chapters": ("load_balance_loss",),
+    "specialists": ("gate_entropy", "gate_sparsity"),
+}
+
+
 @pytest.mark.parametrize("learning", [*((name,) for name in NAMES), NAMES])
 def test_as_adapters_the_loss_of_each_falls_and_of_all(learning):
     model, _ = make_perturbed(torch.float32)
     set_adapter(model, *learning)
-    tokens = make_tokens()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    losses = []
-    for _ in range(12):
-        output = model.train()(tokens, labels=tokens)
-        own = {name: output.losses[name] for name, factor in model.losses.items() if factor}
-        losses.append({**own, "loss": output.loss})
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-    own = {"chapters": {"load_balance_loss"}, "specialists": {"gate_entropy", "gate_sparsity"}}
-    assert losses[0].keys() == {"loss"}.union(*(own.get(name, ()) for name in learning))
-    for name, loss in losses[0].items():
-        assert losses[-1][name] < loss, name
+    wanted = {loss for name in learning for loss in OWN[name]}
+    assert {name for name, coefficient in model.losses.items() if coefficient} == wanted
+    check_losses_fall(model, [p for p in model.parameters() if p.requires_grad], wanted)
+
+
+def make_decoder(dtype=torch.float64, **changes):
+    """A decoder that is the three by its configuration alone."""
+    torch.manual_seed(0)
+    parts = [CHAPTERS, {"kind": "specialists", **SPECIALISTS}]
+    values = {"attention": MAC, "parts": parts, **SIZES, "num_hidden_layers": 1, **changes}
+    return perturb(MemAttnForCausalLM(MemAttnConfig(**values)).to(dtype).eval())
+
+
+def test_as_a_decoder_they_are_exact_together_and_each_counts():
+    model, tokens = make_decoder(), make_tokens()
+    assert audit(model, seq_len=12).verdict == "all 0"
+    logits = logits_of(model, tokens)
+    for left in (
+        dict(attention={"kind": "causal"}),
+        dict(parts=[CHAPTERS]),
+        dict(parts=model.config.parts[1:]),
+    ):
+        other = make_decoder(**left)
+        missing = other.load_state_dict(model.state_dict(), strict=False).missing_keys
+        assert not missing or "attention" in left
+        assert not torch.allclose(logits_of(other, tokens), logits)
+
+
+@torch.no_grad()
+def test_as_a_decoder_they_generate_with_beams_from_one_cache(tmp_path):
+    model = make_decoder()
+    tokens, mask = pad_left([make_tokens()[0, :9], make_tokens()[1, :4]], 9)
+    options = dict(do_sample=False, max_new_tokens=4, eos_token_id=None, num_beams=2)
+    found = model.generate(tokens, attention_mask=mask, **options)
+    expected = model.generate(tokens, attention_mask=mask, use_cache=False, **options)
+    assert torch.equal(found, expected)
+    tokens, cache = make_tokens(T=15), MemAttnCache(model.config)
+    model(tokens[:, :10], past_key_values=cache)
+    cache.save(tmp_path / "cache.safetensors")
+    cache = MemAttnCache.load(tmp_path / "cache.safetensors")
+    rest = model(tokens[:, 10:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, logits_of(model, tokens)[:, 10:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("learning", [*((name,) for name in NAMES), NAMES])
+def test_as_a_decoder_the_loss_of_each_falls_and_of_all(learning):
+    model = make_decoder(torch.float32)
+    words = {"mac": ".attention.", "chapters": "chapter_memory", "specialists": ".specialists."}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(words[own] in name for own in learning))
+    wanted = {loss for name in learning for loss in OWN[name]}
+    check_losses_fall(model, [p for p in model.parameters() if p.requires_grad], wanted)

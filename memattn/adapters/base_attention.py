@@ -47,10 +47,10 @@ def _of_transformers(module: Any) -> BaseAttention | None:
         biases = [*qkv_bias.chunk(3), out_bias]
     else:
         return None
-    heads = (matrix.shape[0] // module.head_dim for matrix in matrices[:2])
     return BaseAttention(
         AttentionWeights(*matrices, *biases),
-        *heads,
+        matrices[0].shape[0] // module.head_dim,
+        matrices[1].shape[0] // module.head_dim,
         getattr(module, "q_norm", None),
         getattr(module, "k_norm", None),
         getattr(module, "scaling", None),

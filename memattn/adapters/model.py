@@ -15,6 +15,7 @@ from memattn.adapters.swap import Swapped
 from memattn.checks import must
 from memattn.parts import PartConfig, Role
 from memattn.parts.chapters import Chapters
+from memattn.parts.specialist_set import recording_gates
 from memattn.parts.together import roles_of
 
 
@@ -28,8 +29,28 @@ class AttachedModel(Swapped):
         *args: Any,
         output_losses: bool | None = None,
         padding_mask: Tensor | None = None,
+        return_gates: bool | str | None = None,
         **kwargs: Any,
     ) -> Any:
+        options = dict(output_losses=output_losses, padding_mask=padding_mask, **kwargs)
+        if return_gates not in (None, False, True, "token"):
+            must("return_gates", 'be True, False or "token"', repr(return_gates))
+        if not return_gates:
+            return self._forward(*args, **options)
+        with recording_gates(self) as record:
+            output = self._forward(*args, **{**options, "return_dict": True})
+        if not record.means:
+            must("return_gates", "be None or False where no specialists run", return_gates)
+        return output.logits, record.tokens if return_gates == "token" else record.means
+
+    def _forward(
+        self: Any,
+        *args: Any,
+        output_losses: bool | None,
+        padding_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        """The output of a call, in which parts run if some are to."""
         attachment = self._memattn
         inputs = attachment.take_inputs(kwargs)
         if not attachment.is_running:
