@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         MemAttnConfig,
         MemAttnForCausalLM,
         MemAttnModel,
+        ShiftableLanguageModel,
         TitansTransformer,
         TransformerState,
     )
@@ -79,6 +80,7 @@ __all__ = [
     "RotaryEmbedding",
     "RouterOutput",
     "SegmentedAttention",
+    "ShiftableLanguageModel",
     "ShiftableMultiheadAttention",
     "ShiftableTransformerBlock",
     "SpecialistsAdapter",
@@ -139,6 +141,7 @@ _HOMES = {
         "MemAttnConfig",
         "MemAttnForCausalLM",
         "MemAttnModel",
+        "ShiftableLanguageModel",
         "TitansTransformer",
         "TransformerState",
     ),

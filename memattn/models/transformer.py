@@ -81,7 +81,9 @@ class TransformerState:
         ``update_magnitude`` is the norm of what the sequence has changed in its weights, in units
         of the norm of the learned ones; ``utilisation`` the share of directions that it takes: the
         exponential of the entropy of its squared singular values, divided by how many there are,
-        averaged over the memory's layers.
+        averaged over the memory's layers. Surprise and relevance are of tokens while they are
+        read, and no state has them: ``memattn.parts.memory_measures.measure_memory`` measures them
+        of a text, and ``KeptMemory.read`` keeps them.
         """
         names = ("update_magnitude", "utilisation")
         found = [{} if state is None else _measure(state) for state in self.memory_states]
