@@ -7,6 +7,7 @@ import pytest
 from train_factories import tiny_config
 
 from memattn.train import train
+from memattn.train.config import LoraConfig
 from memattn.train.setup import held_out_texts, prepare_data
 
 
@@ -72,3 +73,8 @@ def test_says_what_is_wrong(tmp_path):
         replace(config.data, mix_in="")
     with pytest.raises(ValueError, match=r"model.specialists must be null without model_path"):
         replace(config.model, specialists={})
+    path = dict(preset=None, options={}, model_path=".", specialists={})
+    with pytest.raises(ValueError, match="freeze_base_model must be true with specialists"):
+        replace(config.model, **path)
+    with pytest.raises(ValueError, match="model.specialists must be null with lora and memory_ada"):
+        replace(config.model, **path, freeze_base_model=True, lora=LoraConfig())

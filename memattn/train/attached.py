@@ -48,14 +48,14 @@ def load_base(config: ModelConfig) -> Any:
         if shown:
             logging.enable_progress_bar()
     if config.specialists is not None:
-        model = add_specialists(model, config.specialists, freeze_base=config.freeze_base_model)
+        model = add_specialists(model, config.specialists)
     if is_attached(config):
         attach(model, config)
     return model
 
 
-def add_specialists(model: Any, fields: dict[str, Any], *, freeze_base: bool) -> Any:
-    """A decoder with specialists beside its attention, which have a prior of 1 unless told.
+def add_specialists(model: Any, fields: dict[str, Any]) -> Any:
+    """A decoder, frozen, with specialists beside its attention; their prior is 1 unless told.
 
     Raises:
         ValueError: If it is no decoder of this package, or the specialists do not fit it.
@@ -63,8 +63,8 @@ def add_specialists(model: Any, fields: dict[str, Any], *, freeze_base: bool) ->
     from memattn.models import MemAttnForCausalLM, ShiftableLanguageModel
 
     if not isinstance(model, MemAttnForCausalLM):
-        kind = type(model).__name__
-        must("model.specialists", "be null for a model that is no MemAttnForCausalLM", kind)
+        allowed = "be null, and memory_adapter of kind specialists, beside a model of another kind"
+        must("model.specialists", allowed, type(model).__name__)
     return ShiftableLanguageModel(model, **{"prior": 1.0, **fields})
 
 

@@ -51,7 +51,7 @@ class ModelConfig:
             pretrained model; None attaches none.
         lora: LoRA inside a pretrained model; None means none.
         specialists: Fields of ``memattn.parts.SpecialistsConfig``: specialists beside the attention
-            of a pretrained model, such as one that training has left; None means none.
+            of a trained decoder of this package, whose weights stay; None means none.
         freeze_base_model: Whether the weights of a pretrained model stay as they are.
     """
 
@@ -74,6 +74,11 @@ class ModelConfig:
         for name in attached:
             if self.model_path is None and getattr(self, name) is not None:
                 must(f"model.{name}", "be null without model_path", getattr(self, name))
+        if self.specialists is not None:
+            if not self.freeze_base_model:
+                must("model.freeze_base_model", "be true with specialists", "false")
+            if self.lora is not None or self.memory_adapter is not None:
+                must("model.specialists", "be null with lora and memory_adapter", self.specialists)
         if self.freeze_base_model:
             if self.model_path is None:
                 must("model.freeze_base_model", "be false without model_path", "true")
