@@ -10,7 +10,7 @@ from rich.console import Console
 from test_train_mixture import write_general
 from train_factories import write_corpus
 
-from memattn.study import Generalist, ShiftableCompare, ShiftableStudy, load_study, run_study
+from memattn.study import Cell, Generalist, ShiftableCompare, ShiftableStudy, load_study, run_study
 from memattn.study.shiftable_measures import base_losses, held_out_batches, mean_loss
 from memattn.train import DataConfig, TrainingConfig
 from memattn.train.attached import load_model_folder
@@ -33,11 +33,11 @@ def tiny(folder: Path, **changes) -> ShiftableStudy:
             systems=["lora", "specialists", "prototype", "xlora"],
             specialists=[2],
             scopes=["prefix"],
-            unmixed=["specialists"],
+            unmixed=[],
         ),
         base=Generalist(
             sizes=dict(
-                hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+                hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
             ),
             vocab_size=300,
             training=TrainingConfig(max_steps=3, base_model_lr=1e-2, **training),
@@ -59,8 +59,8 @@ def test_specialists_learn_beside_a_generalist_that_stays(tmp_path):
     out = tmp_path / "study"
     assert text.startswith("first base, seed 0\nbase: 0 trainable parameters, ")
     models = {m["name"]: m for m in json.loads((out / "results.json").read_text())["models"]}
-    gated = ["specialists-2-prefix", "prototype", "specialists-2-prefix-unmixed"]
-    assert list(models) == ["base", "lora", gated[0], "prototype", "xlora", gated[2]]
+    gated = ["specialists-2-prefix", "prototype"]
+    assert list(models) == ["base", "lora", *gated, "xlora"]
     base = dict(load_model_folder(out / "base" / "model").named_parameters())
     for name in gated:
         losses = {k: v["mean"] for k, v in models[name]["losses"].items()}
@@ -79,10 +79,20 @@ def test_specialists_learn_beside_a_generalist_that_stays(tmp_path):
     losses = {k: v["mean"] for k, v in models["prototype"]["losses"].items()}
     assert losses["specialist_gate"] == 1.0 and losses["general_gate"] == 0.0
     assert losses["general_loss"] == pytest.approx(base_losses(config)["general_loss"], abs=1e-6)
-    mixed, unmixed = (models[name]["losses"]["train_loss"]["mean"] for name in (gated[0], gated[2]))
-    assert mixed != unmixed
-    assert "Gates" in text and "unmixed" in text
+    assert "Gates" in text and "gate separation" in text
     assert models["xlora"]["losses"]["val_loss"]["mean"] != models["lora"]["losses"]["val_loss"]
+
+
+def test_unmixed_cells_are_the_same_without_the_general_text(tmp_path):
+    study = tiny(tmp_path, compare=ShiftableCompare(seeds=[0], unmixed=["full", "specialists"]))
+    models = study.models()
+    assert models["full-unmixed"] == models["full"]
+    assert models["specialists-1-token-unmixed"] == models["specialists-1-token"]
+    for mixed in (True, False):
+        cell = Cell(name="full", model=models["full"], labels={"mixed": mixed})
+        assert study.run_config(cell, 0).data == replace(
+            study.data, mix_in=study.data.mix_in if mixed else None
+        )
 
 
 def test_bad_input_is_named(tmp_path):

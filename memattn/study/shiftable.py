@@ -73,13 +73,13 @@ class Generalist:
             intermediate_size=192,
             num_hidden_layers=3,
             num_attention_heads=2,
-            max_position_embeddings=256,
+            max_position_embeddings=128,
         )
     )
     vocab_size: int = 1024
     training: TrainingConfig = field(
         default_factory=lambda: short_training(
-            max_steps=1000, batch_size=4, base_model_lr=3e-3, warmup_steps=40, eval_steps=None
+            max_steps=1000, batch_size=8, base_model_lr=3e-3, warmup_steps=40, eval_steps=None
         )
     )
 
@@ -128,12 +128,16 @@ class ShiftableStudy(Study):
     specialists: dict[str, Any] = field(default_factory=dict)
     general: DataConfig = field(
         default_factory=lambda: DataConfig(
-            dataset_name="general", held_out=0.01, seq_len=256, packed=False
+            dataset_name="general", held_out=0.004, seq_len=128, packed=False
         )
     )
     data: DataConfig = field(
         default_factory=lambda: DataConfig(
-            dataset_name="data-engineering", mix_in="general", seq_len=256, packed=False
+            dataset_name="data-engineering",
+            mix_in="general",
+            held_out=0.03,
+            seq_len=128,
+            packed=False,
         )
     )
     training: TrainingConfig = field(
@@ -208,7 +212,7 @@ class ShiftableStudy(Study):
                 fixed=base_losses(self),
             )
         ]
-        for name, model in self._models().items():
+        for name, model in self.models().items():
             base = name.removesuffix(UNMIXED)
             trainable = _count(model, trainable=True)
             added = 0 if base == "full" else trainable
@@ -220,7 +224,7 @@ class ShiftableStudy(Study):
             cells.append(Cell(name=name, model=model, labels=labels, counts=counts))
         return cells
 
-    def _models(self) -> dict[str, ModelConfig]:
+    def models(self) -> dict[str, ModelConfig]:
         """The model of every cell but the base, by its name."""
         chosen = self.compare
         frozen = ModelConfig(model_path=self.base_path, freeze_base_model=True, lora=self.lora)
