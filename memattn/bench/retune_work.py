@@ -181,7 +181,7 @@ def make_memory_inputs(
     return memories.build({"B": B, "H": H, "hidden": (4,)}, {}, T=T, D=D, draw=draw)[1]
 
 
-def neural_memory(*, backend: str, **given: Tensor):
+def neural_memory(*, backend: str, **given: Any):
     """The operator in chunks of 64 tokens."""
     from memattn.bench.gpu import memories
 

@@ -1,10 +1,8 @@
 """What the ahead-of-time gate compiles of the neural memory.
 
-Two layers, 64 to 256 to 64 features, in chunks of 64 tokens.
-
-The plain form is what training
-runs: momentum, decay, no state. The other has a state, documents, and all that norms and losses may
-ask for.
+Two layers, 64 to 256 to 64 features, in chunks of 64 tokens. The plain form is what training runs:
+momentum, decay, no state. The other, in float32 too, has a state, documents, and all that norms and
+losses may ask for.
 """
 
 from functools import partial
