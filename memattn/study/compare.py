@@ -63,9 +63,9 @@ class ModelSizes:
         """Raise ValueError where Titans would, by the names of the options here."""
         heads, D = self.heads, self.dim_head
         sizes = Sizes(self.dim, heads, heads, D, num_layers=self.depth, max_positions=1)
-        fields = dict(memory_dim=self.dim if self.memory_dim is None else self.memory_dim)
+        whole = self.dim if self.memory_dim is None else self.memory_dim
         try:
-            part = TitansConfig(variant=self.variant, memory_head_dim=D, **fields)
+            part = TitansConfig(variant=self.variant, memory_dim=whole, memory_head_dim=D)
             part.memory_sizes(sizes)
         except ValueError as error:
             raise ValueError(str(error).removeprefix("attention.")) from error
