@@ -21,6 +21,7 @@ namespace memattn::avx512 {
 #include "future_attention_tile.h"
 #include "future_attention_backward_tile.h"
 #include "task_masked_attention_tile.h"
+#include "branch_attention_tile.h"
 #include "chapter_attention_rows.h"
 #include "chapter_attention_tile.h"
 #include "chapter_attention_backward_tile.h"
