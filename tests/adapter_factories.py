@@ -85,6 +85,12 @@ class ScaledConfig(ToyConfig):
     def build(self, sizes, layer):
         return ScaledMean(sizes.hidden_size, self.num_rows)
 
+    def run(self, module, hidden_states, context):
+        output = module(hidden_states, context)
+        if context.attended is None:
+            return output
+        return output._replace(hidden_states=context.attended + output.hidden_states)
+
     def build_shared(self, sizes):
         return Rows(sizes.hidden_size)
 

@@ -33,6 +33,8 @@ from memattn.parts import Role
 from memattn.train import TrainingConfig
 from memattn.train.optim import parameter_groups
 
+PLACES = ("beside_attention", "after_attention")
+
 # what other libraries call by its old name
 OLD_NAME = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 
@@ -102,7 +104,9 @@ def test_checkpointing_from_outside_gives_equal_gradients():
 def test_checkpointing_gives_equal_gradients_and_counts_losses_once(architecture):
     found = []
     for checkpointing in (False, True):
-        model = without_dropout(make_attached(architecture)).train()
+        place = PLACES[SERIAL.index(architecture) % 2]
+        part = ScaledConfig(at=place)
+        model = without_dropout(make_attached(architecture, part=part)).train()
         if checkpointing:
             enable_checkpointing(model, use_reentrant=False)
         outputs = [model(**make_batch(), use_cache=checkpointing) for _ in range(2)]
@@ -115,7 +119,7 @@ def test_checkpointing_gives_equal_gradients_and_counts_losses_once(architecture
         assert a.keys() == b.keys() if isinstance(a, dict) else torch.equal(a, b)
     for name, gradient in found[0][0].items():
         assert torch.equal(gradient, found[1][0][name]), name
-    assert len(found[0][0]) == 13
+    assert len(found[0][0]) == (11 if place == "beside_attention" else 13)  # two norms
 
 
 def test_reentrant_checkpointing_is_refused():

@@ -117,11 +117,48 @@ def test_stands_where_it_says(architecture, place):
             assert not torch.allclose(a, b)
 
 
+@pytest.mark.parametrize("architecture", SERIAL)
+def test_beside_attention_a_part_stands_instead_of_what_attention_gives(architecture):
+    """It gets what attention got, and what attention gives; a layer goes on with its output."""
+    model, tokens = make_base(architecture), make_tokens(T=7)
+    facts = facts_of(model)
+    layer = (model.transformer.h if architecture == "gpt2" else model.model.layers)[1]
+    attention = layer.attn if architecture == "gpt2" else layer.self_attn
+    normed_behind = architecture == "gemma3"
+    behind = layer.post_attention_layernorm if normed_behind else mlp_norm(layer)
+    attach_memory(model, ScaledConfig(), name="after")
+    adapter = attach_memory(model, ScaledConfig(at="beside_attention", layers=[1]), name="beside")
+    set_adapter(model, "after", "beside")
+    before = logits_of(model, tokens)
+    perturb_adapter(adapter)
+    own = layer.memory_adapters["beside"]
+    assert not own.norms  # it gets attention's
+    calls = []
+    hook = lambda _, args, kwargs, out: calls.append((args or (kwargs["hidden_states"],), out))
+    for module in (own.parts["scaled"], attention, behind):
+        module.register_forward_hook(hook, with_kwargs=True)
+    assert not torch.allclose(logits_of(model, tokens), before)
+    ((normed, context), mean), ((got,), (attended, _)), ((after,), _) = calls
+    assert got is normed and context.base is attention
+    assert torch.equal(attended, context.attended + mean.hidden_states)
+    assert torch.equal(after, attended if normed_behind else context.residual + attended)
+    if architecture == "gpt2":
+        assert context.rotary is None
+    else:
+        cos, sin = context.rotary
+        assert cos.shape == (1, 1, 7, 4)
+        torch.testing.assert_close(cos.square() + sin.square(), torch.ones_like(cos))
+    detach_memory(model)
+    assert facts_of(model) == facts
+
+
 def test_where_attention_and_mlp_run_side_by_side_nothing_stands_between():
     model = make_base("neox")
     facts = facts_of(model)
-    with pytest.raises(ValueError, match="parts.scaled must stand after_mlp in GPTNeoXLayer of"):
-        attach_memory(model, ScaledConfig())
+    for place in ("after_attention", "beside_attention"):
+        message = "parts.scaled must stand before_attention or after_mlp in GPTNeoXLayer .* got "
+        with pytest.raises(ValueError, match=message + place):
+            attach_memory(model, ScaledConfig(at=place))
     assert facts_of(model) == facts
     serial = make_base("neox", use_parallel_residual=False)
     attach_memory(serial, ScaledConfig())
@@ -157,7 +194,8 @@ EXACT = {
 def test_an_attached_model_is_exact(architecture):
     """With a running mean and a chapter memory, whose output projections are perturbed."""
     strategy, variant = EXACT[architecture]
-    parts = [ScaledConfig(), memory(strategy, memory_block_variant=variant)]
+    place = "beside_attention" if variant == "A" else "after_attention"
+    parts = [ScaledConfig(at=place), memory(strategy, memory_block_variant=variant)]
     model = make_attached(architecture, torch.float32, parts)
     assert model.reach == (6 if strategy in ("rolling", "hybrid") else 4)
     report = audit(model, seq_len=16)

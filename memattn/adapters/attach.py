@@ -26,6 +26,7 @@ from memattn.parts.together import (
     parts_of_layer,
 )
 
+ALWAYS_THERE = ("before_attention", "after_mlp")  # places that every layer has
 Parts = PartConfig | Mapping[str, Any] | Sequence[PartConfig | Mapping[str, Any]]
 
 
@@ -153,10 +154,10 @@ def detach_parts(model: Any, name: str | None = None) -> None:
         swap_back(module)
     for layer in swapped[1:]:
         index = vars(layer).pop("_memattn_index")
-        child = attachment.after_attention[index]
-        if child is not None and is_swapped(getattr(layer, child)):
-            vars(getattr(layer, child)).pop("_memattn_site", None)
-            swap_back(getattr(layer, child))
+        for child in set(attachment.stations[index].values()):
+            if is_swapped(getattr(layer, child)):
+                vars(getattr(layer, child)).pop("_memattn_site", None)
+                swap_back(getattr(layer, child))
     for parameter in attachment.frozen:
         parameter.requires_grad_(True)
 
@@ -174,25 +175,23 @@ def _check_attachable(base: Any) -> None:
 
 def _check_places(base: Any, named: Mapping[str, PartConfig], structure: Structure) -> None:
     """Raise ValueError if a part would stand where a layer has no such place."""
-    for layer, end in enumerate(structure.after_attention):
+    for layer, stations in enumerate(structure.stations):
         for part in parts_of_layer(named, layer, structure.sizes).values():
-            if part.stands == "beside_attention":
-                must(part.path, "stand behind attention in a transformers model", part.stands)
-            if part.stands == "after_attention" and end is None:
+            if part.stands not in ALWAYS_THERE and part.stands not in stations:
                 kind = type(structure.layers[layer]).__name__
                 must(
                     f"{part.path}",
-                    f"stand after_mlp in {kind} of {type(base).__name__}, which does not add the "
-                    "output of attention as it is to the residual before the MLP (they run side by "
-                    "side, or it is scaled)",
-                    "after_attention",
+                    f"stand {' or '.join(ALWAYS_THERE)} in {kind} of {type(base).__name__}, which "
+                    "does not add the output of attention as it is to the residual before the MLP "
+                    "(they run side by side, or it is scaled)",
+                    part.stands,
                 )
 
 
 def _structure_of(attachment: Attachment) -> Structure:
     """What the first look has shown."""
     return Structure(
-        attachment.layers, attachment.after_attention, attachment.base_output_type, attachment.sizes
+        attachment.layers, attachment.stations, attachment.base_output_type, attachment.sizes
     )
 
 
@@ -258,6 +257,5 @@ def _add_modules(
             swap(layer, AttachedLayer)
         layer.memory_adapters[name] = module
         module.train(layer.training)
-        child = attachment.after_attention[index]
-        if child is not None:
+        for child in attachment.stations[index].values():
             swap(getattr(layer, child), AttachedChild)

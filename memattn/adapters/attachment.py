@@ -55,7 +55,7 @@ class Attachment:
         frozen: Sequence[nn.Parameter],
     ) -> None:
         self.layers, self.sizes = structure.layers, structure.sizes
-        self.after_attention = structure.after_attention
+        self.stations = structure.stations
         self.arguments = arguments
         self.frozen = list(frozen)
         self.base_output_type = structure.output_type

@@ -24,6 +24,14 @@ class Entry(NamedTuple):
     shared: dict[Any, Any]
 
 
+class Beside(NamedTuple):
+    """What parts beside attention get besides its input."""
+
+    attended: Tensor  # [B, T, E], its output, or that of the part before
+    base: nn.Module  # attention
+    rotary: tuple[Tensor, Tensor] | None  # cosines and sines that it turned queries and keys by
+
+
 class Call:
     """Collects losses while it is open: from the model's forward until that returns.
 
@@ -138,6 +146,7 @@ class LayerRun:
         self, call: Call, layer: Any, index: int, hidden_states: Tensor, cache: Any
     ) -> None:
         self.call, self.layer, self.index = call, layer, index
+        self.residual = hidden_states  # what attention's output is added to
         context = call.context(index, hidden_states, cache)
         if call.is_open:
             self.carry = dict(call.carry)
@@ -168,26 +177,42 @@ class LayerRun:
                     output = None if output is None else output + change
         return hidden_states, output
 
-    def _run(self, adapter: str, name: str, hidden_states: Tensor) -> Tensor:
-        """What one part adds."""
+    def beside_attention(self, normed: Tensor, beside: Beside) -> Tensor:
+        """What stands instead of attention's output, ``[B, T, E]``."""
+        for name in self.call.attachment.active:
+            if name in self.layer.memory_adapters:
+                for part in self.layer.memory_adapters[name].at("beside_attention"):
+                    attended = self._run(name, part, normed, beside)
+                    beside = beside._replace(attended=attended.to(beside.attended.dtype))
+        return beside.attended
+
+    def _run(
+        self, adapter: str, name: str, hidden_states: Tensor, beside: Beside | None = None
+    ) -> Tensor:
+        """What one part returns for the residual, or beside attention for what attention gets."""
         call, parts = self.call, self.layer.memory_adapters[adapter]
-        part, norm = parts.configs[name], parts.norms[name]
+        part, module = parts.configs[name], parts.parts[name]
         state = None
         if call.states is not None:
             state = call.states.layers[self.index].parts[f"{adapter}.{name}"]
         chapters = call.attachment.adapters[adapter].chapters
-        hidden_states = hidden_states.to(norm.weight.dtype)
+        residual = self.residual if beside else hidden_states
+        dtype = parts.dtype_of(name) or hidden_states.dtype
         context = self.context.of_part(
             state,
             self.carry.get(adapter, {}),
-            hidden_states,
+            residual.to(dtype),
             call.attachment.shared_module(adapter, name),
             chapters.opened(self.index, name, hidden_states.device),
         )
-        normed = norm(hidden_states)
+        normed = hidden_states.to(dtype)
+        if beside is None:
+            normed = parts.norms[name](normed)
+        else:
+            context.attended, context.base, context.rotary = beside
         if chapters.is_recording:
             chapters.record(self.index, name, part.chapter_tensors(normed[0]))
-        output = part.run(parts.parts[name], normed, context)
+        output = part.run(module, normed, context)
         check_output(part, output, measured=call.measure_losses)
         if output.carry:
             self.carry[adapter] = {**self.carry.get(adapter, {}), **output.carry}
@@ -212,7 +237,7 @@ def _moved(context: PartContext, device: torch.device) -> PartContext:
 
 
 class AdapterLayer(nn.Module):
-    """The parts of one adapter in one layer, each behind a norm of its own.
+    """The parts of one adapter in one layer, each behind a norm of its own or beside attention.
 
     Args:
         configs: The parts by name.
@@ -223,10 +248,15 @@ class AdapterLayer(nn.Module):
     def __init__(self, configs: dict[str, Any], sizes: Sizes, layer: int) -> None:
         super().__init__()
         self.configs = configs
-        self.norms = nn.ModuleDict(
-            {name: make_norm(sizes.norm, sizes.hidden_size, sizes.norm_eps) for name in configs}
-        )
+        norm = lambda: make_norm(sizes.norm, sizes.hidden_size, sizes.norm_eps)
+        own_norm = [name for name, part in configs.items() if part.stands != "beside_attention"]
+        self.norms = nn.ModuleDict({name: norm() for name in own_norm})
         self.parts = nn.ModuleDict({name: p.build(sizes, layer) for name, p in configs.items()})
+
+    def dtype_of(self, name: str) -> torch.dtype | None:
+        """The dtype that a part computes in, or None where it has no weights."""
+        weights = (self.norms[name] if name in self.norms else self.parts[name]).parameters()
+        return next((p.dtype for p in weights if p.is_floating_point()), None)
 
     def at(self, place: str) -> list[str]:
         """Names of the parts that stand in one place."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from memattn.adapters.attachment import Attachment
-from memattn.adapters.call import Call, LayerRun
+from memattn.adapters.call import Beside, Call, LayerRun
 from memattn.adapters.swap import Swapped
 from memattn.checks import must
 
@@ -40,17 +40,15 @@ class AttachedLayer(Swapped):
         cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
         run = LayerRun(memattn_call, self, self._memattn_index, hidden_states, cache)
         hidden_states, _ = run.add_parts("before_attention", hidden_states)
-        name = self._memattn.after_attention[self._memattn_index]
-        child: Any = getattr(self, name) if run.has_parts("after_attention") else None
-        if child is None:
+        run.residual = hidden_states
+        children = self._children_at_work(run)
+        try:
             output = super().forward(hidden_states, *args, **kwargs)
-        else:
-            child._memattn_site = (run, hidden_states)
-            try:
-                output = super().forward(hidden_states, *args, **kwargs)
+            for name, child in children.items():
                 if child._memattn_site is not None:
                     raise RuntimeError(f"{name} of a layer with attached parts was not called")
-            finally:
+        finally:
+            for child in children.values():
                 child._memattn_site = None
         if isinstance(output, tuple):
             output = (run.add_parts("after_mlp", output[0])[0], *output[1:])
@@ -59,21 +57,42 @@ class AttachedLayer(Swapped):
         run.leave()
         return output
 
+    def _children_at_work(self: Any, run: LayerRun) -> dict[str, Any]:
+        """The children behind which parts run in this call; each is told where it stands."""
+        children = {}
+        for place, name in self._memattn.stations[self._memattn_index].items():
+            if run.has_parts(place):
+                child = children.setdefault(name, getattr(self, name))
+                child._memattn_site = (run, (*(child._memattn_site or (run, ()))[1], place))
+        return children
+
 
 class AttachedChild(Swapped):
-    """Methods of the module at the end of attention, whose output is added to the residual."""
+    """Methods of attention and of what its end is, whose output is added to the residual."""
 
-    _memattn_site: tuple[LayerRun, Tensor] | None = None  # set by the layer around its own call
+    # set by the layer around its own call: the run, and the places that are here
+    _memattn_site: tuple[LayerRun, tuple[str, ...]] | None = None
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         site, self._memattn_site = self._memattn_site, None
         output = super().forward(*args, **kwargs)
         if site is None:
             return output
-        run, residual = site
-        first = output[0] if isinstance(output, tuple) else output
-        _, changed = run.add_parts("after_attention", residual + first, first)
+        run, places = site
+        changed = output[0] if isinstance(output, tuple) else output
+        if "beside_attention" in places:
+            angles = kwargs.get("position_embeddings")
+            beside = Beside(changed, self, None if angles is None else _half(angles))
+            changed = run.beside_attention(_hidden_states(args, kwargs), beside)
+        if "after_attention" in places:
+            _, changed = run.add_parts("after_attention", run.residual + changed, changed)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def _half(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[B, 1, T, D/2]`` of such as transformers makes, ``[B, T, D]``."""
+    cos, sin = (x[:, None, :, : x.shape[-1] // 2] for x in angles)
+    return cos, sin
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

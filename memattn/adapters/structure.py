@@ -15,7 +15,7 @@ class Structure(NamedTuple):
     """What a look at a model has shown."""
 
     layers: list[nn.Module]
-    after_attention: list[str | None]  # child whose output is added to the residual; None: none is
+    stations: list[dict[str, str]]  # of each layer, by place: the child behind which parts run
     output_type: type  # of the model's forward
     sizes: Sizes
 
@@ -84,7 +84,8 @@ def look_at(model: Any) -> Structure:
 
     In that call each child of a layer has noise added to its output. Attention ends with the child
     whose output, with its noise, and the input of the layer add up bit for bit to the input of a
-    later child, the norm before the MLP. That is the attention module itself, or a norm behind it.
+    later child, the norm before the MLP. That is the attention module itself, or a norm behind it,
+    which gets what attention gave.
 
     Raises:
         ValueError: If the layers are not found, or a weight is on the meta device.
@@ -103,8 +104,8 @@ def look_at(model: Any) -> Structure:
         output = model(
             input_ids=tokens.to(embedding.weight.device), use_cache=False, return_dict=True
         )
-    ends = [recorder.end_of_attention() for recorder in recorders]
-    return Structure(layers, ends, type(output), sizes)
+    stations = [recorder.stations() for recorder in recorders]
+    return Structure(layers, stations, type(output), sizes)
 
 
 class _Recorder:
@@ -144,7 +145,21 @@ class _Recorder:
             return None
         return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
 
-    def end_of_attention(self) -> str | None:
+    def stations(self) -> dict[str, str]:
+        """The end of attention, and attention itself: the module of several that leads there."""
+        end = self._end_of_attention()
+        if end is None:
+            return {}
+        found, at = {"after_attention": end}, end
+        while next(getattr(self.layer, at).children(), None) is None:
+            given = next(given for name, given, _ in self.calls if name == at)
+            before = [n for n, _, out in self.calls if n != at and _is_equal(out, given)]
+            if not before:
+                return found
+            at = before[0]
+        return found | {"beside_attention": at}
+
+    def _end_of_attention(self) -> str | None:
         """The child whose output and the layer's input are the input of a later child."""
         if self.entry is None:
             return None
@@ -158,6 +173,11 @@ class _Recorder:
                 ):
                     return name
         return None
+
+
+def _is_equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether both are there and have the same shape and values."""
+    return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

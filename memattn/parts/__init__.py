@@ -1,7 +1,7 @@
 """What a decoder layer can be made of: one file a part, behind one protocol."""
 
 # each makes itself known by its kind
-from memattn.parts import causal, chapter_memory, future, segmented, titans
+from memattn.parts import attention_layer, causal, chapter_memory, future, segmented, titans
 from memattn.parts.base import (
     PARTS,
     PLACES,
@@ -37,6 +37,7 @@ __all__ = [
     "SequenceStates",
     "Sizes",
     "View",
+    "attention_layer",
     "causal",
     "chapter_memory",
     "future",
