@@ -97,16 +97,27 @@ static void branch_backward_tile(const BranchArgs& a, const Tile& tile, const Ke
   }, scratch);
 }
 
+// Whether panels of one vector serve a tile: where it has no more rows, and where rows lie so far
+// apart that the second half sees blocks of keys that the first does not.
+static bool is_thin(const BranchArgs& a, const Tile& tile) {
+  const int64_t rows = tile.t1 - tile.t0;
+  if ((tile.h1 - tile.h0) * rows <= VL) return true;
+  const KeyRange* ranges = a.ranges + tile.b / a.F * a.ranges_stride;
+  auto keys = [&](int64_t e) { return ranges[a.entries[e] / a.A].hi; };
+  const int64_t half = rows < VL ? rows : VL, whole = rows < 2 * VL ? rows : 2 * VL;
+  return keys(tile.t0 + whole - 1) - keys(tile.t0 + half - 1) > BLOCK_KEYS;
+}
+
 static void branch_forward(const BranchArgs& a, const Tile& tile, float* scratch) {
-  const int64_t n = (tile.h1 - tile.h0) * (tile.t1 - tile.t0);
-  n <= VL ? branch_forward_tile<1>(a, tile, scratch) : branch_forward_tile<2>(a, tile, scratch);
+  is_thin(a, tile) ? branch_forward_tile<1>(a, tile, scratch)
+                   : branch_forward_tile<2>(a, tile, scratch);
 }
 
 static void branch_backward(const BranchArgs& a, const Tile& tile, const KeyGrads& grads,
                             float* scratch) {
-  const int64_t n = (tile.h1 - tile.h0) * (tile.t1 - tile.t0);
   const KeyRange& last = a.ranges[tile.b / a.F * a.ranges_stride + a.entries[tile.t1 - 1] / a.A];
   // with few keys also the sums over rows are short ones
-  n <= VL || last.hi - last.lo <= SumRuns::FEW ? branch_backward_tile<1>(a, tile, grads, scratch)
-                                               : branch_backward_tile<2>(a, tile, grads, scratch);
+  is_thin(a, tile) || last.hi - last.lo <= SumRuns::FEW
+      ? branch_backward_tile<1>(a, tile, grads, scratch)
+      : branch_backward_tile<2>(a, tile, grads, scratch);
 }

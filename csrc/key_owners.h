@@ -68,6 +68,13 @@ void run_owners(const KeyGradients& gradients, std::vector<KeyChunk>& chunks, in
         const std::vector<Reach> reach = reaches(tiles, gradients.rows, reach_of);
         if (!tiles.empty() && reach[0].begin < reach.back().end)
           c.key_begin = reach[0].begin, c.key_end = reach.back().end;
+        if (parts == 1 && gradients.in_place()) {
+          const KeyGrads grads{gradients.key_sums(c.owner), gradients.value_sums(c.owner), 0};
+          gradients.clear(c.owner);
+          for (const Tile& tile : tiles) backward(tile, grads, state.scratch.get());
+          gradients.scale(c.owner, c.key_begin, c.key_end);
+          return;
+        }
         const int64_t keys = parts > 1 ? c.key_end - c.key_begin : SlidingSums::rows_for(reach);
         const int64_t floats = gradients.floats(keys);
         if (!state.sums || state.floats < floats)
