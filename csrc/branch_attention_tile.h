@@ -1,6 +1,6 @@
 // Attention in branches, one tile of slots at a time, forward and backward.
 //
-// Included once per instruction set after attention_rows.h. The rows of a tile are slots of one
+// Included once per instruction set after chapter_attention_rows.h. The rows of a tile are slots of one
 // branch, gathered from the tokens of a sequence, which see about as many keys: so what a slot gets
 // depends on its own keys alone. Derivation: docs/branch_attention.md.
 
@@ -11,6 +11,7 @@ struct BranchRows {
   int64_t b;
   int64_t head[TILE_ROWS], slot[TILE_ROWS], t[TILE_ROWS];
   Interval seen;
+  bool fetches;    // whether few rows share the keys, which then come from memory
 
   BranchRows(const BranchArgs& a, const Tile& tile, int64_t panel) : b(tile.b / a.F) {
     const KeyRange* ranges = a.ranges + b * a.ranges_stride;
@@ -19,7 +20,7 @@ struct BranchRows {
         head[n] = h, t[n] = a.entries[e] / a.A, slot[n] = a.entries[e] % a.A;
         seen.lo[n] = ranges[t[n]].lo, seen.hi[n] = ranges[t[n]].hi;
       }
-    lanes = round_up(n, panel);
+    lanes = round_up(n, panel), fetches = panel == VL;
     // lanes past the last row repeat it: they cost no mask, and nobody reads them
     for (int64_t i = n; i < lanes; ++i) seen.lo[i] = seen.lo[n - 1], seen.hi[i] = seen.hi[n - 1];
     seen.summarise(lanes, panel);
@@ -75,9 +76,18 @@ static MEMATTN_INLINE void for_each_branch_block(const BranchArgs& a, const Tile
   auto first = [&](const View& v) {
     return rows.b * v.stride[0] + tile.b % a.F * v.stride[1] + tile.hkv * v.stride[2];
   };
-  walk_source({a.key, a.value, first(a.key), first(a.value), 3, grads ? grads->d_key : nullptr,
-               grads ? grads->d_value : nullptr, grads ? grads->key_begin : 0},
-              rows.seen, a.D, a.Dv, scratch, visit);
+  const Source source{a.key, a.value, first(a.key), first(a.value), 3,
+                      grads ? grads->d_key : nullptr, grads ? grads->d_value : nullptr,
+                      grads ? grads->key_begin : 0};
+  walk_source(source, rows.seen, a.D, a.Dv, scratch, [&](const Block& block) {
+    const int64_t next = block.begin + block.n, left = rows.seen.max_hi - next;
+    const int64_t n = !rows.fetches ? 0 : left < BLOCK_KEYS ? left : BLOCK_KEYS;
+    for (int64_t j = next; j < next + n; ++j) {
+      fetch_row(a.key, source.key_at + j * a.key.stride[3], a.D);
+      fetch_row(a.value, source.value_at + j * a.value.stride[3], a.Dv);
+    }
+    visit(block);
+  });
 }
 
 template <int NV>

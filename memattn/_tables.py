@@ -51,6 +51,18 @@ class Table(NamedTuple):
         rule = "|" + "|".join("---" if i == 0 else "---:" for i in range(len(self.heads))) + "|"
         return "\n".join([f"**{self.title}**", "", head, rule, *rows]) + "\n"
 
+    @classmethod
+    def of_markdown(cls, text: str) -> "Table":
+        """The first table of a text that ``to_markdown`` wrote."""
+        lines = text.splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith("| "))
+        rows = []
+        for line in lines[start:]:
+            if not line.startswith("|"):
+                break
+            rows.append(tuple(line.removeprefix("| ").removesuffix(" |").split(" | ")))
+        return cls(lines[start - 2].strip("*"), rows[0], rows[2:])
+
     def to_rich(self) -> "RichTable":
         """The table for a terminal."""
         from rich.table import Table as RichTable

@@ -27,7 +27,6 @@ def slots_of_document(tensors, options, d, first, last) -> Arguments:
 
 BRANCHES = OperatorSpec(
     operator=branch_attention,
-    backends=("reference", "cpp"),
     make_inputs=make_branch_inputs,
     own_axes=True,
     cases={
@@ -57,6 +56,10 @@ BRANCHES = OperatorSpec(
             dict(T=4, S=21), dict(query_offset=17), dict(seq_start=[-3, 2], seq_end=[21, 20])
         ),
     },
+    interpreted=(
+        *("one", "token", "all", "dense", "odd-head-dim", "past-the-keys", "packed", "padded-all"),
+        *("nothing-left", "trimmed"),
+    ),
     interpreted_half=("token", "all", "padded", "decode"),
     gradcheck={form: Case(dict(form=form, B=1, H=2, Hkv=1, T=4, D=3, Dv=2)) for form in FORMS},
     empty={

@@ -129,9 +129,3 @@ def test_names_the_wrong_argument(message):
     error = TypeError if "must be a tensor" in message else ValueError
     with pytest.raises(error, match=re.escape(message)):
         branch_attention(**{**tensors, **options, **WRONG[message]})
-
-
-def test_refuses_a_backend_that_it_does_not_have():
-    tensors, options = make_branch_inputs(T=9)
-    with pytest.raises((NotImplementedError, ImportError), match="triton"):
-        branch_attention(**tensors, **options, backend="triton")

@@ -12,7 +12,7 @@ from memattn.models import MemAttnCache
 from memattn.parts import PartState
 
 EXACT = dict(rtol=0, atol=1e-12)
-GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
+GREEDY = dict(do_sample=False, max_new_tokens=8, eos_token_id=None)
 
 
 @pytest.fixture(params=SYSTEMS)
@@ -53,10 +53,10 @@ def test_pieces_of_random_sizes_equal_one_pass(system):
         columns = torch.arange(T)
         mask = ((columns >= begin) & (columns < end)).long()
         expected = logits_of(model, tokens, attention_mask=mask)
-        for full_mask in (False, True):
-            actual, _ = run_pieces(model, tokens, sizes, mask, full_mask=full_mask)
-            kept = mask == 1
-            torch.testing.assert_close(actual[kept], expected[kept], **EXACT)
+        # every other with the mask of all tokens so far
+        actual, _ = run_pieces(model, tokens, sizes, mask, full_mask=seed % 2 == 1)
+        kept = mask == 1
+        torch.testing.assert_close(actual[kept], expected[kept], **EXACT)
 
 
 def test_state_is_bounded_by_segment_and_window():
@@ -111,7 +111,7 @@ def test_sampling_and_chunked_prefill(system):
     for options in (dict(), dict(prefill_chunk_size=5), dict(use_cache=False)):
         torch.manual_seed(0)
         sampled = model.generate(
-            tokens, attention_mask=mask, do_sample=True, max_new_tokens=12, **options
+            tokens, attention_mask=mask, do_sample=True, max_new_tokens=8, **options
         )
         outputs.append(sampled)
     assert torch.equal(outputs[0], outputs[1])
@@ -123,7 +123,7 @@ def test_generation_continues_from_a_given_cache(system):
     whole = model.generate(tokens, **GREEDY)
     _, cache = run_pieces(model, tokens[:, :20], [20])
     assert torch.equal(model.generate(tokens, past_key_values=cache, **GREEDY), whole)
-    assert cache.position == 34
+    assert cache.position == 30
     output = model.generate(tokens, return_dict_in_generate=True, **GREEDY)
     assert isinstance(output.past_key_values, MemAttnCache)
 

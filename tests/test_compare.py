@@ -147,14 +147,37 @@ def test_models_have_equal_tokens_and_parameters_and_all_is_written(compared):
         assert [row["step"] for row in rows if row["eval_loss"]] == ["2", "4"]
     for picture in ("comparison.png", "curves.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG"), picture
-    text = (out / "results.md").read_text()
+    text, page = ((out / name).read_text() for name in ("results.md", "report.html"))
+    # losses and measures together, and attention and state of each model
+    assert page.count("<svg") == 5 and "vanilla: state behind 96 tokens" in page
+    assert f"<td>{titans['losses']['word_perplexity']['mean']:,.2f}</td>" in page
     assert f"{titans['losses']['word_perplexity']['mean']:,.2f}" in text
     assert "Perplexity: the standard test text of wikitext-103, in windows of 96 tokens" in text
     loaded = PRESETS["titans"].__self__.from_pretrained(out / "titans" / "seed-0" / "model")
     assert loaded.attention.memory_head_dim == 32 and loaded.attention.segment_len == 48
 
 
-def test_another_test_text_is_measured_anew_and_another_run_refused(compared, tmp_path, capsys):
+def test_runs_stand_on_one_page(compared, tmp_path, capsys):
+    runs = [str(compared[0] / "out" / name / "seed-0") for name in ("titans", "vanilla")]
+    page = tmp_path / "page.html"
+    command = ["plot", "page", *runs, "--out"]
+    assert main([*command, str(page), "--text", "A ship sails."]) == 0
+    text = page.read_text()
+    assert text.count("<svg") == 5 and f"{runs[0]}: where attention goes" in text
+    assert "update of the weights" in text and "held out" in text
+    capsys.readouterr()
+    for options, message in (
+        ([str(page)], "runs must be page and one run at least, with a text, got no text"),
+        (["page.png", "--text", "A"], "out must end in .html for page, got page.png"),
+    ):
+        assert main([*command, *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_another_test_text_is_measured_anew_and_another_run_refused(
+    compared, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("memattn.study.compare_report.write_pictures", lambda study: None)
     shutil.copytree(compared[0], tmp_path, dirs_exist_ok=True)
     before = json.loads((tmp_path / "out" / "titans" / "seed-0" / "measures.json").read_text())
     shutil.rmtree(tmp_path / "data")
@@ -162,12 +185,8 @@ def test_another_test_text_is_measured_anew_and_another_run_refused(compared, tm
     same = ["--dataset", corpus, "--cache-dir", str(compared[0] / "cache"), "--output-dir", out]
     assert run(tmp_path, *same, "--steps", "5") == 2
     assert "output_dir must be a new folder for training.max_steps 5" in capsys.readouterr().err
-    study = study_run.train
-    study_run.train = None  # would raise TypeError
-    try:
-        assert run(tmp_path, *same) == 0
-    finally:
-        study_run.train = study
+    monkeypatch.setattr(study_run, "train", None)  # would raise TypeError
+    assert run(tmp_path, *same) == 0
     after = json.loads((tmp_path / "out" / "titans" / "seed-0" / "measures.json").read_text())
     assert before["word_perplexity"] != after["word_perplexity"]
     assert (

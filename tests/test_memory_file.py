@@ -248,7 +248,7 @@ def test_the_small_file_learns(tmp_path, monkeypatch, one_thread):
     assert result.step == 100
     rows = read_metrics(tmp_path / "run" / "metrics.csv")
     losses = [row["lm_loss"] for row in rows if row["lm_loss"] is not None]
-    assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
+    assert max(losses[-10:]) < min(losses[:10])
     held_out = [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
     assert len(held_out) == 2 and max(held_out) < losses[0]
 

@@ -53,6 +53,24 @@ def store_tile(ptr, row, stride, end, tile, WIDTH: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
+def load_rows(ptr, offsets, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """The rows at these offsets, zero past WIDTH."""
+    offs_w = tl.arange(0, BLOCK_WIDTH)[None, :]
+    if WIDTH < BLOCK_WIDTH:
+        return tl.load(ptr + offsets[:, None] + offs_w, mask=offs_w < WIDTH, other=0.0)
+    else:
+        return tl.load(ptr + offsets[:, None] + offs_w)
+
+
+@triton.jit
+def scatter_rows(ptr, offsets, valid, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Write the valid rows in the dtype of ``ptr``."""
+    offs_w = tl.arange(0, BLOCK_WIDTH)[None, :]
+    mask = valid[:, None] & (offs_w < WIDTH)
+    tl.store(ptr + offsets[:, None] + offs_w, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def sequence_of(i, b, documents_ptr, seq_start_ptr, seq_end_ptr, S):
     """Start, end and number of the first segment of the sequence that holds position ``i``."""
     if documents_ptr is not None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
 from memattn_kernels import configs
 from memattn_kernels._common import (
@@ -123,6 +124,24 @@ def n_query_programs(query: Tensor, config: dict) -> int:
     """Programs of a query-stationary kernel: one for each tile of queries of a head."""
     B, H, T, _ = query.shape
     return triton.cdiv(T, config["BLOCK_M"]) * B * H
+
+
+def tiles_of_groups(counts: Tensor, block: int, n_tiles: int) -> tuple[Tensor, Tensor]:
+    """Cut the rows of groups into tiles of ``block`` rows, of one group each.
+
+    Args:
+        counts: Rows of each group, int64 ``[K, C]``: K lists of C groups.
+        block: Rows of a tile.
+        n_tiles: As many tiles as a list may need.
+
+    Returns:
+        int32 ``[K, n_tiles]`` each: the group, C for tiles that are not needed, and its first row.
+    """
+    ends = F.pad(((counts + (block - 1)) // block).cumsum(1), (1, 0))  # [K, C + 1]
+    tile = torch.arange(n_tiles, device=ends.device).expand(len(counts), n_tiles).contiguous()
+    group = torch.searchsorted(ends[:, 1:].contiguous(), tile, right=True)
+    first = (tile - ends.gather(1, group)) * block
+    return group.int(), first.int()
 
 
 def launch_queries(kernel: triton.JITFunction, name: str, inputs: dict, **lengths: int) -> None:

@@ -23,23 +23,29 @@ from memattn_kernels._common import (
 def columns_between(lo, hi, n, BLOCK: tl.constexpr, IS_RELATIVE: tl.constexpr):
     """Whether rows see the columns from ``n``: ``lo[r] <= column < hi[r]``, ``[rows, BLOCK]``.
 
+    With None as ``lo`` they see all columns before ``hi[r]``.
+
     IS_RELATIVE counts columns from ``n``, which makes them constants: fewer instructions, but a few
     registers more where bounds and other sources wait in them.
     """
     columns = tl.arange(0, BLOCK)
     if IS_RELATIVE:
-        lo -= n
+        if lo is not None:
+            lo -= n
         hi -= n
     else:
         columns += n
-    return (columns[None, :] >= lo[:, None]) & (columns[None, :] < hi[:, None])
+    if lo is None:
+        return columns[None, :] < hi[:, None]
+    else:
+        return (columns[None, :] >= lo[:, None]) & (columns[None, :] < hi[:, None])
 
 
 @triton.jit
-def _attend_tile(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-                 D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                 BLOCK_DV: tl.constexpr, IS_RELATIVE: tl.constexpr,
-                 MASKED: tl.constexpr):  # fmt: skip
+def attend_tile(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
+                D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                BLOCK_DV: tl.constexpr, IS_RELATIVE: tl.constexpr,
+                MASKED: tl.constexpr):  # fmt: skip
     """One tile of keys from column ``n``."""
     k = load_tile(k_ptr, n, stride_k, last, D, BLOCK_N, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -65,13 +71,13 @@ def attend(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid, sc
         full_last = first
     for index in range(n_partial_tiles(first, full_first, full_last, last, BLOCK_N)):
         n = partial_tile(index, first, full_first, full_last, BLOCK_N)
-        acc, l_i, m_i = _attend_tile(
+        acc, l_i, m_i = attend_tile(
             acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
             D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_RELATIVE, True,
         )  # fmt: skip
     if HAS_WHOLE_TILES:
         for n in range(full_first, full_last, BLOCK_N):
-            acc, l_i, m_i = _attend_tile(
+            acc, l_i, m_i = attend_tile(
                 acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
                 D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_RELATIVE, False,
             )  # fmt: skip
@@ -79,11 +85,11 @@ def attend(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid, sc
 
 
 @triton.jit
-def _dq_tile(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_target, delta_target,
-             k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale, D: tl.constexpr,
-             DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_DV: tl.constexpr, HAS_TARGET: tl.constexpr, IS_CORRECTED: tl.constexpr,
-             MASKED: tl.constexpr):  # fmt: skip
+def dq_tile(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_target, delta_target,
+            k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale, D: tl.constexpr,
+            DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+            BLOCK_DV: tl.constexpr, HAS_TARGET: tl.constexpr, IS_CORRECTED: tl.constexpr,
+            MASKED: tl.constexpr):  # fmt: skip
     """One tile of keys from column ``n``."""
     k = load_tile(k_ptr, n, stride_k, last, D, BLOCK_N, BLOCK_D, MASKED)
     v = load_tile(v_ptr, n, stride_v, last, DV, BLOCK_N, BLOCK_DV, MASKED)
@@ -131,14 +137,14 @@ def dq_source(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_ta
     # a corrected loop needs its registers more than a tile that is loaded ahead
     for index in tl.range(n_partial, num_stages=1 if IS_CORRECTED else None):
         n = partial_tile(index, first, full_first, full_last, BLOCK_N)
-        dq, pk, rest = _dq_tile(
+        dq, pk, rest = dq_tile(
             dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_target, delta_target,
             k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
             D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, IS_CORRECTED, True,
         )  # fmt: skip
     if HAS_WHOLE_TILES:
         for n in range(full_first, full_last, BLOCK_N):
-            dq, pk, rest = _dq_tile(
+            dq, pk, rest = dq_tile(
                 dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_target,
                 delta_target, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
                 D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, IS_CORRECTED, False,

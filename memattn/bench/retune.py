@@ -110,6 +110,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
         *("bwd_dkdv", "bwd_dkdv_in_tile"),
     ),
     "chapter_router": ("logits", "d_hidden", "d_weight"),
+    "branch_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv"),
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 KEYS_OF_CHAPTER = 128
+BRANCHES = 2  # so many parts of the heads are those of a branch
 # kernels that also see rows of a chapter
 LONG_LISTS = ("by_chapter", "bwd_dkdv")
 # and what some kernels are for
@@ -26,7 +27,8 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
     kernels that are there for it. Task-masked attention runs with full tiles, then with partial
     ones. Chapter attention selects for each token or for each sequence, whichever the kernel is
     for, or both; one softmax for each chapter where it is computed anew. The router has 4096
-    chapters where rows are many.
+    chapters where rows are many. Attention in branches has two slots for each token, one where it
+    decodes.
     """
     from memattn import ops
     from memattn.bench import inputs
@@ -41,6 +43,9 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
         forms = {"sequence": "by_chapter" not in kernel, "token": kernel.endswith(LONG_LISTS)}
         passes = [{"form": form} for form, is_wanted in forms.items() if is_wanted]
         return chapter_attention, inputs.make_segmented_inputs, passes
+    if kernel.startswith("branch_attention"):
+        passes = [{"slots": 1 if kernel.endswith("decode") else 2}]
+        return branch_attention, inputs.make_segmented_inputs, passes
     if kernel.startswith("chapter_router"):
         return chapter_router, make_router_inputs, [{}]
     if kernel.startswith("segmented_attention"):
@@ -112,6 +117,20 @@ def chapter_attention(
     )
 
 
+def branch_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, slots: int, backend: str, query_offset: int = 0
+):
+    """The operator with heads as slots and as branches; every slot chooses one at random."""
+    from memattn import ops
+
+    query, key, value = (x.unflatten(1, (BRANCHES, -1)) for x in (query, key, value))
+    query = query[:, :slots]
+    indices, gates = _branches((len(query), query.shape[3], slots), query.device)
+    return ops.branch_attention(
+        query, key, value, gates, indices, query_offset=query_offset, backend=backend
+    )
+
+
 class Routed(NamedTuple):
     """Weights, and the losses on each."""
 
@@ -149,3 +168,11 @@ def _selection(shape: tuple[int, ...], C: int, device: torch.device) -> tuple[Te
     order = torch.rand(*shape, C, generator=generator).argsort(-1)[..., : max(C // 8, 1)]
     weights = torch.rand(order.shape, generator=generator) + 0.5
     return order.to(device, torch.int32), weights.to(device)
+
+
+@cache
+def _branches(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """A branch for each slot, and its gate."""
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(BRANCHES, shape, generator=generator, dtype=torch.int32)
+    return indices.to(device), (torch.rand(shape, generator=generator) + 0.5).to(device)

@@ -41,7 +41,8 @@ def compare(
 
     Compared are perplexity, speed, memory, and facts found in long texts. The output folder gets
     results.md, results.json and results.csv, pictures (comparison.png, curves.png, needle.png of
-    each model), and for each model a run folder with checkpoints and the trained model. Ctrl-C
+    each model), a page that joins them with the attention and the state of each model, report.html,
+    and for each model a run folder with checkpoints and the trained model. Ctrl-C
     leaves a checkpoint: the same command goes on from there, and finished models are kept.
 
     Args:

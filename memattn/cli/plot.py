@@ -24,13 +24,17 @@ def plot(
     memories have changed, the norms of the keys it keeps, and update magnitude, surprise and
     relevance over the tokens. memattn plot state FILE draws that of a file of memattn memorize.
 
+    memattn plot page RUN ... --text TEXT joins these on one HTML page: the loss curves of the runs,
+    and of the model of each its attention and its state. memattn compare writes such a page, too.
+
     memattn plot VIEW MODEL --text TEXT draws the picture of that name of a part of the model. The
     message for a view that there is not names those there are.
 
     Args:
         runs: Run folders, as memattn train writes them; or a view, and one model, as memattn
             generate takes it. A run folder of such a name is ./attention, for example.
-        out: Picture to write: .png, .svg, .pdf or .html; by default curves.png, or VIEW.png.
+        out: Picture to write: .png, .svg, .pdf or .html; by default curves.png, VIEW.png or
+            page.html.
         x: What the horizontal axis of loss curves counts.
         text: Text that the model reads; - for the standard input.
     """
@@ -43,7 +47,13 @@ def plot(
 
     assert models
     view, names = runs[0], ("attention", "state", *part_views())
-    if view in names:
+    if view == "page":
+        if text is None or len(runs) < 2:
+            got = "none" if len(runs) < 2 else "no text"
+            raise ValueError(f"runs must be page and one run at least, with a text, got {got}")
+        out = out or "page.html"
+        _write_page(runs[1:], out, x, text)
+    elif view in names:
         if len(runs) != 2:
             raise ValueError(f"runs must be {view} and one model, got {len(runs) - 1} models")
         is_file = view == "state" and Path(runs[1]).expanduser().is_file()
@@ -60,7 +70,8 @@ def plot(
         _plot_view(view, runs[1], out, text)
     else:
         if text is not None:
-            raise ValueError(f"text must be left out but for {' and '.join(names)}, got a text")
+            others = " and ".join(("page", *names))
+            raise ValueError(f"text must be left out but for {others}, got a text")
         out = out or "curves.png"
         _plot_curves(runs, out, x)
     Console().print(f"wrote {out}", highlight=False)
@@ -68,10 +79,16 @@ def plot(
 
 
 def _plot_curves(runs: list[str], out: str, x: str) -> None:
+    from memattn.viz import plot_curves
+
+    plot_curves(_read_metrics(runs), out, x=x)
+
+
+def _read_metrics(runs: list[str]) -> "dict[str, list[dict[str, Any]]]":
+    """Rows of metrics.csv by the name of the run."""
     from pathlib import Path
 
     from memattn.train.metrics import read_metrics
-    from memattn.viz import plot_curves
 
     metrics = {}
     for run in runs:
@@ -79,7 +96,25 @@ def _plot_curves(runs: list[str], out: str, x: str) -> None:
         if not file.is_file():
             raise FileNotFoundError(f"run must be a folder with metrics.csv, got {run}")
         metrics[run if len(runs) > 1 else Path(run).name] = read_metrics(file)
-    plot_curves(metrics, out, x=x)
+    return metrics
+
+
+def _write_page(runs: list[str], out: str, x: str, text: str) -> None:
+    import sys
+    from pathlib import Path
+
+    from memattn.viz import write_figures
+    from memattn.viz.curves import curves_figure
+    from memattn.viz.models import model_figures
+
+    if Path(out).suffix != ".html":
+        raise ValueError(f"out must end in .html for page, got {out}")
+    text = sys.stdin.read() if text == "-" else text
+    metrics = _read_metrics(runs)
+    figures = {"Losses": curves_figure(metrics, x=x)}
+    for run, name in zip(runs, metrics, strict=True):
+        figures |= model_figures(name, *_read(run, text))
+    write_figures(figures, out, title=", ".join(metrics))
 
 
 def _plot_view(view: str, name: str, out: str, text: str | None) -> None:

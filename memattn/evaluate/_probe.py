@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 LOW = (torch.float16, torch.bfloat16, torch.float32)
+NARROWING = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
 CACHES = ("past_key_values", "cache_params")
 
 
@@ -116,12 +117,18 @@ class _Float64Mode(TorchFunctionMode):
     """Turns a request for a lower dtype into one for float64, as in norms that upcast."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # every access to a tensor comes by here
+        kwargs = kwargs or {}
         if func is torch.Tensor.view:  # with a dtype it reads bits, such as those of kept scales
-            return func(*args, **(kwargs or {}))
-        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+            return func(*args, **kwargs)
+        if func in NARROWING:
             func = torch.Tensor.double
-        args = tuple(torch.float64 if _is_low(arg) else arg for arg in args)
-        kwargs = {k: torch.float64 if _is_low(v) else v for k, v in (kwargs or {}).items()}
+        for arg in args:
+            if type(arg) is torch.dtype:
+                args = tuple(torch.float64 if _is_low(other) else other for other in args)
+                break
+        if kwargs:
+            kwargs = {k: torch.float64 if _is_low(v) else v for k, v in kwargs.items()}
         return func(*args, **kwargs)
 
 

@@ -6,12 +6,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from memattn.models.cache import MemAttnCache
 from memattn.models.config import PRESETS, MemAttnConfig, register_preset
-from memattn.models.decoder import MemAttnForCausalLM, MemAttnModel, MemAttnPreTrainedModel
+from memattn.models.decoder import MemAttnForCausalLM, MemAttnModel
 from memattn.models.factory import vanilla_of_equal_parameters
 from memattn.models.hf_attention import register_hf_attention
 from memattn.models.hf_names import register_class_name
 from memattn.models.kept_memory import KeptMemory
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
+from memattn.models.pretrained import MemAttnPreTrainedModel
 from memattn.models.transformer import TitansOutput, TitansTransformer, TransformerState
 from memattn.parts import PARTS, AttentionConfig
 

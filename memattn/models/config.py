@@ -17,6 +17,7 @@ from memattn.parts.chapter_memory import ChapterMemoryConfig
 from memattn.parts.future import FutureConfig
 from memattn.parts.old_spellings import upgrade_attention
 from memattn.parts.segmented import SegmentedConfig
+from memattn.parts.specialists import SpecialistsConfig
 from memattn.parts.titans import TitansConfig
 from memattn.parts.together import (
     build_shared_parts,
@@ -275,6 +276,11 @@ class MemAttnConfig(PreTrainedConfig):
         top_k_chapters=4,
     )
     titans = _preset(TitansConfig, "A decoder with a neural memory, alone or beside attention.")
+    shiftable = _preset(
+        SpecialistsConfig,
+        "A causal decoder with gated specialists beside its attention, open from the beginning.",
+        prior=1.0,
+    )
 
     @classmethod
     def _check_sizes(cls, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -291,6 +297,7 @@ def _part_fields() -> dict[str, str]:
         part_field.name: "attention" if part.place == "attention" else "parts"
         for part in PARTS.values()
         for part_field in fields(part)
+        if part_field.name not in _ROPE_KEYWORDS  # the model's own
     }
 
 
@@ -323,6 +330,7 @@ PRESETS: dict[str, Callable[..., MemAttnConfig]] = {
     "future": MemAttnConfig.future,
     "memory_transformer": MemAttnConfig.memory_transformer,
     "titans": MemAttnConfig.titans,
+    "shiftable": MemAttnConfig.shiftable,
 }
 
 

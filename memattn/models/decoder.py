@@ -1,15 +1,12 @@
 """The composable decoder: pre-norm blocks, each assembled from the parts its config names."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.hub import cached_file
 
 from memattn.checks import check_rank, must
 from memattn.models.block import MemAttnBlock
@@ -17,88 +14,13 @@ from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
 from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
-from memattn.nn import ContinuousAxialPositions, RotaryEmbedding, make_norm, sequence_positions
-from memattn.parts import PARTS, PartConfig, PartContext, Role, SequenceBounds
-from memattn.parts.chapters import FILE, Chapters
+from memattn.models.pretrained import MemAttnPreTrainedModel
+from memattn.nn import RotaryEmbedding, make_norm, sequence_positions
+from memattn.parts import PartContext, SequenceBounds
+from memattn.parts.chapters import Chapters
 from memattn.parts.losses import LossSums
 from memattn.parts.padding import check_lengths, check_positions, mask_bounds
-from memattn.parts.together import chapter_layout, roles_of
-
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-
-
-class MemAttnPreTrainedModel(PreTrainedModel):
-    """What the models share: configuration, new weights, saving and loading."""
-
-    config: MemAttnConfig
-    config_class = MemAttnConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["MemAttnBlock"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
-
-    def __init__(self, config: MemAttnConfig, *inputs: Any, **kwargs: Any) -> None:
-        if isinstance(config, MemAttnConfig):
-            config.check()  # fields may have been set since it was made
-        super().__init__(config, *inputs, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ContinuousAxialPositions):
-            module.reset_parameters(self.config.initializer_range)
-        for init_weights in dict.fromkeys(part.init_weights for part in PARTS.values()):
-            init_weights(module, self.config.initializer_range)
-
-    def parameter_roles(self) -> dict[str, Role]:
-        """What each parameter is that a part says something about, by name."""
-        found: list[tuple[str, PartConfig, nn.Module]] = []  # prefix, part, its module
-        for prefix, module in self.named_modules():
-            if isinstance(module, MemAttnModel):
-                named = self.config.named_parts()
-                for name, shared in module.shared_parts.items():
-                    found.append(
-                        (f"{prefix}{'.' * bool(prefix)}shared_parts.{name}.", named[name], shared)
-                    )
-            if isinstance(module, MemAttnBlock):
-                for name, part in module.part_configs.items():
-                    inside = name if name == "attention" else f"parts.{name}"
-                    found.append((f"{prefix}.{inside}.", part, module.module_of(name)))
-        return roles_of(found)
-
-    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self: Any, save_directory: Any, is_main_process: bool = True, **kwargs: Any
-    ) -> None:
-        """As of transformers; chapters of texts are kept beside the weights."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            self.base_model.chapters.write(Path(save_directory) / FILE)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of transformers; chapters come back as they were, open or closed."""
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        if pretrained_model_name_or_path is not None:
-            where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            absent = ("missing_entries", "connection_errors")
-            silent = {f"_raise_exceptions_for_{what}": False for what in absent}
-            file = cached_file(pretrained_model_name_or_path, FILE, **where, **silent)
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
-            if file is not None:
-                model.base_model.chapters.load(file)
-        return loaded
-
-    def replace_parts(self, change: Callable[[PartConfig], PartConfig]) -> None:
-        """Put other configurations in place of those of the parts, whose modules stay."""
-        self.config.parts = [change(part) for part in self.config.parts]
-        for module in self.modules():
-            if isinstance(module, MemAttnBlock):
-                module.part_configs = {n: change(p) for n, p in module.part_configs.items()}
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        # attention is chosen by config.attention, not by transformers' registry
-        return False
+from memattn.parts.together import chapter_layout, check_inputs
 
 
 class MemAttnModel(MemAttnPreTrainedModel):
@@ -138,8 +60,10 @@ class MemAttnModel(MemAttnPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_losses: bool | None = None,
+        **part_inputs: Tensor | None,
     ) -> MemAttnModelOutput:
         """Hidden states ``[B, T, E]``; the arguments are those of ``MemAttnForCausalLM``."""
+        given = check_inputs(self.config.named_parts(), part_inputs)
         if (input_ids is None) == (inputs_embeds is None):
             both = "both or neither"
             must("input_ids", "be given, or inputs_embeds, but not both", both)
@@ -195,6 +119,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
             rotary_embedding=self.rotary,
             measure_losses=self.training if output_losses is None else output_losses,
             library=self.chapters if len(self.chapters) or self.chapters.is_recording else None,
+            inputs=given,
         )
         all_hidden_states: list[Tensor] = []
         sums = LossSums()
@@ -295,6 +220,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_losses: bool | None = None,
+        **part_inputs: Tensor | None,
     ) -> MemAttnCausalLMOutput:
         """Predict the next token at every position.
 
@@ -322,6 +248,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             output_attentions: Not supported, since fused attention keeps no weights.
             output_losses: Whether to measure the losses of parts, where the model has such; None
                 means in training mode and with labels.
+            part_inputs: What parts of the model take, by the names of their ``inputs``.
 
         Returns:
             ``logits [B, T, vocab_size]``, ``past_key_values`` if a cache is used, and
@@ -330,7 +257,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             coefficient, and else the same as ``lm_loss``. ``losses`` are means over the layers.
 
         Raises:
-            TypeError: If ``past_key_values`` is not a ``MemAttnCache``.
+            TypeError: If ``past_key_values`` is not a ``MemAttnCache``, or an argument is unknown.
             ValueError: If shapes do not fit, a row of the mask is not one block of ones, positions
                 differ, a sequence is longer than ``max_position_embeddings`` where that is a
                 limit, a cache is of another model, or meets packed documents or checkpointing.
@@ -350,6 +277,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             output_losses=output_losses,
             return_dict=True,
+            **part_inputs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -377,6 +305,12 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             losses=outputs.losses,
             loss_counts=outputs.loss_counts,
         )
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """As of transformers, which does not know what parts take."""
+        known = {name for part in self.config.named_parts().values() for name in part.inputs}
+        rest = {name: value for name, value in model_kwargs.items() if name not in known}
+        super()._validate_model_kwargs(rest)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _prepare_cache_for_generation(
         self,

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
 from memattn.models.decoder import MemAttnForCausalLM
 from memattn.models.outputs import MemAttnCausalLMOutput
+from memattn.models.signatures import add_arguments
 from memattn.nn import NeuralMemory
 from memattn.ops import NeuralMemoryState
 from memattn.parts.memory_measures import update_magnitude, utilisation
@@ -81,7 +81,9 @@ class TransformerState:
         ``update_magnitude`` is the norm of what the sequence has changed in its weights, in units
         of the norm of the learned ones; ``utilisation`` the share of directions that it takes: the
         exponential of the entropy of its squared singular values, divided by how many there are,
-        averaged over the memory's layers.
+        averaged over the memory's layers. Surprise and relevance are of tokens while they are
+        read, and no state has them: ``memattn.parts.memory_measures.measure_memory`` measures them
+        of a text, and ``KeptMemory.read`` keeps them.
         """
         names = ("update_magnitude", "utilisation")
         found = [{} if state is None else _measure(state) for state in self.memory_states]
@@ -226,13 +228,7 @@ class TitansTransformer(MemAttnForCausalLM):
         named = {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
         return TitansOutput(**named)
 
-    # what generate() and trainers read
-    _signature = inspect.signature(MemAttnForCausalLM.forward)
-    _state = inspect.Parameter("state", inspect.Parameter.KEYWORD_ONLY, default=None)
-    forward.__signature__ = _signature.replace(  # pyright: ignore[reportFunctionMemberAccess]
-        parameters=[*_signature.parameters.values(), _state]
-    )
-    del _signature, _state
+    add_arguments(forward, MemAttnForCausalLM.forward, "state")
 
 
 def titans_config(

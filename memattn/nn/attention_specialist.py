@@ -81,11 +81,39 @@ class AttentionSpecialist(nn.Module):
             copied = None if bias is None else nn.Parameter(bias.detach().clone())
             self.register_parameter(f"{name}_bias", copied)
 
-    def weights(self, base: AttentionWeights) -> AttentionWeights:
+    def reset_parameters(self, std: float) -> None:
+        """Give it new weights of a standard deviation, until ``copy``; biases of 0."""
+        for name in PROJECTIONS:
+            if self.rank is None:
+                nn.init.normal_(getattr(self, f"{name}_weight"), std=std)
+            else:
+                down = getattr(self, f"{name}_down")
+                nn.init.normal_(down, std=down.shape[1] ** -0.5)
+                nn.init.zeros_(getattr(self, f"{name}_up"))
+            if getattr(self, f"{name}_bias") is not None:
+                nn.init.zeros_(getattr(self, f"{name}_bias"))
+
+    def has_biases_of(self, base: AttentionWeights) -> bool:
+        """Whether it has the biases that an attention has."""
+        return all(
+            (getattr(self, f"{name}_bias") is None) == (getattr(base, f"{name}_bias") is None)
+            for name in PROJECTIONS
+        )
+
+    @torch.no_grad()
+    def copy(self, base: AttentionWeights) -> None:
+        """Copy the weights that it has whole, but those that transformers has just loaded."""
+        for name in (*PROJECTIONS, *(f"{name}_bias" for name in PROJECTIONS)):
+            own = getattr(self, name if name.endswith("bias") else f"{name}_weight", None)
+            if own is not None and not getattr(own, "_is_hf_initialized", False):
+                own.copy_(getattr(base, name))
+
+    def weights(self, base: AttentionWeights | None) -> AttentionWeights:
         """Its weights; ``base`` has those that a low-rank specialist adds to."""
         if self.rank is None:
             weights = [getattr(self, f"{name}_weight") for name in PROJECTIONS]
         else:
+            assert base is not None
             weights = [
                 getattr(base, name) + getattr(self, f"{name}_up") @ getattr(self, f"{name}_down")
                 for name in PROJECTIONS

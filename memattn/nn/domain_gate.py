@@ -81,7 +81,7 @@ class DomainGate(nn.Module):
         token, padding is not pooled, and entropies are finite where a gate is 0.
     """
 
-    _place: Tensor
+    place: Tensor
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class DomainGate(nn.Module):
         self.temperature, self.top_k = temperature, top_k
         self.rows = nn.ModuleDict()
         # knows the dtype and the device of a gate that has no rows yet
-        self.register_buffer("_place", torch.empty(0), persistent=False)
+        self.register_buffer("place", torch.empty(0), persistent=False)
         for _ in range(num_specialists):
             self.add_specialist()
 
@@ -141,9 +141,9 @@ class DomainGate(nn.Module):
             name = next(x for x in free if x not in self.rows)
         check_new_name(name, self.rows)
         row = GateRow(self.hidden_size, self.gate_size, check_prior(prior))
-        self.rows[name] = row.to(self._place.device)
+        self.rows[name] = row.to(self.place.device)
         for parameter in row.parameters():
-            parameter.data = parameter.data.to(self._place.dtype)
+            parameter.data = parameter.data.to(self.place.dtype)
         row.train(self.training)
         return name
 

@@ -66,8 +66,9 @@ def branch_attention(
             ``B = 1``.
         query_offset: Position of the first query among the keys; ``S - T`` in cached decoding.
         scale: Factor of the scores; None means ``1/sqrt(D)``.
-        backend: ``"auto"`` (C++ for CPU tensors, the reference for float64, on a GPU and where the
-            extension is not built), ``"cpp"`` or ``"reference"``. A named backend never falls back.
+        backend: ``"auto"`` (Triton for CUDA tensors, C++ for CPU tensors, the reference for
+            float64 and where the extension is not built), ``"triton"``, ``"cpp"`` or
+            ``"reference"``. A named backend never falls back.
 
     Returns:
         ``out [B, A, H, T, Dv]`` in the dtype of ``query`` and ``lse [B, A, H, T]``.
@@ -75,14 +76,15 @@ def branch_attention(
     Raises:
         TypeError: If an argument has the wrong Python type.
         ValueError: If a shape, dtype, device or value does not fit, or ``backend`` is unknown.
-        NotImplementedError: If a named backend lacks the dtype or device, and for ``"triton"``.
+        NotImplementedError: If a named backend lacks the dtype, device or head dimension.
         ImportError: If a named backend is not installed.
 
     Note:
-        Differentiable once in all floating inputs, through ``out`` and ``lse``. The gradient of a
-        gate is the product of the cotangent with the result before the gate. Source: Shiftable
-        attention, https://github.com/computermaster0101/shiftable-attention-poc. Differs: a token
-        is in some branches only, gates may be a token's own, and a causal one sees nothing ahead.
+        Differentiable in all floating inputs, through ``out`` and ``lse``; once in Triton and C++.
+        The gradient of a gate is the product of the cotangent with the result before the gate.
+        Source: Shiftable attention,
+        https://github.com/computermaster0101/shiftable-attention-poc. Differs: a token is in some
+        branches only, gates may be a token's own, and a causal one sees nothing ahead.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value), ("gates", gates)):
         check_tensor(name, tensor)
@@ -108,13 +110,13 @@ def branch_attention(
         query_offset=query_offset,
         scale=check_scale(scale, query.shape[-1]),
     )
-    chosen = resolve_backend(backend, query)
-    if backend == "triton":
-        must("backend", 'be "auto", "cpp" or "reference"', repr(backend), NotImplementedError)
-    if chosen == "cpp":
-        from memattn.cpp.branch_attention import branch_attention as impl
-    else:
-        from memattn.reference.branch_attention import branch_attention as impl
+    match resolve_backend(backend, query):
+        case "triton":
+            from memattn_kernels.branch_attention import branch_attention as impl
+        case "cpp":
+            from memattn.cpp.branch_attention import branch_attention as impl
+        case "reference":
+            from memattn.reference.branch_attention import branch_attention as impl
     return AttentionOutput(*impl(args))
 
 

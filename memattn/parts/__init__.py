@@ -1,7 +1,15 @@
 """What a decoder layer can be made of: one file a part, behind one protocol."""
 
 # each makes itself known by its kind
-from memattn.parts import attention_layer, causal, chapter_memory, future, segmented, titans
+from memattn.parts import (
+    attention_layer,
+    causal,
+    chapter_memory,
+    future,
+    segmented,
+    specialists,
+    titans,
+)
 from memattn.parts.base import (
     PARTS,
     PLACES,
@@ -46,5 +54,6 @@ __all__ = [
     "quantize_memory",
     "register_part",
     "segmented",
+    "specialists",
     "titans",
 ]

@@ -86,6 +86,8 @@ class PartConfig:
             than attention's overrides ``stands``.
         repeatable: Whether it may stand more than once in ``MemAttnConfig.parts``.
         reports: Names of the losses that it may return.
+        inputs: Names of the tensors that a caller of the model may give it, such as weights of
+            samples; ``run`` finds those that were given in ``context.inputs``.
         views: Its pictures by name.
         state_type: Class of what a sequence keeps of it.
         limits_length: Whether it has parameters for ``max_position_embeddings`` positions only.
@@ -95,6 +97,7 @@ class PartConfig:
     place: ClassVar[str]
     repeatable: ClassVar[bool] = False
     reports: ClassVar[tuple[str, ...]] = ()
+    inputs: ClassVar[tuple[str, ...]] = ()
     views: ClassVar[Mapping[str, View]] = {}
     state_type: ClassVar[type[PartState]] = PartState
 
@@ -180,6 +183,13 @@ class PartConfig:
 
         Called for every module of the model after transformers' own rules, which know layers of
         torch; use functions of ``torch.nn.init``.
+        """
+
+    def begin(self, module: nn.Module, base: nn.Module) -> None:
+        """Give its new module what begins as attention's, for a part that stands beside that.
+
+        Called after ``init_weights`` with the module of attention; weights that transformers has
+        loaded, with ``_is_hf_initialized``, stay.
         """
 
     def role(self, name: str, parameter: Tensor) -> Role | None:

@@ -38,6 +38,7 @@ class PartContext:
         attended: Output ``[B, T, E]`` of attention and of the parts beside it that ran before, for
             a part that stands beside attention; else None.
         base: The module of attention itself, for such a part; else None.
+        inputs: What the caller of the model gave to parts, by the names of ``PartConfig.inputs``.
     """
 
     positions: Tensor
@@ -58,6 +59,7 @@ class PartContext:
     handed: dict[str, Tensor] = field(default_factory=dict)
     attended: Tensor | None = None
     base: nn.Module | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def of_part(
         self,
@@ -88,6 +90,7 @@ class PartContext:
             shared=self.shared,
             attended=attended,
             base=base,
+            inputs=self.inputs,
         )
 
     def attention_inputs(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memattn.nn import NeuralMemory, SegmentedAttention
+from memattn.nn.base_attention import BASES, BaseAttention, base_attention
 from memattn.parts.context import PartContext
 from memattn.parts.memory_routing import call_bounds
 from memattn.parts.segment_pieces import SegmentPieces
@@ -123,3 +124,12 @@ def all_present(hidden_states: Tensor, context: PartContext) -> Tensor:
         return context.present
     shape, device = hidden_states.shape[:2], hidden_states.device
     return torch.ones(shape, dtype=torch.bool, device=device)
+
+
+def _attention_of(layer: MemoryLayer) -> BaseAttention | None:
+    """What specialists need to know of a layer's attention; a memory alone has none."""
+    attention = getattr(layer, "attention", None)
+    return None if attention is None else base_attention(attention)
+
+
+BASES[MemoryLayer] = _attention_of

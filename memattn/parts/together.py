@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from memattn.checks import must
 from memattn.parts.base import PLACES, PartConfig, Role, Sizes
@@ -64,6 +64,18 @@ def chapter_layout(named: Mapping[str, PartConfig], sizes: Sizes) -> dict[str, i
 def losses_of(named: Mapping[str, PartConfig]) -> dict[str, float]:
     """Losses that parts return beside the cross-entropy, with their coefficients."""
     return {name: value for part in named.values() for name, value in part.losses.items()}
+
+
+def check_inputs(
+    named: Mapping[str, PartConfig], inputs: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """What a caller gave to parts, without None; TypeError for what none of them takes."""
+    known = {name for part in named.values() for name in part.inputs}
+    for name, value in inputs.items():
+        if name not in known:
+            takes = f"be an argument of forward or of a part: {', '.join(sorted(known)) or 'none'}"
+            must(name, takes, type(value).__name__, TypeError)
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 def roles_of(placed: Iterable[tuple[str, PartConfig, nn.Module]]) -> dict[str, Role]:

@@ -114,21 +114,21 @@ def coefficients(decay: Tensor, momentum: Tensor, present: Tensor) -> tuple[Tens
         1.
     """
     b = decay.shape[-1]
-    unit = torch.eye(b, dtype=decay.dtype, device=decay.device)
-    beta, mu = torch.ones_like(decay[..., 0]), torch.ones_like(decay[..., 0])
-    sigma, c = torch.zeros_like(beta), torch.zeros_like(decay)
-    m, found = c, []
-    for j in range(b):
-        here = present[..., j]
-        keep, carry = 1 - decay[..., j], momentum[..., j]
-        mu = torch.where(here, carry * mu, mu)
-        m = torch.where(here[..., None], carry[..., None] * m + unit[j], m)
-        beta = torch.where(here, keep * beta, beta)
-        sigma = torch.where(here, keep * sigma + mu, sigma)
-        c = torch.where(here[..., None], keep[..., None] * c + m, c)
-        found.append((beta, sigma, mu, c, m))
-    beta, sigma, mu, c, m = zip(*found, strict=True)
-    return *(torch.stack(x, -1) for x in (beta, sigma, mu)), torch.stack(c, -2), torch.stack(m, -2)
+    # beside each other what the same recurrence makes: mu before m, and beta, sigma before c
+    unit = F.pad(torch.eye(b, dtype=decay.dtype, device=decay.device), (2, 0))
+    start = unit.new_zeros(b + 2)
+    moved, kept = start.clone(), start.clone()
+    moved[1], kept[0] = 1.0, 1.0
+    moved, kept = (x.expand(*decay.shape[:-1], b + 2) for x in (moved, kept))
+    rates = zip(*(x[..., None].unbind(-2) for x in (present, 1 - decay, momentum)), strict=True)
+    found = []
+    for own, (here, keep, carry) in zip(unit, rates, strict=True):
+        moved = torch.where(here, carry * moved + own, moved)
+        kept = torch.where(here, keep * kept + moved, kept)
+        found.append((moved, kept))
+    moved, kept = (torch.stack(x, -2) for x in zip(*found, strict=True))
+    beta, sigma, c = kept[..., 0], kept[..., 1], kept[..., 2:]
+    return beta, sigma, moved[..., 1], c, moved[..., 2:]
 
 
 class Slots:

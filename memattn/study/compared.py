@@ -35,23 +35,15 @@ def measure_run(config: TrainConfig, test: str | None) -> dict[str, float]:
         By the names of ``MEASURED``; memory is left out where it is unknown.
     """
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    from memattn import models
     from memattn.data import load_documents
     from memattn.evaluate import perplexity, recall
     from memattn.train.metrics import read_metrics
     from memattn.train.setup import held_out_texts, prepare_data
     from memattn.viz.recall import plot_recall
 
-    assert models  # knows the decoder
     folder = Path(config.training.output_dir)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    if shown:
-        logging.enable_progress_bar()
+    model = load_trained(folder / "model")
     device = "cpu"
     if torch.accelerator.is_available() and not config.training.cpu:
         device = str(torch.accelerator.current_accelerator())
@@ -85,6 +77,23 @@ def measure_run(config: TrainConfig, test: str | None) -> dict[str, float]:
     }
     peak = _peak_of_step(model, config, corpus)
     return measured if peak is None else {**measured, "peak_mebibytes": peak / 2**20}
+
+
+def load_trained(folder: Path) -> Any:
+    """The model of a finished run, in float32 and in its evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from memattn import models
+
+    assert models  # knows the decoder
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if shown:
+        logging.enable_progress_bar()
+    return model.eval()
 
 
 def check_length(tokenizer: Any, seq_len: int) -> None:

@@ -63,9 +63,14 @@ def plot_attention_mass(masses: Mapping[str, Tensor], path: str | Path, *, title
     Raises:
         ValueError: If the format is unknown.
     """
+    save_figure(attention_figure(masses, title=title), path)
+
+
+def attention_figure(masses: Mapping[str, Tensor], *, title: str = "") -> Figure:
+    """What ``plot_attention_mass`` writes."""
     figure = Figure(figsize=(1.5 + 3.0 * len(masses), 3.6), layout="constrained")
     axes = figure.subplots(1, len(masses), squeeze=False)[0]
     images = [draw_attention_mass(ax, *item) for ax, item in zip(axes, masses.items(), strict=True)]
     figure.colorbar(images[-1], ax=list(axes), label="share of attention", shrink=0.85)
     figure.suptitle(title)
-    save_figure(figure, path)
+    return figure

@@ -31,6 +31,16 @@ def plot_comparison(
     Raises:
         ValueError: If there is nothing to draw, or the format is unknown.
     """
+    save_figure(comparison_figure(curves, bars, title=title), path)
+
+
+def comparison_figure(
+    curves: Mapping[str, Rows],
+    bars: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    title: str = "",
+) -> Figure:
+    """What ``plot_comparison`` writes."""
     columns = min(COLUMNS, max(1, len(bars)))
     rows = 1 + math.ceil(len(bars) / columns)
     figure = Figure(figsize=(2.7 * columns, 3.6 + 2.6 * (rows - 1)), layout="constrained")
@@ -41,7 +51,7 @@ def plot_comparison(
         _draw_bars(axes, values, list(curves))
         axes.set_title(name, fontsize=10)
     figure.suptitle(title)
-    save_figure(figure, path)
+    return figure
 
 
 def _draw_bars(axes: Axes, values: Mapping[str, Sequence[float]], names: list[str]) -> None:

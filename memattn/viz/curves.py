@@ -35,11 +35,16 @@ def plot_curves(
     Raises:
         ValueError: If there is nothing to draw, or ``x`` or the format is unknown.
     """
+    save_figure(curves_figure(runs, x=x, title=title), path)
+
+
+def curves_figure(runs: Mapping[str, Rows], *, x: str = "tokens", title: str = "") -> Figure:
+    """What ``plot_curves`` writes."""
     figure = Figure(figsize=(8.0, 4.8), layout="constrained")
     axes = figure.add_subplot()
     draw_curves(axes, runs, x=x)
     axes.set_title(title)
-    save_figure(figure, path)
+    return figure
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Figures in HTML pages that need no other file."""
+"""Figures and tables in HTML pages that need no other file."""
 
 import html
 import io
@@ -11,6 +11,7 @@ import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from memattn._tables import Table
 from memattn.files import write_text
 
 # stands for the colour of text, of which a light and a dark page each have their own
@@ -21,20 +22,25 @@ body { margin: 0; font: 16px/1.6 system-ui, sans-serif; }
 main { max-width: 70rem; margin: 0 auto; padding: 2rem 1.25rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 figure { margin: 1rem 0; overflow-x: auto; } svg { width: 100%; height: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid #8886; }
+th:first-child, td:first-child { text-align: left; } caption { text-align: left; }
 """
 
 
-def write_figures(figures: Mapping[str, Figure], path: str | Path, *, title: str = "") -> None:
+def write_figures(
+    figures: Mapping[str, Figure | Table], path: str | Path, *, title: str = ""
+) -> None:
     """Write figures into one HTML page, in a light and a dark dress; it is whole or absent.
 
     Args:
-        figures: The figures by their headings; an empty heading is left out.
+        figures: The figures, and tables, by their headings; an empty heading is left out.
         path: The page to write.
         title: Title of the page.
     """
     parts = [
         (f"<h2>{html.escape(heading)}</h2>" if heading else "")
-        + f"<figure>{to_svg(figure)}</figure>"
+        + f"<figure>{to_html(figure) if isinstance(figure, Table) else to_svg(figure)}</figure>"
         for heading, figure in figures.items()
     ]
     name = html.escape(title)
@@ -43,6 +49,14 @@ def write_figures(figures: Mapping[str, Figure], path: str | Path, *, title: str
     body = f"<main>{''.join([heading, *parts])}</main>"
     page = f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>'
     write_text(Path(path), page)
+
+
+def to_html(table: Table) -> str:
+    """The table as HTML, under its title."""
+    row = lambda cells, kind: "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells)
+    body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in table.rows)
+    head = f"<caption>{html.escape(table.title)}</caption><tr>{row(table.heads, 'th')}</tr>"
+    return f"<table>{head}{body}</table>"
 
 
 def to_svg(figure: Figure) -> str:

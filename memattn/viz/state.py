@@ -61,6 +61,13 @@ def visualize_model_state(
         ValueError: If it is empty, has no such sequence, or the format is unknown.
         FileNotFoundError: If there is no such file.
     """
+    save_figure(state_figure(state, metrics, row=row, title=title), path)
+
+
+def state_figure(
+    state: Any, metrics: Metrics | None = None, *, row: int = 0, title: str = ""
+) -> Figure:
+    """What ``visualize_model_state`` writes."""
     facts = _facts(state, row)
     if metrics is not None:
         facts = facts._replace(metrics=metrics)
@@ -79,7 +86,7 @@ def visualize_model_state(
             _say(ax, f"{name} was not recorded")
     if title:
         figure.suptitle(title)
-    save_figure(figure, path)
+    return figure
 
 
 def _facts(state: Any, row: int) -> StateFacts:

@@ -9,9 +9,9 @@ are cut into parts (``lists``), whose sums are added in their order.
 import triton
 import triton.language as tl
 
-from memattn_kernels._common import exponent_factor, power, store_tile
+from memattn_kernels._common import exponent_factor, load_rows, power, store_tile
 from memattn_kernels.chapter_attention.forward import RUNTIME_SIZES
-from memattn_kernels.chapter_attention.tiles import entries_of, exp_lse, load_bank_tile, load_rows
+from memattn_kernels.chapter_attention.tiles import entries_of, exp_lse, load_bank_tile
 
 
 @triton.jit(do_not_specialize=(*RUNTIME_SIZES, "most"))

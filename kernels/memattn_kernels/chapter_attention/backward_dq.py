@@ -12,7 +12,7 @@ A weight's gradient is the row sum of ``dS / w`` (joint) or ``Delta_s``.
 import triton
 import triton.language as tl
 
-from memattn_kernels._common import exponent_factor, power
+from memattn_kernels._common import exponent_factor, power, scatter_rows
 from memattn_kernels.chapter_attention.forward import RUNTIME_SIZES
 from memattn_kernels.chapter_attention.tiles import (
     chapter_pointers,
@@ -21,7 +21,6 @@ from memattn_kernels.chapter_attention.tiles import (
     gather_rows,
     load_bank_tile,
     rows_of_program,
-    scatter_rows,
 )
 
 PART: tl.constexpr = tl.constexpr(16)  # rows of a partial sum of a weight's gradient, by row

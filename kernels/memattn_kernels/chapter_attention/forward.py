@@ -23,6 +23,7 @@ from memattn_kernels._common import (
     finish_softmax,
     power,
     rows,
+    scatter_rows,
 )
 from memattn_kernels._launch import launch, lookup, residual_ptr
 from memattn_kernels.chapter_attention.index import (
@@ -38,7 +39,6 @@ from memattn_kernels.chapter_attention.tiles import (
     gather_rows,
     load_bank_tile,
     rows_of_program,
-    scatter_rows,
 )
 from memattn_kernels.signatures import ChapterAttentionArgs
 

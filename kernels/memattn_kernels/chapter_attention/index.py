@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from memattn_kernels._launch import tiles_of_groups
 from memattn_kernels.signatures import ChapterAttentionArgs
 
 
@@ -81,9 +81,4 @@ def tiles_of_slots(
     Returns:
         int32 ``[K, n_tiles]`` each; the chapter is C for tiles that are not needed.
     """
-    counts = index.offset.diff().view(C, K).t().long() * row_width
-    ends = F.pad(((counts + (block - 1)) // block).cumsum(1), (1, 0))  # [K, C + 1]
-    tile = torch.arange(n_tiles, device=ends.device).expand(K, n_tiles).contiguous()
-    chapter = torch.searchsorted(ends[:, 1:].contiguous(), tile, right=True)
-    first = (tile - ends.gather(1, chapter)) * block
-    return chapter.int(), first.int()
+    return tiles_of_groups(index.offset.diff().view(C, K).t().long() * row_width, block, n_tiles)

@@ -93,24 +93,6 @@ def gather_rows(ptr, offsets, valid, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.conste
 
 
 @triton.jit
-def load_rows(ptr, offsets, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """The rows at these offsets, zero past WIDTH."""
-    offs_w = tl.arange(0, BLOCK_WIDTH)[None, :]
-    if WIDTH < BLOCK_WIDTH:
-        return tl.load(ptr + offsets[:, None] + offs_w, mask=offs_w < WIDTH, other=0.0)
-    else:
-        return tl.load(ptr + offsets[:, None] + offs_w)
-
-
-@triton.jit
-def scatter_rows(ptr, offsets, valid, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Write the valid rows in the dtype of ``ptr``."""
-    offs_w = tl.arange(0, BLOCK_WIDTH)[None, :]
-    mask = valid[:, None] & (offs_w < WIDTH)
-    tl.store(ptr + offsets[:, None] + offs_w, tile.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def load_bank_tile(ptr, scale_ptr, head, n, stride, dtype: tl.constexpr, M: tl.constexpr,
                    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
                    BLOCK_WIDTH: tl.constexpr):  # fmt: skip

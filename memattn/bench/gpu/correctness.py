@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memattn import ops, testing
 from memattn.bench import inputs
-from memattn.bench.gpu import chapters, memories
+from memattn.bench.gpu import branches, chapters, memories
 from memattn.bench.gpu.pool import Job, Result
 
 LENGTH, DRY_LENGTH = 333, 21
@@ -60,10 +60,11 @@ CASES = {
     "task_masked_attention": TASK_MASKED,
     "chapter_attention": chapters.ATTENTION,
     "chapter_router": chapters.ROUTER,
+    "branch_attention": branches.BRANCHES,
     "neural_memory": memories.MEMORY,
 }
 # not timed or tuned before their results are known to be right
-CHECKED_ONLY = ("neural_memory",)
+CHECKED_ONLY = ("branch_attention", "neural_memory")
 
 
 def jobs(operators: tuple[str, ...], *, dry: bool) -> list[Job]:
@@ -174,7 +175,7 @@ def build(job: Job) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, An
     decode = "query_offset" in options
     shape = {"T": 3 if decode else T, "S": T, "D": job["D"]}
     common = {"device": device, "dtype": DTYPES[job["dtype"]], "seed": job["seed"]}
-    if operator.startswith("chapter") or operator == "neural_memory":
+    if operator.startswith(("chapter", "branch")) or operator == "neural_memory":
         generator = torch.Generator().manual_seed(job["seed"])
 
         def draw(*shape: int) -> Tensor:
@@ -184,6 +185,9 @@ def build(job: Job) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, An
         if operator == "neural_memory":
             sizes = memories.few(sizes) if device == "cpu" else sizes
             return memories.build(sizes, options, T=T, D=job["D"], draw=draw)
+        if operator == "branch_attention":
+            sizes = branches.few(sizes) if device == "cpu" else sizes
+            return branches.build(sizes, options, **shape, draw=draw)
         if device == "cpu":
             sizes = chapters.few(sizes)
         is_router = operator == "chapter_router"

@@ -1,0 +1,84 @@
+"""What a program works on: a tile of rows of one unit, and the keys that they see.
+
+With ``G`` query heads for each key head, row ``i`` of a unit is head ``i % G`` of its entry
+``i // G``: heads that share keys share a tile.
+"""
+
+import triton
+import triton.language as tl
+
+from memattn_kernels._tiles import attend_tile, dq_tile
+
+
+@triton.jit
+def rows_of_unit(unit, first, F, H, n_documents, h_kv, bounds_ptr, entry_ptr, A: tl.constexpr,
+                 G: tl.constexpr, T, BLOCK_M: tl.constexpr):  # fmt: skip
+    """Rows of a tile. Behind the last of its unit a tile repeats this row, which is not ``valid``.
+
+    Returns:
+        ``b, f, a, h, t, entry, row, valid``: sequence and branch of the unit; slot, head, token and
+        entry of each row, and its number among all rows of the key head.
+    """
+    begin, end = tl.load(bounds_ptr + unit), tl.load(bounds_ptr + unit + 1)
+    branch = unit // n_documents
+    i = first + tl.arange(0, BLOCK_M)
+    n_rows = (end - begin) * G
+    valid = i < n_rows
+    i = tl.minimum(i, n_rows - 1)
+    entry = tl.load(entry_ptr + begin + i // G)
+    b = branch // F
+    a, t = entry % A, entry // A - b * T
+    h = h_kv * G + i % G
+    return b, branch % F, a, h, t, entry, begin * G + i, valid
+
+
+@triton.jit
+def attend_until(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, first, last, scale,
+                 D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                 BLOCK_DV: tl.constexpr):  # fmt: skip
+    """Add the keys ``[first, last[r])`` to the running softmax of row ``r``.
+
+    Tiles of keys rise from ``first``, which is that of the unit, whatever rows a tile has: other
+    tokens change no bit of a row.
+    """
+    n_whole = (tl.min(last) - first) // BLOCK_N
+    end = tl.max(last)
+    for n in range(first, first + n_whole * BLOCK_N, BLOCK_N):
+        acc, l_i, m_i = attend_tile(
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, None, last, end, scale,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, False,
+        )  # fmt: skip
+    for n in range(first + n_whole * BLOCK_N, end, BLOCK_N):
+        acc, l_i, m_i = attend_tile(
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, None, last, end, scale,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, True,
+        )  # fmt: skip
+    return acc, l_i, m_i
+
+
+@triton.jit
+def dq_until(dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, stride_v, first,
+             last, scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+             IS_CORRECTED: tl.constexpr):  # fmt: skip
+    """Add the gradient of the queries from the keys ``[first, last[r])``, in the same order.
+
+    IS_CORRECTED is that of ``dq_source``.
+    """
+    n_whole = (tl.min(last) - first) // BLOCK_N
+    end = tl.max(last)
+    for n in range(first, first + n_whole * BLOCK_N, BLOCK_N):
+        dq, pk, rest = dq_tile(
+            dq, pk, rest, q, do, lse, residual, delta, lse, lse, lse,
+            k_ptr, v_ptr, stride_k, stride_v, n, None, last, end, scale,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, False,
+        )  # fmt: skip
+    # a corrected loop needs its registers more than a tile that is loaded ahead
+    stages: tl.constexpr = 1 if IS_CORRECTED else None
+    for n in tl.range(first + n_whole * BLOCK_N, end, BLOCK_N, num_stages=stages):
+        dq, pk, rest = dq_tile(
+            dq, pk, rest, q, do, lse, residual, delta, lse, lse, lse,
+            k_ptr, v_ptr, stride_k, stride_v, n, None, last, end, scale,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, True,
+        )  # fmt: skip
+    return dq, pk, rest

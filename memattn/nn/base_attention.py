@@ -1,0 +1,41 @@
+"""What specialists need to know of the attention that they stand beside, whatever its class."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from memattn.nn._heads import MultiHeadAttention
+from memattn.nn.attention_specialist import AttentionWeights
+
+
+class BaseAttention(NamedTuple):
+    """Projections of an attention, and what it does to its heads."""
+
+    weights: AttentionWeights  # of key and value heads [Hkv D, E]
+    num_heads: int
+    num_kv_heads: int
+    q_norm: nn.Module | None = None  # of the features of a query head
+    k_norm: nn.Module | None = None  # of those of a key head
+    scale: float | None = None  # of the scores; None means 1 / sqrt(head_dim)
+
+
+# how to look at an attention of a class, and of those derived from it; None: it has no projections
+BASES: dict[type[nn.Module], Callable[[Any], BaseAttention | None]] = {}
+
+
+def base_attention(module: nn.Module) -> BaseAttention | None:
+    """What specialists need to know of an attention, or None where it is none they know."""
+    for kind in type(module).__mro__:
+        if kind in BASES:
+            return BASES[kind](module)
+    return None
+
+
+def _of_heads(module: MultiHeadAttention) -> BaseAttention:
+    q, k, v, out = module.q_proj, module.k_proj, module.v_proj, module.o_proj
+    weights = AttentionWeights(q.weight, k.weight, v.weight, out.weight, *(None,) * 4)
+    return BaseAttention(weights, module.num_heads, module.num_kv_heads)
+
+
+BASES[MultiHeadAttention] = _of_heads

@@ -1,0 +1,268 @@
+"""Specialists beside a causal attention: attentions of their own over the same tokens, gated."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from memattn.checks import check_int, must
+from memattn.nn._heads import TokenCache
+from memattn.nn.attention_specialist import (
+    PROJECTIONS,
+    AttentionSpecialist,
+    AttentionWeights,
+    beside_each_other,
+    mix_with_base,
+    project,
+    reduce_branches,
+)
+from memattn.nn.base_attention import BaseAttention
+from memattn.nn.domain_gate import DomainGate, GateOutput, GateState
+from memattn.nn.rotary import apply_rotary
+from memattn.nn.specialist_holder import SpecialistHolder
+from memattn.ops.branch_attention import branch_attention
+
+
+class SpecialistCache(TokenCache, Protocol):
+    """Keys and values of specialists of earlier calls, and what their gate keeps."""
+
+    def choose(self, wanted: tuple[str, ...], begins: Callable[[], bool]) -> tuple[str, ...]:
+        """The specialists whose keys are kept, among them those that are ``wanted``.
+
+        ``begins`` says whether no row has tokens of earlier calls.
+        """
+        ...
+
+    def read(self, name: str, initial: Tensor) -> Tensor:
+        """What is kept of each row, ``[B, ...]``."""
+        ...
+
+    def write(self, name: str, value: Tensor, history: Tensor | None = None) -> None:
+        """Replace it; ``history [B, T, ...]`` has its values after each token."""
+        ...
+
+
+class SpecialistOutput(NamedTuple):
+    """What stands instead of attention's output, and the gates; None where nothing asked for them.
+
+    Without gates every token uses the base alone.
+    """
+
+    hidden_states: Tensor  # [B, T, E]
+    gates: GateOutput | None
+
+
+class CausalSpecialists(SpecialistHolder):
+    """Gated specialists beside an attention of a decoder, which is called before.
+
+    ``Y = g_0 Base(x) + sum_e g_e Specialist_e(x)``. A specialist is causal attention to all earlier
+    tokens of its sequence, by projections that begin as those of the base; whatever else the base
+    does (windows, persistent keys, memories) it does alone.
+
+    Args:
+        hidden_size: Features of the hidden states, ``E``.
+        num_heads: Query heads, ``H``, as the base has.
+        num_kv_heads: Its key and value heads, ``Hkv``.
+        head_dim: Features of a head, ``D``.
+        gate: A gate for ``hidden_size`` features without specialists.
+        rank: Rank of what new specialists add to the base's weights; None: whole weights.
+        backend: Backend of ``branch_attention``.
+
+    Raises:
+        TypeError: If an argument has the wrong Python type.
+        ValueError: If a size is below 1, or the gate does not fit.
+
+    Note:
+        Source: Shiftable attention, https://github.com/computermaster0101/shiftable-attention-poc.
+        Differs: nothing looks ahead, specialists have a state for decoding, and the base has
+        gradients for its input.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        gate: DomainGate,
+        *,
+        rank: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            check_int(name, value, 1)
+        check_int("head_dim", head_dim, 1)
+        super().__init__(hidden_size, gate, rank, backend)
+        self.hidden_size, self.head_dim = hidden_size, head_dim
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+
+    def add_specialist(
+        self, name: str | None = None, *, prior: float = 0.0, base: BaseAttention | None = None
+    ) -> str:
+        """Add a specialist, closed unless it has a ``prior``, and return its name.
+
+        Args:
+            name: Its name; None takes the first ``specialist_<n>`` that is free.
+            prior: Its prior.
+            base: What it begins as a copy of; None leaves that to ``copy_base``.
+
+        Raises:
+            ValueError: If ``name`` is taken or no name, ``prior`` is negative or not finite, or
+                the base has other sizes.
+        """
+        if base is not None:
+            self._check_base(base)
+        weights = self._blank() if base is None else base.weights
+        return self.add_copy(weights, name, prior=prior)
+
+    def copy_base(self, base: BaseAttention | None) -> None:
+        """Let all specialists begin as copies of an attention; those loaded from files stay.
+
+        Raises:
+            ValueError: If it has other sizes, or is None, no attention, and they are low-rank.
+        """
+        if base is None:
+            if self.rank is not None:
+                must("rank", "be None where there is no attention to add to", self.rank)
+            return
+        self._check_base(base)
+        for name in self.gate.specialists:
+            specialist = self.specialist(name)
+            if not specialist.has_biases_of(base.weights):
+                new = AttentionSpecialist(base.weights, self.rank)
+                like = next(specialist.parameters())
+                new = new.to(device=like.device, dtype=like.dtype)
+                self.specialists[name] = new.train(self.training)
+            else:
+                specialist.copy(base.weights)
+
+    def _blank(self) -> AttentionWeights:
+        """Weights of the shapes that it has without knowing a base."""
+        E, D = self.hidden_size, self.head_dim
+        like = self.gate.place
+        q, kv = (like.new_zeros(n * D, E) for n in (self.num_heads, self.num_kv_heads))
+        return AttentionWeights(q, kv, kv, like.new_zeros(E, len(q)), *(None,) * 4)
+
+    def _check_base(self, base: BaseAttention) -> None:
+        """Raise unless a base has the heads and the features of the specialists."""
+        blank = self._blank()
+        got = [list(getattr(base.weights, name).shape) for name in PROJECTIONS]
+        want = [list(getattr(blank, name).shape) for name in PROJECTIONS]
+        if got != want or base.num_heads != self.num_heads:
+            must("base", f"have {self.num_heads} heads and projections of {want}", got)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attended: Tensor,
+        base: BaseAttention | None,
+        *,
+        positions: Tensor,
+        present: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_start: Tensor | None = None,
+        seq_end: Tensor | None = None,
+        cache: SpecialistCache | None = None,
+        prior: Tensor | None = None,
+        mask: Tensor | None = None,
+        override: Tensor | None = None,
+    ) -> SpecialistOutput:
+        """Gate the base and the specialists.
+
+        Args:
+            hidden_states: What attention got, ``[B, T, E]``.
+            attended: What it gave, ``[B, T, E]``; the bits that a token gets which uses it alone.
+            base: What is known of it; None where it has no projections.
+            positions: int64 ``[B or 1, T]``, each token's place in its own sequence or document.
+            present: bool ``[B, T]``, False for padding.
+            rotary: Cosines and sines ``[B or 1, 1, T, D/2]``, or None.
+            cu_seqlens: int32 ``[n+1]``, bounds of packed documents, with ``B = 1``.
+            seq_start: int32 ``[B]``, the first column of each sequence, cached ones included.
+            seq_end: int32 ``[B]``, the column after the last one.
+            cache: What earlier calls keep, which this one extends.
+            prior: ``prior`` of the ``DomainGate``.
+            mask: Its ``mask``.
+            override: Its ``override``.
+
+        Raises:
+            ValueError: If an argument does not fit, or ``cache`` lacks a specialist that is used.
+        """
+        used = self.used_specialists(prior, override)
+        if cache is not None:  # later calls may use whatever is open
+            wanted = sorted({*used, *self.gate.open_specialists})
+            names = tuple(self.gate.specialists[e] for e in wanted)
+            names = cache.choose(names, lambda: not bool((positions[:, :1] > 0).any()))
+            used = [self.gate.specialists.index(name) for name in names]
+        if not used and all(given is None for given in (prior, mask, override)):
+            return SpecialistOutput(attended, None)
+        gates = self._gates(
+            *(hidden_states, positions, cache),
+            present=present,
+            prior=prior,
+            mask=mask,
+            override=override,
+        )
+        if not used:
+            return SpecialistOutput(attended, gates)
+        weights = beside_each_other(
+            [self.specialist(self.gate.specialists[e]).weights(_own(base)) for e in used]
+        )
+        shares = gates.gates[..., [1 + e for e in used]]  # [B, T, F]
+        query, key, value = self._heads(hidden_states, weights, len(used), base, rotary)
+        if cache is not None:
+            key, value = cache.append("key", key), cache.append("value", value)
+        out = branch_attention(
+            *(query, key, value, shares),
+            cu_seqlens=cu_seqlens,
+            seq_start=seq_start,
+            seq_end=seq_end,
+            query_offset=key.shape[3] - query.shape[3],
+            scale=None if base is None else base.scale,
+            backend=self.backend,
+        ).out
+        others = reduce_branches(out, shares, weights)
+        return SpecialistOutput(mix_with_base(attended, gates.gates, others), gates)
+
+    def _gates(
+        self,
+        hidden_states: Tensor,
+        positions: Tensor,
+        cache: SpecialistCache | None,
+        **options: Any,
+    ) -> GateOutput:
+        """Gates of the tokens, after those of earlier calls."""
+        B, T, E = hidden_states.shape
+        options |= dict(index=positions.expand(B, T), is_causal=True)
+        if cache is None or self.gate.scope != "prefix":
+            return self.gate(hidden_states, **options)
+        before = cache.read("gate", hidden_states.new_zeros(B, E + 1, dtype=torch.float64))
+        gates = self.gate(hidden_states, state=GateState(before[:, :-1], before[:, -1]), **options)
+        cache.write("gate", gates.sums[:, -1], history=gates.sums)
+        return gates
+
+    def _heads(
+        self,
+        x: Tensor,
+        weights: AttentionWeights,
+        n: int,
+        base: BaseAttention | None,
+        rotary: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[B, F, H, T, D]``, keys and values ``[B, F, Hkv, T, D]`` of n specialists."""
+        query = project(x, weights.q, weights.q_bias, n, self.num_heads)
+        key = project(x, weights.k, weights.k_bias, n, self.num_kv_heads)
+        value = project(x, weights.v, weights.v_bias, n, self.num_kv_heads)
+        if base is not None and base.q_norm is not None:
+            query = base.q_norm(query)
+        if base is not None and base.k_norm is not None:
+            key = base.k_norm(key)
+        if rotary is not None:
+            angles = [angle[:, None] for angle in rotary]
+            query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
+        return query, key, value
+
+
+def _own(base: BaseAttention | None) -> AttentionWeights | None:
+    return None if base is None else base.weights
