@@ -8,7 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memattn.adapters import MemoryAdapter, attach_memory, detach_memory
+    from memattn.adapters import (
+        MemoryAdapter,
+        SpecialistsAdapter,
+        attach_memory,
+        attach_specialists,
+        detach_memory,
+    )
     from memattn.chapters import chapter_from_text, chapters_of
     from memattn.continual import train_continual
     from memattn.dtgma import DTGMAModel
@@ -18,6 +24,7 @@ if TYPE_CHECKING:
         MemAttnConfig,
         MemAttnForCausalLM,
         MemAttnModel,
+        ShiftableLanguageModel,
         TitansTransformer,
         TransformerState,
     )
@@ -73,14 +80,17 @@ __all__ = [
     "RotaryEmbedding",
     "RouterOutput",
     "SegmentedAttention",
+    "ShiftableLanguageModel",
     "ShiftableMultiheadAttention",
     "ShiftableTransformerBlock",
+    "SpecialistsAdapter",
     "TaskLinear",
     "TaskMask",
     "TitansTransformer",
     "TransformerState",
     "__version__",
     "attach_memory",
+    "attach_specialists",
     "branch_attention",
     "chapter_attention",
     "chapter_from_text",
@@ -131,11 +141,18 @@ _HOMES = {
         "MemAttnConfig",
         "MemAttnForCausalLM",
         "MemAttnModel",
+        "ShiftableLanguageModel",
         "TitansTransformer",
         "TransformerState",
     ),
     "memattn.parts": ("quantize_memory",),
-    "memattn.adapters": ("MemoryAdapter", "attach_memory", "detach_memory"),
+    "memattn.adapters": (
+        "MemoryAdapter",
+        "SpecialistsAdapter",
+        "attach_memory",
+        "attach_specialists",
+        "detach_memory",
+    ),
     "memattn.chapters": ("chapter_from_text", "chapters_of"),
     "memattn.dtgma": ("DTGMAModel",),
     "memattn.continual": ("train_continual",),

@@ -9,11 +9,14 @@ from memattn.adapters.adapter import (
     enable_adapters,
     set_adapter,
 )
+from memattn.adapters.specialists import SpecialistsAdapter, attach_specialists
 
 __all__ = [
     "MemoryAdapter",
+    "SpecialistsAdapter",
     "adapters_of",
     "attach_memory",
+    "attach_specialists",
     "detach_memory",
     "disable_adapters",
     "enable_adapters",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memattn.adapters.attachment import Adapter, Attachment
+from memattn.adapters.base_attention import check_bases, copies_base
 from memattn.adapters.call import AdapterLayer
 from memattn.adapters.files import load_weights, model_facts
 from memattn.adapters.layer import AttachedChild, AttachedLayer
@@ -69,6 +70,7 @@ def attach_parts(
     }
     shared = build_shared_parts(named, structure.sizes)
     _place(base, structure, modules, shared, dtype)
+    _begin(base, structure, modules)
     if weights is not None:
         load_weights(modules, shared, weights)
     if first:
@@ -217,6 +219,27 @@ def _place(
     for module in shared.values():
         like = _floating(structure.layers[min(modules)].parameters())
         module.to(device=like.device, dtype=dtype or like.dtype)
+
+
+def _begin(base: Any, structure: Structure, modules: Mapping[int, AdapterLayer]) -> None:
+    """Give parts beside attention what begins as its copy.
+
+    Raises:
+        ValueError: If a copy would not do what attention does.
+    """
+    copied = {
+        layer: {name: part for name, part in own.configs.items() if copies_base(part)}
+        for layer, own in modules.items()
+    }
+    copied = {layer: parts for layer, parts in copied.items() if parts}
+    if not copied:
+        return
+    paths = {layer: next(iter(parts.values())).path for layer, parts in copied.items()}
+    check_bases(base, structure, paths)
+    for layer, parts in copied.items():
+        attention = getattr(structure.layers[layer], structure.stations[layer]["beside_attention"])
+        for name, part in parts.items():
+            part.begin(modules[layer].parts[name], attention)
 
 
 def _init_plain(module: nn.Module, std: float) -> None:

@@ -13,7 +13,7 @@ from memattn.adapters.structure import Structure
 from memattn.checks import must
 from memattn.parts import PartConfig, PartState
 from memattn.parts.chapters import Chapters
-from memattn.parts.together import losses_of, parts_of_layer
+from memattn.parts.together import check_inputs, losses_of, parts_of_layer
 
 
 @dataclass
@@ -95,6 +95,17 @@ class Attachment:
         """Whether a call of the model runs any part."""
         return self.is_enabled and bool(self.active)
 
+    def take_inputs(self, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Take out of the keywords of a call what they give to parts.
+
+        Raises:
+            TypeError: If no part takes it that runs.
+        """
+        parts = [part for adapter in self.adapters.values() for part in adapter.parts.values()]
+        names = [name for part in parts for name in part.inputs]
+        given = {name: kwargs.pop(name) for name in dict.fromkeys(names) if name in kwargs}
+        return check_inputs(self.running if self.is_running else {}, given)
+
     def check_name(self, name: str) -> None:
         """Raise ValueError unless there is an adapter of this name."""
         if name not in self.adapters:
@@ -120,6 +131,7 @@ class Attachment:
             for parameter in adapter.trainable:
                 parameter.requires_grad_(name in names)
         running = {f"{name}.{n}": p for name in names for n, p in self.adapters[name].parts.items()}
+        self.running = running
         self.needs_state = any(part.needs_state for part in running.values())
         limited = any(part.limits_length for part in running.values())
         self.position_limit = self.sizes.max_positions if limited else None

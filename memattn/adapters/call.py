@@ -1,6 +1,7 @@
 """One call of an attached model: what its parts are told, and the losses that they return."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ class Call:
         attention_mask: ``[B, S]`` with the cached columns, or None.
         position_ids: As given to the model, or None.
         measure_losses: Whether parts are to return their losses.
+        inputs: What is given to parts, by the names of their ``inputs``.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Call:
         attention_mask: Any,
         position_ids: Tensor | None,
         measure_losses: bool,
+        inputs: Mapping[str, Tensor],
     ) -> None:
         if attention_mask is not None:
             check_tensor("attention_mask", attention_mask)
@@ -58,6 +61,7 @@ class Call:
         self.attention_mask: Tensor | None = attention_mask
         self.position_ids = position_ids
         self.measure_losses = measure_losses
+        self.inputs = inputs
         self.losses = LossSums()
         self.is_open = True
         self.carry: Carry = {}
@@ -111,6 +115,7 @@ class Call:
             cu_seqlens=cu_seqlens,
             offset=offset,
             measure_losses=self.measure_losses,
+            inputs={name: value.to(device) for name, value in self.inputs.items()},
         )
 
     def _packed_documents(self, batch_size: int) -> Tensor | None:
@@ -233,6 +238,7 @@ def _moved(context: PartContext, device: torch.device) -> PartContext:
     moved.positions = context.positions.to(device)
     moved.present, moved.cu_seqlens = move(context.present), move(context.cu_seqlens)
     moved.bounds = SequenceBounds(*map(move, context.bounds))
+    moved.inputs = {name: value.to(device) for name, value in context.inputs.items()}
     return moved
 
 

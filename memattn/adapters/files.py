@@ -90,11 +90,11 @@ def _write(
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if not set(found) <= {CONFIG, WEIGHTS, CHAPTERS}:
         must("folder", "be new, empty or hold a saved adapter", f"{folder} with {found}")
-    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    dtypes = (p.dtype for p in adapter.parameters() if p.is_floating_point())
     config = {
         "format": FORMAT,
         "base": model_facts(base),
-        "dtype": str(next(iter(dtypes), torch.float32)).removeprefix("torch."),
+        "dtype": str(next(dtypes, torch.float32)).removeprefix("torch."),
         "parts": [part.to_dict() for part in adapter.parts.values()],
     }
     # copies: safetensors refuses tensors that share memory

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from memattn.adapters.attachment import Attachment
+from memattn.adapters.base_attention import half_angles
 from memattn.adapters.call import Beside, Call, LayerRun
 from memattn.adapters.swap import Swapped
 from memattn.checks import must
@@ -81,18 +82,11 @@ class AttachedChild(Swapped):
         run, places = site
         changed = output[0] if isinstance(output, tuple) else output
         if "beside_attention" in places:
-            angles = kwargs.get("position_embeddings")
-            beside = Beside(changed, self, None if angles is None else _half(angles))
+            beside = Beside(changed, self, half_angles(kwargs))
             changed = run.beside_attention(_hidden_states(args, kwargs), beside)
         if "after_attention" in places:
             _, changed = run.add_parts("after_attention", run.residual + changed, changed)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-
-def _half(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[B, 1, T, D/2]`` of such as transformers makes, ``[B, T, D]``."""
-    cos, sin = (x[:, None, :, : x.shape[-1] // 2] for x in angles)
-    return cos, sin
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

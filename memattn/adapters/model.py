@@ -15,6 +15,7 @@ from memattn.adapters.swap import Swapped
 from memattn.checks import must
 from memattn.parts import PartConfig, Role
 from memattn.parts.chapters import Chapters
+from memattn.parts.specialist_set import recording_gates
 from memattn.parts.together import roles_of
 
 
@@ -28,9 +29,30 @@ class AttachedModel(Swapped):
         *args: Any,
         output_losses: bool | None = None,
         padding_mask: Tensor | None = None,
+        return_gates: bool | str | None = None,
         **kwargs: Any,
     ) -> Any:
+        options = dict(output_losses=output_losses, padding_mask=padding_mask, **kwargs)
+        if return_gates not in (None, False, True, "token"):
+            must("return_gates", 'be True, False or "token"', repr(return_gates))
+        if not return_gates:
+            return self._forward(*args, **options)
+        with recording_gates(self) as record:
+            output = self._forward(*args, **{**options, "return_dict": True})
+        if not record.means:
+            must("return_gates", "be None or False where no specialists run", return_gates)
+        return output.logits, record.tokens if return_gates == "token" else record.means
+
+    def _forward(
+        self: Any,
+        *args: Any,
+        output_losses: bool | None,
+        padding_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        """The output of a call, in which parts run if some are to."""
         attachment = self._memattn
+        inputs = attachment.take_inputs(kwargs)
         if not attachment.is_running:
             return super().forward(*args, **kwargs)
         if getattr(self, "_is_replica", False):
@@ -51,6 +73,7 @@ class AttachedModel(Swapped):
             given.get("attention_mask") if padding_mask is None else padding_mask,
             given.get("position_ids"),
             measured and bool(attachment.losses),
+            inputs,
         )
         attachment.call = call
         try:
@@ -175,6 +198,12 @@ class AttachedModel(Swapped):
         if attention_mask is not None and self._memattn.is_running and not is_padding:
             inputs["padding_mask"] = attention_mask
         return inputs
+
+    def _validate_model_kwargs(self: Any, model_kwargs: dict[str, Any]) -> None:
+        """As of the model, which does not know what parts take."""
+        rest = dict(model_kwargs)
+        self._memattn.take_inputs(rest)
+        super()._validate_model_kwargs(rest)
 
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -97,7 +97,7 @@ def look_at(model: Any) -> Structure:
     recorders = [_Recorder(layer) for layer in layers]
     vocab = text_config(model).vocab_size
     tokens = torch.arange(1, 4)[None] % vocab
-    with _in_evaluation_mode(model), contextlib.ExitStack() as stack, torch.no_grad():
+    with in_evaluation_mode(model), contextlib.ExitStack() as stack, torch.no_grad():
         for recorder in recorders:
             stack.enter_context(recorder)
         embedding = model.get_input_embeddings()
@@ -187,7 +187,7 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Non
 
 
 @contextlib.contextmanager
-def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the time of a look, module by module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from memattn.adapters.attach import base_of
+from memattn.adapters.base_attention import copies_base
 from memattn.adapters.call import AdapterLayer
-from memattn.adapters.structure import model_sizes
-from memattn.checks import check_int
+from memattn.adapters.structure import find_layers, model_sizes
+from memattn.checks import check_int, must
 from memattn.evaluate.estimate import Estimate, EstimateLine
+from memattn.nn.base_attention import base_attention
 from memattn.parts import make_part
 from memattn.parts.together import build_shared_parts, check_together, name_parts, parts_of_layer
 
@@ -56,7 +58,7 @@ def estimate_attached(
     if own["lora"]:
         lines.append(EstimateLine("lora", None, sum(own["lora"]), 2 * length * products["lora"]))
     if memory_adapter is not None:
-        lines.append(_memory_line(memory_adapter, sizes, length))
+        lines.append(_memory_line(memory_adapter, base, length))
     return Estimate(lines=tuple(lines), length=length)
 
 
@@ -65,8 +67,17 @@ def _owner(name: str) -> str:
     return "lora" if any(word.startswith("lora_") for word in name.split(".")) else "base model"
 
 
-def _memory_line(memory_adapter: Mapping[str, Any], sizes: Any, length: int) -> EstimateLine:
+def _attention(layer: nn.Module) -> nn.Module:
+    """The child of a layer that has projections as of attention."""
+    found = [child for child in layer.children() if base_attention(child) is not None]
+    if not found:
+        must("model", "have layers with an attention that specialists know", type(layer).__name__)
+    return found[0]
+
+
+def _memory_line(memory_adapter: Mapping[str, Any], base: Any, length: int) -> EstimateLine:
     """The part in all its layers, with the norms before it."""
+    sizes = model_sizes(base)
     part = make_part(memory_adapter, "memory_adapter", attention=False)
     check_together([part], sizes)
     named = name_parts([part])
@@ -77,6 +88,12 @@ def _memory_line(memory_adapter: Mapping[str, Any], sizes: Any, length: int) -> 
             if (own := parts_of_layer(named, layer, sizes))
         }
         shared = build_shared_parts(named, sizes).values()
+        for layer, module in modules.items():
+            for name, own in module.configs.items():
+                if copies_base(own):  # with biases where attention has such
+                    own.begin(
+                        module.parts[name], _attention(find_layers(base, sizes.num_layers)[layer])
+                    )
     parameters = sum(p.numel() for m in (*shared, *modules.values()) for p in m.parameters())
     flops = part.shared_cost(sizes, length).flops
     flops += sum(

@@ -13,6 +13,7 @@ from memattn.models.hf_names import register_class_name
 from memattn.models.kept_memory import KeptMemory
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
 from memattn.models.pretrained import MemAttnPreTrainedModel
+from memattn.models.shiftable import ShiftableLanguageModel, fold_gates, specialists_of
 from memattn.models.transformer import TitansOutput, TitansTransformer, TransformerState
 from memattn.parts import PARTS, AttentionConfig
 
@@ -33,11 +34,14 @@ __all__ = [
     "MemAttnModel",
     "MemAttnModelOutput",
     "MemAttnPreTrainedModel",
+    "ShiftableLanguageModel",
     "TitansOutput",
     "TitansTransformer",
     "TransformerState",
+    "fold_gates",
     "register_hf_attention",
     "register_preset",
+    "specialists_of",
     "vanilla_of_equal_parameters",
 ]
 

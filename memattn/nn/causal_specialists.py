@@ -194,6 +194,9 @@ class CausalSpecialists(SpecialistHolder):
             wanted = sorted({*used, *self.gate.open_specialists})
             names = tuple(self.gate.specialists[e] for e in wanted)
             names = cache.choose(names, lambda: not bool((positions[:, :1] > 0).any()))
+            for name in names:
+                if name not in self.gate.specialists:
+                    must("past_key_values", "hold specialists of this model", name)
             used = [self.gate.specialists.index(name) for name in names]
         if not used and all(given is None for given in (prior, mask, override)):
             return SpecialistOutput(attended, None)

@@ -1,0 +1,128 @@
+"""Specialists beside the attention of a pretrained model."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from memattn.adapters.adapter import MemoryAdapter
+from memattn.adapters.attach import attach_parts, attached
+from memattn.adapters.files import model_facts
+from memattn.checks import must
+from memattn.nn.causal_specialists import CausalSpecialists
+from memattn.parts.specialist_set import LayerSpecialists, SpecialistSet
+from memattn.parts.specialists import SpecialistsConfig
+
+NAME = "specialists"  # of an adapter, where no other is given
+
+
+class SpecialistsAdapter(MemoryAdapter):
+    """One adapter with specialists; ``attach_specialists`` makes it.
+
+    Args:
+        model: A model with attached parts.
+        name: The adapter's name.
+
+    Raises:
+        ValueError: If there is no such adapter, or it has no specialists.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        super().__init__(model, name)
+        if not any(isinstance(part, SpecialistsConfig) for part in self.parts):
+            kinds = ", ".join(part.kind for part in self.parts)
+            must("name", "be that of an adapter with specialists", f"{name!r} with {kinds}")
+
+    @classmethod
+    def from_pretrained(
+        cls, model: nn.Module, folder: str | os.PathLike[str], *, name: str = NAME, **options: Any
+    ) -> "SpecialistsAdapter":
+        """As ``MemoryAdapter.from_pretrained``, by the name that ``attach_specialists`` gives."""
+        adapter = super().from_pretrained(model, folder, name=name, **options)
+        assert isinstance(adapter, cls)
+        return adapter
+
+    @property
+    def specialists(self) -> SpecialistSet:
+        """Its specialists, to open, add, remove, train, export and load them.
+
+        ``set_adapter`` lets all of them learn again.
+        """
+        base, attachment = attached(self.model)
+        found = {}
+        for layer, own in self._adapter.modules.items():
+            for module in own.get_submodule("parts").children():
+                if isinstance(module, CausalSpecialists):
+                    child = attachment.stations[layer]["beside_attention"]
+                    attention = attachment.layers[layer].get_submodule(child)
+                    found[layer] = LayerSpecialists(module, attention)
+        return SpecialistSet(found, model_facts(base), self._rename)
+
+    def _rename(self, names: tuple[str, ...]) -> None:
+        """Take note of the specialists that there are now."""
+
+        def change(part: Any) -> Any:
+            if not isinstance(part, SpecialistsConfig):
+                return part
+            return replace(part, names=names, num_specialists=None)
+
+        adapter, learns = self._adapter, self.name in attached(self.model)[1].active
+        adapter.parts = {name: change(part) for name, part in adapter.parts.items()}
+        known: set[Any] = set(adapter.trainable)
+        for own in adapter.modules.values():
+            parts = vars(own)["configs"]
+            own.configs = {n: change(part) for n, part in parts.items()}  # pyright: ignore
+        for module in self.specialists.modules:
+            for specialist in module.specialists.values():
+                specialist.to(module.gate.place)  # a copy of a base of another dtype
+            for parameter in set(module.parameters()) - known:
+                known.add(parameter.requires_grad_(learns))
+        adapter.trainable = [p for p in adapter.parameters() if p in known]
+
+
+def attach_specialists(
+    model: nn.Module,
+    config: SpecialistsConfig | Mapping[str, Any] | None = None,
+    *,
+    name: str = NAME,
+    freeze_base: bool = True,
+    dtype: torch.dtype | None = None,
+) -> SpecialistsAdapter:
+    """Put gated specialists beside the attention of a pretrained model, in place.
+
+    ``Y = g_0 Base(x) + sum_e g_e Specialist_e(x)`` stands where attention's output was. The base
+    is the model's own module, which runs as ever, with LoRA of PEFT in it if there is one. A
+    specialist begins as a copy of the weights of its projections, closed: the logits keep their
+    bits until it is opened. All that ``attach_memory`` says holds, and both may be attached
+    together. ``model(...)`` and ``generate(...)`` also take ``domain_prior``, ``domain_mask`` and
+    ``domain_weights``, and ``model(..., return_gates=True)`` returns the logits and, of each layer,
+    the gates of base and specialists ``[B, 1 + N]``; ``"token"`` gives ``[B, T, 1 + N]``.
+
+    Args:
+        model: A causal language model of transformers, or one inside PEFT's: Qwen 2 and 3, Llama,
+            GPT-2, and others whose attention does no more than theirs.
+        config: The part, or its fields; None means one specialist in every layer.
+        name: As in ``attach_memory``.
+        freeze_base: Likewise.
+        dtype: Likewise.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        TypeError: If ``model`` is no transformers model, or ``config`` no part.
+        ValueError: If the part does not fit, or copies of an attention would not do what it does:
+            its projections are not known or quantised, it sees a window of tokens only, or changes
+            its scores. The model is then as before.
+    """
+    if config is None or isinstance(config, Mapping):
+        config = {"kind": SpecialistsConfig.kind, **(config or {})}
+        if config["kind"] != SpecialistsConfig.kind:
+            must("config.kind", f"be {SpecialistsConfig.kind}", repr(config["kind"]))
+    elif not isinstance(config, SpecialistsConfig):
+        must("config", "be a SpecialistsConfig or a dict", type(config).__name__, TypeError)
+    attach_parts(model, config, name=name, freeze_base=freeze_base, dtype=dtype)
+    return SpecialistsAdapter(model, name)
