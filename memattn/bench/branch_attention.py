@@ -115,7 +115,7 @@ class BranchCase(TokenCase):
             )  # fmt: skip
         module.base = self.base(self.dtype)
         names = {n for n, _ in module.named_parameters()}
-        mask = nn.Transformer.generate_square_subsequent_mask(self.T, device=self.device)
+        mask = nn.Transformer.generate_square_subsequent_mask(self.T).to(self.device)
         masks = {"attn_mask": mask, "is_causal": True, "need_weights": False}
 
         def forward(inputs: dict[str, Tensor]) -> Tensor:
@@ -132,17 +132,19 @@ class BranchCase(TokenCase):
 
         def forward(inputs: dict[str, Tensor]) -> Tensor:
             # the definition scores all branches: one after the other
-            return sum(
+            found = [
                 branch_attention(
                     inputs["query"][:, :, :, rows],
-                    *(inputs[name][:, f : f + 1] for name in ("key", "value")),
+                    inputs["key"][:, f : f + 1],
+                    inputs["value"][:, f : f + 1],
                     inputs["gates"][:, rows],
                     torch.where(chosen == f, 0, -1),
                     query_offset=rows.start,
                     backend="reference",
                 ).out
                 for f in chosen.unique().tolist()
-            ).flatten(1, 2)
+            ]
+            return torch.stack(found).sum(0).flatten(1, 2)
 
         return forward
 
@@ -151,9 +153,10 @@ class BranchCase(TokenCase):
         hidden, gates = inputs["hidden"], self.gates().to(inputs["hidden"])
         at = slice(0, self.T) if rows is None else rows
         base = self.base(hidden.dtype)
-        mask = torch.ones(at.stop, at.stop, dtype=torch.bool, device=self.device).tril()[at]
         # what is timed knows of the triangle; the definition computes what is used alone
-        how = {"is_causal": True} if rows is None else {"attn_mask": mask}
+        mask = None
+        if rows is not None:
+            mask = torch.ones(at.stop, at.stop, dtype=torch.bool, device=self.device).tril()[at]
         used = set((1 + self.chosen()).flatten().tolist())
         total = None
         for n in range(1 + self.F):
@@ -168,7 +171,9 @@ class BranchCase(TokenCase):
             heads = lambda x, w: F.linear(x, w).unflatten(-1, (self.H, -1)).transpose(1, 2)
             seen = hidden[:, : at.stop]
             attended = F.scaled_dot_product_attention(
-                heads(hidden[:, at], q), heads(seen, k), heads(seen, v), **how
+                *(heads(hidden[:, at], q), heads(seen, k), heads(seen, v)),
+                attn_mask=mask,
+                is_causal=mask is None,
             )
             shares = gates[:, at, n, None]
             part = shares * F.linear(attended.transpose(1, 2).flatten(2), out)
@@ -180,6 +185,7 @@ class BranchCase(TokenCase):
         """All branches for all tokens, one after the other."""
         if self.is_layer:
             return self._branch_by_branch
+        grouped = self.key_heads != self.H
         chosen = self.chosen().transpose(1, 2)[:, :, None, :, None]  # [B, K, 1, T, 1]
 
         def forward(inputs: dict[str, Tensor]) -> Tensor:
@@ -192,7 +198,7 @@ class BranchCase(TokenCase):
                 out = F.scaled_dot_product_attention(
                     *(asked, key[:, f], value[:, f]),
                     is_causal=True,
-                    enable_gqa=self.key_heads != self.H,
+                    enable_gqa=grouped,
                 )
                 total = total + torch.where(own, gates * out[:, None], 0.0).to(total.dtype)
             return total.flatten(1, 2)
@@ -202,10 +208,10 @@ class BranchCase(TokenCase):
     def _as_many(self) -> Forward:
         """K branches, which every token is in."""
         if not self.is_layer:
+            # of its own, with gradients of their size
+            few = [replace(self, F=self.K).inputs()[n].requires_grad_() for n in ("key", "value")]
             return lambda inputs: branch_attention(
-                inputs["query"],
-                *(inputs[name][:, : self.K] for name in ("key", "value")),
-                inputs["gates"],
+                inputs["query"], *few, gates=inputs["gates"]
             ).out.flatten(1, 2)
         return self._layer(self.K, replace(self, F=self.K).gates(), "auto")
 
