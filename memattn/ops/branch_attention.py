@@ -110,7 +110,7 @@ def branch_attention(
         query_offset=query_offset,
         scale=check_scale(scale, query.shape[-1]),
     )
-    match resolve_backend(backend, query):
+    match resolve_backend(backend, query, operator="branch_attention"):
         case "triton":
             from memattn_kernels.branch_attention import branch_attention as impl
         case "cpp":
