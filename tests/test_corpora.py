@@ -21,6 +21,7 @@ from memattn.data import (
     COLLECTIONS,
     CORPORA,
     Document,
+    collections,
     corpora,
     fetch_corpus,
     is_cached,
@@ -227,6 +228,12 @@ def test_a_collection_is_read_as_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(COLLECTIONS, "both", both)
     titles = [document.title for document in load_documents("both", cache_dir=tmp_path)]
     assert titles == ["moby odd0", "moby odd2", "moby odd4", "moby even0", "moby even1"]
+    shares = tuple(share._replace(pages=True) for share in parts)
+    paged = dataclasses.replace(both, name="paged", shares=shares)
+    monkeypatch.setitem(COLLECTIONS, "paged", paged)
+    monkeypatch.setattr(collections, "PAGE", 12)
+    texts = ["odd0: x.\n\nodd2: x.", "odd4: x.", "even0: x.\n\neven1: x."]
+    assert [page.text for page in load_documents("paged", cache_dir=tmp_path)] == texts
     with pytest.raises(ValueError, match="source must hold conversations, not documents, got both"):
         load_conversations("both")
     assert main(["data", "both", "odd", "--cache-dir", str(tmp_path)]) == 0

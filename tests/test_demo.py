@@ -13,6 +13,7 @@ from memattn.demo import continual as demo_continual
 from memattn.demo import run as demo_run
 from memattn.demo.plan import MAX_EPOCHS, STAGES, WARMUP_STEPS, Plan
 from memattn.models import PRESETS, MemAttnConfig
+from memattn.train.attached import load_model_folder
 from memattn.train.metrics import read_metrics
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa")
@@ -70,7 +71,12 @@ def test_trains_audits_and_reports_every_preset(config, console):
     out = page.parent
     report = json.loads((out / "results.json").read_text())
     assert [result["preset"] for result in report["results"]] == list(PRESETS)
-    assert {result["tokens"] for result in report["results"]} == {report["tokens"]}
+    tokens = {result["preset"]: result["tokens"] for result in report["results"]}
+    added = tokens.pop("shiftable")  # it begins with vanilla's weights, which stay
+    assert set(tokens.values()) == {report["tokens"]} and 0 < added < report["tokens"]
+    base, shiftable = (load_model_folder(out / name / "model") for name in ("vanilla", "shiftable"))
+    own = dict(shiftable.named_parameters())
+    assert all(parameter.equal(own[name]) for name, parameter in base.named_parameters())
     dtgma, finetuning = report["continual"]
     assert dtgma["largest_change"] == dtgma["avg_forgetting"] == 0.0 < finetuning["largest_change"]
     assert "unchanged" in written(console) and "unchanged" in page.read_text()
@@ -85,6 +91,7 @@ def test_trains_audits_and_reports_every_preset(config, console):
     assert states["segmented"][-1] < states["vanilla"][-1] / 50
     text = written(console)
     assert "held-out loss" in text and "all 0" in text and "no claim" in text
+    assert "shiftable, from vanilla" in text
     html = page.read_text()
     assert "One seed (0)" in html and html.count("<svg") == 3 + len(PRESETS)
     # one file: nothing is loaded from elsewhere
@@ -105,7 +112,7 @@ MEASURED = {
 def test_goes_on_after_an_interruption_and_trains_nothing_twice(config, console, monkeypatch):
     trained, train = [], demo_run.train
 
-    def interrupted(run, *, stop_step, **options):
+    def interrupted(run, *, stop_step=None, **options):
         trained.append((run.model.preset, stop_step))
         if len(trained) == 2:
             raise KeyboardInterrupt
@@ -122,7 +129,9 @@ def test_goes_on_after_an_interruption_and_trains_nothing_twice(config, console,
     assert trained.pop(1) == ()
     # there was no time after the warm-up
     stops = [WARMUP_STEPS, WARMUP_STEPS + 2]
-    assert trained == [(preset, stop) for stop in stops for preset in PRESETS]
+    assert trained == [
+        (preset, stop) for stop in stops for preset in PRESETS if preset != "shiftable"
+    ] + [(None, None)]
     done = len(trained)
     # a system that lands later gets the same tokens
     monkeypatch.setitem(PRESETS, "late", MemAttnConfig.vanilla)
@@ -131,7 +140,7 @@ def test_goes_on_after_an_interruption_and_trains_nothing_twice(config, console,
     assert "b &lt;&amp;" in page.read_text()
     assert trained[done:] == [("late", stop) for stop in stops]
     tokens = stops[-1] * config.batch_size * config.seq_len
-    assert {result["tokens"] for result in report["results"]} == {tokens}
+    assert {r["tokens"] for r in report["results"] if r["preset"] != "shiftable"} == {tokens}
     assert len(report["results"]) == len(PRESETS)
     # and the same learning rates, though their number was not known in the warm-up
     rates = [

@@ -152,8 +152,8 @@ def test_a_stopped_and_interrupted_study_has_the_results_of_a_whole_one(
 def limit(train):
     """Enough time for a run that was begun, and time for one step of a new one."""
 
-    def run(study_run, seconds, console):
-        return train(study_run, 600.0 if study_run.folder.exists() else 0.0, console)
+    def run(config, study_run, seconds, console):
+        return train(config, study_run, 600.0 if study_run.folder.exists() else 0.0, console)
 
     return run
 

@@ -116,3 +116,24 @@ def choose_device(device: str | None) -> Any:
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise ValueError(f"device must be cpu, or a GPU that is here, got {device}") from error
     return chosen
+
+
+def read_text(model: Any, tokenizer: Any, text: str) -> Any:
+    """Tokens ``[1, T]`` of a text, as many as the model takes; - is the standard input.
+
+    Raises:
+        ValueError: If it has no token.
+    """
+    import sys
+
+    import torch
+
+    text = sys.stdin.read() if text == "-" else text
+    ids = tokenizer(text)["input_ids"]
+    if not ids:
+        must("text", "be one with at least one token", "none")
+    limit = getattr(model.config, "position_limit", None)
+    if limit is not None and len(ids) > limit:
+        sys.stdout.write(f"reading the first {limit} tokens of {len(ids):,}\n")
+        ids = ids[:limit]
+    return torch.tensor([ids], device=model.device)

@@ -11,6 +11,8 @@ def plot(
     out: str | None = None,
     x: Literal["tokens", "seconds", "step"] = "tokens",
     text: str | None = None,
+    texts: tuple[str, ...] = (),
+    tokens: int = 4096,
 ) -> int:
     """Draw the loss curves of runs into one picture, or what a model does with a text.
 
@@ -23,6 +25,9 @@ def plot(
     memattn plot state MODEL --text TEXT draws what the model's state is behind the text: how its
     memories have changed, the norms of the keys it keeps, and update magnitude, surprise and
     relevance over the tokens. memattn plot state FILE draws that of a file of memattn memorize.
+
+    memattn plot gates MODEL --text TEXT prints and draws how much of the base and of each
+    specialist its tokens get; --texts general data-engineering compares texts. It is memattn gates.
 
     memattn plot page RUN ... --text TEXT joins these on one HTML page: the loss curves of the runs,
     and of the model of each its attention and its state. memattn compare writes such a page, too.
@@ -37,6 +42,8 @@ def plot(
             page.html.
         x: What the horizontal axis of loss curves counts.
         text: Text that the model reads; - for the standard input.
+        texts: For gates: corpora, files or folders to compare.
+        tokens: For gates: tokens of each of them, at most.
     """
     from pathlib import Path
 
@@ -56,6 +63,12 @@ def plot(
     elif view in names:
         if len(runs) != 2:
             raise ValueError(f"runs must be {view} and one model, got {len(runs) - 1} models")
+        if view == "gates":
+            from memattn.cli.gates import gates
+
+            return gates(runs[1], text, texts, tokens, out or "gates.png")
+        if texts:
+            raise ValueError(f"texts must be left out but for gates, got {', '.join(texts)}")
         is_file = view == "state" and Path(runs[1]).expanduser().is_file()
         if text is not None and is_file:
             raise ValueError("text must be left out to plot the state of a file, got a text")
@@ -72,6 +85,8 @@ def plot(
         if text is not None:
             others = " and ".join(("page", *names))
             raise ValueError(f"text must be left out but for {others}, got a text")
+        if texts:
+            raise ValueError(f"texts must be left out but for gates, got {', '.join(texts)}")
         out = out or "curves.png"
         _plot_curves(runs, out, x)
     Console().print(f"wrote {out}", highlight=False)
@@ -143,20 +158,8 @@ def _plot_view(view: str, name: str, out: str, text: str | None) -> None:
 
 def _read(name: str, text: str) -> "tuple[Any, Tensor]":
     """The model, and the tokens of the text, as many as it takes."""
-    import sys
-
-    import torch
-
-    from memattn.cli._models import load_model, load_model_tokenizer
+    from memattn.cli._models import load_model, load_model_tokenizer, read_text
 
     tokenizer = load_model_tokenizer(name)
     model = load_model(name, None)
-    text = sys.stdin.read() if text == "-" else text
-    ids = tokenizer(text)["input_ids"]
-    if not ids:
-        raise ValueError("text must be one with at least one token, got none")
-    limit = getattr(model.config, "position_limit", None)
-    if limit is not None and len(ids) > limit:
-        sys.stdout.write(f"reading the first {limit} tokens of {len(ids):,}\n")
-        ids = ids[:limit]
-    return model, torch.tensor([ids], device=model.device)
+    return model, read_text(model, tokenizer, text)

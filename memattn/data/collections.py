@@ -1,6 +1,6 @@
 """Collections of corpora under one name: a general one, and one for each specialty."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -9,12 +9,15 @@ from typing import NamedTuple
 from memattn.data.corpora import DEFAULT_CACHE_DIR, fetch_corpus, get_corpus
 from memattn.data.document import Document
 
+PAGE = 4000  # characters of a page, at least; the last one of a corpus is shorter
+
 
 class Share(NamedTuple):
     """What a collection takes of a corpus."""
 
     corpus: str
     every: int = 1  # every so many-th document, in the corpus's order
+    pages: bool = False  # whether short entries are joined into pages, which are then documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +45,9 @@ COLLECTIONS: dict[str, Collection] = _registry(
         description="dictionary, thesauri and encyclopedia, about 6 MB of each",
         # parts of the large ones, else Wikipedia would be a twelfth of the text
         shares=(
-            Share("gcide", every=3),
-            Share("wordnet", every=2),
-            Share("moby-thesaurus", every=5),
+            Share("gcide", every=3, pages=True),
+            Share("wordnet", every=2, pages=True),
+            Share("moby-thesaurus", every=5, pages=True),
             Share("wiki"),
             Share("enwiki-sample"),
         ),
@@ -82,6 +85,23 @@ def read_collection(name: str, *, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> 
     Raises:
         ValueError, FileNotFoundError, ConnectionError, OSError: What ``fetch_corpus`` raises.
     """
-    for corpus, every in COLLECTIONS[name].shares:
+    for corpus, every, pages in COLLECTIONS[name].shares:
         archive = fetch_corpus(corpus, cache_dir=cache_dir)
-        yield from islice(get_corpus(corpus).read(archive), 0, None, every)
+        taken = islice(get_corpus(corpus).read(archive), 0, None, every)
+        yield from _join(taken) if pages else taken
+
+
+def _join(entries: Iterable[Document]) -> Iterator[Document]:
+    """Pages of entries that follow each other, each with the title of its first one."""
+    page: list[Document] = []
+    for entry in entries:
+        page.append(entry)
+        if sum(len(entry.text) for entry in page) >= PAGE:
+            yield _page(page)
+            page = []
+    if page:
+        yield _page(page)
+
+
+def _page(entries: list[Document]) -> Document:
+    return Document(entries[0].title, "\n\n".join(entry.text for entry in entries))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,10 +128,8 @@ def _load(
                 must(name, f"be None for {source}, which is no Hugging Face dataset", value)
     if separator is not None and (packaged or not path.exists()):
         must("separator", f"be None for {source}, which is no text file", repr(separator))
-    if source in CORPORA:
-        return list(CORPORA[str(source)].read(fetch_corpus(str(source), cache_dir=cache_dir)))
-    if source in COLLECTIONS:
-        return list(read_collection(str(source), cache_dir=cache_dir))
+    if packaged:
+        return list(_read_packaged(str(source), str(cache_dir)))
     if path.exists():
         return list(_read_path(path, text_field, separator))
     if isinstance(source, Path) or source.endswith(_SUFFIXES) or source[:1] in "./~":
@@ -143,6 +142,14 @@ def _load(
             repr(source),
         )
     return _load_from_hub(source, subset, split or "train", text_field)
+
+
+@lru_cache(maxsize=2)
+def _read_packaged(name: str, cache_dir: str) -> tuple[Document, ...]:
+    """Documents of a corpus or a collection; a study reads the same ones for every run."""
+    if name in COLLECTIONS:
+        return tuple(read_collection(name, cache_dir=cache_dir))
+    return tuple(CORPORA[name].read(fetch_corpus(name, cache_dir=cache_dir)))
 
 
 def _read_path(path: Path, text_field: str, separator: str | None) -> Iterator[Document]:

@@ -104,12 +104,19 @@ def write_page(out: Path, report: dict[str, Any], metrics: Mapping[str, list[dic
 
 
 def _header(report: dict[str, Any]) -> str:
-    names = ", ".join(result["preset"] for result in report["results"])
+    results = report["results"]
+    names = ", ".join(result["preset"] for result in results if not result["start"])
+    added = "".join(
+        f" {result['preset']} begins with the weights of {result['start']}, which stay as they "
+        f"are, and learns {result['tokens']:,} tokens more."
+        for result in results
+        if result["start"]
+    )
     return (
         "<h1>The same text, the same budget</h1>"
         f'<p class="lede">{html.escape(names)}: each trained from nothing on '
         f"{report['tokens']:,} tokens of {html.escape(report['config']['corpus'])}, then "
-        f"audited. {html.escape(report['device'])}.</p>"
+        f"audited.{html.escape(added)} {html.escape(report['device'])}.</p>"
     )
 
 

@@ -7,7 +7,7 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The cells of the comparison, as text."""
     return [
         (
-            result["preset"],
+            result["preset"] + (f", from {result['start']}" if result["start"] else ""),
             f"{result['held_out_loss']:.3f}",
             f"{result['tokens_per_second']:,.0f}",
             format_bytes(result["state_bytes"][-1][1]),

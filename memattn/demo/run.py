@@ -6,7 +6,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -38,6 +38,9 @@ SIZES = dict(
 )
 # of one preset: a variant that trains fast, with a short window, which the audit has to cross
 OPTIONS = {"titans": dict(variant="mag", window_size=64, chunk_size=32)}
+# presets that begin with the weights of another, which stay: they learn for a part of its steps
+STARTS = {"shiftable": "vanilla"}
+ADDED_STEPS = 0.1
 HELD_OUT = 0.02  # of the documents, so that evaluation leaves time for many presets
 
 
@@ -96,10 +99,22 @@ class DemoConfig:
             ),
         )
 
+    def added_config(self, preset: str, steps: int) -> TrainConfig:
+        """The training run of a preset that begins with the finished weights of another."""
+        config = self.train_config(preset, Stage(steps, steps, evaluate=True))
+        start = Path(self.out) / STARTS[preset] / "model"
+        return replace(
+            config,
+            model=ModelConfig(model_path=str(start), specialists={}, freeze_base_model=True),
+            data=replace(config.data, vocab_size=None),
+            training=replace(config.training, warmup_steps=max(1, steps // 10)),
+        )
+
 
 def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None = None) -> Path:
     """Train, audit and compare every preset of ``memattn.models.PRESETS``.
 
+    All are trained on equally many tokens, but for those that begin with another's trained weights.
     Writes ``<out>/<preset>/`` (a run folder and ``result.json``), ``results.json``,
     ``curves.png`` and ``index.html``. An interrupted demo goes on where it stopped, and a preset
     that is registered later is trained on as many tokens as the others were.
@@ -124,6 +139,9 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
     began = time.perf_counter()
     plan = _plan(config, out, console)
     _train(config, plan, console)
+    for preset in filter(STARTS.get, PRESETS):
+        if not (out / preset / "model").is_dir():
+            train(config.added_config(preset, _added_steps(plan)), resume=True)
     results = [_result(config, preset, console) for preset in PRESETS]
     continual = measure_continual(out, config.seed, console)
     report = {
@@ -194,22 +212,32 @@ def _train(config: DemoConfig, plan: Plan, console: Console) -> None:
     """Train all presets in turns, stage by stage, until the plan is complete."""
     for number in itertools.count():
         stage = plan.stages[number]
-        for preset in PRESETS:
+        for preset in _from_nothing():
             if preset not in stage.turns:
                 stage.turns[preset] = _turn(config, plan, number, preset)
                 plan.save(Path(config.out) / PLAN)
         if number == len(plan.stages) - 1:
             if plan.is_complete:
                 return
-            plan.extend(PRESETS, 60.0 * config.minutes)
+            plan.extend(_from_nothing(), 60.0 * config.minutes)
             plan.save(Path(config.out) / PLAN)
         if number == 0:
-            speeds = (f"{p} {1.0 / stage.turns[p].seconds_per_token:,.0f}" for p in PRESETS)
+            speeds = (f"{p} {1.0 / stage.turns[p].seconds_per_token:,.0f}" for p in stage.turns)
             console.print(f"tokens/s: {', '.join(speeds)}", highlight=False)
         if plan.steps != stage.steps:
             console.print(
                 f"planned: {plan.steps:,} steps, {plan.tokens:,} tokens each", highlight=False
             )
+
+
+def _from_nothing() -> list[str]:
+    """The presets that begin with new weights."""
+    return [preset for preset in PRESETS if preset not in STARTS]
+
+
+def _added_steps(plan: Plan) -> int:
+    """Steps of a preset that begins with the weights of another."""
+    return max(1, round(ADDED_STEPS * plan.steps))
 
 
 def _turn(config: DemoConfig, plan: Plan, number: int, preset: str) -> Turn:
@@ -243,6 +271,7 @@ def _result(config: DemoConfig, preset: str, console: Console) -> dict[str, Any]
     console.print(f"{preset}: held-out loss {held_out_loss:.3f}, audit {audit['verdict']}")
     result = {
         "preset": preset,
+        "start": STARTS.get(preset),
         "held_out_loss": held_out_loss,
         # of the language model alone, where others are added to it
         "train_loss": trained[-1]["lm_loss"] or trained[-1]["loss"],

@@ -1,5 +1,6 @@
 """Specialists: attentions of their own beside that of a layer, weighted by a gate."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,8 +15,9 @@ from memattn.nn.causal_specialists import CausalSpecialists
 from memattn.nn.domain_gate import ACTIVATIONS, check_new_name
 from memattn.nn.gate_row import GateRow
 from memattn.ops._dispatch import BACKENDS
-from memattn.parts.base import AddedPart, Cost, PartConfig, PartOutput, Sizes, register_part
+from memattn.parts.base import AddedPart, Cost, PartConfig, PartOutput, Sizes, View, register_part
 from memattn.parts.context import PartContext
+from memattn.parts.gate_report import draw_gates, measure_gates
 from memattn.parts.specialists_state import SpecialistsState
 
 LOSSES = ("gate_entropy", "gate_sparsity")
@@ -50,6 +52,7 @@ class SpecialistsConfig(AddedPart):
     kind: ClassVar[str] = "specialists"
     place: ClassVar[str] = "beside_attention"
     reports: ClassVar[tuple[str, ...]] = LOSSES
+    views: ClassVar[Mapping[str, View]] = {"gates": View(measure_gates, draw_gates)}
     inputs: ClassVar[tuple[str, ...]] = INPUTS
     state_type: ClassVar[type[SpecialistsState]] = SpecialistsState
 

@@ -10,6 +10,7 @@ from memattn.study.cells import Cell, Measure
 from memattn.study.chapters import ChaptersCompare, ChaptersStudy
 from memattn.study.compare import CompareStudy
 from memattn.study.future import FutureCompare, FutureStudy
+from memattn.study.shiftable import Generalist, ShiftableCompare, ShiftableStudy
 from memattn.study.titans import TitansCompare, TitansPart, TitansStudy
 from memattn.train.config import read_config
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from memattn.study.run import run_study
 
 STUDIES: dict[str, type[Study]] = {
-    study.system: study for study in (FutureStudy, ChaptersStudy, AdaptersStudy, TitansStudy)
+    study.system: study
+    for study in (FutureStudy, ChaptersStudy, AdaptersStudy, TitansStudy, ShiftableStudy)
 }
 
 __all__ = [
@@ -31,7 +33,10 @@ __all__ = [
     "CompareStudy",
     "FutureCompare",
     "FutureStudy",
+    "Generalist",
     "Measure",
+    "ShiftableCompare",
+    "ShiftableStudy",
     "Study",
     "TitansCompare",
     "TitansPart",

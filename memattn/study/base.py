@@ -97,6 +97,13 @@ class Study:
         """A run with the text and the tokenizer of all cells; it is not trained."""
         return TrainConfig(model=ModelConfig(preset="vanilla"), data=self.data)
 
+    def trains_itself(self, config: TrainConfig) -> bool:
+        """Train the run of a cell that ``memattn.train`` cannot, and return whether it was one.
+
+        Such a run leaves the folder that ``memattn.train`` would.
+        """
+        return False
+
     def measure(self, config: TrainConfig) -> dict[str, float]:
         """What ``measures`` has no column for, of the finished run of a cell."""
         return {}

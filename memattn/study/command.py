@@ -18,7 +18,7 @@ _OWN = """    max_minutes: Stop with a checkpoint after so many minutes; the sam
 """
 
 
-def study(system: Literal["future", "chapters", "adapters", "titans"]) -> int:
+def study(system: Literal["future", "chapters", "adapters", "titans", "shiftable"]) -> int:
     """Compare a system with its equals over several seeds, with paired differences.
 
     Each system has options of its own: memattn study SYSTEM --help.
@@ -26,7 +26,8 @@ def study(system: Literal["future", "chapters", "adapters", "titans"]) -> int:
     Args:
         system: What is studied: future, attention with learned keys for the positions ahead;
             chapters, a memory of routed chapters; adapters, LoRA and memory in a pretrained model;
-            titans, a memory that learns while it reads.
+            titans, a memory that learns while it reads; shiftable, gated specialists beside a
+            frozen generalist.
     """
     return KINDS[system]()
 

@@ -103,7 +103,7 @@ def run_study(
     first = _first_run(study)
     if first is not None and not first.is_finished:
         _say(console, f"first {first}")
-        if not _train(first, left(), console):
+        if not _train(study, first, left(), console):
             _say(console, f"{first} is not finished; the same command goes on")
             return None
     with console.status("fetching and tokenizing the text"):
@@ -122,7 +122,7 @@ def run_study(
         if seconds is not None and seconds <= 0.0:
             break
         _say(console, f"run {number} of {len(runs)}: {run}{_time_left(runs)}")
-        if not _train(run, seconds, console):
+        if not _train(study, run, seconds, console):
             break
         _measure(run, study)
     done = [run for run in runs if run.is_finished]
@@ -196,10 +196,11 @@ def _check_same(run: StudyRun, option: str) -> None:
                 must(option, f"be a new folder for {section}.{name} {value}", f"{file} with {was}")
 
 
-def _train(run: StudyRun, seconds: float | None, console: Console) -> bool:
+def _train(study: Study, run: StudyRun, seconds: float | None, console: Console) -> bool:
     """Train until the run is finished or time is up; return whether it is finished."""
     try:
-        train(run.config, resume=True, max_seconds=seconds, progress=console.is_terminal)
+        if not study.trains_itself(run.config):
+            train(run.config, resume=True, max_seconds=seconds, progress=console.is_terminal)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"in {run}; the same command goes on from there") from stop
     return run.is_finished

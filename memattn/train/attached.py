@@ -27,7 +27,7 @@ FILE, MEMORY = "attached.json", "memory"
 
 
 def load_base(config: ModelConfig) -> Any:
-    """A pretrained model in float32, with what is attached to it.
+    """A pretrained model in float32, with its specialists and with what is attached to it.
 
     Raises:
         OSError: If there is no such model, and no copy of it.
@@ -36,7 +36,9 @@ def load_base(config: ModelConfig) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    assert config.model_path is not None
+    import memattn.models  # registers its models
+
+    assert memattn.models and config.model_path is not None
     folder = find_pretrained(config.model_path)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # ours is on the screen
@@ -45,9 +47,37 @@ def load_base(config: ModelConfig) -> Any:
     finally:
         if shown:
             logging.enable_progress_bar()
+    if config.specialists is not None:
+        model = add_specialists(model, config.specialists)
     if is_attached(config):
         attach(model, config)
     return model
+
+
+def add_specialists(model: Any, fields: dict[str, Any]) -> Any:
+    """A decoder, frozen, with specialists beside its attention; their prior is 1 unless told.
+
+    Raises:
+        ValueError: If it is no decoder of this package, or the specialists do not fit it.
+    """
+    from memattn.models import MemAttnForCausalLM, ShiftableLanguageModel
+
+    if not isinstance(model, MemAttnForCausalLM):
+        allowed = "be null, and memory_adapter of kind specialists, beside a model of another kind"
+        must("model.specialists", allowed, type(model).__name__)
+    return ShiftableLanguageModel(model, **{"prior": 1.0, **fields})
+
+
+def load_model_folder(folder: Path) -> Any:
+    """A model that training has written: a whole one, or a base model with what is attached.
+
+    Raises:
+        OSError: If there is no model, or its base model is nowhere to be found.
+        ValueError: As ``load_attached``.
+    """
+    if (folder / FILE).is_file():
+        return load_attached(folder)
+    return load_base(ModelConfig(model_path=str(folder)))
 
 
 def attach(model: Any, config: ModelConfig) -> None:

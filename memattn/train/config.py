@@ -50,6 +50,8 @@ class ModelConfig:
         memory_adapter: Kind and fields of a part, such as a memory, that is attached to a
             pretrained model; None attaches none.
         lora: LoRA inside a pretrained model; None means none.
+        specialists: Fields of ``memattn.parts.SpecialistsConfig``: specialists beside the attention
+            of a trained decoder of this package, whose weights stay; None means none.
         freeze_base_model: Whether the weights of a pretrained model stay as they are.
     """
 
@@ -58,6 +60,7 @@ class ModelConfig:
     model_path: str | None = None
     memory_adapter: dict[str, Any] | None = None
     lora: LoraConfig | None = None
+    specialists: dict[str, Any] | None = None
     freeze_base_model: bool = False
 
     def __post_init__(self) -> None:
@@ -67,15 +70,21 @@ class ModelConfig:
         check_bool("model.freeze_base_model", self.freeze_base_model)
         if self.model_path is not None and self.options:
             must("model.options", "be empty with model_path", self.options)
-        for name in ("memory_adapter", "lora"):
+        attached = ("memory_adapter", "lora", "specialists")
+        for name in attached:
             if self.model_path is None and getattr(self, name) is not None:
                 must(f"model.{name}", "be null without model_path", getattr(self, name))
+        if self.specialists is not None:
+            if not self.freeze_base_model:
+                must("model.freeze_base_model", "be true with specialists", "false")
+            if self.lora is not None or self.memory_adapter is not None:
+                must("model.specialists", "be null with lora and memory_adapter", self.specialists)
         if self.freeze_base_model:
             if self.model_path is None:
                 must("model.freeze_base_model", "be false without model_path", "true")
-            if self.memory_adapter is None and self.lora is None:
+            if all(getattr(self, name) is None for name in attached):
                 got = "true, and nothing would be trained"
-                must("model.freeze_base_model", "be false without memory_adapter and lora", got)
+                must("model.freeze_base_model", f"be false without {' or '.join(attached)}", got)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +124,9 @@ class DataConfig:
         messages_field: Field with the messages of a conversation, for instruction_finetuning.
         chat_template: File with a chat template in Jinja; None means that of the tokenizer.
         document_separator: Text that separates the documents of one text file.
+        mix_in: Another text, or a list of them, of which training documents are added: what a model
+            shall not forget while it learns this one.
+        mix_share: Share of the training tokens that ``mix_in`` gives.
         task: A synthetic task in place of a text, with samples of ``seq_len`` tokens.
         held_out: Share of the documents that only evaluation sees; 0 for none.
         split_seed: Seed of the choice of held-out documents.
@@ -134,6 +146,8 @@ class DataConfig:
     messages_field: str = "messages"
     chat_template: str | None = None
     document_separator: str | None = None
+    mix_in: str | list[str] | None = None
+    mix_share: float = 0.1
     task: TaskConfig | None = None
     held_out: float = 0.05
     split_seed: int = 0
@@ -148,6 +162,10 @@ class DataConfig:
             must("data.dataset_name", "not be empty", repr(self.dataset_name))
         if not 0.0 <= self.held_out < 1.0:
             must("data.held_out", "be in [0, 1)", self.held_out)
+        if self.mix_in is not None and not self.mix_in:
+            must("data.mix_in", "not be empty", repr(self.mix_in))
+        if not 0.0 < self.mix_share < 1.0:
+            must("data.mix_share", "be in (0, 1)", self.mix_share)
         if self.task is not None:
             self._check_no_text()
         check_int("data.split_seed", self.split_seed, 0)
@@ -161,7 +179,8 @@ class DataConfig:
     def _check_no_text(self) -> None:
         """Raise ValueError if a text is described beside a task."""
         texts = ("dataset_name", "dataset_subset", "dataset_split", "text_field")
-        for name in (*texts, "messages_field", "chat_template", "document_separator"):
+        others = ("messages_field", "chat_template", "document_separator", "mix_in")
+        for name in (*texts, *others):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 must(f"data.{name}", "be left out with data.task", repr(getattr(self, name)))
 

@@ -48,6 +48,7 @@ _FREE = {
     # what these say is in the tokens, which are compared
     *("dataset_name", "dataset_subset", "dataset_split", "text_field", "document_separator"),
     *("held_out", "split_seed", "tokenizer", "vocab_size", "messages_field", "chat_template"),
+    *("mix_in", "mix_share"),
 }
 
 

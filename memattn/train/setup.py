@@ -16,6 +16,7 @@ from memattn.data.tokens import Tokens
 from memattn.files import sha256_of_text
 from memattn.train.attached import load_base
 from memattn.train.config import DataConfig, ModelConfig, TaskConfig, TrainConfig
+from memattn.train.mixture import mix_tokens
 from memattn.train.pretrained import find_pretrained
 from memattn.train.task_corpus import has_text, task_corpus, texts_of_task
 
@@ -62,6 +63,9 @@ def prepare_data(config: TrainConfig) -> Corpus:
             must("training.training_mode", "be pretraining with data.task", mode)
         tokenizer = _task_tokenizer(data, data.task, config.model)
         return Corpus(tokenizer, *task_corpus(data, data.task, tokenizer))
+    if data.mix_in is not None and config.training.training_mode != "pretraining":
+        mode = config.training.training_mode
+        must("training.training_mode", "be pretraining with data.mix_in", mode)
     split = split_documents(
         load_source(data, config.training.training_mode), data.held_out, seed=data.split_seed
     )
@@ -71,6 +75,8 @@ def prepare_data(config: TrainConfig) -> Corpus:
         for side in (split.train, split.held_out)
     )
     assert train is not None
+    if data.mix_in is not None:
+        train = mix_tokens(train, data, tokenizer)
     return Corpus(tokenizer, train, held_out)
 
 
@@ -87,10 +93,14 @@ def load_source(data: DataConfig, training_mode: str) -> list[Any]:
             got = repr(data.document_separator)
             must("data.document_separator", "be null for conversations", got)
         return load_conversations(data.dataset_name, messages_field=data.messages_field, **where)
+    separator = data.document_separator
+    if data.mix_in is not None and isinstance(data.dataset_name, str):
+        # it may be meant for the text files of mix_in alone
+        separator = separator if Path(data.dataset_name).expanduser().exists() else None
     return load_documents(
         data.dataset_name,
         text_field=data.text_field,
-        separator=data.document_separator,
+        separator=separator,
         cache_dir=data.cache_dir,
         **where,
     )

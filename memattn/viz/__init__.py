@@ -9,6 +9,7 @@ from memattn.viz.bands import plot_bands
 from memattn.viz.continual import plot_accuracy_matrices, plot_task_graph
 from memattn.viz.curves import draw_curves, plot_curves
 from memattn.viz.figures import draw_influence, draw_state
+from memattn.viz.gates import plot_gate_comparison
 from memattn.viz.pages import to_svg, write_figures
 from memattn.viz.state import visualize_model_state
 from memattn.viz.views import plot_view
@@ -23,6 +24,7 @@ __all__ = [
     "plot_attention_mass",
     "plot_bands",
     "plot_curves",
+    "plot_gate_comparison",
     "plot_task_graph",
     "plot_view",
     "to_svg",
