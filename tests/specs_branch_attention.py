@@ -56,7 +56,9 @@ BRANCHES = OperatorSpec(
             dict(T=4, S=21), dict(query_offset=17), dict(seq_start=[-3, 2], seq_end=[21, 20])
         ),
     },
-    interpreted=("token", "all", "odd-head-dim", "packed", "padded-all", "trimmed"),
+    interpreted=(
+        *("token", "all", "odd-head-dim", "packed", "padded-all", "nothing-left", "trimmed"),
+    ),
     interpreted_half=("token", "decode"),
     gradcheck={form: Case(dict(form=form, B=1, H=2, Hkv=1, T=4, D=3, Dv=2)) for form in FORMS},
     empty={
