@@ -1,6 +1,6 @@
 """Specialists: attentions that begin as copies of one that is frozen, and their projections."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,12 +38,14 @@ def weights_of(attention: nn.MultiheadAttention) -> AttentionWeights:
     return AttentionWeights(q, k, v, out.weight, q_bias, k_bias, v_bias, out.bias)
 
 
-def beside_each_other(branches: Sequence[AttentionWeights]) -> AttentionWeights:
-    """The weights of several attentions, for one product for all of them."""
+def beside_each_other(
+    branches: Sequence[AttentionWeights], projections: Collection[str] = PROJECTIONS
+) -> AttentionWeights:
+    """The weights of several attentions, for one product for all of them; others are None."""
 
     def join(name: str) -> Tensor | None:
         found = [getattr(branch, name) for branch in branches]
-        if found[0] is None:
+        if found[0] is None or name.removesuffix("_bias") not in projections:
             return None
         return torch.stack(found) if name == "out_bias" else torch.cat(found, int(name == "out"))
 
@@ -142,6 +144,37 @@ def reduce_branches(out: Tensor, gates: Tensor, weights: AttentionWeights) -> Te
     if weights.out_bias is None:
         return out
     return out + (gates @ weights.out_bias.to(gates.dtype)).to(out.dtype)
+
+
+class Slots(NamedTuple):
+    """The branches that tokens use: A slots each."""
+
+    gates: Tensor  # [B, T, A]
+    branches: Tensor | None  # int64 [B, T, A]; None means that slot a is branch a
+
+    def take(self, query: Tensor) -> Tensor:
+        """Queries ``[B, A, H, T, D]`` of those of all branches, ``[B, F, H, T, D]``."""
+        if self.branches is None:
+            return query
+        at = self.branches.transpose(1, 2)[:, :, None, :, None]  # [B, A, 1, T, 1]
+        return query.gather(1, at.expand(-1, -1, *query.shape[2:3], -1, query.shape[-1]))
+
+    def put(self, out: Tensor, n_branches: int) -> Tensor:
+        """Results ``[B, A, H, T, D]`` as those of all branches, 0 in others."""
+        if self.branches is None:
+            return out
+        at = self.branches.transpose(1, 2)[:, :, None, :, None]
+        every = out.new_zeros(out.shape[0], n_branches, *out.shape[2:])
+        return every.scatter(1, at.expand_as(out), out)
+
+
+def choose_slots(shares: Tensor, slots: int | None) -> Slots:
+    """The branches with the largest gates ``[B, T, F]``, at most ``slots`` of them; None: all."""
+    if slots is None or slots >= shares.shape[-1]:
+        return Slots(shares, None)
+    order = shares.detach().sort(dim=-1, descending=True, stable=True).indices
+    chosen = order[..., :slots]
+    return Slots(shares.gather(-1, chosen), chosen)
 
 
 def mix_with_base(base: Tensor, gates: Tensor, others: Tensor) -> Tensor:

@@ -6,18 +6,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from memattn.checks import check_int, must
+from memattn.checks import check_int, is_readable, must
 from memattn.nn._heads import TokenCache
 from memattn.nn.attention_specialist import (
     PROJECTIONS,
     AttentionSpecialist,
     AttentionWeights,
     beside_each_other,
+    choose_slots,
     mix_with_base,
     project,
     reduce_branches,
 )
 from memattn.nn.base_attention import BaseAttention
+from memattn.nn.branch_products import plan_branches
 from memattn.nn.domain_gate import DomainGate, GateOutput, GateState
 from memattn.nn.rotary import apply_rotary
 from memattn.nn.specialist_holder import SpecialistHolder
@@ -51,6 +53,51 @@ class SpecialistOutput(NamedTuple):
 
     hidden_states: Tensor  # [B, T, E]
     gates: GateOutput | None
+
+
+class _Call(NamedTuple):
+    """What specialists share in one call."""
+
+    base: BaseAttention | None
+    rotary: tuple[Tensor, Tensor] | None
+    cache: SpecialistCache | None
+    bounds: dict[str, Any]
+
+    @property
+    def own(self) -> AttentionWeights | None:
+        """The weights of the base."""
+        return None if self.base is None else self.base.weights
+
+    def turn(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and turned queries ``[B, A, H, T, D]`` and keys ``[B, F, Hkv, T, D]``."""
+        if self.base is not None and self.base.q_norm is not None:
+            query = self.base.q_norm(query)
+        if self.base is not None and self.base.k_norm is not None:
+            key = self.base.k_norm(key)
+        if self.rotary is not None:
+            angles = [angle[:, None] for angle in self.rotary]
+            query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
+        return query, key, value
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gates: Tensor,
+        branches: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        """Gated results of the slots, ``[B, A, H, T, D]``, over the keys that are kept, too."""
+        if self.cache is not None:
+            key, value = self.cache.append("key", key), self.cache.append("value", value)
+        return branch_attention(
+            *(query, key, value, gates, branches),
+            query_offset=key.shape[3] - query.shape[3],
+            scale=None if self.base is None else self.base.scale,
+            backend=backend,
+            **self.bounds,
+        ).out
 
 
 class CausalSpecialists(SpecialistHolder):
@@ -209,24 +256,53 @@ class CausalSpecialists(SpecialistHolder):
         )
         if not used:
             return SpecialistOutput(attended, gates)
-        weights = beside_each_other(
-            [self.specialist(self.gate.specialists[e]).weights(_own(base)) for e in used]
+        call = _Call(
+            base, rotary, cache, dict(cu_seqlens=cu_seqlens, seq_start=seq_start, seq_end=seq_end)
         )
+        names = [self.gate.specialists[e] for e in used]
         shares = gates.gates[..., [1 + e for e in used]]  # [B, T, F]
-        query, key, value = self._heads(hidden_states, weights, len(used), base, rotary)
-        if cache is not None:
-            key, value = cache.append("key", key), cache.append("value", value)
-        out = branch_attention(
-            *(query, key, value, shares),
-            cu_seqlens=cu_seqlens,
-            seq_start=seq_start,
-            seq_end=seq_end,
-            query_offset=key.shape[3] - query.shape[3],
-            scale=None if base is None else base.scale,
-            backend=self.backend,
-        ).out
-        others = reduce_branches(out, shares, weights)
+        slots = self.most_slots(override)
+        if slots is not None and slots < len(used) and is_readable(shares):
+            others = self._by_rows(hidden_states, shares, names, slots, call)
+        else:
+            others = self._by_branches(hidden_states, shares, names, slots, call)
         return SpecialistOutput(mix_with_base(attended, gates.gates, others), gates)
+
+    def _by_branches(
+        self, x: Tensor, shares: Tensor, names: list[str], slots: int | None, call: _Call
+    ) -> Tensor:
+        """Gated sum of specialists ``[B, T, E]``, which are projected for all tokens."""
+        n = len(names)
+        each = [self.specialist(name).weights(call.own) for name in names]
+        weights = beside_each_other(each)
+        query = project(x, weights.q, weights.q_bias, n, self.num_heads)
+        key, value = self._keys(x, weights, n)
+        chosen = choose_slots(shares, slots)
+        query, key, value = call.turn(chosen.take(query), key, value)
+        out = call.attend(query, key, value, *chosen, self.backend)
+        return reduce_branches(chosen.put(out, n), shares, weights)
+
+    def _by_rows(
+        self, x: Tensor, shares: Tensor, names: list[str], slots: int, call: _Call
+    ) -> Tensor:
+        """The same, with queries and outputs for the specialists that a token uses alone.
+
+        Keys are those of all: later tokens may use any of them, and what a row gets does not depend
+        on which others use.
+        """
+        plan = plan_branches(shares, max(slots, 1))
+        each = [self.specialist(name).weights(call.own) for name in names]
+        weights = dict(enumerate(each))
+        query = plan.queries(x, weights, self.num_heads)
+        key, value = self._keys(x, beside_each_other(each, ("k", "v")), len(names))
+        query, key, value = call.turn(query, key, value)
+        out = call.attend(query, key, value, plan.gates, plan.slots, self.backend)
+        return plan.reduce(out, weights)
+
+    def _keys(self, x: Tensor, weights: AttentionWeights, n: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of n specialists, ``[B, F, Hkv, T, D]``."""
+        key = project(x, weights.k, weights.k_bias, n, self.num_kv_heads)
+        return key, project(x, weights.v, weights.v_bias, n, self.num_kv_heads)
 
     def _gates(
         self,
@@ -244,28 +320,3 @@ class CausalSpecialists(SpecialistHolder):
         gates = self.gate(hidden_states, state=GateState(before[:, :-1], before[:, -1]), **options)
         cache.write("gate", gates.sums[:, -1], history=gates.sums)
         return gates
-
-    def _heads(
-        self,
-        x: Tensor,
-        weights: AttentionWeights,
-        n: int,
-        base: BaseAttention | None,
-        rotary: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries ``[B, F, H, T, D]``, keys and values ``[B, F, Hkv, T, D]`` of n specialists."""
-        query = project(x, weights.q, weights.q_bias, n, self.num_heads)
-        key = project(x, weights.k, weights.k_bias, n, self.num_kv_heads)
-        value = project(x, weights.v, weights.v_bias, n, self.num_kv_heads)
-        if base is not None and base.q_norm is not None:
-            query = base.q_norm(query)
-        if base is not None and base.k_norm is not None:
-            key = base.k_norm(key)
-        if rotary is not None:
-            angles = [angle[:, None] for angle in rotary]
-            query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
-        return query, key, value
-
-
-def _own(base: BaseAttention | None) -> AttentionWeights | None:
-    return None if base is None else base.weights

@@ -11,6 +11,7 @@ from memattn.nn._attention_masks import AttentionMasks, hidden_keys, take_apart
 from memattn.nn.attention_specialist import (
     AttentionWeights,
     beside_each_other,
+    choose_slots,
     mix_with_base,
     project,
     reduce_branches,
@@ -281,17 +282,9 @@ class ShiftableMultiheadAttention(SpecialistHolder):
         """Gated sum of the specialists whose tokens see an interval of keys, ``[B, T, E]``."""
         n = shares.shape[-1]
         query, key, value = self._project(inputs, weights, n)
-        gates, chosen, at = shares, None, None
-        if slots is not None and slots < n:
-            chosen = shares.detach().sort(dim=-1, descending=True, stable=True).indices[..., :slots]
-            gates = shares.gather(-1, chosen)
-            at = chosen.transpose(1, 2)[:, :, None, :, None]  # [B, A, 1, T, 1]
-            query = query.gather(1, at.expand(-1, -1, *query.shape[2:3], -1, query.shape[-1]))
-        out = self._attend(query, key, value, gates, chosen, masks)
-        if at is not None:
-            every = out.new_zeros(out.shape[0], n, *out.shape[2:])
-            out = every.scatter(1, at.expand_as(out), out)
-        return reduce_branches(out, shares, weights)
+        chosen = choose_slots(shares, slots)
+        out = self._attend(chosen.take(query), key, value, *chosen, masks)
+        return reduce_branches(chosen.put(out, n), shares, weights)
 
     def _by_mask(
         self,
