@@ -27,7 +27,6 @@ def slots_of_document(tensors, options, d, first, last) -> Arguments:
 
 BRANCHES = OperatorSpec(
     operator=branch_attention,
-    backends=("triton", "reference"),
     make_inputs=make_branch_inputs,
     own_axes=True,
     cases={
