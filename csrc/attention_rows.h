@@ -8,6 +8,44 @@ static MEMATTN_INLINE int64_t at(const View& v, int64_t b, int64_t h, int64_t t)
   return b * v.stride[0] + h * v.stride[1] + t * v.stride[2];
 }
 
+// What a kind of rows may have a function of its own for: where row i lies in a tensor like the
+// query, and its number among all rows;
+template <class QueryRows>
+static MEMATTN_INLINE int64_t place_of(const View& v, const Tile& tile, const QueryRows& rows,
+                                       int64_t i) {
+  return at(v, tile.b, rows.head[i], rows.t[i]);
+}
+
+template <class QueryRows>
+static MEMATTN_INLINE int64_t column_step(const View& v, const QueryRows&) {
+  return v.stride[3];
+}
+
+template <class Args, class QueryRows>
+static MEMATTN_INLINE int64_t number_of(const Args& a, const Tile& tile, const QueryRows& rows,
+                                        int64_t i) {
+  return (tile.b * a.H + rows.head[i]) * a.T + rows.t[i];
+}
+
+// how its result is stored;
+template <class Args, class QueryRows>
+static MEMATTN_INLINE void store_result(const Args& a, const Tile& tile, const QueryRows& rows,
+                                        int64_t i, float* row) {
+  store_row(a.out, place_of(a.out, tile, rows, i), column_step(a.out, rows), a.Dv, row);
+}
+
+// and what the cotangents [n][ld] of the results `out` are made to.
+template <class Args, class QueryRows>
+static MEMATTN_INLINE void take_cotangents(const Args&, const Tile&, const QueryRows&, const float*,
+                                           float*, int64_t) {}
+
+// The product of two rows, in a fixed order.
+static double row_product(const float* x, const float* y, int64_t n) {
+  double sums[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  for (int64_t i = 0; i < n; ++i) sums[i % 8] += (double)x[i] * y[i];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
 // Rows of `view` as float32 [lanes][ld], zero past `width` and in lanes that see nothing.
 template <class QueryRows>
 static void load_rows(const View& view, const Tile& tile, const QueryRows& rows, int64_t width,
@@ -15,7 +53,7 @@ static void load_rows(const View& view, const Tile& tile, const QueryRows& rows,
   for (int64_t i = 0; i < rows.lanes; ++i, to += ld) {
     const bool empty = i >= rows.n || rows.empty(i);  // an empty row may hold anything
     const int64_t n = empty ? 0 : width;
-    if (n) load_row(view, at(view, tile.b, rows.head[i], rows.t[i]), view.stride[3], n, to);
+    if (n) load_row(view, place_of(view, tile, rows, i), column_step(view, rows), n, to);
     __builtin_memset(to + n, 0, (ld - n) * 4);
   }
 }
@@ -51,8 +89,8 @@ static MEMATTN_INLINE void forward_rows(const Args& a, const Tile& tile, const Q
     }
   from_panels(acc, PANEL, rows.lanes, a.Dv, ldv, block_scratch);
   for (int64_t i = 0; i < rows.n; ++i) {
-    const int64_t h = rows.head[i], t = rows.t[i], flat = (tile.b * a.H + h) * a.T + t;
-    store_row(a.out, at(a.out, tile.b, h, t), a.out.stride[3], a.Dv, block_scratch + i * ldv);
+    const int64_t flat = number_of(a, tile, rows, i);
+    store_result(a, tile, rows, i, block_scratch + i * ldv);
     const SoftmaxState<NV>& state = states[i / PANEL];
     const int64_t v = i % PANEL / VL, in_vector = i % VL;
     const RowLse lse(state.high[v][in_vector], state.low[v][in_vector],
@@ -88,6 +126,7 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
   load_rows(a.query, tile, rows, a.D, ldk, q_rows);
   load_rows(a.d_out, tile, rows, a.Dv, ldv, d_out_rows);
   load_rows(a.out, tile, rows, a.Dv, ldv, out_rows);
+  take_cotangents(a, tile, rows, out_rows, d_out_rows, ldv);
   to_panels(q_rows, ldk, rows.lanes, a.D, PANEL, q);
   to_panels(d_out_rows, ldv, rows.lanes, a.Dv, PANEL, d_out);
   __builtin_memset(d_q, 0, rows.lanes * a.D * 4);
@@ -95,7 +134,7 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
   for (int64_t i = 0; i < rows.lanes; ++i) lse_high[i] = -NO_SCORE, lse_low[i] = d_lse[i] = 0.0f;
   for (int64_t i = 0; i < rows.n; ++i) {
     if (rows.empty(i)) continue;
-    const int64_t flat = (tile.b * a.H + rows.head[i]) * a.T + rows.t[i];
+    const int64_t flat = number_of(a, tile, rows, i);
     d_lse[i] = a.d_lse[flat];
     if (a.lse2_high[flat] != -__builtin_inff())
       saved_lse(a.lse2_high[flat], a.lse2_low[flat], lse_high + i, lse_low + i);
@@ -174,7 +213,7 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
   for (int64_t j = 0; j < rows.lanes * a.D; ++j) d_q[j] *= (float)a.scale;
   from_panels(d_q, PANEL, rows.lanes, a.D, ldk, q_rows);
   for (int64_t i = 0; i < rows.n; ++i)
-    store_row(a.d_query, at(a.d_query, tile.b, rows.head[i], rows.t[i]), a.d_query.stride[3], a.D,
+    store_row(a.d_query, place_of(a.d_query, tile, rows, i), column_step(a.d_query, rows), a.D,
               q_rows + i * ldk);
 }
 

@@ -263,13 +263,6 @@ struct ChapterBackward {
   }
 };
 
-// The product of two rows, in a fixed order.
-static double row_product(const float* x, const float* y, int64_t n) {
-  double sums[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  for (int64_t i = 0; i < n; ++i) sums[i % 8] += (double)x[i] * y[i];
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-}
-
 static void chapter_prepare(const ChapterArgs& a, const QueryRange& range, float* scratch) {
   ChapterBackward backward(a, scratch);
   const int64_t G = a.H / a.Hkv, h0 = range.hkv * G, tokens = range.t1 - range.t0;

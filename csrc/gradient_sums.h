@@ -66,6 +66,24 @@ class KeyGradients {
   GradientRows keys_of(int64_t head) const { return {d_key, head * rows * D, D, ldk, factor}; }
   GradientRows values_of(int64_t head) const { return {d_value, head * rows * Dv, Dv, ldv, 1.0f}; }
 
+  // Whether a head's sums may be made where its gradients lie: as float32, and few enough to stay in
+  // the cache until they are scaled.
+  bool in_place() const {
+    constexpr int64_t CACHED = 1 << 17;
+    return d_key.dtype == Dtype::float32 && ldk == D && ldv == Dv && floats(rows) <= CACHED;
+  }
+  float* key_sums(int64_t head) const { return static_cast<float*>(d_key.data) + head * rows * D; }
+  float* value_sums(int64_t head) const {
+    return static_cast<float*>(d_value.data) + head * rows * Dv;
+  }
+  void clear(int64_t head) const {
+    std::fill_n(key_sums(head), rows * D, 0.0f), std::fill_n(value_sums(head), rows * Dv, 0.0f);
+  }
+  void scale(int64_t head, int64_t begin, int64_t end) const {
+    float* sums = key_sums(head);
+    for (int64_t i = begin * D; i < end * D; ++i) sums[i] *= factor;
+  }
+
   // Writes the rows of a head: the sum of the parts, which have the sums of their keys.
   void store(int64_t head, const std::vector<Part>& parts) const {
     std::vector<Part> of_values(parts);

@@ -22,6 +22,7 @@ namespace memattn::avx512 {
 #include "future_attention_backward_tile.h"
 #include "task_masked_attention_tile.h"
 #include "chapter_attention_rows.h"
+#include "branch_attention_tile.h"
 #include "chapter_attention_tile.h"
 #include "chapter_attention_backward_tile.h"
 #include "chapter_router_tile.h"

@@ -17,6 +17,7 @@ namespace memattn::portable {
 #include "future_attention_backward_tile.h"
 #include "task_masked_attention_tile.h"
 #include "chapter_attention_rows.h"
+#include "branch_attention_tile.h"
 #include "chapter_attention_tile.h"
 #include "chapter_attention_backward_tile.h"
 #include "chapter_router_tile.h"

@@ -8,6 +8,7 @@ static constexpr Kernels make_kernels(const char* name) {
            segmented_backward},
           {future_forward_scratch, future_backward_scratch, future_forward, future_backward},
           {task_forward_scratch, task_backward_scratch, task_forward, task_backward},
+          {forward_scratch<BranchArgs>, backward_scratch<BranchArgs>, branch_forward, branch_backward},
           {chapter_scratch, chapter_forward, chapter_prepare, chapter_d_query, chapter_d_chapter},
           {router_forward_scratch, router_backward_scratch, router_forward, router_backward_rows,
            router_backward_chapters},

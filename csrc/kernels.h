@@ -140,6 +140,31 @@ struct KeyGrads {
   int64_t key_begin;
 };
 
+// The keys [lo, hi) that a token sees.
+struct KeyRange {
+  int32_t lo, hi;
+};
+
+struct BranchArgs {
+  int64_t B, A, F, H, Hkv, T, S, D, Dv;
+  double scale;
+  View query, key, value;  // [B, A, H, T, D], [B, F, Hkv, S, D or Dv]
+  View out, ungated;       // [B, A, H, T, Dv], contiguous; in the backward `out` is without gates
+  const float* gates;      // [B, T, A]
+  const KeyRange* ranges;  // [B, T], or of all sequences
+  int64_t ranges_stride;   // T, or 0
+  // slots t * A + a of branch f in sequence b, rising: [list_begin[i], list_begin[i + 1]) of list
+  // i = b * F + f; without those that see no key
+  const int64_t* list_begin;
+  const int32_t* entries;
+  float* lse;                   // [B, A, H, T]
+  float *lse2_high, *lse2_low;  // [B, A, H, T], what the backward needs of it (RowLse)
+  // backward only
+  View d_out, d_query;          // [B, A, H, T, Dv or D]
+  const float* d_lse;           // [B, A, H, T]
+  double* d_gate;               // [B, A, H, T], what each head adds
+};
+
 // Keys or values of a bank of chapters, [C, Hkv, M, D or Dv]: floats, or codes of eight bits or of
 // two times four in a byte (strides count bytes then), with a scale for each row.
 struct BankView {
@@ -353,6 +378,7 @@ struct Kernels {
   OperatorKernels<SegmentedArgs, SegmentedGrads> segmented;
   OperatorKernels<FutureArgs, FutureGrads> future;
   OperatorKernels<TaskArgs, KeyGrads> task;
+  OperatorKernels<BranchArgs, KeyGrads> branch;
   ChapterKernels chapter;
   RouterKernels router;
   MemoryKernels memory;

@@ -4,8 +4,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "sliding_sums.h"
-#include "tensors.h"
+#include "key_owners.h"
 
 namespace memattn {
 namespace {
@@ -193,26 +192,10 @@ Reach reach(const TaskArgs& a, const Tile& tile) {
   return found;
 }
 
-// What the tiles of one key head reach, in their order.
-std::vector<Reach> reaches(const TaskArgs& a, const std::vector<Tile>& tiles) {
-  std::vector<Reach> found;
-  int64_t end = 0, begin = a.S;
-  for (const Tile& tile : tiles) {
-    found.push_back(reach(a, tile));
-    end = found.back().end = std::max(end, found.back().end);
-  }
-  for (size_t i = tiles.size(); i-- > 0;) begin = found[i].begin = std::min(begin, found[i].begin);
-  return found;
-}
-
-// Chunks of the queries of a key head, where one owner for each head would leave threads idle.
-// Whatever the batch: a sequence alone gives the same bits.
-int64_t chunks_of_head(const TaskArgs& a) {
+// Chunks of a key head: none of fewer queries.
+int64_t chunks_of(const TaskArgs& a) {
   constexpr int64_t FEWEST_ROWS = 256;
-  const int64_t threads = torch::stable::get_num_threads();
-  if (a.Hkv >= 4 * threads || a.Hkv % threads == 0) return 1;
-  const int64_t most = std::max<int64_t>(a.T / FEWEST_ROWS, 1);
-  return std::min({(2 * threads + a.Hkv - 1) / a.Hkv, most, int64_t{8}});
+  return chunks_of_head(a.Hkv, a.T / FEWEST_ROWS);
 }
 
 // Splits the queries of a sequence into at most `n` chunks of about equal work, at ends of tiles.
@@ -235,13 +218,6 @@ std::vector<int64_t> split_rows(const TaskArgs& a, int64_t b, int64_t n) {
   return bounds;
 }
 
-// The queries [t_begin, t_end) of one key head, and their sums until the last chunk is done.
-struct Chunk {
-  int64_t owner, t_begin, t_end;
-  int64_t key_begin = 0, key_end = 0;
-  Buffer sums;
-};
-
 std::tuple<Tensor, Tensor, Tensor> run_backward(const Inputs& in, const Tensor& d_out,
                                                 Tensor d_lse, const Tensor& out, Tensor lse2) {
   Call call;
@@ -262,60 +238,21 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Inputs& in, const Tensor& 
 
   const auto& k = kernels().task;
   const KeyGradients gradients(view_of(d_key), view_of(d_value), a.S, a.D, a.Dv, a.scale);
-  std::vector<Chunk> chunks;
-  std::vector<size_t> first_chunk;
+  std::vector<KeyChunk> chunks;
   for (int64_t b = 0; b < a.B; ++b) {
-    const auto bounds = split_rows(a, b, chunks_of_head(a));
-    for (int64_t hkv = 0; hkv < a.Hkv; ++hkv) {
-      first_chunk.push_back(chunks.size());
+    const auto bounds = split_rows(a, b, chunks_of(a));
+    for (int64_t hkv = 0; hkv < a.Hkv; ++hkv)
       for (size_t c = 0; c + 1 < bounds.size(); ++c)
         chunks.push_back({b * a.Hkv + hkv, bounds[c], bounds[c + 1]});
-    }
   }
-  first_chunk.push_back(chunks.size());
-  std::vector<std::atomic<int64_t>> done(a.B * a.Hkv);
-
-  auto store_chunks = [&](int64_t owner) {
-    std::vector<Part> parts;
-    for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c)
-      parts.push_back({chunks[c].sums.get(), chunks[c].key_begin, chunks[c].key_end});
-    gradients.store(owner, parts);
-    for (size_t c = first_chunk[owner]; c < first_chunk[owner + 1]; ++c) chunks[c].sums.reset();
-  };
-
-  // an owner that is not split stores its sums at once, so its thread uses their memory again
-  struct State {
-    Buffer scratch, sums;
-    int64_t floats = 0;
-  };
-  parallel_work(
-      chunks.size(), [&] { return State{buffer(k.backward_scratch(a)), nullptr}; },
-      [&](int64_t i, State& state) {
-        Chunk& c = chunks[i];
-        const size_t parts = first_chunk[c.owner + 1] - first_chunk[c.owner];
-        const auto tiles = tiles_of(a, c.owner / a.Hkv, c.owner % a.Hkv, c.t_begin, c.t_end);
-        const std::vector<Reach> reach = reaches(a, tiles);
-        if (!tiles.empty() && reach[0].begin < reach.back().end)
-          c.key_begin = reach[0].begin, c.key_end = reach.back().end;
-        const int64_t keys = parts > 1 ? c.key_end - c.key_begin : SlidingSums::rows_for(reach);
-        const int64_t floats = gradients.floats(keys);
-        if (!state.sums || state.floats < floats)
-          state.sums = buffer(floats), state.floats = floats;
-        std::fill_n(state.sums.get(), floats, 0.0f);
-        if (parts > 1) {
-          c.sums = std::move(state.sums);
-          const KeyGrads grads{c.sums.get(), gradients.values(c.sums.get(), keys), c.key_begin};
-          for (const Tile& tile : tiles) k.backward(a, tile, grads, state.scratch.get());
-          if (done[c.owner].fetch_add(1) + 1 == static_cast<int64_t>(parts)) store_chunks(c.owner);
-          return;
-        }
-        SlidingSums sliding(gradients, c.owner, reach, keys, state.sums.get());
-        for (size_t n = 0; n < tiles.size(); ++n) {
-          sliding.slide_to(reach[n]);
-          const KeyGrads grads{sliding.d_key(), sliding.d_value(), sliding.first()};
-          k.backward(a, tiles[n], grads, state.scratch.get());
-        }
-        sliding.finish();
+  run_owners(
+      gradients, chunks, a.B * a.Hkv, k.backward_scratch(a),
+      [&](const KeyChunk& c) {
+        return tiles_of(a, c.owner / a.Hkv, c.owner % a.Hkv, c.begin, c.end);
+      },
+      [&](const Tile& tile) { return reach(a, tile); },
+      [&](const Tile& tile, const KeyGrads& grads, float* scratch) {
+        k.backward(a, tile, grads, scratch);
       });
   return {d_query, d_key, d_value};
 }

@@ -64,12 +64,9 @@ def branch_attention_loops(
     value: Tensor,
     gates: Tensor,
     branch_indices: Tensor | None = None,
-    *,
     is_causal: bool = True,
-    seq_start: Tensor | None = None,
-    seq_end: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     query_offset: int = 0,
+    **bounds: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """One query of one head after the other: ``out`` and ``lse``."""
     B, A, H, T, D = query.shape
@@ -79,12 +76,12 @@ def branch_attention_loops(
     for b in range(B):
         for t in range(T):
             i = t + query_offset
-            first = 0 if seq_start is None else int(seq_start[b])
-            last = S if seq_end is None else int(seq_end[b])
-            if cu_seqlens is not None:
-                bounds = cu_seqlens.tolist()
-                first = max(bound for bound in bounds if bound <= i)
-                last = min(bound for bound in bounds if bound > i)
+            first = int(bounds["seq_start"][b]) if "seq_start" in bounds else 0
+            last = int(bounds["seq_end"][b]) if "seq_end" in bounds else S
+            if "cu_seqlens" in bounds:
+                ends = bounds["cu_seqlens"].tolist()
+                first = max(end for end in ends if end <= i)
+                last = min(end for end in ends if end > i)
             seen = range(max(first, 0), min(last, i + 1 if is_causal else last, S))
             if not first <= i < last or not seen:
                 continue

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from branch_factories import branch_attention_loops, make_branch_inputs
-from operator_contract import DOCUMENTS, int32
+from operator_contract import int32
 from torch.nn import functional as F
 
 from memattn import branch_attention
@@ -129,11 +129,3 @@ def test_names_the_wrong_argument(message):
     error = TypeError if "must be a tensor" in message else ValueError
     with pytest.raises(error, match=re.escape(message)):
         branch_attention(**{**tensors, **options, **WRONG[message]})
-
-
-def test_refuses_a_backend_that_it_does_not_have():
-    tensors, options = make_branch_inputs(B=1, T=37)
-    with pytest.raises(NotImplementedError, match='backend must be "auto", "triton" or'):
-        branch_attention(**tensors, **options, backend="cpp")
-    packed = branch_attention(**tensors, **options, cu_seqlens=int32(*DOCUMENTS))
-    assert packed.out.dtype == torch.float32

@@ -171,11 +171,11 @@ class TokenCase(Case):
         """Bytes of scores with so many keys, where they are stored."""
         return self.batch * self.H * self.T * n_keys * self.dtype.itemsize
 
-    def softmax_work(self, pairs: int, keys: int) -> dict[str, Work]:
+    def softmax_work(self, pairs: int, keys: int, rows: int | None = None) -> dict[str, Work]:
         """Useful work of a softmax over so many pairs and keys; see ``attention_work``."""
         return attention_work(
             pairs=pairs,
-            rows=self.batch * self.H * self.T,
+            rows=self.batch * self.H * self.T if rows is None else rows,
             keys=keys,
             head_dim=self.D,
             value_dim=self.D,

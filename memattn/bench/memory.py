@@ -119,7 +119,7 @@ def keep_freed_memory() -> None:
     Otherwise the C library returns blocks above 32 MiB to the system, which maps and clears them
     anew at each call: that is no work of an operator, and differs from length to length.
     """
-    _set_malloc(M_MMAP_MAX=0, M_TRIM_THRESHOLD=1 << 30)
+    _set_malloc(M_MMAP_MAX=0, M_TRIM_THRESHOLD=(1 << 31) - 1)
 
 
 def _set_malloc(**options: int) -> None:

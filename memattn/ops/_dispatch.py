@@ -27,12 +27,17 @@ def _loads(module: str) -> bool:
 
 # looked up once, at import: torch.compile traces through the functions below
 _CPP_IS_BUILT = _loads("memattn._C")
+_CPP_KERNELS = frozenset(torch._C._dispatch_get_registrations_for_dispatch_key("CPU"))
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def cpp_is_built() -> bool:
     """Whether the C++ extension is there and loads beside this torch."""
     return _CPP_IS_BUILT
+
+
+def _has_kernels(operator: str | None) -> bool:
+    return operator is None or f"memattn_cpp::{operator}" in _CPP_KERNELS
 
 
 def triton_is_installed() -> bool:
@@ -47,13 +52,16 @@ def triton_is_interpreted() -> bool:
     return IS_INTERPRETED
 
 
-def resolve_backend(backend: str, query: Tensor, name: str = "query") -> Backend:
+def resolve_backend(
+    backend: str, query: Tensor, name: str = "query", operator: str | None = None
+) -> Backend:
     """The backend that runs: ``auto`` looks at device, dtype and installation, never at sizes.
 
     Args:
         backend: What the caller asked for.
         query: The tensor whose dtype and device decide.
         name: What messages call it.
+        operator: One that an extension built from earlier sources may lack: then it is not built.
     """
     if not isinstance(backend, str):
         must("backend", f"be one of {', '.join(BACKENDS)}", type(backend).__name__, TypeError)
@@ -63,7 +71,7 @@ def resolve_backend(backend: str, query: Tensor, name: str = "query") -> Backend
                 return "reference"
             if query.is_cuda and triton_is_installed():
                 return "triton"
-            if query.device.type == "cpu" and cpp_is_built():
+            if query.device.type == "cpu" and cpp_is_built() and _has_kernels(operator):
                 return "cpp"
             return "reference"
         case "reference":
@@ -77,7 +85,7 @@ def resolve_backend(backend: str, query: Tensor, name: str = "query") -> Backend
                 _lacks(name, "triton", "device", "cuda (or TRITON_INTERPRET=1 set)", query.device)
             return "triton"
         case "cpp":
-            if not cpp_is_built():
+            if not (cpp_is_built() and _has_kernels(operator)):
                 raise ImportError(
                     f'backend "cpp" is not built; run `{BUILD_CPP}` in the source folder'
                 )

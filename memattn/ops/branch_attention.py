@@ -66,7 +66,8 @@ def branch_attention(
             ``B = 1``.
         query_offset: Position of the first query among the keys; ``S - T`` in cached decoding.
         scale: Factor of the scores; None means ``1/sqrt(D)``.
-        backend: ``"auto"`` (Triton for CUDA tensors, else the reference), ``"triton"`` or
+        backend: ``"auto"`` (Triton for CUDA tensors, C++ for CPU tensors, the reference for
+            float64 and where the extension is not built), ``"triton"``, ``"cpp"`` or
             ``"reference"``. A named backend never falls back.
 
     Returns:
@@ -75,16 +76,15 @@ def branch_attention(
     Raises:
         TypeError: If an argument has the wrong Python type.
         ValueError: If a shape, dtype, device or value does not fit, or ``backend`` is unknown.
-        NotImplementedError: If ``backend`` is ``"cpp"``, or a named backend lacks the dtype, device
-            or head dimension.
+        NotImplementedError: If a named backend lacks the dtype, device or head dimension.
         ImportError: If a named backend is not installed.
 
     Note:
-        Differentiable in all floating inputs, through ``out`` and ``lse``; once in Triton. The
-        gradient of a gate is the product of the cotangent with the result before the gate. Source:
-        Shiftable attention, https://github.com/computermaster0101/shiftable-attention-poc. Differs:
-        a token is in some branches only, gates may be a token's own, and a causal one sees nothing
-        ahead.
+        Differentiable in all floating inputs, through ``out`` and ``lse``; once in Triton and C++.
+        The gradient of a gate is the product of the cotangent with the result before the gate.
+        Source: Shiftable attention,
+        https://github.com/computermaster0101/shiftable-attention-poc. Differs: a token is in some
+        branches only, gates may be a token's own, and a causal one sees nothing ahead.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value), ("gates", gates)):
         check_tensor(name, tensor)
@@ -110,12 +110,13 @@ def branch_attention(
         query_offset=query_offset,
         scale=check_scale(scale, query.shape[-1]),
     )
-    if backend == "cpp":
-        must("backend", 'be "auto", "triton" or "reference"', repr(backend), NotImplementedError)
-    if resolve_backend(backend, query) == "triton":
-        from memattn_kernels.branch_attention import branch_attention as impl
-    else:
-        from memattn.reference.branch_attention import branch_attention as impl
+    match resolve_backend(backend, query, operator="branch_attention"):
+        case "triton":
+            from memattn_kernels.branch_attention import branch_attention as impl
+        case "cpp":
+            from memattn.cpp.branch_attention import branch_attention as impl
+        case "reference":
+            from memattn.reference.branch_attention import branch_attention as impl
     return AttentionOutput(*impl(args))
 
 

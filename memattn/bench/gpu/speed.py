@@ -29,7 +29,7 @@ BOTH = ("forward", "backward")
 CaseT = TypeVar("CaseT", bound=Case)
 # sizes of a dry run, where a case has them
 DRY = {"B": 1, "H": 2, "D": 16, "T": 40, "future_dim": 8, "n_tasks": 1, "window_size": 16}
-DRY |= {"segment_len": 16, "P": 2, "M": 2, "C": 6, "K": 2, "E": 16}
+DRY |= {"segment_len": 16, "P": 2, "M": 2, "C": 6, "K": 2, "E": 16, "F": 4}
 DRY |= {"device": "cpu", "dtype": torch.float32}
 
 
