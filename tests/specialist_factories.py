@@ -19,7 +19,7 @@ CHAPTERS = dict(
 SHIFTABLE = {
     "prefix": ("vanilla", dict(scope="prefix", activation="sigmoid", top_k=1)),
     "token": ("both", dict(rank=2, temperature=0.5)),
-    "future": ("future", dict(scope="prefix", rank=3, layers=(1,))),
+    "future": ("future", dict(scope="prefix", rank=3)),
 }
 
 
