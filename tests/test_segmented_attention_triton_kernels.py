@@ -182,7 +182,7 @@ def test_retune_offers_a_cap_on_registers_at_head_dimension_64(kernel: str):
         present = configs.table("sm_90")[kernel][str(width)][kind]
         others = list(retune.trials(kernel, width, kind, present))[1:]
         caps[width, kind] = {trial.config.get("maxnreg") for trial in others}
-    is_free = kernel.endswith("decode") or kernel.startswith("chapter_router")
+    is_free = kernel.endswith("decode") or kernel.startswith(configs.WITH_PRODUCTS)
     expected = {None} if is_free else {None, 128}
     assert caps == {(64, "half"): expected, (64, "float"): {None}, (128, "half"): {None}}
 

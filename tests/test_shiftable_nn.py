@@ -200,10 +200,10 @@ WRONG = {
     "scope must be token or prefix in a causal model": lambda a: shift(a, scope="sequence")(
         *[draw(B, T, E)] * 3, attn_mask=CAUSAL
     ),
-    "prior must have shape [3] or [B=2, 3], got []": lambda a: shift(a)(
+    "domain_prior must have shape [3] or [B=2, 3], got []": lambda a: shift(a)(
         *[draw(B, T, E)] * 3, domain_prior=torch.tensor(1.0)
     ),
-    "override must be at least 0 and sum to 1": lambda a: shift(a)(
+    "domain_weights must be at least 0 and sum to 1": lambda a: shift(a)(
         *[draw(B, T, E)] * 3, domain_weights=torch.tensor([[0.5, 0.0, 0.0]] * B)
     ),
 }

@@ -107,7 +107,7 @@ def test_samples_of_one_batch_have_gates_of_their_own():
         TypeError, match="domain_rank must be an argument of forward or of a part: domain_"
     ):
         model(tokens, domain_rank=weights)
-    with pytest.raises(ValueError, match="override must be at least 0 and sum to 1"):
+    with pytest.raises(ValueError, match="domain_weights must be at least 0 and sum to 1"):
         model(tokens, domain_weights=2 * weights)
 
 

@@ -103,7 +103,7 @@ class ToyConfig(AddedPart):
     place: ClassVar[str] = "after_attention"
     reports: ClassVar[tuple[str, ...]] = (LOSS,)
     carries: ClassVar[tuple[str, ...]] = (CARRY,)
-    views: ClassVar[dict[str, View]] = {"gates": View(measure_gates, draw_gates)}
+    views: ClassVar[dict[str, View]] = {"running_mean": View(measure_gates, draw_gates)}
 
     where: str = "after_attention"
     num_rows: int = 4

@@ -50,6 +50,7 @@ class AotKernel:
         constants: Gives the compile-time arguments, and those that are None, by name, from the head
             dimension, the dtype's name and the configuration.
         in_float32: Whether float32, which runs without tensor cores, is compiled too.
+        widths: Head dimensions at which it is compiled.
         pinned: Configurations by dtype class, ``"half"`` or ``"float"``, of a kernel that is not in
             the tables: compiled at head dimension 128 only, and for these classes.
         types: Triton's types, by name, of the run-time arguments that are not as usual. As usual
@@ -61,6 +62,7 @@ class AotKernel:
     function: triton.JITFunction
     constants: Callable[[int, str, dict[str, int]], dict[str, object]]
     in_float32: bool = True
+    widths: tuple[int, ...] = configs.WIDTHS
     pinned: Mapping[str, dict[str, int]] | None = None
     types: Mapping[str, str] = field(default_factory=dict)
 
@@ -69,7 +71,7 @@ class AotKernel:
         kind = "float" if dtype == "float32" else "half"
         if self.pinned is not None:
             return self.pinned.get(kind) if head_dim == PINNED_WIDTH else None
-        if dtype == "float32" and not self.in_float32:
+        if head_dim not in self.widths or dtype == "float32" and not self.in_float32:
             return None
         return configs.table(arch)[self.name][str(head_dim)][kind]
 

@@ -48,6 +48,10 @@ _SHARED_CANDIDATES = {
             (128, 128, 8, 3, 32), (128, 128, 8, 3, 64), (128, 128, 8, 4, 64), (128, 256, 8, 3, 64),
             (64, 128, 4, 3, 32), (64, 128, 8, 3, 32), (64, 128, 4, 3, 64), (64, 64, 4, 3, 64),
         ],
+        "memory": [
+            (64, 64, 8, 1, 32), (32, 64, 8, 1, 16), (32, 32, 8, 1, 16), (32, 32, 4, 1, 16),
+            (16, 32, 4, 1, 16),
+        ],
     },
     "float": {
         "fwd": [
@@ -65,6 +69,9 @@ _SHARED_CANDIDATES = {
         "product": [
             (64, 64, 8, 2, 16), (64, 64, 8, 2, 32), (128, 64, 8, 2, 16), (32, 64, 4, 2, 32),
         ],
+        "memory": [
+            (32, 32, 4, 1, 16), (32, 32, 8, 1, 16), (32, 64, 8, 1, 16), (16, 32, 4, 1, 16),
+        ],
     },
 }  # fmt: skip
 
@@ -76,6 +83,7 @@ _CAPPED_CANDIDATES = {
     "bwd_dq": [(128, 64, 8, 3, 128), (128, 64, 8, 2, 128), (64, 64, 4, 2, 128)],
     "bwd_dkdv": [(32, 128, 8, 3, 128), (32, 128, 8, 2, 128), (32, 64, 4, 2, 128)],
     "product": [],
+    "memory": [],
 }
 
 
@@ -96,6 +104,8 @@ _RELATIVES: dict[str, str] = {
     "logits": "product",
     "d_hidden": "product",
     "d_weight": "product",
+    "neural_memory_fwd": "memory",
+    "neural_memory_bwd": "memory",
 }
 _KERNELS: dict[str, tuple[str, ...]] = {
     "segmented_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv", "bwd_dkdv_grouped"),
@@ -111,16 +121,18 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     ),
     "chapter_router": ("logits", "d_hidden", "d_weight"),
     "branch_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv"),
+    "neural_memory": ("fwd", "bwd"),
 }
 
 
 def _by_kernel(shared: dict[str, list[tuple]]) -> dict[str, list[tuple]]:
     """Candidates by the name of the kernel."""
-    return {
-        f"{operator}_{part}": shared[_RELATIVES.get(part, part)]
-        for operator, parts in _KERNELS.items()
-        for part in parts
-    }
+    found = {}
+    for operator, parts in _KERNELS.items():
+        for part in parts:
+            kernel = f"{operator}_{part}"
+            found[kernel] = shared[_RELATIVES.get(kernel, _RELATIVES.get(part, part))]
+    return found
 
 
 CANDIDATES = {kind: _by_kernel(shared) for kind, shared in _SHARED_CANDIDATES.items()}
@@ -304,7 +316,7 @@ def time_trial(trial: Trial) -> float:
     for options in passes:
         options = options | ({"query_offset": S - T} if decode else {})
         attend = partial(operator, **leaves, **options, backend="triton")
-        if "_bwd_" in trial.kernel or "_d_" in trial.kernel:
+        if "_bwd" in trial.kernel or "_d_" in trial.kernel:
             outputs = [t for name, t in attend()._asdict().items() if name in ("out", "loss")]
             cotangents = [torch.ones_like(t) for t in outputs]
             run = partial(torch.autograd.grad, outputs, [*leaves.values()], cotangents, True)

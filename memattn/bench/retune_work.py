@@ -28,7 +28,7 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
     ones. Chapter attention selects for each token or for each sequence, whichever the kernel is
     for, or both; one softmax for each chapter where it is computed anew. The router has 4096
     chapters where rows are many. Attention in branches has two slots for each token, one where it
-    decodes.
+    decodes. The neural memory has two layers, the inner one four times as wide.
     """
     from memattn import ops
     from memattn.bench import inputs
@@ -46,6 +46,8 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
     if kernel.startswith("branch_attention"):
         passes = [{"slots": 1 if kernel.endswith("decode") else 2}]
         return branch_attention, inputs.make_segmented_inputs, passes
+    if kernel.startswith("neural_memory"):
+        return neural_memory, make_memory_inputs, [{}]
     if kernel.startswith("chapter_router"):
         return chapter_router, make_router_inputs, [{}]
     if kernel.startswith("segmented_attention"):
@@ -159,6 +161,31 @@ def chapter_router(hidden: Tensor, weight: Tensor, bias: Tensor, *, backend: str
 
     found = ops.chapter_router(hidden, weight, bias, top_k=8, backend=backend)
     return Routed(found.weights + found.load_balance_loss + found.auxiliary_loss + found.z_loss)
+
+
+def make_memory_inputs(
+    *,
+    T: int,
+    D: int,
+    B: int = 1,
+    H: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **others: int,
+) -> dict[str, Tensor]:
+    """Tokens, their gates and the weights of two layers."""
+    from memattn.bench.gpu import memories
+
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)
+    return memories.build({"B": B, "H": H, "hidden": (4,)}, {}, T=T, D=D, draw=draw)[1]
+
+
+def neural_memory(*, backend: str, **given: Any):
+    """The operator in chunks of 64 tokens."""
+    from memattn.bench.gpu import memories
+
+    return memories.learn(**given, chunk_size=memories.CHUNK, backend=backend)
 
 
 @cache

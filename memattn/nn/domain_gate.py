@@ -109,6 +109,8 @@ class DomainGate(nn.Module):
         self.hidden_size, self.gate_size = hidden_size, gate_size
         self.scope, self.activation = scope, activation
         self.temperature, self.top_k = temperature, top_k
+        # what messages call arguments; who takes them by other names sets those
+        self.names = {name: name for name in ("prior", "mask", "override")}
         self.rows = nn.ModuleDict()
         # knows the dtype and the device of a gate that has no rows yet
         self.register_buffer("place", torch.empty(0), persistent=False)
@@ -229,7 +231,8 @@ class DomainGate(nn.Module):
         x = torch.where(present[..., None], x, 0.0)
         inputs, state, sums = self._inputs(x, present, index, state)
         if override is not None:
-            gates = _check_override(override, B, T, 1 + N).to(wide).expand(B, T, 1 + N)
+            name = self.names["override"]
+            gates = _check_override(name, override, B, T, 1 + N).to(wide).expand(B, T, 1 + N)
             scores = None
         else:
             gates, scores = self._gates(inputs.to(wide), prior, mask)
@@ -287,10 +290,11 @@ class DomainGate(nn.Module):
         if prior is None:
             prior = torch.stack([x.new_ones(()), *(row.prior.to(x) for row in rows)])
         else:
-            prior = _check_row("prior", prior, B, 1 + N).detach().to(x)
+            prior = _check_row(self.names["prior"], prior, B, 1 + N).detach().to(x)
         prior = prior.expand(B, 1 + N)[:, None]
         if mask is not None:
-            allowed = F.pad(_check_row("mask", mask, B, N).bool().expand(B, N), (1, 0), value=True)
+            allowed = _check_row(self.names["mask"], mask, B, N).bool().expand(B, N)
+            allowed = F.pad(allowed, (1, 0), value=True)
             prior = torch.where(allowed[:, None], prior, 0.0)
         scores = logits + prior.log()
         if self.top_k is not None and self.top_k < N:
@@ -328,20 +332,20 @@ def _check_row(name: str, tensor: Tensor, B: int, n: int) -> Tensor:
     check_tensor(name, tensor)
     if list(tensor.shape) not in ([n], [B, n]):
         must(name, f"have shape [{n}] or [B={B}, {n}]", list(tensor.shape))
-    if name == "prior" and is_readable(tensor) and not bool((tensor >= 0).all()):
+    if name.endswith("prior") and is_readable(tensor) and not bool((tensor >= 0).all()):
         must(name, "be at least 0", tensor.tolist())
     return tensor
 
 
-def _check_override(override: Tensor, B: int, T: int, n: int) -> Tensor:
+def _check_override(name: str, override: Tensor, B: int, T: int, n: int) -> Tensor:
     """Weights ``[B, 1 or T, n]`` that are gates."""
-    check_tensor("override", override)
+    check_tensor(name, override)
     if list(override.shape) not in ([B, n], [B, T, n]):
-        must("override", f"have shape [B={B}, {n}] or [B={B}, T={T}, {n}]", list(override.shape))
+        must(name, f"have shape [B={B}, {n}] or [B={B}, T={T}, {n}]", list(override.shape))
     if is_readable(override) and override.numel():
         off = (override.detach().double().sum(-1) - 1).abs().max().item()
         if not off <= SUMS_TO_ONE or bool((override < 0).any()):
-            must("override", "be at least 0 and sum to 1 for each token", f"sums off by {off:.3g}")
+            must(name, "be at least 0 and sum to 1 for each token", f"sums off by {off:.3g}")
     return override if override.dim() == 3 else override[:, None]
 
 

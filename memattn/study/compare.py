@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from memattn._tables import Spread, Table
 from memattn.checks import check_bool, check_int, must
 from memattn.files import write_json
+from memattn.parts.base import Sizes
+from memattn.parts.titans import TitansConfig
 from memattn.study.base import Study, check_list, check_seeds
 from memattn.study.cells import Cell, Measure
 from memattn.study.compared import MEASURED, PAIRS, measure_run
@@ -54,10 +56,19 @@ class ModelSizes:
         check_bool("use_memory", self.use_memory)
         if self.use_flex_attn:
             check_flex_attention()
-        memory_dim = self.dim if self.memory_dim is None else self.memory_dim
-        check_int("memory_dim", memory_dim, 1)
-        if self.use_memory and memory_dim % self.dim_head:
-            must("memory_dim", f"be a multiple of dim_head={self.dim_head}", memory_dim)
+        if self.use_memory:
+            self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Raise ValueError where Titans would, by the names of the options here."""
+        heads, D = self.heads, self.dim_head
+        sizes = Sizes(self.dim, heads, heads, D, num_layers=self.depth, max_positions=1)
+        whole = self.dim if self.memory_dim is None else self.memory_dim
+        try:
+            part = TitansConfig(variant=self.variant, memory_dim=whole, memory_head_dim=D)
+            part.memory_sizes(sizes)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("attention.")) from error
 
     def model(self, name: str, seq_len: int) -> ModelConfig:
         """Titans or the plain decoder with these sizes."""

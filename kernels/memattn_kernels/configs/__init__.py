@@ -18,8 +18,9 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (64, 128, 256)
 DTYPE_CLASSES = ("half", "float")
 OPTIONS: tuple[str, ...] = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-# products of the router have a tile of what they sum over, too
+# products of the router and of the neural memory have a tile of what they sum over, too
 PRODUCT_OPTIONS: tuple[str, ...] = (*OPTIONS, "BLOCK_K")
+WITH_PRODUCTS = ("chapter_router", "neural_memory")
 # a cap on the registers of one thread, so that more programs fit a multiprocessor; NVIDIA only
 OPTIONAL: tuple[str, ...] = ("maxnreg",)
 MAX_BLOCK = 256
@@ -32,6 +33,7 @@ INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 1}
 # a mask has borders of its own, and its tiles of 128 rows take many steps
 INTERPRETED_MASKS = INTERPRETED | {"BLOCK_M": 64, "BLOCK_N": 32}
 INTERPRETED_PRODUCTS = INTERPRETED | {"BLOCK_N": 32, "BLOCK_K": 16}
+INTERPRETED_MEMORY = INTERPRETED_PRODUCTS | {"BLOCK_M": 16, "BLOCK_K": 32}
 
 _loaded: dict[str, dict] = {}
 
@@ -49,15 +51,16 @@ def lookup(kernel: str, tensor: Tensor, width: int) -> dict[str, int]:
         launch: ``num_warps``, ``num_stages`` and perhaps ``maxnreg``.
     """
     if IS_INTERPRETED:
-        if kernel.startswith("chapter_router"):
-            return INTERPRETED_PRODUCTS
+        if kernel.startswith(WITH_PRODUCTS):
+            is_memory = kernel.startswith("neural_memory")
+            return INTERPRETED_MEMORY if is_memory else INTERPRETED_PRODUCTS
         return INTERPRETED_MASKS if kernel.startswith("task_masked") else INTERPRETED
     return table(architecture(tensor.device))[kernel][_bucket(width)][dtype_class(tensor.dtype)]
 
 
 def options_of(kernel: str) -> tuple[str, ...]:
     """What the configuration of a kernel must have."""
-    return PRODUCT_OPTIONS if kernel.startswith("chapter_router") else OPTIONS
+    return PRODUCT_OPTIONS if kernel.startswith(WITH_PRODUCTS) else OPTIONS
 
 
 def dtype_class(dtype: torch.dtype) -> str:

@@ -19,15 +19,8 @@ from memattn_kernels.signatures import NeuralMemoryArgs
 
 # bytes of scratch of all programs of a launch; heads beyond wait for another one
 SCRATCH_BYTES = 1 << 30
-# tokens by features by what a product sums over; not timed, nor in the ahead-of-time gate. Half
-# inputs, too, have weights and sums in float32: their products are six of bfloat16 parts
-FLOAT = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1}
-CONFIGS = {
-    "fwd": {"half": FLOAT | {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, "float": FLOAT},
-    "bwd": {"half": FLOAT | {"BLOCK_N": 64}, "float": FLOAT},
-}
+# half inputs, too, have weights and sums in float32: their products are six of bfloat16 parts
 PRECISIONS = {"half": "bf16x6", "float": "ieee"}
-INTERPRETED = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 1, "num_stages": 1}
 
 
 def memory_sizes(args: NeuralMemoryArgs) -> list[int]:
@@ -71,6 +64,7 @@ def _inputs(args: NeuralMemoryArgs, direction: str) -> dict[str, Any]:
     clamp = 0 if args.max_norm is None else 2 if args.clamp_soft else 1
     group, slots = checkpoint_slots(args)
     start_w = args.start_weights.contiguous()
+    width = min(sizes[0], max(configs.WIDTHS))  # tiles do not depend on it
     return dict(
         **rows("q", args.query, "bht"),
         **rows("k", args.key, "bht"),
@@ -108,7 +102,7 @@ def _inputs(args: NeuralMemoryArgs, direction: str) -> dict[str, Any]:
         HAS_MOMENTUM=args.momentum is not None,
         BLOCK_C=block_width(args.chunk_size),
         PRECISION="ieee" if IS_INTERPRETED else PRECISIONS[kind],
-        **(INTERPRETED if IS_INTERPRETED else CONFIGS[direction][kind]),
+        **configs.lookup(f"neural_memory_{direction}", args.query, width),
     )
 
 
