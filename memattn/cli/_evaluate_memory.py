@@ -54,5 +54,5 @@ def memory(
         console.print(table.to_rich())
     if out is not None:
         plot_view("memory", use, out, title=title)
-        console.print(f"wrote {out}", highlight=False)
+        console.print(f"wrote {out}", highlight=False, soft_wrap=True)
     return 0

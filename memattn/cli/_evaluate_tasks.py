@@ -151,7 +151,7 @@ def _run(
         )
     if out is not None:
         plot_recall(report, out, title=f"{model}: {report.task}")
-        console.print(f"wrote {out}", highlight=False)
+        console.print(f"wrote {out}", highlight=False, soft_wrap=True)
     return 0
 
 

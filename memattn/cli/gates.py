@@ -42,7 +42,8 @@ def gates(
     if text is not None:
         ids = read_text(loaded, tokenizer, text)
         layers = measure_gates(loaded, ids)
-        console.print("\n".join(gate_lines(layers)), highlight=False, markup=False)
+        lines = "\n".join(gate_lines(layers))
+        console.print(lines, highlight=False, markup=False, soft_wrap=True)
         plot_view("gates", layers, out, title=f"{model}, {ids.numel():,} tokens")
     else:
         found = {name: _means(loaded, tokenizer, name, tokens) for name in texts}
@@ -54,7 +55,7 @@ def gates(
             for name, layers in found.items()
         }  # fmt: skip
         plot_gate_comparison(means, [layer.layer for layer in first], out, title=model)
-    console.print(f"wrote {out}", highlight=False)
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -89,7 +89,7 @@ def plot(
             raise ValueError(f"texts must be left out but for gates, got {', '.join(texts)}")
         out = out or "curves.png"
         _plot_curves(runs, out, x)
-    Console().print(f"wrote {out}", highlight=False)
+    Console().print(f"wrote {out}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -186,7 +186,7 @@ def _plan(config: DemoConfig, out: Path, console: Console) -> Plan:
                 f"out must be a new folder for another {', '.join(changed)} (or use --fresh), "
                 f"got {out}"
             )
-        console.print(f"going on with the demo in {out}", highlight=False)
+        console.print(f"going on with the demo in {out}", highlight=False, soft_wrap=True)
         return plan
     with console.status(f"fetching and tokenizing {config.corpus}"):
         stage = Stage(1, 1, evaluate=False)
