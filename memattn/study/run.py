@@ -88,7 +88,10 @@ def run_study(
         must("max_minutes", "be above 0", max_minutes)
     began = time.perf_counter()
     left = lambda: None if max_minutes is None else 60.0 * max_minutes - time.perf_counter() + began
-    command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":  # python -m memattn
+        program = program.parent
+    command = command or shlex.join([program.name, *sys.argv[1:]])
     if parts := study.parts():
         for name, part in parts.items():
             seconds = left()
