@@ -15,13 +15,11 @@ from memattn.bench.engine import (
     Effort,
     Row,
     add_cpu_memory,
-    add_roofs,
     check_all,
-    measure_case,
-    roof_key,
+    measure_between_roofs,
+    roof_turns,
 )
 from memattn.bench.memory import keep_freed_memory
-from memattn.bench.roofline import Roofs
 from memattn.bench.suite import SUITES, run_suite
 from memattn.checks import check_int, must
 from memattn.ops._dispatch import BACKENDS
@@ -227,8 +225,8 @@ def _run_cases(
         known = dict.fromkeys(name for case in cases for name in case.peers())
         for peer in peers:
             check_choice("peers", peer, tuple(known))
-    roofs: dict[tuple[str, torch.dtype], Roofs] = {}
-    records = []
+    turns = roof_turns(effort)
+    kept: dict[str, list[Row]] = {}
     for operator in dict.fromkeys(case.operator for case in cases):
         own = [case for case in cases if case.operator == operator]
         rows: list[Row] = []
@@ -237,20 +235,24 @@ def _run_cases(
             check_all(had, backend, effort, step)
             for case, own_directions in had.items():
                 step(case.label())
-                rows += measure_case(
-                    case, backend=backend, directions=own_directions, peers=peers, effort=effort
+                rows += measure_between_roofs(
+                    case,
+                    turns,
+                    backend=backend,
+                    directions=own_directions,
+                    peers=peers,
+                    effort=effort,
                 )
-            step("memory and roofs")
+            step("memory")
             add_cpu_memory(rows, backend)
-            add_roofs(roofs, rows, effort)
-        own_records = [report.row_record(row, roofs.get(roof_key(row.case))) for row in rows]
-        report.print_rows(operator, own_records)
-        records += own_records
+        # the roofs of later turns may be higher: the record at the end has the last word
+        report.print_rows(operator, report.row_records(rows, turns))
+        kept[operator] = rows
     record = {
         "machine": report.machine(seed),
         "backend": backend,
-        "roofs": report.roof_records(roofs),
-        "rows": records,
+        "roofs": turns.records(),
+        "rows": [record for rows in kept.values() for record in report.row_records(rows, turns)],
     }
     report.print_machine(record)
     return record
