@@ -109,7 +109,7 @@ def test_nothing_is_written_of_a_wrong_operator(quick, monkeypatch, tmp_path, ca
     [
         (["attention"], "operators must be one of"),
         (["--out", "{}/file"], "out must be a folder that can be written to, got {}/file"),
-        (["--out", "{}/old"], "out must hold records of format 1, got {}/old/machines/m/op.json of"),
+        (["--out", "{}/old"], "out must hold records of format 1, got {}/old/machines/m/op.json"),
         (["--out", "{}/broken"], "out must hold records that can be read, got {}/broken"),
         (["--quick"], "quick must be left out with all, got True"),
         (["--suite", "cpu-bars"], "suite must be left out with all, got cpu-bars"),
