@@ -64,7 +64,8 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, config: TrainingCo
         _shard(model.to(accelerator.device), config)
         return accelerator.prepare_model(model, evaluation_mode=True)  # no DDP around it
     if resting is not None:
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        handler: Any = DistributedDataParallelKwargs(find_unused_parameters=True)
+        accelerator.ddp_handler = handler
     return accelerator.prepare_model(model)
 
 
