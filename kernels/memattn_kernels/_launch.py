@@ -113,10 +113,12 @@ def lookup(kernel: str, query: Tensor, inputs: dict) -> dict[str, int]:
 
 def launch(kernel: triton.JITFunction, n_programs: int, config: dict, *inputs: dict) -> None:
     """Launch the kernel with those of the inputs that it has, later ones first, and the config."""
-    given = {name: value for part in inputs for name, value in part.items()}
+    given: dict = {}
+    for part in inputs:
+        given.update(part)
     if n_programs:
         with torch.cuda.device_of(given["q_ptr"]):
-            taken = {name: value for name, value in given.items() if name in kernel.arg_names}
+            taken = {name: given[name] for name in kernel.arg_names if name in given}
             kernel[(n_programs,)](**taken, **config)
 
 
