@@ -132,6 +132,11 @@ def test_generates_with_beams_padding_and_gates_of_samples():
     cached = model.generate(tokens, attention_mask=mask, **options)
     expected = model.generate(tokens, attention_mask=mask, use_cache=False, **options)
     assert torch.equal(cached, expected)
+    prior = torch.tensor([0.5, 1.0, 2.0])  # for all samples
+    beams = {**options, "domain_weights": None, "attention_mask": mask}
+    found = model.generate(tokens, domain_prior=prior, **beams)
+    expected = model.generate(tokens, domain_prior=prior.expand(2, 3), **beams)
+    assert torch.equal(found, expected) and not torch.equal(found, cached)
     options["domain_weights"] = weights[1:]
     assert torch.equal(cached[1:, 5:], model.generate(tokens[1:, 5:], **options))
     inputs = dict(attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
@@ -210,6 +215,14 @@ def test_specialists_come_and_go_learn_alone_and_are_saved(tmp_path):
     law = set(specialists.train_only("law"))
     assert {p for p in model.parameters() if p.requires_grad} == law
     assert set(adapter.parameters()) > law and len(law) == 2 * 12
+    attach_memory(model, {"kind": "chapter_memory", "num_memory_tokens": 8}, name="memory")
+    set_adapter(model, "specialists")  # it is still the one that learns
+    assert {p for p in model.parameters() if p.requires_grad} == law
+    medicine = specialists.add("medicine")
+    learning = {p for p in model.parameters() if p.requires_grad}
+    assert learning == law | {*specialists.parameters(medicine)}
+    specialists.remove(medicine)
+    detach_memory(model, "memory")
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
     perturb_adapter(adapter)
     logits, gates = model(tokens, return_gates=True)

@@ -21,6 +21,7 @@ LAYERS = [
     {"models", "adapters", "dtgma"},
     {"parts"},
     {"nn"},
+    {"distributed"},
     {"testing"},
     {"ops"},
     {"reference", "cpp"},

@@ -203,6 +203,12 @@ WRONG = {
     "domain_prior must have shape [3] or [B=2, 3], got []": lambda a: shift(a)(
         *[draw(B, T, E)] * 3, domain_prior=torch.tensor(1.0)
     ),
+    "domain_mask must have shape [2] or [B=2, 2], got [3]": lambda a: ShiftableMultiheadAttention(
+        8,
+        2,
+        a,
+        2,  # closed
+    )(*[draw(B, T, E)] * 3, domain_mask=torch.ones(3, dtype=torch.bool)),
     "domain_weights must be at least 0 and sum to 1": lambda a: shift(a)(
         *[draw(B, T, E)] * 3, domain_weights=torch.tensor([[0.5, 0.0, 0.0]] * B)
     ),

@@ -101,6 +101,10 @@ def test_samples_of_one_batch_have_gates_of_their_own():
     for i in range(3):
         alone = model.generate(tokens[i : i + 1], domain_weights=weights[i : i + 1], **beams)
         assert torch.equal(found[i], alone[0])
+    prior, mask = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([True, False])  # for all samples
+    found = model.generate(tokens, domain_prior=prior, domain_mask=mask, **beams)
+    options = dict(domain_prior=prior.expand(3, 3), domain_mask=mask.expand(3, 2))
+    assert torch.equal(found, model.generate(tokens, **options, **beams))
     with pytest.raises(ValueError, match="not used by the model: .*domain_rank"):
         model.generate(tokens, domain_rank=weights, max_new_tokens=2)
     with pytest.raises(

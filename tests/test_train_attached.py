@@ -1,6 +1,7 @@
 """Training what is attached to a pretrained model: a memory, LoRA, or both."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,11 @@ def test_names_what_does_not_fit(tmp_path, base):
         load_base(wrong)
     with pytest.raises(ValueError, match="config.kind must be one of .*, got 'no'"):
         load_base(ModelConfig(model_path=str(base), memory_adapter={"kind": "no"}))
+    specialists = {"kind": "specialists"}  # closed
+    closed = ModelConfig(model_path=str(base), memory_adapter=specialists, freeze_base_model=True)
+    own = replace(run, model=closed, training=replace(run.training, output_dir=f"{tmp_path}/own"))
+    with pytest.raises(ValueError, match="model must have weights that learn .*a prior above 0"):
+        train(own, progress=False)
     result = train(run, progress=False)
     description = result.model_dir / "attached.json"
     values = json.loads(description.read_text())

@@ -15,8 +15,8 @@ from memattn.adapters.swap import Swapped
 from memattn.checks import must
 from memattn.parts import PartConfig, Role
 from memattn.parts.chapters import Chapters
-from memattn.parts.specialist_set import recording_gates
-from memattn.parts.together import roles_of
+from memattn.parts.specialist_set import call_with_gates
+from memattn.parts.together import for_all_samples, roles_of
 
 
 class AttachedModel(Swapped):
@@ -33,15 +33,7 @@ class AttachedModel(Swapped):
         **kwargs: Any,
     ) -> Any:
         options = dict(output_losses=output_losses, padding_mask=padding_mask, **kwargs)
-        if return_gates not in (None, False, True, "token"):
-            must("return_gates", 'be True, False or "token"', repr(return_gates))
-        if not return_gates:
-            return self._forward(*args, **options)
-        with recording_gates(self) as record:
-            output = self._forward(*args, **{**options, "return_dict": True})
-        if not record.means:
-            must("return_gates", "be None or False where no specialists run", return_gates)
-        return output.logits, record.tokens if return_gates == "token" else record.means
+        return call_with_gates(self, self._forward, return_gates, *args, **options)
 
     def _forward(
         self: Any,
@@ -204,6 +196,13 @@ class AttachedModel(Swapped):
         rest = dict(model_kwargs)
         self._memattn.take_inputs(rest)
         super()._validate_model_kwargs(rest)
+
+    def _expand_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of the model; what is for all samples has no rows to repeat for beams."""
+        whole = for_all_samples(self._memattn.running.values(), kwargs)
+        rest = {name: value for name, value in kwargs.items() if name not in whole}
+        ids, expanded = super()._expand_inputs_for_generation(*args, **rest)
+        return ids, {**expanded, **whole}
 
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from memattn.adapters.files import model_facts
 from memattn.checks import must
 from memattn.nn.causal_specialists import CausalSpecialists
 from memattn.parts.specialist_set import LayerSpecialists, SpecialistSet
-from memattn.parts.specialists import SpecialistsConfig
+from memattn.parts.specialists import SpecialistsConfig, with_names
 
 NAME = "specialists"  # of an adapter, where no other is given
 
@@ -49,7 +48,7 @@ class SpecialistsAdapter(MemoryAdapter):
     def specialists(self) -> SpecialistSet:
         """Its specialists, to open, add, remove, train, export and load them.
 
-        ``set_adapter`` lets all of them learn again.
+        Those that ``train_only`` chose learn whenever the adapter runs.
         """
         base, attachment = attached(self.model)
         found = {}
@@ -59,28 +58,39 @@ class SpecialistsAdapter(MemoryAdapter):
                     child = attachment.stations[layer]["beside_attention"]
                     attention = attachment.layers[layer].get_submodule(child)
                     found[layer] = LayerSpecialists(module, attention)
-        return SpecialistSet(found, model_facts(base), self._rename)
+        return SpecialistSet(found, model_facts(base), self._rename, self._let_learn)
 
     def _rename(self, names: tuple[str, ...]) -> None:
         """Take note of the specialists that there are now."""
 
-        def change(part: Any) -> Any:
-            if not isinstance(part, SpecialistsConfig):
-                return part
-            return replace(part, names=names, num_specialists=None)
-
         adapter, learns = self._adapter, self.name in attached(self.model)[1].active
-        adapter.parts = {name: change(part) for name, part in adapter.parts.items()}
-        known: set[Any] = set(adapter.trainable)
+        before = {
+            name
+            for part in adapter.parts.values()
+            if isinstance(part, SpecialistsConfig)
+            for name in part.names or ()
+        }
+        adapter.parts = {n: with_names(part, names) for n, part in adapter.parts.items()}
         for own in adapter.modules.values():
             parts = vars(own)["configs"]
-            own.configs = {n: change(part) for n, part in parts.items()}  # pyright: ignore
-        for module in self.specialists.modules:
+            own.configs = {n: with_names(part, names) for n, part in parts.items()}  # pyright: ignore
+        specialists = self.specialists
+        for module in specialists.modules:
             for specialist in module.specialists.values():
                 specialist.to(module.gate.place)  # a copy of a base of another dtype
-            for parameter in set(module.parameters()) - known:
-                known.add(parameter.requires_grad_(learns))
-        adapter.trainable = [p for p in adapter.parameters() if p in known]
+        new = [name for name in names if name not in before]
+        added = [p for name in new for p in specialists.parameters(name)]
+        for parameter in added:
+            parameter.requires_grad_(learns)
+        learning = {*adapter.trainable, *added}
+        adapter.trainable = [p for p in adapter.parameters() if p in learning]
+
+    def _let_learn(self, chosen: list[nn.Parameter]) -> None:
+        """Take note of what is to learn of the specialists."""
+        adapter = self._adapter
+        own = {p for module in self.specialists.modules for p in module.parameters()}
+        learning = {*adapter.trainable} - own | {*chosen}
+        adapter.trainable = [p for p in adapter.parameters() if p in learning]
 
 
 def attach_specialists(

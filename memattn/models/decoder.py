@@ -21,7 +21,7 @@ from memattn.parts import PartContext, SequenceBounds
 from memattn.parts.chapters import Chapters
 from memattn.parts.losses import LossSums
 from memattn.parts.padding import check_lengths, check_positions, mask_bounds
-from memattn.parts.together import chapter_layout, check_inputs
+from memattn.parts.together import chapter_layout, check_inputs, for_all_samples
 
 
 class MemAttnModel(MemAttnPreTrainedModel):
@@ -316,6 +316,14 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
         known = {name for part in self.config.named_parts().values() for name in part.inputs}
         rest = {name: value for name, value in model_kwargs.items() if name not in known}
         super()._validate_model_kwargs(rest)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers; what is for all samples has no rows to repeat for beams."""
+        whole = for_all_samples(self.config.named_parts().values(), kwargs)
+        rest = {name: value for name, value in kwargs.items() if name not in whole}
+        parent: Any = super()
+        ids, expanded = parent._expand_inputs_for_generation(*args, **rest)
+        return ids, {**expanded, **whole}
 
     def _prepare_cache_for_generation(
         self,

@@ -1,7 +1,6 @@
 """Shiftable attention as a language model: a frozen decoder, and gated specialists beside it."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +12,10 @@ from memattn.models.config import MemAttnConfig
 from memattn.models.decoder import MemAttnForCausalLM
 from memattn.models.outputs import MemAttnCausalLMOutput
 from memattn.models.signatures import add_arguments
+from memattn.nn.base_attention import base_attention
 from memattn.nn.causal_specialists import CausalSpecialists
-from memattn.parts import PartConfig
-from memattn.parts.specialist_set import LayerSpecialists, SpecialistSet, recording_gates
-from memattn.parts.specialists import SpecialistsConfig
-
-RETURNS = (None, False, True, "token")
+from memattn.parts.specialist_set import LayerSpecialists, SpecialistSet, call_with_gates
+from memattn.parts.specialists import SpecialistsConfig, with_names
 
 
 def specialists_of(model: MemAttnForCausalLM) -> SpecialistSet:
@@ -37,14 +34,7 @@ def specialists_of(model: MemAttnForCausalLM) -> SpecialistSet:
     names = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "num_layers")
     facts = {"model_type": config.model_type, **{name: getattr(sizes, name) for name in names}}
 
-    def rename(names: tuple[str, ...]) -> None:
-        def change(part: PartConfig) -> PartConfig:
-            if not isinstance(part, SpecialistsConfig):
-                return part
-            return replace(part, names=names, num_specialists=None)
-
-        model.replace_parts(change)
-
+    rename = lambda names: model.replace_parts(lambda part: with_names(part, names))
     return SpecialistSet(found, facts, rename)
 
 
@@ -140,13 +130,7 @@ class ShiftableLanguageModel(MemAttnForCausalLM):
             The same; with ``return_gates`` the logits, and of each layer the gates of the base and
             of each specialist, ``[B, 1 + N]`` or ``[B, T, 1 + N]``.
         """
-        if return_gates not in RETURNS:
-            must("return_gates", 'be True, False or "token"', repr(return_gates))
-        if not return_gates:
-            return super().forward(*args, **kwargs)
-        with recording_gates(self) as record:
-            outputs = super().forward(*args, **{**kwargs, "return_dict": True})
-        return outputs.logits, record.tokens if return_gates == "token" else record.means
+        return call_with_gates(self, super().forward, return_gates, *args, **kwargs)
 
     add_arguments(forward, MemAttnForCausalLM.forward, "return_gates")
 
@@ -243,7 +227,7 @@ def _branches(
     if used == [0] and n == 1:
         return {}
     block: Any = model.model.layers[layer]
-    base = LayerSpecialists(own.modules[0], block.attention).base
+    base = base_attention(block.attention)
     assert base is not None
     found = []
     for e in used:

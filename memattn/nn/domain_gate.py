@@ -291,6 +291,8 @@ class DomainGate(nn.Module):
             prior = torch.stack([x.new_ones(()), *(row.prior.to(x) for row in rows)])
         else:
             prior = _check_row(self.names["prior"], prior, B, 1 + N).detach().to(x)
+            if is_readable(prior) and not bool((prior >= 0).all()):
+                must(self.names["prior"], "be at least 0", prior.tolist())
         prior = prior.expand(B, 1 + N)[:, None]
         if mask is not None:
             allowed = _check_row(self.names["mask"], mask, B, N).bool().expand(B, N)
@@ -332,8 +334,6 @@ def _check_row(name: str, tensor: Tensor, B: int, n: int) -> Tensor:
     check_tensor(name, tensor)
     if list(tensor.shape) not in ([n], [B, n]):
         must(name, f"have shape [{n}] or [B={B}, {n}]", list(tensor.shape))
-    if name.endswith("prior") and is_readable(tensor) and not bool((tensor >= 0).all()):
-        must(name, "be at least 0", tensor.tolist())
     return tensor
 
 

@@ -174,7 +174,7 @@ class ShiftableMultiheadAttention(SpecialistHolder):
             is_causal=is_causal,
         )
         used = self.used_specialists(domain_prior, domain_weights)
-        given = domain_prior is not None or domain_weights is not None
+        given = any(x is not None for x in (domain_prior, domain_mask, domain_weights))
         if not (used or given or return_gates):
             return out, attention
         is_self = query is key

@@ -172,7 +172,7 @@ class ShiftableTransformerBlock(nn.TransformerEncoderLayer):
         masks = dict(
             src_mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal
         )
-        given = domain_prior is not None or domain_weights is not None
+        given = any(x is not None for x in domain.values())
         used = self.self_attn.used_specialists(domain_prior, domain_weights)
         # attention of nested sequences has a fast path alone
         is_slow = src.is_nested and torch.is_grad_enabled() and src.requires_grad

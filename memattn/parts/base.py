@@ -99,7 +99,8 @@ class PartConfig:
         repeatable: Whether it may stand more than once in ``MemAttnConfig.parts``.
         reports: Names of the losses that it may return.
         inputs: Names of the tensors that a caller of the model may give it, such as weights of
-            samples; ``run`` finds those that were given in ``context.inputs``.
+            samples; ``run`` finds those that were given in ``context.inputs``. One of a single
+            dimension is for all samples, others have the batch first.
         views: Its pictures by name.
         state_type: Class of what a sequence keeps of it.
         limits_length: Whether it has parameters for ``max_position_embeddings`` positions only.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memattn.checks import must
 from memattn.nn.causal_specialists import CausalSpecialists
-from memattn.parts.specialist_set import recording_gates
+from memattn.parts.specialist_set import mean_gates, recording_gates
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,8 +25,7 @@ class LayerGates(NamedTuple):
 
     def means(self) -> Tensor:
         """The mean gates of each row over its present tokens, ``[B, 1 + N]``."""
-        count = (self.gates.sum(-1) > 0.5).sum(1)  # the gates of a present token sum to 1
-        return self.gates.sum(1) / count.clamp(min=1)[:, None]
+        return mean_gates(self.gates)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from memattn.nn.causal_specialists import CausalSpecialists, SpecialistOutput
 from memattn.parts.specialist_files import SavedSpecialist, fingerprint, read_saved, write_saved
 
 Renamed = Callable[[tuple[str, ...]], None]
+RETURNS = (None, False, True, "token")  # what return_gates may be
 
 
 class LayerSpecialists(NamedTuple):
@@ -36,19 +37,25 @@ class SpecialistSet:
         layers: Specialists by the number of their layer.
         model: Type and sizes of the model, which a file of a specialist must be of.
         renamed: Called with the names whenever they change, to keep them in a configuration.
+        learning: Called with the parameters that ``train_only`` lets learn, to keep them.
 
     Raises:
         ValueError: If no layer has specialists.
     """
 
     def __init__(
-        self, layers: Mapping[int, LayerSpecialists], model: Mapping[str, Any], renamed: Renamed
+        self,
+        layers: Mapping[int, LayerSpecialists],
+        model: Mapping[str, Any],
+        renamed: Renamed,
+        learning: Callable[[list[nn.Parameter]], None] | None = None,
     ) -> None:
         if not layers:
             must("model", "have specialists (see SpecialistsConfig)", "none in any layer")
         self.layers = dict(layers)
         self._model = dict(model)
         self._renamed = renamed
+        self._learning = learning
 
     def __repr__(self) -> str:
         return f"SpecialistSet({', '.join(self.names)} in {len(self.layers)} layers)"
@@ -124,6 +131,8 @@ class SpecialistSet:
             module.requires_grad_(False)
         for parameter in chosen:
             parameter.requires_grad_(True)
+        if self._learning is not None:
+            self._learning(chosen)
         return chosen
 
     def export(self, name: str, folder: str | os.PathLike[str]) -> None:
@@ -203,6 +212,12 @@ class SpecialistSet:
         return fingerprint(getattr(weights, name) for weights in known for name in PROJECTIONS)
 
 
+def mean_gates(gates: Tensor) -> Tensor:
+    """Means ``[B, 1 + N]`` of gates ``[B, T, 1 + N]`` over each row's present tokens."""
+    count = (gates.sum(-1) > 0.5).sum(1)  # the gates of a present token sum to 1
+    return gates.sum(1) / count.clamp(min=1)[:, None]
+
+
 class GateRecord:
     """The gates of one call of a model, layer by layer."""
 
@@ -212,9 +227,8 @@ class GateRecord:
 
     def add(self, gates: Tensor) -> None:
         """Note the gates ``[B, T, 1 + N]`` of the next layer."""
-        count = (gates.sum(-1) > 0.5).sum(1)  # the gates of a present token sum to 1
         self.tokens.append(gates)
-        self.means.append(gates.sum(1) / count.clamp(min=1)[:, None])
+        self.means.append(mean_gates(gates))
 
 
 @contextmanager
@@ -243,3 +257,29 @@ def recording_gates(model: nn.Module) -> Iterator[GateRecord]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def call_with_gates(
+    model: nn.Module, forward: Callable[..., Any], return_gates: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """What a forward of a model returns; with ``return_gates`` the logits, and gates by layer.
+
+    Args:
+        model: The model.
+        forward: Its forward without that argument.
+        return_gates: True for means over each row's tokens, ``"token"`` for those of all tokens.
+        args: Arguments of ``forward``.
+        kwargs: Its keywords.
+
+    Raises:
+        ValueError: If ``return_gates`` is another value, or no specialists run.
+    """
+    if return_gates not in RETURNS:
+        must("return_gates", 'be True, False or "token"', repr(return_gates))
+    if not return_gates:
+        return forward(*args, **kwargs)
+    with recording_gates(model) as record:
+        output = forward(*args, **{**kwargs, "return_dict": True})
+    if not record.means:
+        must("return_gates", "be None or False where no specialists run", return_gates)
+    return output.logits, record.tokens if return_gates == "token" else record.means

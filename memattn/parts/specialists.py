@@ -1,7 +1,7 @@
 """Specialists: attentions of their own beside that of a layer, weighted by a gate."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -208,3 +208,10 @@ class SpecialistsConfig(AddedPart):
         if self.rank is not None:  # products of the two matrices of each
             flops += 2 * n * self.rank * (2 * inner * E + 2 * keys * E)
         return Cost(sum(p.numel() for p in module.parameters()), flops)
+
+
+def with_names(part: PartConfig, names: tuple[str, ...]) -> PartConfig:
+    """The configuration with these specialists; that of another part as it is."""
+    if not isinstance(part, SpecialistsConfig):
+        return part
+    return replace(part, names=names, num_specialists=None)

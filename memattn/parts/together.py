@@ -1,6 +1,7 @@
 """Several parts in one model: their names, and whether they fit each other."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -76,6 +77,16 @@ def check_inputs(
             takes = f"be an argument of forward or of a part: {', '.join(sorted(known)) or 'none'}"
             must(name, takes, type(value).__name__, TypeError)
     return {name: value for name, value in inputs.items() if value is not None}
+
+
+def for_all_samples(parts: Iterable[PartConfig], arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Which arguments of a model parts take whole, whatever the batch: those of one dimension."""
+    known = {name for part in parts for name in part.inputs}
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name in known and isinstance(value, Tensor) and value.dim() == 1
+    }
 
 
 def roles_of(placed: Iterable[tuple[str, PartConfig, nn.Module]]) -> dict[str, Role]:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from memattn.checks import must
 from memattn.data.batches import IGNORE, Batch, Batches
 from memattn.train.distributed import reshard, without_sync
 from memattn.train.optim import smoothing_loss
@@ -57,6 +58,9 @@ def accumulate_gradients(
         ``loss``, ``lm_loss`` where the model reports it, and the losses of its parts, over all
         processes. Each batch counts by its targets in all of them, so that a part is what the loss
         has of it.
+
+    Raises:
+        ValueError: If the loss depends on nothing that learns.
     """
     names = part_losses(accelerator.unwrap_model(model))
     total = torch.zeros(2 + len(names), device=accelerator.device)
@@ -65,6 +69,9 @@ def accumulate_gradients(
         last = i == len(micro) - 1
         with nullcontext() if last else without_sync(accelerator, model):
             output, loss = _loss(model, batch, accelerator.device, label_smoothing)
+            if not loss.requires_grad:
+                has = "have weights that learn and count (of specialists, a prior above 0)"
+                must("model", has, "a loss that depends on none")
             share = _num_targets(batch) / num_targets
             loss = loss * share
             # gradients are averaged over processes, the loss is their sum
