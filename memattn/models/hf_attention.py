@@ -67,6 +67,7 @@ def _guarded(choose: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(model: PreTrainedModel, requested: Any, *args: Any, **kwargs: Any) -> Any:
         if _names_it(requested):
             text = _text_config(model.config)
+            module: Any
             for module in model.modules():
                 chosen = isinstance(module, PreTrainedModel) and module.config is text
                 if chosen and not module._can_set_attn_implementation():
@@ -79,7 +80,7 @@ def _guarded(choose: Callable[..., Any]) -> Callable[..., Any]:
             requested = NAME
         return choose(model, requested, *args, **kwargs)
 
-    guarded._memattn_guards = choose  # pyright: ignore[reportFunctionMemberAccess]
+    guarded._memattn_guards = choose  # pyright: ignore[reportAttributeAccessIssue]
     return guarded
 
 
