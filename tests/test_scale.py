@@ -117,6 +117,7 @@ def test_the_command_prints_a_model_and_writes_the_page(capsys, tmp_path):
         (["--scale", "0"], "scale must be at least 1, got 0"),
         (["--scale", "8", "--seq_len", "9"], "total_len must give each of 8 processes a token"),
         (["--scale", "8", "--config", "run.yaml"], "config must be left out with --scale"),
+        (["vanilla", "--scale", "8", "--json", "x"], "json must be left out with --scale"),
         (["vanilla", "--out", "x.md"], "out must be left out without --scale"),
     ],
     ids=str,

@@ -36,7 +36,11 @@ def estimate(
         out: File for the page of --scale; by default it is printed.
     """
     if scale:
-        return _scale(scale, model, config, options, seq_len, out)
+        unread = {"config": config, "base_model": base_model, "json": json}
+        for name, value in {**unread, "dense_layers": dense_layers or None}.items():
+            if value is not None:
+                must(name, "be left out with --scale", value)
+        return _scale(scale, model, options, seq_len, out)
     from memattn.cli._runs import config_of_model, config_of_run, empty_model_of_run
     from memattn.evaluate import estimate as run_estimate
     from memattn.evaluate.estimate_attached import estimate_attached
@@ -78,7 +82,6 @@ def estimate(
 def _scale(
     devices: tuple[int, ...],
     model: str | None,
-    config: str | None,
     options: dict[str, Any] | None,
     seq_len: int | None,
     out: str | None,
@@ -91,8 +94,6 @@ def _scale(
     from memattn.evaluate.scale_page import page, table
     from memattn.files import write_text
 
-    if config is not None:
-        must("config", "be left out with --scale", config)
     for n in devices:
         check_int("scale", n, 1)
     if model is None:

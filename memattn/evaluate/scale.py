@@ -40,7 +40,7 @@ class ScaleLine(NamedTuple):
     exchanged: int | None  # keys, values and states from others in a forward pass
 
 
-def fsdp_units(model: nn.Module) -> list[list[Tensor]]:
+def fsdp_units(model: nn.Module) -> list[list[nn.Parameter]]:
     """Parameters that FSDP2 gathers together: the rest of the model first, then each block."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]

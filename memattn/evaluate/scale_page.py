@@ -58,7 +58,9 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any], str]] = {
         "own. Not built.",
     ),
 }
-DTGMA = dict(input_dim=784, hidden_dim=2048, num_classes=10, n_layers=12, n_heads=16)
+DTGMA: dict[str, Any] = dict(
+    input_dim=784, hidden_dim=2048, num_classes=10, n_layers=12, n_heads=16
+)
 TASKS = 8
 HEAD = """# On many devices
 
