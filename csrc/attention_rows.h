@@ -39,8 +39,18 @@ template <class Args, class QueryRows>
 static MEMATTN_INLINE void take_cotangents(const Args&, const Tile&, const QueryRows&, const float*,
                                            float*, int64_t) {}
 
+// Hands out aligned pieces of a thread's scratch.
+struct Pieces {
+  float* next;
+  float* take(int64_t floats) {
+    float* from = next;
+    next += round_up(floats, 16);
+    return from;
+  }
+};
+
 // The product of two rows, in a fixed order.
-static double row_product(const float* x, const float* y, int64_t n) {
+static inline double row_product(const float* x, const float* y, int64_t n) {
   double sums[8] = {0, 0, 0, 0, 0, 0, 0, 0};
   for (int64_t i = 0; i < n; ++i) sums[i % 8] += (double)x[i] * y[i];
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
@@ -55,6 +65,40 @@ static void load_rows(const View& view, const Tile& tile, const QueryRows& rows,
     const int64_t n = empty ? 0 : width;
     if (n) load_row(view, place_of(view, tile, rows, i), column_step(view, rows), n, to);
     __builtin_memset(to + n, 0, (ld - n) * 4);
+  }
+}
+
+// Stores the results of a tile, from its softmax states and its weighted sums [panel][Dv][PANEL], by row
+// [lanes][Dv]. spare: [lanes][Dv rounded up].
+template <int NV, bool BY_ROW = false, class Args, class QueryRows>
+static MEMATTN_INLINE void finish_rows(const Args& a, const Tile& tile, const QueryRows& rows,
+                                       const SoftmaxState<NV>* states, float* acc, float* spare) {
+  constexpr int64_t PANEL = NV * VL;
+  const int64_t ldv = round_up(a.Dv, VL);
+  for (int64_t p = 0; !BY_ROW && p * PANEL < rows.lanes; ++p)
+    for (int v = 0; v < NV; ++v) {
+      const vf sum = states[p].sum[v];
+      vf* column = (vf*)(acc + p * a.Dv * PANEL) + v;
+      for (int64_t d = 0; d < a.Dv; ++d)
+        column[d * NV] = select(sum == 0.0f, vf{}, column[d * NV] / sum);
+    }
+  if (!BY_ROW) from_panels(acc, PANEL, rows.lanes, a.Dv, ldv, spare);
+  for (int64_t i = 0; i < rows.n; ++i) {
+    const int64_t flat = number_of(a, tile, rows, i);
+    const SoftmaxState<NV>& state = states[i / PANEL];
+    const int64_t v = i % PANEL / VL, in_vector = i % VL;
+    float* result = (BY_ROW ? acc : spare) + i * ldv;
+    if (BY_ROW) {
+      const vf sum = broadcast(state.sum[v][in_vector]);
+      for (int64_t d = 0; d < a.Dv; d += VL) {
+        vf* part = (vf*)(result + d);
+        *part = select(sum == 0.0f, vf{}, *part / sum);
+      }
+    }
+    store_result(a, tile, rows, i, result);
+    const RowLse lse(state.high[v][in_vector], state.low[v][in_vector],
+                     state.sum[v][in_vector]);
+    a.lse[flat] = lse.natural, a.lse2_high[flat] = lse.high, a.lse2_low[flat] = lse.low;
   }
 }
 
@@ -75,7 +119,7 @@ static MEMATTN_INLINE void forward_rows(const Args& a, const Tile& tile, const Q
   float* acc = q + TILE_ROWS * a.D;               // [panel][Dv][PANEL], by row [lanes][Dv]
   float* scores = acc + TILE_ROWS * a.Dv;         // [BLOCK_KEYS][PANEL]
   float* block_scratch = scores + BLOCK_KEYS * PANEL;  // [BLOCK_KEYS][D + Dv], or rows of the tile
-  const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
+  const int64_t ldk = round_up(a.D, VL);
   const Split scale2 = Split::factor(a.scale * LOG2E);
   const SumRuns runs = rows.sum_runs();
   load_rows(a.query, tile, rows, a.D, ldk, block_scratch);
@@ -97,31 +141,7 @@ static MEMATTN_INLINE void forward_rows(const Args& a, const Tile& tile, const Q
     else attend<NV>(block, rows.lanes, a.D, a.Dv, runs, scale2, q, scores, states, acc);
   });
 
-  for (int64_t p = 0; !BY_ROW && p * PANEL < rows.lanes; ++p)
-    for (int v = 0; v < NV; ++v) {
-      const vf sum = states[p].sum[v];
-      vf* column = (vf*)(acc + p * a.Dv * PANEL) + v;
-      for (int64_t d = 0; d < a.Dv; ++d)
-        column[d * NV] = select(sum == 0.0f, vf{}, column[d * NV] / sum);
-    }
-  if (!BY_ROW) from_panels(acc, PANEL, rows.lanes, a.Dv, ldv, block_scratch);
-  for (int64_t i = 0; i < rows.n; ++i) {
-    const int64_t flat = number_of(a, tile, rows, i);
-    const SoftmaxState<NV>& state = states[i / PANEL];
-    const int64_t v = i % PANEL / VL, in_vector = i % VL;
-    float* result = (BY_ROW ? acc : block_scratch) + i * ldv;
-    if (BY_ROW) {
-      const vf sum = broadcast(state.sum[v][in_vector]);
-      for (int64_t d = 0; d < a.Dv; d += VL) {
-        vf* part = (vf*)(result + d);
-        *part = select(sum == 0.0f, vf{}, *part / sum);
-      }
-    }
-    store_result(a, tile, rows, i, result);
-    const RowLse lse(state.high[v][in_vector], state.low[v][in_vector],
-                     state.sum[v][in_vector]);
-    a.lse[flat] = lse.natural, a.lse2_high[flat] = lse.high, a.lse2_low[flat] = lse.low;
-  }
+  finish_rows<NV, BY_ROW>(a, tile, rows, states, acc, block_scratch);
 }
 
 // walk(with_gradients, scratch, visit) calls visit(block) for every block of keys that some row sees.
@@ -217,8 +237,11 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
       first[p] = n > 0 ? skip : 0, last[p] = n > 0 ? skip + n : 0;
       float *weights = p_all + p * NEXT, *ds = ds_all + p * NEXT;
       if (n < block.n) {  // keys that this panel does not see add nothing
-        clear_outside<NV, STEP>(weights, block.n, first[p], last[p]);
-        clear_outside<NV, STEP>(ds, block.n, first[p], last[p]);
+        auto clear = [&](float* panel) {
+          if constexpr (BY_ROW) clear_lanes_outside<NV>(panel, block.n, first[p], last[p]);
+          else clear_outside<NV>(panel, block.n, first[p], last[p]);
+        };
+        clear(weights), clear(ds);
       }
       if (n <= 0) continue;
       weights += skip * STEP, ds += skip * STEP;
@@ -253,6 +276,18 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
     store_row(a.d_query, place_of(a.d_query, tile, rows, i), column_step(a.d_query, rows), a.D,
               (BY_ROW ? d_q : q_rows) + i * ldk);
 }
+
+// Products of floats.
+struct InFloats {
+  template <int NV, class... Parts>
+  static MEMATTN_INLINE void forward(const Parts&... parts) {
+    forward_rows<NV>(parts...);
+  }
+  template <int NV, class... Parts>
+  static MEMATTN_INLINE void backward(const Parts&... parts) {
+    backward_rows<NV>(parts...);
+  }
+};
 
 template <class Args>
 static int64_t forward_scratch(const Args& a) {

@@ -18,6 +18,13 @@ static MEMATTN_INLINE Lanes lanes_that_see(const Interval& seen, Lanes lanes, in
   return lanes;
 }
 
+// Zeros what the lanes of a panel hold in [n][TILE_ROWS] for keys outside [first, last).
+template <int NV>
+static MEMATTN_INLINE void clear_lanes_outside(float* panel, int64_t n, int64_t first, int64_t last) {
+  for (int64_t j = first ? 0 : last; j < n; j = j + 1 == first ? last : j + 1)
+    for (int v = 0; v < NV; ++v) ((vf*)(panel + j * TILE_ROWS))[v] = vf{};
+}
+
 // Calls part(number of vectors, d) for the columns of rows, two vectors at a time.
 template <class Part>
 static MEMATTN_INLINE void for_columns(int64_t width, Part part) {

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ def machine(seed: int) -> dict[str, Any]:
         },
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "versions": versions,
+        "commit": _commit(),
         "seed": seed,
     }
 
@@ -215,10 +217,11 @@ def print_machine(record: Mapping[str, Any]) -> None:
         say(roof_line(roof))
     machine = record["machine"]
     cpu, versions = machine["cpu"], machine["versions"]
+    commit = [f"commit {machine['commit']}"] if machine["commit"] else []
     say(
         f"{machine['date']}; {machine['gpu'] or 'no GPU'}; "
         f"{cpu['name']}, {cpu['threads']} threads, {cpu['capability']}; "
-        + ", ".join(f"{k} {v}" for k, v in versions.items())
+        + ", ".join([f"{k} {v}" for k, v in versions.items()] + commit)
     )
 
 
@@ -344,6 +347,28 @@ def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that is measured, and whether its code differs from it.
+
+    None where the package is not in a checkout.
+    """
+    root = Path(__file__).parents[2]
+
+    def git(*words: str) -> str | None:
+        command = ("git", "-C", str(root), *words)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    if not (root / ".git").exists():
+        return None
+    commit = git("rev-parse", "--short=10", "HEAD")
+    changes = git("status", "--porcelain", "-uno", "--", "memattn", "kernels", "csrc")
+    return f"{commit} and changes" if commit and changes else commit
 
 
 def _cpu_name() -> str:

@@ -22,6 +22,7 @@ from memattn.bench.engine import (
 from memattn.bench.memory import keep_freed_memory
 from memattn.bench.suite import SUITES, run_suite
 from memattn.checks import check_int, must
+from memattn.files import check_writable
 from memattn.ops._dispatch import BACKENDS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -84,6 +85,8 @@ def run(
     check_choice("dtype", dtype, ("auto", *DTYPES))
     check_choice("backend", backend, BACKENDS)
     check_int("seed", seed, 0)
+    if out is not None:
+        check_writable("out", Path(out))
     chosen = {
         "kinds": kinds,
         "seq_lens": seq_lens,
@@ -91,16 +94,14 @@ def run(
         "directions": directions,
         "peers": peers,
     }
-    effort = Effort(seconds=0.1, min_rounds=3, compiled=False) if quick else Effort()
-    if torch.cuda.is_available():
-        effort = replace(effort, max_score_bytes=8 << 30)
+    effort = usual_effort(quick)
     if suite is not None:
         check_choice("suite", suite, tuple(SUITES))
         for name, value in {**chosen, "quick": quick or None}.items():
             if value is not None:
                 must(name, "be left out with suite", value)
         keep_freed_memory()
-        effort = replace(effort, seconds=SUITE_SECONDS, min_sample=SUITE_SAMPLE)
+        effort = suite_effort(effort)
         record = run_suite(suite, classes, backend, seed, effort)
     else:
         for direction in directions or ():
@@ -112,6 +113,17 @@ def run(
     if out is not None:
         save(record, Path(out))
     return record
+
+
+def usual_effort(quick: bool = False) -> Effort:
+    """How long to measure, and what is too large here."""
+    effort = Effort(seconds=0.1, min_rounds=3, compiled=False) if quick else Effort()
+    return replace(effort, max_score_bytes=8 << 30) if torch.cuda.is_available() else effort
+
+
+def suite_effort(effort: Effort) -> Effort:
+    """How long a suite measures."""
+    return replace(effort, seconds=SUITE_SECONDS, min_sample=SUITE_SAMPLE)
 
 
 def save(record: Mapping[str, Any], folder: Path) -> None:
