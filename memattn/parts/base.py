@@ -58,6 +58,18 @@ class PartOutput(NamedTuple):
     carry: Mapping[str, Tensor] = {}  # by name: what the next layer gets
 
 
+class StepSources(NamedTuple):
+    """Which keys a new token sees: earlier ones, persistent ones, and rows by position."""
+
+    segment_len: int | None = None
+    window_size: int | None = None
+    persistent_key: Tensor | None = None  # [Hkv, P, D]
+    persistent_value: Tensor | None = None
+    table_key: Tensor | None = None  # [H, R, D], row c stands for position c + 1
+    table_value: Tensor | None = None
+    future_dim: int = 0  # rows of the table that it sees
+
+
 class View(NamedTuple):
     """A picture of what a part does with a text: ``memattn plot <view> MODEL --text TEXT``."""
 
@@ -177,6 +189,13 @@ class PartConfig:
     def new_state(self) -> PartState:
         """The empty state of one layer."""
         return self.state_type(self.kind)
+
+    def step_sources(self, module: nn.Module) -> StepSources | None:
+        """What a new token sees beside earlier ones, for a part that stands instead of attention.
+
+        None where one call of an operator cannot compute it (see ``memattn.models.plain_step``).
+        """
+        return None
 
     @staticmethod
     def init_weights(module: nn.Module, std: float) -> None:

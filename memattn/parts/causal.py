@@ -11,10 +11,12 @@ from memattn.nn import PersistentAttention, SegmentedAttention
 from memattn.nn.rotary import apply_rotary
 from memattn.ops import segmented_attention
 from memattn.ops._dispatch import BACKENDS
-from memattn.parts.base import PartConfig, PartOutput, Role, Sizes, register_part
+from memattn.parts.base import PartConfig, PartOutput, Role, Sizes, StepSources, register_part
 from memattn.parts.context import PartContext
 from memattn.parts.state import PartState
 from memattn.parts.views import SOURCES
+
+STEP_BACKENDS = ("auto", "cpp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,12 @@ class CausalConfig(AttentionPart):
 
     def run(self, module: nn.Module, hidden_states: Tensor, context: PartContext) -> PartOutput:
         return PartOutput(module(hidden_states, **context.attention_inputs()))
+
+    def step_sources(self, module: nn.Module) -> StepSources | None:
+        if type(module) is not SegmentedAttention or module.backend not in STEP_BACKENDS:
+            return None
+        persistent = (module.persistent_key, module.persistent_value)
+        return StepSources(module.segment_len, module.window_size, *persistent)
 
     def new_state(self) -> PartState:
         return self.state_type(self.kind, *self.spans)

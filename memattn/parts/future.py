@@ -11,8 +11,16 @@ from memattn.nn import FutureAttention, FutureTable
 from memattn.nn.future_attention import SOURCES as KEY_SOURCES
 from memattn.ops import future_attention, segmented_attention
 from memattn.ops.future_attention import LOSS_TYPES
-from memattn.parts.base import PartConfig, PartOutput, Role, Sizes, View, register_part
-from memattn.parts.causal import AttentionPart, CausalConfig
+from memattn.parts.base import (
+    PartConfig,
+    PartOutput,
+    Role,
+    Sizes,
+    StepSources,
+    View,
+    register_part,
+)
+from memattn.parts.causal import STEP_BACKENDS, AttentionPart, CausalConfig
 from memattn.parts.context import PartContext
 from memattn.parts.views import SOURCES, attention_layers, draw_attention_mass, visit_layers
 
@@ -204,6 +212,15 @@ class FutureConfig(AttentionPart):
             return PartOutput(out)
         count = self._count(layer, context, len(hidden_states)).to(loss.dtype)
         return PartOutput(out, {LOSS: (loss * count, count)})
+
+    def step_sources(self, module: nn.Module) -> StepSources | None:
+        layer: Any = module
+        if type(module) is not FutureAttention or layer.backend not in STEP_BACKENDS:
+            return None
+        if type(layer.future) is not FutureTable:
+            return None
+        table = (layer.future.key, layer.future.value)
+        return StepSources(None, None, None, None, *table, layer.future_dim)
 
     def _count(self, layer: FutureAttention, context: PartContext, B: int) -> Tensor:
         """Positions of which the loss is the mean: their whole band is in the sequence."""
