@@ -32,6 +32,7 @@ class Peer:
     build: Callable[[], Forward]  # called once, outside the timing: masks, compilation
     score_bytes: int = 0
     compiled: bool = False  # takes seconds to build; left out of quick runs
+    slow: bool = False  # takes seconds a call: timed in turns of its own, which are few
     # its own work by direction, where it computes less than the case: a measure of time, whose
     # results are not compared
     yardstick: dict[str, Work] | None = None

@@ -84,6 +84,15 @@ class Cost(NamedTuple):
     flops: int
 
 
+class Exchange(NamedTuple):
+    """What a process needs of the others in one layer, where they share a sequence's tokens."""
+
+    features: int = 0  # numbers of each token that it needs: its keys and values
+    spans: tuple[int | None, int | None] = (None, None)  # segment and window; none is all earlier
+    ahead: int = 0  # tokens behind its own
+    state: int = 0  # numbers in float32 of a state that goes from process to process
+
+
 @dataclass(frozen=True, kw_only=True)
 class PartConfig:
     """Base of all parts.
@@ -240,6 +249,10 @@ class PartConfig:
         with torch.device("meta"):
             shared = self.build_shared(sizes)
         return Cost(0 if shared is None else sum(p.numel() for p in shared.parameters()), 0)
+
+    def exchange(self, sizes: Sizes) -> Exchange:
+        """What a process that holds some tokens of a sequence needs of the others."""
+        return Exchange()
 
     def to_dict(self) -> dict[str, Any]:
         """Kind and fields as plain values that JSON can hold."""

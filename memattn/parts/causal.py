@@ -11,7 +11,15 @@ from memattn.nn import PersistentAttention, SegmentedAttention
 from memattn.nn.rotary import apply_rotary
 from memattn.ops import segmented_attention
 from memattn.ops._dispatch import BACKENDS
-from memattn.parts.base import PartConfig, PartOutput, Role, Sizes, StepSources, register_part
+from memattn.parts.base import (
+    Exchange,
+    PartConfig,
+    PartOutput,
+    Role,
+    Sizes,
+    StepSources,
+    register_part,
+)
 from memattn.parts.context import PartContext
 from memattn.parts.state import PartState
 from memattn.parts.views import SOURCES
@@ -50,6 +58,9 @@ class AttentionPart(PartConfig):
         """Keys that the query at a position sees."""
         return position + 1
 
+    def exchange(self, sizes: Sizes) -> Exchange:
+        return Exchange(features=2 * sizes.num_kv_heads * sizes.head_dim)
+
     def operator_flops(self, sizes: Sizes, length: int) -> int:
         pairs = sum(self.visible(i, sizes) for i in range(length))
         return 4 * sizes.num_heads * sizes.head_dim * pairs
@@ -82,6 +93,9 @@ class CausalConfig(AttentionPart):
 
     def visible(self, position: int, sizes: Sizes) -> int:
         return position + 1 + self.num_persistent_tokens
+
+    def exchange(self, sizes: Sizes) -> Exchange:
+        return super().exchange(sizes)._replace(spans=self.spans)
 
     def build(self, sizes: Sizes, layer: int) -> nn.Module:
         segment_len, window_size = self.spans

@@ -12,6 +12,7 @@ from memattn.nn.future_attention import SOURCES as KEY_SOURCES
 from memattn.ops import future_attention, segmented_attention
 from memattn.ops.future_attention import LOSS_TYPES
 from memattn.parts.base import (
+    Exchange,
     PartConfig,
     PartOutput,
     Role,
@@ -178,6 +179,11 @@ class FutureConfig(AttentionPart):
         if self.limits_length and self.future_dim > limit:
             allowed = f"be at most max_position_embeddings - 1 = {limit}"
             must(f"{name}.future_dim", allowed, self.future_dim)
+
+    def exchange(self, sizes: Sizes) -> Exchange:
+        # the loss compares with the real keys and values of the positions ahead
+        ahead = 0 if self.loss_type is None else self.future_dim
+        return super().exchange(sizes)._replace(ahead=ahead)
 
     def in_layer(self, layer: int, sizes: Sizes) -> PartConfig:
         inside = layer in self.layers(sizes.num_layers)

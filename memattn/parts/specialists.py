@@ -15,7 +15,16 @@ from memattn.nn.causal_specialists import CausalSpecialists
 from memattn.nn.domain_gate import ACTIVATIONS, check_new_name
 from memattn.nn.gate_row import GateRow
 from memattn.ops._dispatch import BACKENDS
-from memattn.parts.base import AddedPart, Cost, PartConfig, PartOutput, Sizes, View, register_part
+from memattn.parts.base import (
+    AddedPart,
+    Cost,
+    Exchange,
+    PartConfig,
+    PartOutput,
+    Sizes,
+    View,
+    register_part,
+)
 from memattn.parts.context import PartContext
 from memattn.parts.gate_report import draw_gates, measure_gates
 from memattn.parts.specialists_state import SpecialistsState
@@ -190,6 +199,11 @@ class SpecialistsConfig(AddedPart):
         assert self.num_specialists is not None
         n = self.num_specialists
         return n if self.top_k is None else min(self.top_k, n)
+
+    def exchange(self, sizes: Sizes) -> Exchange:
+        # a token may use any of them, so keys and values of all are there
+        assert self.num_specialists is not None
+        return Exchange(features=2 * self.num_specialists * sizes.num_kv_heads * sizes.head_dim)
 
     def operator_flops(self, sizes: Sizes, length: int) -> int:
         pairs = length * (length + 1) // 2
