@@ -39,8 +39,18 @@ template <class Args, class QueryRows>
 static MEMATTN_INLINE void take_cotangents(const Args&, const Tile&, const QueryRows&, const float*,
                                            float*, int64_t) {}
 
+// Hands out aligned pieces of a thread's scratch.
+struct Pieces {
+  float* next;
+  float* take(int64_t floats) {
+    float* from = next;
+    next += round_up(floats, 16);
+    return from;
+  }
+};
+
 // The product of two rows, in a fixed order.
-static double row_product(const float* x, const float* y, int64_t n) {
+static inline double row_product(const float* x, const float* y, int64_t n) {
   double sums[8] = {0, 0, 0, 0, 0, 0, 0, 0};
   for (int64_t i = 0; i < n; ++i) sums[i % 8] += (double)x[i] * y[i];
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
@@ -58,6 +68,32 @@ static void load_rows(const View& view, const Tile& tile, const QueryRows& rows,
   }
 }
 
+// Stores the results of a tile, from its softmax states and its weighted sums [panel][Dv][PANEL].
+// spare: [lanes][Dv rounded up].
+template <int NV, class Args, class QueryRows>
+static MEMATTN_INLINE void finish_rows(const Args& a, const Tile& tile, const QueryRows& rows,
+                                       const SoftmaxState<NV>* states, float* acc, float* spare) {
+  constexpr int64_t PANEL = NV * VL;
+  const int64_t ldv = round_up(a.Dv, VL);
+  for (int64_t p = 0; p * PANEL < rows.lanes; ++p)
+    for (int v = 0; v < NV; ++v) {
+      const vf sum = states[p].sum[v];
+      vf* column = (vf*)(acc + p * a.Dv * PANEL) + v;
+      for (int64_t d = 0; d < a.Dv; ++d)
+        column[d * NV] = select(sum == 0.0f, vf{}, column[d * NV] / sum);
+    }
+  from_panels(acc, PANEL, rows.lanes, a.Dv, ldv, spare);
+  for (int64_t i = 0; i < rows.n; ++i) {
+    const int64_t flat = number_of(a, tile, rows, i);
+    store_result(a, tile, rows, i, spare + i * ldv);
+    const SoftmaxState<NV>& state = states[i / PANEL];
+    const int64_t v = i % PANEL / VL, in_vector = i % VL;
+    const RowLse lse(state.high[v][in_vector], state.low[v][in_vector],
+                     state.sum[v][in_vector]);
+    a.lse[flat] = lse.natural, a.lse2_high[flat] = lse.high, a.lse2_low[flat] = lse.low;
+  }
+}
+
 // walk(scratch, visit) calls visit(block) for every block of keys that some row sees.
 template <int NV, class Args, class QueryRows, class Walk>
 static MEMATTN_INLINE void forward_rows(const Args& a, const Tile& tile, const QueryRows& rows,
@@ -67,7 +103,7 @@ static MEMATTN_INLINE void forward_rows(const Args& a, const Tile& tile, const Q
   float* acc = q + TILE_ROWS * a.D;               // [panel][Dv][PANEL]
   float* scores = acc + TILE_ROWS * a.Dv;         // [BLOCK_KEYS][PANEL]
   float* block_scratch = scores + BLOCK_KEYS * PANEL;  // [BLOCK_KEYS][D + Dv], or rows of the tile
-  const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
+  const int64_t ldk = round_up(a.D, VL);
   const Split scale2 = Split::factor(a.scale * LOG2E);
   const SumRuns runs = rows.sum_runs();
   load_rows(a.query, tile, rows, a.D, ldk, block_scratch);
@@ -80,23 +116,7 @@ static MEMATTN_INLINE void forward_rows(const Args& a, const Tile& tile, const Q
     attend<NV>(block, rows.lanes, a.D, a.Dv, runs, scale2, q, scores, states, acc);
   });
 
-  for (int64_t p = 0; p * PANEL < rows.lanes; ++p)
-    for (int v = 0; v < NV; ++v) {
-      const vf sum = states[p].sum[v];
-      vf* column = (vf*)(acc + p * a.Dv * PANEL) + v;
-      for (int64_t d = 0; d < a.Dv; ++d)
-        column[d * NV] = select(sum == 0.0f, vf{}, column[d * NV] / sum);
-    }
-  from_panels(acc, PANEL, rows.lanes, a.Dv, ldv, block_scratch);
-  for (int64_t i = 0; i < rows.n; ++i) {
-    const int64_t flat = number_of(a, tile, rows, i);
-    store_result(a, tile, rows, i, block_scratch + i * ldv);
-    const SoftmaxState<NV>& state = states[i / PANEL];
-    const int64_t v = i % PANEL / VL, in_vector = i % VL;
-    const RowLse lse(state.high[v][in_vector], state.low[v][in_vector],
-                     state.sum[v][in_vector]);
-    a.lse[flat] = lse.natural, a.lse2_high[flat] = lse.high, a.lse2_low[flat] = lse.low;
-  }
+  finish_rows<NV>(a, tile, rows, states, acc, block_scratch);
 }
 
 // walk(with_gradients, scratch, visit) calls visit(block) for every block of keys that some row sees.
@@ -216,6 +236,18 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
     store_row(a.d_query, place_of(a.d_query, tile, rows, i), column_step(a.d_query, rows), a.D,
               q_rows + i * ldk);
 }
+
+// Products of floats.
+struct InFloats {
+  template <int NV, class... Parts>
+  static MEMATTN_INLINE void forward(const Parts&... parts) {
+    forward_rows<NV>(parts...);
+  }
+  template <int NV, class... Parts>
+  static MEMATTN_INLINE void backward(const Parts&... parts) {
+    backward_rows<NV>(parts...);
+  }
+};
 
 template <class Args>
 static int64_t forward_scratch(const Args& a) {

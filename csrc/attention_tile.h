@@ -230,21 +230,22 @@ static MEMATTN_INLINE void attend(const AnyBlock& block, int64_t lanes, int64_t 
   }
 }
 
-// Zeros what panels of [BLOCK_KEYS][PANEL] hold for keys of the block outside [first, last).
-template <int NV>
+// Zeros what panels of [BLOCK_KEYS][units of a panel] hold for keys of the block outside [first, last).
+template <int NV, class Unit = Floats>
 static MEMATTN_INLINE void clear_outside(float* panel, int64_t n, int64_t first, int64_t last) {
-  constexpr int64_t PANEL = NV * VL;
+  constexpr int64_t PANEL = NV * VL / Unit::NUMBERS;
   __builtin_memset(panel, 0, first * PANEL * 4);
   __builtin_memset(panel + last * PANEL, 0, (n - last) * PANEL * 4);
 }
 
-// to[j, :] += sum over the panels' lanes of weights[j, lane] * rows[lane, :]. `span_first` and
-// `span_last` bound the keys that each panel sees; at most `run` panels are summed in one go.
-template <int NV>
+// to[j, :] += sum over the panels' lanes of weights[j, lane] * rows[lane, :], units of lanes in both.
+// `span_first` and `span_last` bound the keys that each panel sees; at most `run` panels are summed in
+// one go.
+template <int NV, class Unit = Floats>
 static void add_rows(const float* weights, const float* rows, int64_t run, float* to, int64_t ld,
                      int64_t n, int64_t panels, const int64_t* span_first,
                      const int64_t* span_last) {
-  constexpr int64_t PANEL = NV * VL;
+  constexpr int64_t PANEL = NV * VL / Unit::NUMBERS;
   constexpr int64_t GROUP = 24;  // keys handled with one choice of panels
   for (int64_t j = 0; j < n; j += GROUP) {
     const int64_t rows_here = n - j < GROUP ? n - j : GROUP;
@@ -257,11 +258,11 @@ static void add_rows(const float* weights, const float* rows, int64_t run, float
       const float* r = rows + p * PANEL * ld;
       int64_t d = 0;
       for (; d + 2 * VL <= ld; d += 2 * VL)
-        product<2, Store::add, true>(rows_here, n_panels, PANEL, w, PANEL, BLOCK_KEYS * PANEL,
-                                     r + d, ld, PANEL * ld, to + j * ld + d, ld, nullptr);
+        product<2, Store::add, true, Unit>(rows_here, n_panels, PANEL, w, PANEL, BLOCK_KEYS * PANEL,
+                                           r + d, ld, PANEL * ld, to + j * ld + d, ld, nullptr);
       for (; d < ld; d += VL)
-        product<1, Store::add, true>(rows_here, n_panels, PANEL, w, PANEL, BLOCK_KEYS * PANEL,
-                                     r + d, ld, PANEL * ld, to + j * ld + d, ld, nullptr);
+        product<1, Store::add, true, Unit>(rows_here, n_panels, PANEL, w, PANEL, BLOCK_KEYS * PANEL,
+                                           r + d, ld, PANEL * ld, to + j * ld + d, ld, nullptr);
     }
   }
 }

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "key_owners.h"
+#include "sequences.h"
 
 namespace memattn {
 namespace {
@@ -47,7 +48,6 @@ struct Call {
     check_shape("value", in.value, {a.B, a.F, a.Hkv, a.S, a.Dv});
     check_shape("gates", gates, {a.B, a.T, a.A});
     STD_TORCH_CHECK(gates.scalar_type() == ScalarType::Float, "gates must have dtype float32");
-    check_bounds("seq_start", in.seq_start, a.B), check_bounds("seq_end", in.seq_end, a.B);
     STD_TORCH_CHECK(a.S < INT32_MAX && a.T * a.A < INT32_MAX,
                     "memattn_cpp takes lengths below 2^31");
     a.query = view_of(in.query), a.key = view_of(in.key), a.value = view_of(in.value);
@@ -119,29 +119,15 @@ struct Call {
   // The keys that each token sees, none where it is outside its sequence.
   void find_ranges(const Inputs& in) {
     BranchArgs& a = args;
-    const bool alike = !in.seq_start && !in.seq_end;
-    const int64_t sequences = alike ? std::min<int64_t>(a.B, 1) : a.B;
-    const auto starts = in.seq_start ? int_values(*in.seq_start) : std::vector<int64_t>(a.B, 0);
-    const auto ends = in.seq_end ? int_values(*in.seq_end) : std::vector<int64_t>(a.B, INT32_MAX);
-    const auto bounds = in.cu_seqlens ? int_values(*in.cu_seqlens) : std::vector<int64_t>{};
-    for (size_t d = 0; d + 1 < bounds.size(); ++d)
-      STD_TORCH_CHECK(bounds[d] >= 0 && bounds[d] <= bounds[d + 1], "cu_seqlens must rise");
-    ranges.assign(sequences * a.T, KeyRange{0, 0});
-    for (int64_t b = 0; b < sequences; ++b)
-      for (int64_t t = 0, d = 0; t < a.T; ++t) {
-        const int64_t i = t + in.query_offset;
-        int64_t start = starts[b], end = ends[b];
-        if (in.cu_seqlens) {
-          while (d + 2 < static_cast<int64_t>(bounds.size()) && i >= bounds[d + 1]) ++d;
-          start = bounds[d], end = bounds[d + 1];
-        }
-        if (i < start || i >= end) continue;
-        const int64_t lo = std::max<int64_t>(start, 0);
-        const int64_t hi = std::min({end, a.S, in.is_causal ? i + 1 : a.S});
-        if (lo < hi)
-          ranges[b * a.T + t] = {static_cast<int32_t>(lo), static_cast<int32_t>(hi)};
-      }
-    a.ranges = ranges.data(), a.ranges_stride = alike ? 0 : a.T;
+    const auto samples = documents_of(a.B, in.cu_seqlens, in.seq_start, in.seq_end);
+    ranges.assign(samples.size() * a.T, KeyRange{0, 0});
+    for_each_token(samples, a.T, in.query_offset, [&](int64_t row, int64_t i, const Document& doc) {
+      if (i < doc.start || i >= doc.end) return;
+      const int64_t lo = std::max<int64_t>(doc.start, 0);
+      const int64_t hi = std::min({doc.end, a.S, in.is_causal ? i + 1 : a.S});
+      if (lo < hi) ranges[row] = {static_cast<int32_t>(lo), static_cast<int32_t>(hi)};
+    });
+    a.ranges = ranges.data(), a.ranges_stride = in.seq_start || in.seq_end ? a.T : 0;
   }
 
   void list_slots(const Inputs& in) {

@@ -357,13 +357,3 @@ static MEMATTN_INLINE void scale_and_add(float* to, const float* from, int64_t w
   }
   for (; d < width; ++d) to[d] = to[d] * alpha + from[d] * beta;
 }
-
-// Hands out aligned pieces of a thread's scratch.
-struct Pieces {
-  float* next;
-  float* take(int64_t floats) {
-    float* from = next;
-    next += round_up(floats, 16);
-    return from;
-  }
-};

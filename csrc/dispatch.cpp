@@ -27,7 +27,9 @@ const std::vector<Choice>& choices() {
   static const bool avx512 =
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-  static const std::vector<Choice> all{{"avx512", avx512_kernels, avx512},
+  static const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  static const std::vector<Choice> all{{"avx512_bf16", avx512_bf16_kernels, avx512_bf16},
+                                       {"avx512", avx512_kernels, avx512},
                                        {"avx2", avx2_kernels, avx2},
                                        {"portable", portable_kernels, true}};
 #else

@@ -1,14 +1,9 @@
 // Which keys and rows of the table each query of future attention sees.
 #pragma once
 
-#include "tensors.h"
+#include "sequences.h"
 
 namespace memattn {
-
-// One document or sequence: tokens [start, end), the how-many-th it is.
-struct FutureDocument {
-  int64_t start, end, number;
-};
 
 struct FutureBand {
   int64_t table_len;  // rows of the table that one document has
@@ -16,7 +11,7 @@ struct FutureBand {
   int64_t future_dim;
 };
 
-inline FutureRow future_row(const FutureArgs& a, int64_t i, const FutureDocument& doc,
+inline FutureRow future_row(const FutureArgs& a, int64_t i, const Document& doc,
                             const FutureBand& band) {
   FutureRow r{0, 0, 0, 0, 0, 0};
   if (i < doc.start || i >= doc.end) return r;
@@ -54,35 +49,18 @@ inline std::vector<FutureRow> future_rows(FutureArgs& a, const OptionalTensor& c
   STD_TORCH_CHECK(band.table_len >= band.future_dim && band.table_len <= a.R,
                   "table_len must be at least future_dim=", band.future_dim,
                   " and at most the rows of future_key, ", a.R, ", got ", band.table_len);
-  const bool alike = !seq_start && !seq_end;
-  const int64_t sequences = alike ? std::min<int64_t>(a.B, 1) : a.B;
-  const auto starts = seq_start ? int_values(*seq_start) : std::vector<int64_t>(a.B, 0);
-  const auto ends = seq_end ? int_values(*seq_end) : std::vector<int64_t>(a.B, INT32_MAX);
-  std::vector<FutureRow> rows(sequences * a.T);
-  for (int64_t b = 0; b < sequences; ++b) {
-    std::vector<FutureDocument> documents{{starts[b], ends[b], 0}};
-    if (cu_seqlens) {
-      const auto bounds = int_values(*cu_seqlens);
-      STD_TORCH_CHECK(bounds.size() >= 2, "cu_seqlens must have at least 2 entries, got ",
-                      bounds.size());
-      const int64_t n = static_cast<int64_t>(bounds.size()) - 1;
-      STD_TORCH_CHECK(band.table_len == a.R || n * band.table_len <= a.R,
-                      "future_key must have table_len=", band.table_len, " rows for each of ", n,
-                      " documents, got ", a.R);
-      documents.clear();
-      for (int64_t d = 0; d < n; ++d) {
-        STD_TORCH_CHECK(bounds[d] >= 0 && bounds[d] <= bounds[d + 1], "cu_seqlens must rise");
-        documents.push_back({bounds[d], bounds[d + 1], d});
-      }
-    }
-    size_t d = 0;
-    for (int64_t t = 0; t < a.T; ++t) {
-      const int64_t i = t + query_offset;
-      while (d + 1 < documents.size() && i >= documents[d].end) ++d;
-      rows[b * a.T + t] = future_row(a, i, documents[d], band);
-    }
+  if (cu_seqlens) {
+    const int64_t n = cu_seqlens->numel() - 1;
+    STD_TORCH_CHECK(band.table_len == a.R || n * band.table_len <= a.R,
+                    "future_key must have table_len=", band.table_len, " rows for each of ", n,
+                    " documents, got ", a.R);
   }
-  a.rows_stride = alike ? 0 : a.T;
+  const auto samples = documents_of(a.B, cu_seqlens, seq_start, seq_end);
+  std::vector<FutureRow> rows(samples.size() * a.T);
+  for_each_token(samples, a.T, query_offset, [&](int64_t row, int64_t i, const Document& doc) {
+    rows[row] = future_row(a, i, doc, band);
+  });
+  a.rows_stride = seq_start || seq_end ? a.T : 0;
   return rows;
 }
 

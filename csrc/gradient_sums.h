@@ -1,7 +1,6 @@
 // Gradients of keys, summed in float32 by several chunks of queries and stored in their own dtype.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
@@ -38,7 +37,7 @@ inline void store_sum(const View& to, int64_t offset, int64_t n, int64_t width, 
     if (to.dtype == Dtype::float16)
       for (int64_t d = 0; d < width; ++d) half[d] = torch::headeronly::Half(row[d]).x;
     if (to.dtype == Dtype::bfloat16)
-      for (int64_t d = 0; d < width; ++d) half[d] = torch::headeronly::BFloat16(row[d]).x;
+      for (int64_t d = 0; d < width; ++d) half[d] = bfloat16_of(row[d]);
   }
 }
 

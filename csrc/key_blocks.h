@@ -74,19 +74,26 @@ struct Source {
   int64_t sums_begin;
 };
 
-// Calls visit(block) for the blocks of a source that some lane sees. scratch: [BLOCK_KEYS][D + Dv].
-template <class Visit>
-static MEMATTN_INLINE void walk_source(const Source& s, const Interval& seen, int64_t D, int64_t Dv,
-                                       float* scratch, Visit visit) {
+// Keys [j, j + n) of a source as float32; scratch: [BLOCK_KEYS][D + Dv].
+static MEMATTN_INLINE Block load_block(const Source& s, int64_t j, int64_t n, int64_t D, int64_t Dv,
+                                       float* scratch) {
   const int64_t key_step = s.key.stride[s.row_axis], value_step = s.value.stride[s.row_axis];
+  Block block;
+  block.key = float_rows(s.key, s.key_at + j * key_step, key_step, s.key.stride[s.row_axis + 1], n,
+                         D, scratch);
+  block.value = float_rows(s.value, s.value_at + j * value_step, value_step,
+                           s.value.stride[s.row_axis + 1], n, Dv, scratch + BLOCK_KEYS * D);
+  return block;
+}
+
+// Calls visit(block) for the blocks of a source that some lane sees, as load_block() has them.
+template <class Scratch, class Visit>
+static MEMATTN_INLINE void walk_source(const Source& s, const Interval& seen, int64_t D, int64_t Dv,
+                                       Scratch scratch, Visit visit) {
   for (int64_t j = seen.min_lo; j < seen.max_hi; j += BLOCK_KEYS) {
     const int64_t left = seen.max_hi - j;
     const int64_t n = left < BLOCK_KEYS ? left : BLOCK_KEYS;
-    Block block;
-    block.key = float_rows(s.key, s.key_at + j * key_step, key_step, s.key.stride[s.row_axis + 1],
-                           n, D, scratch);
-    block.value = float_rows(s.value, s.value_at + j * value_step, value_step,
-                             s.value.stride[s.row_axis + 1], n, Dv, scratch + BLOCK_KEYS * D);
+    auto block = load_block(s, j, n, D, Dv, scratch);
     block.begin = j, block.n = n, block.seen = &seen;
     block.d_key = s.d_key ? s.d_key + (j - s.sums_begin) * round_up(D, VL) : nullptr;
     block.d_value = s.d_value ? s.d_value + (j - s.sums_begin) * round_up(Dv, VL) : nullptr;

@@ -2,16 +2,11 @@
 // segmented_attention_tile.h, the definition in memattn/reference/segmented_attention.py.
 #include <tuple>
 
+#include "sequences.h"
 #include "sliding_sums.h"
-#include "tensors.h"
 
 namespace memattn {
 namespace {
-
-// One document: tokens [start, end), whose first segment has this index among all segments.
-struct Document {
-  int64_t start, end, first_segment;
-};
 
 // The arguments of both operators, in their order.
 struct Inputs {
@@ -29,7 +24,8 @@ struct Call {
   std::vector<RowRange> rows;
 };
 
-RowRange row_range(const SegmentedArgs& a, int64_t i, const Document& doc, const Inputs& in) {
+RowRange row_range(const SegmentedArgs& a, int64_t i, const Document& doc, int64_t first_segment,
+                   const Inputs& in) {
   const OptionalInt &segment_len = in.segment_len, &window_size = in.window_size;
   RowRange r{0, 0, 0, 0, 0};
   if (i < doc.start || i >= doc.end) return r;
@@ -52,7 +48,7 @@ RowRange row_range(const SegmentedArgs& a, int64_t i, const Document& doc, const
   if (lo < hi) r.lo = static_cast<int32_t>(lo), r.hi = static_cast<int32_t>(hi);
   r.persistent = static_cast<int32_t>(a.P);
   if (a.M) {
-    r.segment = static_cast<int32_t>(doc.first_segment + (i - doc.start) / *segment_len);
+    r.segment = static_cast<int32_t>(first_segment + (i - doc.start) / *segment_len);
     r.memory = static_cast<int32_t>(
         in.memory_is_causal ? std::min(a.M, (i - doc.start) % *segment_len + 1) : a.M);
   }
@@ -61,39 +57,23 @@ RowRange row_range(const SegmentedArgs& a, int64_t i, const Document& doc, const
 
 // What every query sees; refuses anything that would read outside a tensor.
 std::vector<RowRange> row_ranges(SegmentedArgs& a, const Inputs& in) {
-  const OptionalTensor &seq_start = in.seq_start, &seq_end = in.seq_end;
   const int64_t n_segments = in.memory_key ? in.memory_key->size(2) : 0;
   STD_TORCH_CHECK(a.S < INT32_MAX && a.T < INT32_MAX, "memattn_cpp takes lengths below 2^31");
-  const bool alike = !seq_start && !seq_end;
-  const int64_t sequences = alike ? std::min<int64_t>(a.B, 1) : a.B;
-  const auto starts = seq_start ? int_values(*seq_start) : std::vector<int64_t>(a.B, 0);
-  const auto ends = seq_end ? int_values(*seq_end) : std::vector<int64_t>(a.B, INT32_MAX);
-  std::vector<RowRange> rows(sequences * a.T);
-  for (int64_t b = 0; b < sequences; ++b) {
-    std::vector<Document> documents;
-    if (in.cu_seqlens) {
-      const auto bounds = int_values(*in.cu_seqlens);
-      int64_t segments = 0;
-      for (size_t d = 0; d + 1 < bounds.size(); ++d) {
-        STD_TORCH_CHECK(bounds[d] >= 0 && bounds[d] <= bounds[d + 1], "cu_seqlens must rise");
-        documents.push_back({bounds[d], bounds[d + 1], segments});
-        if (in.segment_len)
-          segments += (bounds[d + 1] - bounds[d] + *in.segment_len - 1) / *in.segment_len;
-      }
-    } else {
-      documents.push_back({starts[b], ends[b], 0});
-    }
-    size_t d = 0;
-    for (int64_t t = 0; t < a.T; ++t) {
-      const int64_t i = t + in.query_offset;
-      while (d + 1 < documents.size() && i >= documents[d].end) ++d;
-      RowRange& r = rows[b * a.T + t];
-      r = row_range(a, i, documents[d], in);
-      STD_TORCH_CHECK(!r.memory || r.segment < n_segments, "memory_key must have at least n_segments=",
-                      r.segment + 1, ", got ", n_segments);
-    }
-  }
-  a.rows_stride = alike ? 0 : a.T;
+  const auto samples = documents_of(a.B, in.cu_seqlens, in.seq_start, in.seq_end);
+  // the first segment of each document among all segments
+  std::vector<int64_t> first_segment{0};
+  const int64_t len = in.segment_len.value_or(INT32_MAX);
+  if (!samples.empty())
+    for (const Document& doc : samples[0])
+      first_segment.push_back(first_segment.back() + (doc.end - doc.start + len - 1) / len);
+  std::vector<RowRange> rows(samples.size() * a.T);
+  for_each_token(samples, a.T, in.query_offset, [&](int64_t row, int64_t i, const Document& doc) {
+    RowRange& r = rows[row];
+    r = row_range(a, i, doc, first_segment[doc.number], in);
+    STD_TORCH_CHECK(!r.memory || r.segment < n_segments, "memory_key must have at least n_segments=",
+                    r.segment + 1, ", got ", n_segments);
+  });
+  a.rows_stride = in.seq_start || in.seq_end ? a.T : 0;
   return rows;
 }
 

@@ -46,10 +46,10 @@ struct TileRows {
 };
 
 // Calls visit(block) for every block of keys that some row of the tile sees.
-template <class Visit>
+template <class Scratch, class Visit>
 static void for_each_block(const SegmentedArgs& a, const Tile& tile, const TileRows& rows,
                            int64_t panel, const SegmentedGrads* grads, int64_t ldk, int64_t ldv,
-                           float* scratch, Visit visit) {
+                           Scratch scratch, Visit visit) {
   Interval seen;
   // lanes past the last row repeat it: they cost no mask, and nobody reads them
   auto fill = [&](auto lo, auto hi) {
@@ -94,31 +94,29 @@ static void for_each_block(const SegmentedArgs& a, const Tile& tile, const TileR
        grads ? grads->key_begin : 0);
 }
 
-template <int NV>
+template <class How, int NV>
 static void forward_tile(const SegmentedArgs& a, const Tile& tile, float* scratch) {
   const TileRows rows(a, tile, NV * VL);
-  forward_rows<NV>(a, tile, rows, [&](float* block_scratch, auto visit) {
+  How::template forward<NV>(a, tile, rows, [&](auto block_scratch, auto visit) {
     for_each_block(a, tile, rows, NV * VL, nullptr, 0, 0, block_scratch, visit);
   }, scratch);
 }
 
-template <int NV>
-static void backward_tile(const SegmentedArgs& a, const Tile& tile, const SegmentedGrads& grads,
-                          float* scratch) {
+template <class How>
+static void segmented_forward_by(const SegmentedArgs& a, const Tile& tile, float* scratch) {
+  const int64_t n = (tile.h1 - tile.h0) * (tile.t1 - tile.t0);
+  n <= VL ? forward_tile<How, 1>(a, tile, scratch) : forward_tile<How, 2>(a, tile, scratch);
+}
+
+template <class How>
+static void segmented_backward_by(const SegmentedArgs& a, const Tile& tile,
+                                  const SegmentedGrads& grads, float* scratch) {
+  constexpr int NV = 2;
   const TileRows rows(a, tile, NV * VL);
   const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
-  backward_rows<NV>(a, tile, rows, [&](bool with_gradients, float* block_scratch, auto visit) {
-    for_each_block(a, tile, rows, NV * VL, with_gradients ? &grads : nullptr, ldk, ldv,
-                   block_scratch, visit);
-  }, scratch);
-}
-
-static void segmented_forward(const SegmentedArgs& a, const Tile& tile, float* scratch) {
-  const int64_t n = (tile.h1 - tile.h0) * (tile.t1 - tile.t0);
-  n <= VL ? forward_tile<1>(a, tile, scratch) : forward_tile<2>(a, tile, scratch);
-}
-
-static void segmented_backward(const SegmentedArgs& a, const Tile& tile,
-                               const SegmentedGrads& grads, float* scratch) {
-  backward_tile<2>(a, tile, grads, scratch);
+  How::template backward<NV>(
+      a, tile, rows, [&](bool with_gradients, auto block_scratch, auto visit) {
+        for_each_block(a, tile, rows, NV * VL, with_gradients ? &grads : nullptr, ldk, ldv,
+                       block_scratch, visit);
+      }, scratch);
 }

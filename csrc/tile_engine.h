@@ -45,10 +45,18 @@ static MEMATTN_INLINE vf exp2_nonpositive(vf x, Fraction fraction) {
 
 enum class Store { set, add, scale_add };
 
+// What a product multiplies: floats. Another unit of 32 bits may hold several numbers, whose products
+// with those of the other factor are all added to one sum.
+struct Floats {
+  static constexpr int64_t NUMBERS = 1;  // in a unit
+  static MEMATTN_INLINE vf all(const float* x) { return broadcast(*x); }
+  static MEMATTN_INLINE vf add_product(vf a, vf b, vf c) { return fma(a, b, c); }
+};
+
 // C[MR][NV vectors] (=, +=, or alpha * C +) sum over ko, k of A[m, ko, k] * B[ko, k, :].
 // A is contiguous along k (a_stride steps m) or along m (a_stride steps k). The sum starts from 0 and
 // meets C at the end: long sums are made of short ones, which keeps their rounding small.
-template <int MR, int NV, Store STORE, bool A_ALONG_K>
+template <int MR, int NV, Store STORE, bool A_ALONG_K, class Unit>
 static MEMATTN_INLINE void micro(int64_t KO, int64_t K, const float* A, int64_t a_stride,
                                  int64_t a_ko, const float* B, int64_t ldb, int64_t b_ko, float* C,
                                  int64_t ldc, const vf* alpha) {
@@ -67,9 +75,9 @@ static MEMATTN_INLINE void micro(int64_t KO, int64_t K, const float* A, int64_t 
       for (int v = 0; v < NV; ++v) bv[v] = ((const vf*)b)[v];
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-        const vf av = broadcast(A_ALONG_K ? a[m * a_stride + k] : a[m]);
+        const vf av = Unit::all(A_ALONG_K ? a + m * a_stride + k : a + m);
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) acc[m][v] = fma(av, bv[v], acc[m][v]);
+        for (int v = 0; v < NV; ++v) acc[m][v] = Unit::add_product(av, bv[v], acc[m][v]);
       }
       b += ldb;
       if (!A_ALONG_K) a += a_stride;
@@ -93,16 +101,16 @@ constexpr int micro_rows() {
 }
 
 // One panel of a product: C[M][NV vectors], the rows in the largest groups that fit.
-template <int NV, Store STORE, bool A_ALONG_K>
+template <int NV, Store STORE, bool A_ALONG_K, class Unit = Floats>
 static void product(int64_t M, int64_t KO, int64_t K, const float* A, int64_t a_stride,
                     int64_t a_ko, const float* B, int64_t ldb, int64_t b_ko, float* C, int64_t ldc,
                     const vf* alpha) {
   constexpr int MR = micro_rows<NV>();
   const int64_t a_row = A_ALONG_K ? a_stride : 1;
   int64_t m = 0;
-#define MEMATTN_MICRO(R)                                                                        \
-  micro<R, NV, STORE, A_ALONG_K>(KO, K, A + m * a_row, a_stride, a_ko, B, ldb, b_ko, C + m * ldc, \
-                                 ldc, alpha);                                                   \
+#define MEMATTN_MICRO(R)                                                                   \
+  micro<R, NV, STORE, A_ALONG_K, Unit>(KO, K, A + m * a_row, a_stride, a_ko, B, ldb, b_ko, \
+                                       C + m * ldc, ldc, alpha);                           \
   m += R
   while (M - m >= MR) {
     MEMATTN_MICRO(MR);
@@ -234,7 +242,7 @@ static void from_panels(const float* panels, int64_t panel, int64_t lanes, int64
 }
 
 // The dot products of rows [lanes][ld] with the lanes of panels, rounded as dot_products() does.
-static void row_dot_products(const float* rows, int64_t ld, const float* panels, int64_t panel,
+static inline void row_dot_products(const float* rows, int64_t ld, const float* panels, int64_t panel,
                              int64_t lanes, int64_t width, int64_t run, float* totals) {
   vf total{}, sum{};
   for_each_square(rows, ld, lanes, width, [&](int64_t lane, int64_t d, const vf* square) {
@@ -272,7 +280,7 @@ static MEMATTN_INLINE void store(const View& view, int64_t offset, float x) {
   switch (view.dtype) {
     case Dtype::float32: ((float*)view.data)[offset] = x; break;
     case Dtype::float16: ((uint16_t*)view.data)[offset] = torch::headeronly::Half(x).x; break;
-    default: ((uint16_t*)view.data)[offset] = torch::headeronly::BFloat16(x).x;
+    default: ((uint16_t*)view.data)[offset] = bfloat16_of(x);
   }
 }
 
@@ -304,6 +312,11 @@ static void store_row(const View& view, int64_t offset, int64_t stride, int64_t 
                       const float* from) {
   if (view.dtype == Dtype::float32 && stride == 1) {
     __builtin_memcpy((float*)view.data + offset, from, n * 4);
+    return;
+  }
+  if (view.dtype == Dtype::bfloat16 && stride == 1) {
+    uint16_t* to = (uint16_t*)view.data + offset;
+    for (int64_t i = 0; i < n; ++i) to[i] = bfloat16_of(from[i]);
     return;
   }
   for (int64_t i = 0; i < n; ++i) store(view, offset + i * stride, from[i]);

@@ -1,11 +1,14 @@
 """Attention with tasks, foresight, segments and memory.
 
 Importing ``memattn`` loads nothing: torch loads on the first use of an operator or a module, and
-Triton, transformers and the command line on the first use of theirs.
+Triton, transformers and the command line on the first use of theirs. The auto classes of
+transformers know the models nevertheless, whichever of the two packages is imported first.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from memattn._auto_classes import register_when_asked
 
 if TYPE_CHECKING:
     from memattn.adapters import (
@@ -157,6 +160,9 @@ _HOMES = {
     "memattn.dtgma": ("DTGMAModel",),
     "memattn.continual": ("train_continual",),
 }
+
+
+register_when_asked()
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,30 @@ def replacing_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Raise ValueError unless files can be written to a folder, which need not exist yet.
+
+    Tries it, since permissions alone do not tell, and leaves nothing behind.
+
+    Args:
+        name: Name of the argument.
+        folder: The folder.
+    """
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} must be a folder that can be written to, got {folder} ({error.strerror})"
+        ) from None
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it was never made, or another process uses it by now
+                path.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

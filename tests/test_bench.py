@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from bench_factories import (
     wrong_tail,
 )
 
-from memattn.bench import gate
-from memattn.bench.engine import OURS, measure_case
+from memattn.bench import gate, report, timing
+from memattn.bench.engine import OURS, measure_between_roofs, measure_case
 from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
 from memattn.bench.inputs import make_segmented_inputs
 from memattn.bench.memory import MemoryJob, cpu_peaks
+from memattn.bench.roof_turns import RoofTurns
 from memattn.bench.roofline import Roofs, Work, attention_work, measure_roofs, work_of
 from memattn.bench.segmented_attention import SegmentedCase, segmented_pairs
 from memattn.bench.timing import Timing, interleave, speedup
@@ -122,12 +124,44 @@ def test_roof_is_the_slowest_of_three():
     assert roofs.seconds_without_overlap(Work(100, 10, 10)) == 12
 
 
-def test_roofs_are_measured():
+def test_rates_of_the_roofs_come_from_the_clock(monkeypatch):
+    now = iter(range(10**6))  # every reading is a second after the last
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(now)))
     roofs = measure_roofs("cpu", torch.float32, seconds=0.0)
-    # even the slowest machine multiplies faster than it copies, and this bounds the units
-    assert 1e8 < roofs.matmul_flops < 1e15
-    assert 1e7 < roofs.copy_bytes < 1e14
-    assert 1e5 < roofs.exps < 1e13
+    assert roofs == Roofs(matmul_flops=2 * 1024**3, exps=1 << 20, copy_bytes=2 * 4 << 25)
+
+
+def test_roofs_are_the_best_of_turns_around_the_cases():
+    """The machine is disturbed from the second case on, and at the end."""
+    products = iter([100.0, 96.0, 30.0, 90.0, 40.0])
+    copies = iter([5.0, 8.0, 8.0, 2.0, 8.0])
+    asked = []
+
+    def measure(device, dtype, *, seconds):
+        asked.append((device, dtype, seconds))
+        return Roofs(matmul_flops=next(products), exps=1e9, copy_bytes=next(copies))
+
+    turns, rows, key = RoofTurns(0.5, measure), [], ("cpu", torch.float32)
+    for kind in ("causal", "window", "segment", "dense"):
+        rows += measure_between_roofs(
+            small(kind), turns, backend="reference", directions=["forward"], peers=[], effort=QUICK
+        )
+    assert asked == [(*key, 0.5)] * 5  # one before the first, one after each
+    assert turns.best() == {key: Roofs(100.0, 1e9, 8.0)}
+    compute, memory = Work(flops=1000, exps=0, bytes=1), Work(flops=1, exps=0, bytes=1000)
+    beside = [turns.beside(key, row.turn, compute) for row in rows]
+    assert beside == [0.96, 0.3, 0.3, 0.4]
+    assert turns.beside(key, rows[-1].turn, memory) == 0.25  # its own rate rules
+
+    records = [{"machine_share": share} for share in beside]
+    line = report.disturbed_line(records)
+    assert line is not None and "beside 3 of 4 rows" in line and "at 30 % at worst" in line
+    assert report.disturbed_line(records[:1]) is None
+    assert "best of 5 turns" in report.roof_line(turns.records()[0])
+    assert "product 1e-07 GFLOP/s (30 %)" in report.roof_line(turns.records()[0])
+    shares = [record["roof_share"] for record in report.row_records(rows, turns)]
+    work = work_of(rows[0].case.work(), "forward")
+    assert shares[0] == Roofs(100.0, 1e9, 8.0).seconds(work) / rows[0].timing.median
 
 
 # timing

@@ -85,6 +85,11 @@ def test_the_command_takes_presets_folders_and_configurations(capsys, tmp_path):
         f"model:\n  preset: vanilla\n  options: {json.dumps(sizes)}\ndata:\n  seq_len: 16\n"
     )
     wanted = estimate(config, 16).to_dict()
+    specialists = {"names": ["law"], "rank": 2}
+    (tmp_path / "more.yaml").write_text(
+        f"model:\n  model_path: {tmp_path}\n  specialists: {json.dumps(specialists)}\n"
+        "  freeze_base_model: true\n"
+    )
     for arguments in (
         ("vanilla", "--seq_len", "16", "--options", json.dumps(sizes)),
         (str(tmp_path), "--seq_len", "16"),
@@ -93,6 +98,12 @@ def test_the_command_takes_presets_folders_and_configurations(capsys, tmp_path):
         code, out, err = run(capsys, *arguments, "--json", str(tmp_path / "out.json"))
         assert (code, err) == (0, "") and f"{wanted['flops']:,}" in out
         assert json.loads((tmp_path / "out.json").read_text()) == wanted
+    more = MemAttnConfig.vanilla(**sizes, parts=[{"kind": "specialists", **specialists}])
+    code, out, err = run(
+        *(capsys, "--config", str(tmp_path / "more.yaml"), "--seq_len", "16"),
+        *("--base_model", str(tmp_path)),
+    )
+    assert (code, err) == (0, "") and f"{estimate(more, 16).flops:,}" in out
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,11 @@ LAYERS = [
     {"models", "adapters", "dtgma"},
     {"parts"},
     {"nn"},
+    {"distributed"},
     {"testing"},
     {"ops"},
     {"reference", "cpp"},
-    {"checks", "files", "yaml_text", "_tables"},
+    {"checks", "files", "yaml_text", "_tables", "_auto_classes"},
 ]
 
 

@@ -1,4 +1,4 @@
-"""Training what is attached to a pretrained model: a memory, LoRA, or both."""
+"""Training what is attached to a pretrained model: a memory, specialists, LoRA, or several."""
 
 import json
 from dataclasses import replace
@@ -25,6 +25,8 @@ KINDS = {
     "memory": {"memory_adapter": MEMORY},
     "lora": {"lora": LORA},
     "both": {"memory_adapter": MEMORY, "lora": LORA},
+    # open ones: their prior is 1 unless told
+    "specialists": {"memory_adapter": {"kind": "specialists", "gate_size": 4}, "lora": LORA},
 }
 
 
@@ -62,7 +64,7 @@ def test_what_is_attached_learns_and_the_base_does_not(tmp_path, base, kind, cap
     saved = load_file(result.model_dir / "model.safetensors")
     fresh = load_base(run.model)
     attached = {name for name, p in fresh.named_parameters() if p.requires_grad}
-    assert attached == saved.keys()
+    assert attached == {name for name in saved if not name.endswith(".prior")}
     assert all("memory_adapters" in name or ".lora_" in name for name in attached)
     # every command finds it again, in the run, in its checkpoints, and by its formats
     trained = logits(load_model(str(tmp_path / "run"), "cpu"))
@@ -79,13 +81,18 @@ def test_what_is_attached_learns_and_the_base_does_not(tmp_path, base, kind, cap
     arguments = ["--prompt", "the sea", "--max_new_tokens", "3", "--device", "cpu"]
     assert main(["generate", str(tmp_path / "run"), *arguments]) == 0
     assert capsys.readouterr().out.startswith("the sea")
+    if kind == "specialists":
+        out = ["--text", "the sea", "--out", str(tmp_path / "gates.svg")]
+        assert main(["gates", str(tmp_path / "run"), *out]) == 0
+        assert " specialist_0]\nwrote " in capsys.readouterr().out
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, base):
-    whole = train(config(tmp_path, base, "both", max_steps=6), progress=False)
+@pytest.mark.parametrize("kind", ["both", "specialists"])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, base, kind):
+    whole = train(config(tmp_path, base, kind, max_steps=6), progress=False)
     # activations that are computed again change no bit
     again = {"output_dir": str(tmp_path / "again"), "gradient_checkpointing": True}
-    again = config(tmp_path, base, "both", max_steps=6, **again)
+    again = config(tmp_path, base, kind, max_steps=6, **again)
     resumed = train(again, resume=whole.output_dir / "checkpoints" / "step-3", progress=False)
     a, b = (load_file(r.model_dir / "model.safetensors") for r in (whole, resumed))
     assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
@@ -125,7 +132,7 @@ def test_names_what_does_not_fit(tmp_path, base):
         load_base(wrong)
     with pytest.raises(ValueError, match="config.kind must be one of .*, got 'no'"):
         load_base(ModelConfig(model_path=str(base), memory_adapter={"kind": "no"}))
-    specialists = {"kind": "specialists"}  # closed
+    specialists = {"kind": "specialists", "prior": 0.0}
     closed = ModelConfig(model_path=str(base), memory_adapter=specialists, freeze_base_model=True)
     own = replace(run, model=closed, training=replace(run.training, output_dir=f"{tmp_path}/own"))
     with pytest.raises(ValueError, match="model must have weights that learn .*a prior above 0"):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,8 +14,11 @@ from adapter_factories import make_base
 from safetensors.torch import load_file
 from train_factories import columns, tiny_config, write_corpus
 
-from memattn.train import LoraConfig, ModelConfig, load_config, train
+from memattn.data import load_tokenizer
+from memattn.train import LoraConfig, ModelConfig, TrainingConfig, load_config, train
+from memattn.train.distributed import prepare_model
 from memattn.train.metrics import read_metrics
+from memattn.train.setup import build_model
 
 ROOT = Path(__file__).parent
 CASES = {
@@ -24,6 +29,8 @@ CASES = {
     "ddp-future": {"gradient_accumulation_steps": 2, "batch_size": 1},
     # most steps select no token of some chapters
     "ddp-memory": {"memory_lr": 5e-3, "num_gpus": 2},
+    # and no token of some specialists
+    "ddp-shiftable": {"gradient_accumulation_steps": 2, "batch_size": 1},
     "ddp-attached": {"memory_lr": 5e-2},
     "fsdp-attached": {"memory_lr": 5e-2, "distributed_strategy": "fsdp"},
 }
@@ -49,9 +56,12 @@ def configure(folder: Path, name: str, **training):
         data |= {"dataset_name": str(write_corpus(corpus, 2, 900)), "held_out": 0.5}
     if "memory" in name:
         preset = "memory_transformer"
+    if "shiftable" in name:
+        preset = "shiftable"
     if "attached" in name:
         data |= {"packed": False, "seq_len": 96}
-    config = tiny_config(folder, preset=preset, data=data, **{**options, **CASES[name], **training})
+    options |= {**CASES.get(name, {}), **training}
+    config = tiny_config(folder, preset=preset, data=data, **options)
     if "attached" in name:
         config = replace(config, model=attached_model(folder))
     return config
@@ -70,6 +80,13 @@ def attached_model(folder: Path) -> ModelConfig:
     return ModelConfig(
         model_path=str(base), memory_adapter=memory, lora=lora, freeze_base_model=True
     )
+
+
+def test_weights_that_rest_are_not_sharded(tmp_path):
+    model = build_model(configure(tmp_path, "shiftable").model, load_tokenizer("bytes"))
+    two = SimpleNamespace(distributed_type="MULTI_CPU", num_processes=2)
+    with pytest.raises(NotImplementedError, match="strategy must be ddp, got fsdp with CausalSpec"):
+        prepare_model(cast(Any, two), model, TrainingConfig(distributed_strategy="fsdp"))
 
 
 @pytest.fixture(scope="module")

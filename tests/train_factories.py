@@ -47,6 +47,8 @@ def tiny_config(
         options |= {"top_k_chapters": 2, "routing_block_size": 8, "wo_init_zero": False}
         # a product of means, which two processes take each over its own rows
         options |= {"use_load_balance_loss": False}
+    if preset == "shiftable":
+        options |= {"num_specialists": 12, "top_k": 1, "gate_size": 4}
     return TrainConfig(
         model=ModelConfig(preset=preset, options=options),
         data=DataConfig(

@@ -189,8 +189,8 @@ def empty_gradient(name: str, tensor: Tensor) -> Tensor:
 
 
 def empty_numbers(query: Tensor, is_wanted: bool = True) -> Tensor:
-    """Uninitialised float32 ``[B, H, T]``, of size 0 if it is not wanted."""
-    return query.new_empty(query.shape[:3] if is_wanted else (0,), dtype=torch.float32)
+    """An uninitialised float32 number for each row, ``[B, H, T]``, none if they are not wanted."""
+    return query.new_empty(query.shape[:-1] if is_wanted else (0,), dtype=torch.float32)
 
 
 def empty_results(args: Any) -> tuple[Tensor, Tensor, Tensor]:

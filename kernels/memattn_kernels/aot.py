@@ -63,7 +63,7 @@ def variants(
     dtypes: tuple[str, ...] = ("bfloat16", "float32"),
     kernels: tuple[str, ...] = ("*",),
 ) -> Iterator[Variant]:
-    """Every declared kernel with every shipped configuration.
+    """Every declared kernel with every shipped configuration, and every candidate.
 
     Args:
         archs: Architectures of ``configs``.
@@ -98,7 +98,8 @@ def compile_variant(variant: Variant) -> tuple[triton.compiler.CompiledKernel, s
         for index, (name, kind) in enumerate(types.items())
         if kind != "constexpr" and (name.endswith("_ptr") or name.startswith("stride"))
     }
-    options = {name: n for name, n in variant.config.items() if not name.startswith("BLOCK")}
+    of_kernel = ("BLOCK", *configs.DESCRIPTOR_OPTIONS)
+    options = {name: n for name, n in variant.config.items() if not name.startswith(of_kernel)}
     source = ASTSource(variant.kernel.function, types, constants, attributes)
     log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
@@ -113,7 +114,9 @@ def _signature(variant: Variant) -> tuple[dict[str, object], dict[str, str]]:
     kernel = variant.kernel
     constants = kernel.constants(variant.head_dim, variant.dtype, variant.config)
     types = {
-        name: "constexpr" if name in constants else kernel.argument_type(name, variant.dtype)
+        name: "constexpr"
+        if name in constants
+        else kernel.argument_type(name, variant.dtype, constants)
         for name in kernel.function.arg_names
     }
     return constants, types
@@ -138,6 +141,7 @@ def inspect(variant: Variant) -> Report:
         shared=shared,
         tensor_memory=tensor_memory,
         tensor_cores=dict(Counter(TENSOR_CORES.findall(text))),
+        warps=compiled.metadata.num_warps,
         programs=machine_code.programs_per_core(
             variant.arch, threads, registers, shared, tensor_memory
         ),

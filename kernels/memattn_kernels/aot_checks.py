@@ -37,6 +37,8 @@ def faults(variant: Variant, report: Report) -> list[str]:
         found.append(f"needs {report.shared} B of shared memory, {limit} are there")
     if report.tensor_memory > TENSOR_MEMORY_LIMIT:
         found.append(f"needs {report.tensor_memory} columns of tensor memory")
+    if "specialized" in variant.config and report.warps == variant.config["num_warps"]:
+        found.append("Triton left out its warp specialisation")
     if report.is_serialised:
         found.append("ptxas serialises its matrix products (C7515)")
     for loop in report.loops:

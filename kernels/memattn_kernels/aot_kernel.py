@@ -53,6 +53,10 @@ class AotKernel:
         widths: Head dimensions at which it is compiled.
         pinned: Configurations by dtype class, ``"half"`` or ``"float"``, of a kernel that is not in
             the tables: compiled at head dimension 128 only, and for these classes.
+        candidates: Configurations by architecture and head dimension that the tables do not ship
+            yet, for half precision only; None for all else.
+        tiles: Of arguments that are tensor descriptors, by name, the compile-time arguments that
+            say the lengths of a tile.
         types: Triton's types, by name, of the run-time arguments that are not as usual. As usual
             ``*_ptr`` points to the dtype of the inputs, ``scale`` is float32, all else is int32.
     """
@@ -64,10 +68,15 @@ class AotKernel:
     in_float32: bool = True
     widths: tuple[int, ...] = configs.WIDTHS
     pinned: Mapping[str, dict[str, int]] | None = None
+    candidates: Mapping[str, Mapping[int, dict[str, int]]] | None = None
+    tiles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
 
     def config(self, arch: str, head_dim: int, dtype: str) -> dict[str, int] | None:
-        """The shipped configuration, or None where this is not compiled."""
+        """The shipped configuration, or the candidate; None where this is not compiled."""
+        if self.candidates is not None:
+            by_width = {} if dtype == "float32" else self.candidates.get(arch, {})
+            return by_width.get(head_dim)
         kind = "float" if dtype == "float32" else "half"
         if self.pinned is not None:
             return self.pinned.get(kind) if head_dim == PINNED_WIDTH else None
@@ -80,10 +89,15 @@ class AotKernel:
         """Name and part."""
         return f"{self.name}-{self.part}" if self.part else self.name
 
-    def argument_type(self, argument: str, dtype: str) -> str:
+    def argument_type(self, argument: str, dtype: str, constants: Mapping[str, object]) -> str:
         """Triton's type of a run-time argument for inputs of this dtype."""
         if argument in self.types:
             return self.types[argument]
+        if argument in self.tiles:
+            lengths = [constants[name] for name in self.tiles[argument]]
+            if len(lengths) == 1:  # numbers of rows, which are float32
+                return f"tensordesc<fp32{lengths}>"
+            return f"tensordesc<{TRITON_TYPES[dtype]}{[1, 1, *lengths]}>"
         if argument.endswith("_ptr"):
             return "*" + TRITON_TYPES[dtype]
         return "fp32" if argument == "scale" else "i32"
@@ -115,6 +129,7 @@ class Report:
     shared: int = 0  # bytes for one program
     tensor_memory: int = 0  # columns for one program, on sm_100
     tensor_cores: dict[str, int] = field(default_factory=dict)  # instructions by name
+    warps: int = 0  # of a program, with those that warp specialisation adds
     programs: int = 0  # that a multiprocessor holds
     is_serialised: bool = False  # ptxas waits after each matrix product of a warpgroup
     loops: list[HotLoop] = field(default_factory=list)

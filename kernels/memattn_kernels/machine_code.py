@@ -18,6 +18,8 @@ TENSOR_PRODUCT = re.compile(r"^(HGMMA|HMMA|UTC\w*MMA|v_mfma)")
 SCALAR_PRODUCT = re.compile(r"^(FFMA|v_(pk_)?fma)")
 SPILL = re.compile(r"^(LDL|STL|scratch_)")
 WAIT = re.compile(r"^WARPGROUP\.DEPBAR")
+# behind the end of the program stand waits that were moved out of its way
+END = re.compile(r"^(EXIT|s_endpgm)")
 SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]+?)\s*;")
 SASS_BRANCH = re.compile(r"^BRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)")
 GCN_LABEL = re.compile(r"^(\.L\w+):")
@@ -88,7 +90,8 @@ def hot_loops(code: bytes | str) -> list[HotLoop]:
         # several branches back to one place are one loop
         ends: dict[int, int] = {}
         for place, target in branches:
-            if target <= place and any(map(product.match, instructions[target : place + 1])):
+            inside = instructions[target : place + 1]
+            if any(map(product.match, inside)) and not any(map(END.match, inside)):
                 ends[target] = max(place, ends.get(target, 0))
         if ends:
             return [

@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", metavar="DIR")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--retune", action="store_true")
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--kinds", nargs="+", default=())
     parser.add_argument("--seq_lens", nargs="+", type=int, default=(), metavar="T")
     parser.add_argument("--shape", nargs="+", default=(), metavar="NAME=INTEGER")

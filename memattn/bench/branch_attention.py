@@ -108,11 +108,10 @@ class BranchCase(TokenCase):
 
     def _layer(self, n_specialists: int, gates: Tensor, backend: str) -> Forward:
         with torch.device("meta"):  # the weights are inputs
+            base = nn.MultiheadAttention(self.width, self.H, bias=False, batch_first=True)
             module = ShiftableMultiheadAttention(
-                self.width, self.H, nn.MultiheadAttention(self.width, self.H, bias=False,
-                                                          batch_first=True),
-                n_specialists, backend=backend,
-            )  # fmt: skip
+                self.width, self.H, base, n_specialists, backend=backend
+            )
         module.base = self.base(self.dtype)
         names = {n for n, _ in module.named_parameters()}
         mask = nn.Transformer.generate_square_subsequent_mask(self.T).to(self.device)
@@ -128,7 +127,7 @@ class BranchCase(TokenCase):
     def definition(self, rows: slice) -> Forward:
         chosen = self.chosen()[:, rows]
         if self.is_layer:
-            return partial(self._branch_by_branch, rows=rows)
+            return self._branch_by_branch(rows)
 
         def forward(inputs: dict[str, Tensor]) -> Tensor:
             # the definition scores all branches: one after the other
@@ -148,43 +147,44 @@ class BranchCase(TokenCase):
 
         return forward
 
-    def _branch_by_branch(self, inputs: dict[str, Tensor], rows: slice | None = None) -> Tensor:
+    def _branch_by_branch(self, rows: slice | None = None) -> Forward:
         """A layer as a call of PyTorch's attention for every branch, used or not."""
-        hidden, gates = inputs["hidden"], self.gates().to(inputs["hidden"])
+        gates, base = self.gates(), self.base(self.dtype)
         at = slice(0, self.T) if rows is None else rows
-        base = self.base(hidden.dtype)
         # what is timed knows of the triangle; the definition computes what is used alone
-        mask = None
+        mask, branches = None, range(1 + self.F)
         if rows is not None:
             mask = torch.ones(at.stop, at.stop, dtype=torch.bool, device=self.device).tril()[at]
-        used = set((1 + self.chosen()).flatten().tolist())
-        total = None
-        for n in range(1 + self.F):
-            if rows is not None and n and n not in used:
-                continue
-            name = f"specialists.specialist_{n - 1}."
-            q, k, v = (
-                base.in_proj_weight.chunk(3) if n == 0
-                else [inputs[f"{name}{x}_weight"] for x in "qkv"]
-            )  # fmt: skip
-            out = base.out_proj.weight if n == 0 else inputs[f"{name}out_weight"]
-            heads = lambda x, w: F.linear(x, w).unflatten(-1, (self.H, -1)).transpose(1, 2)
+            branches = [0, *(1 + self.chosen()).unique().tolist()]
+
+        def forward(inputs: dict[str, Tensor]) -> Tensor:
+            hidden = inputs["hidden"]
+            shares = gates.to(hidden)
             seen = hidden[:, : at.stop]
-            attended = F.scaled_dot_product_attention(
-                *(heads(hidden[:, at], q), heads(seen, k), heads(seen, v)),
-                attn_mask=mask,
-                is_causal=mask is None,
-            )
-            shares = gates[:, at, n, None]
-            part = shares * F.linear(attended.transpose(1, 2).flatten(2), out)
-            total = part if total is None else total + part
-        assert total is not None
-        return total[:, None]
+            heads = lambda x, w: F.linear(x, w).unflatten(-1, (self.H, -1)).transpose(1, 2)
+            total = torch.zeros_like(hidden[:, at])
+            for n in branches:
+                name = f"specialists.specialist_{n - 1}."
+                q, k, v, out = (
+                    [*base.in_proj_weight.to(hidden).chunk(3), base.out_proj.weight.to(hidden)]
+                    if n == 0
+                    else [inputs[f"{name}{x}_weight"] for x in ("q", "k", "v", "out")]
+                )
+                attended = F.scaled_dot_product_attention(
+                    *(heads(hidden[:, at], q), heads(seen, k), heads(seen, v)),
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                )
+                part = F.linear(attended.transpose(1, 2).flatten(2), out)
+                total = total + shares[:, at, n, None] * part
+            return total[:, None]
+
+        return forward
 
     def _calls(self) -> Forward:
         """All branches for all tokens, one after the other."""
         if self.is_layer:
-            return self._branch_by_branch
+            return self._branch_by_branch()
         grouped = self.key_heads != self.H
         chosen = self.chosen().transpose(1, 2)[:, :, None, :, None]  # [B, K, 1, T, 1]
 

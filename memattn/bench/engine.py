@@ -4,13 +4,14 @@ import gc
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from memattn.bench.case import Case, Forward, Peer
 from memattn.bench.gate import Oracle, check_peer, check_subject
 from memattn.bench.memory import MemoryJob, call_of, cpu_peaks, cuda_peak
-from memattn.bench.roofline import Roofs, measure_roofs
+from memattn.bench.roof_turns import RoofTurns
 from memattn.bench.timing import MIN_SAMPLE, Timing, interleave, speedup
 from memattn.ops._dispatch import resolve_backend
 
@@ -29,6 +30,7 @@ class Row:
     reason: str | None = None  # why there is no timing
     speedup: Timing | None = None  # of ours over this one, round by round
     peak_bytes: int | None = None
+    turn: int | None = None  # of the roofs, the one straight after
 
 
 @dataclass(frozen=True)
@@ -257,11 +259,20 @@ def roof_key(case: Case) -> tuple[str, torch.dtype]:
     return case.device, case.dtype
 
 
-def add_roofs(
-    roofs: dict[tuple[str, torch.dtype], Roofs], rows: Iterable[Row], effort: Effort
-) -> None:
-    """Measure the roofs that the timed rows need and that are not there yet."""
+def roof_turns(effort: Effort) -> RoofTurns:
+    """Turns of the roofs beside cases that are measured with this effort."""
+    return RoofTurns(effort.seconds / 10)
+
+
+def measure_between_roofs(
+    case: Case, turns: RoofTurns, *, backend: str, effort: Effort, **options: Any
+) -> list[Row]:
+    """``measure_case`` between two turns of the roofs that hold for the case."""
+    if refusal(case, backend, effort) is not None:
+        return measure_case(case, backend=backend, effort=effort, **options)
+    turns.begin(roof_key(case))
+    rows = measure_case(case, backend=backend, effort=effort, **options)
+    turn = turns.turn(roof_key(case))
     for row in rows:
-        key = roof_key(row.case)
-        if row.timing is not None and key not in roofs:
-            roofs[key] = measure_roofs(*key, seconds=effort.seconds)
+        row.turn = turn
+    return rows

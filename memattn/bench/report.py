@@ -2,10 +2,10 @@
 
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from memattn.bench.engine import Row
+from memattn.bench.engine import Row, roof_key
+from memattn.bench.roof_turns import DISTURBED, RATES, RoofTurns
 from memattn.bench.roofline import Roofs, work_of
 from memattn.bench.timing import Timing
 from memattn.files import replacing_file, write_text
@@ -39,6 +40,7 @@ def machine(seed: int) -> dict[str, Any]:
         },
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "versions": versions,
+        "commit": _commit(),
         "seed": seed,
     }
 
@@ -52,6 +54,20 @@ def timing_record(timing: Timing) -> dict[str, float]:
         "q80": timing.q80,
         "samples": len(timing.samples),
     }
+
+
+def row_records(rows: Sequence[Row], turns: RoofTurns) -> list[dict[str, Any]]:
+    """Rows for JSON, held against the best of the turns so far."""
+    best = turns.best()
+    records = []
+    for row in rows:
+        key = roof_key(row.case)
+        record = row_record(row, best.get(key))
+        if row.timing is not None and row.turn is not None:
+            work = work_of(row.case.work(), row.direction)
+            record["machine_share"] = turns.beside(key, row.turn, work)
+        records.append(record)
+    return records
 
 
 def row_record(row: Row, roofs: Roofs | None) -> dict[str, Any]:
@@ -105,11 +121,45 @@ def row_cells(record: Mapping[str, Any]) -> list[str]:
         f"{1e3 * seconds['q20']:.3g}-{1e3 * seconds['q80']:.3g}",
         f"{record['tokens'] / seconds['median']:,.0f}",
         f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s",
-        "" if roof is None else f"{100 * roof:.0f} %",
+        "" if roof is None else f"{100 * roof:.0f} %{'*' if is_disturbed(record) else ''}",
         f"{record['bytes_per_second'] / 1e9:.3g}",
         "" if speedup is None else f"{speedup['median']:.2f}x",
         "" if peak is None else f"{peak / 2**20:.1f} MiB",
     ]
+
+
+def is_disturbed(record: Mapping[str, Any]) -> bool:
+    """Whether the machine was slow beside a row: see ``memattn.bench.roof_turns``."""
+    return record.get("machine_share", 1.0) < DISTURBED
+
+
+def disturbed_line(records: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the mark beside a share of the roof says, where there is one."""
+    shares = [record["machine_share"] for record in records if is_disturbed(record)]
+    if not shares:
+        return None
+    return (
+        f"* disturbed: beside {len(shares)} of {len(records)} rows the machine ran below "
+        f"{100 * DISTURBED:.0f} % of its best rate, at {100 * min(shares):.0f} % at worst"
+    )
+
+
+def roof_line(roof: Mapping[str, Any]) -> str:
+    """The roofs of a device, and how far the slowest turn lies below the best."""
+    units = {
+        "matmul_flops": ("product", 1e9, ".4g", "GFLOP/s"),
+        "exps": ("exp", 1e9, ".3g", "G/s"),
+        "copy_bytes": ("copy", 1e9, ".3g", "GB/s"),
+    }
+    told = []
+    for rate in RATES:
+        name, scale, form, unit = units[rate]
+        slowest = min(turn[rate] for turn in roof["turns"]) / roof[rate]
+        told.append(f"{name} {roof[rate] / scale:{form}} {unit} ({100 * slowest:.0f} %)")
+    return (
+        f"roofs on {roof['device']}, {roof['dtype']}, the best of {len(roof['turns'])} turns with "
+        f"the cases (and the slowest): {', '.join(told)}"
+    )
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -149,6 +199,9 @@ def print_rows(title: str, records: Sequence[Mapping[str, Any]]) -> None:
     timed = [record for record in records if record["seconds"] is not None]
     if timed:
         table(title, COLUMNS, [row_cells(record) for record in timed])
+        disturbed = disturbed_line(timed)
+        if disturbed is not None:
+            say(disturbed)
     missing: dict[str, list[str]] = {}
     for record in records:
         if record["seconds"] is None:
@@ -161,17 +214,14 @@ def print_rows(title: str, records: Sequence[Mapping[str, Any]]) -> None:
 def print_machine(record: Mapping[str, Any]) -> None:
     """Print what the numbers belong to: roofs, devices, versions."""
     for roof in record["roofs"]:
-        say(
-            f"roofs measured on {roof['device']}, {roof['dtype']}: "
-            f"product {roof['matmul_flops'] / 1e9:.4g} GFLOP/s, "
-            f"copy {roof['copy_bytes'] / 1e9:.3g} GB/s, exp {roof['exps'] / 1e9:.3g} G/s"
-        )
+        say(roof_line(roof))
     machine = record["machine"]
     cpu, versions = machine["cpu"], machine["versions"]
+    commit = [f"commit {machine['commit']}"] if machine["commit"] else []
     say(
         f"{machine['date']}; {machine['gpu'] or 'no GPU'}; "
         f"{cpu['name']}, {cpu['threads']} threads, {cpu['capability']}; "
-        + ", ".join(f"{k} {v}" for k, v in versions.items())
+        + ", ".join([f"{k} {v}" for k, v in versions.items()] + commit)
     )
 
 
@@ -189,14 +239,6 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         task = bar.add_task("", total=total)
         begun = iter(range(total + 1))
         yield lambda text: bar.update(task, description=text, completed=next(begun, total))
-
-
-def roof_records(roofs: Mapping[tuple[str, torch.dtype], Roofs]) -> list[dict[str, Any]]:
-    """The measured roofs for JSON."""
-    return [
-        {"device": device, "dtype": str(dtype).removeprefix("torch."), **asdict(roof)}
-        for (device, dtype), roof in roofs.items()
-    ]
 
 
 def save_json(record: Mapping[str, Any], path: Path) -> None:
@@ -305,6 +347,28 @@ def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that is measured, and whether its code differs from it.
+
+    None where the package is not in a checkout.
+    """
+    root = Path(__file__).parents[2]
+
+    def git(*words: str) -> str | None:
+        command = ("git", "-C", str(root), *words)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    if not (root / ".git").exists():
+        return None
+    commit = git("rev-parse", "--short=10", "HEAD")
+    changes = git("status", "--porcelain", "-uno", "--", "memattn", "kernels", "csrc")
+    return f"{commit} and changes" if commit and changes else commit
 
 
 def _cpu_name() -> str:

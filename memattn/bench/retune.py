@@ -90,6 +90,10 @@ _CAPPED_CANDIDATES = {
 # kernels with the candidates of another
 _RELATIVES: dict[str, str] = {
     "fwd_loss": "fwd",
+    "fwd_dense": "fwd",
+    "fwd_causal": "fwd",
+    "bwd_dkdv_dense": "bwd_dkdv",
+    "bwd_dkdv_causal": "bwd_dkdv",
     "bwd_dkdv_grouped": "bwd_dkdv",
     "bwd_dq_target": "bwd_dq",
     "bwd_dkdv_target": "bwd_dkdv",
@@ -108,7 +112,10 @@ _RELATIVES: dict[str, str] = {
     "neural_memory_bwd": "memory",
 }
 _KERNELS: dict[str, tuple[str, ...]] = {
-    "segmented_attention": ("fwd", "decode", "bwd_dq", "bwd_dkdv", "bwd_dkdv_grouped"),
+    "segmented_attention": (
+        *("fwd", "fwd_dense", "fwd_causal", "decode", "bwd_dq"),
+        *("bwd_dkdv", "bwd_dkdv_dense", "bwd_dkdv_causal", "bwd_dkdv_grouped"),
+    ),
     "future_attention": (
         *("fwd", "fwd_loss", "decode", "bwd_dq", "bwd_dq_target", "bwd_dkdv", "bwd_dkdv_target"),
         "bwd_table",
@@ -236,6 +243,18 @@ def trials(kernel: str, head_dim: int, kind: str, present: Config) -> Iterator[T
         config = dict(zip(options_of(kernel) + OPTIONAL, values, strict=False))
         if config != present:
             yield Trial(kernel, head_dim, kind, config)
+    for config in _descriptor_candidates(kernel, head_dim, kind):
+        if config != present:
+            yield Trial(kernel, head_dim, kind, config)
+
+
+def _descriptor_candidates(kernel: str, head_dim: int, kind: str) -> Sequence[Config]:
+    """Configurations with tensor descriptors, on cards that have a copy engine."""
+    from memattn_kernels.segmented_attention import plain
+
+    if kind != "half":
+        return ()
+    return plain.CANDIDATES.get(table_name(), {}).get(kernel, {}).get(head_dim, ())
 
 
 def choose(
@@ -281,10 +300,13 @@ def check_trial(trial: Trial, *, length: int = 700) -> None:
         AssertionError: If results or gradients leave the error budget.
     """
     from memattn.testing import assert_results_within_budget, run_with_gradients
+    from memattn_kernels import configs
 
     operator, make_inputs, passes = _use(trial)
     decode = trial.kernel.endswith("decode")
     dtype = getattr(torch, DTYPES[trial.kind])
+    if "descriptors" in trial.config:  # whole tiles
+        length = -(-length // configs.MAX_BLOCK) * configs.MAX_BLOCK
     # as many heads as are timed: another number may be another kernel
     heads = {"B": 1, "H": 16, "Hkv": key_heads(trial.kernel)} if torch.cuda.is_available() else {}
     small = make_inputs(T=7 if decode else length, S=length, **heads)
@@ -328,7 +350,8 @@ def time_trial(trial: Trial) -> float:
 
 def key_heads(kernel: str) -> int:
     """Key heads for 16 query heads: groups of four where the kernel takes any."""
-    return 16 if kernel == "segmented_attention_bwd_dkdv" else 4
+    is_single = kernel.startswith("segmented_attention_bwd_dkdv") and "grouped" not in kernel
+    return 16 if is_single else 4
 
 
 def _use(trial: Trial) -> tuple[Callable, Callable, list[dict[str, Any]]]:

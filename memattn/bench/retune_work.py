@@ -22,7 +22,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
 def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
     """What a kernel is timed with: the operator, what makes its inputs, and options of each pass.
 
-    Segmented attention runs dense causal, then segmented with persistent keys. Future attention
+    Segmented attention runs causal, then segmented, with persistent keys; without these where the
+    kernel is for plain attention, dense or causal. Future attention
     runs with a loss but for the forward without one; its gradient passes through the target for the
     kernels that are there for it. Task-masked attention runs with full tiles, then with partial
     ones. Chapter attention selects for each token or for each sequence, whichever the kernel is
@@ -50,6 +51,9 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
         return neural_memory, make_memory_inputs, [{}]
     if kernel.startswith("chapter_router"):
         return chapter_router, make_router_inputs, [{}]
+    if kernel.endswith(("_dense", "_causal")):
+        passes = [{"is_causal": kernel.endswith("_causal")}]
+        return ops.segmented_attention, inputs.make_segmented_inputs, passes
     if kernel.startswith("segmented_attention"):
         make_inputs = partial(inputs.make_segmented_inputs, P=16)
         return ops.segmented_attention, make_inputs, [{}, {"segment_len": 512, "window_size": 512}]

@@ -3,7 +3,7 @@
     T_min = max(flops / matmul rate, exps / exp rate, bytes / copy rate)
 
 Work counts allowed (query, key) pairs only; what a kernel computes beside them is its own loss.
-The roofs are measured in the same run, with PyTorch, never looked up.
+The roofs are measured in the same run, with PyTorch, never looked up; see ``roof_turns``.
 """
 
 from collections.abc import Callable
@@ -40,6 +40,15 @@ class Roofs:
         return max(
             work.flops / self.matmul_flops, work.exps / self.exps, work.bytes / self.copy_bytes
         )
+
+    def ruling(self, work: Work) -> str:
+        """The name of the rate that decides ``seconds``."""
+        shares = {
+            "matmul_flops": work.flops / self.matmul_flops,
+            "exps": work.exps / self.exps,
+            "copy_bytes": work.bytes / self.copy_bytes,
+        }
+        return max(shares, key=shares.__getitem__)
 
     def seconds_without_overlap(self, work: Work) -> float:
         """The same where exponentials do not run beside the products."""

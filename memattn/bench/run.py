@@ -15,15 +15,14 @@ from memattn.bench.engine import (
     Effort,
     Row,
     add_cpu_memory,
-    add_roofs,
     check_all,
-    measure_case,
-    roof_key,
+    measure_between_roofs,
+    roof_turns,
 )
 from memattn.bench.memory import keep_freed_memory
-from memattn.bench.roofline import Roofs
 from memattn.bench.suite import SUITES, run_suite
 from memattn.checks import check_int, must
+from memattn.files import check_writable
 from memattn.ops._dispatch import BACKENDS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -86,6 +85,8 @@ def run(
     check_choice("dtype", dtype, ("auto", *DTYPES))
     check_choice("backend", backend, BACKENDS)
     check_int("seed", seed, 0)
+    if out is not None:
+        check_writable("out", Path(out))
     chosen = {
         "kinds": kinds,
         "seq_lens": seq_lens,
@@ -93,16 +94,14 @@ def run(
         "directions": directions,
         "peers": peers,
     }
-    effort = Effort(seconds=0.1, min_rounds=3, compiled=False) if quick else Effort()
-    if torch.cuda.is_available():
-        effort = replace(effort, max_score_bytes=8 << 30)
+    effort = usual_effort(quick)
     if suite is not None:
         check_choice("suite", suite, tuple(SUITES))
         for name, value in {**chosen, "quick": quick or None}.items():
             if value is not None:
                 must(name, "be left out with suite", value)
         keep_freed_memory()
-        effort = replace(effort, seconds=SUITE_SECONDS, min_sample=SUITE_SAMPLE)
+        effort = suite_effort(effort)
         record = run_suite(suite, classes, backend, seed, effort)
     else:
         for direction in directions or ():
@@ -114,6 +113,17 @@ def run(
     if out is not None:
         save(record, Path(out))
     return record
+
+
+def usual_effort(quick: bool = False) -> Effort:
+    """How long to measure, and what is too large here."""
+    effort = Effort(seconds=0.1, min_rounds=3, compiled=False) if quick else Effort()
+    return replace(effort, max_score_bytes=8 << 30) if torch.cuda.is_available() else effort
+
+
+def suite_effort(effort: Effort) -> Effort:
+    """How long a suite measures."""
+    return replace(effort, seconds=SUITE_SECONDS, min_sample=SUITE_SAMPLE)
 
 
 def save(record: Mapping[str, Any], folder: Path) -> None:
@@ -227,8 +237,8 @@ def _run_cases(
         known = dict.fromkeys(name for case in cases for name in case.peers())
         for peer in peers:
             check_choice("peers", peer, tuple(known))
-    roofs: dict[tuple[str, torch.dtype], Roofs] = {}
-    records = []
+    turns = roof_turns(effort)
+    kept: dict[str, list[Row]] = {}
     for operator in dict.fromkeys(case.operator for case in cases):
         own = [case for case in cases if case.operator == operator]
         rows: list[Row] = []
@@ -237,20 +247,24 @@ def _run_cases(
             check_all(had, backend, effort, step)
             for case, own_directions in had.items():
                 step(case.label())
-                rows += measure_case(
-                    case, backend=backend, directions=own_directions, peers=peers, effort=effort
+                rows += measure_between_roofs(
+                    case,
+                    turns,
+                    backend=backend,
+                    directions=own_directions,
+                    peers=peers,
+                    effort=effort,
                 )
-            step("memory and roofs")
+            step("memory")
             add_cpu_memory(rows, backend)
-            add_roofs(roofs, rows, effort)
-        own_records = [report.row_record(row, roofs.get(roof_key(row.case))) for row in rows]
-        report.print_rows(operator, own_records)
-        records += own_records
+        # the roofs of later turns may be higher: the record at the end has the last word
+        report.print_rows(operator, report.row_records(rows, turns))
+        kept[operator] = rows
     record = {
         "machine": report.machine(seed),
         "backend": backend,
-        "roofs": report.roof_records(roofs),
-        "rows": records,
+        "roofs": turns.records(),
+        "rows": [record for rows in kept.values() for record in report.row_records(rows, turns)],
     }
     report.print_machine(record)
     return record

@@ -11,12 +11,11 @@ from memattn.bench.engine import (
     Effort,
     Row,
     add_cpu_memory,
-    add_roofs,
     check_all,
-    measure_case,
+    measure_between_roofs,
     measure_together,
     refusal,
-    roof_key,
+    roof_turns,
 )
 from memattn.bench.memory import MemoryJob, call_of, cpu_peaks, cuda_peak
 
@@ -41,14 +40,15 @@ def run_suite(
         for case in sweep:
             checks.setdefault(case, []).append(direction)
 
-    found = Found()
+    found, turns = Found(), roof_turns(effort)
     rows: list[Row] = []
     with report.progress(len(checks) + len(cases) + 1 + len(times) + len(memory)) as step:
         check_all(checks, backend, effort, step)
         for case, directions in cases.items():
             step(case.label())
-            rows += measure_case(
+            rows += measure_between_roofs(
                 case,
+                turns,
                 backend=backend,
                 directions=directions,
                 peers=peers[case],
@@ -68,14 +68,13 @@ def run_suite(
             step(f"{sweep[0].kind} at {len(sweep)} lengths, {direction}, memory")
             if _possible(sweep, backend, effort):
                 found.peaks[sweep, direction] = _peaks(sweep, direction, backend)
-        add_roofs(found.roofs, rows, effort)
-
+    found.roofs = turns.best()
     record = {
         "machine": report.machine(seed),
         "backend": backend,
         "suite": suite,
-        "roofs": report.roof_records(found.roofs),
-        "rows": [report.row_record(row, found.roofs.get(roof_key(row.case))) for row in rows],
+        "roofs": turns.records(),
+        "rows": report.row_records(rows, turns),
         "sweeps": _sweep_records(found),
         "bars": [bar_record(bar, found, backend, effort) for bar in bars],
     }

@@ -75,10 +75,15 @@ def _load_run(file: str, base_model: str | None, device: str | None) -> Loaded:
     return Loaded(file, model, tokenizer, run)
 
 
-def config_of_run(run: "TrainConfig") -> Any:
-    """The model configuration of a run with new weights; no text is read where it is not needed."""
+def config_of_run(run: "TrainConfig", base_model: str | None) -> Any:
+    """The configuration of a run's decoder, None where its base is a model of another kind.
+
+    No text is read where it is not needed.
+    """
     from memattn.train.setup import preset_config, run_tokenizer
 
+    if run.model.model_path is not None:
+        return _config_of_base(run, base_model)
     size = run.model.options.get("vocab_size")
     if size is None:
         trained = run.data.tokenizer in (None, "bpe")
@@ -86,14 +91,34 @@ def config_of_run(run: "TrainConfig") -> Any:
     return preset_config(run.model, vocab_size=size)
 
 
+def _config_of_base(run: "TrainConfig", base_model: str | None) -> Any:
+    """The configuration of a run's pretrained decoder, specialists included; None if it is none."""
+    from transformers import AutoConfig
+
+    from memattn.models import MemAttnConfig
+    from memattn.parts.specialists import SpecialistsConfig
+    from memattn.train.attached import is_attached
+    from memattn.train.pretrained import find_pretrained
+
+    config = AutoConfig.from_pretrained(find_pretrained(base_model or str(run.model.model_path)))
+    if not isinstance(config, MemAttnConfig) or is_attached(run.model):
+        return None
+    if run.model.specialists is None:
+        return config
+    parts = [*config.parts, SpecialistsConfig(**run.model.specialists)]
+    return MemAttnConfig.from_dict({**config.to_dict(), "parts": parts})
+
+
 def empty_model_of_run(run: "TrainConfig", base_model: str | None) -> Any:
     """The pretrained model of a run with its LoRA, on the ``meta`` device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    import memattn.models  # registers its models
     from memattn.train.attached import attach
     from memattn.train.pretrained import find_pretrained
 
+    assert memattn.models
     config = AutoConfig.from_pretrained(find_pretrained(base_model or str(run.model.model_path)))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -9,6 +9,7 @@ def bench(
     out: str | None = None,
     quick: bool = False,
     retune: bool = False,
+    all: bool = False,
     kinds: tuple[str, ...] = (),
     seq_lens: tuple[int, ...] = (),
     shape: tuple[str, ...] = (),
@@ -31,6 +32,9 @@ def bench(
         out: Folder for bench.json and plots over T; by default nothing is written.
         quick: Small sizes and few samples, nothing that must be compiled: under a minute.
         retune: Renew the table of Triton tile sizes for the card at hand instead.
+        all: Measure the bars of the device at hand, operator by operator, and write records, plots
+            and pages to --out, by default docs/results. Records of other machines stay, and stand
+            beside those of this one.
         kinds: Kinds of cases, such as causal, window, mac; by default all.
         seq_lens: Lengths T.
         shape: Sizes as NAME=INTEGER, such as B=4 H=32 Hkv=8 D=128 window_size=512.
@@ -49,6 +53,7 @@ def bench(
         out=out,
         quick=quick,
         retune=retune,
+        all=all,
         kinds=kinds,
         seq_lens=seq_lens,
         shape=shape,

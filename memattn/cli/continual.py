@@ -80,9 +80,9 @@ def continual(
     from rich.console import Console
 
     from memattn.cli._models import choose_device
-    from memattn.continual.results import check_writable
     from memattn.continual.run import run_benchmark
     from memattn.continual.strategies import Budget
+    from memattn.files import check_writable
 
     where = str(choose_device(device))
     if input_noise is None:

@@ -45,15 +45,15 @@ def estimate(
         if options:
             must("options", "be left out with --config", options)
         seq_len = seq_len or run.data.seq_len
-    model_config = None
-    if run is not None and is_pretrained:
+        model_config = config_of_run(run, base_model)
+    else:
+        model_config = config_of_model(str(model), options or {})
+    if model_config is not None:
+        result = run_estimate(model_config, seq_len)
+    else:
+        assert run is not None
         empty = empty_model_of_run(run, base_model)
         result = estimate_attached(empty, seq_len or 0, run.model.memory_adapter)
-    else:
-        model_config = (
-            config_of_model(str(model), options or {}) if run is None else config_of_run(run)
-        )
-        result = run_estimate(model_config, seq_len)
     if json is not None:
         write_json(json, result.to_dict())
     result.print(str(config or model))

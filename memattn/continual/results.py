@@ -1,10 +1,7 @@
 """What the runs of a benchmark gave: one file for each, means over seeds, a table."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -186,28 +183,6 @@ def write_run(file: Path, settings: Mapping[str, Any], result: RunResult) -> Non
 def run_file(folder: str | Path, strategy: str, seed: int) -> Path:
     """Where a finished run is kept."""
     return Path(folder) / strategy / f"seed-{seed}.json"
-
-
-def check_writable(name: str, folder: Path) -> None:
-    """Raise ValueError unless files can be written to a folder, which need not exist yet.
-
-    Tries it, since permissions alone do not tell, and leaves nothing behind.
-
-    Args:
-        name: Name of the argument.
-        folder: The folder.
-    """
-    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        must(name, "be a folder that can be written to", f"{folder} ({error.strerror})")
-    finally:
-        for path in missing:
-            with suppress(OSError):  # it was never made, or another process uses it by now
-                path.rmdir()
 
 
 def read_run(file: Path, settings: Mapping[str, Any], n_tasks: int) -> RunResult:

@@ -17,7 +17,6 @@ from memattn.continual._checks import check_seed
 from memattn.continual.results import (
     BenchmarkResults,
     RunResult,
-    check_writable,
     read_run,
     run_file,
     write_run,
@@ -31,6 +30,7 @@ from memattn.continual.strategies import (
     make_strategy,
 )
 from memattn.continual.streams import Stream, digits_stream
+from memattn.files import check_writable
 
 StreamFactory = Callable[[int], Stream]
 STREAMS: dict[str, StreamFactory] = {

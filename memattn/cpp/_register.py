@@ -30,7 +30,7 @@ def register_cpp(name: str, arguments: Any, **named: Any) -> Callable[..., tuple
 
 def empty_results(args: Any, value_dim: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised ``out``, ``lse``, and ``lse2``: that in units of log 2, as two floats."""
-    query, shape = args.query, args.query.shape[:3]
+    query, shape = args.query, args.query.shape[:-1]
     lse, lse2 = (query.new_empty(s, dtype=torch.float32) for s in (shape, (2, *shape)))
     value_dim = args.value.shape[-1] if value_dim is None else value_dim
     return query.new_empty(*shape, value_dim), lse, lse2

@@ -1,18 +1,15 @@
 """Attention in branches of the C++ extension."""
 
-import torch
 from torch import Tensor
 
-from memattn.cpp._register import register_cpp
+from memattn.cpp._register import empty_results, register_cpp
 from memattn_kernels.signatures import BranchAttentionArgs
 
 
 def _empty_results(args: BranchAttentionArgs) -> tuple[Tensor, ...]:
-    """``out``, ``lse`` and ``lse2`` as of other operators, and the results before the gates."""
-    query, shape = args.query, args.query.shape[:4]
-    lse, lse2 = (query.new_empty(s, dtype=torch.float32) for s in (shape, (2, *shape)))
-    out, ungated = (query.new_empty(*shape, args.value.shape[-1]) for _ in range(2))
-    return out, lse, lse2, ungated
+    """And the results before the gates."""
+    out, lse, lse2 = empty_results(args)
+    return out, lse, lse2, out.new_empty(out.shape)
 
 
 _operator = register_cpp(

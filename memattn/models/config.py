@@ -1,13 +1,16 @@
 """Configuration of the decoder: sizes, and the parts that its layers are made of."""
 
+import json
 from collections.abc import Callable
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from memattn.checks import check_int, must
+from memattn.models.folder_code import with_auto_map, without_auto_map, write_code
 from memattn.nn import AxialPositions, ContinuousAxialPositions
 from memattn.nn.mlp import MLPS
 from memattn.nn.norm import NORMS
@@ -248,16 +251,33 @@ class MemAttnConfig(PreTrainedConfig):
         if "rope_theta" in given and "rope_parameters" not in given:
             rope = config_dict.get("rope_parameters") or {}
             given["rope_parameters"] = rope | {"rope_theta": given.pop("rope_theta")}
-        return super().from_dict(config_dict | given, **kwargs)
+        return super().from_dict(without_auto_map(config_dict) | given, **kwargs)
 
     def check(self) -> None:
         """Raise what construction raises for these values: fields may be set at any time."""
         type(self).from_dict(self.to_dict())
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Write ``config.json``; what could not be loaded is not saved."""
+        """Write ``config.json``, and a file by which transformers finds this package.
+
+        What could not be loaded is not saved.
+        """
         self.check()
+        if not Path(save_directory).is_file():  # transformers refuses that
+            write_code(Path(save_directory))
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
+        """Write the values as JSON, with where the classes are."""
+        values = with_auto_map(json.loads(self.to_json_string(use_diff=use_diff)))
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        Path(json_file_path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """As of transformers, but for the package's own classes: folders name these anyway."""
+        if not cls.__module__.startswith("memattn."):
+            super().register_for_auto_class(auto_class)
 
     vanilla = _preset(CausalConfig, "A plain causal decoder.")
     segmented = _preset(

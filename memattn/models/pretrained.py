@@ -92,6 +92,12 @@ class MemAttnPreTrainedModel(PreTrainedModel):
                 model.base_model.chapters.load(file)
         return loaded
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """As of transformers, but for the package's own classes: folders name these anyway."""
+        if not cls.__module__.startswith("memattn."):
+            super().register_for_auto_class(auto_class)
+
     def replace_parts(self, change: Callable[[PartConfig], PartConfig]) -> None:
         """Put other configurations in place of those of the parts, whose modules stay."""
         self.config.parts = [change(part) for part in self.config.parts]

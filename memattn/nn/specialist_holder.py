@@ -113,6 +113,12 @@ class SpecialistHolder(nn.Module):
         self.gate.row(name)
         return cast(AttentionSpecialist, self.specialists[name])
 
+    @property
+    def rests(self) -> bool:
+        """Whether a call may leave out some specialists, whose weights then get no gradient."""
+        n = len(self.specialists)
+        return len(self.gate.open_specialists) < n or (self.gate.top_k or n) < n
+
     def used_specialists(self, prior: Tensor | None, weights: Tensor | None) -> list[int]:
         """Places of the specialists that a call with this prior or these weights may use."""
         given = prior if weights is None else weights

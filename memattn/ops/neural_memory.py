@@ -137,9 +137,10 @@ def neural_memory(
     Note:
         Differentiable in query, key, value, lr, momentum, decay, weights and the floating tensors
         of the state, through ``out`` and the state that is returned, and through every gradient of
-        the inner loss. Source: Behrouz et al., Titans, https://arxiv.org/abs/2501.00663, equations
-        11 to 18. Differs: the inner loss has a factor of 1/2; the learning rate, momentum and decay
-        belong to a token, not to a chunk; the read of a token uses the weights behind that token.
+        the inner loss; once in Triton and C++. Source: Behrouz et al., Titans,
+        https://arxiv.org/abs/2501.00663, equations 11 to 18. Differs: the inner loss has a factor
+        of 1/2; the learning rate, momentum and decay belong to a token, not to a chunk; the read of
+        a token uses the weights behind that token.
     """
     tokens = (query, key, value, lr, momentum, decay)
     choices = (chunk_size, read, activation, residual, loss, huber_delta, max_norm, clamp)

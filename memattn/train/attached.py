@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from memattn.adapters import adapters_of, attach_memory
 from memattn.checks import must
 from memattn.parts.chapters import FILE as CHAPTERS
+from memattn.parts.specialists import SpecialistsConfig
 from memattn.train.config import LoraConfig, ModelConfig
 from memattn.train.distributed import named_tensors
 from memattn.train.pretrained import find_pretrained
@@ -55,7 +56,7 @@ def load_base(config: ModelConfig) -> Any:
 
 
 def add_specialists(model: Any, fields: dict[str, Any]) -> Any:
-    """A decoder, frozen, with specialists beside its attention; their prior is 1 unless told.
+    """A decoder, frozen, with specialists beside its attention.
 
     Raises:
         ValueError: If it is no decoder of this package, or the specialists do not fit it.
@@ -65,7 +66,12 @@ def add_specialists(model: Any, fields: dict[str, Any]) -> Any:
     if not isinstance(model, MemAttnForCausalLM):
         allowed = "be null, and memory_adapter of kind specialists, beside a model of another kind"
         must("model.specialists", allowed, type(model).__name__)
-    return ShiftableLanguageModel(model, **{"prior": 1.0, **fields})
+    return ShiftableLanguageModel(model, **_opened(fields))
+
+
+def _opened(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of specialists, whose prior is 1 unless told: closed ones would learn nothing."""
+    return {"prior": 1.0, **fields}
 
 
 def load_model_folder(folder: Path) -> Any:
@@ -91,7 +97,9 @@ def attach(model: Any, config: ModelConfig) -> None:
     if config.lora is not None:
         _add_lora(model, config.lora)
     if config.memory_adapter is not None:
-        attach_memory(model, config.memory_adapter, freeze_base=config.freeze_base_model)
+        part = config.memory_adapter
+        part = _opened(part) if part.get("kind") == SpecialistsConfig.kind else part
+        attach_memory(model, part, freeze_base=config.freeze_base_model)
     for parameter in base:
         parameter.requires_grad_(not config.freeze_base_model)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -44,7 +45,8 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, config: TrainingCo
     one unit. Weights stay in float32, and are gathered in the dtype of ``mixed_precision``.
 
     Raises:
-        NotImplementedError: For fp16 with fsdp, whose loss scaling is per process.
+        NotImplementedError: For fp16 with fsdp, whose loss scaling is per process, and for modules
+            that may leave out some of their weights, which fsdp reduces only if all have gradients.
         ValueError: If accelerate was told to wrap the model itself.
     """
     if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
@@ -52,11 +54,18 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, config: TrainingCo
             "training.distributed_strategy must choose how the model is distributed, "
             f"got {accelerator.distributed_type} from accelerate launch"
         )
+    resting = next((m for m in model.modules() if getattr(m, "rests", False)), None)
     if config.distributed_strategy == "fsdp" and accelerator.num_processes > 1:
+        if resting is not None:
+            got = f"fsdp with {type(resting).__name__}, of which a token may use a part"
+            must("training.distributed_strategy", "be ddp", got, NotImplementedError)
         if config.mixed_precision == "fp16":
             must("training.mixed_precision", "be bf16 or no with fsdp", "fp16", NotImplementedError)
         _shard(model.to(accelerator.device), config)
         return accelerator.prepare_model(model, evaluation_mode=True)  # no DDP around it
+    if resting is not None:
+        handler: Any = DistributedDataParallelKwargs(find_unused_parameters=True)
+        accelerator.ddp_handler = handler
     return accelerator.prepare_model(model)
 
 

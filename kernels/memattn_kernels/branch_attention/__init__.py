@@ -9,7 +9,7 @@ own.
 import torch
 from torch import Tensor
 
-from memattn_kernels._launch import call
+from memattn_kernels._launch import call, empty_numbers
 from memattn_kernels._operator import register
 from memattn_kernels.branch_attention.backward import launch_backward
 from memattn_kernels.branch_attention.forward import launch_forward
@@ -19,14 +19,13 @@ from memattn_kernels.signatures import BranchAttentionArgs
 
 def _empty_results(args: BranchAttentionArgs) -> tuple[Tensor, ...]:
     """Besides ``out`` and ``lse``: what is rounded off ``lse``, ``out`` before gates, the index."""
-    query, (B, T, A) = args.query, args.gates.shape
-    numbers = query.shape[:4]
+    query = args.query
     return (
         _empty_slots(query, args.value.shape[-1]),
-        query.new_empty(numbers, dtype=torch.float32),
-        query.new_empty(numbers if query.dtype == torch.float32 else (0,), dtype=torch.float32),
+        empty_numbers(query),
+        empty_numbers(query, query.dtype == torch.float32),
         _empty_slots(query, args.value.shape[-1]),
-        query.new_empty(B * T * A, dtype=torch.int32),
+        query.new_empty(args.gates.numel(), dtype=torch.int32),
         query.new_empty(n_units(args) + 1, dtype=torch.int32),
     )
 

@@ -10,7 +10,12 @@ import triton.language as tl
 
 from memattn_kernels._common import exponent_factor, load_rows, scatter_rows
 from memattn_kernels.branch_attention.forward import RUNTIME_SIZES
-from memattn_kernels.branch_attention.tiles import dq_until, rows_of_unit
+from memattn_kernels.branch_attention.tiles import (
+    at_branch,
+    at_slots,
+    dq_until,
+    rows_of_tile,
+)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -41,57 +46,51 @@ def branch_attention_bwd_dq_kernel(
     unit = tl.load(unit_ptr + tile)
     if unit >= n_units:
         return
-    b, f, a, h, t, entry, row, valid = rows_of_unit(
-        unit, tl.load(first_ptr + tile), F, H, n_documents, h_kv, bounds_ptr, entry_ptr,
-        A, G, T, BLOCK_M,
+    r = rows_of_tile(
+        tile, unit, h_kv, F, H, n_documents, first_ptr, entry_ptr, bounds_ptr, key_start_ptr,
+        key_end_ptr, A, G, T, BLOCK_M,
     )  # fmt: skip
-    number = ((b * A + a).to(tl.int64) * H + h) * T + t
-    key_end = tl.load(key_end_ptr + b * T + t)
-    key_start = tl.load(key_start_ptr + b * T + tl.min(t))
-    b, f, a, h, t = b.to(tl.int64), f.to(tl.int64), a.to(tl.int64), h.to(tl.int64), t.to(tl.int64)
-    h_kv = h_kv.to(tl.int64)
-    row = h_kv * n_list + row
+    row = r.h_kv * n_list + r.place
 
-    offs_q = b * stride_qb + a * stride_qs + h * stride_qh + t * stride_qt
-    q = load_rows(q_ptr, offs_q, D, BLOCK_D)
-    scatter_rows(list_q_ptr, row * D, valid, q, D, BLOCK_D)
-    offs_u = b * stride_ub + a * stride_us + h * stride_uh + t * stride_ut
+    q = load_rows(q_ptr, at_slots(r, stride_qb, stride_qs, stride_qh, stride_qt), D, BLOCK_D)
+    scatter_rows(list_q_ptr, row * D, r.valid, q, D, BLOCK_D)
+    offs_u = at_slots(r, stride_ub, stride_us, stride_uh, stride_ut)
     ungated = load_rows(ungated_ptr, offs_u, DV, BLOCK_DV).to(tl.float32)
-    offs_do = b * stride_dob + a * stride_dos + h * stride_doh + t * stride_dot
+    offs_do = at_slots(r, stride_dob, stride_dos, stride_doh, stride_dot)
     do = load_rows(do_ptr, offs_do, DV, BLOCK_DV).to(tl.float32)
-    tl.store(dot_ptr + row, tl.sum(ungated * do, 1), mask=valid)
-    do = (do * tl.load(gate_ptr + entry)[:, None]).to(q.dtype)
-    scatter_rows(list_do_ptr, row * DV, valid, do, DV, BLOCK_DV)
+    tl.store(dot_ptr + row, tl.sum(ungated * do, 1), mask=r.valid)
+    do = (do * tl.load(gate_ptr + r.entry)[:, None]).to(q.dtype)
+    scatter_rows(list_do_ptr, row * DV, r.valid, do, DV, BLOCK_DV)
     delta = tl.sum(ungated * do.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + number) * exponent_factor(q.dtype)
-    tl.store(list_lse_ptr + row, lse, mask=valid)
+    lse = tl.load(lse_ptr + r.number) * exponent_factor(q.dtype)
+    tl.store(list_lse_ptr + row, lse, mask=r.valid)
     residual = lse
     dlse = tl.zeros([BLOCK_M], dtype=tl.float32)
     if dlse_ptr is not None:
-        dlse = tl.load(dlse_ptr + number)
+        dlse = tl.load(dlse_ptr + r.number)
     # as in segmented attention: float32 results show what is rounded off delta, which is added up
     IS_CORRECTED: tl.constexpr = q.dtype == tl.float32
     if IS_CORRECTED:
-        residual = tl.load(residual_ptr + number)
-        tl.store(list_residual_ptr + row, residual, mask=valid)
+        residual = tl.load(residual_ptr + r.number)
+        tl.store(list_residual_ptr + row, residual, mask=r.valid)
         if dlse_ptr is not None:
-            tl.store(list_dlse_ptr + row, dlse, mask=valid)
+            tl.store(list_dlse_ptr + row, dlse, mask=r.valid)
     else:
         delta -= dlse
-        tl.store(list_delta_ptr + row, delta, mask=valid)
+        tl.store(list_delta_ptr + row, delta, mask=r.valid)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     pk = tl.zeros([BLOCK_D, BLOCK_M], dtype=tl.float32)
     rest = tl.zeros([BLOCK_M], dtype=tl.float32)
     dq, pk, rest = dq_until(
         dq, pk, rest, q, do, lse, residual, delta,
-        k_ptr + b * stride_kb + f * stride_kf + h_kv * stride_kh,
-        v_ptr + b * stride_vb + f * stride_vf + h_kv * stride_vh, stride_kt, stride_vt,
-        key_start, key_end, scale * exponent_factor(q.dtype), D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        at_branch(k_ptr, r, stride_kb, stride_kf, stride_kh),
+        at_branch(v_ptr, r, stride_vb, stride_vf, stride_vh), stride_kt, stride_vt,
+        r.key_start, r.key_end, scale * exponent_factor(q.dtype), D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         IS_CORRECTED,
     )  # fmt: skip
     if IS_CORRECTED:
-        tl.store(list_delta_ptr + row, delta + rest, mask=valid)
+        tl.store(list_delta_ptr + row, delta + rest, mask=r.valid)
         dq -= (rest - dlse)[:, None] * tl.trans(pk)
-    offs_dq = b * stride_dqb + a * stride_dqs + h * stride_dqh + t * stride_dqt
-    scatter_rows(dq_ptr, offs_dq, valid, dq * scale, D, BLOCK_D)
+    offs_dq = at_slots(r, stride_dqb, stride_dqs, stride_dqh, stride_dqt)
+    scatter_rows(dq_ptr, offs_dq, r.valid, dq * scale, D, BLOCK_D)

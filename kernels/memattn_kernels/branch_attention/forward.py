@@ -27,7 +27,12 @@ from memattn_kernels.branch_attention.index import (
     n_documents,
     n_units,
 )
-from memattn_kernels.branch_attention.tiles import attend_until, rows_of_unit
+from memattn_kernels.branch_attention.tiles import (
+    at_branch,
+    at_slots,
+    attend_until,
+    rows_of_tile,
+)
 from memattn_kernels.signatures import BranchAttentionArgs
 
 # sizes that change from call to call: compile once for all their values
@@ -53,35 +58,29 @@ def branch_attention_fwd_kernel(
     unit = tl.load(unit_ptr + tile)
     if unit >= n_units:
         return
-    b, f, a, h, t, entry, _, valid = rows_of_unit(
-        unit, tl.load(first_ptr + tile), F, H, n_documents, h_kv, bounds_ptr, entry_ptr,
-        A, G, T, BLOCK_M,
+    r = rows_of_tile(
+        tile, unit, h_kv, F, H, n_documents, first_ptr, entry_ptr, bounds_ptr, key_start_ptr,
+        key_end_ptr, A, G, T, BLOCK_M,
     )  # fmt: skip
-    number = ((b * A + a).to(tl.int64) * H + h) * T + t
-    key_end = tl.load(key_end_ptr + b * T + t)
-    key_start = tl.load(key_start_ptr + b * T + tl.min(t))
-    b, f, a, h, t = b.to(tl.int64), f.to(tl.int64), a.to(tl.int64), h.to(tl.int64), t.to(tl.int64)
-    h_kv = h_kv.to(tl.int64)
-    offs_q = b * stride_qb + a * stride_qs + h * stride_qh + t * stride_qt
-    q = load_rows(q_ptr, offs_q, D, BLOCK_D)
+    q = load_rows(q_ptr, at_slots(r, stride_qb, stride_qs, stride_qh, stride_qt), D, BLOCK_D)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     acc, l_i, m_i = attend_until(
-        acc, l_i, m_i, q, k_ptr + b * stride_kb + f * stride_kf + h_kv * stride_kh,
-        v_ptr + b * stride_vb + f * stride_vf + h_kv * stride_vh, stride_kt, stride_vt,
-        key_start, key_end, scale * exponent_factor(q.dtype), D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        acc, l_i, m_i, q, at_branch(k_ptr, r, stride_kb, stride_kf, stride_kh),
+        at_branch(v_ptr, r, stride_vb, stride_vf, stride_vh), stride_kt, stride_vt,
+        r.key_start, r.key_end, scale * exponent_factor(q.dtype), D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    out, lse, residual = finish_softmax(acc, l_i, m_i, valid, q.dtype)
-    offs_u = b * stride_ub + a * stride_us + h * stride_uh + t * stride_ut
-    scatter_rows(ungated_ptr, offs_u, valid, out, DV, BLOCK_DV)
-    out *= tl.load(gate_ptr + entry)[:, None]
-    offs_o = b * stride_ob + a * stride_os + h * stride_oh + t * stride_ot
-    scatter_rows(o_ptr, offs_o, valid, out, DV, BLOCK_DV)
-    tl.store(lse_ptr + number, lse, mask=valid)
+    out, lse, residual = finish_softmax(acc, l_i, m_i, r.valid, q.dtype)
+    offs_u = at_slots(r, stride_ub, stride_us, stride_uh, stride_ut)
+    scatter_rows(ungated_ptr, offs_u, r.valid, out, DV, BLOCK_DV)
+    out *= tl.load(gate_ptr + r.entry)[:, None]
+    offs_o = at_slots(r, stride_ob, stride_os, stride_oh, stride_ot)
+    scatter_rows(o_ptr, offs_o, r.valid, out, DV, BLOCK_DV)
+    tl.store(lse_ptr + r.number, lse, mask=r.valid)
     if residual_ptr is not None:
-        tl.store(residual_ptr + number, residual, mask=valid)
+        tl.store(residual_ptr + r.number, residual, mask=r.valid)
 
 
 def kernel_inputs(args: BranchAttentionArgs, index: BranchIndex, saved: Named) -> dict:

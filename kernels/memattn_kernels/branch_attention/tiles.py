@@ -4,24 +4,39 @@ With ``G`` query heads for each key head, row ``i`` of a unit is head ``i % G`` 
 ``i // G``: heads that share keys share a tile.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from memattn_kernels._tiles import attend_tile, dq_tile
 
 
-@triton.jit
-def rows_of_unit(unit, first, F, H, n_documents, h_kv, bounds_ptr, entry_ptr, A: tl.constexpr,
-                 G: tl.constexpr, T, BLOCK_M: tl.constexpr):  # fmt: skip
-    """Rows of a tile. Behind the last of its unit a tile repeats this row, which is not ``valid``.
+class Rows(NamedTuple):
+    """Rows of a tile, and the keys that they see. Behind the last of its unit a tile repeats it."""
 
-    Returns:
-        ``b, f, a, h, t, entry, row, valid``: sequence and branch of the unit; slot, head, token and
-        entry of each row, and its number among all rows of the key head.
-    """
+    b: Any  # sequence
+    f: Any  # branch
+    h_kv: Any  # key head
+    a: Any  # slot of each row
+    h: Any  # its head
+    t: Any  # its token
+    entry: Any  # and its entry
+    number: Any  # among all rows, active or not
+    place: Any  # among all active rows of the key head
+    valid: Any  # whether it is no repetition
+    key_start: Any  # first key of all
+    key_end: Any  # the one behind the last that a row sees
+
+
+@triton.jit
+def rows_of_tile(tile, unit, h_kv, F, H, n_documents, first_ptr, entry_ptr, bounds_ptr,
+                 key_start_ptr, key_end_ptr, A: tl.constexpr, G: tl.constexpr, T,
+                 BLOCK_M: tl.constexpr):  # fmt: skip
+    """The rows of a tile, which are some of ``unit``."""
     begin, end = tl.load(bounds_ptr + unit), tl.load(bounds_ptr + unit + 1)
     branch = unit // n_documents
-    i = first + tl.arange(0, BLOCK_M)
+    i = tl.load(first_ptr + tile) + tl.arange(0, BLOCK_M)
     n_rows = (end - begin) * G
     valid = i < n_rows
     i = tl.minimum(i, n_rows - 1)
@@ -29,7 +44,25 @@ def rows_of_unit(unit, first, F, H, n_documents, h_kv, bounds_ptr, entry_ptr, A:
     b = branch // F
     a, t = entry % A, entry // A - b * T
     h = h_kv * G + i % G
-    return b, branch % F, a, h, t, entry, begin * G + i, valid
+    number = ((b * A + a).to(tl.int64) * H + h) * T + t
+    key_end = tl.load(key_end_ptr + b * T + t)
+    key_start = tl.load(key_start_ptr + b * T + tl.min(t))
+    return Rows(
+        b.to(tl.int64), (branch % F).to(tl.int64), h_kv.to(tl.int64), a.to(tl.int64),
+        h.to(tl.int64), t.to(tl.int64), entry, number, begin * G + i, valid, key_start, key_end,
+    )  # fmt: skip
+
+
+@triton.jit
+def at_slots(r, stride_b, stride_s, stride_h, stride_t):
+    """Where rows lie in a tensor ``[B, A, H, T, ...]``."""
+    return r.b * stride_b + r.a * stride_s + r.h * stride_h + r.t * stride_t
+
+
+@triton.jit
+def at_branch(ptr, r, stride_b, stride_f, stride_h):
+    """Where the rows' branch begins in a tensor ``[B, F, Hkv, ...]``."""
+    return ptr + r.b * stride_b + r.f * stride_f + r.h_kv * stride_h
 
 
 @triton.jit

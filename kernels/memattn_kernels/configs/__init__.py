@@ -23,9 +23,13 @@ PRODUCT_OPTIONS: tuple[str, ...] = (*OPTIONS, "BLOCK_K")
 WITH_PRODUCTS = ("chapter_router", "neural_memory")
 # a cap on the registers of one thread, so that more programs fit a multiprocessor; NVIDIA only
 OPTIONAL: tuple[str, ...] = ("maxnreg",)
+# plain attention, whose rows may come by tensor descriptors, from warps of their own if specialized
+PLAIN_FORMS = ("_dense", "_causal")
+DESCRIPTOR_OPTIONS: tuple[str, ...] = ("descriptors", "specialized")
 MAX_BLOCK = 256
 # smallest and largest value; for tile lengths these are 16 and MAX_BLOCK
-LIMITS = {"num_stages": (1, 16), "num_warps": (1, 16), "maxnreg": (32, 255)}
+LIMITS = {"num_stages": (1, 16), "num_warps": (1, 16), "maxnreg": (32, 255),
+          "descriptors": (1, 1), "specialized": (1, 1)}  # fmt: skip
 # at most this many queries run as "decode", on tiles of 16 queries
 DECODE_LENGTH = 16
 # small tiles, so that small tests cross their borders
@@ -48,7 +52,8 @@ def lookup(kernel: str, tensor: Tensor, width: int) -> dict[str, int]:
 
     Returns:
         Tile lengths ``BLOCK_M`` and ``BLOCK_N``, of products also ``BLOCK_K``, and options of the
-        launch: ``num_warps``, ``num_stages`` and perhaps ``maxnreg``.
+        launch: ``num_warps``, ``num_stages`` and perhaps ``maxnreg``; of plain attention perhaps
+        ``descriptors`` and ``specialized``, which are 1 where they are there.
     """
     if IS_INTERPRETED:
         if kernel.startswith(WITH_PRODUCTS):
@@ -119,6 +124,8 @@ def read(path: str | Path) -> dict:
             for kind in DTYPE_CLASSES:
                 entry = f"{path}: {kernel}, {width}, {kind}"
                 optional = () if is_amd else OPTIONAL
+                if not is_amd and kernel.endswith(PLAIN_FORMS):
+                    optional += DESCRIPTOR_OPTIONS
                 _check(entry, widths.get(width, {}).get(kind), options_of(kernel), optional)
     return kernels
 
@@ -131,11 +138,14 @@ def _check(entry: str, config: object, needed: tuple[str, ...], optional: tuple[
         raise ValueError(f"{entry} must have {', '.join(needed)}{also}, got {config}")
     for option, value in config.items():
         low, high = LIMITS.get(option, (16, MAX_BLOCK))
-        any_integer = option in ("num_stages", "maxnreg")
+        any_integer = option not in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps")
         fits = any_integer or (isinstance(value, int) and value & (value - 1) == 0)
         if not isinstance(value, int) or not fits or not low <= value <= high:
             kind = "an integer" if any_integer else "a power of two"
             raise ValueError(f"{entry}: {option} must be {kind} in {low} ... {high}, got {value}")
+    # with more warps Triton ignores it, with pointers it aborts
+    if "specialized" in config and ("descriptors" not in config or config["num_warps"] != 4):
+        raise ValueError(f"{entry}: specialized must have descriptors and 4 warps, got {config}")
 
 
 def load(path: str | Path) -> str:

@@ -3,18 +3,26 @@
 The largest form of a kernel has all sources of keys, segments, windows, the bounds of sequences and
 groups of query heads; queries are causal, and packed documents only take away the bounds'
 arithmetic. The plain forms are those that most calls run: tokens alone, one query head for each key
-head; causal, not causal ("full") and with a window.
+head; causal, not causal ("full") and with a window. Those two have entries of their own in the
+tables, and candidates for these that read by tensor descriptors are compiled as well.
 """
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 
 import triton
 
 from memattn_kernels._common import block_length
 from memattn_kernels.aot_kernel import AotKernel, taken, usual_constants
 from memattn_kernels.segmented_attention.backward_dkdv import segmented_attention_bwd_dkdv_kernel
+from memattn_kernels.segmented_attention.backward_dkdv_plain import (
+    segmented_attention_bwd_dkdv_plain_kernel,
+)
 from memattn_kernels.segmented_attention.backward_dq import segmented_attention_bwd_dq_kernel
 from memattn_kernels.segmented_attention.forward import segmented_attention_fwd_kernel
+from memattn_kernels.segmented_attention.forward_plain import segmented_attention_fwd_plain_kernel
+from memattn_kernels.segmented_attention.plain import CANDIDATES
 
 # persistent and memory keys: the smallest tile
 N_EXTRA = 16
@@ -26,6 +34,7 @@ PERSISTENT_TYPES = TYPES | {"dk_ptr": "*fp32", "dv_ptr": "*fp32"}
 
 
 PLAIN_FORMS = ("plain", "full", "window")
+EXTRA_SOURCES = ("persistent", "memory")
 
 
 def _form_constants(form: str) -> dict[str, object]:
@@ -71,6 +80,50 @@ def _key_constants(
     return taken(segmented_attention_bwd_dkdv_kernel, constants)
 
 
+def _plain_constants(
+    function: triton.JITFunction,
+    is_causal: bool,
+    head_dim: int,
+    dtype: str,
+    config: dict[str, int],
+) -> dict[str, object]:
+    """Compile-time arguments of the kernels that read by descriptors."""
+    constants = usual_constants(head_dim, dtype, config) | {"G": 1, "IS_CAUSAL": is_causal}
+    return taken(function, constants | {"IS_SPECIALIZED": "specialized" in config})
+
+
+def _candidates(name: str) -> Iterator[AotKernel]:
+    """What reads by descriptors under the name of a table's entry, one for each candidate."""
+    function = segmented_attention_fwd_plain_kernel
+    tiles = dict(q_desc=("BLOCK_M", "BLOCK_D"), k_desc=("BLOCK_N", "BLOCK_D"))
+    tiles |= dict(v_desc=("BLOCK_N", "BLOCK_DV"))
+    if "_bwd" in name:
+        function = segmented_attention_bwd_dkdv_plain_kernel
+        tiles |= dict(do_desc=("BLOCK_M", "BLOCK_DV"))
+        tiles |= dict.fromkeys(("scaled_lse_desc", "delta_desc"), ("BLOCK_M",))
+    for part in ("descriptors", "specialized"):
+        candidates = {
+            arch: {
+                width: config
+                for width, configs in kernels[name].items()
+                for config in configs
+                if ("specialized" in config) == (part == "specialized")
+            }
+            for arch, kernels in CANDIDATES.items()
+        }
+        if any(candidates.values()):
+            yield AotKernel(
+                name=name,
+                part=part,
+                function=function,
+                constants=partial(_plain_constants, function, name.endswith("_causal")),
+                in_float32=False,
+                candidates=candidates,
+                tiles=tiles,
+                types=TYPES,
+            )
+
+
 KERNELS = (
     *(
         AotKernel(
@@ -82,7 +135,9 @@ KERNELS = (
             types=TYPES,
         )
         for name, function, forms in (
-            ("fwd", segmented_attention_fwd_kernel, ("", *PLAIN_FORMS)),
+            ("fwd", segmented_attention_fwd_kernel, ("", "window")),
+            ("fwd_dense", segmented_attention_fwd_kernel, ("full",)),
+            ("fwd_causal", segmented_attention_fwd_kernel, ("plain",)),
             ("decode", segmented_attention_fwd_kernel, ("", "plain")),
             ("bwd_dq", segmented_attention_bwd_dq_kernel, ("", *PLAIN_FORMS)),
         )
@@ -90,15 +145,21 @@ KERNELS = (
     ),
     *(
         AotKernel(
-            name="segmented_attention_bwd_dkdv" + "_grouped" * is_grouped,
+            name=f"segmented_attention_bwd_dkdv{suffix}",
             part=f"{source}-{form}" if form else source,
             function=segmented_attention_bwd_dkdv_kernel,
-            constants=partial(_key_constants, source, form, is_grouped),
+            constants=partial(_key_constants, source, form, suffix == "_grouped"),
             in_float32=not form,
             types=PERSISTENT_TYPES if source == "persistent" else TYPES,
         )
-        for is_grouped in (False, True)
-        for source in ("token", "persistent", "memory")
-        for form in ("", *PLAIN_FORMS * (source == "token"))
+        for suffix, source, forms in (
+            ("", "token", ("", "window")),
+            ("_dense", "token", ("full",)),
+            ("_causal", "token", ("plain",)),
+            ("_grouped", "token", ("", *PLAIN_FORMS)),
+            *((suffix, source, ("",)) for suffix in ("", "_grouped") for source in EXTRA_SOURCES),
+        )
+        for form in forms
     ),
+    *chain.from_iterable(map(_candidates, CANDIDATES["sm_90"])),
 )

@@ -22,11 +22,13 @@ from memattn_kernels._common import (
 from memattn_kernels._launch import common_inputs, forward_outputs, launch_queries
 from memattn_kernels._operator import Named
 from memattn_kernels._tiles import attend
+from memattn_kernels.segmented_attention.forward_plain import launch_forward_plain
 from memattn_kernels.segmented_attention.intervals import (
     document_table,
     memory_of_query,
     tokens_of_query,
 )
+from memattn_kernels.segmented_attention.plain import plain_config, plain_form
 from memattn_kernels.signatures import SegmentedAttentionArgs
 
 # lengths that change from call to call: compile once for all their values
@@ -132,6 +134,13 @@ def kernel_inputs(args: SegmentedAttentionArgs) -> dict:
 def launch_forward(args: SegmentedAttentionArgs, results: Named) -> None:
     """Fill ``out``, ``lse`` and, for float32 inputs, what float32 rounds off ``lse``."""
     inputs = kernel_inputs(args) | forward_outputs(results)
-    kernel = "fwd" if args.query.shape[2] > configs.DECODE_LENGTH else "decode"
-    name, tiles = f"segmented_attention_{kernel}", dict(BLOCK_NP=inputs["P"], BLOCK_NM=inputs["M"])
-    launch_queries(segmented_attention_fwd_kernel, name, inputs, **tiles)
+    if args.query.shape[2] > configs.DECODE_LENGTH:
+        name, whole = "segmented_attention_fwd", None if args.is_causal else "S"
+        name, config = plain_config(name, plain_form(args), inputs, whole)
+    else:
+        name, config = "segmented_attention_decode", None
+    if config is not None:
+        launch_forward_plain(inputs, config)
+    else:
+        tiles = dict(BLOCK_NP=inputs["P"], BLOCK_NM=inputs["M"])
+        launch_queries(segmented_attention_fwd_kernel, name, inputs, **tiles)

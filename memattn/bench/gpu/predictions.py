@@ -109,11 +109,11 @@ def _cap(dry: bool) -> Rates:
     names = {None: "without a cap", 128: "capped at 128 registers"}
     calls = {}
     for cap, name in names.items():
-        with _capped("segmented_attention_fwd", 64, cap):
+        with _capped("segmented_attention_fwd_dense", 64, cap):
             call()  # compile
 
         def run(cap: int | None = cap) -> None:
-            with _capped("segmented_attention_fwd", 64, cap):
+            with _capped("segmented_attention_fwd_dense", 64, cap):
                 call()
 
         calls[f"forward D=64 {name}"] = run
@@ -211,8 +211,9 @@ def _kernels(case: Any, label: str, pairs: int, dry: bool) -> Rates:
     for event in trace.key_averages():
         seconds = max(event.device_time_total, event.self_device_time_total) * 1e-6
         spent[event.key] = spent.get(event.key, 0.0) + seconds
+    is_of = lambda key, name: key.startswith((f"{name}_kernel", f"{name}_plain_kernel"))
     for name, flops in names.items():
-        seconds = sum(time for key, time in spent.items() if key.startswith(f"{name}_kernel"))
+        seconds = sum(time for key, time in spent.items() if is_of(key, name))
         yield f"{name} {label}", repeats * flops / seconds if seconds else None
 
 

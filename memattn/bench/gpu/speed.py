@@ -15,11 +15,11 @@ import torch
 from memattn.bench import report
 from memattn.bench.bars import Bar, Found, Sweep
 from memattn.bench.case import Case, operators
-from memattn.bench.engine import OURS, Effort, Row, measure_case, measure_together, roof_key
+from memattn.bench.engine import OURS, Effort, Row, measure_between_roofs, measure_together
 from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
 from memattn.bench.gpu.pool import Job, Result
 from memattn.bench.memory import call_of
-from memattn.bench.roofline import measure_roofs
+from memattn.bench.roof_turns import RoofTurns
 from memattn.bench.suite import bar_record
 
 EFFORT = Effort(seconds=0.12, min_rounds=5, max_score_bytes=8 << 30)
@@ -192,6 +192,7 @@ def speed_jobs(names: tuple[str, ...], *, dry: bool, wrong: Iterable[str]) -> li
 
 
 _FOUND = Found()  # what this process has measured
+_TURNS = RoofTurns(seconds=0.03)  # and the roofs beside it
 
 
 def measure(job: Job) -> Result:
@@ -201,23 +202,22 @@ def measure(job: Job) -> Result:
     if job["dry"]:
         rows = _run_once(case, peers, job["directions"])
     else:
-        rows = measure_case(
+        rows = measure_between_roofs(
             case,
+            _TURNS,
             backend="triton",
             directions=job["directions"],
             peers=peers,
             effort=EFFORT,
             check_peers=False,
         )
-        if roof_key(case) not in _FOUND.roofs:
-            _FOUND.roofs[roof_key(case)] = measure_roofs(*roof_key(case), seconds=0.3)
+        _FOUND.roofs = _TURNS.best()
     _FOUND.rows |= {(row.case, row.direction, row.competitor): row for row in rows}
     torch.cuda.empty_cache()
-    roofs = _FOUND.roofs.get(roof_key(case))
     return {
         "status": "ok",
-        "rows": [report.row_record(row, roofs) for row in rows],
-        "roofs": report.roof_records(_FOUND.roofs),
+        "rows": report.row_records(rows, _TURNS),
+        "roofs": _TURNS.records(),
         "bars": [bar_record(bar, _FOUND, "triton", EFFORT) for bar in _told(chosen, case)],
     }
 

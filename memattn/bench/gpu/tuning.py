@@ -15,6 +15,8 @@ CHECK_SECONDS, TIME_SECONDS = 90, 60
 PARTS = {"forward": ("fwd",), "backward": ("bwd_dkdv", "bwd_dq")}
 BY_CHAPTER = {"forward": ("fwd_by_chapter",), "backward": ("bwd_dkdv", "bwd_dq_by_chapter")}
 PRODUCTS = {"forward": ("logits",), "backward": ("d_weight", "d_hidden")}
+# of cases that have kernels of their own
+KINDS = {"segmented_attention": ("dense", "causal", "window")}
 WIDEST = 256  # of the tables
 
 
@@ -31,19 +33,23 @@ def targets(rows: Iterable[Mapping[str, Any]], operators: Iterable[str]) -> list
             shares[kernel, width] = min(share, shares.get((kernel, width), share))
     if shares:
         return sorted(shares, key=lambda target: shares[target])
-    return [
+    found = (
         (f"{operator}_{part}", D)
         for D in (64, 128)
         for operator in operators
-        for parts in parts_of(operator, "sequence").values()
+        for kind in KINDS.get(operator, ("sequence",))
+        for parts in parts_of(operator, kind).values()
         for part in parts
-    ]
+    )
+    return list(dict.fromkeys(found))
 
 
 def parts_of(operator: str, kind: str) -> dict[str, tuple[str, ...]]:
     """The kernels of a case by direction, as the tables name them."""
     if operator == "chapter_router":
         return PRODUCTS
+    if operator == "segmented_attention" and kind in ("dense", "causal"):
+        return {"forward": (f"fwd_{kind}",), "backward": (f"bwd_dkdv_{kind}", "bwd_dq")}
     is_by_chapter = operator == "chapter_attention" and kind in ("token", "int8", "independent")
     return BY_CHAPTER if is_by_chapter else PARTS
 
@@ -73,7 +79,9 @@ def describe(config: Mapping[str, int]) -> str:
     tile = "x".join(str(config[name]) for name in sorted(config) if name.startswith("BLOCK"))
     text = f"{tile}, {config['num_warps']} warps"
     text += f", {config['num_stages']} stages"
-    return text + (f", {config['maxnreg']} registers" if "maxnreg" in config else "")
+    text += f", {config['maxnreg']} registers" if "maxnreg" in config else ""
+    text += ", descriptors" * ("descriptors" in config)
+    return text + ", specialized" * ("specialized" in config)
 
 
 def check(job: Job) -> Result:

@@ -1,0 +1,239 @@
+// Softmax attention of one tile of queries in bfloat16, forward and backward, whatever keys its rows
+// see: what attention_rows.h has for float32.
+//
+// Included after bfloat16_tile.h.
+
+// Scores of the keys that panel p sees, whole pairs of keys with -inf in place of neighbours.
+template <int NV, class AnyBlock>
+static MEMATTN_INLINE void pair_scores(const AnyBlock& block, int64_t p, const Span& seen,
+                                       const PairSpan& span, int64_t D, const float* q,
+                                       float* scores) {
+  constexpr int64_t PANEL = NV * VL;
+  const int64_t terms = pairs_in(D);
+  float* own = scores + span.lead * PANEL;
+  product<NV, Store::set, true, Pairs>(span.n, 1, terms, block.key.data + span.skip * block.key.stride,
+                                       block.key.stride, 0, q + p * terms * PANEL, PANEL, 0, own,
+                                       PANEL, nullptr);
+  if (seen.partial) mask_panel<NV>(own, block, p, seen.first, seen.last);
+  for (int v = 0; v < NV; ++v) {
+    if (span.lead) ((vf*)scores)[v] = broadcast(-__builtin_inff());
+    if (span.ends_odd()) ((vf*)(own + span.n * PANEL))[v] = broadcast(-__builtin_inff());
+  }
+}
+
+// walk(scratch, visit) calls visit(block) for every block of keys that some row sees.
+template <int NV, class Args, class QueryRows, class Walk>
+static MEMATTN_INLINE void forward_pairs(const Args& a, const Tile& tile, const QueryRows& rows,
+                                         Walk walk, float* scratch) {
+  constexpr int64_t PANEL = NV * VL;
+  const int64_t terms = pairs_in(a.D), ldk = round_up(terms, VL), ldv = round_up(a.Dv, VL);
+  Pieces pieces{scratch};
+  float* q = pieces.take(TILE_ROWS * terms);             // [panel][terms][PANEL]
+  float* acc = pieces.take(TILE_ROWS * a.Dv);            // [panel][Dv][PANEL]
+  float* scores = pieces.take((BLOCK_KEYS + 2) * PANEL);
+  float* weights = pieces.take((BLOCK_KEYS / 2 + 1) * PANEL);
+  float* row_scratch = pieces.take(TILE_ROWS * (ldk > ldv ? ldk : ldv));
+  float* block_scratch = pieces.next;
+  const float scale2 = (float)(a.scale * LOG2E);
+  load_pair_rows(a.query, tile, rows, a.D, ldk, row_scratch);
+  to_panels(row_scratch, ldk, rows.lanes, terms, PANEL, q);
+  __builtin_memset(acc, 0, rows.lanes * a.Dv * 4);
+  SoftmaxState<NV> states[TILE_ROWS / PANEL];
+  clear<NV>(states, TILE_ROWS / PANEL);
+
+  walk(PairScratch{block_scratch, false}, [&](const auto& block) {
+    for (int64_t p = 0; p * PANEL < rows.lanes; ++p) {
+      const Span seen(block, p);
+      if (seen.first >= seen.last) continue;
+      const PairSpan span(seen.first - block.begin, seen.last - seen.first);
+      pair_scores<NV>(block, p, seen, span, a.D, q, scores);
+      vf alpha[NV];
+      pair_softmax_step<NV>(scores, span.pairs, scale2, &states[p], alpha, weights);
+      with_own_keys(block, span, a.Dv, [&](const float* values) {
+        product<NV, Store::scale_add, false, Pairs>(a.Dv, 1, span.pairs, values, a.Dv, 0, weights,
+                                                    PANEL, 0, acc + p * a.Dv * PANEL, PANEL, alpha);
+      });
+    }
+  });
+
+  finish_rows<NV>(a, tile, rows, states, acc, row_scratch);
+}
+
+// The sums over `terms` units of the products of two panels, as a product of pairs rounds them.
+template <int NV>
+static MEMATTN_INLINE void lane_products(const float* x, const float* y, int64_t terms, float* sums) {
+  for (int v = 0; v < NV; ++v) {
+    vf sum{};
+    for (int64_t k = 0; k < terms; ++k)
+      sum = Pairs::add_product(((const vf*)x)[k * NV + v], ((const vf*)y)[k * NV + v], sum);
+    ((vf*)sums)[v] = sum;
+  }
+}
+
+// Stores weights and gradients of scores of two keys, rounded: `rows` of a key hold pairs of lanes.
+template <int NV>
+static MEMATTN_INLINE void store_lane_pairs(const vf* first, const vf* second, float* rows) {
+  if constexpr (NV == 1) {
+    _mm512_storeu_si512(rows, rounded(first[0], second[0]));
+  } else {
+    _mm512_storeu_si512(rows, rounded(first[0], first[1]));
+    _mm512_storeu_si512(rows + VL, rounded(second[0], second[1]));
+  }
+}
+
+// walk(with_gradients, scratch, visit) calls visit(block) for every block of keys that some row sees.
+template <int NV, class Args, class QueryRows, class Walk>
+static MEMATTN_INLINE void backward_pairs(const Args& a, const Tile& tile, const QueryRows& rows,
+                                          Walk walk, float* scratch) {
+  constexpr int64_t PANEL = NV * VL, HALF = PANEL / 2;
+  const int64_t panels = rows.lanes / PANEL, terms = pairs_in(a.D), value_terms = pairs_in(a.Dv);
+  const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
+  Pieces pieces{scratch};
+  float* q = pieces.take(TILE_ROWS * terms);            // [panel][terms][PANEL]
+  float* d_out = pieces.take(TILE_ROWS * value_terms);
+  float* out = pieces.take(TILE_ROWS * value_terms);
+  float* d_q = pieces.take(TILE_ROWS * a.D);            // [panel][D][PANEL]
+  float* q_pairs = pieces.take(TILE_ROWS / 2 * ldk);    // [lanes / 2][ldk], pairs of lanes
+  float* d_out_pairs = pieces.take(TILE_ROWS / 2 * ldv);
+  float* scores = pieces.take((BLOCK_KEYS + 2) * PANEL);
+  float* dw = pieces.take((BLOCK_KEYS + 2) * PANEL);    // gradients of the weights
+  float* ds_pairs = pieces.take((BLOCK_KEYS / 2 + 1) * PANEL);  // of scores, pairs of keys
+  float* p_all = pieces.take(TILE_ROWS / 2 * BLOCK_KEYS);       // [panel][BLOCK_KEYS][HALF]
+  float* ds_all = pieces.take(TILE_ROWS / 2 * BLOCK_KEYS);      // pairs of lanes
+  float* row_scratch = pieces.take(TILE_ROWS * (ldk > ldv ? ldk : ldv));
+  float* lanes = pieces.take(4 * TILE_ROWS);
+  float *lse_high = lanes, *lse_low = lanes + TILE_ROWS, *delta = lanes + 2 * TILE_ROWS,
+        *d_lse = lanes + 3 * TILE_ROWS;
+  const PairScratch block_scratch{pieces.next, true};
+
+  const float scale2 = (float)(a.scale * LOG2E);
+  auto load = [&](const View& view, int64_t width, float* to, float* lane_pairs) {
+    const int64_t ld = round_up(pairs_in(width), VL);
+    load_pair_rows(view, tile, rows, width, ld, row_scratch);
+    to_panels(row_scratch, ld, rows.lanes, pairs_in(width), PANEL, to);
+    if (lane_pairs)
+      interleave({row_scratch, ld}, rows.lanes, width, round_up(width, VL), lane_pairs);
+  };
+  load(a.query, a.D, q, q_pairs);
+  load(a.d_out, a.Dv, d_out, d_out_pairs);
+  load(a.out, a.Dv, out, nullptr);
+  __builtin_memset(d_q, 0, rows.lanes * a.D * 4);
+  // weight 0 everywhere for lanes without a row and rows without a key
+  for (int64_t i = 0; i < rows.lanes; ++i) lse_high[i] = -NO_SCORE, lse_low[i] = d_lse[i] = 0.0f;
+  for (int64_t i = 0; i < rows.n; ++i) {
+    if (rows.empty(i)) continue;
+    const int64_t flat = number_of(a, tile, rows, i);
+    d_lse[i] = a.d_lse[flat];
+    if (a.lse2_high[flat] == -__builtin_inff()) continue;
+    saved_lse(a.lse2_high[flat], a.lse2_low[flat], lse_high + i, lse_low + i);
+    if (lse_low[i] >= 0.5f) lse_low[i] -= 1.0f;  // a large lane
+  }
+
+  // products of the keys that panel p sees
+  auto multiply = [&](const auto& block, int64_t p, const Span& seen, const PairSpan& span) {
+    pair_scores<NV>(block, p, seen, span, a.D, q, scores);
+    float* own = dw + span.lead * PANEL;
+    product<NV, Store::set, true, Pairs>(
+        span.n, 1, value_terms, block.value.data + span.skip * block.value.stride,
+        block.value.stride, 0, d_out + p * value_terms * PANEL, PANEL, 0, own, PANEL, nullptr);
+    for (int v = 0; v < NV; ++v) {
+      if (span.lead) ((vf*)dw)[v] = vf{};
+      if (span.ends_odd()) ((vf*)(own + span.n * PANEL))[v] = vf{};
+    }
+  };
+  auto weigh = [&](int64_t p, int64_t j, int v) {
+    const vf high = ((const vf*)(lse_high + p * PANEL))[v];
+    const vf low = ((const vf*)(lse_low + p * PANEL))[v];
+    return short_exp2((((const vf*)scores)[j * NV + v] * scale2 - high) - low);
+  };
+
+  // delta = sum over d of out * d_out = sum over keys of w * dw / sum of w, see backward_rows()
+  if (!rows.sum_runs().few_keys) {
+    for (int64_t p = 0; p < panels; ++p)
+      lane_products<NV>(out + p * value_terms * PANEL, d_out + p * value_terms * PANEL, value_terms,
+                        delta + p * PANEL);
+  } else {
+    WeightedMean means[TILE_ROWS / VL];
+    walk(false, block_scratch, [&](const auto& block) {
+      for (int64_t p = 0; p < panels; ++p) {
+        const Span seen(block, p);
+        if (seen.first >= seen.last) continue;
+        const PairSpan span(seen.first - block.begin, seen.last - seen.first);
+        multiply(block, p, seen, span);
+        for (int64_t j = 0; j < 2 * span.pairs; ++j)
+          for (int v = 0; v < NV; ++v)
+            means[p * NV + v].add(weigh(p, j, v), ((const vf*)dw)[j * NV + v]);
+      }
+    });
+    for (int64_t i = 0; i < rows.lanes / VL; ++i) means[i].store((vf*)delta + i, (vf*)d_lse + i);
+  }
+
+  walk(true, block_scratch, [&](const auto& block) {
+    int64_t first[TILE_ROWS], last[TILE_ROWS];
+    for (int64_t p = 0; p < panels; ++p) {
+      const Span seen(block, p);
+      const int64_t n = seen.last - seen.first, skip = seen.first - block.begin;
+      first[p] = n > 0 ? skip : 0, last[p] = n > 0 ? skip + n : 0;
+      float *p_rows = p_all + p * BLOCK_KEYS * HALF, *ds_rows = ds_all + p * BLOCK_KEYS * HALF;
+      if (n < block.n) {  // keys that this panel does not see add nothing
+        clear_outside<NV, Pairs>(p_rows, block.n, first[p], last[p]);
+        clear_outside<NV, Pairs>(ds_rows, block.n, first[p], last[p]);
+      }
+      if (n <= 0) continue;
+      const PairSpan span(skip, n);
+      multiply(block, p, seen, span);
+      p_rows += 2 * span.begin * HALF, ds_rows += 2 * span.begin * HALF;
+      const vf* mean = (const vf*)(delta + p * PANEL);
+      const vf* extra = (const vf*)(d_lse + p * PANEL);
+      for (int64_t i = 0; i < span.pairs; ++i) {
+        vf w[2][NV], ds[2][NV];
+        for (int k = 0; k < 2; ++k)
+          for (int v = 0; v < NV; ++v) {
+            w[k][v] = weigh(p, 2 * i + k, v);
+            ds[k][v] = w[k][v] * ((((const vf*)dw)[(2 * i + k) * NV + v] - mean[v]) + extra[v]);
+          }
+        store_lane_pairs<NV>(w[0], w[1], p_rows + 2 * i * HALF);
+        store_lane_pairs<NV>(ds[0], ds[1], ds_rows + 2 * i * HALF);
+        for (int v = 0; v < NV; ++v)
+          _mm512_store_si512(ds_pairs + i * PANEL + v * VL, paired(ds[0][v], ds[1][v]));
+      }
+      with_own_keys(block, span, a.D, [&](const float* keys) {
+        product<NV, Store::add, false, Pairs>(a.D, 1, span.pairs, keys, a.D, 0, ds_pairs, PANEL, 0,
+                                              d_q + p * a.D * PANEL, PANEL, nullptr);
+      });
+    }
+    add_rows<NV, Pairs>(p_all, d_out_pairs, panels, block.d_value, ldv, block.n, panels, first, last);
+    add_rows<NV, Pairs>(ds_all, q_pairs, panels, block.d_key, ldk, block.n, panels, first, last);
+  });
+
+  for (int64_t j = 0; j < rows.lanes * a.D; ++j) d_q[j] *= (float)a.scale;
+  from_panels(d_q, PANEL, rows.lanes, a.D, ldk, row_scratch);
+  for (int64_t i = 0; i < rows.n; ++i)
+    store_row(a.d_query, place_of(a.d_query, tile, rows, i), column_step(a.d_query, rows), a.D,
+              row_scratch + i * ldk);
+}
+
+template <class Args>
+static int64_t pair_forward_scratch(const Args& a) {
+  const int64_t wide = round_up(a.D, VL) + round_up(a.Dv, VL);
+  return 3 * TILE_ROWS * wide + (BLOCK_KEYS + 2) * 2 * VL * 2 + pair_scratch(a.D, a.Dv) + 256;
+}
+
+template <class Args>
+static int64_t pair_backward_scratch(const Args& a) {
+  const int64_t wide = round_up(a.D, VL) + round_up(a.Dv, VL);
+  return 3 * TILE_ROWS * wide + (5 * BLOCK_KEYS + 10) * VL + (TILE_ROWS + 1) * BLOCK_KEYS +
+         4 * TILE_ROWS + pair_scratch(a.D, a.Dv) + 256;
+}
+
+// Products of pairs.
+struct InPairs {
+  template <int NV, class... Parts>
+  static MEMATTN_INLINE void forward(const Parts&... parts) {
+    forward_pairs<NV>(parts...);
+  }
+  template <int NV, class... Parts>
+  static MEMATTN_INLINE void backward(const Parts&... parts) {
+    backward_pairs<NV>(parts...);
+  }
+};

@@ -1,0 +1,47 @@
+"""What a saved model's folder says about the package that it needs.
+
+``config.json`` names a file beside it, by which transformers finds the classes where nobody has
+imported this package: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. The
+file imports them. Where the package is not installed, the error of transformers names it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+FILE = "modeling_memattn.py"
+CODE = '''"""The classes of this model are in the package memattn."""
+
+from memattn.models import MemAttnConfig, MemAttnForCausalLM, MemAttnModel
+
+__all__ = ["MemAttnConfig", "MemAttnForCausalLM", "MemAttnModel"]
+'''
+AUTO_MAP = {
+    "AutoConfig": "MemAttnConfig",
+    "AutoModel": "MemAttnModel",
+    "AutoModelForCausalLM": "MemAttnForCausalLM",
+}
+
+
+def write_code(folder: Path) -> None:
+    """Write the file with the classes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).write_text(CODE, encoding="utf-8")
+
+
+def with_auto_map(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a configuration with where its classes are, beside classes of others."""
+    module = FILE.removesuffix(".py")
+    own = {auto: f"{module}.{name}" for auto, name in AUTO_MAP.items()}
+    return {**values, "auto_map": own | values.get("auto_map", {})}
+
+
+def without_auto_map(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as they were, also where transformers has put a repository before the file."""
+    module = FILE.removesuffix(".py")
+    others = {
+        auto: name
+        for auto, name in (values.get("auto_map") or {}).items()
+        if str(name).rpartition("--")[2] != f"{module}.{AUTO_MAP.get(auto)}"
+    }
+    rest = {name: value for name, value in values.items() if name != "auto_map"}
+    return {**rest, "auto_map": others} if others else rest
