@@ -324,12 +324,18 @@ class ShiftableStudy(Study):
         names = (self.data.dataset_name, self.general.dataset_name)
         special, general = (name if isinstance(name, str) else ", ".join(name) for name in names)
         share = f"{100 * self.data.mix_share:g} %"
+        taught = (
+            f"{TAUGHT[1:].capitalize()}: before the first step the gate learnt on "
+            f"{self.teaching.gate_rows} rows of each text whose it is, and went on learning it. "
+        )
+        if not self.compare.taught:
+            taught = ""
         return (
             f"Validation loss: held-out documents of the specialist text ({special}), at the end; "
             f"general loss: held-out documents of the general text ({general}), which {BASE} has "
             f"before. {share} of the training tokens are of the general text, but for cells "
-            f"called {UNMIXED[1:]}. Gates: means over layers and tokens of held-out documents; "
-            "separation: those on the specialist text minus those on the general one."
+            f"called {UNMIXED[1:]}. {taught}Gates: means over layers and tokens of held-out "
+            "documents; separation: those on the specialist text minus those on the general one."
         )
 
 

@@ -303,7 +303,7 @@ def _due(step: int, every: int | None) -> bool:
 
 def _check_domains(config: TrainConfig) -> None:
     """Raise ValueError if a gate shall learn whose text is which, and there is one text alone."""
-    given = {"training.gate_rows": config.training.gate_rows}
+    given: dict[str, Any] = {"training.gate_rows": config.training.gate_rows}
     for name in ("options", "memory_adapter", "specialists"):
         fields = getattr(config.model, name) or {}
         given[f"model.{name}.domain_coefficient"] = fields.get("domain_coefficient")
