@@ -68,39 +68,55 @@ static void load_rows(const View& view, const Tile& tile, const QueryRows& rows,
   }
 }
 
-// Stores the results of a tile, from its softmax states and its weighted sums [panel][Dv][PANEL].
-// spare: [lanes][Dv rounded up].
-template <int NV, class Args, class QueryRows>
+// Stores the results of a tile, from its softmax states and its weighted sums [panel][Dv][PANEL], by row
+// [lanes][Dv]. spare: [lanes][Dv rounded up].
+template <int NV, bool BY_ROW = false, class Args, class QueryRows>
 static MEMATTN_INLINE void finish_rows(const Args& a, const Tile& tile, const QueryRows& rows,
                                        const SoftmaxState<NV>* states, float* acc, float* spare) {
   constexpr int64_t PANEL = NV * VL;
   const int64_t ldv = round_up(a.Dv, VL);
-  for (int64_t p = 0; p * PANEL < rows.lanes; ++p)
+  for (int64_t p = 0; !BY_ROW && p * PANEL < rows.lanes; ++p)
     for (int v = 0; v < NV; ++v) {
       const vf sum = states[p].sum[v];
       vf* column = (vf*)(acc + p * a.Dv * PANEL) + v;
       for (int64_t d = 0; d < a.Dv; ++d)
         column[d * NV] = select(sum == 0.0f, vf{}, column[d * NV] / sum);
     }
-  from_panels(acc, PANEL, rows.lanes, a.Dv, ldv, spare);
+  if (!BY_ROW) from_panels(acc, PANEL, rows.lanes, a.Dv, ldv, spare);
   for (int64_t i = 0; i < rows.n; ++i) {
     const int64_t flat = number_of(a, tile, rows, i);
-    store_result(a, tile, rows, i, spare + i * ldv);
     const SoftmaxState<NV>& state = states[i / PANEL];
     const int64_t v = i % PANEL / VL, in_vector = i % VL;
+    float* result = (BY_ROW ? acc : spare) + i * ldv;
+    if (BY_ROW) {
+      const vf sum = broadcast(state.sum[v][in_vector]);
+      for (int64_t d = 0; d < a.Dv; d += VL) {
+        vf* part = (vf*)(result + d);
+        *part = select(sum == 0.0f, vf{}, *part / sum);
+      }
+    }
+    store_result(a, tile, rows, i, result);
     const RowLse lse(state.high[v][in_vector], state.low[v][in_vector],
                      state.sum[v][in_vector]);
     a.lse[flat] = lse.natural, a.lse2_high[flat] = lse.high, a.lse2_low[flat] = lse.low;
   }
 }
 
-// walk(scratch, visit) calls visit(block) for every block of keys that some row sees.
-template <int NV, class Args, class QueryRows, class Walk>
+// The rows of panel p.
+template <int NV, class QueryRows>
+static MEMATTN_INLINE Lanes panel_of(const QueryRows& rows, int64_t p) {
+  const int64_t end = (p + 1) * NV * VL;
+  return {p * NV * VL, end < rows.n ? end : rows.n};
+}
+
+// walk(scratch, visit) calls visit(block) for every block of keys that some row sees. BY_ROW: results are
+// summed row by row, as in row_sums.h, from blocks whose lanes see intervals.
+template <int NV, bool BY_ROW = false, class Args, class QueryRows, class Walk>
 static MEMATTN_INLINE void forward_rows(const Args& a, const Tile& tile, const QueryRows& rows,
                                         Walk walk, float* scratch) {
   constexpr int64_t PANEL = NV * VL;
   float* q = scratch;                             // [panel][D][PANEL]
-  float* acc = q + TILE_ROWS * a.D;               // [panel][Dv][PANEL]
+  float* acc = q + TILE_ROWS * a.D;               // [panel][Dv][PANEL], by row [lanes][Dv]
   float* scores = acc + TILE_ROWS * a.Dv;         // [BLOCK_KEYS][PANEL]
   float* block_scratch = scores + BLOCK_KEYS * PANEL;  // [BLOCK_KEYS][D + Dv], or rows of the tile
   const int64_t ldk = round_up(a.D, VL);
@@ -113,27 +129,38 @@ static MEMATTN_INLINE void forward_rows(const Args& a, const Tile& tile, const Q
   clear<NV>(states, TILE_ROWS / PANEL);
 
   walk(block_scratch, [&](const auto& block) {
-    attend<NV>(block, rows.lanes, a.D, a.Dv, runs, scale2, q, scores, states, acc);
+    if constexpr (BY_ROW)
+      weigh<NV>(block, rows.lanes, a.D, runs, scale2, q, scores, states,
+                [&](int64_t p, const Span& span, const float* alpha) {
+                  const Lanes panel = panel_of<NV>(rows, p);
+                  const Rows value = block.value.from(span.first - block.begin);
+                  add_to_rows<PANEL>(*block.seen, panel, span.first, span.last - span.first,
+                                     runs.keys, scores - panel.first, value, a.Dv,
+                                     alpha - panel.first, acc);
+                });
+    else attend<NV>(block, rows.lanes, a.D, a.Dv, runs, scale2, q, scores, states, acc);
   });
 
-  finish_rows<NV>(a, tile, rows, states, acc, block_scratch);
+  finish_rows<NV, BY_ROW>(a, tile, rows, states, acc, block_scratch);
 }
 
 // walk(with_gradients, scratch, visit) calls visit(block) for every block of keys that some row sees.
-template <int NV, class Args, class QueryRows, class Walk>
+template <int NV, bool BY_ROW = false, class Args, class QueryRows, class Walk>
 static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const QueryRows& rows,
                                          Walk walk, float* scratch) {
   constexpr int64_t PANEL = NV * VL;
+  constexpr int64_t STEP = BY_ROW ? TILE_ROWS : PANEL;           // from one key to the next
+  constexpr int64_t NEXT = BY_ROW ? PANEL : BLOCK_KEYS * PANEL;  // and from one panel to the next
   const int64_t panels = rows.lanes / PANEL;
   const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
   auto take = [&scratch](int64_t n) { float* from = scratch; scratch += round_up(n, 16); return from; };
   float* q = take(TILE_ROWS * a.D);        // [panel][D][PANEL]
   float* d_out = take(TILE_ROWS * a.Dv);   // [panel][Dv][PANEL]
-  float* d_q = take(TILE_ROWS * a.D);      // [panel][D][PANEL]
+  float* d_q = take(TILE_ROWS * a.D);      // [panel][D][PANEL], by row [lanes][D]
   float* q_rows = take(TILE_ROWS * ldk);   // [lanes][ldk]
   float* d_out_rows = take(TILE_ROWS * ldv);
   float* out_rows = take(TILE_ROWS * ldv);
-  float* p_all = take(TILE_ROWS * BLOCK_KEYS);   // [panel][BLOCK_KEYS][PANEL]
+  float* p_all = take(TILE_ROWS * BLOCK_KEYS);   // [panel][BLOCK_KEYS][PANEL], [BLOCK_KEYS][lanes]
   float* ds_all = take(TILE_ROWS * BLOCK_KEYS);
   float* lse_high = take(TILE_ROWS);  // in units of log 2
   float* lse_low = take(TILE_ROWS);
@@ -163,18 +190,18 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
   // the weights of the keys [span.first, span.last) in panel p, and the gradients of these weights
   auto weigh = [&](const auto& block, int64_t p, const Span& span, float* weights, float* dw) {
     const int64_t n = span.last - span.first, skip = span.first - block.begin;
-    dot_products<NV>(n, a.D, runs.dims, block.key.data + skip * block.key.stride, block.key.stride,
-                     q + p * a.D * PANEL, PANEL, weights, PANEL);
-    if (span.partial) mask_panel<NV>(weights, block, p, span.first, span.last);
-    dot_products<NV>(n, a.Dv, runs.dims, block.value.data + skip * block.value.stride,
-                     block.value.stride, d_out + p * a.Dv * PANEL, PANEL, dw, PANEL);
+    block_products<NV>(block, n, a.D, runs.dims, block.key.from(skip), q + p * a.D * PANEL, weights,
+                       STEP);
+    if (span.partial) mask_panel<NV, STEP>(weights, block, p, span.first, span.last);
+    block_products<NV>(block, n, a.Dv, runs.dims, block.value.from(skip), d_out + p * a.Dv * PANEL, dw,
+                       STEP);
     const vf* high = (const vf*)(lse_high + p * PANEL);
     const vf* low = (const vf*)(lse_low + p * PANEL);
     with_large_lanes<NV>(low, [&](auto some_large) {
 #pragma GCC unroll 2
       for (int64_t j = 0; j < n; ++j)
         for (int v = 0; v < NV; ++v) {
-          vf* w = (vf*)weights + j * NV + v;
+          vf* w = (vf*)(weights + j * STEP) + v;
           *w = saved_weight<some_large>(*w, scale2, high[v], low[v]);
         }
     });
@@ -195,7 +222,8 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
         weigh(block, p, span, p_all, ds_all);
         for (int64_t j = 0; j < span.last - span.first; ++j)
           for (int v = 0; v < NV; ++v)
-            means[p * NV + v].add(((const vf*)p_all)[j * NV + v], ((const vf*)ds_all)[j * NV + v]);
+            means[p * NV + v].add(((const vf*)(p_all + j * STEP))[v],
+                                  ((const vf*)(ds_all + j * STEP))[v]);
       }
     });
     for (int64_t i = 0; i < rows.lanes / VL; ++i) means[i].store((vf*)delta + i, (vf*)d_lse + i);
@@ -207,34 +235,46 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
       const Span span(block, p);
       const int64_t n = span.last - span.first, skip = span.first - block.begin;
       first[p] = n > 0 ? skip : 0, last[p] = n > 0 ? skip + n : 0;
-      float* weights = p_all + p * BLOCK_KEYS * PANEL;
-      float* ds = ds_all + p * BLOCK_KEYS * PANEL;
+      float *weights = p_all + p * NEXT, *ds = ds_all + p * NEXT;
       if (n < block.n) {  // keys that this panel does not see add nothing
-        clear_outside<NV>(weights, block.n, first[p], last[p]);
-        clear_outside<NV>(ds, block.n, first[p], last[p]);
+        auto clear = [&](float* panel) {
+          if constexpr (BY_ROW) clear_lanes_outside<NV>(panel, block.n, first[p], last[p]);
+          else clear_outside<NV>(panel, block.n, first[p], last[p]);
+        };
+        clear(weights), clear(ds);
       }
       if (n <= 0) continue;
-      weights += skip * PANEL, ds += skip * PANEL;
+      weights += skip * STEP, ds += skip * STEP;
       weigh(block, p, span, weights, ds);
       const vf* mean = (const vf*)(delta + p * PANEL);
       const vf* extra = (const vf*)(d_lse + p * PANEL);
       for (int64_t j = 0; j < n; ++j)
         for (int v = 0; v < NV; ++v) {
-          vf* s = (vf*)ds + j * NV + v;
-          *s = ((const vf*)weights)[j * NV + v] * ((*s - mean[v]) + extra[v]);
+          vf* s = (vf*)(ds + j * STEP) + v;
+          *s = ((const vf*)(weights + j * STEP))[v] * ((*s - mean[v]) + extra[v]);
         }
-      add_weighted<NV>(a.D, n, runs.keys, block.key.data + skip * block.key.stride,
+      if constexpr (BY_ROW)
+        add_to_rows<STEP>(*block.seen, panel_of<NV>(rows, p), span.first, n, runs.keys,
+                          ds - p * PANEL, block.key.from(skip), a.D, nullptr, d_q);
+      else add_weighted<NV>(a.D, n, runs.keys, block.key.data + skip * block.key.stride,
                        block.key.stride, ds, PANEL, d_q + p * a.D * PANEL, PANEL, nullptr);
+    }
+    if constexpr (BY_ROW) {
+      const Lanes lanes{0, rows.n};
+      const int64_t run = runs.panels * PANEL;
+      add_to_keys(*block.seen, lanes, block.begin, block.n, run, p_all, d_out_rows, a.Dv, block.d_value);
+      add_to_keys(*block.seen, lanes, block.begin, block.n, run, ds_all, q_rows, a.D, block.d_key);
+      return;
     }
     add_rows<NV>(p_all, d_out_rows, runs.panels, block.d_value, ldv, block.n, panels, first, last);
     add_rows<NV>(ds_all, q_rows, runs.panels, block.d_key, ldk, block.n, panels, first, last);
   });
 
   for (int64_t j = 0; j < rows.lanes * a.D; ++j) d_q[j] *= (float)a.scale;
-  from_panels(d_q, PANEL, rows.lanes, a.D, ldk, q_rows);
+  if (!BY_ROW) from_panels(d_q, PANEL, rows.lanes, a.D, ldk, q_rows);
   for (int64_t i = 0; i < rows.n; ++i)
     store_row(a.d_query, place_of(a.d_query, tile, rows, i), column_step(a.d_query, rows), a.D,
-              q_rows + i * ldk);
+              (BY_ROW ? d_q : q_rows) + i * ldk);
 }
 
 // Products of floats.

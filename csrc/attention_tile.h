@@ -5,6 +5,7 @@
 
 constexpr double LOG2E = 1.4426950408889634;
 constexpr int64_t WEIGHTS_RUN = 16;  // weights summed in one go
+constexpr int64_t FETCH_KEYS = 24;   // keys between two calls of fetch_some()
 constexpr float NO_SCORE = -3e38f;   // running maximum before the first key
 constexpr float LARGE = 65536.0f;    // a maximum of this size is that of a large lane
 
@@ -208,26 +209,57 @@ static void clear(SoftmaxState<NV>* states, int64_t n) {
       states[i].high[v] = broadcast(NO_SCORE), states[i].low[v] = states[i].sum[v] = vf{};
 }
 
-// Takes one block of keys into the softmax states and weighted sums of all panels.
-// q: [panel][D][PANEL], scores: [BLOCK_KEYS][PANEL], acc: [panel][Dv][PANEL].
+// One panel of dot products of `n` keys or values of a block. Where they come from memory, later ones
+// are asked for meanwhile, a few at a time: many at once would be waited for.
 template <int NV, class AnyBlock>
-static MEMATTN_INLINE void attend(const AnyBlock& block, int64_t lanes, int64_t D, int64_t Dv,
-                                  const SumRuns& runs, Split scale2, const float* q,
-                                  float* scores,
-                                  SoftmaxState<NV>* states, float* acc) {
+static MEMATTN_INLINE void block_products(const AnyBlock& block, int64_t n, int64_t width, int64_t run,
+                                          Rows rows, const float* panel, float* to, int64_t ld) {
+  constexpr int64_t PANEL = NV * VL;
+  if constexpr (AnyBlock::FETCHES) {
+    for (int64_t j = 0; j < n; j += FETCH_KEYS) {
+      block.fetch_some();
+      const int64_t here = n - j < FETCH_KEYS ? n - j : FETCH_KEYS;
+      dot_products<NV>(here, width, run, rows.from(j).data, rows.stride, panel, PANEL, to + j * ld,
+                       ld);
+    }
+  } else {
+    dot_products<NV>(n, width, run, rows.data, rows.stride, panel, PANEL, to, ld);
+  }
+}
+
+// Takes one block of keys into the softmax states of all panels, and calls add(panel, its span, what
+// is added so far is to be multiplied by) when `scores` holds the weights of a panel.
+// q: [panel][D][PANEL], scores: [BLOCK_KEYS][PANEL].
+template <int NV, class AnyBlock, class Add>
+static MEMATTN_INLINE void weigh(const AnyBlock& block, int64_t lanes, int64_t D, const SumRuns& runs,
+                                 Split scale2, const float* q, float* scores,
+                                 SoftmaxState<NV>* states, Add add) {
   constexpr int64_t PANEL = NV * VL;
   for (int64_t p = 0; p * PANEL < lanes; ++p) {
     const Span span(block, p);
     const int64_t n = span.last - span.first, skip = span.first - block.begin;
     if (n <= 0) continue;
-    dot_products<NV>(n, D, runs.dims, block.key.data + skip * block.key.stride, block.key.stride,
-                     q + p * D * PANEL, PANEL, scores, PANEL);
+    block_products<NV>(block, n, D, runs.dims, block.key.from(skip), q + p * D * PANEL, scores, PANEL);
     if (span.partial) mask_panel<NV>(scores, block, p, span.first, span.last);
     vf alpha[NV];
     softmax_step<NV>(scores, n, scale2, &states[p], alpha);
-    add_weighted<NV>(Dv, n, runs.keys, block.value.data + skip * block.value.stride,
-                     block.value.stride, scores, PANEL, acc + p * Dv * PANEL, PANEL, alpha);
+    add(p, span, (const float*)alpha);
   }
+}
+
+// And into the weighted sums of all panels, acc: [panel][Dv][PANEL].
+template <int NV, class AnyBlock>
+static MEMATTN_INLINE void attend(const AnyBlock& block, int64_t lanes, int64_t D, int64_t Dv,
+                                  const SumRuns& runs, Split scale2, const float* q, float* scores,
+                                  SoftmaxState<NV>* states, float* acc) {
+  constexpr int64_t PANEL = NV * VL;
+  weigh<NV>(block, lanes, D, runs, scale2, q, scores, states,
+            [&](int64_t p, const Span& span, const float* alpha) {
+              const Rows& value = block.value;
+              add_weighted<NV>(Dv, span.last - span.first, runs.keys,
+                               value.data + (span.first - block.begin) * value.stride, value.stride,
+                               scores, PANEL, acc + p * Dv * PANEL, PANEL, alpha);
+            });
 }
 
 // Zeros what panels of [BLOCK_KEYS][units of a panel] hold for keys of the block outside [first, last).

@@ -51,7 +51,8 @@ static MEMATTN_INLINE void forward_pairs(const Args& a, const Tile& tile, const 
       pair_softmax_step<NV>(scores, span.pairs, scale2, &states[p], alpha, weights);
       with_own_keys(block, span, a.Dv, [&](const float* values) {
         product<NV, Store::scale_add, false, Pairs>(a.Dv, 1, span.pairs, values, a.Dv, 0, weights,
-                                                    PANEL, 0, acc + p * a.Dv * PANEL, PANEL, alpha);
+                                                    PANEL, 0, acc + p * a.Dv * PANEL, PANEL,
+                                                    (const float*)alpha);
       });
     }
   });

@@ -11,7 +11,6 @@ struct BranchRows {
   int64_t b;
   int64_t head[TILE_ROWS], slot[TILE_ROWS], t[TILE_ROWS];
   Interval seen;
-  bool fetches;    // whether few rows share the keys, which then come from memory
 
   BranchRows(const BranchArgs& a, const Tile& tile, int64_t panel) : b(tile.b / a.F) {
     const KeyRange* ranges = a.ranges + b * a.ranges_stride;
@@ -20,7 +19,7 @@ struct BranchRows {
         head[n] = h, t[n] = a.entries[e] / a.A, slot[n] = a.entries[e] % a.A;
         seen.lo[n] = ranges[t[n]].lo, seen.hi[n] = ranges[t[n]].hi;
       }
-    lanes = round_up(n, panel), fetches = panel == VL;
+    lanes = round_up(n, panel);
     // lanes past the last row repeat it: they cost no mask, and nobody reads them
     for (int64_t i = n; i < lanes; ++i) seen.lo[i] = seen.lo[n - 1], seen.hi[i] = seen.hi[n - 1];
     seen.summarise(lanes, panel);
@@ -68,8 +67,31 @@ static void take_cotangents(const BranchArgs& a, const Tile& tile, const BranchR
   }
 }
 
-// Calls visit(block) for every block of keys that some row of the tile sees.
-template <class Visit>
+// A block of keys that few rows share, so that they come from memory, and the next block's.
+struct FetchingBlock : Block {
+  static constexpr bool FETCHES = true;
+  const Source& source;
+  int64_t D, Dv, next, n_next;  // the keys [next, next + n_next),
+  int64_t share;                // so many of their rows at a time;
+  mutable int64_t fetched = 0;  // of keys, and then of values
+
+  void fetch_some() const { fetch_until(fetched + share < 2 * n_next ? fetched + share : 2 * n_next); }
+  void fetch_rest() const { fetch_until(2 * n_next); }
+
+ private:
+  void fetch_until(int64_t end) const {
+    for (; fetched < end; ++fetched) {
+      const bool is_key = fetched < n_next;
+      const View& view = is_key ? source.key : source.value;
+      const int64_t j = next + (is_key ? fetched : fetched - n_next);
+      fetch_row(view, (is_key ? source.key_at : source.value_at) + j * view.stride[3],
+                is_key ? D : Dv);
+    }
+  }
+};
+
+// Calls visit(block) for every block of keys that some row of the tile sees. FEW: few rows do.
+template <bool FEW, class Visit>
 static MEMATTN_INLINE void for_each_branch_block(const BranchArgs& a, const Tile& tile,
                                                  const BranchRows& rows, const KeyGrads* grads,
                                                  float* scratch, Visit visit) {
@@ -80,30 +102,34 @@ static MEMATTN_INLINE void for_each_branch_block(const BranchArgs& a, const Tile
                       grads ? grads->d_key : nullptr, grads ? grads->d_value : nullptr,
                       grads ? grads->key_begin : 0};
   walk_source(source, rows.seen, a.D, a.Dv, scratch, [&](const Block& block) {
-    const int64_t next = block.begin + block.n, left = rows.seen.max_hi - next;
-    const int64_t n = !rows.fetches ? 0 : left < BLOCK_KEYS ? left : BLOCK_KEYS;
-    for (int64_t j = next; j < next + n; ++j) {
-      fetch_row(a.key, source.key_at + j * a.key.stride[3], a.D);
-      fetch_row(a.value, source.value_at + j * a.value.stride[3], a.Dv);
+    if constexpr (FEW) {
+      const int64_t next = block.begin + block.n, left = rows.seen.max_hi - next;
+      const int64_t n = left < BLOCK_KEYS ? left : BLOCK_KEYS;
+      const int64_t times = rows.lanes / VL * (BLOCK_KEYS / FETCH_KEYS) * (grads ? 2 : 1);
+      const FetchingBlock fetching{{block}, source, a.D, a.Dv, next, n, (2 * n + times - 1) / times};
+      visit(fetching);
+      fetching.fetch_rest();
+    } else {
+      visit(block);
     }
-    visit(block);
   });
 }
 
-template <int NV>
+template <int NV, bool BY_ROW>
 static void branch_forward_tile(const BranchArgs& a, const Tile& tile, float* scratch) {
   const BranchRows rows(a, tile, NV * VL);
-  forward_rows<NV>(a, tile, rows, [&](float* block_scratch, auto visit) {
-    for_each_branch_block(a, tile, rows, nullptr, block_scratch, visit);
+  forward_rows<NV, BY_ROW>(a, tile, rows, [&](float* block_scratch, auto visit) {
+    for_each_branch_block<NV == 1>(a, tile, rows, nullptr, block_scratch, visit);
   }, scratch);
 }
 
-template <int NV>
+template <int NV, bool BY_ROW>
 static void branch_backward_tile(const BranchArgs& a, const Tile& tile, const KeyGrads& grads,
                                  float* scratch) {
   const BranchRows rows(a, tile, NV * VL);
-  backward_rows<NV>(a, tile, rows, [&](bool with_gradients, float* block_scratch, auto visit) {
-    for_each_branch_block(a, tile, rows, with_gradients ? &grads : nullptr, block_scratch, visit);
+  backward_rows<NV, BY_ROW>(a, tile, rows, [&](bool with_gradients, float* block_scratch, auto visit) {
+    for_each_branch_block<NV == 1>(a, tile, rows, with_gradients ? &grads : nullptr, block_scratch,
+                                   visit);
   }, scratch);
 }
 
@@ -118,16 +144,21 @@ static bool is_thin(const BranchArgs& a, const Tile& tile) {
   return keys(tile.t0 + whole - 1) - keys(tile.t0 + half - 1) > BLOCK_KEYS;
 }
 
+// Whether thin panels may be summed by row.
+static bool has_whole_vectors(const BranchArgs& a) { return a.D % VL == 0 && a.Dv % VL == 0; }
+
 static void branch_forward(const BranchArgs& a, const Tile& tile, float* scratch) {
-  is_thin(a, tile) ? branch_forward_tile<1>(a, tile, scratch)
-                   : branch_forward_tile<2>(a, tile, scratch);
+  if (!is_thin(a, tile)) branch_forward_tile<2, false>(a, tile, scratch);
+  else if (has_whole_vectors(a)) branch_forward_tile<1, true>(a, tile, scratch);
+  else branch_forward_tile<1, false>(a, tile, scratch);
 }
 
 static void branch_backward(const BranchArgs& a, const Tile& tile, const KeyGrads& grads,
                             float* scratch) {
   const KeyRange& last = a.ranges[tile.b / a.F * a.ranges_stride + a.entries[tile.t1 - 1] / a.A];
   // with few keys also the sums over rows are short ones
-  is_thin(a, tile) || last.hi - last.lo <= SumRuns::FEW
-      ? branch_backward_tile<1>(a, tile, grads, scratch)
-      : branch_backward_tile<2>(a, tile, grads, scratch);
+  if (!is_thin(a, tile) && last.hi - last.lo > SumRuns::FEW)
+    branch_backward_tile<2, false>(a, tile, grads, scratch);
+  else if (has_whole_vectors(a)) branch_backward_tile<1, true>(a, tile, grads, scratch);
+  else branch_backward_tile<1, false>(a, tile, grads, scratch);
 }

@@ -4,8 +4,6 @@
 
 constexpr int64_t CHAPTER_KEYS = 128;  // keys of a chapter that a tile has at a time
 
-typedef vf vf_unaligned __attribute__((aligned(4)));
-
 // How the rows of a class are summed.
 static MEMATTN_INLINE SumRuns class_runs(int row_class) {
   return {row_class + 1 < ROW_CLASSES ? ROW_CLASS_KEYS[row_class] : INT32_MAX, false};

@@ -16,6 +16,7 @@ namespace memattn::avx2 {
 #include "tile_engine.h"
 #include "key_blocks.h"
 #include "attention_tile.h"
+#include "row_sums.h"
 #include "attention_rows.h"
 #include "segmented_attention_tile.h"
 #include "future_attention_tile.h"
@@ -31,6 +32,7 @@ namespace memattn::avx2 {
 #include "neural_memory_tile.h"
 #include "neural_memory_backward_tile.h"
 #include "neural_memory_step_tile.h"
+#include "decoder_step_tile.h"
 #include "kernel_table.h"
 }  // namespace memattn::avx2
 

@@ -13,6 +13,7 @@ namespace memattn::avx512_bf16 {
 #include "tile_engine.h"
 #include "key_blocks.h"
 #include "attention_tile.h"
+#include "row_sums.h"
 #include "attention_rows.h"
 #include "bfloat16_tile.h"
 #include "bfloat16_rows.h"

@@ -11,6 +11,7 @@ namespace memattn::portable {
 #include "tile_engine.h"
 #include "key_blocks.h"
 #include "attention_tile.h"
+#include "row_sums.h"
 #include "attention_rows.h"
 #include "segmented_attention_tile.h"
 #include "future_attention_tile.h"
@@ -26,6 +27,7 @@ namespace memattn::portable {
 #include "neural_memory_tile.h"
 #include "neural_memory_backward_tile.h"
 #include "neural_memory_step_tile.h"
+#include "decoder_step_tile.h"
 #include "kernel_table.h"
 }  // namespace memattn::portable
 

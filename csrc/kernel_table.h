@@ -13,5 +13,6 @@ static constexpr Kernels make_kernels(const char* name) {
           {router_forward_scratch, router_backward_scratch, router_forward, router_backward_rows,
            router_backward_chapters},
           {memory_forward_scratch, memory_backward_scratch, memory_step_scratch, memory_forward,
-           memory_backward, memory_step}};
+           memory_backward, memory_step},
+          {step_scratch, step_attend, step_products, step_norm, step_rotate, step_gate}};
 }

@@ -48,6 +48,7 @@ struct Interval {
 
 // A block of keys, and where its gradients are summed.
 struct KeyBlock {
+  static constexpr bool FETCHES = false;  // whether fetch_some() brings later keys nearer
   Rows key, value;
   int64_t begin, n;  // keys [begin, begin + n) of their source
   float *d_key, *d_value;
@@ -102,8 +103,8 @@ static MEMATTN_INLINE void walk_source(const Source& s, const Interval& seen, in
 }
 
 // Scores -inf outside the lanes' intervals; key j of the source in row j - first of `scores`. Keys
-// that all lanes see are passed over.
-template <int NV>
+// that all lanes see are passed over. STEP: from one key to the next.
+template <int NV, int STEP = NV * VL>
 static void mask_panel(float* scores, const Interval& seen, int64_t p, int64_t first,
                        int64_t last) {
   constexpr int PANEL = NV * VL;
@@ -114,7 +115,7 @@ static void mask_panel(float* scores, const Interval& seen, int64_t p, int64_t f
   }
   auto mask = [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
-      vf* s = (vf*)(scores + (j - first) * PANEL);
+      vf* s = (vf*)(scores + (j - first) * STEP);
       for (int v = 0; v < NV; ++v) {
         const vi key = (int32_t)j - vi{};
         s[v] = select((key >= lo[v]) & (key < hi[v]), s[v], broadcast(-__builtin_inff()));
@@ -128,7 +129,7 @@ static void mask_panel(float* scores, const Interval& seen, int64_t p, int64_t f
 }
 
 // Scores -inf where a lane does not see a key.
-template <int NV>
+template <int NV, int STEP = NV * VL>
 static void mask_panel(float* scores, const LaneBlock& block, int64_t p, int64_t first,
                        int64_t last) {
   constexpr int PANEL = NV * VL;
@@ -136,16 +137,16 @@ static void mask_panel(float* scores, const LaneBlock& block, int64_t p, int64_t
   for (int i = 0; i < PANEL; ++i) bit[i / VL][i % VL] = (int32_t)(uint32_t{1} << i);
   for (int64_t j = first; j < last; ++j) {
     const vi lanes = (int32_t)(uint32_t)(block.lanes[j] >> p * PANEL) - vi{};
-    vf* s = (vf*)(scores + (j - first) * PANEL);
+    vf* s = (vf*)(scores + (j - first) * STEP);
     for (int v = 0; v < NV; ++v)
       s[v] = select((lanes & bit[v]) != 0, s[v], broadcast(-__builtin_inff()));
   }
 }
 
-template <int NV>
+template <int NV, int STEP = NV * VL>
 static MEMATTN_INLINE void mask_panel(float* scores, const Block& block, int64_t p, int64_t first,
                                       int64_t last) {
-  mask_panel<NV>(scores, *block.seen, p, first, last);
+  mask_panel<NV, STEP>(scores, *block.seen, p, first, last);
 }
 
 // Keys of a block that some lane of panel p sees, and whether all lanes see all of them.

@@ -224,7 +224,7 @@ static void forth(const ChunkTokens& t, int64_t M, int64_t K, const float* W, co
   constexpr int PL = NV * VL;
   for (int64_t p = 0; p < t.panels; ++p)
     product<NV, STORE, true>(M, 1, K, W, row_stride(K), 0, x + p * K * PL, PL, 0, to + p * M * PL,
-                             PL, alpha ? (const vf*)(alpha + p * PL) : nullptr);
+                             PL, alpha ? alpha + p * PL : nullptr);
 }
 
 // to[k][lane] (=, +=) sum over m of W[m][k] x[m][lane].

@@ -12,6 +12,7 @@
 
 typedef float vf __attribute__((vector_size(MEMATTN_VL * 4)));
 typedef int32_t vi __attribute__((vector_size(MEMATTN_VL * 4)));
+typedef vf vf_unaligned __attribute__((aligned(4)));
 constexpr int VL = MEMATTN_VL;
 
 #define MEMATTN_INLINE inline __attribute__((always_inline))
@@ -43,7 +44,7 @@ static MEMATTN_INLINE vf exp2_nonpositive(vf x, Fraction fraction) {
   return p * (vf)exponent;
 }
 
-enum class Store { set, add, scale_add };
+enum class Store { set, add, scale_add, scale_rows };
 
 // What a product multiplies: floats. Another unit of 32 bits may hold several numbers, whose products
 // with those of the other factor are all added to one sum.
@@ -53,13 +54,14 @@ struct Floats {
   static MEMATTN_INLINE vf add_product(vf a, vf b, vf c) { return fma(a, b, c); }
 };
 
-// C[MR][NV vectors] (=, +=, or alpha * C +) sum over ko, k of A[m, ko, k] * B[ko, k, :].
+// C[MR][NV vectors] (=, +=, or alpha * C +) sum over ko, k of A[m, ko, k] * B[ko, k, :]. alpha is that of
+// a column, or with scale_rows that of a row.
 // A is contiguous along k (a_stride steps m) or along m (a_stride steps k). The sum starts from 0 and
 // meets C at the end: long sums are made of short ones, which keeps their rounding small.
 template <int MR, int NV, Store STORE, bool A_ALONG_K, class Unit>
 static MEMATTN_INLINE void micro(int64_t KO, int64_t K, const float* A, int64_t a_stride,
                                  int64_t a_ko, const float* B, int64_t ldb, int64_t b_ko, float* C,
-                                 int64_t ldc, const vf* alpha) {
+                                 int64_t ldc, const float* alpha) {
   vf acc[MR][NV];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
@@ -72,7 +74,7 @@ static MEMATTN_INLINE void micro(int64_t KO, int64_t K, const float* A, int64_t 
     for (int64_t k = 0; k < K; ++k) {
       vf bv[NV];
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) bv[v] = ((const vf*)b)[v];
+      for (int v = 0; v < NV; ++v) bv[v] = ((const vf_unaligned*)b)[v];
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
         const vf av = Unit::all(A_ALONG_K ? a + m * a_stride + k : a + m);
@@ -90,7 +92,8 @@ static MEMATTN_INLINE void micro(int64_t KO, int64_t K, const float* A, int64_t 
       vf* c = (vf*)(C + m * ldc) + v;
       if (STORE == Store::set) *c = acc[m][v];
       if (STORE == Store::add) *c += acc[m][v];
-      if (STORE == Store::scale_add) *c = fma(*c, alpha[v], acc[m][v]);
+      if (STORE == Store::scale_add) *c = fma(*c, ((const vf*)alpha)[v], acc[m][v]);
+      if (STORE == Store::scale_rows) *c = fma(*c, alpha[m], acc[m][v]);
     }
 }
 
@@ -104,13 +107,14 @@ constexpr int micro_rows() {
 template <int NV, Store STORE, bool A_ALONG_K, class Unit = Floats>
 static void product(int64_t M, int64_t KO, int64_t K, const float* A, int64_t a_stride,
                     int64_t a_ko, const float* B, int64_t ldb, int64_t b_ko, float* C, int64_t ldc,
-                    const vf* alpha) {
+                    const float* alpha) {
   constexpr int MR = micro_rows<NV>();
   const int64_t a_row = A_ALONG_K ? a_stride : 1;
   int64_t m = 0;
-#define MEMATTN_MICRO(R)                                                                   \
-  micro<R, NV, STORE, A_ALONG_K, Unit>(KO, K, A + m * a_row, a_stride, a_ko, B, ldb, b_ko, \
-                                       C + m * ldc, ldc, alpha);                           \
+#define MEMATTN_MICRO(R)                                                                      \
+  micro<R, NV, STORE, A_ALONG_K, Unit>(KO, K, A + m * a_row, a_stride, a_ko, B, ldb, b_ko,    \
+                                       C + m * ldc, ldc,                                      \
+                                       STORE == Store::scale_rows ? alpha + m : alpha);       \
   m += R
   while (M - m >= MR) {
     MEMATTN_MICRO(MR);
@@ -158,7 +162,7 @@ static MEMATTN_INLINE void dot_products(int64_t M, int64_t K, int64_t run, const
 template <int NV>
 static MEMATTN_INLINE void add_weighted(int64_t M, int64_t K, int64_t run, const float* A,
                                         int64_t a_stride, const float* B, int64_t ldb, float* C,
-                                        int64_t ldc, const vf* alpha) {
+                                        int64_t ldc, const float* alpha) {
   for (int64_t k = 0; k < K; k += run) {
     const int64_t n = K - k < run ? K - k : run;
     const float *a = A + k * a_stride, *b = B + k * ldb;
@@ -326,6 +330,7 @@ static void store_row(const View& view, int64_t offset, int64_t stride, int64_t 
 struct Rows {
   const float* data;
   int64_t stride;
+  Rows from(int64_t row) const { return {data + row * stride, stride}; }
 };
 
 static Rows float_rows(const View& view, int64_t offset, int64_t row_stride, int64_t col_stride,

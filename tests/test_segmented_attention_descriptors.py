@@ -13,7 +13,7 @@ from memattn.bench.inputs import make_segmented_inputs
 from memattn.ops import segmented_attention
 from memattn.testing import assert_results_within_budget, run_with_gradients
 from memattn_kernels import configs
-from memattn_kernels.segmented_attention import backward, forward, plain
+from memattn_kernels.segmented_attention import backward, forward, forward_plain, plain
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tiles are the interpreter's")
 BLOCK_M, BLOCK_N = configs.INTERPRETED["BLOCK_M"], configs.INTERPRETED["BLOCK_N"]
@@ -151,3 +151,10 @@ def test_a_table_may_ask_for_descriptors(tmp_path: Path):
             read(wrong, name, of)
     with pytest.raises(ValueError, match="specialized must have descriptors and 4 warps"):
         read(config | {"num_warps": 8})
+
+
+def test_heads_in_groups(launched: list[str], monkeypatch: pytest.MonkeyPatch):
+    # two heads run together, then the third alone
+    monkeypatch.setattr(forward_plain, "CACHED_BYTES", 2 * 40 * (16 + 16) * 2)
+    check(make_segmented_inputs(B=3, H=1, Hkv=1, T=40, D=16, dtype=torch.float16))
+    assert launched == ["launch_forward_plain"]

@@ -33,7 +33,11 @@ PLAIN = ("*_fwd-*plain", "*_bwd_dq-*plain", "*_bwd_dkdv-*plain", "segmented*_cau
 # neural memory
 SMALL_SOURCES = ("-persistent", "-memory")
 # kernels that sort or add, and multiply no matrices
-WITHOUT_PRODUCTS = {"chapter_attention_bwd_lists", "chapter_attention_bwd_sum"}
+WITHOUT_PRODUCTS = {
+    "chapter_attention_bwd_lists",
+    "chapter_attention_bwd_sum",
+    "segmented_attention_decode_sum",
+}
 TENSOR_CORES = {
     "sm_80": {"mma.sync"},
     "sm_90": {"wgmma.mma_async", "mma.sync"},

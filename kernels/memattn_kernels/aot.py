@@ -98,7 +98,7 @@ def compile_variant(variant: Variant) -> tuple[triton.compiler.CompiledKernel, s
         for index, (name, kind) in enumerate(types.items())
         if kind != "constexpr" and (name.endswith("_ptr") or name.startswith("stride"))
     }
-    of_kernel = ("BLOCK", *configs.DESCRIPTOR_OPTIONS)
+    of_kernel = ("BLOCK", *configs.DESCRIPTOR_OPTIONS, *configs.DECODE_OPTIONS)
     options = {name: n for name, n in variant.config.items() if not name.startswith(of_kernel)}
     source = ASTSource(variant.kernel.function, types, constants, attributes)
     log = io.StringIO()

@@ -243,7 +243,7 @@ class BranchCase(TokenCase):
     def peers(self) -> dict[str, Peer]:
         scores = self.score_bytes(self.T * self.K * self.F)
         return {
-            CALLS: Peer(self._calls),
+            CALLS: Peer(self._calls, slow=self.F > 8),
             AS_MANY: Peer(self._as_many, yardstick=self.work()),
             "naive": Peer(partial(self.subject, "reference"), scores),
         }

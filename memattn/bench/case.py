@@ -1,7 +1,8 @@
 """What the benchmark engine needs to know of an operator.
 
 An operator joins by one file, ``memattn/bench/<operator>.py``, named as its file in
-``memattn.ops``. The file defines a subclass of ``Case`` and ends with ``CASE = <that class>``.
+``memattn.ops``; ``models`` are whole models. The file defines a subclass of ``Case`` and ends with
+``CASE = <that class>``.
 """
 
 import importlib
@@ -9,6 +10,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +32,7 @@ class Peer:
     build: Callable[[], Forward]  # called once, outside the timing: masks, compilation
     score_bytes: int = 0
     compiled: bool = False  # takes seconds to build; left out of quick runs
+    slow: bool = False  # takes seconds a call: timed in turns of its own, which are few
     # its own work by direction, where it computes less than the case: a measure of time, whose
     # results are not compared
     yardstick: dict[str, Work] | None = None
@@ -81,6 +84,10 @@ class Case(ABC):
     def rows_are_independent(self) -> bool:
         """Whether sampled rows of the output tell the gradients; a mean over all rows does not."""
         return True
+
+    def is_checked_short(self) -> bool:
+        """Whether a check at a small length says enough: a whole model takes minutes at a long."""
+        return False
 
     def has(self, direction: str) -> bool:
         """Whether this case is measured in a direction."""
@@ -184,11 +191,13 @@ class TokenCase(Case):
 
 
 def operators() -> dict[str, type[Case]]:
-    """The operators that can be measured, by name."""
+    """The operators that can be measured, by name, and ``models`` where transformers is there."""
     here, ops = (
         {module.name for module in pkgutil.iter_modules(package.__path__)}
         for package in (memattn.bench, memattn.ops)
     )
+    if find_spec("transformers") is not None:
+        ops.add("models")
     return {
         name: importlib.import_module(f"memattn.bench.{name}").CASE for name in sorted(here & ops)
     }

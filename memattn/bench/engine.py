@@ -3,7 +3,7 @@
 import gc
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -206,7 +206,7 @@ def _try_peer(
 def _time_direction(
     case: Case, direction: str, competitors: Sequence[Competitor], effort: Effort
 ) -> list[Row]:
-    """Time ours in turn with the peers; those that store all scores have turns of their own.
+    """Time ours in turn with the peers; slow ones and those that store all scores have their own.
 
     After such a peer everyone runs with cold caches and scattered memory.
     """
@@ -219,10 +219,15 @@ def _time_direction(
         else:
             assert competitor.forward is not None
             calls[competitor.name] = call_of(case, competitor.forward, direction)
-    heavy = [name for name in calls if name != OURS and peers[name].score_bytes]
+    heavy = [n for n in calls if n != OURS and (peers[n].score_bytes or peers[n].slow)]
     groups = [[name for name in calls if name not in heavy], *([OURS, name] for name in heavy)]
     for group in groups:
-        timings = _interleave({name: calls[name] for name in group}, case.device, effort)
+        few = any(name != OURS and peers[name].slow for name in group)
+        timings = _interleave(
+            {name: calls[name] for name in group},
+            case.device,
+            replace(effort, seconds=0.0, min_rounds=min(effort.min_rounds, 3)) if few else effort,
+        )
         for name, timing in timings.items():
             rows[name].timing = rows[name].timing or timing
             if name != OURS:

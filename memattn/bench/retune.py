@@ -243,17 +243,20 @@ def trials(kernel: str, head_dim: int, kind: str, present: Config) -> Iterator[T
         config = dict(zip(options_of(kernel) + OPTIONAL, values, strict=False))
         if config != present:
             yield Trial(kernel, head_dim, kind, config)
-    for config in _descriptor_candidates(kernel, head_dim, kind):
+    for config in _more_candidates(kernel, head_dim, kind):
         if config != present:
             yield Trial(kernel, head_dim, kind, config)
 
 
-def _descriptor_candidates(kernel: str, head_dim: int, kind: str) -> Sequence[Config]:
-    """Configurations with tensor descriptors, on cards that have a copy engine."""
-    from memattn_kernels.segmented_attention import plain
+def _more_candidates(kernel: str, head_dim: int, kind: str) -> Sequence[Config]:
+    """Configurations with tensor descriptors, on cards that have a copy engine, and with parts."""
+    from memattn_kernels import configs
+    from memattn_kernels.segmented_attention import decode_parts, plain
 
     if kind != "half":
         return ()
+    if kernel == configs.WITH_PARTS:
+        return decode_parts.CANDIDATES
     return plain.CANDIDATES.get(table_name(), {}).get(kernel, {}).get(head_dim, ())
 
 

@@ -1,6 +1,9 @@
 """``memattn estimate``."""
 
+from pathlib import Path
 from typing import Any
+
+from memattn.checks import check_int, must
 
 
 def estimate(
@@ -10,7 +13,9 @@ def estimate(
     options: dict[str, Any] | None = None,
     seq_len: int | None = None,
     dense_layers: tuple[int, ...] = (),
+    scale: tuple[int, ...] = (),
     json: str | None = None,
+    out: str | None = None,
 ) -> int:
     """Count the parameters and FLOPs of a model, part by part.
 
@@ -25,9 +30,17 @@ def estimate(
         options: Keywords of the preset, such as '{"hidden_size": 768}'.
         seq_len: Tokens in the sequence; by default that of the configuration.
         dense_layers: Layers of decoders without memory to set beside a memory transformer.
+        scale: Numbers of devices over which a training step is spread: print bytes kept and sent
+            instead. Without a model, the page of all systems.
         json: File to write the numbers to.
+        out: File for the page of --scale; by default it is printed.
     """
-    from memattn.checks import must
+    if scale:
+        unread = {"config": config, "base_model": base_model, "json": json}
+        for name, value in {**unread, "dense_layers": dense_layers or None}.items():
+            if value is not None:
+                must(name, "be left out with --scale", value)
+        return _scale(scale, model, options, seq_len, out)
     from memattn.cli._runs import config_of_model, config_of_run, empty_model_of_run
     from memattn.evaluate import estimate as run_estimate
     from memattn.evaluate.estimate_attached import estimate_attached
@@ -35,6 +48,8 @@ def estimate(
     from memattn.files import write_json
     from memattn.train import load_config
 
+    if out is not None:
+        must("out", "be left out without --scale", out)
     if (model is None) == (config is None):
         must("model", "be given, or --config, but not both", "neither" if model is None else "both")
     run = None if config is None else load_config(config)
@@ -61,4 +76,39 @@ def estimate(
         print_published(model_config, result, dense_layers)
     elif dense_layers:
         must("dense_layers", "be left out for a model without chapter memory", dense_layers)
+    return 0
+
+
+def _scale(
+    devices: tuple[int, ...],
+    model: str | None,
+    options: dict[str, Any] | None,
+    seq_len: int | None,
+    out: str | None,
+) -> int:
+    """Bytes of a training step on many devices, of a model or of all systems."""
+    import sys
+
+    from memattn.cli._runs import config_of_model
+    from memattn.evaluate.scale import scale
+    from memattn.evaluate.scale_page import page, table
+    from memattn.files import write_text
+
+    for n in devices:
+        check_int("scale", n, 1)
+    if model is None:
+        if options:
+            must("options", "be left out without a model", options)
+        total = 1 << 20 if seq_len is None else seq_len
+        given = "" if seq_len is None else f" --seq_len {seq_len}"
+        command = f"memattn estimate --scale {' '.join(map(str, devices))}{given}"
+        text = page(devices, total, command)
+    else:
+        made = config_of_model(model, options or {})
+        total = made.max_position_embeddings if seq_len is None else seq_len
+        text = table(list(scale(made, devices, total))) + "\n"
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        write_text(Path(out), text)
     return 0

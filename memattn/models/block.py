@@ -1,13 +1,14 @@
 """One block of the decoder, assembled from the parts its configuration names."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
+from memattn.models.plain_step import attention_step, mlp_step
 from memattn.nn import make_mlp, make_norm
 from memattn.parts import PartContext
 from memattn.parts.losses import check_output
@@ -59,6 +60,7 @@ class MemAttnBlock(GradientCheckpointingLayer):
         self.part_norms = nn.ModuleDict({name: norm() for name in own_norm})
         self.parts = nn.ModuleDict({name: build(name) for name in added})
         configs = self.part_configs.values()
+        self.has_beside = any(part.stands == "beside_attention" for part in configs)
         self.loss_names = tuple(dict.fromkeys(name for part in configs for name in part.losses))
         self.carry_names = tuple(dict.fromkeys(name for part in configs for name in part.carries))
 
@@ -104,10 +106,21 @@ class MemAttnBlock(GradientCheckpointingLayer):
         carry = dict(zip(names, carried, strict=True))
         losses: Losses = {}
         call = BlockCall(context, cache, shared_parts or {}, carry, losses)
+        own: Any = self._modules  # attributes of modules take longer
         for place in ("before_attention", "attention", "after_attention", "mlp", "after_mlp"):
             if place == "mlp":
-                hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+                stepped = mlp_step(hidden_states, own["mlp_norm"], own["mlp"], context)
+                if stepped is None:
+                    stepped = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+                hidden_states = stepped
             elif place == "attention":
+                modules = own["attention_norm"], own["attention"], self.part_configs["attention"]
+                stepped = None
+                if not self.has_beside:
+                    stepped = attention_step(hidden_states, *modules, context, cache)
+                if stepped is not None:
+                    hidden_states = stepped
+                    continue
                 normed = self.attention_norm(hidden_states)
                 attended = self._run("attention", normed, hidden_states, call)
                 for name in self._standing("beside_attention"):

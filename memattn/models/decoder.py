@@ -14,6 +14,7 @@ from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
 from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
+from memattn.models.plain_step import linear_step, norm_step
 from memattn.models.pretrained import MemAttnPreTrainedModel
 from memattn.nn import RotaryEmbedding, make_norm, sequence_positions
 from memattn.parts import PartContext, SequenceBounds
@@ -134,7 +135,8 @@ class MemAttnModel(MemAttnPreTrainedModel):
                 hidden_states, carry, context, layer_cache, shared_parts
             )
             sums.add(losses)
-        hidden_states = self.norm(hidden_states)
+        normed = norm_step(self.norm, hidden_states)
+        hidden_states = self.norm(hidden_states) if normed is None else normed
         means, counts = sums.means()
         return MemAttnModelOutput(
             last_hidden_state=hidden_states,
@@ -280,7 +282,10 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             **part_inputs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        last_hidden = outputs.last_hidden_state[:, kept]
+        logits = linear_step(self.lm_head, last_hidden)
+        if logits is None:
+            logits = self.lm_head(last_hidden)
         loss = lm_loss = None
         if labels is not None:
             if labels.shape != logits.shape[:2]:

@@ -17,19 +17,26 @@ a ``sliding_window`` of its own keeps that, and the two fields apply to the othe
 A configuration with one of the fields is for this implementation: it is saved with
 ``attn_implementation``, so that a model loads as it was saved, and a process without memattn
 refuses to load it rather than attend to everything. An implementation that is named at loading
-comes first.
+comes first. In a model of several modalities the fields are those of its text model, wherever they
+are set. A model whose attention does not ask transformers for the implementation is refused.
 
 Padding reaches the kernel as the bounds of each row's sequence and packed documents as
 ``cu_seqlens``: no mask of T x S elements exists at any time.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from memattn.checks import check_int
 from memattn.ops import segmented_attention
@@ -45,6 +52,54 @@ def register_hf_attention() -> None:
     AttentionMaskInterface.register(NAME, hf_sequence_bounds)
     for name in FIELDS:
         setattr(PreTrainedConfig, name, _config_field(name))
+    for method in ("set_attn_implementation", "get_correct_attn_implementation"):
+        if not hasattr(getattr(PreTrainedModel, method), "_memattn_guards"):
+            setattr(PreTrainedModel, method, _guarded(getattr(PreTrainedModel, method)))
+
+
+def _guarded(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that chooses the implementation, for models that would use it.
+
+    transformers warns about others, or lets them attend without any mask.
+    """
+
+    @functools.wraps(choose)
+    def guarded(model: PreTrainedModel, requested: Any, *args: Any, **kwargs: Any) -> Any:
+        if _names_it(requested):
+            text = _text_config(model.config)
+            module: Any
+            for module in model.modules():
+                chosen = isinstance(module, PreTrainedModel) and module.config is text
+                if chosen and not module._can_set_attn_implementation():
+                    raise NotImplementedError(
+                        f"model must be one whose attention transformers can choose, for "
+                        f'attn_implementation="{NAME}", got {type(module).__name__}'
+                    )
+        elif requested is None and _has_spans(model.config):
+            # the configuration around that of a text model has reset what that one chose
+            requested = NAME
+        return choose(model, requested, *args, **kwargs)
+
+    guarded._memattn_guards = choose  # pyright: ignore[reportAttributeAccessIssue]
+    return guarded
+
+
+def _has_spans(config: PreTrainedConfig) -> bool:
+    """Whether a configuration itself has a segment length or a window."""
+    return any(vars(config).get(field) is not None for field in FIELDS)
+
+
+def _names_it(requested: Any) -> bool:
+    """Whether an implementation, or that of some part of a model, is this one."""
+    if isinstance(requested, dict):
+        return any(map(_names_it, requested.values()))
+    return requested == NAME
+
+
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the text model among several; else the same."""
+    text = config.get_text_config(decoder=True)
+    return text if any(text is value for value in vars(config).values()) else config
 
 
 def _config_field(name: str) -> property:
@@ -54,18 +109,25 @@ def _config_field(name: str) -> property:
     """
 
     def get(config: PreTrainedConfig) -> Any:
+        config = _text_config(config)
         if name not in vars(config):
             raise AttributeError(f"{type(config).__name__!r} object has no attribute {name!r}")
         return vars(config)[name]
 
     def put(config: PreTrainedConfig, value: int | None) -> None:
+        whole, config = config, _text_config(config)
         vars(config)[name] = value
-        if any(vars(config).get(field) is not None for field in FIELDS):
+        if _has_spans(config):
             vars(config)["attn_implementation"] = NAME
             if vars(config).get("_attn_implementation_internal") is None:
                 vars(config)["_attn_implementation_internal"] = NAME  # at loading, if none is named
         else:
             vars(config).pop("attn_implementation", None)
+        if config is not whole:  # a process without memattn reads this one
+            names = (key for key, inner in vars(whole).items() if inner is config)
+            vars(whole)["attn_implementation"] = {next(names): NAME}
+            if not _has_spans(config):
+                del vars(whole)["attn_implementation"]
 
     return property(get, put)
 

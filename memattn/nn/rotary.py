@@ -34,6 +34,7 @@ class RotaryEmbedding(nn.Module):
             must("theta", "be positive", theta)
         self.head_dim = head_dim
         self.theta = theta
+        self._table: tuple[Tensor, Tensor] | None = None
 
     def forward(
         self, positions: Tensor, dtype: torch.dtype = torch.float32
@@ -47,6 +48,17 @@ class RotaryEmbedding(nn.Module):
         frequency = self.theta ** (-exponent / self.head_dim)
         angle = positions[:, None, :, None].to(wide) * frequency
         return angle.cos(), angle.sin()
+
+    def table(self, length: int) -> tuple[Tensor, Tensor]:
+        """Those of positions 0, 1, ... on the CPU, float32 ``[length or more, D/2]``.
+
+        They are kept from call to call: computing them takes longer than one token's attention.
+        """
+        if self._table is None or len(self._table[0]) < length:
+            rows = max(256, 2 * length)
+            cos, sin = self.forward(torch.arange(rows)[None])
+            self._table = cos[0, 0], sin[0, 0]
+        return self._table
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, theta={self.theta}"

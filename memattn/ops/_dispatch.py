@@ -40,6 +40,11 @@ def _has_kernels(operator: str | None) -> bool:
     return operator is None or f"memattn_cpp::{operator}" in _CPP_KERNELS
 
 
+def has_cpp_kernel(operator: str) -> bool:
+    """Whether the C++ extension is built and has this operator: an earlier build may lack it."""
+    return _CPP_IS_BUILT and _has_kernels(operator)
+
+
 def triton_is_installed() -> bool:
     """Whether Triton can be imported."""
     return _TRITON_IS_INSTALLED

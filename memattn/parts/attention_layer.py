@@ -12,6 +12,7 @@ from memattn.nn import RotaryEmbedding
 from memattn.parts.base import (
     PARTS,
     AddedPart,
+    Exchange,
     PartConfig,
     PartOutput,
     Role,
@@ -145,6 +146,9 @@ class AttentionLayerConfig(AddedPart):
 
     def role(self, name: str, parameter: Tensor) -> Role | None:
         return self.part.role(name.removeprefix("attention."), parameter)
+
+    def exchange(self, sizes: Sizes) -> Exchange:
+        return self.part.exchange(sizes)
 
     def operator_flops(self, sizes: Sizes, length: int) -> int:
         return self.part.operator_flops(sizes, length)

@@ -58,6 +58,18 @@ class PartOutput(NamedTuple):
     carry: Mapping[str, Tensor] = {}  # by name: what the next layer gets
 
 
+class StepSources(NamedTuple):
+    """Which keys a new token sees: earlier ones, persistent ones, and rows by position."""
+
+    segment_len: int | None = None
+    window_size: int | None = None
+    persistent_key: Tensor | None = None  # [Hkv, P, D]
+    persistent_value: Tensor | None = None
+    table_key: Tensor | None = None  # [H, R, D], row c stands for position c + 1
+    table_value: Tensor | None = None
+    future_dim: int = 0  # rows of the table that it sees
+
+
 class View(NamedTuple):
     """A picture of what a part does with a text: ``memattn plot <view> MODEL --text TEXT``."""
 
@@ -70,6 +82,15 @@ class Cost(NamedTuple):
 
     parameters: int
     flops: int
+
+
+class Exchange(NamedTuple):
+    """What a process needs of the others in one layer, where they share a sequence's tokens."""
+
+    features: int = 0  # numbers of each token that it needs: its keys and values
+    spans: tuple[int | None, int | None] = (None, None)  # segment and window; none is all earlier
+    ahead: int = 0  # tokens behind its own
+    state: int = 0  # numbers in float32 of a state that goes from process to process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +199,13 @@ class PartConfig:
         """The empty state of one layer."""
         return self.state_type(self.kind)
 
+    def step_sources(self, module: nn.Module) -> StepSources | None:
+        """What a new token sees beside earlier ones, for a part that stands instead of attention.
+
+        None where one call of an operator cannot compute it (see ``memattn.models.plain_step``).
+        """
+        return None
+
     @staticmethod
     def init_weights(module: nn.Module, std: float) -> None:
         """Give new weights to one module of the model, where it is one of this part's own.
@@ -221,6 +249,10 @@ class PartConfig:
         with torch.device("meta"):
             shared = self.build_shared(sizes)
         return Cost(0 if shared is None else sum(p.numel() for p in shared.parameters()), 0)
+
+    def exchange(self, sizes: Sizes) -> Exchange:
+        """What a process that holds some tokens of a sequence needs of the others."""
+        return Exchange()
 
     def to_dict(self) -> dict[str, Any]:
         """Kind and fields as plain values that JSON can hold."""

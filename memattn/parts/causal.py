@@ -11,10 +11,20 @@ from memattn.nn import PersistentAttention, SegmentedAttention
 from memattn.nn.rotary import apply_rotary
 from memattn.ops import segmented_attention
 from memattn.ops._dispatch import BACKENDS
-from memattn.parts.base import PartConfig, PartOutput, Role, Sizes, register_part
+from memattn.parts.base import (
+    Exchange,
+    PartConfig,
+    PartOutput,
+    Role,
+    Sizes,
+    StepSources,
+    register_part,
+)
 from memattn.parts.context import PartContext
 from memattn.parts.state import PartState
 from memattn.parts.views import SOURCES
+
+STEP_BACKENDS = ("auto", "cpp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +57,9 @@ class AttentionPart(PartConfig):
     def visible(self, position: int, sizes: Sizes) -> int:
         """Keys that the query at a position sees."""
         return position + 1
+
+    def exchange(self, sizes: Sizes) -> Exchange:
+        return Exchange(features=2 * sizes.num_kv_heads * sizes.head_dim)
 
     def operator_flops(self, sizes: Sizes, length: int) -> int:
         pairs = sum(self.visible(i, sizes) for i in range(length))
@@ -81,6 +94,9 @@ class CausalConfig(AttentionPart):
     def visible(self, position: int, sizes: Sizes) -> int:
         return position + 1 + self.num_persistent_tokens
 
+    def exchange(self, sizes: Sizes) -> Exchange:
+        return super().exchange(sizes)._replace(spans=self.spans)
+
     def build(self, sizes: Sizes, layer: int) -> nn.Module:
         segment_len, window_size = self.spans
         return SegmentedAttention(
@@ -92,6 +108,12 @@ class CausalConfig(AttentionPart):
 
     def run(self, module: nn.Module, hidden_states: Tensor, context: PartContext) -> PartOutput:
         return PartOutput(module(hidden_states, **context.attention_inputs()))
+
+    def step_sources(self, module: nn.Module) -> StepSources | None:
+        if type(module) is not SegmentedAttention or module.backend not in STEP_BACKENDS:
+            return None
+        persistent = (module.persistent_key, module.persistent_value)
+        return StepSources(module.segment_len, module.window_size, *persistent)
 
     def new_state(self) -> PartState:
         return self.state_type(self.kind, *self.spans)

@@ -11,8 +11,17 @@ from memattn.nn import FutureAttention, FutureTable
 from memattn.nn.future_attention import SOURCES as KEY_SOURCES
 from memattn.ops import future_attention, segmented_attention
 from memattn.ops.future_attention import LOSS_TYPES
-from memattn.parts.base import PartConfig, PartOutput, Role, Sizes, View, register_part
-from memattn.parts.causal import AttentionPart, CausalConfig
+from memattn.parts.base import (
+    Exchange,
+    PartConfig,
+    PartOutput,
+    Role,
+    Sizes,
+    StepSources,
+    View,
+    register_part,
+)
+from memattn.parts.causal import STEP_BACKENDS, AttentionPart, CausalConfig
 from memattn.parts.context import PartContext
 from memattn.parts.views import SOURCES, attention_layers, draw_attention_mass, visit_layers
 
@@ -171,6 +180,11 @@ class FutureConfig(AttentionPart):
             allowed = f"be at most max_position_embeddings - 1 = {limit}"
             must(f"{name}.future_dim", allowed, self.future_dim)
 
+    def exchange(self, sizes: Sizes) -> Exchange:
+        # the loss compares with the real keys and values of the positions ahead
+        ahead = 0 if self.loss_type is None else self.future_dim
+        return super().exchange(sizes)._replace(ahead=ahead)
+
     def in_layer(self, layer: int, sizes: Sizes) -> PartConfig:
         inside = layer in self.layers(sizes.num_layers)
         return self if inside else CausalConfig(backend=self.backend)
@@ -204,6 +218,15 @@ class FutureConfig(AttentionPart):
             return PartOutput(out)
         count = self._count(layer, context, len(hidden_states)).to(loss.dtype)
         return PartOutput(out, {LOSS: (loss * count, count)})
+
+    def step_sources(self, module: nn.Module) -> StepSources | None:
+        layer: Any = module
+        if type(module) is not FutureAttention or layer.backend not in STEP_BACKENDS:
+            return None
+        if type(layer.future) is not FutureTable:
+            return None
+        table = (layer.future.key, layer.future.value)
+        return StepSources(None, None, None, None, *table, layer.future_dim)
 
     def _count(self, layer: FutureAttention, context: PartContext, B: int) -> Tensor:
         """Positions of which the loss is the mean: their whole band is in the sequence."""

@@ -116,6 +116,11 @@ class SequenceStates:
                 mask contradicts what the cache has seen, or a sequence becomes too long.
         """
         B, T, p = batch_size, num_columns, self.position
+        if self._goes_on(B, T, attention_mask, max_length):
+            self.position += T
+            self.has_padding = False
+            self._begin_states(T, device)
+            return
         start = torch.zeros(B, dtype=torch.long) if self.seq_start is None else self.seq_start
         end = torch.full((B,), OPEN) if self.seq_end is None else self.seq_end
         if start.shape[0] != B:
@@ -141,8 +146,25 @@ class SequenceStates:
             check_longest(end.clamp(max=p + T) - start, max_length)
         self.seq_start, self.seq_end, self.position = start, end, p + T
         self.has_padding = bool((first > 0).any() or (last < T).any())
-        alike = int(start[0]) if B and bool((start == start[0]).all()) else None
+        self._begin_states(T, device)
 
+    def _goes_on(self, B: int, T: int, mask: Tensor | None, max_length: int | None) -> bool:
+        """Whether all rows began in the first column and go on without padding: most calls."""
+        p, start, end = self.position, self.seq_start, self.seq_end
+        if not p or start is None or end is None or len(start) != B or start.any():
+            return False
+        if not (end == OPEN).all() or (max_length is not None and p + T > max_length):
+            return False
+        if mask is None:
+            return True
+        check_mask(mask, B, (T, p + T))
+        return bool((mask == 1).all())
+
+    def _begin_states(self, T: int, device: torch.device) -> None:
+        """Give the state of each part the bounds of this call."""
+        start = self.seq_start
+        assert start is not None
+        alike = int(start[0]) if len(start) and bool((start == start[0]).all()) else None
         known: dict[tuple, SequenceBounds] = {}  # most layers are alike
         for state in self._states():
             kind = (state.kept, state.segment_len, state.window_size)

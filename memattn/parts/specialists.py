@@ -18,6 +18,7 @@ from memattn.ops._dispatch import BACKENDS
 from memattn.parts.base import (
     AddedPart,
     Cost,
+    Exchange,
     PartConfig,
     PartOutput,
     Role,
@@ -219,6 +220,11 @@ class SpecialistsConfig(AddedPart):
         assert self.num_specialists is not None
         n = self.num_specialists
         return n if self.top_k is None else min(self.top_k, n)
+
+    def exchange(self, sizes: Sizes) -> Exchange:
+        # a token may use any of them, so keys and values of all are there
+        assert self.num_specialists is not None
+        return Exchange(features=2 * self.num_specialists * sizes.num_kv_heads * sizes.head_dim)
 
     def operator_flops(self, sizes: Sizes, length: int) -> int:
         pairs = length * (length + 1) // 2

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from memattn.checks import must
 
 OPEN = 1 << 62  # the end of a row that may still grow
+ROOM = 64  # entries, at least, that a token tensor is given room for
 
 
 class SequenceBounds(NamedTuple):
@@ -18,6 +19,14 @@ class SequenceBounds(NamedTuple):
 
     seq_start: Tensor | None  # int32 [B]
     seq_end: Tensor | None  # int32 [B]
+
+
+class Room(NamedTuple):
+    """A token tensor that is the last part of a longer one, which has room behind it."""
+
+    buffer: Tensor
+    view: Tensor
+    end: int  # entries of the buffer that are taken
 
 
 class PartState:
@@ -47,6 +56,7 @@ class PartState:
 
     def _clear(self) -> None:
         self.tokens: dict[str, Tensor] = {}
+        self._room: dict[str, Room] = {}
         self.rows: dict[str, Tensor] = {}
         self.history: dict[str, Tensor] = {}  # [B, 1 + T, ...], values of rows at each column
         self.restart: Tensor | None = None  # bool [B], rows that begin with the next call
@@ -98,6 +108,31 @@ class PartState:
         if not self.record_past:
             self._trim(name)
         return states
+
+    def extend(self, name: str, n: int) -> Tensor:
+        """A token tensor that is kept with ``n`` more entries at its end, for the caller to write.
+
+        It has room for more, so that most calls copy nothing. What was returned earlier stays as it
+        was. Without gradients only.
+        """
+        past = self.tokens[name]
+        room = self._room.get(name)
+        # kept by identity: whatever else replaced the tensor has no room behind it
+        if room is not None and not torch.is_inference_mode_enabled():
+            room = None if room.buffer.is_inference() else room
+        if room is None or room.view is not past or room.end + n > room.buffer.shape[-2]:
+            kept = past.shape[-2]
+            shape = (*past.shape[:-2], kept + n + max(ROOM, kept // 4), past.shape[-1])
+            room = Room(past.new_empty(shape), past, kept)
+            room.buffer[..., :kept, :].copy_(past)
+        end = room.end + n
+        first = end - n - past.shape[-2]
+        found = room.buffer[..., first:end, :]
+        if not self.record_past:
+            first = max(first, end - self.keep)
+        self.tokens[name] = view = room.buffer[..., first:end, :]
+        self._room[name] = Room(room.buffer, view, end)
+        return found
 
     def read(self, name: str, initial: Tensor) -> Tensor:
         """A row tensor ``[B, ...]`` as it was before this call.

@@ -11,7 +11,7 @@ from memattn.nn import CausalConvolution, NeuralMemory, SegmentedAttention
 from memattn.nn.neural_memory_parameters import MemoryRates, MemoryWeights
 from memattn.ops._dispatch import BACKENDS
 from memattn.ops._neural_memory_checks import DEEPEST
-from memattn.parts.base import PartOutput, Role, Sizes, View, register_part
+from memattn.parts.base import Exchange, PartOutput, Role, Sizes, View, register_part
 from memattn.parts.context import PartContext
 from memattn.parts.memory_measures import measure_memory
 from memattn.parts.memory_picture import draw_memory_use
@@ -195,9 +195,23 @@ class TitansConfig(TitansOptions):
             return 2 * own + self.num_persistent_tokens
         return min(position + 1, self.window_size) + self.num_persistent_tokens
 
+    def _widths(self, head_dim: int) -> list[int]:
+        """Of the memory's layers, from its input to its output."""
+        return [head_dim, *[self.memory_expansion * head_dim] * (self.memory_depth - 1), head_dim]
+
+    def exchange(self, sizes: Sizes) -> Exchange:
+        heads, D = self.memory_sizes(sizes)
+        widths = self._widths(D)
+        weights = sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+        state = heads * weights * (1 if self.momentum is None else 2)
+        if not self.attends:
+            return Exchange(state=state)
+        spans = (self.segment_len, None) if self.segments else (None, self.window_size)
+        return super().exchange(sizes)._replace(spans=spans, state=state)
+
     def operator_flops(self, sizes: Sizes, length: int) -> int:
         heads, D = self.memory_sizes(sizes)
-        widths = [D, *[self.memory_expansion * D] * (self.memory_depth - 1), D]
+        widths = self._widths(D)
         pairs = list(zip(widths, widths[1:], strict=False))
         W, both = sum(a * b for a, b in pairs), sum(a + b for a, b in pairs)
         kept = 1 if self.momentum is None else 2  # sums over the chunk: weights, momentum

@@ -26,10 +26,13 @@ OPTIONAL: tuple[str, ...] = ("maxnreg",)
 # plain attention, whose rows may come by tensor descriptors, from warps of their own if specialized
 PLAIN_FORMS = ("_dense", "_causal")
 DESCRIPTOR_OPTIONS: tuple[str, ...] = ("descriptors", "specialized")
+# keys of a part, where programs share the keys of a row
+DECODE_OPTIONS: tuple[str, ...] = ("part",)
+WITH_PARTS = "segmented_attention_decode"
 MAX_BLOCK = 256
 # smallest and largest value; for tile lengths these are 16 and MAX_BLOCK
 LIMITS = {"num_stages": (1, 16), "num_warps": (1, 16), "maxnreg": (32, 255),
-          "descriptors": (1, 1), "specialized": (1, 1)}  # fmt: skip
+          "descriptors": (1, 1), "specialized": (1, 1), "part": (64, 2**20)}  # fmt: skip
 # at most this many queries run as "decode", on tiles of 16 queries
 DECODE_LENGTH = 16
 # small tiles, so that small tests cross their borders
@@ -53,7 +56,8 @@ def lookup(kernel: str, tensor: Tensor, width: int) -> dict[str, int]:
     Returns:
         Tile lengths ``BLOCK_M`` and ``BLOCK_N``, of products also ``BLOCK_K``, and options of the
         launch: ``num_warps``, ``num_stages`` and perhaps ``maxnreg``; of plain attention perhaps
-        ``descriptors`` and ``specialized``, which are 1 where they are there.
+        ``descriptors`` and ``specialized``, which are 1 where they are there; of few queries
+        perhaps ``part``.
     """
     if IS_INTERPRETED:
         if kernel.startswith(WITH_PRODUCTS):
@@ -124,6 +128,8 @@ def read(path: str | Path) -> dict:
             for kind in DTYPE_CLASSES:
                 entry = f"{path}: {kernel}, {width}, {kind}"
                 optional = () if is_amd else OPTIONAL
+                if kernel == WITH_PARTS:
+                    optional += DECODE_OPTIONS
                 if not is_amd and kernel.endswith(PLAIN_FORMS):
                     optional += DESCRIPTOR_OPTIONS
                 _check(entry, widths.get(width, {}).get(kind), options_of(kernel), optional)

@@ -15,11 +15,18 @@ import triton
 
 from memattn_kernels._common import block_length
 from memattn_kernels.aot_kernel import AotKernel, taken, usual_constants
+from memattn_kernels.configs import ARCHITECTURES, WITH_PARTS
 from memattn_kernels.segmented_attention.backward_dkdv import segmented_attention_bwd_dkdv_kernel
 from memattn_kernels.segmented_attention.backward_dkdv_plain import (
     segmented_attention_bwd_dkdv_plain_kernel,
 )
 from memattn_kernels.segmented_attention.backward_dq import segmented_attention_bwd_dq_kernel
+from memattn_kernels.segmented_attention.decode_parts import CANDIDATES as DECODE_CANDIDATES
+from memattn_kernels.segmented_attention.decode_parts import (
+    SUM_CONFIG,
+    segmented_attention_decode_parts_kernel,
+    segmented_attention_decode_sum_kernel,
+)
 from memattn_kernels.segmented_attention.forward import segmented_attention_fwd_kernel
 from memattn_kernels.segmented_attention.forward_plain import segmented_attention_fwd_plain_kernel
 from memattn_kernels.segmented_attention.plain import CANDIDATES
@@ -124,6 +131,34 @@ def _candidates(name: str) -> Iterator[AotKernel]:
             )
 
 
+def _decode_parts() -> Iterator[AotKernel]:
+    """Few queries whose keys are shared, largest and plain, and what adds up the parts."""
+    function = segmented_attention_decode_parts_kernel
+    sums = dict.fromkeys(("acc_ptr", "l_ptr", "m_ptr"), "*fp32")
+    # how long a part is, is no part of the code
+    for block, config in {config["BLOCK_N"]: config for config in DECODE_CANDIDATES}.items():
+        for form in ("", "plain"):
+            yield AotKernel(
+                name=WITH_PARTS,
+                part=f"parts-{block}" + f"-{form}" * bool(form),
+                function=function,
+                constants=partial(_row_constants, function, form),
+                in_float32=False,
+                candidates=dict.fromkeys(ARCHITECTURES, dict.fromkeys((64, 128), config)),
+                types=TYPES | sums,
+            )
+    yield AotKernel(
+        name=f"{WITH_PARTS}_sum",
+        function=segmented_attention_decode_sum_kernel,
+        constants=lambda head_dim, dtype, config: taken(
+            segmented_attention_decode_sum_kernel,
+            usual_constants(head_dim, dtype, config | {"BLOCK_N": 0}),
+        ),
+        pinned=dict.fromkeys(("half", "float"), SUM_CONFIG),
+        types=TYPES | sums,
+    )
+
+
 KERNELS = (
     *(
         AotKernel(
@@ -161,5 +196,6 @@ KERNELS = (
         )
         for form in forms
     ),
+    *_decode_parts(),
     *chain.from_iterable(map(_candidates, CANDIDATES["sm_90"])),
 )

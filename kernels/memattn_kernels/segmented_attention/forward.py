@@ -19,9 +19,10 @@ from memattn_kernels._common import (
     sequence_of,
     store_tile,
 )
-from memattn_kernels._launch import common_inputs, forward_outputs, launch_queries
+from memattn_kernels._launch import common_inputs, forward_outputs, launch_queries, lookup
 from memattn_kernels._operator import Named
 from memattn_kernels._tiles import attend
+from memattn_kernels.segmented_attention.decode_parts import launch_decode_parts
 from memattn_kernels.segmented_attention.forward_plain import launch_forward_plain
 from memattn_kernels.segmented_attention.intervals import (
     document_table,
@@ -135,12 +136,15 @@ def launch_forward(args: SegmentedAttentionArgs, results: Named) -> None:
     """Fill ``out``, ``lse`` and, for float32 inputs, what float32 rounds off ``lse``."""
     inputs = kernel_inputs(args) | forward_outputs(results)
     if args.query.shape[2] > configs.DECODE_LENGTH:
-        name, whole = "segmented_attention_fwd", None if args.is_causal else "S"
-        name, config = plain_config(name, plain_form(args), inputs, whole)
+        whole = None if args.is_causal else "S"
+        name, config = plain_config("segmented_attention_fwd", plain_form(args), inputs, whole)
+        run = launch_forward_plain
     else:
-        name, config = "segmented_attention_decode", None
+        name = configs.WITH_PARTS
+        config = lookup(name, args.query, inputs)
+        config, run = config if "part" in config else None, launch_decode_parts
     if config is not None:
-        launch_forward_plain(inputs, config)
+        run(inputs, config)
     else:
         tiles = dict(BLOCK_NP=inputs["P"], BLOCK_NM=inputs["M"])
         launch_queries(segmented_attention_fwd_kernel, name, inputs, **tiles)

@@ -17,12 +17,15 @@ from memattn_kernels._launch import launch, n_query_programs
 from memattn_kernels._tiles import columns_between
 from memattn_kernels.segmented_attention.plain import tile_descriptor
 
+# half of what the second-level cache of an H100 holds: keys and values of heads that run together
+CACHED_BYTES = 24 * 2**20
 
-@triton.jit(do_not_specialize=("T", "S", "query_offset"))
+
+@triton.jit(do_not_specialize=("T", "S", "query_offset", "heads_together"))
 def segmented_attention_fwd_plain_kernel(
     q_desc, k_desc, v_desc,  # inputs, by tiles
     o_ptr, lse_ptr,  # outputs
-    stride_ob, stride_oh, stride_ot, H, G, T, S, query_offset, scale,  # sizes
+    stride_ob, stride_oh, stride_ot, H, G, T, S, query_offset, heads_together, scale,  # sizes
     IS_CAUSAL: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, IS_SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
@@ -33,10 +36,15 @@ def segmented_attention_fwd_plain_kernel(
     n_tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
     pid_m = pid % n_tiles
-    if IS_CAUSAL:  # the longest rows first
-        pid_m = n_tiles - 1 - pid_m
-    b = pid // n_tiles // H
-    h = pid // n_tiles % H
+    head = pid // n_tiles
+    if IS_CAUSAL:  # the longest rows first, of as many heads as the cache holds
+        first_head = pid // (n_tiles * heads_together) * heads_together
+        n_heads = tl.minimum(heads_together, tl.num_programs(0) // n_tiles - first_head)
+        turn = pid - first_head * n_tiles
+        pid_m = n_tiles - 1 - turn // n_heads
+        head = first_head + turn % n_heads
+    b = head // H
+    h = head % H
     h_kv = h // G
 
     t = pid_m * BLOCK_M
@@ -77,5 +85,9 @@ def launch_forward_plain(inputs: dict, config: dict) -> None:
         k_desc=tile_descriptor(k, BLOCK_N, inputs["BLOCK_D"], end),
         v_desc=tile_descriptor(v, BLOCK_N, inputs["BLOCK_DV"], end),
     )
+    n_heads = q.shape[0] * q.shape[1]
+    bytes_of_head = (k.shape[-1] + v.shape[-1]) * k.shape[2] * k.element_size() / inputs["G"]
+    n_groups = triton.cdiv(n_heads, max(int(CACHED_BYTES / bytes_of_head), 1))
+    tiles["heads_together"] = triton.cdiv(n_heads, n_groups)
     n_programs = n_query_programs(q, config)
     launch(segmented_attention_fwd_plain_kernel, n_programs, config, inputs, tiles)

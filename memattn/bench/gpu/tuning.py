@@ -81,6 +81,7 @@ def describe(config: Mapping[str, int]) -> str:
     text += f", {config['num_stages']} stages"
     text += f", {config['maxnreg']} registers" if "maxnreg" in config else ""
     text += ", descriptors" * ("descriptors" in config)
+    text += f", parts of {config['part']} keys" if "part" in config else ""
     return text + ", specialized" * ("specialized" in config)
 
 

@@ -1,0 +1,78 @@
+// Weighted sums of the keys and rows of a tile that leave out what lanes do not see.
+//
+// Included once per instruction set after attention_tile.h. Where the rows of a panel lie far apart, most
+// of them see far fewer keys than the last one does. Scores are made for whole panels; these sums take
+// lanes one by one, so that they cost what is seen. They have the bits of the sums of whole panels, in
+// which what is left out has weight 0. Vectors lie along a row here: its width is a multiple of VL.
+
+struct Lanes {
+  int64_t first, last;
+};
+
+// Those of the lanes from the first to the last that sees one of the keys [begin, end).
+static MEMATTN_INLINE Lanes lanes_that_see(const Interval& seen, Lanes lanes, int64_t begin,
+                                           int64_t end) {
+  auto sees = [&](int64_t i) { return seen.hi[i] > begin && seen.lo[i] < end; };
+  while (lanes.first < lanes.last && !sees(lanes.first)) ++lanes.first;
+  while (lanes.last > lanes.first && !sees(lanes.last - 1)) --lanes.last;
+  return lanes;
+}
+
+// Zeros what the lanes of a panel hold in [n][TILE_ROWS] for keys outside [first, last).
+template <int NV>
+static MEMATTN_INLINE void clear_lanes_outside(float* panel, int64_t n, int64_t first, int64_t last) {
+  for (int64_t j = first ? 0 : last; j < n; j = j + 1 == first ? last : j + 1)
+    for (int v = 0; v < NV; ++v) ((vf*)(panel + j * TILE_ROWS))[v] = vf{};
+}
+
+// Calls part(number of vectors, d) for the columns of rows, two vectors at a time.
+template <class Part>
+static MEMATTN_INLINE void for_columns(int64_t width, Part part) {
+  int64_t d = 0;
+  for (; d + 2 * VL <= width; d += 2 * VL) part(std::integral_constant<int, 2>(), d);
+  if (d < width) part(std::integral_constant<int, 1>(), d);
+}
+
+// rows[lane, :] (with `alpha`: alpha[lane] * rows[lane, :]) += sum over n keys, `begin` the first, of
+// weights[key][lane] * keys[key, :], in runs of `run` keys. A row of weights has STEP lanes, of which
+// those of all arguments are counted from lane 0 of the tile.
+template <int STEP>
+static MEMATTN_INLINE void add_to_rows(const Interval& seen, Lanes panel, int64_t begin, int64_t n,
+                                       int64_t run, const float* weights, Rows keys, int64_t width,
+                                       const float* alpha, float* rows) {
+  for (int64_t k = 0; k < n; k += run) {
+    const int64_t terms = n - k < run ? n - k : run;
+    const Lanes lanes = lanes_that_see(seen, panel, begin + k, begin + k + terms);
+    const float* w = weights + k * STEP + lanes.first;
+    for_columns(width, [&](auto nv, int64_t d) {
+      const float* from = keys.data + k * keys.stride + d;
+      float* to = rows + lanes.first * width + d;
+      const int64_t m = lanes.last - lanes.first;
+      if (alpha && k == 0)
+        product<nv, Store::scale_rows, false>(m, 1, terms, w, STEP, 0, from, keys.stride, 0, to,
+                                              width, alpha + lanes.first);
+      else
+        product<nv, Store::add, false>(m, 1, terms, w, STEP, 0, from, keys.stride, 0, to, width,
+                                       nullptr);
+    });
+  }
+}
+
+// keys[j, :] += sum over `lanes` of weights[j][lane] * rows[lane, :] for n keys, `begin` the first; at most
+// `run` lanes are summed in one go, counted from lane 0.
+static void add_to_keys(const Interval& seen, Lanes lanes, int64_t begin, int64_t n, int64_t run,
+                        const float* weights, const float* rows, int64_t width, float* keys) {
+  constexpr int64_t GROUP = 24;  // keys handled with one choice of lanes
+  for (int64_t j = 0; j < n; j += GROUP) {
+    const int64_t here = n - j < GROUP ? n - j : GROUP;
+    const Lanes some = lanes_that_see(seen, lanes, begin + j, begin + j + here);
+    for (int64_t i = some.first, end; i < some.last; i = end) {
+      end = i / run * run + run < some.last ? i / run * run + run : some.last;
+      for_columns(width, [&](auto nv, int64_t d) {
+        product<nv, Store::add, true>(here, 1, end - i, weights + j * TILE_ROWS + i, TILE_ROWS, 0,
+                                      rows + i * width + d, width, 0, keys + j * width + d, width,
+                                      nullptr);
+      });
+    }
+  }
+}

@@ -1,0 +1,266 @@
+"""Whole models beside Llama of transformers, which gets the same weights: training, generation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from memattn.bench.bars import Bar, PeerPeakBar, SpeedBar
+from memattn.bench.case import Case, Forward, Peer
+from memattn.bench.roofline import Work
+
+LLAMA = "llama, sdpa"
+TRAINING = "forward+backward"
+WINDOW = 128  # the segment of the segmented model too
+AHEAD = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCase(Case):
+    """One decoder: rotary positions, RMS norms, SwiGLU, tied embeddings.
+
+    Trained, ``B`` rows of ``T`` tokens give a loss, and all weights gradients. Generating, ``new``
+    tokens follow a prompt of ``T``, each the likeliest; prefill is timed with them.
+    """
+
+    operator: ClassVar[str] = "models"
+    kinds: ClassVar[dict[str, str]] = {
+        "causal": "training, all earlier tokens",
+        "segmented": "training, segments and a window; Llama sees all earlier tokens",
+        "generate": "greedy generation, all earlier tokens",
+        "generate-future": "the same with future attention; Llama has none",
+    }
+    quick_kinds: ClassVar[tuple[str, ...]] = ("generate",)
+    cuda_sizes: ClassVar[dict[str, int]] = {}
+
+    B: int = 1
+    layers: int = 6
+    hidden: int = 256
+    heads: int = 4
+    vocabulary: int = 4096
+    new: int = 64
+
+    @property
+    def generates(self) -> bool:
+        return self.kind.startswith("generate")
+
+    @property
+    def is_yardstick(self) -> bool:
+        """Whether Llama computes something else."""
+        return self.kind in ("segmented", "generate-future")
+
+    def model(self, backend: str) -> Any:
+        """Ours, with weights that the seed decides."""
+        from memattn.models import MemAttnConfig, MemAttnForCausalLM
+
+        sizes: dict[str, Any] = dict(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            max_position_embeddings=self.T + self.new + AHEAD,
+            backend=backend,
+        )
+        if self.kind == "segmented":
+            spans = dict(segment_len=WINDOW, window_size=WINDOW)
+            config = MemAttnConfig.segmented(**sizes, **spans, num_persistent_tokens=0)
+        elif self.kind == "generate-future":
+            config = MemAttnConfig.future(**sizes, future_dim=AHEAD, loss_type=None)
+        else:
+            config = MemAttnConfig.vanilla(**sizes)
+        return self._drawn(MemAttnForCausalLM(config))
+
+    def _drawn(self, model: nn.Module) -> nn.Module:
+        generator = torch.Generator().manual_seed(self.seed)
+        for parameter in model.parameters():  # 0.02 would leave all logits alike
+            drawn = torch.randn(parameter.shape, generator=generator)
+            scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
+            # exact in every dtype
+            drawn = (drawn * scale + (parameter.dim() == 1)).to(torch.bfloat16)
+            parameter.data = drawn.to(self.device, self.dtype)
+        return model.eval()
+
+    def llama(self) -> Any:
+        """Llama of the same sizes with the weights of ours."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        ours = self.model("auto")
+        config: Any = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=ours.config.intermediate_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            max_position_embeddings=self.T + self.new + AHEAD,
+            rms_norm_eps=ours.config.rms_norm_eps,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        config._attn_implementation = "sdpa"
+        model: Any = LlamaForCausalLM(config)
+        model.to(self.device, self.dtype).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(ours.get_parameter(_our_name(name)))
+        return model
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Tokens, and the weights by our names; a model that generates has its own, the same."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (self.B, self.T)
+        ids = torch.randint(self.vocabulary, shape, generator=generator).to(self.device)
+        weights = dict(self.model("auto").named_parameters())
+        return {"input_ids": ids} | {name: x.detach() for name, x in weights.items()}
+
+    def subject(self, backend: str) -> Forward:
+        model = self.model(backend)
+        return self._generate(model) if self.generates else partial(_loss, model, _same_name)
+
+    def checked(self, backend: str) -> Forward:
+        """The loss at each token, or the logits of half the prompt, decoded behind the other."""
+        if not self.generates:
+            return self._by_token(partial(_loss, self.model(backend), _same_name))
+        model = self.model(backend)
+
+        def decode(inputs: dict[str, Tensor]) -> Tensor:
+            ids = inputs["input_ids"]
+            first = model(ids[:, : self.T // 2], use_cache=True)
+            cache, found = first.past_key_values, [first.logits]
+            for token in ids[:, self.T // 2 :].split(1, 1):
+                found.append(model(token, past_key_values=cache).logits)
+            return torch.cat(found, 1)[:, None]
+
+        return decode
+
+    def definition(self, rows: slice) -> Forward:
+        module = self.model("reference")
+        if not self.generates:
+            loss = self._by_token(partial(_loss, module, _same_name, plain=True))
+            return lambda inputs: loss(inputs)[:, :, rows]
+        return lambda inputs: _logits(module, _same_name, inputs)[:, None, rows]
+
+    def rows_are_independent(self) -> bool:
+        """One loss is the mean over all rows."""
+        return self.generates
+
+    def is_checked_short(self) -> bool:
+        return True
+
+    def _by_token(self, loss: Forward) -> Forward:
+        """The one loss, as rows that the gate can cut."""
+        return lambda inputs: loss(inputs).expand(self.B, 1, self.T, 1)
+
+    def _generate(self, model: Any) -> Forward:
+        options = {"max_new_tokens": self.new, "do_sample": False}
+        return lambda inputs: model.generate(inputs["input_ids"], **options)
+
+    def has(self, direction: str) -> bool:
+        return direction == ("forward" if self.generates else TRAINING)
+
+    def peers(self) -> dict[str, Peer]:
+        yardstick = self.work() if self.is_yardstick or self.generates else None
+        return {
+            LLAMA: Peer(self._peer, yardstick=yardstick),
+            "naive": Peer(self._naive, self._score_bytes()),
+        }
+
+    def _peer(self) -> Forward:
+        model = self.llama()
+        return self._generate(model) if self.generates else partial(_loss, model, _our_name)
+
+    def _naive(self) -> Forward:
+        return self.subject("reference")
+
+    def _score_bytes(self) -> int:
+        """Scores of a layer, which training keeps of all of them."""
+        kept = 1 if self.generates else 2 * self.layers
+        return kept * self.B * self.heads * self.T**2 * self.dtype.itemsize
+
+    def work(self) -> dict[str, Work]:
+        """Products with the weights, and the pairs of all earlier tokens."""
+        sizes = self.hidden * (4 * self.hidden + 3 * _wide(self.hidden))
+        head = self.hidden * self.vocabulary
+        weights = self.layers * sizes + head
+        tokens = self.B * (self.T + self.new if self.generates else self.T)
+        length = self.T + self.new if self.generates else self.T
+        pairs = tokens * (min(length, WINDOW) if self.kind == "segmented" else length / 2)
+        flops = 2 * tokens * weights + int(4 * self.layers * self.hidden * pairs)
+        moved = 4 * weights * (self.new if self.generates else 1)
+        forward = Work(flops, tokens * self.vocabulary, moved)
+        return {"forward": forward, "backward": Work(2 * flops, forward.exps, 2 * moved)}
+
+    def label(self, T: str | None = None) -> str:
+        length = f"T={self.T}" if T is None else T
+        after = f" +{self.new}" if self.generates else ""
+        return f"{self.kind} B={self.B} {length}{after}"
+
+    def tokens(self) -> int:
+        return self.B * (self.new if self.generates else self.T)
+
+    @classmethod
+    def bars(cls, suite: str) -> Sequence[Bar]:
+        if suite != "cpu-bars":
+            return []
+        made: list[Bar] = []
+        for kind, B, T, target in (
+            ("causal", 8, 512, 1.35),
+            ("causal", 1, 4096, 1.5),
+            ("segmented", 1, 4096, 2.3),
+        ):
+            case = cls(kind=kind, B=B, T=T)
+            on: Any = dict(case=case, direction=TRAINING, against=(LLAMA,))
+            made.append(SpeedBar(**on, target=target))
+            made.append(PeerPeakBar(**on | {"against": LLAMA}, target=0.6))
+        for kind in ("generate", "generate-future"):
+            for T in (16, 1024):
+                case = cls(kind=kind, T=T)
+                made.append(SpeedBar(case=case, direction="forward", against=(LLAMA,), target=2.5))
+        return made
+
+
+def _logits(model: nn.Module, name_of: Any, inputs: dict[str, Tensor], **options: Any) -> Any:
+    """What a model with the weights among the inputs returns, logits or with labels the loss."""
+    weights = {n: inputs[name_of(n)] for n, _ in model.named_parameters()}
+    options |= {"input_ids": inputs["input_ids"], "use_cache": False}
+    found = functional_call(model, weights, (), options)
+    return found.logits if found.loss is None else found.loss
+
+
+def _loss(
+    model: nn.Module, name_of: Any, inputs: dict[str, Tensor], *, plain: bool = False
+) -> Tensor:
+    """The cross-entropy of the next tokens; ``plain``: of logits, by PyTorch's own function."""
+    ids = inputs["input_ids"]
+    if not plain:
+        return _logits(model, name_of, inputs, labels=ids)
+    logits = _logits(model, name_of, inputs)[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def _same_name(name: str) -> str:
+    return name
+
+
+def _our_name(name: str) -> str:
+    """The name of one of Llama's weights in our model."""
+    for theirs, ours in (
+        ("input_layernorm", "attention_norm"),
+        ("post_attention_layernorm", "mlp_norm"),
+        ("self_attn", "attention"),
+    ):
+        name = name.replace(f".{theirs}.", f".{ours}.")
+    return name
+
+
+def _wide(hidden: int) -> int:
+    """Features inside the MLP."""
+    return -(-8 * hidden // (3 * 64)) * 64
+
+
+CASE = ModelCase

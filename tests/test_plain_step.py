@@ -1,0 +1,183 @@
+"""Decoding by one call a sublayer: as the modules compute it, and where they are plain."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memattn.models import MemAttnCache, MemAttnConfig, MemAttnForCausalLM, block, plain_step
+from memattn.testing import assert_within_budget
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not plain_step.AVAILABLE, reason="the C++ extension is not built"),
+]
+T, PREFILL = 30, 10
+MODELS: dict[str, dict[str, Any]] = {
+    "vanilla": {"hidden_size": 72, "head_dim": 20, "num_key_value_heads": 2},
+    "segmented": {"segment_len": 7, "window_size": 5, "num_persistent_tokens": 3},
+    "future": {"future_dim": 5, "end_layer": 1},
+    "titans": {"segment_len": 8},  # its MLP alone
+}
+
+
+def make_model(preset: str = "vanilla", **options: Any) -> MemAttnForCausalLM:
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=97,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+    )
+    config = getattr(MemAttnConfig, preset)(**{**sizes, **options})
+    model = MemAttnForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def make_tokens() -> Tensor:
+    return torch.randint(97, (3, T), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def decode(model: MemAttnForCausalLM, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits of a prefill, and then of one token after the other."""
+    masks = (lambda n: {}) if mask is None else (lambda n: {"attention_mask": mask[:, :n]})
+    output = model(ids[:, :PREFILL], use_cache=True, **masks(PREFILL))
+    logits, cache = [output.logits], output.past_key_values
+    for t in range(PREFILL, ids.shape[1]):
+        output = model(ids[:, t : t + 1], past_key_values=cache, **masks(t + 1))
+        logits.append(output.logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[bool]:
+    """Whether each call of a sublayer was one call of an operator."""
+    found: list[bool] = []
+
+    def spy(function):
+        def call(*args):
+            result = function(*args)
+            if args[0].shape[1] == 1:
+                found.append(result is not None)
+            return result
+
+        return call
+
+    for name in ("attention_step", "mlp_step"):
+        monkeypatch.setattr(block, name, spy(getattr(block, name)))
+    return found
+
+
+@pytest.mark.parametrize("preset", MODELS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_steps_are_what_modules_compute(monkeypatch, steps, preset, padded):
+    model, ids = make_model(preset, **MODELS[preset]), make_tokens()
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :4] = mask[2, :9] = 0
+    actual = decode(model, ids, mask)
+    assert len(steps) == 4 * (T - PREFILL) and sum(steps) == len(steps) // (
+        1 + (preset == "titans")
+    )
+    monkeypatch.setattr(plain_step, "AVAILABLE", False)
+    low, high = (decode(m, ids, mask) for m in (model, copy.deepcopy(model).double()))
+    real = mask == 1
+    assert_within_budget(preset, actual[real], low[real], high[real])
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(monkeypatch, name):
+    had = torch.ops.memattn_cpp.cpu_capability()
+    try:
+        torch.ops.memattn_cpp.set_cpu_capability(name)
+    except (RuntimeError, ValueError):
+        pytest.skip(f"this processor does not run {name}")
+    try:
+        model, ids = make_model("future", future_dim=5, hidden_size=72, head_dim=20), make_tokens()
+        actual = decode(model, ids)
+        monkeypatch.setattr(plain_step, "AVAILABLE", False)
+        low, high = (decode(m, ids) for m in (model, copy.deepcopy(model).double()))
+        assert_within_budget(name, actual, low, high)
+    finally:
+        torch.ops.memattn_cpp.set_cpu_capability(had)
+
+
+def test_rows_do_not_depend_on_each_other():
+    model, ids = make_model(), make_tokens()
+    whole = decode(model, ids)[:, PREFILL:]
+    # the prefill alone may round by the size of the batch
+    torch.testing.assert_close(whole[1:2], decode(model, ids[1:2])[:, PREFILL:])
+
+
+def test_what_is_not_plain_runs_as_modules(steps):
+    """Hooks fire, adapters and other layers count, gradients flow."""
+    ids, calls = make_tokens(), []
+    model = make_model()
+    first: Any = model.model.layers[0]
+    handle = first.attention.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    decode(model, ids)
+    assert len(calls) == 1 + T - PREFILL
+    assert steps.count(False) == T - PREFILL  # attention of the one layer
+    handle.remove()
+    before = decode(model, ids)
+
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2.0 * super().forward(input)
+
+    first.mlp.down_proj.__class__ = Doubled
+    assert not torch.allclose(decode(model, ids), before)
+    first.mlp.down_proj.__class__ = nn.Linear
+    torch.testing.assert_close(decode(model, ids), before, rtol=0, atol=0)
+    cache = model(ids[:, :PREFILL], use_cache=True).past_key_values
+    model(ids[:, PREFILL : PREFILL + 1], past_key_values=cache).logits.sum().backward()
+    assert first.attention.q_proj.weight.grad is not None
+
+
+@torch.no_grad()
+def test_caches_that_share_memory_go_on_apart():
+    model, ids = make_model(), make_tokens()
+    step = lambda cache, t: model(ids[:, t : t + 1], past_key_values=cache).logits
+    cache = model(ids[:, :PREFILL], use_cache=True).past_key_values
+    step(cache, PREFILL)
+    twin, copied = cache.detach(), copy.deepcopy(cache)
+    keys = cache.layers[0].keys.clone()
+    expected = step(cache, PREFILL + 1)
+    step(twin, PREFILL + 5)
+    for other in (copied, cache):
+        if other is cache:
+            cache.crop(-1)
+            held = twin.layers[0].keys.clone()
+        torch.testing.assert_close(step(other, PREFILL + 1), expected, rtol=0, atol=0)
+    assert torch.equal(cache.layers[0].keys[:, :, :-1], keys)
+    assert torch.equal(twin.layers[0].keys, held)
+
+
+def test_room_is_bounded_and_copied_seldom():
+    model, ids = make_model(), torch.zeros(1, 1, dtype=torch.long)
+    cache, buffers = MemAttnCache(model.config), set()
+    with torch.inference_mode():
+        for _ in range(39):
+            model(ids, past_key_values=cache)
+            buffers.add(cache.layers[0].keys.untyped_storage().data_ptr())
+    assert cache.layers[0].kept == 39 and len(buffers) <= 3
+    with torch.no_grad():  # what was kept in inference mode is not written outside of it
+        model(ids, past_key_values=cache)
+    assert cache.layers[0].kept == 40
+
+
+def test_operators_refuse_what_does_not_fit():
+    x, norm, weight = torch.zeros(1, 1, 8), torch.ones(8), torch.zeros(4, 8)
+    with pytest.raises((RuntimeError, ValueError), match="weight must have shape"):
+        torch.ops.memattn_cpp.linear_step(x, weight[:, :7])
+    with pytest.raises((RuntimeError, ValueError), match="down_proj must have shape"):
+        torch.ops.memattn_cpp.swiglu_step(x, norm, weight, weight, weight, 1e-6)
+    with pytest.raises((RuntimeError, ValueError), match="contiguous float32"):
+        torch.ops.memattn_cpp.norm_step(x, norm.double(), 1e-6)
