@@ -277,8 +277,35 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
               (BY_ROW ? d_q : q_rows) + i * ldk);
 }
 
-// Products of floats.
+template <class Args>
+static int64_t float_forward_scratch(const Args& a) {
+  return (TILE_ROWS + BLOCK_KEYS) * (a.D + a.Dv) + BLOCK_KEYS * 2 * VL + TILE_ROWS * VL;
+}
+
+template <class Args>
+static int64_t float_backward_scratch(const Args& a) {
+  const int64_t wide = round_up(a.D, VL) + round_up(a.Dv, VL);
+  return (3 * TILE_ROWS + BLOCK_KEYS + 1) * wide + 2 * TILE_ROWS * BLOCK_KEYS + 4 * TILE_ROWS + 256;
+}
+
+// Products of floats, and rows of keys for them: `units` of 32 bits each.
 struct InFloats {
+  template <class Base>
+  using Block = Base;
+  static MEMATTN_INLINE int64_t units(int64_t width) { return width; }
+  static MEMATTN_INLINE float* data(float* scratch) { return scratch; }
+  static MEMATTN_INLINE Rows rows(const View& view, int64_t offset, int64_t row_stride,
+                                  int64_t col_stride, int64_t n, int64_t width, float* scratch) {
+    return float_rows(view, offset, row_stride, col_stride, n, width, scratch);
+  }
+  static MEMATTN_INLINE void row(const View& view, int64_t offset, int64_t stride, int64_t width,
+                                 float* to) {
+    load_row(view, offset, stride, width, to);
+  }
+  // makes what else a block has of its keys and values
+  template <class AnyBlock>
+  static MEMATTN_INLINE void complete(AnyBlock&, int64_t, int64_t, float*) {}
+
   template <int NV, class... Parts>
   static MEMATTN_INLINE void forward(const Parts&... parts) {
     forward_rows<NV>(parts...);
@@ -287,15 +314,9 @@ struct InFloats {
   static MEMATTN_INLINE void backward(const Parts&... parts) {
     backward_rows<NV>(parts...);
   }
+  // floats
+  template <class Args>
+  static int64_t forward_scratch(const Args& a) { return float_forward_scratch(a); }
+  template <class Args>
+  static int64_t backward_scratch(const Args& a) { return float_backward_scratch(a); }
 };
-
-template <class Args>
-static int64_t forward_scratch(const Args& a) {
-  return (TILE_ROWS + BLOCK_KEYS) * (a.D + a.Dv) + BLOCK_KEYS * 2 * VL + TILE_ROWS * VL;
-}
-
-template <class Args>
-static int64_t backward_scratch(const Args& a) {
-  const int64_t wide = round_up(a.D, VL) + round_up(a.Dv, VL);
-  return (3 * TILE_ROWS + BLOCK_KEYS + 1) * wide + 2 * TILE_ROWS * BLOCK_KEYS + 4 * TILE_ROWS + 256;
-}

@@ -227,8 +227,26 @@ static int64_t pair_backward_scratch(const Args& a) {
          4 * TILE_ROWS + pair_scratch(a.D, a.Dv) + 256;
 }
 
-// Products of pairs.
+// Products of pairs, and rows of keys for them: see InFloats.
 struct InPairs {
+  template <class Base>
+  using Block = PairBlock<Base>;
+  static MEMATTN_INLINE int64_t units(int64_t width) { return pairs_in(width); }
+  static MEMATTN_INLINE float* data(const PairScratch& scratch) { return scratch.data; }
+  static MEMATTN_INLINE Rows rows(const View& view, int64_t offset, int64_t row_stride,
+                                  int64_t col_stride, int64_t n, int64_t width, float* scratch) {
+    return pair_rows(view, offset, row_stride, col_stride, n, width, scratch);
+  }
+  static MEMATTN_INLINE void row(const View& view, int64_t offset, int64_t stride, int64_t width,
+                                 float* to) {
+    load_pairs(view, offset, stride, width, pairs_in(width), to);
+  }
+  template <class AnyBlock>
+  static MEMATTN_INLINE void complete(AnyBlock& block, int64_t D, int64_t Dv,
+                                      const PairScratch& scratch) {
+    pair_keys(block, D, Dv, scratch);
+  }
+
   template <int NV, class... Parts>
   static MEMATTN_INLINE void forward(const Parts&... parts) {
     forward_pairs<NV>(parts...);
@@ -237,4 +255,8 @@ struct InPairs {
   static MEMATTN_INLINE void backward(const Parts&... parts) {
     backward_pairs<NV>(parts...);
   }
+  template <class Args>
+  static int64_t forward_scratch(const Args& a) { return pair_forward_scratch(a); }
+  template <class Args>
+  static int64_t backward_scratch(const Args& a) { return pair_backward_scratch(a); }
 };

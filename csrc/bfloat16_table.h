@@ -1,5 +1,5 @@
 // The table of kernels of an instruction set with products in bfloat16, included last: those of
-// another one, but for tensors in bfloat16.
+// another one, but for the operators below with tensors in bfloat16.
 
 static bool in_bfloat16(std::initializer_list<View> views) {
   for (const View& view : views)
@@ -12,34 +12,45 @@ static bool in_bfloat16(const SegmentedArgs& a) {
                       a.memory_value, a.out, a.d_out});
 }
 
+static bool in_bfloat16(const TaskArgs& a) {
+  return in_bfloat16({a.query, a.key, a.value, a.out, a.d_out});
+}
+
+static constexpr OperatorKernels<SegmentedArgs, SegmentedGrads> SEGMENTED_PAIRS{
+    pair_forward_scratch<SegmentedArgs>, pair_backward_scratch<SegmentedArgs>,
+    segmented_forward_by<InPairs>, segmented_backward_by<InPairs>};
+static constexpr OperatorKernels<TaskArgs, KeyGrads> TASK_PAIRS{
+    task_forward_scratch<InPairs>, task_backward_scratch<InPairs>, task_forward_by<InPairs>,
+    task_backward_by<InPairs>};
+
 // The kernels for all other dtypes.
 static const Kernels& other_kernels() { return MEMATTN_OTHER_KERNELS; }
 
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-static int64_t segmented_forward_scratch(const SegmentedArgs& a) {
-  return larger(pair_forward_scratch(a), other_kernels().segmented.forward_scratch(a));
-}
-
-static void segmented_forward(const SegmentedArgs& a, const Tile& tile, float* scratch) {
-  if (in_bfloat16(a)) segmented_forward_by<InPairs>(a, tile, scratch);
-  else other_kernels().segmented.forward(a, tile, scratch);
-}
-
-static int64_t segmented_backward_scratch(const SegmentedArgs& a) {
-  return larger(pair_backward_scratch(a), other_kernels().segmented.backward_scratch(a));
-}
-
-static void segmented_backward(const SegmentedArgs& a, const Tile& tile,
-                               const SegmentedGrads& grads, float* scratch) {
-  if (in_bfloat16(a)) segmented_backward_by<InPairs>(a, tile, grads, scratch);
-  else other_kernels().segmented.backward(a, tile, grads, scratch);
-}
+// Kernels of an operator that look at the dtype of each call.
+template <class Args, class Grads, OperatorKernels<Args, Grads> Kernels::*OPERATOR,
+          const OperatorKernels<Args, Grads>& PAIRS>
+struct ByDtype {
+  static const OperatorKernels<Args, Grads>& of(const Args& a) {
+    return in_bfloat16(a) ? PAIRS : other_kernels().*OPERATOR;
+  }
+  static int64_t forward_scratch(const Args& a) { return of(a).forward_scratch(a); }
+  static int64_t backward_scratch(const Args& a) { return of(a).backward_scratch(a); }
+  static void forward(const Args& a, const Tile& tile, float* scratch) {
+    of(a).forward(a, tile, scratch);
+  }
+  static void backward(const Args& a, const Tile& tile, const Grads& grads, float* scratch) {
+    of(a).backward(a, tile, grads, scratch);
+  }
+  static OperatorKernels<Args, Grads> kernels() {
+    return {forward_scratch, backward_scratch, forward, backward};
+  }
+};
 
 static Kernels make_kernels(const char* name) {
   Kernels table = other_kernels();
   table.name = name;
-  table.segmented = {segmented_forward_scratch, segmented_backward_scratch, segmented_forward,
-                     segmented_backward};
+  table.segmented = ByDtype<SegmentedArgs, SegmentedGrads, &Kernels::segmented,
+                            SEGMENTED_PAIRS>::kernels();
+  table.task = ByDtype<TaskArgs, KeyGrads, &Kernels::task, TASK_PAIRS>::kernels();
   return table;
 }

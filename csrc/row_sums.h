@@ -60,7 +60,7 @@ static MEMATTN_INLINE void add_to_rows(const Interval& seen, Lanes panel, int64_
 
 // keys[j, :] += sum over `lanes` of weights[j][lane] * rows[lane, :] for n keys, `begin` the first; at most
 // `run` lanes are summed in one go, counted from lane 0.
-static void add_to_keys(const Interval& seen, Lanes lanes, int64_t begin, int64_t n, int64_t run,
+static inline void add_to_keys(const Interval& seen, Lanes lanes, int64_t begin, int64_t n, int64_t run,
                         const float* weights, const float* rows, int64_t width, float* keys) {
   constexpr int64_t GROUP = 24;  // keys handled with one choice of lanes
   for (int64_t j = 0; j < n; j += GROUP) {

@@ -171,22 +171,37 @@ static MEMATTN_INLINE void prefetch_row(const View& view, int64_t offset, int64_
   for (int64_t i = 0; i < width * size; i += 64) __builtin_prefetch(row + i);
 }
 
+// Rows `first` + keys[i] of a head, or from `first` on where there are no keys.
+template <class How>
+static MEMATTN_INLINE Rows task_rows(const View& view, int64_t head, int64_t first,
+                                     const int32_t* keys, int64_t n, int64_t width, float* scratch) {
+  const int64_t step = view.stride[2], ld = How::units(width);
+  const int64_t at = head + first * step;
+  if (!keys) return How::rows(view, at, step, view.stride[3], n, width, scratch);
+  for (int64_t i = 0; i < n; ++i) {
+    // the processor does not foresee where the next rows are
+    if (i + 4 < n) prefetch_row(view, at + keys[i + 4] * step, width);
+    How::row(view, at + keys[i] * step, view.stride[3], width, scratch + i * ld);
+  }
+  return {scratch, ld};
+}
+
 // Calls visit(block) for every block of keys that some row of the tile sees. `copies` takes the
 // gradients of keys that do not lie side by side.
-template <class Visit>
+template <class How, class Scratch, class Visit>
 static MEMATTN_INLINE void for_each_task_block(const TaskArgs& a, const Tile& tile,
                                                const TaskRows& rows, int64_t panel,
-                                               const KeyGrads* grads, float* copies, float* scratch,
-                                               Visit visit) {
+                                               const KeyGrads* grads, float* copies,
+                                               Scratch scratch, Visit visit) {
   const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL), start = a.start[tile.b];
-  const int64_t *key_stride = a.key.stride, *value_stride = a.value.stride;
-  float* value_scratch = scratch + BLOCK_KEYS * a.D;
+  float* key_scratch = How::data(scratch);
+  float* value_scratch = key_scratch + BLOCK_KEYS * How::units(a.D);
   for (int64_t run = 0; run <= rows.n_runs; ++run) {
     const bool by_lane = run == rows.n_runs;  // at last
     const int64_t begin = by_lane ? 0 : rows.runs[run].begin;
     const int64_t end = by_lane ? rows.n_keys : rows.runs[run].end;
     for (int64_t j = begin; j < end; j += BLOCK_KEYS) {
-      LaneBlock block;
+      typename How::template Block<LaneBlock> block;
       block.begin = 0, block.n = end - j < BLOCK_KEYS ? end - j : BLOCK_KEYS;
       block.lanes = by_lane ? rows.lanes_seen + j : nullptr;
       block.rows = rows.rows, block.panel = panel;
@@ -195,24 +210,13 @@ static MEMATTN_INLINE void for_each_task_block(const TaskArgs& a, const Tile& ti
       if (by_lane)
         for (int64_t i = 1; i < block.n; ++i) side_by_side &= keys[i] == keys[i - 1] + 1;
       const int64_t first = start + (by_lane ? keys[0] : j);
-      if (side_by_side) {
-        block.key = float_rows(a.key, at(a.key, tile.b, tile.hkv, first), key_stride[2],
-                               key_stride[3], block.n, a.D, scratch);
-        block.value = float_rows(a.value, at(a.value, tile.b, tile.hkv, first), value_stride[2],
-                                 value_stride[3], block.n, a.Dv, value_scratch);
-      } else {
-        for (int64_t i = 0; i < block.n; ++i) {
-          const int64_t row = start + keys[i];
-          if (i + 4 < block.n) {  // the processor does not foresee where the next rows are
-            prefetch_row(a.key, at(a.key, tile.b, tile.hkv, start + keys[i + 4]), a.D);
-            prefetch_row(a.value, at(a.value, tile.b, tile.hkv, start + keys[i + 4]), a.Dv);
-          }
-          load_row(a.key, at(a.key, tile.b, tile.hkv, row), key_stride[3], a.D, scratch + i * a.D);
-          load_row(a.value, at(a.value, tile.b, tile.hkv, row), value_stride[3], a.Dv,
-                   value_scratch + i * a.Dv);
-        }
-        block.key = {scratch, a.D}, block.value = {value_scratch, a.Dv};
-      }
+      const int64_t from = side_by_side ? first : start;
+      const int32_t* apart = side_by_side ? nullptr : keys;
+      block.key = task_rows<How>(a.key, at(a.key, tile.b, tile.hkv, 0), from, apart, block.n, a.D,
+                                 key_scratch);
+      block.value = task_rows<How>(a.value, at(a.value, tile.b, tile.hkv, 0), from, apart, block.n,
+                                   a.Dv, value_scratch);
+      How::complete(block, a.D, a.Dv, scratch);
       block.d_key = block.d_value = nullptr;
       if (grads && side_by_side) {
         block.d_key = grads->d_key + (first - grads->key_begin) * ldk;
@@ -233,41 +237,42 @@ static MEMATTN_INLINE void for_each_task_block(const TaskArgs& a, const Tile& ti
   }
 }
 
-template <int NV>
+template <class How, int NV>
 static void task_forward_tile(const TaskArgs& a, const Tile& tile, float* scratch) {
   const TaskRows rows(a, tile, NV * VL, scratch);
-  forward_rows<NV>(a, tile, rows, [&](float* block_scratch, auto visit) {
-    for_each_task_block(a, tile, rows, NV * VL, nullptr, nullptr, block_scratch, visit);
+  How::template forward<NV>(a, tile, rows, [&](auto block_scratch, auto visit) {
+    for_each_task_block<How>(a, tile, rows, NV * VL, nullptr, nullptr, block_scratch, visit);
   }, scratch);
 }
 
-template <int NV>
-static void task_backward_tile(const TaskArgs& a, const Tile& tile, const KeyGrads& grads,
-                               float* scratch) {
+template <class How>
+static void task_forward_by(const TaskArgs& a, const Tile& tile, float* scratch) {
+  const int64_t n = (tile.h1 - tile.h0) * (tile.t1 - tile.t0);
+  n <= VL ? task_forward_tile<How, 1>(a, tile, scratch)
+          : task_forward_tile<How, 2>(a, tile, scratch);
+}
+
+template <class How>
+static void task_backward_by(const TaskArgs& a, const Tile& tile, const KeyGrads& grads,
+                             float* scratch) {
+  constexpr int NV = 2;
   const TaskRows rows(a, tile, NV * VL, scratch);
   float* copies = scratch;  // [BLOCK_KEYS][ldk + ldv]
   scratch += BLOCK_KEYS * (round_up(a.D, VL) + round_up(a.Dv, VL));
-  backward_rows<NV>(a, tile, rows, [&](bool with_gradients, float* block_scratch, auto visit) {
-    for_each_task_block(a, tile, rows, NV * VL, with_gradients ? &grads : nullptr, copies,
-                        block_scratch, visit);
-  }, scratch);
+  How::template backward<NV>(
+      a, tile, rows, [&](bool with_gradients, auto block_scratch, auto visit) {
+        for_each_task_block<How>(a, tile, rows, NV * VL, with_gradients ? &grads : nullptr, copies,
+                                 block_scratch, visit);
+      }, scratch);
 }
 
+template <class How>
 static int64_t task_forward_scratch(const TaskArgs& a) {
-  return TaskRows::scratch(a) + forward_scratch(a);
+  return TaskRows::scratch(a) + How::forward_scratch(a);
 }
 
+template <class How>
 static int64_t task_backward_scratch(const TaskArgs& a) {
   const int64_t copies = BLOCK_KEYS * (round_up(a.D, VL) + round_up(a.Dv, VL));
-  return TaskRows::scratch(a) + copies + backward_scratch(a);
-}
-
-static void task_forward(const TaskArgs& a, const Tile& tile, float* scratch) {
-  const int64_t n = (tile.h1 - tile.h0) * (tile.t1 - tile.t0);
-  n <= VL ? task_forward_tile<1>(a, tile, scratch) : task_forward_tile<2>(a, tile, scratch);
-}
-
-static void task_backward(const TaskArgs& a, const Tile& tile, const KeyGrads& grads,
-                          float* scratch) {
-  task_backward_tile<2>(a, tile, grads, scratch);
+  return TaskRows::scratch(a) + copies + How::backward_scratch(a);
 }

@@ -87,6 +87,7 @@ def train_specialists(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"output_dir must have a finished base, got no {where}")
     general = load_config(folder / "config.yaml").data
     mixed = args.mix_share > 0.0
+    taught = mixed and args.gate_rows > 0
     data = replace(
         general,
         dataset_name=args.special_corpus,
@@ -95,6 +96,7 @@ def train_specialists(args: argparse.Namespace) -> None:
         vocab_size=None,
         mix_in=general.dataset_name if mixed else None,
         **({"mix_share": args.mix_share} if mixed else {}),
+        mix_weight=args.mix_weight,
     )
     check_text("special_corpus", data)
     options: dict[str, Any] = {
@@ -104,12 +106,17 @@ def train_specialists(args: argparse.Namespace) -> None:
         "entropy_coefficient": args.gate_entropy,
         "sparsity_coefficient": args.gate_sparsity,
     }
+    if taught:  # whose text is which, first alone and then beside the specialists
+        options |= {"domain_coefficient": args.gate_domain, "gate_lr": args.gate_lr}
     config = TrainConfig(
         model=ModelConfig(
             model_path=str(folder / "model"), specialists=options, freeze_base_model=True
         ),
         data=data,
-        training=optimisation(args, SHIFTABLE, args.special_steps),
+        training=replace(
+            optimisation(args, SHIFTABLE, args.special_steps),
+            gate_rows=args.gate_rows if taught else 0,
+        ),
     )
     train(config, resume=True, progress=sys.stderr.isatty())
     write_pt(args, SHIFTABLE)
@@ -214,6 +221,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rank", type=int, help="rank of the specialists; whole weights by default")
     add("--gate_entropy", type=float, default=0.01, help="coefficient (%(default)s)")
     add("--gate_sparsity", type=float, default=0.0, help="coefficient (%(default)s)")
+    add("--gate_rows", type=int, default=256, help="of each text to teach gates, 0 for none (256)")
+    add("--gate_domain", type=float, default=0.1, help="coefficient, of taught gates (%(default)s)")
+    add("--gate_lr", type=float, default=5e-4, help="of taught gates (%(default)s)")
+    add("--mix_weight", type=float, default=10.0, help="of general text in that (%(default)s)")
     add("--mix_share", type=float, default=0.1, help="general text among it, 0 for none (0.1)")
     add("--d_model", type=int, default=256, help="(%(default)s)")
     add("--num_heads", type=int, default=4, help="(%(default)s)")

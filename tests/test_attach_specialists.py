@@ -191,12 +191,16 @@ def test_checkpointing_changes_nothing():
     found = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model, adapter, _, _ = attach("qwen3")
+        model, adapter, _, _ = attach("qwen3", domain_coefficient=0.3)
         perturb_adapter(adapter)
         open_all(adapter)
         if checkpointing:
             enable_checkpointing(model.train(), use_reentrant=False)
-        output = model.train()(make_tokens(), labels=make_tokens())
+        labels = torch.tensor([[1], [0]])  # whose text it is
+        output = model.train()(make_tokens(), labels=make_tokens(), domain_labels=labels)
+        expected = output.lm_loss + 0.01 * output.gate_entropy + 0.3 * output.gate_domain
+        torch.testing.assert_close(output.loss, expected)
+        assert output.gate_domain > 0
         output.loss.backward()
         # a specialist that no token uses has no gradient
         used = {n: p.grad for n, p in adapter.named_parameters() if p.grad is not None}

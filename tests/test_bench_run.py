@@ -14,6 +14,7 @@ from bench_factories import longer_window, plant, small
 from memattn.bench import __main__, report, run
 from memattn.bench.bars import (
     BackwardBar,
+    FasterBar,
     FlatTimeBar,
     Found,
     LinearMemoryBar,
@@ -210,9 +211,27 @@ def test_bars_ask_for_what_is_required():
     linear = "window B=4 T=2048..32768 W=256 D=64, forward+backward: growth of memory per token"
     assert bars[linear] <= 1.1
     for bar in SegmentedCase.bars("cpu-bars"):
-        assert (bar.case.H, bar.case.D, bar.case.dtype) == (8, 64, torch.float32)
+        assert (bar.case.device, bar.case.H, bar.case.D) == ("cpu", 8, 64)
     for bar in SegmentedCase.bars("gpu-bars"):
         assert (bar.case.device, bar.case.dtype) == ("cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("has_products", [True, False])
+def test_bfloat16_has_bars_where_the_processor_multiplies_it(has_products, monkeypatch):
+    of_bench = "memattn.bench.segmented_attention.multiplies_bfloat16"
+    monkeypatch.setattr(of_bench, lambda: has_products)
+    bars = [b for b in SegmentedCase.bars("cpu-bars") if b.case.dtype == torch.bfloat16]
+    found = {bar.name: bar.target for bar in bars}
+    assert len(found) == len(bars) == (10 if has_products else 0)
+    if not has_products:
+        return
+    name = "dense T=2048 D=64 bfloat16"
+    assert found[f"{name}, forward: speed over sdpa flash"] == 2.0
+    assert found[f"{name}, backward: speed over sdpa flash"] == 1.6
+    assert found[f"{name}, backward: speed over dense T=2048 D=64"] == 1.6
+    faster = next(bar for bar in bars if isinstance(bar, FasterBar))
+    slow, fast = (Timing((seconds,) * 3) for seconds in (0.3, 0.1))
+    assert faster.reached(Found(times={faster.times: [slow, fast]})) == pytest.approx(3.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests what is said without CUDA")

@@ -15,6 +15,7 @@ from memattn.data import (
     PackedBatches,
     PaddedBatches,
     Tokens,
+    WholeBatches,
     load_documents,
     load_tokenizer,
     split_documents,
@@ -319,6 +320,29 @@ def test_the_order_is_drawn_from_seed_and_epoch(kind):
     if kind == "padded":
         kept, again = epochs(shuffle=False)
         assert kept == again and kept != first
+
+
+@pytest.mark.parametrize("kind", ["packed", "whole", "padded"])
+def test_batches_say_whose_text_it_is(kind):
+    """Of each token, where a row has pieces of several documents, cut or not."""
+    lengths = (5, 1, 17, 8, 30, 2, 9)
+    domains = torch.tensor([1, 0, 1, 0, 0, 1, 1])
+    weights = torch.tensor([0.5, 3.0])
+    tokens = make_tokens(*lengths)._replace(domains=domains, domain_weights=weights)
+    of_token = domains.repeat_interleave(torch.tensor(lengths))
+    if kind == "padded":
+        batches = PaddedBatches(tokens, seq_len=4, batch_size=3, pad_token_id=999)
+    elif kind == "packed":
+        batches = PackedBatches(tokens, seq_len=4, batch_size=3)
+    else:
+        batches = WholeBatches(tokens, seq_len=31, batch_size=2)
+    for batch in (next(batches) for _ in range(12)):
+        ids, labels = batch["input_ids"], batch["domain_labels"]
+        assert torch.equal(batch["domain_label_weights"], weights[labels])
+        assert labels.dtype == torch.int64
+        assert labels.shape == ((len(ids), 1) if kind == "padded" else ids.shape)
+        there = ids != 999
+        assert torch.equal(labels.expand_as(ids)[there], of_token[ids[there]])
 
 
 def test_names_what_is_wrong_with_batches():

@@ -122,7 +122,8 @@ def test_a_specialist_owns_its_row(activation):
 def test_nothing_looks_ahead_or_into_another_sequence(scope):
     """Later tokens, padding, packed documents, and calls that go on where the last one ended."""
     gate, x = make_gate(scope=scope)
-    whole = gate(x, is_causal=True)
+    labels = torch.tensor([[1], [0]])
+    whole = gate(x, is_causal=True, labels=labels)
     changed = x.clone()
     changed[:, 4:] += 1.0
     changed[1, 4:] = torch.nan
@@ -130,7 +131,7 @@ def test_nothing_looks_ahead_or_into_another_sequence(scope):
     padded = torch.cat([torch.full((2, 3, 8), torch.nan).double(), x], 1)
     present = (torch.arange(10) >= 3).expand(2, 10)
     index = torch.arange(-3, 7).expand(2, 10)
-    found = gate(padded, present=present, index=index)
+    found = gate(padded, present=present, index=index, labels=labels)
     assert torch.equal(found.gates[:, 3:], whole.gates)
     for loss, (total, count) in whole.losses.items():
         torch.testing.assert_close(found.losses[loss][0], total, **EQUAL)
@@ -180,6 +181,42 @@ def test_losses_are_finite_where_gates_are_0(activation):
     assert given.losses["gate_sparsity"][0].item() == pytest.approx(7 * (1 - 0.375) / 2)
     (gradient,) = torch.autograd.grad(given.losses["gate_entropy"][0], leaf)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_labels_teach_whose_text_it_is(activation):
+    """Both kinds weigh the same; unknown, absent and closed tokens count nowhere."""
+    gate, x = make_gate(activation=activation, priors=(1.0, 0.0, 2.0))
+    present = torch.ones(2, 7, dtype=torch.bool)
+    present[1, 5:] = False
+    labels = torch.tensor([[1, 1, 1, 1, -1, 0, 0], [-1, 1, 1, 0, 1, 1, 0]])
+    alone = torch.tensor(
+        [[True, True, True], [False, False, False]]
+    )  # the second row has no others
+    plain = gate(x, present=present)
+    assert plain.losses["gate_domain"] == (0.0, 0.0)
+    output = gate(x, present=present, labels=labels)
+    assert torch.equal(output.gates, plain.gates)
+    total, count = output.losses["gate_domain"]
+    g = plain.gates[..., 0]
+    special, base = (labels == 1) & present, (labels == 0) & present
+    expected = (-(1 - g[special]).log().mean() - g[base].log().mean()) / 2
+    torch.testing.assert_close(total / count, expected, **EQUAL)
+    assert count == 10
+    weights = 3 * torch.rand(2, 7)
+    given = gate(x, present=present, labels=labels, label_weights=weights).losses["gate_domain"]
+    expected = -(weights[special] * (1 - g[special]).log()).sum()
+    expected -= (weights[base] * g[base].log()).sum()
+    torch.testing.assert_close(given[0], expected, **EQUAL)
+    assert given[1] == count
+    one_kind = gate(x, present=present, labels=torch.ones(2, 1, dtype=torch.int32))
+    total, count = one_kind.losses["gate_domain"]
+    torch.testing.assert_close(total / count, -(1 - g[present]).log().mean(), **EQUAL)
+    closed = gate(x, present=present, labels=labels, mask=alone).losses["gate_domain"]
+    assert closed[1] == 4 + 2 + 1 and closed[0].isfinite()
+    (-total).backward()
+    assert gate.row("specialist_2").hidden.weight.grad.any()
+    assert gate.row("specialist_1").hidden.weight.grad is None
 
 
 def test_weights_of_samples_are_used_as_they_are():
@@ -245,6 +282,20 @@ WRONG = {
     "prior must be at least 0": lambda: DomainGate(8, 1)(
         torch.zeros(1, 2, 8), prior=torch.tensor([1.0, -1.0])
     ),
+    "labels must have shape [B=1, 1] or [B=1, T=2], got [1]": lambda: DomainGate(8, 1)(
+        torch.zeros(1, 2, 8), labels=torch.tensor([1])
+    ),
+    "label_weights must be None without labels": lambda: DomainGate(8, 1)(
+        torch.zeros(1, 2, 8), label_weights=torch.ones(1, 1)
+    ),
+    "label_weights must be at least 0 and finite, got -1.0": lambda: DomainGate(8, 1)(
+        torch.zeros(1, 2, 8),
+        labels=torch.tensor([[1]]),
+        label_weights=torch.tensor([[1.0, -1.0]]),
+    ),
+    "labels must be 0 for text of the base, 1 for that of specialists or -1": lambda: DomainGate(
+        8, 1
+    )(torch.zeros(1, 2, 8), labels=torch.tensor([[-2, 2]])),
     "mask must have shape [1] or [B=1, 1]": lambda: DomainGate(8, 1)(
         torch.zeros(1, 2, 8), mask=torch.ones(2)
     ),

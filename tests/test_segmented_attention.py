@@ -121,3 +121,26 @@ def test_the_extension_refuses_what_it_would_read_outside():
     args = [t["query"], t["key"], t["value"], None, None, t["memory_key"], t["memory_value"]]
     with pytest.raises(RuntimeError, match="memory_key must have at least n_segments"):
         op(*args, None, None, None, 4, None, True, False, 0, 1.0)
+
+
+@needs_cpp
+@pytest.mark.parametrize("window_size", [8, 9, 10])
+@pytest.mark.parametrize("capability", ["avx512_bf16", "avx512", "avx2", "portable"])
+def test_keys_are_nobody_elses_neighbours(capability, window_size):
+    """Products may take keys in pairs: one that a later row does not see must not reach it."""
+    widest = torch.ops.memattn_cpp.cpu_capability()
+    try:
+        torch.ops.memattn_cpp.set_cpu_capability(capability)
+    except RuntimeError:
+        pytest.skip(f"this processor has no {capability}")
+    try:
+        t = make_segmented_inputs(B=1, H=1, Hkv=1, T=64, D=16, dtype=torch.bfloat16)
+        first = 33 - window_size  # what row 32 sees: rows from there on share no panel with others
+        t["key"][:, :, :first] = t["value"][:, :, :first] = torch.nan
+        query = t["query"].requires_grad_()
+        out = segmented_attention(query, t["key"], t["value"], window_size=window_size).out
+        out[:, :, 32:].float().sum().backward()
+    finally:
+        torch.ops.memattn_cpp.set_cpu_capability(widest)
+    assert out[:, :, 32:].isfinite().all()
+    assert query.grad is not None and query.grad[:, :, 32:].isfinite().all()

@@ -48,7 +48,15 @@ def test_a_generalist_and_a_specialist_are_trained_one_after_the_other(tmp_path,
     model.load_state_dict(weights)
     ids = torch.randint(300, (2, 9))
     logits, gates = model.eval()(ids, return_gates=True)
-    assert logits.equal(trained.eval()(ids).logits) and gates[-1].shape == (2, 2)
+    same = trained.state_dict()
+    assert weights.keys() == same.keys() and all(weights[n].equal(same[n]) for n in same)
+    torch.testing.assert_close(logits, trained.eval()(ids).logits)
+    assert gates[-1].shape == (2, 2)
+    # its gate was taught whose text is which
+    found = [float(line.split(": [")[1].split()[0]) for line in printed.splitlines()
+             if line.startswith("Layer ")]  # fmt: skip
+    special_gates, general_gates = found[: len(gates)], found[len(gates) :]
+    assert min(general_gates) > max(special_gates)
     assert not logits.equal(base.eval()(ids).logits)
 
     # again, it goes on, which here means that nothing is left to do

@@ -22,6 +22,7 @@ from memattn.nn import DomainGate, RotaryEmbedding, SegmentedAttention, apply_ro
 from memattn.nn.attention_specialist import AttentionWeights
 from memattn.nn.base_attention import BaseAttention, base_attention
 from memattn.nn.causal_specialists import CausalSpecialists
+from memattn.parts.specialist_set import recording_gates
 from memattn.parts.specialists import SpecialistsConfig
 
 EXACT = dict(rtol=0, atol=1e-12)
@@ -190,21 +191,60 @@ def test_packed_documents_are_apart():
 
 def test_checkpointing_and_compiling_change_nothing():
     tokens, mask = pad_left([make_tokens()[0], make_tokens()[1, :9]], 23)
-    found = []
+    labels, found = torch.tensor([[1], [0]]), []
     for way in ("plain", "checkpointing", "compiled"):
-        model = make_shiftable(entropy_coefficient=0.5, sizes=ONE).train()
+        model = make_shiftable(entropy_coefficient=0.5, domain_coefficient=0.3, sizes=ONE).train()
         if way == "checkpointing":
             enable_checkpointing(model)
         call = model if way != "compiled" else torch.compile(model, fullgraph=True, backend="eager")
-        output = call(tokens, attention_mask=mask, labels=tokens)
+        output = call(tokens, attention_mask=mask, labels=tokens, domain_labels=labels)
         output.loss.backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
         found.append([output.loss, output.gate_entropy, *grads])
-        expected = output.lm_loss + 0.5 * output.gate_entropy
+        expected = output.lm_loss + 0.5 * output.gate_entropy + 0.3 * output.gate_domain
         torch.testing.assert_close(output.loss, expected)
         assert output.loss_counts["gate_sparsity"] == mask.sum() and output.gate_sparsity > 0
     for others in found[1:]:
         torch.testing.assert_close(others, found[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("system", SHIFTABLE)
+def test_labels_enter_the_loss_alone_and_teach_the_gate(system):
+    """By row and by token, with unknown ones; gates that are taught tell the two kinds apart."""
+    model = make_shiftable(system, domain_coefficient=1.0, top_k=None)
+    tokens = make_tokens()
+    labels = torch.tensor([[1], [0]])
+    output = model(tokens, labels=tokens, domain_labels=labels, output_losses=True)
+    plain = model(tokens, labels=tokens, output_losses=False)
+    assert torch.equal(output.logits, plain.logits) and plain.losses is None
+    by_token = labels.repeat(1, tokens.shape[1])
+    again = model(tokens, labels=tokens, domain_labels=by_token, output_losses=True)
+    assert again.gate_domain == output.gate_domain > 0
+    by_token[0, 3:] = -1
+    fewer = model(tokens, labels=tokens, domain_labels=by_token, output_losses=True)
+    layers = len(modules_of(model))
+    assert output.loss_counts["gate_domain"] == layers * tokens.numel()
+    assert fewer.loss_counts["gate_domain"] == layers * (tokens.shape[1] + 3)
+    untaught = model.train()(tokens, labels=tokens)
+    assert untaught.gate_domain == untaught.loss_counts["gate_domain"] == 0.0
+    rows = [p for m in modules_of(model) for p in m.gate.parameters()]
+    optimizer = torch.optim.Adam(rows, lr=0.05)
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(tokens, domain_labels=labels, labels=tokens).loss.backward()
+        optimizer.step()
+    model.eval()
+    with recording_gates(model) as record:
+        taught = model(tokens, domain_labels=labels, output_losses=True)
+    assert taught.gate_domain < 0.8 * output.gate_domain
+    base = torch.stack(record.means)[..., 0].mean(0)
+    assert base[0] < 0.5 < base[1]
+    with pytest.raises(
+        ValueError, match=r"domain_labels must have shape \[B=2, 1\] or .*got \[2\]"
+    ):
+        model(tokens, domain_labels=labels[:, 0], output_losses=True)
+    with pytest.raises(TypeError, match="domain_labels must be integers, got torch.float32"):
+        model(tokens, domain_labels=labels.float(), output_losses=True)
 
 
 def test_closed_gates_have_losses_of_nothing():
@@ -212,6 +252,7 @@ def test_closed_gates_have_losses_of_nothing():
     output = model(make_tokens(), labels=make_tokens())
     assert output.gate_entropy == output.gate_sparsity == 0.0
     assert output.loss_counts["gate_entropy"] == 2 * make_tokens().numel()
+    assert output.gate_domain == output.loss_counts["gate_domain"] == 0.0
 
 
 B, T, E, H, HKV, D = 2, 7, 12, 4, 2, 6
@@ -314,6 +355,11 @@ def test_its_cost_is_that_of_what_tokens_use():
             "parts.specialists.scope must be one of token, prefix, got 'sequence'",
         ),
         (lambda: specialists(prior=-1.0), ValueError, "parts.specialists.prior must be finite"),
+        (
+            lambda: specialists(domain_coefficient=-1.0),
+            ValueError,
+            "parts.specialists.domain_coefficient must be finite and at least 0",
+        ),
         (lambda: specialists(rank=0), ValueError, "parts.specialists.rank must be at least 1"),
         (
             lambda: MemAttnConfig.titans(variant="lmm", parts=[specialists(rank=2)]),

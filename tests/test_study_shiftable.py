@@ -10,9 +10,17 @@ from rich.console import Console
 from test_train_mixture import write_general
 from train_factories import write_corpus
 
-from memattn.study import Cell, Generalist, ShiftableCompare, ShiftableStudy, load_study, run_study
+from memattn.study import (
+    Cell,
+    Generalist,
+    ShiftableCompare,
+    ShiftableStudy,
+    Teaching,
+    load_study,
+    run_study,
+)
 from memattn.study.shiftable_measures import base_losses, held_out_batches, mean_loss
-from memattn.train import DataConfig, TrainingConfig
+from memattn.train import DataConfig, TrainingConfig, load_config
 from memattn.train.attached import load_model_folder
 from memattn.train.config import LoraConfig
 
@@ -33,8 +41,10 @@ def tiny(folder: Path, **changes) -> ShiftableStudy:
             systems=["lora", "specialists", "prototype", "xlora"],
             specialists=[2],
             scopes=["prefix"],
+            taught=["token"],
             unmixed=[],
         ),
+        teaching=Teaching(gate_rows=8),
         base=Generalist(
             sizes=dict(
                 hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
@@ -59,7 +69,7 @@ def test_specialists_learn_beside_a_generalist_that_stays(tmp_path):
     out = tmp_path / "study"
     assert text.startswith("first base, seed 0\nbase: 0 trainable parameters, ")
     models = {m["name"]: m for m in json.loads((out / "results.json").read_text())["models"]}
-    gated = ["specialists-2-prefix", "prototype"]
+    gated = ["specialists-2-prefix", "specialists-1-token-taught", "prototype"]
     assert list(models) == ["base", "lora", *gated, "xlora"]
     base = dict(load_model_folder(out / "base" / "model").named_parameters())
     for name in gated:
@@ -79,6 +89,11 @@ def test_specialists_learn_beside_a_generalist_that_stays(tmp_path):
     losses = {k: v["mean"] for k, v in models["prototype"]["losses"].items()}
     assert losses["specialist_gate"] == 1.0 and losses["general_gate"] == 0.0
     assert losses["general_loss"] == pytest.approx(base_losses(config)["general_loss"], abs=1e-6)
+    # so does a gate that was taught, though the specialist had four steps
+    assert models["specialists-1-token-taught"]["losses"]["separation"]["mean"] > 0.8
+    taught = load_config(out / "specialists-1-token-taught" / "seed-0" / "config.yaml")
+    assert taught.training.gate_rows == 8 and taught.data.mix_weight == 10.0
+    assert taught.model.specialists["domain_coefficient"] == 0.1
     assert "Gates" in text and "gate separation" in text
     assert models["xlora"]["losses"]["val_loss"]["mean"] != models["lora"]["losses"]["val_loss"]
 
@@ -89,7 +104,7 @@ def test_unmixed_cells_are_the_same_without_the_general_text(tmp_path):
     assert models["full-unmixed"] == models["full"]
     assert models["specialists-1-token-unmixed"] == models["specialists-1-token"]
     for mixed in (True, False):
-        cell = Cell(name="full", model=models["full"], labels={"mixed": mixed})
+        cell = Cell(name="full", model=models["full"], labels={"mixed": mixed, "taught": False})
         assert study.run_config(cell, 0).data == replace(
             study.data, mix_in=study.data.mix_in if mixed else None
         )

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from train_factories import tiny_config
 
 from memattn.train import train
@@ -40,6 +41,13 @@ def test_a_share_of_the_tokens_is_of_the_other_text(tmp_path):
     assert cut and "general ".startswith(cut[:8])
     assert not held_out & set(whole) and len(set(whole)) == len(whole)
     assert both.train.num_bytes == sum(len(text.encode()) for text in own)
+    special = [text[0].isdigit() for text in own]  # as those of the corpus begin
+    assert both.train.domains.tolist() == special and plain.train.domains is None
+    # all tokens of either text count the same
+    each = both.train.domain_weights * torch.tensor([added, n])
+    torch.testing.assert_close(each, torch.full((2,), (added + n) / 2), rtol=1e-3, atol=0)
+    heavy = prepare_data(replace(mixed, data=replace(mixed.data, mix_weight=3.0)))
+    assert heavy.train.domain_weights.equal(both.train.domain_weights * torch.tensor([3.0, 1.0]))
     assert prepare_data(mixed).train.ids.equal(both.train.ids)
     assert train(mixed, progress=False).eval_loss is not None
     other = replace(mixed, data=replace(mixed.data, mix_share=0.3))
@@ -69,6 +77,8 @@ def test_says_what_is_wrong(tmp_path):
         prepare_data(replace(config, data=short, training=chat))
     with pytest.raises(ValueError, match=r"data.mix_share must be in \(0, 1\), got 1.0"):
         replace(config.data, mix_share=1.0)
+    with pytest.raises(ValueError, match="data.mix_weight must be positive and finite, got 0"):
+        replace(config.data, mix_weight=0.0)
     with pytest.raises(ValueError, match=r"data.mix_in must not be empty, got ''"):
         replace(config.data, mix_in="")
     with pytest.raises(ValueError, match=r"model.specialists must be null without model_path"):
@@ -78,3 +88,14 @@ def test_says_what_is_wrong(tmp_path):
         replace(config.model, **path)
     with pytest.raises(ValueError, match="model.specialists must be null with lora and memory_ada"):
         replace(config.model, **path, freeze_base_model=True, lora=LoraConfig())
+    alone = replace(config.model, preset="shiftable", options={"domain_coefficient": 0.1})
+    with pytest.raises(
+        ValueError, match=r"options.domain_coefficient must be 0 without data.mix_in"
+    ):
+        train(replace(config, model=alone), progress=False)
+    taught = replace(config.training, gate_rows=2)
+    with pytest.raises(ValueError, match="training.gate_rows must be 0 without data.mix_in, got 2"):
+        train(replace(config, training=taught), progress=False)
+    with pytest.raises(ValueError, match="training.gate_rows must be 0 for a model without spec"):
+        data = replace(config.data, mix_in=write_general(tmp_path))
+        train(replace(config, data=data, training=taught), progress=False)

@@ -110,6 +110,12 @@ class AttachedModel(Swapped):
                 values["loss"] = values["loss"] + (coefficient * mean).to(lm_loss.device)
         return call.attachment.output_type(**values)
 
+    @property
+    def part_inputs(self: Any) -> set[str]:
+        """Names of the tensors that a caller may give to parts that run, or to the model's."""
+        own = {name for part in self._memattn.running.values() for name in part.inputs}
+        return own | getattr(super(), "part_inputs", set())
+
     def parameter_roles(self: Any) -> dict[str, Role]:
         """What each attached parameter is that a part says something about, by name."""
         found = []  # prefix, part, its module

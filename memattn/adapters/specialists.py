@@ -109,7 +109,8 @@ def attach_specialists(
     bits until it is opened. All that ``attach_memory`` says holds, and both may be attached
     together. ``model(...)`` and ``generate(...)`` also take ``domain_prior``, ``domain_mask`` and
     ``domain_weights``, and ``model(..., return_gates=True)`` returns the logits and, of each layer,
-    the gates of base and specialists ``[B, 1 + N]``; ``"token"`` gives ``[B, T, 1 + N]``.
+    the gates of base and specialists ``[B, 1 + N]``; ``"token"`` gives ``[B, T, 1 + N]``. In
+    training ``domain_labels`` say whose text it is, for the loss ``gate_domain``.
 
     Args:
         model: A causal language model of transformers, or one inside PEFT's: Qwen 2 and 3, Llama,

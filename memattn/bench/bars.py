@@ -202,6 +202,31 @@ class BackwardBar(Bar):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FasterBar(Bar):
+    """At least so many times faster than another case of ours; both are timed in turn."""
+
+    base: Case
+
+    unit: ClassVar[str] = "x"
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}: speed over {self.base.label()}"
+
+    @property
+    def times(self) -> Sweep:
+        return (self.base, self.case), self.direction
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return ()
+
+    def reached(self, found: Found) -> float | None:
+        timings = found.times.get(self.times)
+        return None if timings is None else timings[0].median / timings[1].median
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepBar(Bar):
     """A bar over several lengths of one case."""
 

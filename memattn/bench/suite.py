@@ -59,7 +59,7 @@ def run_suite(
         step("memory beside peers")
         add_cpu_memory([row for key, row in found.rows.items() if key in peaks], backend)
         for sweep, direction in times:
-            step(f"{sweep[0].kind} at {len(sweep)} lengths, {direction}")
+            step(f"{len(sweep)} cases of {sweep[0].kind}, {direction}")
             if _possible(sweep, backend, effort):
                 found.times[sweep, direction] = measure_together(
                     sweep, backend=backend, direction=direction, effort=effort

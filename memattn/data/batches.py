@@ -26,6 +26,10 @@ Batch = dict[str, Tensor]
 class Batches(ABC):
     """An endless iterator over the batches of one process, which can be resumed anywhere.
 
+    Where the tokens say whose text documents are, ``domain_labels`` (int64) says it of the rows of
+    a batch: ``[1, T]`` of packed ones, ``[B, 1]`` of others; ``domain_label_weights`` is what each
+    counts by their ``domain_weights``.
+
     Args:
         tokens: A tokenized corpus.
         batch_size: Rows of one process.
@@ -108,6 +112,27 @@ class Batches(ABC):
             return ids
         return ids.masked_fill(~self.tokens.trained[first:stop], IGNORE)
 
+    def _packed(
+        self, pieces: list[Tensor], targets: list[Tensor], documents: list[int], bounds: list[int]
+    ) -> Batch:
+        """One row of pieces of these documents; the first label of each is left out."""
+        labels = torch.cat(targets)
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        labels[cu_seqlens[:-1].long()] = IGNORE
+        ids = torch.cat(pieces).long()
+        batch = {"input_ids": ids[None], "labels": labels[None], "cu_seqlens": cu_seqlens}
+        if self.tokens.domains is not None:
+            lengths = torch.tensor([len(piece) for piece in pieces])
+            of_tokens = self.tokens.domains[documents].repeat_interleave(lengths)
+            self._add_domains(batch, of_tokens[None])
+        return batch
+
+    def _add_domains(self, batch: Batch, labels: Tensor) -> None:
+        """Say whose text the rows or tokens of a batch are."""
+        batch["domain_labels"] = labels
+        if self.tokens.domain_weights is not None:
+            batch["domain_label_weights"] = self.tokens.domain_weights[labels]
+
     @abstractmethod
     def _rows(self, rows: range, rows_of_all: range, *, endless: bool) -> Batch:
         """Rows of the stream, part of the ``rows_of_all`` ranks; or of one epoch."""
@@ -151,19 +176,21 @@ class PackedBatches(Batches):
             stop = min(stop, n)
         pieces: list[Tensor] = []
         targets: list[Tensor] = []
+        documents: list[int] = []
         bounds = set(range(0, stop - start, self.seq_len)) | {stop - start}
         at = start
         while at < stop:
             order, ends = self._orders(at // n)
             place = int(torch.searchsorted(ends, at % n, right=True))
             left = int(ends[place]) - at % n  # tokens of the document from here on
-            first = int(self.tokens.bounds[int(order[place]) + 1]) - left
+            documents.append(int(order[place]))
+            first = int(self.tokens.bounds[documents[-1] + 1]) - left
             length = min(left, stop - at)
             pieces.append(self.tokens.ids[first : first + length])
             targets.append(self._labels(first, first + length))
             at += length
             bounds.add(at - start)
-        return _packed(pieces, targets, sorted(bounds))
+        return self._packed(pieces, targets, documents, sorted(bounds))
 
     def _draw_order(self, epoch: int) -> tuple[Tensor, Tensor]:
         lengths = self.tokens.bounds.diff()
@@ -195,28 +222,20 @@ class WholeBatches(Batches):
         return len(self._bins)
 
     def _rows(self, rows: range, rows_of_all: range, *, endless: bool) -> Batch:
-        pieces, targets, ends = [], [], [0]
+        pieces, targets, documents, ends = [], [], [], [0]
         for index in rows:
             order, _ = self._orders(index // self.num_rows)
             for document in self._bins[int(order[index % self.num_rows])]:
                 first, stop = self.tokens.bounds[document : document + 2].tolist()
                 pieces.append(self.tokens.ids[first:stop])
                 targets.append(self._labels(first, stop))
+                documents.append(document)
                 ends.append(ends[-1] + stop - first)
-        return _packed(pieces, targets, ends)
+        return self._packed(pieces, targets, documents, ends)
 
     def _draw_order(self, epoch: int) -> tuple[Tensor, Tensor]:
         order = self._permutation(self.num_rows, epoch)
         return order, self._sizes[order].cumsum(0)
-
-
-def _packed(pieces: list[Tensor], targets: list[Tensor], bounds: list[int]) -> Batch:
-    """One row of pieces; the first label of each is left out."""
-    labels = torch.cat(targets)
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    labels[cu_seqlens[:-1].long()] = IGNORE
-    ids = torch.cat(pieces).long()
-    return {"input_ids": ids[None], "labels": labels[None], "cu_seqlens": cu_seqlens}
 
 
 def _fill_bins(lengths: list[int], room: int) -> list[list[int]]:
@@ -256,10 +275,14 @@ class PaddedBatches(Batches):
         super().__init__(tokens, **options)
         self.pad_token_id = pad_token_id
         begins, lengths = [], []
-        for begin, end in zip(tokens.bounds[:-1].tolist(), tokens.bounds[1:].tolist(), strict=True):
+        bounds = zip(tokens.bounds[:-1].tolist(), tokens.bounds[1:].tolist(), strict=True)
+        documents: list[int] = []  # of the pieces
+        for document, (begin, end) in enumerate(bounds):
             begins += range(begin, end, self.seq_len)
+            documents += [document] * (len(begins) - len(documents))
             lengths += [min(self.seq_len, end - at) for at in range(begin, end, self.seq_len)]
         self._begins, self._lengths = torch.tensor(begins), torch.tensor(lengths)
+        self._documents = torch.tensor(documents)
 
     @property
     def num_rows(self) -> int:
@@ -276,7 +299,11 @@ class PaddedBatches(Batches):
             ids[row, :length] = self.tokens.ids[begin : begin + length]
             labels[row, 1:length] = self._labels(begin + 1, begin + length)
             attention_mask[row, :length] = 1
-        return {"input_ids": ids, "labels": labels, "attention_mask": attention_mask}
+        batch = {"input_ids": ids, "labels": labels, "attention_mask": attention_mask}
+        if self.tokens.domains is not None:
+            documents = self._documents[[self._piece(index) for index in rows]]
+            self._add_domains(batch, self.tokens.domains[documents][:, None])
+        return batch
 
     def _piece(self, index: int) -> int:
         """Piece at a row of the stream."""

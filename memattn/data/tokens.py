@@ -18,6 +18,8 @@ class Tokens(NamedTuple):
     bounds: Tensor  # int64 [n_documents + 1], 0 ... N
     num_bytes: int  # UTF-8 bytes of the texts, for bits per byte
     trained: Tensor | None = None  # bool [N], the tokens to learn; None means all
+    domains: Tensor | None = None  # int64 [n_documents], whose text each is; None: nobody knows
+    domain_weights: Tensor | None = None  # float32 [n_domains], what a token of each counts
 
     @property
     def num_documents(self) -> int:

@@ -311,9 +311,14 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             loss_counts=outputs.loss_counts,
         )
 
+    @property
+    def part_inputs(self) -> set[str]:
+        """Names of the tensors that a caller may give to parts of the model."""
+        return {name for part in self.config.named_parts().values() for name in part.inputs}
+
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """As of transformers, which does not know what parts take."""
-        known = {name for part in self.config.named_parts().values() for name in part.inputs}
+        known = self.part_inputs
         rest = {name: value for name, value in model_kwargs.items() if name not in known}
         super()._validate_model_kwargs(rest)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -124,7 +124,8 @@ class ShiftableLanguageModel(MemAttnForCausalLM):
             kwargs: As there. ``domain_prior`` ``[1 + N]`` or ``[B, 1 + N]`` stands instead of the
                 specialists' own priors, ``domain_mask`` ``[N]`` or ``[B, N]`` closes where it is
                 False, ``domain_weights`` ``[B, 1 + N]`` or ``[B, T, 1 + N]`` are gates to use as
-                they are.
+                they are, ``domain_labels`` ``[B, 1]`` or ``[B, T]`` say whose text it is, for the
+                loss ``gate_domain``.
 
         Returns:
             The same; with ``return_gates`` the logits, and of each layer the gates of the base and

@@ -215,6 +215,8 @@ class CausalSpecialists(SpecialistHolder):
         prior: Tensor | None = None,
         mask: Tensor | None = None,
         override: Tensor | None = None,
+        labels: Tensor | None = None,
+        label_weights: Tensor | None = None,
     ) -> SpecialistOutput:
         """Gate the base and the specialists.
 
@@ -232,6 +234,8 @@ class CausalSpecialists(SpecialistHolder):
             prior: ``prior`` of the ``DomainGate``.
             mask: Its ``mask``.
             override: Its ``override``.
+            labels: Its ``labels``.
+            label_weights: Its ``label_weights``.
 
         Raises:
             ValueError: If an argument does not fit, or ``cache`` lacks a specialist that is used.
@@ -245,7 +249,7 @@ class CausalSpecialists(SpecialistHolder):
                 if name not in self.gate.specialists:
                     must("past_key_values", "hold specialists of this model", name)
             used = [self.gate.specialists.index(name) for name in names]
-        if not used and all(given is None for given in (prior, mask, override)):
+        if not used and all(given is None for given in (prior, mask, override, labels)):
             return SpecialistOutput(attended, None)
         gates = self._gates(
             *(hidden_states, positions, cache),
@@ -253,6 +257,8 @@ class CausalSpecialists(SpecialistHolder):
             prior=prior,
             mask=mask,
             override=override,
+            labels=labels,
+            label_weights=label_weights,
         )
         if not used:
             return SpecialistOutput(attended, gates)

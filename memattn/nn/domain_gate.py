@@ -10,10 +10,12 @@ from torch.nn import functional as F
 
 from memattn.checks import check_int, check_rank, check_shape, check_tensor, is_readable, must
 from memattn.nn._running_sums import running_sum
+from memattn.nn.gate_losses import check_labels, check_weights, domain_loss, entropy, sparsity
 from memattn.nn.gate_row import GateRow, check_prior
 
 SCOPES = ("token", "prefix", "sequence")
 ACTIVATIONS = ("softmax", "sigmoid")
+NAMES = ("prior", "mask", "override", "labels", "label_weights")
 SUMS_TO_ONE = 1e-5  # how far the weights of a token may be from it
 
 
@@ -110,7 +112,7 @@ class DomainGate(nn.Module):
         self.scope, self.activation = scope, activation
         self.temperature, self.top_k = temperature, top_k
         # what messages call arguments; who takes them by other names sets those
-        self.names = {name: name for name in ("prior", "mask", "override")}
+        self.names = {name: name for name in NAMES}
         self.rows = nn.ModuleDict()
         # knows the dtype and the device of a gate that has no rows yet
         self.register_buffer("place", torch.empty(0), persistent=False)
@@ -189,13 +191,16 @@ class DomainGate(nn.Module):
         prior: Tensor | None = None,
         mask: Tensor | None = None,
         override: Tensor | None = None,
+        labels: Tensor | None = None,
+        label_weights: Tensor | None = None,
         state: GateState | None = None,
     ) -> GateOutput:
         """Gates of all tokens, and their losses.
 
         ``losses`` has ``"gate_entropy"``, ``-sum g log g``, and ``"gate_sparsity"``, ``(1 - sum
-        g^2) / 2``, which is 0 where one branch is used alone. Both are finite, and so are their
-        gradients, where gates are 0.
+        g^2) / 2``, which is 0 where one branch is used alone, and ``"gate_domain"``, which is
+        ``-log g_0`` for tokens labelled 0 and ``-log sum_e g_e`` for those labelled 1. All are
+        finite, and so are their gradients, where gates are 0.
 
         Args:
             x: ``[B, T, E]``.
@@ -209,6 +214,10 @@ class DomainGate(nn.Module):
             mask: bool ``[N]`` or ``[B, N]``, True where a specialist may be used.
             override: ``[B, 1 + N]`` or ``[B, T, 1 + N]``, at least 0: gates to use as they are.
                 Those of a token sum to 1 (values are checked on the CPU).
+            labels: int64 ``[B, 1]`` or ``[B, T]``, whose text it is: 0 the base's, 1 the
+                specialists', -1 unknown. They enter the loss alone; None means that none is known.
+            label_weights: ``[B, 1]`` or ``[B, T]``, at least 0, how much each label counts; None
+                lets both labels weigh the same in the call, however many tokens have them.
             state: What an earlier call of scope ``"prefix"`` returned.
 
         Raises:
@@ -237,13 +246,23 @@ class DomainGate(nn.Module):
         else:
             gates, scores = self._gates(inputs.to(wide), prior, mask)
             gates = gates.expand(B, T, 1 + N)
-        entropy = _entropy(gates, scores if self.activation == "softmax" else None)
-        sparsity = 0.5 * (1.0 - gates.square().sum(-1))
+        if labels is not None:
+            labels = check_labels(self.names["labels"], labels, B, T)
+        if label_weights is not None:
+            if labels is None:
+                must(
+                    self.names["label_weights"],
+                    f"be None without {self.names['labels']}",
+                    "a tensor",
+                )
+            label_weights = check_weights(self.names["label_weights"], label_weights, B, T)
         count = present.sum().to(wide)
-        losses = {
-            name: (torch.where(present, loss, 0.0).sum(), count)
-            for name, loss in (("gate_entropy", entropy), ("gate_sparsity", sparsity))
+        each = {
+            "gate_entropy": entropy(gates, scores if self.activation == "softmax" else None),
+            "gate_sparsity": sparsity(gates),
         }
+        losses = {n: (torch.where(present, loss, 0.0).sum(), count) for n, loss in each.items()}
+        losses["gate_domain"] = domain_loss(gates, present, labels, label_weights)
         return GateOutput(torch.where(present[..., None], gates, 0.0), losses, state, sums)
 
     def _rows(self) -> list[GateRow]:
@@ -347,12 +366,3 @@ def _check_override(name: str, override: Tensor, B: int, T: int, n: int) -> Tens
         if not off <= SUMS_TO_ONE or bool((override < 0).any()):
             must(name, "be at least 0 and sum to 1 for each token", f"sums off by {off:.3g}")
     return override if override.dim() == 3 else override[:, None]
-
-
-def _entropy(gates: Tensor, scores: Tensor | None) -> Tensor:
-    """``-sum g log g`` over the last axis; from the scores of the softmax where they are known."""
-    if scores is None:
-        safe = torch.where(gates > 0, gates, 1.0)
-        return -(safe * safe.log()).sum(-1)
-    finite = torch.where(scores.isneginf(), 0.0, scores)
-    return scores.logsumexp(-1) - (gates * finite).sum(-1)

@@ -32,7 +32,13 @@ class SpecialistHolder(nn.Module):
             got = f"hidden_size={gate.hidden_size} and {len(gate.specialists)} specialists"
             must("gate", f"have hidden_size={hidden_size} and no specialists yet", got)
         self.gate = gate
-        gate.names = {"prior": "domain_prior", "mask": "domain_mask", "override": "domain_weights"}
+        gate.names = dict(
+            prior="domain_prior",
+            mask="domain_mask",
+            override="domain_weights",
+            labels="domain_labels",
+            label_weights="domain_label_weights",
+        )
         self.rank, self.backend = rank, backend
         self.specialists = nn.ModuleDict()
 

@@ -36,6 +36,11 @@ def cpp_is_built() -> bool:
     return _CPP_IS_BUILT
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the C++ extension has products of bfloat16 on this processor."""
+    return _CPP_IS_BUILT and torch.ops.memattn_cpp.cpu_capability() == "avx512_bf16"
+
+
 def _has_kernels(operator: str | None) -> bool:
     return operator is None or f"memattn_cpp::{operator}" in _CPP_KERNELS
 

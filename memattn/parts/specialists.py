@@ -21,6 +21,7 @@ from memattn.parts.base import (
     Exchange,
     PartConfig,
     PartOutput,
+    Role,
     Sizes,
     View,
     register_part,
@@ -29,8 +30,9 @@ from memattn.parts.context import PartContext
 from memattn.parts.gate_report import draw_gates, measure_gates
 from memattn.parts.specialists_state import SpecialistsState
 
-LOSSES = ("gate_entropy", "gate_sparsity")
+LOSSES = ("gate_entropy", "gate_sparsity", "gate_domain")
 INPUTS = ("domain_prior", "domain_mask", "domain_weights")
+TAUGHT = ("domain_labels", "domain_label_weights")  # inputs that enter the loss alone
 SCOPES = ("token", "prefix")
 
 
@@ -54,6 +56,9 @@ class SpecialistsConfig(AddedPart):
         gate_size: Hidden features of each specialist's row in the gate.
         entropy_coefficient: Of the loss ``gate_entropy`` in training.
         sparsity_coefficient: Of the loss ``gate_sparsity``.
+        domain_coefficient: Of the loss ``gate_domain``, which teaches the gate whose text a token
+            is of, where a caller says so by ``domain_labels``.
+        gate_lr: Learning rate of the gate in training; None means that of other weights.
         backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
         layers: Numbers of its layers, from 0; None means all.
     """
@@ -62,7 +67,7 @@ class SpecialistsConfig(AddedPart):
     place: ClassVar[str] = "beside_attention"
     reports: ClassVar[tuple[str, ...]] = LOSSES
     views: ClassVar[Mapping[str, View]] = {"gates": View(measure_gates, draw_gates)}
-    inputs: ClassVar[tuple[str, ...]] = INPUTS
+    inputs: ClassVar[tuple[str, ...]] = (*INPUTS, *TAUGHT)
     state_type: ClassVar[type[SpecialistsState]] = SpecialistsState
 
     num_specialists: int | None = None
@@ -76,6 +81,8 @@ class SpecialistsConfig(AddedPart):
     gate_size: int = 64
     entropy_coefficient: float = 0.01
     sparsity_coefficient: float = 0.0
+    domain_coefficient: float = 0.0
+    gate_lr: float | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -98,7 +105,10 @@ class SpecialistsConfig(AddedPart):
                 )
         if not 0.0 < self.temperature < float("inf"):
             must(f"{self.path}.temperature", "be positive and finite", self.temperature)
-        for name in ("prior", "entropy_coefficient", "sparsity_coefficient"):
+        coefficients = ("entropy_coefficient", "sparsity_coefficient", "domain_coefficient")
+        if self.gate_lr is not None and not 0.0 < self.gate_lr < float("inf"):
+            must(f"{self.path}.gate_lr", "be positive and finite", self.gate_lr)
+        for name in ("prior", *coefficients):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 must(f"{self.path}.{name}", "be finite and at least 0", getattr(self, name))
 
@@ -121,7 +131,13 @@ class SpecialistsConfig(AddedPart):
 
     @property
     def losses(self) -> dict[str, float]:
-        return dict(zip(LOSSES, (self.entropy_coefficient, self.sparsity_coefficient), strict=True))
+        own = (self.entropy_coefficient, self.sparsity_coefficient, self.domain_coefficient)
+        return dict(zip(LOSSES, own, strict=True))
+
+    def role(self, name: str, parameter: Tensor) -> Role | None:
+        if self.gate_lr is None or not name.startswith("gate."):
+            return None
+        return Role("weight" if parameter.dim() >= 2 else "norm", self.gate_lr)
 
     def check(self, sizes: Sizes, others: list[PartConfig]) -> None:
         super().check(sizes, others)
@@ -165,6 +181,8 @@ class SpecialistsConfig(AddedPart):
     def run(self, module: nn.Module, hidden_states: Tensor, context: PartContext) -> PartOutput:
         assert context.attended is not None and context.base is not None
         prior, mask, weights = (context.inputs.get(name) for name in INPUTS)
+        measured = context.measure_losses
+        labels, label_weights = (context.inputs.get(n) if measured else None for n in TAUGHT)
         out, gates = module(
             hidden_states,
             context.attended,
@@ -174,18 +192,21 @@ class SpecialistsConfig(AddedPart):
             prior=prior,
             mask=mask,
             override=weights,
+            labels=labels,
+            label_weights=label_weights,
             **context.attention_inputs(),
         )
-        if not context.measure_losses:
+        if not measured:
             return PartOutput(out)
         if gates is not None:
             return PartOutput(out, gates.losses)
-        # the base alone: neither entropy nor anything shared
+        # the base alone: neither entropy nor anything shared, and nothing to choose
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         zero = hidden_states.new_zeros((), dtype=wide)
         n = hidden_states.shape[0] * hidden_states.shape[1]
         count = zero + n if context.present is None else context.present.sum().to(zero)
-        return PartOutput(out, dict.fromkeys(LOSSES, (zero, count)))
+        nothing = {**dict.fromkeys(LOSSES, (zero, count)), "gate_domain": (zero, zero)}
+        return PartOutput(out, nothing)
 
     @staticmethod
     def init_weights(module: nn.Module, std: float) -> None:

@@ -10,7 +10,7 @@ from memattn.study.cells import Cell, Measure
 from memattn.study.chapters import ChaptersCompare, ChaptersStudy
 from memattn.study.compare import CompareStudy
 from memattn.study.future import FutureCompare, FutureStudy
-from memattn.study.shiftable import Generalist, ShiftableCompare, ShiftableStudy
+from memattn.study.shiftable import Generalist, ShiftableCompare, ShiftableStudy, Teaching
 from memattn.study.titans import TitansCompare, TitansPart, TitansStudy
 from memattn.train.config import read_config
 
@@ -38,6 +38,7 @@ __all__ = [
     "ShiftableCompare",
     "ShiftableStudy",
     "Study",
+    "Teaching",
     "TitansCompare",
     "TitansPart",
     "TitansStudy",

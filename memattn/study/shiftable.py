@@ -15,7 +15,7 @@ from memattn.train.config import DataConfig, LoraConfig, ModelConfig, TrainConfi
 
 BASE = "base"
 SYSTEMS = ("full", "lora", "specialists", "prototype", "xlora")
-UNMIXED = "-unmixed"
+UNMIXED, TAUGHT = "-unmixed", "-taught"
 # so large a prior leaves the base nothing: the specialist learns alone, and no gate is trained
 ALONE = 1e6
 
@@ -31,6 +31,8 @@ class ShiftableCompare:
             that adds nothing.
         specialists: Numbers of specialists.
         scopes: What a token's gates depend on: ``token``, ``prefix``.
+        taught: Scopes with which one specialist is trained once more, with a gate that is taught
+            whose text is which (``Teaching``).
         unmixed: Systems that are trained without the mixed-in text as well: ``full``, ``lora``,
             ``specialists`` (the first number and scope).
         seeds: Seeds of new weights and order of the text; each is trained with each.
@@ -39,6 +41,7 @@ class ShiftableCompare:
     systems: list[str] = field(default_factory=lambda: list(SYSTEMS))
     specialists: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
     scopes: list[str] = field(default_factory=lambda: ["token", "prefix"])
+    taught: list[str] = field(default_factory=lambda: ["prefix"])
     unmixed: list[str] = field(default_factory=lambda: ["full", "specialists"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
 
@@ -51,10 +54,29 @@ class ShiftableCompare:
         for number in self.specialists:
             check_int("compare.specialists", number, 1)
         check_list("compare.scopes", self.scopes, ("token", "prefix"))
+        if self.taught:
+            check_list("compare.taught", self.taught, ("token", "prefix"))
         if self.unmixed:
             known = [name for name in ("full", "lora", "specialists") if name in self.systems]
             check_list("compare.unmixed", self.unmixed, known)
         check_seeds(self.seeds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teaching:
+    """How gates are taught whose text is which, in the cells that are called taught.
+
+    Attributes:
+        gate_rows: Rows of each text on which they learn before the first step.
+        mix_weight: How much the general text counts against the other.
+        domain_coefficient: Of the loss ``gate_domain`` in training.
+        gate_lr: Learning rate of the gates in training.
+    """
+
+    gate_rows: int = 1024
+    mix_weight: float = 10.0
+    domain_coefficient: float = 0.1
+    gate_lr: float = 5e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +123,9 @@ class ShiftableStudy(Study):
         compare: What is compared.
         base: The generalist.
         lora: LoRA, and each of those that X-LoRA mixes.
-        specialists: Fields of the specialists; num_specialists, scope and prior are left to the
-            study.
+        specialists: Fields of the specialists; num_specialists, scope, prior and those of
+            ``teaching`` are left to the study.
+        teaching: How gates of the cells called taught learn.
         general: The general text, of which a part must be held out.
         data: The specialist text, of which a part must be held out, and what is mixed in.
         training: Optimisation; output_dir and seed are left to the study.
@@ -126,6 +149,7 @@ class ShiftableStudy(Study):
     base: Generalist = field(default_factory=Generalist)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16, alpha=32))
     specialists: dict[str, Any] = field(default_factory=dict)
+    teaching: Teaching = field(default_factory=Teaching)
     general: DataConfig = field(
         default_factory=lambda: DataConfig(
             dataset_name="general", held_out=0.004, seq_len=128, packed=False
@@ -165,7 +189,8 @@ class ShiftableStudy(Study):
                 if getattr(data, own) is not None:
                     allowed = "be null: the tokenizer is that of the base model"
                     must(f"{name}.{own}", allowed, getattr(data, own))
-        for name in ("num_specialists", "names", "scope", "prior"):
+        own = ("num_specialists", "names", "scope", "prior", "domain_coefficient", "gate_lr")
+        for name in own:
             if name in self.specialists:
                 must(f"specialists.{name}", "be left to the study", self.specialists[name])
 
@@ -193,6 +218,10 @@ class ShiftableStudy(Study):
 
     def run_config(self, cell: Cell, seed: int) -> TrainConfig:
         config = super().run_config(cell, seed)
+        if cell.labels["taught"]:
+            training = replace(config.training, gate_rows=self.teaching.gate_rows)
+            data = replace(config.data, mix_weight=self.teaching.mix_weight)
+            return replace(config, data=data, training=training)
         if cell.labels["mixed"]:
             return config
         return replace(config, data=replace(config.data, mix_in=None))
@@ -207,7 +236,7 @@ class ShiftableStudy(Study):
             Cell(
                 name=BASE,
                 model=ModelConfig(model_path=self.base_path),
-                labels={"mixed": True},
+                labels={"mixed": True, "taught": False},
                 counts={"trainable_parameters": 0, "parameters": parameters},
                 fixed=base_losses(self),
             )
@@ -220,7 +249,7 @@ class ShiftableStudy(Study):
                 trainable = classifier_parameters(self)
                 added = 2 * added + trainable
             counts = {"trainable_parameters": trainable, "parameters": parameters + added}
-            labels = {"mixed": name == base}
+            labels = {"mixed": name == base, "taught": name.endswith(TAUGHT)}
             cells.append(Cell(name=name, model=model, labels=labels, counts=counts))
         return cells
 
@@ -236,6 +265,14 @@ class ShiftableStudy(Study):
         models = {"full": ModelConfig(model_path=self.base_path), "lora": frozen}
         one = {"specialists": next(iter(special)), "full": "full", "lora": "lora"}
         models |= special
+        known = {
+            "domain_coefficient": self.teaching.domain_coefficient,
+            "gate_lr": self.teaching.gate_lr,
+        }
+        models |= {
+            f"specialists-1-{scope}{TAUGHT}": self._with_specialists(1, scope, **known)
+            for scope in chosen.taught
+        }
         alone = self._with_specialists(1, "token", prior=ALONE)
         models |= {"prototype": alone, "xlora": frozen}
         kept = {
@@ -287,12 +324,18 @@ class ShiftableStudy(Study):
         names = (self.data.dataset_name, self.general.dataset_name)
         special, general = (name if isinstance(name, str) else ", ".join(name) for name in names)
         share = f"{100 * self.data.mix_share:g} %"
+        taught = (
+            f"{TAUGHT[1:].capitalize()}: before the first step the gate learnt on "
+            f"{self.teaching.gate_rows} rows of each text whose it is, and went on learning it. "
+        )
+        if not self.compare.taught:
+            taught = ""
         return (
             f"Validation loss: held-out documents of the specialist text ({special}), at the end; "
             f"general loss: held-out documents of the general text ({general}), which {BASE} has "
             f"before. {share} of the training tokens are of the general text, but for cells "
-            f"called {UNMIXED[1:]}. Gates: means over layers and tokens of held-out documents; "
-            "separation: those on the specialist text minus those on the general one."
+            f"called {UNMIXED[1:]}. {taught}Gates: means over layers and tokens of held-out "
+            "documents; separation: those on the specialist text minus those on the general one."
         )
 
 

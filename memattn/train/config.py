@@ -127,6 +127,8 @@ class DataConfig:
         mix_in: Another text, or a list of them, of which training documents are added: what a model
             shall not forget while it learns this one.
         mix_share: Share of the training tokens that ``mix_in`` gives.
+        mix_weight: How much the text of ``mix_in`` counts against the other where gates of
+            specialists are taught whose text is which; 1 lets both count the same.
         task: A synthetic task in place of a text, with samples of ``seq_len`` tokens.
         held_out: Share of the documents that only evaluation sees; 0 for none.
         split_seed: Seed of the choice of held-out documents.
@@ -148,6 +150,7 @@ class DataConfig:
     document_separator: str | None = None
     mix_in: str | list[str] | None = None
     mix_share: float = 0.1
+    mix_weight: float = 1.0
     task: TaskConfig | None = None
     held_out: float = 0.05
     split_seed: int = 0
@@ -166,6 +169,8 @@ class DataConfig:
             must("data.mix_in", "not be empty", repr(self.mix_in))
         if not 0.0 < self.mix_share < 1.0:
             must("data.mix_share", "be in (0, 1)", self.mix_share)
+        if not 0.0 < self.mix_weight < float("inf"):
+            must("data.mix_weight", "be positive and finite", self.mix_weight)
         if self.task is not None:
             self._check_no_text()
         check_int("data.split_seed", self.split_seed, 0)
@@ -201,6 +206,8 @@ class TrainingConfig:
         base_model_lr: Highest learning rate.
         memory_lr: That of memory parameters, such as persistent tokens; None means the same.
         lora_lr: That of the parameters of LoRA; None means the same.
+        gate_rows: Rows of the text, and as many of ``data.mix_in``, on which gates of specialists
+            learn whose text is which before the first step; 0 teaches nothing before.
         lr_scheduler: ``cosine`` or ``linear`` decay to 0, or ``constant``, each after the warm-up.
         warmup_steps: Steps in which the learning rate rises from 0.
         weight_decay: Decay of weight matrices; norms, biases, embeddings and tables have none.
@@ -232,6 +239,7 @@ class TrainingConfig:
     base_model_lr: float = 1e-3
     memory_lr: float | None = None
     lora_lr: float | None = None
+    gate_rows: int = 0
     lr_scheduler: str = "cosine"
     warmup_steps: int = 50
     weight_decay: float = 0.1
@@ -261,7 +269,7 @@ class TrainingConfig:
         for name in (*lengths, "eval_batch_size", "eval_batches", "num_gpus"):
             if getattr(self, name) is not None:
                 check_int(f"training.{name}", getattr(self, name), 1)
-        for name in ("warmup_steps", "seed"):
+        for name in ("warmup_steps", "gate_rows", "seed"):
             check_int(f"training.{name}", getattr(self, name), 0)
         for name in ("base_model_lr", "memory_lr", "lora_lr", "max_grad_norm"):
             value = getattr(self, name)

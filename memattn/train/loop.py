@@ -38,6 +38,7 @@ from memattn.train.step import (
     held_out_losses,
     part_losses,
 )
+from memattn.train.teach import teach_gates
 
 # what may differ between a run and its resumption
 _FREE = {
@@ -142,6 +143,7 @@ def train(
     if options.num_gpus not in (None, processes := accelerator.num_processes):
         wanted = f"be the number of processes, {processes} (accelerate launch --num_processes)"
         must("training.num_gpus", wanted, options.num_gpus)
+    _check_domains(config)
     folder = Path(options.output_dir)
     start = _find_start(folder, resume)
     with accelerator.main_process_first():
@@ -153,6 +155,8 @@ def train(
     accelerator.wait_for_everyone()  # all have looked before the first one writes
     set_seed(options.seed)
     model: Any = build_model(config.model, corpus.tokenizer)
+    if options.gate_rows and start is None:
+        teach_gates(model.to(accelerator.device), config, corpus)
     if options.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)
         enable = enable or model.gradient_checkpointing_enable  # its name in older transformers
@@ -295,6 +299,17 @@ def _check_finite(row: dict[str, float], step: int, scaled: bool, folder: Path) 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _check_domains(config: TrainConfig) -> None:
+    """Raise ValueError if a gate shall learn whose text is which, and there is one text alone."""
+    given: dict[str, Any] = {"training.gate_rows": config.training.gate_rows}
+    for name in ("options", "memory_adapter", "specialists"):
+        fields = getattr(config.model, name) or {}
+        given[f"model.{name}.domain_coefficient"] = fields.get("domain_coefficient")
+    for name, value in given.items():
+        if value and config.data.mix_in is None:
+            must(name, "be 0 without data.mix_in", value)
 
 
 def _find_start(folder: Path, resume: bool | str | Path) -> Path | None:

@@ -20,7 +20,9 @@ def mix_tokens(tokens: Tokens, data: DataConfig, tokenizer: Any) -> Tokens:
     """The tokens with documents of ``data.mix_in`` behind them, ``data.mix_share`` of them all.
 
     Documents are drawn by ``data.split_seed``; the last one is cut. None of them is one that a run
-    on that text with the same ``held_out`` and ``split_seed`` would hold out.
+    on that text with the same ``held_out`` and ``split_seed`` would hold out. ``domains`` is 0 for
+    them and 1 for the others, which specialists learn; by ``domain_weights``, all tokens of 0
+    together count ``data.mix_weight`` times as much as those of 1.
 
     Raises:
         ValueError: If the other text is too short, and what ``load_documents`` raises.
@@ -39,7 +41,13 @@ def mix_tokens(tokens: Tokens, data: DataConfig, tokenizer: Any) -> Tokens:
     if found < wanted:
         possible = found / (found + len(tokens.ids))
         must("data.mix_share", f"be at most {possible:.3g} with so short a mix_in", data.mix_share)
-    return _joined(pieces, len(tokens.ids) + wanted, tokenizer)
+    mixed = _joined(pieces, len(tokens.ids) + wanted, tokenizer)
+    domains = torch.zeros(mixed.num_documents, dtype=torch.int64)
+    domains[: tokens.num_documents] = 1
+    # a token counts the inverse of its text's share, so that both texts count half of all tokens
+    shares = torch.tensor([data.mix_share, 1.0 - data.mix_share])
+    weights = torch.tensor([data.mix_weight, 1.0]) / (2.0 * shares)
+    return mixed._replace(domains=domains, domain_weights=weights)
 
 
 def load_mixed_in(data: DataConfig) -> list[Document]:

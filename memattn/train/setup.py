@@ -239,7 +239,8 @@ def make_batches(
 ) -> Batches:
     """Packed or padded batches of a configuration.
 
-    Those for training are shuffled; those that are not are for evaluation and have its size.
+    Those for training are shuffled; those that are not are for evaluation and have its size. They
+    say whose text is which, where that is known, to models with parts that take it.
 
     Raises:
         ValueError: If the model cannot take packed rows, or the tokenizer cannot pad.
@@ -256,6 +257,8 @@ def make_batches(
         "rank": rank,
         "world_size": world_size,
     }
+    if "domain_labels" not in getattr(model, "part_inputs", ()):
+        tokens = tokens._replace(domains=None, domain_weights=None)
     if config.data.packed:
         if "cu_seqlens" not in inspect.signature(model.forward).parameters:
             name = type(model).__name__
