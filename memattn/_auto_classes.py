@@ -33,17 +33,19 @@ def _watch(module: Any) -> None:
     own = {name: vars(auto)[name] for name in ASKED}
 
     def first(name: str) -> classmethod:
-        @functools.wraps(own[name].__func__)
+        @functools.wraps(getattr(auto, name))
         def method(cls: Any, *args: Any, **kwargs: Any) -> Any:
             import_module("memattn.models")
-            for other, original in own.items():
-                setattr(auto, other, original)
-            return getattr(cls, name)(*args, **kwargs)
+            for other, mine in put.items():
+                if vars(auto)[other] is mine:  # not what somebody put there since, or a thread did
+                    setattr(auto, other, own[other])
+            return own[name].__get__(None, cls)(*args, **kwargs)
 
         return classmethod(method)
 
-    for name in ASKED:
-        setattr(auto, name, first(name))
+    put = {name: first(name) for name in ASKED}
+    for name, method in put.items():
+        setattr(auto, name, method)
 
 
 class _Finder(MetaPathFinder):

@@ -5,31 +5,71 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from memattn import _auto_classes
 from memattn.models import MemAttnConfig, MemAttnForCausalLM
 from memattn.models.folder_code import FILE
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
 LOAD = """
-import torch
+from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]{options})
 print(type(model).__module__, model(torch.arange(9)[None]).logits.double().sum().item())
 """
-ORDERS = {
-    "before": "import memattn\nassert 'torch' not in sys.modules\n"
-    "import transformers.generation.utils\nfrom transformers import AutoModelForCausalLM",
-    "between": "from transformers import AutoConfig\nimport memattn\n"
-    "from transformers import AutoModelForCausalLM",
-}
+MODELS_WAIT = "assert 'memattn.models' not in sys.modules\n"
 # the module that is watched is as everybody finds it
 WHAT_IS_LEFT = """
 module = sys.modules["transformers.models.auto.configuration_auto"]
 print(*(type(x).__name__ for x in [*sys.meta_path, module.__loader__, module.__spec__.loader]))
+"""
+# what one process imports, and what forks of it then run: each import is paid once
+STEPS = [
+    (
+        "import sys",
+        {"alone": "import memattn\nassert not {'torch', 'transformers'} & {*sys.modules}"},
+    ),
+    (
+        "import torch",
+        {
+            "before": "import memattn\nimport transformers.generation.utils\n"
+            + (MODELS_WAIT + LOAD.format(options="") + WHAT_IS_LEFT)
+        },
+    ),
+    (
+        "from transformers import AutoConfig",
+        {
+            "between": "import memattn\n" + MODELS_WAIT + LOAD.format(options="") + WHAT_IS_LEFT,
+            "trusted": LOAD.format(options=", trust_remote_code=True"),
+            "missing": "sys.modules['memattn'] = None\n"
+            + LOAD.format(options=", trust_remote_code=True"),
+        },
+    ),
+]
+FORKS = """
+import json, os, sys, traceback
+known = {}
+for shared, codes in json.loads(sys.argv[2]):
+    exec(shared, known)
+    for name, code in codes.items():
+        pid = os.fork()
+        if pid == 0:
+            file = os.open(os.path.join(sys.argv[3], name), os.O_CREAT | os.O_WRONLY)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            try:
+                exec(code, known)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+        os.waitpid(pid, 0)
 """
 
 
@@ -45,40 +85,53 @@ def logits(folder):
     return MemAttnForCausalLM.from_pretrained(folder)(torch.arange(9)[None]).logits.double().sum()
 
 
-def run(code, *arguments, package=True):
-    """Run code in a fresh process, with this package or without."""
-    paths = [ROOT, ROOT / "kernels"] if package else []
-    return subprocess.run(
-        [sys.executable, "-c", "import sys\n" + code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+@pytest.fixture(scope="module")
+def printed(folder, tmp_path_factory):
+    """What each of the programs printed, in a process that had imported nothing else before."""
+    where = tmp_path_factory.mktemp("printed")
+    subprocess.run(
+        [sys.executable, "-c", FORKS, folder, json.dumps(STEPS), where],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))},
         cwd="/",
-        capture_output=True,
-        text=True,
         timeout=120,
-        check=False,
+        check=True,
     )
+    return {path.name: path.read_text().splitlines() for path in where.iterdir()}
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_folder_loads_from_any_import_order(folder, order):
-    code = ORDERS[order] + "\nassert 'memattn.models' not in sys.modules\n"
-    result = run(code + LOAD.format(options="") + WHAT_IS_LEFT, folder)
-    assert result.returncode == 0, result.stderr
-    (where, total), left = (line.split() for line in result.stdout.splitlines())
-    assert where == "memattn.models.decoder"
+@pytest.mark.parametrize("order", ["before", "between"])
+def test_a_folder_loads_from_any_import_order(folder, printed, order):
+    assert printed["alone"] == []  # neither package is loaded by this one
+    (where, total), left = (line.split() for line in printed[order][-2:])
+    assert where == "memattn.models.decoder", printed[order]
     assert float(total) == pytest.approx(logits(folder).item(), abs=1e-5)
     assert left[-2:] == ["SourceFileLoader"] * 2 and "_Finder" not in left
 
 
-def test_a_folder_names_the_package(folder):
-    trusted = LOAD.format(options=", trust_remote_code=True")
-    code = "from transformers import AutoModelForCausalLM\n" + trusted
-    result = run(code, folder)
-    assert result.returncode == 0 and "memattn.models.decoder" in result.stdout, result.stderr
-    blocked = "import transformers\nsys.modules['memattn'] = None\n" + code
-    result = run(blocked, folder, package=False)
-    assert result.returncode and "memattn" in result.stderr.splitlines()[-1]
-    assert "ImportError" in result.stderr.splitlines()[-1] or "ModuleNotFound" in result.stderr
+def test_a_folder_names_the_package(printed):
+    assert printed["trusted"][-1].startswith("memattn.models.decoder"), printed["trusted"]
+    last = printed["missing"][-1]
+    assert "memattn" in last and ("ImportError" in last or "ModuleNotFound" in last)
+
+
+def test_what_others_put_in_place_stays():
+    class Auto:
+        @classmethod
+        def from_pretrained(cls, name):
+            return cls, name
+
+        for_model = from_pretrained
+
+    own = vars(Auto)["from_pretrained"]
+    _auto_classes._watch(SimpleNamespace(AutoConfig=Auto))
+    _auto_classes._watch(SimpleNamespace(AutoConfig=Auto))  # the package was loaded again
+    watched = Auto.from_pretrained
+    other = classmethod(lambda cls, name: ("other", watched(name)))
+    Auto.from_pretrained = other
+    for _ in range(2):
+        assert Auto.from_pretrained("x") == ("other", (Auto, "x"))
+    assert vars(Auto)["from_pretrained"] is other and Auto.for_model("y") == (Auto, "y")
+    assert vars(Auto)["for_model"] is own
 
 
 def test_a_configuration_is_what_it_was(folder, tmp_path):

@@ -293,6 +293,11 @@ WRONG = {
         labels=torch.tensor([[1]]),
         label_weights=torch.tensor([[1.0, -1.0]]),
     ),
+    "label_weights must be at least 0 and finite, got inf": lambda: DomainGate(8, 1)(
+        torch.zeros(1, 2, 8),
+        labels=torch.tensor([[1]]),
+        label_weights=torch.tensor([[1.0, float("inf")]]),
+    ),
     "labels must be 0 for text of the base, 1 for that of specialists or -1": lambda: DomainGate(
         8, 1
     )(torch.zeros(1, 2, 8), labels=torch.tensor([[-2, 2]])),

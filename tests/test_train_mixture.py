@@ -93,6 +93,11 @@ def test_says_what_is_wrong(tmp_path):
         ValueError, match=r"options.domain_coefficient must be 0 without data.mix_in"
     ):
         train(replace(config, model=alone), progress=False)
+    options = {"parts": [{"kind": "specialists", "domain_coefficient": 0.1}]}
+    with pytest.raises(
+        ValueError, match=r"options.parts.specialists.domain_coefficient must be 0 without data.mix"
+    ):
+        train(replace(config, model=replace(alone, options=options)), progress=False)
     taught = replace(config.training, gate_rows=2)
     with pytest.raises(ValueError, match="training.gate_rows must be 0 without data.mix_in, got 2"):
         train(replace(config, training=taught), progress=False)

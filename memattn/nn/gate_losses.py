@@ -63,8 +63,8 @@ def check_weights(name: str, weights: Tensor, B: int, T: int) -> Tensor:
     """
     check_tensor(name, weights)
     _check_shape(name, weights, B, T)
-    if is_readable(weights) and not bool(((weights >= 0) & weights.isfinite()).all()):
-        must(name, "be at least 0 and finite", weights.min().item())
+    if is_readable(weights) and not bool((good := (weights >= 0) & weights.isfinite()).all()):
+        must(name, "be at least 0 and finite", weights[~good][0].item())
     return weights.detach().expand(B, T)
 
 
@@ -76,7 +76,7 @@ def check_labels(name: str, labels: Tensor, B: int, T: int) -> Tensor:
         ValueError: If the shape or a value does not fit.
     """
     check_tensor(name, labels)
-    if labels.dtype.is_floating_point or labels.dtype in (torch.bool, torch.complex64):
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         must(name, "be integers", labels.dtype, TypeError)
     _check_shape(name, labels, B, T)
     if is_readable(labels) and not bool(((labels >= UNKNOWN) & (labels <= SPECIALIST)).all()):

@@ -3,6 +3,7 @@
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,10 @@ def _check_domains(config: TrainConfig) -> None:
     for name in ("options", "memory_adapter", "specialists"):
         fields = getattr(config.model, name) or {}
         given[f"model.{name}.domain_coefficient"] = fields.get("domain_coefficient")
+    for part in config.model.options.get("parts") or ():
+        if isinstance(part, Mapping):
+            name = f"model.options.parts.{part.get('kind')}.domain_coefficient"
+            given[name] = part.get("domain_coefficient")
     for name, value in given.items():
         if value and config.data.mix_in is None:
             must(name, "be 0 without data.mix_in", value)
