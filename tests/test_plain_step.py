@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memattn.models import MemAttnCache, MemAttnConfig, MemAttnForCausalLM, block, plain_step
+from memattn.parts.causal import CausalConfig
 from memattn.testing import assert_within_budget
 
 pytestmark = [
@@ -139,6 +140,72 @@ def test_what_is_not_plain_runs_as_modules(steps):
     cache = model(ids[:, :PREFILL], use_cache=True).past_key_values
     model(ids[:, PREFILL : PREFILL + 1], past_key_values=cache).logits.sum().backward()
     assert first.attention.q_proj.weight.grad is not None
+
+
+class TwiceConfig(CausalConfig):
+    """A part that inherits the sources of its base, and computes something else."""
+
+    def run(self, module, hidden_states, context):
+        output = super().run(module, hidden_states, context)
+        return output._replace(hidden_states=2.0 * output.hidden_states)
+
+
+def without_contiguous_keys(model: Any) -> None:
+    key = model.model.layers[0].attention.persistent_key
+    key.data = key.data.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def with_hook_on_table(model: Any) -> None:
+    double = lambda module, args, rows: tuple(2.0 * row for row in rows)
+    model.model.layers[0].attention.future.register_forward_hook(double)
+
+
+def with_norms_by_default(model: Any) -> None:
+    model.model.norm = nn.RMSNorm(64)
+    model.model.layers[0].attention_norm = nn.RMSNorm(64)
+
+
+def with_other_part(model: Any) -> None:
+    model.model.layers[0].part_configs["attention"] = TwiceConfig()
+
+
+def with_other_angles(model: Any) -> None:
+    decode(model, make_tokens())
+    model.model.rotary.theta = 500.0
+
+
+@pytest.mark.parametrize(
+    ("preset", "change"),
+    [
+        ("segmented", without_contiguous_keys),
+        ("future", with_hook_on_table),
+        ("vanilla", with_norms_by_default),
+        ("vanilla", with_other_part),
+        ("vanilla", with_other_angles),
+    ],
+)
+def test_changed_models_decode_as_their_modules_do(monkeypatch, preset, change):
+    sizes = {"hidden_size": 64, "head_dim": 16} if preset == "vanilla" else {}
+    model, ids = make_model(preset, **{**MODELS[preset], **sizes}), make_tokens()
+    change(model)
+    actual = decode(model, ids)
+    monkeypatch.setattr(plain_step, "AVAILABLE", False)
+    torch.testing.assert_close(actual, decode(model, ids))
+
+
+def test_an_exported_program_takes_any_number_of_rows():
+    class LastLogits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = make_model()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(ids, use_cache=False, logits_to_keep=1).logits
+
+    model, rows = LastLogits(), torch.export.Dim("rows", min=2, max=64)
+    program = torch.export.export(model, (make_tokens(),), dynamic_shapes={"ids": {0: rows}})
+    many = make_tokens().repeat(4, 1)
+    torch.testing.assert_close(program.module()(many), model(many))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.nn.mlp import SwiGLU
 from memattn.ops._dispatch import has_cpp_kernel
 from memattn.parts import PartConfig, PartContext
+from memattn.parts.base import is_bare
 
 MAX_ROWS = 8  # sequences; with more of them, products of whole matrices win
 AVAILABLE = has_cpp_kernel("attention_step")
@@ -36,7 +37,13 @@ def attention_step(
     if sources is None or "key" not in state.tokens or context.library is not None:
         return None
     weights = _weights(norm, attention, ("q_proj", "k_proj", "v_proj", "o_proj"))
-    if weights is None:
+    given = (
+        sources.persistent_key,
+        sources.persistent_value,
+        sources.table_key,
+        sources.table_value,
+    )
+    if weights is None or not all(t is None or _is_plain(t) for t in given):
         return None
     if state.tokens["key"].dtype != torch.float32 or state.restart is not None:
         return None
@@ -51,10 +58,7 @@ def attention_step(
         *weights,
         state.extend("key", 1),
         state.extend("value", 1),
-        sources.persistent_key,
-        sources.persistent_value,
-        sources.table_key,
-        sources.table_value,
+        *given,
         cos,
         sin,
         context.positions,
@@ -81,7 +85,7 @@ def norm_step(layer: Any, hidden_states: Tensor) -> Tensor | None:
     """An RMS norm of ``[B, 1, E]``, or None."""
     if not _is_small(hidden_states) or type(layer) is not nn.RMSNorm or not _may_step():
         return None
-    weight = _plain_weight(layer)
+    weight = None if layer.eps is None else _plain_weight(layer)
     if weight is None or not hidden_states.is_contiguous():
         return None
     return torch.ops.memattn_cpp.norm_step(hidden_states, weight, layer.eps)
@@ -98,8 +102,10 @@ def linear_step(layer: nn.Module, hidden_states: Tensor) -> Tensor | None:
 
 
 def _is_small(hidden_states: Tensor) -> bool:
+    # first, since a program that is compiled or exported must not depend on the number of rows
     return (
-        hidden_states.shape[1] == 1
+        not torch.compiler.is_compiling()
+        and hidden_states.shape[1] == 1
         and 1 <= hidden_states.shape[0] <= MAX_ROWS
         and hidden_states.dtype == torch.float32
         and hidden_states.is_cpu
@@ -124,15 +130,9 @@ def _is_step(hidden_states: Tensor, context: PartContext) -> bool:
     return hidden_states.is_contiguous() and context.once("may step", _may_step)
 
 
-def _is_bare(module: nn.Module) -> bool:
-    """Whether calling the module is calling the ``forward`` of its class."""
-    own = module.__dict__
-    return "forward" not in own and not own["_forward_hooks"] and not own["_forward_pre_hooks"]
-
-
 def _weights(norm: nn.Module, module: nn.Module, names: tuple[str, ...]) -> list[Tensor] | None:
     """The weights of an RMS norm and of linear layers, or None where one is not plain."""
-    if type(norm) is not nn.RMSNorm or not _is_bare(module):
+    if type(norm) is not nn.RMSNorm or norm.eps is None or not is_bare(module):
         return None
     found = []
     for kind, layer in ((nn.RMSNorm, norm), *((nn.Linear, module._modules[n]) for n in names)):
@@ -147,7 +147,13 @@ def _plain_weight(layer: nn.Module) -> Tensor | None:
     """The weight of a layer of torch without hooks or a bias, where it is float32 on the CPU."""
     parameters = layer._parameters
     weight: Any = parameters.get("weight")
-    if type(weight) not in (Tensor, nn.Parameter) or parameters.get("bias") is not None:
+    if parameters.get("bias") is not None:
         return None
-    plain = weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous()
-    return weight if plain and _is_bare(layer) else None
+    return weight if _is_plain(weight) and is_bare(layer) else None
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether it is a contiguous float32 tensor on the CPU, and of no class of its own."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    return tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous()

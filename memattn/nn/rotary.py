@@ -34,7 +34,7 @@ class RotaryEmbedding(nn.Module):
             must("theta", "be positive", theta)
         self.head_dim = head_dim
         self.theta = theta
-        self._table: tuple[Tensor, Tensor] | None = None
+        self._table: tuple[float, Tensor, Tensor] | None = None  # theta, cosines, sines
 
     def forward(
         self, positions: Tensor, dtype: torch.dtype = torch.float32
@@ -54,11 +54,12 @@ class RotaryEmbedding(nn.Module):
 
         They are kept from call to call: computing them takes longer than one token's attention.
         """
-        if self._table is None or len(self._table[0]) < length:
-            rows = max(256, 2 * length)
-            cos, sin = self.forward(torch.arange(rows)[None])
-            self._table = cos[0, 0], sin[0, 0]
-        return self._table
+        table = self._table
+        if table is None or table[0] != self.theta or len(table[1]) < length:
+            positions = torch.arange(max(256, 2 * length), device="cpu")
+            cos, sin = self.forward(positions[None])
+            self._table = table = self.theta, cos[0, 0], sin[0, 0]
+        return table[1:]
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, theta={self.theta}"

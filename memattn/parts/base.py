@@ -70,6 +70,12 @@ class StepSources(NamedTuple):
     future_dim: int = 0  # rows of the table that it sees
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling the module is calling the ``forward`` of its class."""
+    own = module.__dict__
+    return "forward" not in own and not own["_forward_hooks"] and not own["_forward_pre_hooks"]
+
+
 class View(NamedTuple):
     """A picture of what a part does with a text: ``memattn plot <view> MODEL --text TEXT``."""
 

@@ -110,7 +110,9 @@ class CausalConfig(AttentionPart):
         return PartOutput(module(hidden_states, **context.attention_inputs()))
 
     def step_sources(self, module: nn.Module) -> StepSources | None:
-        if type(module) is not SegmentedAttention or module.backend not in STEP_BACKENDS:
+        if type(self).run is not CausalConfig.run or type(module) is not SegmentedAttention:
+            return None
+        if module.backend not in STEP_BACKENDS:
             return None
         persistent = (module.persistent_key, module.persistent_value)
         return StepSources(module.segment_len, module.window_size, *persistent)

@@ -19,6 +19,7 @@ from memattn.parts.base import (
     Sizes,
     StepSources,
     View,
+    is_bare,
     register_part,
 )
 from memattn.parts.causal import STEP_BACKENDS, AttentionPart, CausalConfig
@@ -221,9 +222,11 @@ class FutureConfig(AttentionPart):
 
     def step_sources(self, module: nn.Module) -> StepSources | None:
         layer: Any = module
-        if type(module) is not FutureAttention or layer.backend not in STEP_BACKENDS:
+        if type(self).run is not FutureConfig.run or type(module) is not FutureAttention:
             return None
-        if type(layer.future) is not FutureTable:
+        if layer.backend not in STEP_BACKENDS:
+            return None
+        if type(layer.future) is not FutureTable or not is_bare(layer.future):
             return None
         table = (layer.future.key, layer.future.value)
         return StepSources(None, None, None, None, *table, layer.future_dim)

@@ -105,6 +105,7 @@ class PartState:
             self._check(name, past[..., :0, :], states[..., :0, :])
             states = torch.cat([past, states], dim=-2)
         self.tokens[name] = states
+        self._room.pop(name, None)
         if not self.record_past:
             self._trim(name)
         return states
@@ -221,6 +222,7 @@ class PartState:
         drop = self.tokens[name].shape[-2] - self.keep
         if drop > 0:
             self.tokens[name] = self.tokens[name][..., drop:, :].clone()
+            self._room.pop(name, None)
 
     def check_crop(self, num_columns: int, oldest: int, visible: int) -> None:
         """Raise unless the newest columns can be forgotten.
