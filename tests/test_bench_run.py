@@ -276,7 +276,7 @@ def test_command_line(capsys):
     assert "sdpa" not in printed
     assert main(["bench", "attention"]) == 2
     assert (
-        "future_attention, neural_memory, segmented_attention, task_masked_attention, got"
+        "future_attention, models, neural_memory, segmented_attention, task_masked_attention, got"
         in capsys.readouterr().err
     )
 

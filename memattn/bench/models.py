@@ -41,7 +41,7 @@ class ModelCase(Case):
     B: int = 1
     layers: int = 6
     hidden: int = 256
-    heads: int = 4
+    H: int = 4
     vocabulary: int = 4096
     new: int = 64
 
@@ -62,7 +62,7 @@ class ModelCase(Case):
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
+            num_attention_heads=self.H,
             max_position_embeddings=self.T + self.new + AHEAD,
             backend=backend,
         )
@@ -95,7 +95,7 @@ class ModelCase(Case):
             hidden_size=self.hidden,
             intermediate_size=ours.config.intermediate_size,
             num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
+            num_attention_heads=self.H,
             max_position_embeddings=self.T + self.new + AHEAD,
             rms_norm_eps=ours.config.rms_norm_eps,
             tie_word_embeddings=True,
@@ -164,10 +164,11 @@ class ModelCase(Case):
         return direction == ("forward" if self.generates else TRAINING)
 
     def peers(self) -> dict[str, Peer]:
-        yardstick = self.work() if self.is_yardstick or self.generates else None
+        tokens = self.work() if self.generates else None  # not compared: decoded logits are
+        llama = self.work() if self.is_yardstick else tokens
         return {
-            LLAMA: Peer(self._peer, yardstick=yardstick),
-            "naive": Peer(self._naive, self._score_bytes()),
+            LLAMA: Peer(self._peer, yardstick=llama),
+            "naive": Peer(self._naive, self._score_bytes(), yardstick=tokens),
         }
 
     def _peer(self) -> Forward:
@@ -180,7 +181,7 @@ class ModelCase(Case):
     def _score_bytes(self) -> int:
         """Scores of a layer, which training keeps of all of them."""
         kept = 1 if self.generates else 2 * self.layers
-        return kept * self.B * self.heads * self.T**2 * self.dtype.itemsize
+        return kept * self.B * self.H * self.T**2 * self.dtype.itemsize
 
     def work(self) -> dict[str, Work]:
         """Products with the weights, and the pairs of all earlier tokens."""
