@@ -4,14 +4,13 @@
 ``FOLDER/<rank>.pt``.
 """
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked_processes import fork
 from torch.distributed.tensor import DTensor
 
 from memattn.models import MemAttnConfig, MemAttnForCausalLM
@@ -74,12 +73,4 @@ def work(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    processes = []
-    for rank in range(WORLD):
-        pid = os.fork()
-        if pid == 0:
-            work(rank, Path(sys.argv[1]))
-            sys.stdout.flush()
-            os._exit(0)
-        processes.append(pid)
-    sys.exit(any([os.waitpid(pid, 0)[1] for pid in processes]))
+    fork(work, WORLD)

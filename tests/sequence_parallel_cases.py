@@ -4,13 +4,12 @@
 and of one; each leaves what it computed in ``FOLDER/<rank>.pt``.
 """
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked_processes import fork
 from torch import Tensor
 
 from memattn.distributed import sequence_parallel_segmented_attention
@@ -120,11 +119,4 @@ def work(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    processes = []
-    for rank in range(WORLD):
-        pid = os.fork()
-        if pid == 0:
-            work(rank, Path(sys.argv[1]))
-            sys.exit()
-        processes.append(pid)
-    sys.exit(any([os.waitpid(pid, 0)[1] for pid in processes]))
+    fork(work, WORLD)

@@ -1,13 +1,10 @@
 """Memory and communication on many devices: as four processes count them, and by hand."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from forked_processes import ROOT, results_of
 from scale_cases import SYSTEMS, WORLD, make_config
 
 from memattn.cli import main
@@ -16,23 +13,11 @@ from memattn.models import MemAttnForCausalLM
 from memattn.nn.neural_memory_parameters import MemoryWeights
 from memattn.parts.base import Exchange
 
-ROOT = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict]:
     """What each of four processes counted."""
-    folder = tmp_path_factory.mktemp("scale")
-    paths = (ROOT.parent, ROOT.parent / "kernels", ROOT)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scale_cases.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return results_of("scale_cases.py", tmp_path_factory.mktemp("scale"), WORLD)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -1,13 +1,9 @@
 """A sequence over several processes: as one process has it, and no byte more than predicted."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
+from forked_processes import results_of
 from sequence_parallel_cases import CASES, SIZES, WORLD, T, inputs, outputs_and_gradients
 
 from memattn.distributed import (
@@ -19,23 +15,11 @@ from memattn.distributed import (
 from memattn.ops import segmented_attention
 from memattn.testing import assert_within_budget
 
-ROOT = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict]:
     """What each of four processes computed."""
-    folder = tmp_path_factory.mktemp("sequence")
-    paths = (ROOT.parent, ROOT.parent / "kernels", ROOT)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "sequence_parallel_cases.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return results_of("sequence_parallel_cases.py", tmp_path_factory.mktemp("sequence"), WORLD)
 
 
 @pytest.mark.parametrize("size", [4, 2, 1])
