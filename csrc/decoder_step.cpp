@@ -37,6 +37,7 @@ void multiply(const std::vector<Product>& products, int64_t B, int64_t K, const 
   for (size_t i = 0; i < products.size(); ++i)
     for (int64_t row = 0; row < products[i].rows; row += BLOCK) blocks.push_back({i, row});
   const int64_t n = static_cast<int64_t>(blocks.size());
+  if (!n) return;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), n);
   torch::stable::parallel_for(0, n, (n + threads - 1) / threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -141,7 +142,8 @@ Tensor attention_step(Tensor hidden, Tensor norm, Tensor q_proj, Tensor k_proj, 
     r.ahead_end = std::min(places[b] + a.ahead, a.R);
   }
   if (cos) {
-    STD_TORCH_CHECK(cos->dim() == 2, "cos must have 2 axes");
+    STD_TORCH_CHECK(cos->dim() == 2 && a.D % 2 == 0,
+                    "cos must have 2 axes, and a head an even number of features");
     const int64_t rows = cos->size(0);
     check_plain("cos", *cos, {rows, a.D / 2}), check_plain("sin", *sin, {rows, a.D / 2});
     for (int64_t b = 0; b < B; ++b)

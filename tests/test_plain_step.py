@@ -248,3 +248,16 @@ def test_operators_refuse_what_does_not_fit():
         torch.ops.memattn_cpp.swiglu_step(x, norm, weight, weight, weight, 1e-6)
     with pytest.raises((RuntimeError, ValueError), match="contiguous float32"):
         torch.ops.memattn_cpp.norm_step(x, norm.double(), 1e-6)
+
+
+def test_operators_refuse_odd_heads_and_take_no_rows():
+    hidden, norm = torch.randn(1, 1, 6), torch.ones(6)
+    weights = [torch.randn(3, 6), torch.randn(3, 6), torch.randn(3, 6), torch.randn(6, 3)]
+    keys, angles = torch.zeros(1, 1, 1, 3), torch.zeros(4, 1)
+    absent = [None] * 4
+    with pytest.raises(RuntimeError, match="a head an even number of features"):
+        torch.ops.memattn_cpp.attention_step(
+            hidden, norm, *weights, keys, keys.clone(), *absent, angles, angles,
+            torch.zeros(1, 1, dtype=torch.int64), None, None, None, None, 0, 1e-6,
+        )  # fmt: skip
+    assert torch.ops.memattn_cpp.linear_step(hidden, torch.empty(0, 6)).shape == (1, 1, 0)
