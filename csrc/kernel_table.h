@@ -16,5 +16,7 @@ static constexpr Kernels make_kernels(const char* name) {
            router_backward_chapters},
           {memory_forward_scratch, memory_backward_scratch, memory_step_scratch, memory_forward,
            memory_backward, memory_step},
-          {step_scratch, step_attend, step_products, step_norm, step_rotate, step_gate}};
+          {step_scratch, step_attend, step_products, step_norm, step_rotate, step_gate},
+          {rows_norm, rows_norm_again, rows_norm_backward, rows_rotate, rows_gate, rows_gate_backward,
+           rows_cross_entropy}};
 }

@@ -7,6 +7,7 @@
 
 #include "memory_args.h"
 #include "step_args.h"
+#include "training_args.h"
 #include "view.h"
 
 namespace memattn {
@@ -303,6 +304,7 @@ struct Kernels {
   RouterKernels router;
   MemoryKernels memory;
   StepKernels step;
+  TrainingKernels training;
 };
 
 const Kernels& portable_kernels();

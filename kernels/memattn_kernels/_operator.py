@@ -146,11 +146,11 @@ def register(
         return tuple(None if getattr(args, n) is None else by_name.get(n) for n in types)
 
     torch.library.register_autograd(operator, differentiate, setup_context=setup_context)
-    torch.library.register_autograd(f"{operator}_backward", _refuse)
+    torch.library.register_autograd(f"{operator}_backward", refuse_second_derivative)
     return call
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
+def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
     """What is registered as the gradient of a backward operator."""
     raise RuntimeError(
         "memattn's kernels are differentiable once; backend='reference' is as often as you like"

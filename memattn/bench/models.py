@@ -176,7 +176,12 @@ class ModelCase(Case):
         return self._generate(model) if self.generates else partial(_loss, model, _our_name)
 
     def _naive(self) -> Forward:
-        return self.subject("reference")
+        model = self.model("reference")
+        return (
+            self._generate(model)
+            if self.generates
+            else partial(_loss, model, _same_name, plain=True)
+        )
 
     def _score_bytes(self) -> int:
         """Scores of a layer, which training keeps of all of them."""
@@ -236,10 +241,16 @@ def _logits(model: nn.Module, name_of: Any, inputs: dict[str, Tensor], **options
 def _loss(
     model: nn.Module, name_of: Any, inputs: dict[str, Tensor], *, plain: bool = False
 ) -> Tensor:
-    """The cross-entropy of the next tokens; ``plain``: of logits, by PyTorch's own function."""
+    """The cross-entropy of the next tokens, of ours as it is trained: without logits.
+
+    ``plain``: of logits, by PyTorch's own function.
+    """
+    from memattn.models import MemAttnForCausalLM
+
     ids = inputs["input_ids"]
     if not plain:
-        return _logits(model, name_of, inputs, labels=ids)
+        skip = {"skip_logits": True} if isinstance(model, MemAttnForCausalLM) else {}
+        return _logits(model, name_of, inputs, labels=ids, **skip)
     logits = _logits(model, name_of, inputs)[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 

@@ -9,6 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
 from memattn.models.plain_step import attention_step, mlp_step
+from memattn.models.plain_training import attention_sublayer, mlp_sublayer
 from memattn.nn import make_mlp, make_norm
 from memattn.parts import PartContext
 from memattn.parts.losses import check_output
@@ -109,7 +110,10 @@ class MemAttnBlock(GradientCheckpointingLayer):
         own: Any = self._modules  # attributes of modules take longer
         for place in ("before_attention", "attention", "after_attention", "mlp", "after_mlp"):
             if place == "mlp":
-                stepped = mlp_step(hidden_states, own["mlp_norm"], own["mlp"], context)
+                modules = own["mlp_norm"], own["mlp"]
+                stepped = mlp_step(hidden_states, *modules, context)
+                if stepped is None:
+                    stepped = mlp_sublayer(hidden_states, *modules, own["attention"], context)
                 if stepped is None:
                     stepped = hidden_states + self.mlp(self.mlp_norm(hidden_states))
                 hidden_states = stepped
@@ -118,6 +122,8 @@ class MemAttnBlock(GradientCheckpointingLayer):
                 stepped = None
                 if not self.has_beside:
                     stepped = attention_step(hidden_states, *modules, context, cache)
+                if stepped is None and not self.has_beside:
+                    stepped = attention_sublayer(hidden_states, *modules, context, cache)
                 if stepped is not None:
                     hidden_states = stepped
                     continue

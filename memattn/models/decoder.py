@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import can_return_tuple
 
 from memattn.checks import check_rank, must
@@ -15,7 +16,9 @@ from memattn.models.config import MemAttnConfig
 from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
 from memattn.models.plain_step import linear_step, norm_step
+from memattn.models.plain_training import output_weight
 from memattn.models.pretrained import MemAttnPreTrainedModel
+from memattn.models.token_loss import next_token_loss
 from memattn.nn import RotaryEmbedding, make_norm, sequence_positions
 from memattn.parts import PartContext, SequenceBounds
 from memattn.parts.chapters import Chapters
@@ -219,6 +222,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_losses: bool | None = None,
@@ -246,6 +250,9 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             num_items_in_batch: Divide the summed loss by this number, instead of by the number of
                 labels here: for gradient accumulation. Losses of parts, which are means, count by
                 the share of the labels that are here.
+            skip_logits: Whether ``logits`` may be None, with labels: the cross-entropy is then
+                computed by pieces of the tokens, and its gradient with it, so that ``B T``
+                rows of the vocabulary are never stored.
             output_hidden_states: Whether to return the output of the embedding and of each block.
             output_attentions: Not supported, since fused attention keeps no weights.
             output_losses: Whether to measure the losses of parts, where the model has such; None
@@ -283,19 +290,30 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         last_hidden = outputs.last_hidden_state[:, kept]
-        logits = linear_step(self.lm_head, last_hidden)
-        if logits is None:
-            logits = self.lm_head(last_hidden)
-        loss = lm_loss = None
+        if labels is None and skip_logits:
+            must("skip_logits", "be False without labels", skip_logits)
+        if labels is not None and labels.shape != last_hidden.shape[:2]:
+            must("labels", f"have shape {list(last_hidden.shape[:2])}", list(labels.shape))
+        weight = None
+        # a loss of the user's own gets logits
+        if skip_logits and self.loss_function is ForCausalLMLoss:
+            weight = output_weight(self.lm_head)
+        logits = loss = lm_loss = None
+        if weight is None:
+            logits = linear_step(self.lm_head, last_hidden)
+            if logits is None:
+                logits = self.lm_head(last_hidden)
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                must("labels", f"have shape {list(logits.shape[:2])}", list(labels.shape))
-            loss = lm_loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
+            if weight is not None:
+                lm_loss = next_token_loss(last_hidden, weight, labels, num_items_in_batch)
+            else:
+                lm_loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                )
+            loss = lm_loss
             share: Any = 1.0  # of the labels that are here
             if num_items_in_batch is not None:
                 share = (labels[:, 1:] != -100).sum() / num_items_in_batch
@@ -303,7 +321,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
                 loss = loss + self.config.losses[name] * share * mean
         return MemAttnCausalLMOutput(
             loss=loss,
-            logits=logits,
+            logits=None if skip_logits else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             lm_loss=lm_loss,

@@ -70,10 +70,13 @@ class StepSources(NamedTuple):
     future_dim: int = 0  # rows of the table that it sees
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def is_bare(module: nn.Module) -> bool:
-    """Whether calling the module is calling the ``forward`` of its class."""
+    """Whether calling the module is calling the ``forward`` of its class, and no hook sees it."""
     own = module.__dict__
-    return "forward" not in own and not own["_forward_hooks"] and not own["_forward_pre_hooks"]
+    return "forward" not in own and not any(own[hooks] for hooks in _HOOKS)
 
 
 class View(NamedTuple):

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from memattn.checks import must
 from memattn.data.batches import IGNORE, Batch, Batches
+from memattn.models import MemAttnForCausalLM
 from memattn.train.distributed import reshard, without_sync
 from memattn.train.optim import smoothing_loss
 
@@ -62,13 +63,17 @@ def accumulate_gradients(
     Raises:
         ValueError: If the loss depends on nothing that learns.
     """
-    names = part_losses(accelerator.unwrap_model(model))
+    own = accelerator.unwrap_model(model)
+    names = part_losses(own)
+    # nothing reads them but the smoothing
+    skips = isinstance(own, MemAttnForCausalLM) and not label_smoothing
+    options = {"skip_logits": True} if skips else {}
     total = torch.zeros(2 + len(names), device=accelerator.device)
     has_lm_loss = False
     for i, batch in enumerate(micro):
         last = i == len(micro) - 1
         with nullcontext() if last else without_sync(accelerator, model):
-            output, loss = _loss(model, batch, accelerator.device, label_smoothing)
+            output, loss = _loss(model, batch, accelerator.device, label_smoothing, options)
             if not loss.requires_grad:
                 has = "have weights that learn and count (of specialists, a prior above 0)"
                 must("model", has, "a loss that depends on none")
@@ -85,8 +90,8 @@ def accumulate_gradients(
             for j, name in enumerate(names, 2):
                 total[j] += output.losses[name].detach() * share
     loss, lm_loss, *parts = _sum_over_processes(accelerator, total).tolist()
-    own = {"lm_loss": lm_loss} if has_lm_loss else {}
-    return {"loss": loss, **own, **dict(zip(names, parts, strict=True))}
+    own_loss = {"lm_loss": lm_loss} if has_lm_loss else {}
+    return {"loss": loss, **own_loss, **dict(zip(names, parts, strict=True))}
 
 
 def part_losses(model: Any) -> tuple[str, ...]:
@@ -137,13 +142,18 @@ def _num_targets(batch: Batch) -> int:
 
 
 def _loss(
-    model: Any, batch: Batch, device: torch.device, label_smoothing: float
+    model: Any,
+    batch: Batch,
+    device: torch.device,
+    label_smoothing: float,
+    options: dict[str, bool],
 ) -> tuple[Any, Tensor]:
     """What the model returns for a batch, and the mean loss over its targets."""
     inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    output = model(**inputs, use_cache=False)
     if _num_targets(batch) == 0:
+        output = model(**inputs, use_cache=False)
         return output, output.logits.sum() * 0.0  # the mean over nothing is NaN
+    output = model(**inputs, **options, use_cache=False)
     if label_smoothing:
         smoothing = smoothing_loss(output.logits, inputs["labels"], label_smoothing)
         return output, output.loss + smoothing

@@ -1,0 +1,137 @@
+"""The cross-entropy of an output layer by pieces of the tokens, and so its gradient.
+
+For a batch of ``N`` tokens and ``V`` words nothing of size ``N V`` is stored. Gradients are
+computed in the forward, from the logits of a piece while they are there, as in Liger's kernel.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memattn.cpp.products import product
+from memattn.ops._dispatch import has_cpp_kernel
+
+IGNORED = -100
+_PIECE = 1 << 21  # logits of a piece, at least
+_HAS_ROWS = has_cpp_kernel("cross_entropy_rows")
+
+
+def next_token_loss(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """The cross-entropy of each token with the logits of the one before, without storing these.
+
+    It is ``cross_entropy(hidden_states @ weight.T, labels)`` in float32, labels shifted by one.
+
+    Args:
+        hidden_states: What the output layer gets, ``[B, T, E]``.
+        weight: Of the output layer, ``[V, E]``.
+        labels: int64 ``[B, T]``; ``-100`` where there is no loss.
+        num_items_in_batch: Divide the sum by this number; None: by that of the labels.
+
+    Returns:
+        A scalar of float32. NaN where it is the mean over no label, with gradients of 0.
+
+    Raises:
+        IndexError, RuntimeError: If a label is neither ``-100`` nor a word, where that is seen.
+
+    Note:
+        Differentiable once, in ``hidden_states`` and ``weight``. Source: Hsu et al. (2024),
+        https://arxiv.org/abs/2410.10989, section 3.2. Differs: gradients are those of the sum, and
+        of the weight in float32, so that half precision loses nothing to the number of labels.
+    """
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    grad = torch.is_grad_enabled()
+    total, _, _ = torch.ops.memattn.linear_cross_entropy(
+        hidden_states.flatten(0, 1),
+        weight,
+        shifted.flatten(),
+        grad and hidden_states.requires_grad,
+        grad and weight.requires_grad,
+    )
+    if num_items_in_batch is None:
+        # a mean over nothing is NaN, but with a gradient of 0 and not of NaN
+        count = (shifted != IGNORED).sum()
+        return total / count.clamp(min=1) + torch.where(count > 0, 0.0, torch.nan)
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+@torch.library.custom_op("memattn::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, needs_hidden: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum over ``hidden [N, E]``, and its gradients, those not needed of size 0."""
+    N, E = hidden.shape
+    d_hidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
+    d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else _none(hidden)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    fast = _HAS_ROWS and hidden.is_cpu and hidden.dtype == torch.float32
+    rows = max(1, max(_PIECE, N * E) // len(weight))
+    for at in range(0, N, rows):
+        x, label = hidden[at : at + rows], labels[at : at + rows]
+        if fast:
+            d_logits = product(x, weight)
+            total += torch.ops.memattn_cpp.cross_entropy_rows(d_logits, label, IGNORED).sum()
+        else:
+            loss, d_logits = _cross_entropy(x @ weight.t(), label)
+            total += loss
+        if needs_hidden:
+            found = product(d_logits, weight.t()) if fast else d_logits @ weight
+            d_hidden[at : at + rows] = found
+        if needs_weight and d_logits.dtype == torch.float32:
+            d_weight.addmm_(d_logits.t(), x)
+        elif needs_weight:
+            d_weight += d_logits.t() @ x
+    return total, d_hidden, d_weight
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Its sum over rows that are not ignored, and the gradient of the logits, in their dtype."""
+    wide, kept = logits.float(), (labels != IGNORED)[:, None]
+    log_p = wide.log_softmax(-1)
+    index = labels.where(kept[:, 0], 0)[:, None]
+    loss = -log_p.gather(1, index).where(kept, 0.0).sum()
+    d_logits = log_p.exp_().scatter_add_(1, index, -torch.ones_like(log_p[:, :1]))
+    return loss, d_logits.masked_fill_(~kept, 0.0).to(logits.dtype)
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden, weight, labels, needs_hidden, needs_weight):
+    d_hidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
+    d_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else _none(hidden)
+    return hidden.new_empty((), dtype=torch.float32), d_hidden, d_weight
+
+
+def _none(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.dtype = inputs[1].dtype
+
+
+def _differentiate(ctx: Any, d_total: Tensor, *_: Any) -> tuple:
+    needed = ctx.needs_input_grad
+    d_hidden, d_weight = ctx.saved_tensors
+    return (
+        (d_hidden * d_total).to(d_hidden.dtype) if needed[0] else None,
+        (d_weight * d_total).to(ctx.dtype) if needed[1] else None,
+        *[None] * 3,
+    )
+
+
+_linear_cross_entropy.register_autograd(_differentiate, setup_context=_save)
