@@ -35,4 +35,4 @@ def weight_gradient(d_out: Tensor, rows: Tensor) -> Tensor:
 
 
 def _uses_onednn() -> bool:
-    return _HAS_ONEDNN and torch.backends.mkldnn.enabled
+    return _HAS_ONEDNN and bool(torch.backends.mkldnn.enabled)

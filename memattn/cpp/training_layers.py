@@ -77,8 +77,8 @@ def _attention_inputs_backward(
     d_normed.addmm_(parts[1], k_proj).addmm_(parts[2], v_proj)
     d_hidden, d_norm = _rows.norm_rows_backward(d_normed, rows, norm, scale, None)
     if not weights:
-        none = [norm.new_empty(0) for _ in sizes]
-        return d_hidden.view_as(hidden), d_norm, *none
+        q, k, v = (norm.new_empty(0) for _ in sizes)
+        return d_hidden.view_as(hidden), d_norm, q, k, v
     joined = weight_gradient(d_joined, _rows.norm_rows_again(rows, norm, scale))
     d_q, d_k, d_v = (x.clone() for x in joined.split(sizes))
     return d_hidden.view_as(hidden), d_norm, d_q, d_k, d_v
@@ -209,11 +209,12 @@ def _swiglu_layer_backward(
     d_normed = product_add(d_up, up_proj.t(), product(d_gate, gate_proj.t()))
     d_hidden, d_norm = _rows.norm_rows_backward(d_normed, rows, norm, scale, d_rows)
     if not weights:
-        return d_hidden.view_as(hidden), d_norm, *(norm.new_empty(0) for _ in range(3))
+        gate, up, down = (norm.new_empty(0) for _ in range(3))
+        return d_hidden.view_as(hidden), d_norm, gate, up, down
     d_down = weight_gradient(d_rows, inner)
     normed = _rows.norm_rows_again(rows, norm, scale)
-    d_weights = weight_gradient(d_gate, normed), weight_gradient(d_up, normed)
-    return d_hidden.view_as(hidden), d_norm, *d_weights, d_down
+    d_weights = weight_gradient(d_gate, normed), weight_gradient(d_up, normed), d_down
+    return d_hidden.view_as(hidden), d_norm, *d_weights
 
 
 @_swiglu_layer_backward.register_fake
