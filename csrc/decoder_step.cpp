@@ -197,6 +197,31 @@ Tensor swiglu_step(Tensor hidden, Tensor norm, Tensor gate_proj, Tensor up_proj,
   return add_residual(hidden, result, wide);
 }
 
+// A layer after the other. Of layer i: 9 weights from weights[9 * i], those of attention_step and of
+// swiglu_step; its keys and values, kept[2 * i]; persistent keys and values and those of a table,
+// given[4 * i]; bounds of its sequences, bounds[2 * i]; segment, window and rows ahead, spans[3 * i],
+// where -1 is none; and the eps of its norms, eps[2 * i].
+Tensor decoder_step(Tensor hidden, std::vector<Tensor> weights, std::vector<Tensor> kept,
+                    std::vector<OptionalTensor> given, OptionalTensor cos, OptionalTensor sin,
+                    Tensor positions, std::vector<OptionalTensor> bounds,
+                    std::vector<int64_t> spans, std::vector<double> eps) {
+  const size_t n = weights.size() / 9;
+  STD_TORCH_CHECK(weights.size() == 9 * n && kept.size() == 2 * n && given.size() == 4 * n &&
+                      bounds.size() == 2 * n && spans.size() == 3 * n && eps.size() == 2 * n,
+                  "lists must have an entry for each layer");
+  auto span = [&](size_t i) { return spans[i] < 0 ? OptionalInt() : OptionalInt(spans[i]); };
+  for (size_t i = 0; i < n; ++i) {
+    const Tensor* w = &weights[9 * i];
+    const OptionalTensor* more = &given[4 * i];
+    hidden = attention_step(hidden, w[0], w[1], w[2], w[3], w[4], kept[2 * i], kept[2 * i + 1],
+                            more[0], more[1], more[2], more[3], cos, sin, positions, bounds[2 * i],
+                            bounds[2 * i + 1], span(3 * i), span(3 * i + 1),
+                            std::max<int64_t>(spans[3 * i + 2], 0), eps[2 * i]);
+    hidden = swiglu_step(hidden, w[5], w[6], w[7], w[8], eps[2 * i + 1]);
+  }
+  return hidden;
+}
+
 // The normed rows alone.
 Tensor norm_step(Tensor hidden, Tensor norm, double eps) {
   STD_TORCH_CHECK(hidden.dim() == 3, "hidden must have 3 axes");
@@ -238,6 +263,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) {
         "int future_dim, float eps) -> Tensor");
   m.def("swiglu_step(Tensor hidden, Tensor norm, Tensor gate_proj, Tensor up_proj, "
         "Tensor down_proj, float eps) -> Tensor");
+  m.def("decoder_step(Tensor hidden, Tensor[] weights, Tensor(a!)[] kept, Tensor?[] given, Tensor? cos, "
+        "Tensor? sin, Tensor positions, Tensor?[] bounds, int[] spans, float[] eps) -> Tensor");
   m.def("norm_step(Tensor hidden, Tensor norm, float eps) -> Tensor");
   m.def("linear_step(Tensor hidden, Tensor weight) -> Tensor");
 }
@@ -245,6 +272,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) {
 STABLE_TORCH_LIBRARY_IMPL(memattn_cpp, CPU, m) {
   m.impl("attention_step", TORCH_BOX(&memattn::attention_step));
   m.impl("swiglu_step", TORCH_BOX(&memattn::swiglu_step));
+  m.impl("decoder_step", TORCH_BOX(&memattn::decoder_step));
   m.impl("norm_step", TORCH_BOX(&memattn::norm_step));
   m.impl("linear_step", TORCH_BOX(&memattn::linear_step));
 }
