@@ -143,14 +143,17 @@ def test_many_tokens_are_what_modules_compute(monkeypatch, preset, rows):
     mask = torch.ones_like(ids)
     mask[1, :4] = mask[2, :11] = 0
     calls: list[int] = []
-    for name in ("attention_step", "mlp_step"):
 
-        def call(*args, function=getattr(block, name)):
+    def spy(function):
+        def call(*args):
             result = function(*args)
-            calls.append(result is not None and result.shape[1])
+            calls.append(0 if result is None else result.shape[1])
             return result
 
-        monkeypatch.setattr(block, name, call)
+        return call
+
+    for name in ("attention_step", "mlp_step"):
+        monkeypatch.setattr(block, name, spy(getattr(block, name)))
     pieces = [9, 7, 1, 13]
     actual = run_pieces(model, ids, mask, pieces)
     plain = [2] if preset == "titans" else [2, 2]
@@ -160,6 +163,27 @@ def test_many_tokens_are_what_modules_compute(monkeypatch, preset, rows):
     columns = [*range(17), *range(T - 2, T)]
     real = mask[:, columns] == 1
     assert_within_budget(preset, actual[real], low[real], high[real])
+
+
+@torch.no_grad()
+def test_angles_reach_as_far_as_the_layer_that_sees_farthest(monkeypatch):
+    """The first layer sees no positions ahead, the second does, at the end of the kept angles."""
+    sizes = {"max_position_embeddings": 400, "future_dim": 90, "start_layer": 1}
+    model, ids = make_model("future", **sizes), make_tokens()[:1].repeat(1, 8)
+    monkeypatch.setattr(decoder, "decoder_step", lambda *_: None)
+    last = lambda: [
+        model(ids[:, :n], logits_to_keep=1, past_key_values=cache).logits
+        for n, cache in ((180, MemAttnCache(model.config)), (1, cache_of(model, ids)))
+    ]
+    actual = last()
+    monkeypatch.setattr(plain_step, "AVAILABLE", False)
+    torch.testing.assert_close(actual, last())
+
+
+def cache_of(model: MemAttnForCausalLM, ids: Tensor) -> MemAttnCache:
+    cache = MemAttnCache(model.config)
+    model(ids[:, :179], past_key_values=cache, logits_to_keep=1)
+    return cache
 
 
 @torch.no_grad()

@@ -88,5 +88,5 @@ def newest_of(n: int, block: Any, norm: Any, context: PartContext) -> int | None
 
 
 def _is_plain(block: Any) -> bool:
-    """Whether it is a block of the package with attention and an MLP alone, which nobody watches."""
+    """Whether it is a block of attention and an MLP alone, which nobody watches."""
     return type(block) is MemAttnBlock and is_bare(block) and len(block.part_configs) == 1

@@ -50,8 +50,7 @@ def attention_step(
         return None
     cos = sin = None
     if context.rotary_embedding is not None:
-        rotary, needed = context.rotary_embedding, context.offset + T + 1 + sources.future_dim
-        cos, sin = context.once("table", lambda: rotary.table(needed))
+        cos, sin = context.rotary_embedding.table(context.offset + T + 1 + sources.future_dim)
     if state is None:
         key, value = (empty.new_empty(B, empty.shape[1], T, empty.shape[3]) for _ in range(2))
     else:

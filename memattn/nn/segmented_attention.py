@@ -1,6 +1,7 @@
 """Segmented attention as a drop-in multi-head attention layer."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -91,7 +92,7 @@ class SegmentedAttention(PersistentAttention):
         bounds = dict(cu_seqlens=cu_seqlens, seq_start=seq_start, seq_end=seq_end)
         return self.merge_heads(self.attend(query, key, value, **bounds))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **bounds: Tensor | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **bounds: Any) -> Tensor:
         """Output of heads ``[B, H, T, D]`` of the newest queries; ``bounds`` as in ``forward``."""
         return segmented_attention(
             query,
