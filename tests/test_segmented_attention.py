@@ -120,7 +120,7 @@ def test_the_extension_refuses_what_it_would_read_outside():
     t = make_segmented_inputs(B=1, T=9, M=2, segment_len=4, n_segments=1)
     args = [t["query"], t["key"], t["value"], None, None, t["memory_key"], t["memory_value"]]
     with pytest.raises(RuntimeError, match="memory_key must have at least n_segments"):
-        op(*args, None, None, None, 4, None, True, False, 0, 1.0)
+        op(*args, None, None, None, 4, None, None, True, False, 0, 1.0)
 
 
 @needs_cpp

@@ -39,6 +39,7 @@ def segmented_attention(
     *,
     segment_len: int | None = None,
     window_size: int | None = None,
+    num_sink_tokens: int = 0,
     is_causal: bool = True,
     persistent_key: Tensor | None = None,
     persistent_value: Tensor | None = None,
@@ -61,6 +62,7 @@ def segmented_attention(
     - same segment: ``i // segment_len == j // segment_len``;
     - within the window: ``j > i - window_size`` and ``j < i + window_size``; a window of W is W
       keys with the query's own, if causal;
+    - a sink: one of the first ``num_sink_tokens`` tokens of the sequence or document;
     - neither ``segment_len`` nor ``window_size`` is given.
 
     It also sees every persistent key, and the memory keys of its own segment: all ``M``, or with
@@ -74,6 +76,10 @@ def segmented_attention(
         value: ``[B, Hkv, S, Dv]``.
         segment_len: Tokens in a segment, at least 1.
         window_size: Keys in the window, the query's own included, at least 1.
+        num_sink_tokens: First tokens of each sequence or document that its queries see beside
+            segment and window. Where ``seq_start`` is negative, the first keys given stand for
+            them, as in a trimmed cache that kept them. Without segment and window it says nothing
+            more.
         is_causal: Whether a query sees only keys at or before its own position.
         persistent_key: ``[Hkv, P, D]``, keys that all queries of all sequences see.
         persistent_value: ``[Hkv, P, Dv]``.
@@ -130,6 +136,7 @@ def segmented_attention(
         check_int("segment_len", segment_len, 1)
     if window_size is not None:
         check_int("window_size", window_size, 1)
+    check_int("num_sink_tokens", num_sink_tokens, 0)
     check_int("query_offset", query_offset, 0)
     check_bool("is_causal", is_causal)
     check_bool("memory_is_causal", memory_is_causal)
@@ -164,6 +171,7 @@ def segmented_attention(
         if memory_key.shape[2] < n_segments:
             must("memory_key", f"have at least n_segments={n_segments}", memory_key.shape[2])
 
+    has_sinks = num_sink_tokens > 0 and not (segment_len is None and window_size is None)
     args = SegmentedAttentionArgs(
         query=query,
         key=key,
@@ -177,6 +185,7 @@ def segmented_attention(
         seq_end=seq_end,
         segment_len=segment_len,
         window_size=window_size,
+        num_sink_tokens=num_sink_tokens if has_sinks else None,
         is_causal=is_causal,
         memory_is_causal=memory_is_causal,
         query_offset=query_offset,
