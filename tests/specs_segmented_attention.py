@@ -174,7 +174,7 @@ SEGMENTED = OperatorSpec(
         "sinks": Case(dict(B=1, T=21), SINKS),
         "all-sources": Case(
             dict(B=1, T=21, P=2, M=3, segment_len=8), dict(segment_len=8, window_size=4)
-        )
+        ),
     },
     pad=more_segments,
     packed={
@@ -182,7 +182,7 @@ SEGMENTED = OperatorSpec(
         "all-sources": Case(
             dict(B=1, T=37, P=2, M=4, segment_len=8, n_segments=7),
             dict(segment_len=8, window_size=4),
-        )
+        ),
     },
     document=memory_of_document,
     unseen={

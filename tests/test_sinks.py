@@ -5,7 +5,7 @@ import torch
 
 from memattn import segmented_attention
 from memattn.models import MemAttnCache, MemAttnConfig, MemAttnForCausalLM
-from memattn.parts.views import SOURCES
+from memattn.parts.views import MASSES_BY_SOURCE
 
 T = 40
 SPANS = [(None, 5), (6, 4), (8, None)]
@@ -118,6 +118,6 @@ def test_crop_and_reset(model):
 def test_masses_of_sources_are_one(model):
     layer = model.model.layers[0].attention
     x = torch.randn(2, T, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    masses = SOURCES[type(layer)](layer, x, rotary=None)
+    masses = MASSES_BY_SOURCE[type(layer)](layer, x, rotary=None)
     assert_near(sum(masses.values()), torch.ones(2, 4, T, dtype=torch.float64))
     assert not masses["sinks"][..., 0].any() and (masses["sinks"][..., 20:] > 0).all()

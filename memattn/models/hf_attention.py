@@ -11,7 +11,7 @@ fields, which are read at every call:
 - ``memattn_segment_len``: tokens in a segment, or None;
 - ``memattn_window_size``: keys in the sliding window, the query's own included, or None.
 
-A query sees its own segment and the window. With neither, attention is what it was. A layer with
+A query sees its own segment and the window; without both fields, all earlier tokens. A layer with
 a ``sliding_window`` of its own keeps that, and the two fields apply to the other layers.
 
 A configuration with one of the fields is for this implementation: it is saved with

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from memattn.checks import check_shape, check_tensor, must
 from memattn.parts.padding import BLOCK, block_bounds, check_longest, check_mask
-from memattn.parts.state import OPEN, PartState, SequenceBounds
+from memattn.parts.state import OPEN_END, PartState, SequenceBounds
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -122,7 +122,7 @@ class SequenceStates:
             self._begin_states(T, device)
             return
         start = torch.zeros(B, dtype=torch.long) if self.seq_start is None else self.seq_start
-        end = torch.full((B,), OPEN) if self.seq_end is None else self.seq_end
+        end = torch.full((B,), OPEN_END) if self.seq_end is None else self.seq_end
         if start.shape[0] != B:
             must("past_key_values", f"have the batch size of the input, {B}", self.batch_size)
         first, last = torch.zeros(B, dtype=torch.long), torch.full((B,), T)
@@ -133,7 +133,7 @@ class SequenceStates:
             first, last = (bound.cpu() for bound in block_bounds(attention_mask[:, -T:]))
 
         started, empty = start < p, first == last
-        broken = started & ~empty & ((end != OPEN) | (first != 0))
+        broken = started & ~empty & ((end != OPEN_END) | (first != 0))
         if broken.any():
             row = int(broken.nonzero()[0, 0])
             must("attention_mask", BLOCK, f"tokens behind padding in row {row}")
@@ -153,7 +153,7 @@ class SequenceStates:
         p, start, end = self.position, self.seq_start, self.seq_end
         if not p or start is None or end is None or len(start) != B or start.any():
             return False
-        if not (end == OPEN).all() or (max_length is not None and p + T > max_length):
+        if not (end == OPEN_END).all() or (max_length is not None and p + T > max_length):
             return False
         if mask is None:
             return True
@@ -217,7 +217,7 @@ class SequenceStates:
         check_shape("mask", mask, B=self.batch_size)
         mask = mask.cpu()
         self.seq_start = self.seq_start.masked_fill(mask, self.position)
-        self.seq_end = self.seq_end.masked_fill(mask, OPEN)
+        self.seq_end = self.seq_end.masked_fill(mask, OPEN_END)
         for state in self._states():
             state.reset(mask)
         self._trim()
@@ -285,7 +285,7 @@ class SequenceStates:
         if self.seq_start is None or self.seq_end is None:
             return
         start = self.seq_start.clamp(max=position)
-        end = torch.where(self.seq_end < position, self.seq_end, OPEN)
+        end = torch.where(self.seq_end < position, self.seq_end, OPEN_END)
         removed = self.position - position
         for state in self._states():
             oldest = self.position - state.kept

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from memattn.checks import must
 
-OPEN = 1 << 62  # the end of a row that may still grow
+OPEN_END = 1 << 62  # the end of a row that may still grow
 ROOM = 64  # entries, at least, that a token tensor is given room for
 
 
@@ -268,4 +268,4 @@ class PartState:
             if self.window_size is not None:
                 near.append(torch.full_like(start, position - self.window_size + 1))
             first = torch.stack(near).amin(0).maximum(start)
-        return int(torch.where(end == OPEN, first, position).min())
+        return int(torch.where(end == OPEN_END, first, position).min())
