@@ -1,4 +1,4 @@
-"""What a sequence keeps of attention with sinks: the last tokens, and its first ones beside them."""
+"""What attention with sinks keeps of a sequence: its last tokens, and the first beside them."""
 
 from typing import Any
 
