@@ -1,8 +1,10 @@
 """memattn_segmented inside transformers' own Qwen2, Qwen3 and Llama."""
 
 import copy
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from transformers import (
 
 from memattn.models.hf_attention import hf_segmented_attention, hf_sequence_bounds
 
+ROOT = Path(__file__).parent.parent
 SIZES = dict(
     vocab_size=VOCAB,
     hidden_size=32,
@@ -421,3 +424,14 @@ class Chunked:
 def test_unsupported_uses_are_refused(use, error, message):
     with pytest.raises(error, match=message):
         use()
+
+
+def test_losses_by_window():
+    loss = runpy.run_path(str(ROOT / "examples/window_losses.py"))["second_half_loss"]
+    model, pieces = make_model("llama"), make_tokens(B=3, T=20)
+    full = loss(model, pieces)
+    logits = model(pieces).logits[:, 9:-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits.float(), pieces[:, 10:].flatten()).item()
+    assert full == pytest.approx(expected)
+    assert loss(model, pieces, window=4, sinks=20) == pytest.approx(full)
+    assert abs(loss(model, pieces, window=4) - full) > abs(loss(model, pieces, 20) - full)
