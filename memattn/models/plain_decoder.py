@@ -41,7 +41,8 @@ def decoder_step(
     eps: list[float] = []
     states, ahead = [], 0
     empty: Tensor | None = None
-    for block, layer_cache in zip(layers._modules.values(), cache.layers, strict=True):
+    blocks: Any = layers._modules.values()
+    for block, layer_cache in zip(blocks, cache.layers, strict=True):
         if not _is_plain(block):
             return None
         own: Any = block._modules
