@@ -16,7 +16,7 @@ from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
 from memattn.models.plain_step import linear_step, norm_step
 from memattn.models.pretrained import MemAttnPreTrainedModel
-from memattn.nn import RotaryEmbedding, make_norm, sequence_positions
+from memattn.nn import make_norm, sequence_positions
 from memattn.parts import PartContext, SequenceBounds
 from memattn.parts.chapters import Chapters
 from memattn.parts.losses import LossSums
@@ -29,11 +29,8 @@ class MemAttnModel(MemAttnPreTrainedModel):
 
     def __init__(self, config: MemAttnConfig) -> None:
         super().__init__(config)
-        assert config.head_dim is not None and config.rope_parameters is not None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions, self.rotary = config.build_positions(), None
-        if self.embed_positions is None:
-            self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters["rope_theta"])
+        self.embed_positions, self.rotary = config.build_positions(), config.build_rotary()
         self.layers = nn.ModuleList(
             MemAttnBlock(config, i) for i in range(config.num_hidden_layers)
         )
