@@ -321,7 +321,8 @@ struct InFloats {
   static int64_t backward_scratch(const Args& a) { return float_backward_scratch(a); }
 
   // for operators with tiles of their own: rows of queries to panels, the scale of exponents, and one
-  // block of keys with what `score_floats` and `block_floats` take of scratch
+  // block of keys with what `score_floats` and `block_floats` take of scratch; `fine` where weights may
+  // not be rounded to bfloat16
   template <class QueryRows>
   static void panels(const View& view, const Tile& tile, const QueryRows& rows, int64_t width,
                      int64_t panel, float* spare, float* to) {
@@ -335,7 +336,7 @@ struct InFloats {
   static float* block_scratch(float* scratch, bool) { return scratch; }
   template <int NV, class AnyBlock>
   static MEMATTN_INLINE void take_keys(const AnyBlock& block, int64_t lanes, int64_t D, int64_t Dv,
-                                       const SumRuns& runs, Split scale2, const float* q,
+                                       const SumRuns& runs, bool, Split scale2, const float* q,
                                        float* scores, SoftmaxState<NV>* states, float* acc) {
     attend<NV>(block, lanes, D, Dv, runs, scale2, q, scores, states, acc);
   }

@@ -40,7 +40,7 @@ struct PairFutureSteps {
       for (int64_t d = 0; d < ld; d += VL) {
         const __m256i numbers = (__m256i)_mm512_cvtneps_pbh((__m512)*(vf*)(row + d));
         _mm256_storeu_si256((__m256i*)(to + d / 2), numbers);
-        *(vf*)(row + d) = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
+        *(vf*)(row + d) = floats_of(numbers);
       }
       __builtin_memset(to + ld / 2, 0, (ldp - ld / 2) * 4);
     }

@@ -42,10 +42,11 @@ static MEMATTN_INLINE void pair_scores(const AnyBlock& block, int64_t p, const S
 
 // Takes one block of keys into the softmax states of all panels, and calls add(panel, what it sees, the
 // pairs of these, what is added so far is to be multiplied by) when `weights` holds those of a panel. q:
-// [panel][terms][PANEL], scores: [BLOCK_KEYS + 2][PANEL], weights: [BLOCK_KEYS / 2 + 1][PANEL].
-template <int NV, class AnyBlock, class Add>
+// [panel][terms][PANEL], scores: [BLOCK_KEYS + 2][PANEL], weights and with FINE their rest:
+// [BLOCK_KEYS / 2 + 1][PANEL].
+template <int NV, bool FINE = false, class AnyBlock, class Add>
 static MEMATTN_INLINE void weigh_pairs(const AnyBlock& block, int64_t lanes, int64_t D, float scale2,
-                                       const float* q, float* scores, float* weights,
+                                       const float* q, float* scores, float* weights, float* rest,
                                        SoftmaxState<NV>* states, Add add) {
   for (int64_t p = 0; p * NV * VL < lanes; ++p) {
     const Span seen(block, p);
@@ -53,20 +54,24 @@ static MEMATTN_INLINE void weigh_pairs(const AnyBlock& block, int64_t lanes, int
     const PairSpan span(seen.first - block.begin, seen.last - seen.first);
     pair_scores<NV>(block, p, seen, span, D, q, scores);
     vf alpha[NV];
-    pair_softmax_step<NV>(scores, span.pairs, scale2, &states[p], alpha, weights);
+    pair_softmax_step<NV, FINE>(scores, span.pairs, scale2, &states[p], alpha, weights, rest);
     add(p, seen, span, (const float*)alpha);
   }
 }
 
-// acc[p] := alpha * acc[p] + the weighted values of a panel; acc: [panel][Dv][PANEL].
+// acc[p] := alpha * acc[p] + the weighted values of a panel, by weights and their rest, if any; acc:
+// [panel][Dv][PANEL].
 template <int NV, class AnyBlock>
 static MEMATTN_INLINE void add_weighted_pairs(const AnyBlock& block, int64_t p, const PairSpan& span,
-                                              int64_t Dv, const float* weights, const float* alpha,
-                                              float* acc) {
+                                              int64_t Dv, const float* weights, const float* rest,
+                                              const float* alpha, float* acc) {
   constexpr int64_t PANEL = NV * VL;
   with_own_keys(block, span, Dv, [&](const float* values) {
     product<NV, Store::scale_add, false, Pairs>(Dv, 1, span.pairs, values, Dv, 0, weights, PANEL, 0,
                                                 acc + p * Dv * PANEL, PANEL, alpha);
+    if (rest)
+      product<NV, Store::add, false, Pairs>(Dv, 1, span.pairs, values, Dv, 0, rest, PANEL, 0,
+                                            acc + p * Dv * PANEL, PANEL, nullptr);
   });
 }
 
@@ -92,7 +97,7 @@ static MEMATTN_INLINE void forward_pairs(const Args& a, const Tile& tile, const 
   clear<NV>(states, TILE_ROWS / PANEL);
 
   walk(PairScratch{block_scratch, false}, [&](const auto& block) {
-    weigh_pairs<NV>(block, rows.lanes, a.D, scale2, q, scores, weights, states,
+    weigh_pairs<NV>(block, rows.lanes, a.D, scale2, q, scores, weights, nullptr, states,
                     [&](int64_t p, const Span& seen, const PairSpan& span, const float* alpha) {
       if constexpr (BY_ROW) {
         const Lanes panel = panel_of<NV>(rows, p);
@@ -102,7 +107,7 @@ static MEMATTN_INLINE void forward_pairs(const Args& a, const Tile& tile, const 
                                     alpha - panel.first, acc);
         });
       } else {
-        add_weighted_pairs<NV>(block, p, span, a.Dv, weights, alpha, acc);
+        add_weighted_pairs<NV>(block, p, span, a.Dv, weights, nullptr, alpha, acc);
       }
     });
   });
@@ -360,17 +365,21 @@ struct InPairs {
     to_panels(spare, ld, rows.lanes, terms, panel, to);
   }
   static float exponent(double scale) { return (float)(scale * LOG2E); }
-  static int64_t score_floats(int64_t panel) { return (BLOCK_KEYS + BLOCK_KEYS / 2 + 3) * panel; }
+  static int64_t score_floats(int64_t panel) { return (2 * BLOCK_KEYS + 4) * panel; }
   static int64_t block_floats(int64_t D, int64_t Dv) { return pair_scratch(D, Dv); }
   static PairScratch block_scratch(float* scratch, bool is_backward) { return {scratch, is_backward}; }
   template <int NV, class AnyBlock>
-  static MEMATTN_INLINE void take_keys(const AnyBlock& block, int64_t lanes, int64_t D, int64_t Dv,
-                                       const SumRuns&, float scale2, const float* q, float* scores,
-                                       SoftmaxState<NV>* states, float* acc) {
-    float* weights = scores + (BLOCK_KEYS + 2) * NV * VL;
-    weigh_pairs<NV>(block, lanes, D, scale2, q, scores, weights, states,
-                    [&](int64_t p, const Span&, const PairSpan& span, const float* alpha) {
-                      add_weighted_pairs<NV>(block, p, span, Dv, weights, alpha, acc);
-                    });
+  static void take_keys(const AnyBlock& block, int64_t lanes, int64_t D, int64_t Dv, const SumRuns&,
+                        bool fine, float scale2, const float* q, float* scores,
+                        SoftmaxState<NV>* states, float* acc) {
+    constexpr int64_t PANEL = NV * VL;
+    float *weights = scores + (BLOCK_KEYS + 2) * PANEL, *rest = weights + (BLOCK_KEYS / 2 + 1) * PANEL;
+    auto take = [&](auto is_fine) {
+      weigh_pairs<NV, is_fine>(block, lanes, D, scale2, q, scores, weights, rest, states,
+                               [&](int64_t p, const Span&, const PairSpan& span, const float* alpha) {
+        add_weighted_pairs<NV>(block, p, span, Dv, weights, is_fine ? rest : nullptr, alpha, acc);
+      });
+    };
+    fine ? take(std::true_type()) : take(std::false_type());
   }
 };

@@ -200,8 +200,10 @@ static void future_forward_tile(const FutureArgs& a, const Tile& tile, float* sc
 
   for_each_future_block(a, tile, rows, PANEL, nullptr, with_target,
                         How::block_scratch(block_scratch, false), [&](Keys kind, const auto& block) {
-    How::template take_keys<NV>(block, rows.lanes, a.D, a.Dv, runs, scale2,
-                             kind == FUTURE ? future_q : q, scores, states[kind], acc[kind]);
+    // the loss is a mean over so many numbers that it tells more than bfloat16 does
+    const bool fine = with_target && kind != PAST;
+    How::template take_keys<NV>(block, rows.lanes, a.D, a.Dv, runs, fine, scale2,
+                                kind == FUTURE ? future_q : q, scores, states[kind], acc[kind]);
   });
 
   float norm[3][TILE_ROWS];
