@@ -128,12 +128,14 @@ class MemAttnModel(MemAttnPreTrainedModel):
         all_hidden_states: list[Tensor] = []
         sums = LossSums()
         carry: dict[str, Tensor] = {}
-        stepped = (
-            None
-            if output_hidden_states
-            else decoder_step(self.layers, hidden_states, context, cache)
-        )
         layers: Any = self.layers
+        if self.config.num_hidden_layers < len(layers):
+            # the first of them alone, where a model that exits early is its own assistant
+            layers = layers[: self.config.num_hidden_layers]
+        last = len(layers) - 1
+        stepped = (
+            None if output_hidden_states else decoder_step(layers, hidden_states, context, cache)
+        )
         if stepped is not None:
             hidden_states, layers = stepped, ()
         elif self.rotary is not None:
@@ -143,7 +145,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             layer_cache = None if cache is None else cache.layers[i]
-            if hidden_to_keep and i == len(self.layers) - 1 and not output_hidden_states:
+            if hidden_to_keep and i == last and not output_hidden_states:
                 context.newest = newest_of(hidden_to_keep, layer, self.norm, context)
             hidden_states, losses, carry = layer.call(
                 hidden_states, carry, context, layer_cache, shared_parts
