@@ -80,7 +80,8 @@ def attention_step(
     )
     attended = part.attend_rows(attention, query, key, value, context)
     if state is not None:
-        state.compact("key"), state.compact("value")
+        for name in ("key", "value"):
+            state.compact(name)
     return torch.ops.memattn_cpp.output_rows(hidden_states, attended, weights[-1])
 
 
