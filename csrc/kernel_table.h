@@ -7,7 +7,8 @@ static constexpr Kernels make_kernels(const char* name) {
           store_scaled,
           {float_forward_scratch<SegmentedArgs>, float_backward_scratch<SegmentedArgs>,
            segmented_forward_by<InFloats>, segmented_backward_by<InFloats>},
-          {future_forward_scratch, future_backward_scratch, future_forward, future_backward},
+          {future_forward_scratch<InFloats>, future_backward_scratch<FloatFutureSteps>,
+           future_forward_by<InFloats>, future_backward_by<FloatFutureSteps>},
           {task_forward_scratch<InFloats>, task_backward_scratch<InFloats>, task_forward_by<InFloats>,
            task_backward_by<InFloats>},
           {float_forward_scratch<BranchArgs>, float_backward_scratch<BranchArgs>,
@@ -19,5 +20,6 @@ static constexpr Kernels make_kernels(const char* name) {
            memory_backward, memory_step},
           {step_scratch, step_attend, step_products, step_norm, step_rotate, step_gate},
           {rows_norm, rows_norm_again, rows_norm_backward, rows_rotate, rows_gate, rows_gate_backward,
-           rows_cross_entropy}};
+           rows_cross_entropy},
+          {rows_to_panels, panels_to_rows, panel_products}};
 }

@@ -68,10 +68,8 @@ class MemAttnCache(SequenceStates, Cache):
 
     @property
     def nbytes(self) -> int:
-        """Size of the state of all layers in bytes."""
-        return sum(
-            t.numel() * t.element_size() for state in self._states() for t in state.tensors()
-        )
+        """Size of the state of all layers in bytes, with the room that new tokens are given."""
+        return sum(state.nbytes for state in self._states())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen so far, the same for all layers."""
@@ -121,7 +119,9 @@ class MemAttnCache(SequenceStates, Cache):
         merged.seq_start, merged.seq_end = torch.cat(starts), torch.cat(ends)
         for i, layer in enumerate(merged.layers):
             for name, state in layer.parts.items():
-                layer.parts[name] = state.merge([cache.layers[i].parts[name] for cache in caches])
+                parts = [cache.layers[i].parts[name] for cache in caches]
+                layer.parts[name] = state.merge(parts)
+                layer.parts[name].realign(merged.seq_start, position)
         merged._trim()
         return merged
 

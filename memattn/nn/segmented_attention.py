@@ -25,6 +25,8 @@ class SegmentedAttention(PersistentAttention):
         head_dim: Features of a head, ``D``; None means ``hidden_size / num_heads``.
         segment_len: Tokens in a segment, ``L``; None means no segments.
         window_size: Keys in the sliding window, the query's own included; None means no window.
+        num_sink_tokens: First tokens of each sequence or document that its tokens see beside
+            segment and window.
         num_persistent_tokens: Persistent keys, ``P``.
         backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
@@ -50,6 +52,7 @@ class SegmentedAttention(PersistentAttention):
         head_dim: int | None = None,
         segment_len: int | None = None,
         window_size: int | None = None,
+        num_sink_tokens: int = 0,
         num_persistent_tokens: int = 0,
         backend: str = "auto",
     ) -> None:
@@ -57,8 +60,10 @@ class SegmentedAttention(PersistentAttention):
         for name, value in (("segment_len", segment_len), ("window_size", window_size)):
             if value is not None:
                 check_int(name, value, 1)
+        check_int("num_sink_tokens", num_sink_tokens, 0)
         self.segment_len = segment_len
         self.window_size = window_size
+        self.num_sink_tokens = num_sink_tokens
         self.backend = backend
 
     def forward(
@@ -100,6 +105,7 @@ class SegmentedAttention(PersistentAttention):
             value,
             segment_len=self.segment_len,
             window_size=self.window_size,
+            num_sink_tokens=self.num_sink_tokens,
             persistent_key=self.persistent_key,
             persistent_value=self.persistent_value,
             query_offset=key.shape[2] - query.shape[2],
@@ -109,4 +115,6 @@ class SegmentedAttention(PersistentAttention):
 
     def extra_repr(self) -> str:
         sizes = f"segment_len={self.segment_len}, window_size={self.window_size}"
+        if self.num_sink_tokens:
+            sizes += f", num_sink_tokens={self.num_sink_tokens}"
         return f"{sizes}, num_persistent_tokens={self.num_persistent_tokens}"

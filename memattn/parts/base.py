@@ -98,6 +98,7 @@ class Exchange(NamedTuple):
 
     features: int = 0  # numbers of each token that it needs: its keys and values
     spans: tuple[int | None, int | None] = (None, None)  # segment and window; none is all earlier
+    first: int = 0  # first tokens of the sequence beside these
     ahead: int = 0  # tokens behind its own
     state: int = 0  # numbers in float32 of a state that goes from process to process
 
@@ -214,6 +215,15 @@ class PartConfig:
         None where one call of an operator cannot compute it (see ``memattn.models.plain_step``).
         """
         return None
+
+    def attend_rows(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, context: PartContext
+    ) -> Tensor:
+        """Output of heads ``[B, H, T, D]`` for the newest queries, where ``step_sources`` is given.
+
+        Queries and keys are rotated, and keys and values are those of the cache, new ones behind.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define attend_rows")
 
     @staticmethod
     def init_weights(module: nn.Module, std: float) -> None:

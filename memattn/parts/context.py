@@ -39,6 +39,8 @@ class PartContext:
             a part that stands beside attention; else None.
         base: The module of attention itself, for such a part; else None.
         inputs: What the caller of the model gave to parts, by the names of ``PartConfig.inputs``.
+        newest: Tokens, counted from the last, whose output of this layer anyone looks at; None is
+            all. Only a layer without further parts is told, and no part is.
     """
 
     positions: Tensor
@@ -60,6 +62,7 @@ class PartContext:
     attended: Tensor | None = None
     base: nn.Module | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    newest: int | None = None
 
     def of_part(
         self,
@@ -95,12 +98,14 @@ class PartContext:
 
     def attention_inputs(self) -> dict[str, Any]:
         """Keywords that every attention module of ``memattn.nn`` takes."""
+        return dict(rotary=self.rotary, cache=self.state, **self.sequence_bounds())
+
+    def sequence_bounds(self) -> dict[str, Tensor | None]:
+        """Keywords of operators that say where sequences and documents begin and end."""
         return dict(
-            rotary=self.rotary,
             cu_seqlens=self.cu_seqlens,
             seq_start=self.bounds.seq_start,
             seq_end=self.bounds.seq_end,
-            cache=self.state,
         )
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:

@@ -167,7 +167,8 @@ class SequenceStates:
         alike = int(start[0]) if len(start) and bool((start == start[0]).all()) else None
         known: dict[tuple, SequenceBounds] = {}  # most layers are alike
         for state in self._states():
-            kind = (state.kept, state.segment_len, state.window_size)
+            state.place(start, self.position - T)
+            kind = (state.kept, state.segment_len, state.window_size, state.lead)
             if kind not in known:
                 known[kind] = self._bounds(state, T, device)
             state.bounds, state.start = known[kind], alike
@@ -177,7 +178,7 @@ class SequenceStates:
     def _bounds(self, state: PartState, T: int, device: torch.device) -> SequenceBounds:
         """The rows' bounds in columns of the state's tokens, with the ``T`` new ones at the end."""
         assert self.seq_start is not None and self.seq_end is not None
-        S = state.kept + T
+        S = state.lead + state.kept + T
         first_column = self.position - S
         start = (self.seq_start - first_column).to(torch.int32)
         end = (self.seq_end - first_column).clamp(max=S).to(torch.int32)

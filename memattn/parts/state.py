@@ -65,6 +65,7 @@ class PartState:
         self.keep = 0  # newest tokens that later ones can see, set by the cache
         self.bounds = SequenceBounds(None, None)  # of this call, set by the cache
         self.start: int | None = None  # column where all rows begin, if one, set by the cache
+        self.lead = 0  # entries that this call puts before those kept
 
     def fresh(self) -> "PartState":
         """An empty one of the same part."""
@@ -90,6 +91,17 @@ class PartState:
         yield from self.history.values()
 
     @property
+    def nbytes(self) -> int:
+        """Size of everything that is kept in bytes, with the room behind it."""
+        rooms = (self._room.get(name) for name in self.tokens)
+        held = [
+            tensor if room is None or room.view is not tensor else room.buffer
+            for room, tensor in zip(rooms, self.tokens.values(), strict=True)
+        ]
+        held += [*self.rows.values(), *self.history.values()]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    @property
     def kept(self) -> int:
         """Tokens that are kept."""
         return next((t.shape[-2] for t in self.tokens.values()), 0)
@@ -103,6 +115,12 @@ class PartState:
         if name in self.tokens:
             past = self.tokens[name]
             self._check(name, past[..., :0, :], states[..., :0, :])
+            if _may_write(past, states):
+                n = states.shape[-2]
+                found = self.extend(name, n)
+                found[..., found.shape[-2] - n :, :].copy_(states)
+                self.compact(name)
+                return found
             states = torch.cat([past, states], dim=-2)
         self.tokens[name] = states
         self._room.pop(name, None)
@@ -110,13 +128,18 @@ class PartState:
             self._trim(name)
         return states
 
-    def extend(self, name: str, n: int) -> Tensor:
+    def extend(self, name: str, n: int, empty: Tensor | None = None) -> Tensor:
         """A token tensor that is kept with ``n`` more entries at its end, for the caller to write.
 
         It has room for more, so that most calls copy nothing. What was returned earlier stays as it
-        was. Without gradients only.
+        was. Without gradients only. ``compact`` is called when they are written.
+
+        Args:
+            name: Its name.
+            n: Number of entries.
+            empty: Stands for what is kept where nothing is, ``[B, ..., 0, F]``.
         """
-        past = self.tokens[name]
+        past = self.tokens[name] if empty is None else self.tokens.get(name, empty)
         room = self._room.get(name)
         # kept by identity: whatever else replaced the tensor has no room behind it
         if room is not None and not torch.is_inference_mode_enabled():
@@ -134,6 +157,13 @@ class PartState:
         self.tokens[name] = view = room.buffer[..., first:end, :]
         self._room[name] = Room(room.buffer, view, end)
         return found
+
+    def compact(self, name: str) -> None:
+        """Give back the memory of entries that no later token sees, where it is most of it."""
+        room = self._room.get(name)
+        if room is not None and room.buffer.shape[-2] > 2 * (room.view.shape[-2] + ROOM):
+            self.tokens[name] = room.view.clone()
+            del self._room[name]
 
     def read(self, name: str, initial: Tensor) -> Tensor:
         """A row tensor ``[B, ...]`` as it was before this call.
@@ -171,6 +201,9 @@ class PartState:
         if past.shape != states.shape:
             what = f"have {name} of {self.kind or 'attention'} of shape {list(states.shape)}"
             must("past_key_values", f"{what} as in this model", list(past.shape))
+
+    def place(self, seq_start: Tensor, position: int) -> None:
+        """A call begins: its first column is ``position``, rows begin at ``seq_start`` ``[B]``."""
 
     def begin(self) -> None:
         """A call begins: rows that were reset get their initial values in it."""
@@ -212,6 +245,9 @@ class PartState:
                 ]
             )
         return merged
+
+    def realign(self, seq_start: Tensor, position: int) -> None:
+        """States were merged, and rows begin at ``seq_start`` ``[B]`` of ``position`` columns."""
 
     def trim(self) -> None:
         """Drop what belongs to tokens that no later token can see, and the memory it takes."""
@@ -262,3 +298,11 @@ class PartState:
                 near.append(torch.full_like(start, position - self.window_size + 1))
             first = torch.stack(near).amin(0).maximum(start)
         return int(torch.where(end == OPEN_END, first, position).min())
+
+
+def _may_write(past: Tensor, states: Tensor) -> bool:
+    """Whether new entries may be written behind those kept, instead of copying both."""
+    # with gradients on, what was returned earlier may be saved for a backward
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return past.dtype == states.dtype and past.device == states.device
