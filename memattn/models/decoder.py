@@ -4,14 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils.generic import can_return_tuple
 
 from memattn.checks import check_rank, must
 from memattn.models.block import MemAttnBlock
 from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
+from memattn.models.generation import MemAttnGenerationMixin
 from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
 from memattn.models.plain_step import linear_step, norm_step
@@ -21,7 +20,8 @@ from memattn.parts import PartContext, SequenceBounds
 from memattn.parts.chapters import Chapters
 from memattn.parts.losses import LossSums
 from memattn.parts.padding import check_lengths, check_positions, mask_bounds
-from memattn.parts.together import chapter_layout, check_inputs, for_all_samples
+from memattn.parts.together import chapter_layout, check_inputs
+from memattn.parts.token_order import reorder_input, repeat_last
 
 
 class MemAttnModel(MemAttnPreTrainedModel):
@@ -91,9 +91,17 @@ class MemAttnModel(MemAttnPreTrainedModel):
             if cache.seq_start is not None and cache.seq_start.any():
                 seq_start = cache.seq_start.to(device)
             bounds = SequenceBounds(None, None)  # the state of each part has its own
+            order = cache.order
         else:
-            bounds = mask_bounds(attention_mask, B, T, cu_seqlens)
+            bounds, order = mask_bounds(attention_mask, B, T, cu_seqlens)
             seq_start = bounds.seq_start
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, attention_mask.shape[1] - T :]
+        if order is not None:  # from here on each row's tokens follow each other
+            hidden_states = order.put(hidden_states)
+            attention_mask = order.put(order.present)
+            position_ids = None if position_ids is None else order.put(position_ids)
+            given = {name: reorder_input(order, value) for name, value in given.items()}
         positions = sequence_positions(
             hidden_states, offset=offset, seq_start=seq_start, cu_seqlens=cu_seqlens
         )
@@ -103,7 +111,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
             check_positions(position_ids, positions, attention_mask)
         present = None
         if attention_mask is not None and _has_padding(cache, bounds):
-            present = attention_mask[:, -T:] != 0
+            present = attention_mask != 0
         if self.embed_positions is not None:
             known = positions if present is None else torch.where(present, positions, 0)
             hidden_states = hidden_states + self.embed_positions(known.clamp(min=0))
@@ -121,6 +129,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
             measure_losses=self.training if output_losses is None else output_losses,
             library=self.chapters if len(self.chapters) or self.chapters.is_recording else None,
             inputs=given,
+            order=order,
         )
         all_hidden_states: list[Tensor] = []
         sums = LossSums()
@@ -138,6 +147,13 @@ class MemAttnModel(MemAttnPreTrainedModel):
         normed = norm_step(self.norm, hidden_states)
         hidden_states = self.norm(hidden_states) if normed is None else normed
         means, counts = sums.means()
+        if order is not None:
+            hidden_states = order.columns(hidden_states)
+            all_hidden_states = [order.columns(x) for x in all_hidden_states]
+            present = order.present
+        if present is not None and not self.training:
+            # generation goes on from the last column, also of a row whose tokens ended before
+            hidden_states = repeat_last(hidden_states, present)
         return MemAttnModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=cache,
@@ -173,7 +189,7 @@ def _has_padding(cache: MemAttnCache | None, bounds: SequenceBounds) -> bool:
     return bounds.seq_start is not None or bounds.seq_end is not None
 
 
-class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
+class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
     """A language model: the decoder, and an output layer tied to the embedding by default.
 
     Args:
@@ -215,6 +231,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
         past_key_values: MemAttnCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -228,15 +245,19 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: Tokens, int64 ``[B, T]``.
-            attention_mask: ``[B, T]``, 1 for tokens and 0 for padding on the left, the right or
-                both; with ``past_key_values`` also ``[B, position + T]``. Each row's ones are one
-                contiguous block.
+            attention_mask: ``[B, T]``, 1 for tokens and 0, anywhere in a row, where there is none;
+                with ``past_key_values`` also ``[B, position + T]``. A row is the sequence of its
+                tokens: positions, segments and windows count these. Outside training a column
+                without a token repeats the output of the token before it. A row whose mask no
+                longer has its newest tokens goes on without them.
             position_ids: ``[B, T]`` or ``[1, T]``. The model counts positions from the start of
                 each sequence by itself; these are only checked to say the same.
             past_key_values: State of earlier calls, which this call extends in place.
             inputs_embeds: Embedded tokens ``[B, T, E]``, instead of ``input_ids``.
             labels: int64 ``[B, T]``, the tokens themselves (they are shifted here); -100 where
-                there is no loss.
+                there is no loss. In rows with holes a token predicts the row's next token.
+            shift_labels: int64 ``[B, T]``, what each column predicts, instead of ``labels``; these
+                may be given too.
             use_cache: Whether to return the state of the sequences; None means as the
                 configuration says, but not in training mode and not with ``cu_seqlens``.
             cu_seqlens: int32 ``[n+1]``, the bounds of packed documents, with ``B = 1``; attention
@@ -260,7 +281,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
 
         Raises:
             TypeError: If ``past_key_values`` is not a ``MemAttnCache``, or an argument is unknown.
-            ValueError: If shapes do not fit, a row of the mask is not one block of ones, positions
+            ValueError: If shapes do not fit, a value of the mask is neither 0 nor 1, positions
                 differ, a sequence is longer than ``max_position_embeddings`` where that is a
                 limit, a cache is of another model, or meets packed documents or checkpointing.
             NotImplementedError: If ``output_attentions`` is set.
@@ -309,43 +330,4 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             lm_loss=lm_loss,
             losses=outputs.losses,
             loss_counts=outputs.loss_counts,
-        )
-
-    @property
-    def part_inputs(self) -> set[str]:
-        """Names of the tensors that a caller may give to parts of the model."""
-        return {name for part in self.config.named_parts().values() for name in part.inputs}
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """As of transformers, which does not know what parts take."""
-        known = self.part_inputs
-        rest = {name: value for name, value in model_kwargs.items() if name not in known}
-        super()._validate_model_kwargs(rest)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """As of transformers; what is for all samples has no rows to repeat for beams."""
-        whole = for_all_samples(self.config.named_parts().values(), kwargs)
-        rest = {name: value for name, value in kwargs.items() if name not in whole}
-        parent: Any = super()
-        ids, expanded = parent._expand_inputs_for_generation(*args, **rest)
-        return ids, {**expanded, **whole}
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> bool:
-        """Let ``generate()`` begin with a ``MemAttnCache`` instead of a ``DynamicCache``."""
-        kind = generation_config.cache_implementation
-        if kind is not None:
-            must("cache_implementation", "be None", repr(kind))
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = cache = MemAttnCache(self.config)
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-        return super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from memattn.nn import RotaryEmbedding
 from memattn.parts.chapters import Chapters, OpenChapter
 from memattn.parts.state import PartState, SequenceBounds
+from memattn.parts.token_order import TokenOrder
 
 Angles = tuple[Tensor, Tensor]
 
@@ -39,6 +40,7 @@ class PartContext:
             a part that stands beside attention; else None.
         base: The module of attention itself, for such a part; else None.
         inputs: What the caller of the model gave to parts, by the names of ``PartConfig.inputs``.
+        order: The order in which columns of the caller stand here, where rows have holes.
     """
 
     positions: Tensor
@@ -60,6 +62,7 @@ class PartContext:
     attended: Tensor | None = None
     base: nn.Module | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    order: TokenOrder | None = None
 
     def of_part(
         self,
@@ -91,6 +94,7 @@ class PartContext:
             attended=attended,
             base=base,
             inputs=self.inputs,
+            order=self.order,
         )
 
     def attention_inputs(self) -> dict[str, Any]:
