@@ -306,13 +306,13 @@ struct InFloats {
   template <class AnyBlock>
   static MEMATTN_INLINE void complete(AnyBlock&, int64_t, int64_t, float*) {}
 
-  template <int NV, class... Parts>
+  template <int NV, bool BY_ROW = false, class... Parts>
   static MEMATTN_INLINE void forward(const Parts&... parts) {
-    forward_rows<NV>(parts...);
+    forward_rows<NV, BY_ROW>(parts...);
   }
-  template <int NV, class... Parts>
+  template <int NV, bool BY_ROW = false, class... Parts>
   static MEMATTN_INLINE void backward(const Parts&... parts) {
-    backward_rows<NV>(parts...);
+    backward_rows<NV, BY_ROW>(parts...);
   }
   // floats
   template <class Args>

@@ -3,6 +3,27 @@
 //
 // Included after bfloat16_tile.h.
 
+constexpr int64_t PAIRS_RUN = 12;  // pairs of keys for which sums by row choose their lanes once
+
+// What the cotangents of the results `out` are made to, see take_cotangents(); rows are `ld` pairs apart.
+template <class Args, class QueryRows>
+static MEMATTN_INLINE void take_pair_cotangents(const Args&, const Tile&, const QueryRows&,
+                                                const bfloat16_bits*, bfloat16_bits*, int64_t) {}
+
+// One panel of products of pairs with the keys or values [skip, skip + n) of a block, see block_products().
+template <int NV, class AnyBlock>
+static MEMATTN_INLINE void pair_products(const AnyBlock& block, const PairSpan& span, const Rows& rows,
+                                         int64_t terms, const float* panel, float* to) {
+  constexpr int64_t PANEL = NV * VL, STEP = AnyBlock::FETCHES ? FETCH_KEYS : BLOCK_KEYS;
+  const float* from = rows.data + span.skip * rows.stride;
+  for (int64_t j = 0; j < span.n; j += STEP) {
+    if constexpr (AnyBlock::FETCHES) block.fetch_some();
+    const int64_t n = span.n - j < STEP ? span.n - j : STEP;
+    product<NV, Store::set, true, Pairs>(n, 1, terms, from + j * rows.stride, rows.stride, 0, panel,
+                                         PANEL, 0, to + j * PANEL, PANEL, nullptr);
+  }
+}
+
 // Scores of the keys that panel p sees, whole pairs of keys with -inf in place of neighbours.
 template <int NV, class AnyBlock>
 static MEMATTN_INLINE void pair_scores(const AnyBlock& block, int64_t p, const Span& seen,
@@ -11,9 +32,7 @@ static MEMATTN_INLINE void pair_scores(const AnyBlock& block, int64_t p, const S
   constexpr int64_t PANEL = NV * VL;
   const int64_t terms = pairs_in(D);
   float* own = scores + span.lead * PANEL;
-  product<NV, Store::set, true, Pairs>(span.n, 1, terms, block.key.data + span.skip * block.key.stride,
-                                       block.key.stride, 0, q + p * terms * PANEL, PANEL, 0, own,
-                                       PANEL, nullptr);
+  pair_products<NV>(block, span, block.key, terms, q + p * terms * PANEL, own);
   if (seen.partial) mask_panel<NV>(own, block, p, seen.first, seen.last);
   for (int v = 0; v < NV; ++v) {
     if (span.lead) ((vf*)scores)[v] = broadcast(-__builtin_inff());
@@ -21,15 +40,16 @@ static MEMATTN_INLINE void pair_scores(const AnyBlock& block, int64_t p, const S
   }
 }
 
-// walk(scratch, visit) calls visit(block) for every block of keys that some row sees.
-template <int NV, class Args, class QueryRows, class Walk>
+// walk(scratch, visit) calls visit(block) for every block of keys that some row sees. BY_ROW as in
+// forward_rows().
+template <int NV, bool BY_ROW, class Args, class QueryRows, class Walk>
 static MEMATTN_INLINE void forward_pairs(const Args& a, const Tile& tile, const QueryRows& rows,
                                          Walk walk, float* scratch) {
   constexpr int64_t PANEL = NV * VL;
   const int64_t terms = pairs_in(a.D), ldk = round_up(terms, VL), ldv = round_up(a.Dv, VL);
   Pieces pieces{scratch};
   float* q = pieces.take(TILE_ROWS * terms);             // [panel][terms][PANEL]
-  float* acc = pieces.take(TILE_ROWS * a.Dv);            // [panel][Dv][PANEL]
+  float* acc = pieces.take(TILE_ROWS * a.Dv);            // [panel][Dv][PANEL], by row [lanes][Dv]
   float* scores = pieces.take((BLOCK_KEYS + 2) * PANEL);
   float* weights = pieces.take((BLOCK_KEYS / 2 + 1) * PANEL);
   float* row_scratch = pieces.take(TILE_ROWS * (ldk > ldv ? ldk : ldv));
@@ -50,6 +70,13 @@ static MEMATTN_INLINE void forward_pairs(const Args& a, const Tile& tile, const 
       vf alpha[NV];
       pair_softmax_step<NV>(scores, span.pairs, scale2, &states[p], alpha, weights);
       with_own_keys(block, span, a.Dv, [&](const float* values) {
+        if constexpr (BY_ROW) {
+          const Lanes panel = panel_of<NV>(rows, p);
+          add_to_rows<PANEL, Pairs>(*block.seen, panel, seen.first - span.lead, span.pairs, PAIRS_RUN,
+                                    weights - panel.first, Rows{values, a.Dv}, a.Dv,
+                                    (const float*)alpha - panel.first, acc);
+          return;
+        }
         product<NV, Store::scale_add, false, Pairs>(a.Dv, 1, span.pairs, values, a.Dv, 0, weights,
                                                     PANEL, 0, acc + p * a.Dv * PANEL, PANEL,
                                                     (const float*)alpha);
@@ -57,7 +84,7 @@ static MEMATTN_INLINE void forward_pairs(const Args& a, const Tile& tile, const 
     }
   });
 
-  finish_rows<NV>(a, tile, rows, states, acc, row_scratch);
+  finish_rows<NV, BY_ROW>(a, tile, rows, states, acc, row_scratch);
 }
 
 // The sums over `terms` units of the products of two panels, as a product of pairs rounds them.
@@ -71,53 +98,61 @@ static MEMATTN_INLINE void lane_products(const float* x, const float* y, int64_t
   }
 }
 
-// Stores weights and gradients of scores of two keys, rounded: `rows` of a key hold pairs of lanes.
-template <int NV>
+// Stores weights or gradients of scores of two keys, rounded: `rows` of a key hold pairs of lanes, STEP
+// from one key to the next.
+template <int NV, int64_t STEP>
 static MEMATTN_INLINE void store_lane_pairs(const vf* first, const vf* second, float* rows) {
-  if constexpr (NV == 1) {
+  if constexpr (NV == 1 && STEP != VL / 2) {
+    const __m512i both = rounded(first[0], second[0]);
+    _mm256_storeu_si256((__m256i*)rows, _mm512_castsi512_si256(both));
+    _mm256_storeu_si256((__m256i*)(rows + STEP), _mm512_extracti64x4_epi64(both, 1));
+  } else if constexpr (NV == 1) {
     _mm512_storeu_si512(rows, rounded(first[0], second[0]));
   } else {
     _mm512_storeu_si512(rows, rounded(first[0], first[1]));
-    _mm512_storeu_si512(rows + VL, rounded(second[0], second[1]));
+    _mm512_storeu_si512(rows + STEP, rounded(second[0], second[1]));
   }
 }
 
 // walk(with_gradients, scratch, visit) calls visit(block) for every block of keys that some row sees.
-template <int NV, class Args, class QueryRows, class Walk>
+template <int NV, bool BY_ROW, class Args, class QueryRows, class Walk>
 static MEMATTN_INLINE void backward_pairs(const Args& a, const Tile& tile, const QueryRows& rows,
                                           Walk walk, float* scratch) {
   constexpr int64_t PANEL = NV * VL, HALF = PANEL / 2;
+  constexpr int64_t STEP = BY_ROW ? TILE_ROWS / 2 : HALF;       // of pairs of lanes, between two keys
+  constexpr int64_t NEXT = BY_ROW ? HALF : BLOCK_KEYS * HALF;   // and between two panels
   const int64_t panels = rows.lanes / PANEL, terms = pairs_in(a.D), value_terms = pairs_in(a.Dv);
   const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
   Pieces pieces{scratch};
   float* q = pieces.take(TILE_ROWS * terms);            // [panel][terms][PANEL]
   float* d_out = pieces.take(TILE_ROWS * value_terms);
   float* out = pieces.take(TILE_ROWS * value_terms);
-  float* d_q = pieces.take(TILE_ROWS * a.D);            // [panel][D][PANEL]
+  float* d_q = pieces.take(TILE_ROWS * a.D);            // [panel][D][PANEL], by row [lanes][D]
   float* q_pairs = pieces.take(TILE_ROWS / 2 * ldk);    // [lanes / 2][ldk], pairs of lanes
   float* d_out_pairs = pieces.take(TILE_ROWS / 2 * ldv);
   float* scores = pieces.take((BLOCK_KEYS + 2) * PANEL);
   float* dw = pieces.take((BLOCK_KEYS + 2) * PANEL);    // gradients of the weights
   float* ds_pairs = pieces.take((BLOCK_KEYS / 2 + 1) * PANEL);  // of scores, pairs of keys
-  float* p_all = pieces.take(TILE_ROWS / 2 * BLOCK_KEYS);       // [panel][BLOCK_KEYS][HALF]
+  float* p_all = pieces.take(TILE_ROWS / 2 * BLOCK_KEYS);  // [panel][BLOCK_KEYS][HALF], or by key
   float* ds_all = pieces.take(TILE_ROWS / 2 * BLOCK_KEYS);      // pairs of lanes
-  float* row_scratch = pieces.take(TILE_ROWS * (ldk > ldv ? ldk : ldv));
+  float* row_scratch = pieces.take(TILE_ROWS * (ldk > 2 * ldv ? ldk : 2 * ldv));
   float* lanes = pieces.take(4 * TILE_ROWS);
   float *lse_high = lanes, *lse_low = lanes + TILE_ROWS, *delta = lanes + 2 * TILE_ROWS,
         *d_lse = lanes + 3 * TILE_ROWS;
   const PairScratch block_scratch{pieces.next, true};
 
   const float scale2 = (float)(a.scale * LOG2E);
-  auto load = [&](const View& view, int64_t width, float* to, float* lane_pairs) {
-    const int64_t ld = round_up(pairs_in(width), VL);
-    load_pair_rows(view, tile, rows, width, ld, row_scratch);
-    to_panels(row_scratch, ld, rows.lanes, pairs_in(width), PANEL, to);
-    if (lane_pairs)
-      interleave({row_scratch, ld}, rows.lanes, width, round_up(width, VL), lane_pairs);
-  };
-  load(a.query, a.D, q, q_pairs);
-  load(a.d_out, a.Dv, d_out, d_out_pairs);
-  load(a.out, a.Dv, out, nullptr);
+  const int64_t ldq = round_up(terms, VL), ldo = round_up(value_terms, VL);
+  load_pair_rows(a.query, tile, rows, a.D, ldq, row_scratch);
+  to_panels(row_scratch, ldq, rows.lanes, terms, PANEL, q);
+  interleave({row_scratch, ldq}, rows.lanes, a.D, ldk, q_pairs);
+  float* out_rows = row_scratch + TILE_ROWS * ldo;
+  load_pair_rows(a.d_out, tile, rows, a.Dv, ldo, row_scratch);
+  load_pair_rows(a.out, tile, rows, a.Dv, ldo, out_rows);
+  take_pair_cotangents(a, tile, rows, (const bfloat16_bits*)out_rows, (bfloat16_bits*)row_scratch, ldo);
+  to_panels(row_scratch, ldo, rows.lanes, value_terms, PANEL, d_out);
+  interleave({row_scratch, ldo}, rows.lanes, a.Dv, ldv, d_out_pairs);
+  to_panels(out_rows, ldo, rows.lanes, value_terms, PANEL, out);
   __builtin_memset(d_q, 0, rows.lanes * a.D * 4);
   // weight 0 everywhere for lanes without a row and rows without a key
   for (int64_t i = 0; i < rows.lanes; ++i) lse_high[i] = -NO_SCORE, lse_low[i] = d_lse[i] = 0.0f;
@@ -134,9 +169,7 @@ static MEMATTN_INLINE void backward_pairs(const Args& a, const Tile& tile, const
   auto multiply = [&](const auto& block, int64_t p, const Span& seen, const PairSpan& span) {
     pair_scores<NV>(block, p, seen, span, a.D, q, scores);
     float* own = dw + span.lead * PANEL;
-    product<NV, Store::set, true, Pairs>(
-        span.n, 1, value_terms, block.value.data + span.skip * block.value.stride,
-        block.value.stride, 0, d_out + p * value_terms * PANEL, PANEL, 0, own, PANEL, nullptr);
+    pair_products<NV>(block, span, block.value, value_terms, d_out + p * value_terms * PANEL, own);
     for (int v = 0; v < NV; ++v) {
       if (span.lead) ((vf*)dw)[v] = vf{};
       if (span.ends_odd()) ((vf*)(own + span.n * PANEL))[v] = vf{};
@@ -175,15 +208,18 @@ static MEMATTN_INLINE void backward_pairs(const Args& a, const Tile& tile, const
       const Span seen(block, p);
       const int64_t n = seen.last - seen.first, skip = seen.first - block.begin;
       first[p] = n > 0 ? skip : 0, last[p] = n > 0 ? skip + n : 0;
-      float *p_rows = p_all + p * BLOCK_KEYS * HALF, *ds_rows = ds_all + p * BLOCK_KEYS * HALF;
+      float *p_rows = p_all + p * NEXT, *ds_rows = ds_all + p * NEXT;
       if (n < block.n) {  // keys that this panel does not see add nothing
-        clear_outside<NV, Pairs>(p_rows, block.n, first[p], last[p]);
-        clear_outside<NV, Pairs>(ds_rows, block.n, first[p], last[p]);
+        auto clear = [&](float* panel) {
+          if constexpr (BY_ROW) clear_lanes_outside<NV, Pairs>(panel, block.n, first[p], last[p]);
+          else clear_outside<NV, Pairs>(panel, block.n, first[p], last[p]);
+        };
+        clear(p_rows), clear(ds_rows);
       }
       if (n <= 0) continue;
       const PairSpan span(skip, n);
       multiply(block, p, seen, span);
-      p_rows += 2 * span.begin * HALF, ds_rows += 2 * span.begin * HALF;
+      p_rows += 2 * span.begin * STEP, ds_rows += 2 * span.begin * STEP;
       const vf* mean = (const vf*)(delta + p * PANEL);
       const vf* extra = (const vf*)(d_lse + p * PANEL);
       for (int64_t i = 0; i < span.pairs; ++i) {
@@ -193,25 +229,39 @@ static MEMATTN_INLINE void backward_pairs(const Args& a, const Tile& tile, const
             w[k][v] = weigh(p, 2 * i + k, v);
             ds[k][v] = w[k][v] * ((((const vf*)dw)[(2 * i + k) * NV + v] - mean[v]) + extra[v]);
           }
-        store_lane_pairs<NV>(w[0], w[1], p_rows + 2 * i * HALF);
-        store_lane_pairs<NV>(ds[0], ds[1], ds_rows + 2 * i * HALF);
+        store_lane_pairs<NV, STEP>(w[0], w[1], p_rows + 2 * i * STEP);
+        store_lane_pairs<NV, STEP>(ds[0], ds[1], ds_rows + 2 * i * STEP);
         for (int v = 0; v < NV; ++v)
           _mm512_store_si512(ds_pairs + i * PANEL + v * VL, paired(ds[0][v], ds[1][v]));
       }
       with_own_keys(block, span, a.D, [&](const float* keys) {
+        if constexpr (BY_ROW) {
+          const Lanes panel = panel_of<NV>(rows, p);
+          add_to_rows<PANEL, Pairs>(*block.seen, panel, seen.first - span.lead, span.pairs, PAIRS_RUN,
+                                    ds_pairs - panel.first, Rows{keys, a.D}, a.D, nullptr, d_q);
+          return;
+        }
         product<NV, Store::add, false, Pairs>(a.D, 1, span.pairs, keys, a.D, 0, ds_pairs, PANEL, 0,
                                               d_q + p * a.D * PANEL, PANEL, nullptr);
       });
+    }
+    if constexpr (BY_ROW) {
+      const Lanes all{0, rows.n};
+      add_to_keys<Pairs>(*block.seen, all, block.begin, block.n, TILE_ROWS, p_all, d_out_pairs, a.Dv,
+                         block.d_value);
+      add_to_keys<Pairs>(*block.seen, all, block.begin, block.n, TILE_ROWS, ds_all, q_pairs, a.D,
+                         block.d_key);
+      return;
     }
     add_rows<NV, Pairs>(p_all, d_out_pairs, panels, block.d_value, ldv, block.n, panels, first, last);
     add_rows<NV, Pairs>(ds_all, q_pairs, panels, block.d_key, ldk, block.n, panels, first, last);
   });
 
   for (int64_t j = 0; j < rows.lanes * a.D; ++j) d_q[j] *= (float)a.scale;
-  from_panels(d_q, PANEL, rows.lanes, a.D, ldk, row_scratch);
+  if (!BY_ROW) from_panels(d_q, PANEL, rows.lanes, a.D, ldk, row_scratch);
   for (int64_t i = 0; i < rows.n; ++i)
     store_row(a.d_query, place_of(a.d_query, tile, rows, i), column_step(a.d_query, rows), a.D,
-              row_scratch + i * ldk);
+              (BY_ROW ? d_q : row_scratch) + i * ldk);
 }
 
 template <class Args>
@@ -223,7 +273,7 @@ static int64_t pair_forward_scratch(const Args& a) {
 template <class Args>
 static int64_t pair_backward_scratch(const Args& a) {
   const int64_t wide = round_up(a.D, VL) + round_up(a.Dv, VL);
-  return 3 * TILE_ROWS * wide + (5 * BLOCK_KEYS + 10) * VL + (TILE_ROWS + 1) * BLOCK_KEYS +
+  return 4 * TILE_ROWS * wide + (5 * BLOCK_KEYS + 10) * VL + (TILE_ROWS + 1) * BLOCK_KEYS +
          4 * TILE_ROWS + pair_scratch(a.D, a.Dv) + 256;
 }
 
@@ -247,13 +297,13 @@ struct InPairs {
     pair_keys(block, D, Dv, scratch);
   }
 
-  template <int NV, class... Parts>
+  template <int NV, bool BY_ROW = false, class... Parts>
   static MEMATTN_INLINE void forward(const Parts&... parts) {
-    forward_pairs<NV>(parts...);
+    forward_pairs<NV, BY_ROW>(parts...);
   }
-  template <int NV, class... Parts>
+  template <int NV, bool BY_ROW = false, class... Parts>
   static MEMATTN_INLINE void backward(const Parts&... parts) {
-    backward_pairs<NV>(parts...);
+    backward_pairs<NV, BY_ROW>(parts...);
   }
   template <class Args>
   static int64_t forward_scratch(const Args& a) { return pair_forward_scratch(a); }

@@ -16,12 +16,19 @@ static bool in_bfloat16(const TaskArgs& a) {
   return in_bfloat16({a.query, a.key, a.value, a.out, a.d_out});
 }
 
+static bool in_bfloat16(const BranchArgs& a) {
+  return in_bfloat16({a.query, a.key, a.value, a.out, a.ungated, a.d_out});
+}
+
 static constexpr OperatorKernels<SegmentedArgs, SegmentedGrads> SEGMENTED_PAIRS{
     pair_forward_scratch<SegmentedArgs>, pair_backward_scratch<SegmentedArgs>,
     segmented_forward_by<InPairs>, segmented_backward_by<InPairs>};
 static constexpr OperatorKernels<TaskArgs, KeyGrads> TASK_PAIRS{
     task_forward_scratch<InPairs>, task_backward_scratch<InPairs>, task_forward_by<InPairs>,
     task_backward_by<InPairs>};
+static constexpr OperatorKernels<BranchArgs, KeyGrads> BRANCH_PAIRS{
+    pair_forward_scratch<BranchArgs>, pair_backward_scratch<BranchArgs>, branch_forward_by<InPairs>,
+    branch_backward_by<InPairs>};
 
 // The kernels for all other dtypes.
 static const Kernels& other_kernels() { return MEMATTN_OTHER_KERNELS; }
@@ -52,5 +59,6 @@ static Kernels make_kernels(const char* name) {
   table.segmented = ByDtype<SegmentedArgs, SegmentedGrads, &Kernels::segmented,
                             SEGMENTED_PAIRS>::kernels();
   table.task = ByDtype<TaskArgs, KeyGrads, &Kernels::task, TASK_PAIRS>::kernels();
+  table.branch = ByDtype<BranchArgs, KeyGrads, &Kernels::branch, BRANCH_PAIRS>::kernels();
   return table;
 }

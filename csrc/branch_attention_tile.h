@@ -1,6 +1,6 @@
 // Attention in branches, one tile of slots at a time, forward and backward.
 //
-// Included once per instruction set after chapter_attention_rows.h. The rows of a tile are slots of one
+// Included once per instruction set after attention_rows.h. The rows of a tile are slots of one
 // branch, gathered from the tokens of a sequence, which see about as many keys: so what a slot gets
 // depends on its own keys alone. Derivation: docs/branch_attention.md.
 
@@ -58,8 +58,8 @@ static void store_result(const BranchArgs& a, const Tile&, const BranchRows& row
 }
 
 // The gradients of gates, and the cotangents of the results before these.
-static void take_cotangents(const BranchArgs& a, const Tile& tile, const BranchRows& rows,
-                            const float* out, float* d_out, int64_t ld) {
+static inline void take_cotangents(const BranchArgs& a, const Tile& tile, const BranchRows& rows,
+                                   const float* out, float* d_out, int64_t ld) {
   for (int64_t i = 0; i < rows.n; ++i, out += ld, d_out += ld) {
     a.d_gate[number_of(a, tile, rows, i)] = row_product(out, d_out, a.Dv);
     const float gate = gate_of(a, rows, i);
@@ -67,8 +67,24 @@ static void take_cotangents(const BranchArgs& a, const Tile& tile, const BranchR
   }
 }
 
+// The same of rows of bfloat16, `ld` pairs apart; they are rounded as in plain PyTorch.
+static inline void take_pair_cotangents(const BranchArgs& a, const Tile& tile, const BranchRows& rows,
+                                        const bfloat16_bits* out, bfloat16_bits* d_out, int64_t ld) {
+  for (int64_t i = 0; i < rows.n; ++i, out += 2 * ld, d_out += 2 * ld) {
+    double sum = 0.0;
+    const float gate = gate_of(a, rows, i);
+    for (int64_t d = 0; d < a.Dv; ++d) {
+      const float g = bfloat16_to_float(d_out[d]);
+      sum += (double)bfloat16_to_float(out[d]) * g;
+      d_out[d] = bfloat16_of(g * gate);
+    }
+    a.d_gate[number_of(a, tile, rows, i)] = sum;
+  }
+}
+
 // A block of keys that few rows share, so that they come from memory, and the next block's.
-struct FetchingBlock : Block {
+template <class Base>
+struct FetchingBlock : Base {
   static constexpr bool FETCHES = true;
   const Source& source;
   int64_t D, Dv, next, n_next;  // the keys [next, next + n_next),
@@ -91,22 +107,23 @@ struct FetchingBlock : Block {
 };
 
 // Calls visit(block) for every block of keys that some row of the tile sees. FEW: few rows do.
-template <bool FEW, class Visit>
+template <bool FEW, class Scratch, class Visit>
 static MEMATTN_INLINE void for_each_branch_block(const BranchArgs& a, const Tile& tile,
                                                  const BranchRows& rows, const KeyGrads* grads,
-                                                 float* scratch, Visit visit) {
+                                                 Scratch scratch, Visit visit) {
   auto first = [&](const View& v) {
     return rows.b * v.stride[0] + tile.b % a.F * v.stride[1] + tile.hkv * v.stride[2];
   };
   const Source source{a.key, a.value, first(a.key), first(a.value), 3,
                       grads ? grads->d_key : nullptr, grads ? grads->d_value : nullptr,
                       grads ? grads->key_begin : 0};
-  walk_source(source, rows.seen, a.D, a.Dv, scratch, [&](const Block& block) {
+  walk_source(source, rows.seen, a.D, a.Dv, scratch, [&](const auto& block) {
     if constexpr (FEW) {
       const int64_t next = block.begin + block.n, left = rows.seen.max_hi - next;
       const int64_t n = left < BLOCK_KEYS ? left : BLOCK_KEYS;
       const int64_t times = rows.lanes / VL * (BLOCK_KEYS / FETCH_KEYS) * (grads ? 2 : 1);
-      const FetchingBlock fetching{{block}, source, a.D, a.Dv, next, n, (2 * n + times - 1) / times};
+      const FetchingBlock<std::decay_t<decltype(block)>> fetching{
+          block, source, a.D, a.Dv, next, n, (2 * n + times - 1) / times};
       visit(fetching);
       fetching.fetch_rest();
     } else {
@@ -115,22 +132,23 @@ static MEMATTN_INLINE void for_each_branch_block(const BranchArgs& a, const Tile
   });
 }
 
-template <int NV, bool BY_ROW>
+template <class How, int NV, bool BY_ROW>
 static void branch_forward_tile(const BranchArgs& a, const Tile& tile, float* scratch) {
   const BranchRows rows(a, tile, NV * VL);
-  forward_rows<NV, BY_ROW>(a, tile, rows, [&](float* block_scratch, auto visit) {
+  How::template forward<NV, BY_ROW>(a, tile, rows, [&](auto block_scratch, auto visit) {
     for_each_branch_block<NV == 1>(a, tile, rows, nullptr, block_scratch, visit);
   }, scratch);
 }
 
-template <int NV, bool BY_ROW>
+template <class How, int NV, bool BY_ROW>
 static void branch_backward_tile(const BranchArgs& a, const Tile& tile, const KeyGrads& grads,
                                  float* scratch) {
   const BranchRows rows(a, tile, NV * VL);
-  backward_rows<NV, BY_ROW>(a, tile, rows, [&](bool with_gradients, float* block_scratch, auto visit) {
-    for_each_branch_block<NV == 1>(a, tile, rows, with_gradients ? &grads : nullptr, block_scratch,
-                                   visit);
-  }, scratch);
+  How::template backward<NV, BY_ROW>(
+      a, tile, rows, [&](bool with_gradients, auto block_scratch, auto visit) {
+        for_each_branch_block<NV == 1>(a, tile, rows, with_gradients ? &grads : nullptr,
+                                       block_scratch, visit);
+      }, scratch);
 }
 
 // Whether panels of one vector serve a tile: where it has no more rows, and where rows lie so far
@@ -147,18 +165,20 @@ static bool is_thin(const BranchArgs& a, const Tile& tile) {
 // Whether thin panels may be summed by row.
 static bool has_whole_vectors(const BranchArgs& a) { return a.D % VL == 0 && a.Dv % VL == 0; }
 
-static void branch_forward(const BranchArgs& a, const Tile& tile, float* scratch) {
-  if (!is_thin(a, tile)) branch_forward_tile<2, false>(a, tile, scratch);
-  else if (has_whole_vectors(a)) branch_forward_tile<1, true>(a, tile, scratch);
-  else branch_forward_tile<1, false>(a, tile, scratch);
+template <class How>
+static void branch_forward_by(const BranchArgs& a, const Tile& tile, float* scratch) {
+  if (!is_thin(a, tile)) branch_forward_tile<How, 2, false>(a, tile, scratch);
+  else if (has_whole_vectors(a)) branch_forward_tile<How, 1, true>(a, tile, scratch);
+  else branch_forward_tile<How, 1, false>(a, tile, scratch);
 }
 
-static void branch_backward(const BranchArgs& a, const Tile& tile, const KeyGrads& grads,
-                            float* scratch) {
+template <class How>
+static void branch_backward_by(const BranchArgs& a, const Tile& tile, const KeyGrads& grads,
+                               float* scratch) {
   const KeyRange& last = a.ranges[tile.b / a.F * a.ranges_stride + a.entries[tile.t1 - 1] / a.A];
   // with few keys also the sums over rows are short ones
   if (!is_thin(a, tile) && last.hi - last.lo > SumRuns::FEW)
-    branch_backward_tile<2, false>(a, tile, grads, scratch);
-  else if (has_whole_vectors(a)) branch_backward_tile<1, true>(a, tile, grads, scratch);
-  else branch_backward_tile<1, false>(a, tile, grads, scratch);
+    branch_backward_tile<How, 2, false>(a, tile, grads, scratch);
+  else if (has_whole_vectors(a)) branch_backward_tile<How, 1, true>(a, tile, grads, scratch);
+  else branch_backward_tile<How, 1, false>(a, tile, grads, scratch);
 }

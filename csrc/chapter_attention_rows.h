@@ -103,16 +103,6 @@ static Entries entries_of(const ChapterArgs& a, int64_t c, const Entries& rows) 
           first_that(begin, end, [&](int64_t e) { return a.entries[e] >= rows.end * a.K; })};
 }
 
-// Brings `n` bytes nearer.
-static MEMATTN_INLINE void fetch_bytes(const void* from, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
-}
-
-static MEMATTN_INLINE void fetch_row(const View& view, int64_t offset, int64_t width) {
-  const int64_t size = view.dtype == Dtype::float32 ? 4 : 2;
-  fetch_bytes((const char*)view.data + offset * size, width * size);
-}
-
 static MEMATTN_INLINE void fetch_bank_row(const BankView& bank, int64_t c, int64_t hkv, int64_t j,
                                           int64_t width) {
   const int64_t* stride = bank.view.stride;

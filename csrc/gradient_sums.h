@@ -1,8 +1,6 @@
 // Gradients of keys, summed in float32 by several chunks of queries and stored in their own dtype.
 #pragma once
 
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <vector>
 
@@ -19,25 +17,36 @@ struct Part {
 // Writes to `to` (rows at `offset`) `factor` times the sum of the parts' rows; 0 where none reaches.
 inline void store_sum(const View& to, int64_t offset, int64_t n, int64_t width, int64_t ld,
                       float factor, const std::vector<Part>& parts) {
-  std::vector<float> rounded(width);
-  for (int64_t j = 0; j < n; ++j) {
-    const int64_t at = offset + j * width;  // gradients are contiguous
-    float* row = to.dtype == Dtype::float32 ? static_cast<float*>(to.data) + at : rounded.data();
-    bool empty = true;
+  const auto store = kernels().store_scaled;
+  std::vector<float> sum(width);
+  for (int64_t j = 0, end; j < n; j = end) {
+    // the rows [j, end) that the same parts reach
+    const float* first = nullptr;
+    int64_t reaching = 0;
+    end = n;
     for (const Part& part : parts) {
-      if (j < part.begin || j >= part.end) continue;
-      const float* from = part.data + (j - part.begin) * ld;
-      if (empty) std::copy_n(from, width, row);
-      else for (int64_t d = 0; d < width; ++d) row[d] += from[d];
-      empty = false;
+      if (j >= part.end) continue;
+      end = std::min(end, j < part.begin ? part.begin : part.end);
+      if (j < part.begin) continue;
+      if (!reaching++) first = part.data + (j - part.begin) * ld;
     }
-    if (empty) std::fill_n(row, width, 0.0f);
-    for (int64_t d = 0; d < width; ++d) row[d] *= factor;
-    auto* half = static_cast<uint16_t*>(to.data) + at;
-    if (to.dtype == Dtype::float16)
-      for (int64_t d = 0; d < width; ++d) half[d] = torch::headeronly::Half(row[d]).x;
-    if (to.dtype == Dtype::bfloat16)
-      for (int64_t d = 0; d < width; ++d) half[d] = bfloat16_of(row[d]);
+    const int64_t at = offset + j * width;  // gradients are contiguous
+    if (reaching == 1) {
+      store(to, at, end - j, width, first, ld, factor);
+      continue;
+    }
+    if (!reaching) std::fill(sum.begin(), sum.end(), 0.0f);
+    for (int64_t i = j; i < end; ++i) {
+      bool empty = true;
+      for (const Part& part : parts) {
+        if (i < part.begin || i >= part.end) continue;
+        const float* from = part.data + (i - part.begin) * ld;
+        if (empty) std::copy_n(from, width, sum.data());
+        else for (int64_t d = 0; d < width; ++d) sum[d] += from[d];
+        empty = false;
+      }
+      store(to, offset + i * width, 1, width, sum.data(), width, factor);
+    }
   }
 }
 

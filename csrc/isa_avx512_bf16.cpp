@@ -19,6 +19,7 @@ namespace memattn::avx512_bf16 {
 #include "bfloat16_rows.h"
 #include "segmented_attention_tile.h"
 #include "task_masked_attention_tile.h"
+#include "branch_attention_tile.h"
 #include "bfloat16_table.h"
 }  // namespace memattn::avx512_bf16
 

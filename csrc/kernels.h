@@ -295,6 +295,9 @@ struct Kernels {
   const char* name;
   int64_t lanes;      // gradient rows are padded to a multiple of this
   int64_t tile_rows;  // most query rows of a tile
+  // writes `rows` rows of `width` numbers, `ld` apart, times `factor` side by side
+  void (*store_scaled)(const View& to, int64_t offset, int64_t rows, int64_t width,
+                       const float* from, int64_t ld, float factor);
   OperatorKernels<SegmentedArgs, SegmentedGrads> segmented;
   OperatorKernels<FutureArgs, FutureGrads> future;
   OperatorKernels<TaskArgs, KeyGrads> task;

@@ -75,6 +75,16 @@ struct Source {
   int64_t sums_begin;
 };
 
+// Brings `n` bytes nearer.
+static MEMATTN_INLINE void fetch_bytes(const void* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
+}
+
+static MEMATTN_INLINE void fetch_row(const View& view, int64_t offset, int64_t width) {
+  const int64_t size = view.dtype == Dtype::float32 ? 4 : 2;
+  fetch_bytes((const char*)view.data + offset * size, width * size);
+}
+
 // Keys [j, j + n) of a source as float32; scratch: [BLOCK_KEYS][D + Dv].
 static MEMATTN_INLINE Block load_block(const Source& s, int64_t j, int64_t n, int64_t D, int64_t Dv,
                                        float* scratch) {

@@ -18,11 +18,11 @@ static MEMATTN_INLINE Lanes lanes_that_see(const Interval& seen, Lanes lanes, in
   return lanes;
 }
 
-// Zeros what the lanes of a panel hold in [n][TILE_ROWS] for keys outside [first, last).
-template <int NV>
+// Zeros what the lanes of a panel hold in [n][units of TILE_ROWS] for keys outside [first, last).
+template <int NV, class Unit = Floats>
 static MEMATTN_INLINE void clear_lanes_outside(float* panel, int64_t n, int64_t first, int64_t last) {
   for (int64_t j = first ? 0 : last; j < n; j = j + 1 == first ? last : j + 1)
-    for (int v = 0; v < NV; ++v) ((vf*)(panel + j * TILE_ROWS))[v] = vf{};
+    __builtin_memset(panel + j * TILE_ROWS / Unit::NUMBERS, 0, NV * VL / Unit::NUMBERS * 4);
 }
 
 // Calls part(number of vectors, d) for the columns of rows, two vectors at a time.
@@ -33,45 +33,49 @@ static MEMATTN_INLINE void for_columns(int64_t width, Part part) {
   if (d < width) part(std::integral_constant<int, 1>(), d);
 }
 
-// rows[lane, :] (with `alpha`: alpha[lane] * rows[lane, :]) += sum over n keys, `begin` the first, of
-// weights[key][lane] * keys[key, :], in runs of `run` keys. A row of weights has STEP lanes, of which
-// those of all arguments are counted from lane 0 of the tile.
-template <int STEP>
+// rows[lane, :] (with `alpha`: alpha[lane] * rows[lane, :]) += sum over n units of keys, `begin` the first
+// key, of weights[unit][lane] * keys[unit, :], in runs of `run` units. A row of weights has STEP lanes, of
+// which those of all arguments are counted from lane 0 of the tile.
+template <int STEP, class Unit = Floats>
 static MEMATTN_INLINE void add_to_rows(const Interval& seen, Lanes panel, int64_t begin, int64_t n,
                                        int64_t run, const float* weights, Rows keys, int64_t width,
                                        const float* alpha, float* rows) {
   for (int64_t k = 0; k < n; k += run) {
     const int64_t terms = n - k < run ? n - k : run;
-    const Lanes lanes = lanes_that_see(seen, panel, begin + k, begin + k + terms);
+    const int64_t first = begin + k * Unit::NUMBERS;
+    const Lanes lanes = lanes_that_see(seen, panel, first, first + terms * Unit::NUMBERS);
     const float* w = weights + k * STEP + lanes.first;
     for_columns(width, [&](auto nv, int64_t d) {
       const float* from = keys.data + k * keys.stride + d;
       float* to = rows + lanes.first * width + d;
       const int64_t m = lanes.last - lanes.first;
       if (alpha && k == 0)
-        product<nv, Store::scale_rows, false>(m, 1, terms, w, STEP, 0, from, keys.stride, 0, to,
-                                              width, alpha + lanes.first);
+        product<nv, Store::scale_rows, false, Unit>(m, 1, terms, w, STEP, 0, from, keys.stride, 0,
+                                                    to, width, alpha + lanes.first);
       else
-        product<nv, Store::add, false>(m, 1, terms, w, STEP, 0, from, keys.stride, 0, to, width,
-                                       nullptr);
+        product<nv, Store::add, false, Unit>(m, 1, terms, w, STEP, 0, from, keys.stride, 0, to, width,
+                                             nullptr);
     });
   }
 }
 
-// keys[j, :] += sum over `lanes` of weights[j][lane] * rows[lane, :] for n keys, `begin` the first; at most
-// `run` lanes are summed in one go, counted from lane 0.
-static inline void add_to_keys(const Interval& seen, Lanes lanes, int64_t begin, int64_t n, int64_t run,
+// keys[j, :] += sum over `lanes` of weights[j][lane] * rows[lane, :] for n keys, `begin` the first, both in
+// units of lanes; at most `run` units are summed in one go, counted from lane 0.
+template <class Unit = Floats>
+static void add_to_keys(const Interval& seen, Lanes lanes, int64_t begin, int64_t n, int64_t run,
                         const float* weights, const float* rows, int64_t width, float* keys) {
   constexpr int64_t GROUP = 24;  // keys handled with one choice of lanes
+  constexpr int64_t STEP = TILE_ROWS / Unit::NUMBERS;
   for (int64_t j = 0; j < n; j += GROUP) {
     const int64_t here = n - j < GROUP ? n - j : GROUP;
-    const Lanes some = lanes_that_see(seen, lanes, begin + j, begin + j + here);
+    Lanes some = lanes_that_see(seen, lanes, begin + j, begin + j + here);
+    some.first /= Unit::NUMBERS, some.last = (some.last + Unit::NUMBERS - 1) / Unit::NUMBERS;
     for (int64_t i = some.first, end; i < some.last; i = end) {
       end = i / run * run + run < some.last ? i / run * run + run : some.last;
       for_columns(width, [&](auto nv, int64_t d) {
-        product<nv, Store::add, true>(here, 1, end - i, weights + j * TILE_ROWS + i, TILE_ROWS, 0,
-                                      rows + i * width + d, width, 0, keys + j * width + d, width,
-                                      nullptr);
+        product<nv, Store::add, true, Unit>(here, 1, end - i, weights + j * STEP + i, STEP, 0,
+                                            rows + i * width + d, width, 0, keys + j * width + d, width,
+                                            nullptr);
       });
     }
   }

@@ -265,6 +265,8 @@ static MEMATTN_INLINE float half_to_float(uint16_t h) {
   return (float)torch::headeronly::Half(h, torch::headeronly::Half::from_bits());
 }
 
+typedef uint16_t bfloat16_bits __attribute__((may_alias));  // of a number in a row of pairs
+
 static MEMATTN_INLINE float bfloat16_to_float(uint16_t h) {
   const uint32_t bits = (uint32_t)h << 16;
   float f;
@@ -324,6 +326,24 @@ static void store_row(const View& view, int64_t offset, int64_t stride, int64_t 
     return;
   }
   for (int64_t i = 0; i < n; ++i) store(view, offset + i * stride, from[i]);
+}
+
+// `rows` rows of `width` floats, `ld` apart, times `factor` to numbers side by side.
+static inline void store_scaled(const View& to, int64_t offset, int64_t rows, int64_t width,
+                                const float* from, int64_t ld, float factor) {
+  if (ld == width) width *= rows, rows = 1;
+  for (int64_t r = 0; r < rows; ++r, from += ld, offset += width) {
+    if (to.dtype == Dtype::bfloat16) {
+      uint16_t* row = (uint16_t*)to.data + offset;
+      for (int64_t d = 0; d < width; ++d) row[d] = bfloat16_of(from[d] * factor);
+    } else if (to.dtype == Dtype::float16) {
+      uint16_t* row = (uint16_t*)to.data + offset;
+      for (int64_t d = 0; d < width; ++d) row[d] = torch::headeronly::Half(from[d] * factor).x;
+    } else {
+      float* row = (float*)to.data + offset;
+      for (int64_t d = 0; d < width; ++d) row[d] = from[d] * factor;
+    }
+  }
 }
 
 // Rows [0, n) of a matrix as float32 with contiguous rows: in place where they are so already.

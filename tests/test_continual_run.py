@@ -10,7 +10,7 @@ from continual_streams import SMALL, blobs
 
 from memattn.continual import STRATEGIES, make_strategy, run_benchmark, search_options
 from memattn.continual import run as run_module
-from memattn.continual.results import BenchmarkResults, RunResult
+from memattn.continual.results import BenchmarkResults, StrategyRun
 
 NAMES = ("separate", "finetuning")
 
@@ -148,7 +148,7 @@ def made_results():
     for seed, change in ((0, 0.0), (1, 0.1)):
         for name, last in (("separate", 0.9), ("finetuning", 0.5 + change)):
             accuracy = [[0.9, None], [last, 0.9 + change]]
-            runs.append(RunResult(name, seed, accuracy, None, 1000, 2000, 0, 1.5))
+            runs.append(StrategyRun(name, seed, accuracy, None, 1000, 2000, 0, 1.5))
     return BenchmarkResults("made", "task", ("a", "b"), tuple(runs))
 
 

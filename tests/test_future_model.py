@@ -26,7 +26,7 @@ from memattn.models import (
 from memattn.nn import FutureAttention, FutureComputed, SegmentedAttention
 
 N_CTX = 40
-SOURCES = ["table", "relative", "computed"]
+KEY_SOURCES = ["table", "relative", "computed"]
 GPT = dict(position_embedding="learned", norm="layer", mlp="gelu")
 
 
@@ -199,7 +199,7 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(actual.future_loss, expected.future_loss)
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", KEY_SOURCES)
 def test_bfloat16_trains(source):
     model = make_model(source, dtype=torch.float32).to(torch.bfloat16).train()
     tokens = make_tokens()

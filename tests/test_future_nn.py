@@ -23,10 +23,10 @@ from memattn.nn import (
 from memattn.ops import future_attention
 from memattn.parts import PartState
 
-SOURCES = ["table", "relative", "computed"]
+KEY_SOURCES = ["table", "relative", "computed"]
 
 
-@pytest.fixture(params=SOURCES)
+@pytest.fixture(params=KEY_SOURCES)
 def source(request):
     return request.param
 

@@ -33,7 +33,7 @@ def run_pieces(model, tokens, mask, cuts, cache=None, full_mask=True, begin=0):
     cache = MemAttnCache(model.config) if cache is None else cache
     logits = []
     for a, b in zip([begin, *cuts], [*cuts, tokens.shape[1]], strict=True):
-        piece = mask[:, : b] if full_mask else mask[:, a:b]
+        piece = mask[:, :b] if full_mask else mask[:, a:b]
         out = model(tokens[:, a:b], attention_mask=piece, past_key_values=cache)
         logits.append(out.logits)
     return torch.cat(logits, 1), cache
@@ -82,6 +82,21 @@ def test_rows_with_holes_are_selected_merged_saved_and_cropped(system, tmp_path)
         assert torch.equal(first.present, there[:, :end])
     actual, _ = run_pieces(model, tokens, mask, [33], cache=first, begin=29)
     torch.testing.assert_close(actual[there[:, 29:]], expected[:, 29:][there[:, 29:]], **EXACT)
+
+
+def test_a_token_before_a_hole_predicts_the_next_token():
+    model, tokens, mask = make_model("vanilla"), make_tokens(4, T), make_mask()
+    loss = model(tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100)).loss
+    losses = []
+    for ids, there in zip(tokens, mask == 1, strict=True):
+        row = ids[there][None]
+        losses += [model(row, labels=row).loss] * (row.shape[1] - 1)
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    ahead = torch.cat([tokens[:, 1:], torch.full((4, 1), -100)], 1)
+    given = model(tokens, shift_labels=ahead).loss
+    torch.testing.assert_close(given, model(tokens, labels=tokens).loss)
+    with pytest.raises(ValueError, match=r"shift_labels must have shape \[4, 40\], got \[4, 39\]"):
+        model(tokens, shift_labels=ahead[:, 1:])
 
 
 GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
@@ -133,9 +148,7 @@ def test_the_next_turn_drops_what_was_generated_behind_an_end():
     for records in (False, True):
         if records:
             cache.activate_past_recording()
-        first = model.generate(
-            ids, past_key_values=cache, return_dict_in_generate=True, **GREEDY
-        )
+        first = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, **GREEDY)
         talk[:, :14] = first.sequences
         go_on = lambda: model.generate(talk, attention_mask=mask, past_key_values=cache, **GREEDY)
         if not records:

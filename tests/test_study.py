@@ -20,7 +20,7 @@ from memattn.study import Cell, FutureCompare, FutureStudy, load_study, run_stud
 from memattn.study import run as study_run
 from memattn.study.future import AXES
 from memattn.study.report import mean_curves
-from memattn.study.results import RunResult, Spread, summarise
+from memattn.study.results import CellRun, Spread, summarise
 from memattn.study.run import plan_runs
 from memattn.train import DataConfig, ModelConfig, TrainingConfig, loop
 from memattn.train.metrics import MetricsLog
@@ -297,10 +297,10 @@ def result(cell: str, seed: int, train_loss: float, val_loss: float, future_loss
     losses = {"train_loss": train_loss, "val_loss": val_loss}
     if future_loss is not None:
         losses["future_loss"] = future_loss
-    return RunResult(cell, seed, losses, 10, 1.0)
+    return CellRun(cell, seed, losses, 10, 1.0)
 
 
-def summary(cells: list[Cell], runs: list[RunResult]):
+def summary(cells: list[Cell], runs: list[CellRun]):
     return summarise(cells, runs, FutureStudy.baselines, FutureStudy.measures)
 
 

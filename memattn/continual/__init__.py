@@ -1,7 +1,7 @@
 """Continual learning: streams of tasks, metrics, strategies, benchmarks."""
 
 from memattn.continual.metrics import continual_metrics
-from memattn.continual.results import BenchmarkResults, RunResult
+from memattn.continual.results import BenchmarkResults, StrategyRun
 from memattn.continual.run import STREAMS, run_benchmark, run_strategy, search_options
 from memattn.continual.sources import huggingface_stream, mnist_stream, tensor_stream
 from memattn.continual.strategies import STRATEGIES, Budget, Strategy, make_strategy
@@ -14,8 +14,8 @@ __all__ = [
     "STREAMS",
     "BenchmarkResults",
     "Budget",
-    "RunResult",
     "Strategy",
+    "StrategyRun",
     "Stream",
     "Task",
     "continual_metrics",

@@ -34,7 +34,7 @@ _HEADS = {
 
 
 @dataclass(frozen=True)
-class RunResult:
+class StrategyRun:
     """What one strategy with one seed gave.
 
     Attributes:
@@ -73,7 +73,7 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class Row:
+class StrategySummary:
     """One strategy over its seeds: spreads of its metrics, of its counts and of its time."""
 
     strategy: str
@@ -98,9 +98,9 @@ class BenchmarkResults:
     stream: str
     scenario: str
     tasks: tuple[str, ...]
-    runs: tuple[RunResult, ...]
+    runs: tuple[StrategyRun, ...]
 
-    def summarise(self) -> list[Row]:
+    def summarise(self) -> list[StrategySummary]:
         """Every strategy over its seeds.
 
         Where separate networks are among the strategies, ``gain_over_separate`` is the mean over
@@ -124,7 +124,9 @@ class BenchmarkResults:
                 name: Spread.of([getattr(run, name) for run in own])
                 for name in ("parameters", "stored", "buffer", "seconds")
             }
-            rows.append(Row(strategy, {n: Spread.of(v) for n, v in values.items()}, **counts))
+            rows.append(
+                StrategySummary(strategy, {n: Spread.of(v) for n, v in values.items()}, **counts)
+            )
         return rows
 
     def matrices(self) -> dict[str, Tensor]:
@@ -174,7 +176,7 @@ class BenchmarkResults:
         }
 
 
-def write_run(file: Path, settings: Mapping[str, Any], result: RunResult) -> None:
+def write_run(file: Path, settings: Mapping[str, Any], result: StrategyRun) -> None:
     """Write a finished run in one step."""
     content = {"settings": settings, "result": asdict(result)}
     write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -185,7 +187,7 @@ def run_file(folder: str | Path, strategy: str, seed: int) -> Path:
     return Path(folder) / strategy / f"seed-{seed}.json"
 
 
-def read_run(file: Path, settings: Mapping[str, Any], n_tasks: int) -> RunResult:
+def read_run(file: Path, settings: Mapping[str, Any], n_tasks: int) -> StrategyRun:
     """What a finished run gave.
 
     Args:
@@ -198,7 +200,7 @@ def read_run(file: Path, settings: Mapping[str, Any], n_tasks: int) -> RunResult
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        before, result = _flat(content["settings"]), RunResult(**content["result"])
+        before, result = _flat(content["settings"]), StrategyRun(**content["result"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         must(str(file), "be the result of a run", f"{type(error).__name__}: {error}")
     # as it would be read back: lists for tuples

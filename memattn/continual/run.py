@@ -16,7 +16,7 @@ from memattn.checks import must
 from memattn.continual._checks import check_seed
 from memattn.continual.results import (
     BenchmarkResults,
-    RunResult,
+    StrategyRun,
     read_run,
     run_file,
     write_run,
@@ -111,7 +111,7 @@ def run_benchmark(
             "seed": seed,
         }
 
-    def finished(name: str, seed: int) -> RunResult | None:
+    def finished(name: str, seed: int) -> StrategyRun | None:
         file = None if folder is None else run_file(folder, name, seed)
         if file is None or not file.is_file():
             return None
@@ -119,7 +119,7 @@ def run_benchmark(
 
     for seed, name in itertools.product(seeds, strategies):
         finished(name, seed)  # before the first run, which would join those of other settings
-    runs: dict[tuple[str, int], RunResult] = {}
+    runs: dict[tuple[str, int], StrategyRun] = {}
     with _bar(progress, len(strategies) * len(seeds) * len(first)) as bar:
         for seed, name in itertools.product(seeds, strategies):
             tick = bar(f"{name}, seed {seed}")
@@ -139,7 +139,7 @@ def run_benchmark(
     return BenchmarkResults(first.name, first.scenario, tasks, ordered)
 
 
-def run_strategy(strategy: Strategy, stream: Stream, tick: _Tick | None = None) -> RunResult:
+def run_strategy(strategy: Strategy, stream: Stream, tick: _Tick | None = None) -> StrategyRun:
     """Let a strategy learn a stream, and test it after each task.
 
     Args:
@@ -168,7 +168,7 @@ def run_strategy(strategy: Strategy, stream: Stream, tick: _Tick | None = None) 
         )
         if tick is not None:
             tick()
-    return RunResult(
+    return StrategyRun(
         strategy=strategy.name,
         seed=strategy.seed,
         accuracy=rows,

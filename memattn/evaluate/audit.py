@@ -338,7 +338,7 @@ class _Auditor:
         return self.position < length
 
     def scattered(self) -> Tensor:
-        """Where rows with holes have tokens, ``[B, T]``: scattered ones, a long one, and padding."""
+        """Where rows have tokens, ``[B, T]``: with scattered holes, a long one, and padding."""
         real = self.position % 3 != 1
         begin, end = self.seq_len // 4, 2 * self.seq_len // 3
         real[1] = (self.position[1] < begin) | (self.position[1] >= end)

@@ -14,7 +14,7 @@ from memattn.models.cache_file import SavedCache, read_cache, write_cache
 from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
 from memattn.parts import PartState, SequenceStates
-from memattn.parts.state import OPEN
+from memattn.parts.state import OPEN_END
 
 
 class MemAttnCache(SequenceStates, Cache):
@@ -118,7 +118,7 @@ class MemAttnCache(SequenceStates, Cache):
             # the newest columns are aligned, so that shorter rows are padded on the left
             shift = position - cache.position
             starts.append(cache.seq_start + shift)
-            ends.append(torch.where(cache.seq_end == OPEN, OPEN, cache.seq_end + shift))
+            ends.append(torch.where(cache.seq_end == OPEN_END, OPEN_END, cache.seq_end + shift))
             columns.append(F.pad(cache.present, (shift, 0)))
         merged.position = position
         merged.seq_start, merged.seq_end = torch.cat(starts), torch.cat(ends)

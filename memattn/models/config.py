@@ -11,9 +11,10 @@ from transformers import PreTrainedConfig
 
 from memattn.checks import check_int, must
 from memattn.models.folder_code import with_auto_map, without_auto_map, write_code
-from memattn.nn import AxialPositions, ContinuousAxialPositions
+from memattn.nn import AxialPositions, ContinuousAxialPositions, RotaryEmbedding
 from memattn.nn.mlp import MLPS
 from memattn.nn.norm import NORMS
+from memattn.nn.rope_scaling import check_rope, make_rotary
 from memattn.parts import PARTS, PartConfig, Sizes, make_part
 from memattn.parts.causal import CausalConfig
 from memattn.parts.chapter_memory import ChapterMemoryConfig
@@ -75,8 +76,9 @@ class MemAttnConfig(PreTrainedConfig):
             or segment of a part.
         norm: ``"rms"``, RMSNorm, or ``"layer"``, LayerNorm without bias.
         mlp: ``"swiglu"``, or ``"gelu"``, two projections around a GELU; both without biases.
-        rope_parameters: ``{"rope_type": "default", "rope_theta": 10000.0}``; ``rope_theta`` may
-            also be given as a keyword of its own.
+        rope_parameters: ``{"rope_type": "default", "rope_theta": 10000.0}``, or the ``rope_type``
+            ``"linear"``, ``"yarn"``, ``"llama3"`` or ``"proportional"`` with what transformers
+            wants for it; ``rope_theta`` may also be given as a keyword of its own.
         rms_norm_eps: Epsilon of the norms, of either kind.
         tie_word_embeddings: Whether the output layer shares the weights of the embedding.
         initializer_range: Standard deviation of new weights.
@@ -155,8 +157,14 @@ class MemAttnConfig(PreTrainedConfig):
             must("rms_norm_eps", "be positive", self.rms_norm_eps)
         self._make_parts()
         self._check_position_segment()
+        # before transformers reads them, and with what it adds
+        check_rope(kwargs.get("rope_scaling") or self.rope_parameters or {})
         super().__post_init__(**kwargs)
-        _check_rope(self.rope_parameters or {})
+        rope = self.rope_parameters or {}
+        check_rope(rope)
+        if self.position_embedding != "rope" and rope.get("rope_type") != "default":
+            positions = f'have rope_type "default" with {self.position_embedding} positions'
+            must("rope_parameters", positions, repr(rope.get("rope_type")))
 
     def _make_parts(self) -> None:
         """Turn parts given as plain values into configurations, and check them together."""
@@ -238,6 +246,13 @@ class MemAttnConfig(PreTrainedConfig):
             return AxialPositions(self.hidden_size, segment, length)
         return ContinuousAxialPositions(self.hidden_size, segment)
 
+    def build_rotary(self) -> RotaryEmbedding | None:
+        """Rotary positions, for all layers; None where positions are of another kind."""
+        if self.position_embedding != "rope":
+            return None
+        assert self.head_dim is not None and self.rope_parameters is not None
+        return make_rotary(self.head_dim, self.rope_parameters, self.max_position_embeddings)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values that JSON can hold."""
         return _plain(super().to_dict())
@@ -251,6 +266,11 @@ class MemAttnConfig(PreTrainedConfig):
         if "rope_theta" in given and "rope_parameters" not in given:
             rope = config_dict.get("rope_parameters") or {}
             given["rope_parameters"] = rope | {"rope_theta": given.pop("rope_theta")}
+        elif (scaling := given.get("rope_scaling")) and "rope_theta" not in scaling:
+            saved = {
+                k: v for k, v in config_dict.get("rope_parameters", {}).items() if "theta" in k
+            }
+            given["rope_scaling"] = saved | scaling
         return super().from_dict(without_auto_map(config_dict) | given, **kwargs)
 
     def check(self) -> None:
@@ -317,7 +337,7 @@ def _part_fields() -> dict[str, str]:
         part_field.name: "attention" if part.place == "attention" else "parts"
         for part in PARTS.values()
         for part_field in fields(part)
-        if part_field.name not in _ROPE_KEYWORDS  # the model's own
+        if part_field.name not in _ROPE_KEYWORDS | {"rope_parameters"}  # the model's own
     }
 
 
@@ -331,17 +351,6 @@ def _plain(value: Any) -> Any:
 
 
 _ROPE_KEYWORDS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
-
-
-def _check_rope(rope: dict[str, Any]) -> None:
-    """Raise ValueError for what the rotary embedding would not do."""
-    if rope.get("rope_type") != "default":
-        must("rope_parameters", 'have rope_type "default"', rope.get("rope_type"))
-    unknown = sorted(rope.keys() - {"rope_type", "rope_theta", "type"})
-    if unknown:
-        must("rope_parameters", "have rope_type and rope_theta alone", ", ".join(unknown))
-    if not rope["rope_theta"] > 0:
-        must("rope_theta", "be positive", rope["rope_theta"])
 
 
 PRESETS: dict[str, Callable[..., MemAttnConfig]] = {

@@ -15,7 +15,7 @@ from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
 from memattn.models.plain_step import linear_step, norm_step
 from memattn.models.pretrained import MemAttnPreTrainedModel
-from memattn.nn import RotaryEmbedding, make_norm, sequence_positions
+from memattn.nn import make_norm, sequence_positions
 from memattn.parts import PartContext, SequenceBounds
 from memattn.parts.chapters import Chapters
 from memattn.parts.losses import LossSums
@@ -29,11 +29,8 @@ class MemAttnModel(MemAttnPreTrainedModel):
 
     def __init__(self, config: MemAttnConfig) -> None:
         super().__init__(config)
-        assert config.head_dim is not None and config.rope_parameters is not None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions, self.rotary = config.build_positions(), None
-        if self.embed_positions is None:
-            self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters["rope_theta"])
+        self.embed_positions, self.rotary = config.build_positions(), config.build_rotary()
         self.layers = nn.ModuleList(
             MemAttnBlock(config, i) for i in range(config.num_hidden_layers)
         )
@@ -154,13 +151,15 @@ class MemAttnModel(MemAttnPreTrainedModel):
         if present is not None and not self.training:
             # generation goes on from the last column, also of a row whose tokens ended before
             hidden_states = repeat_last(hidden_states, present)
-        return MemAttnModelOutput(
+        outputs: Any = MemAttnModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=cache,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             losses=means or None,
             loss_counts=counts or None,
         )
+        outputs.order = order
+        return outputs
 
     def _choose_cache(
         self, cache: MemAttnCache | None, use_cache: bool | None, cu_seqlens: Tensor | None
@@ -231,7 +230,6 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
         past_key_values: MemAttnCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -239,6 +237,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_losses: bool | None = None,
+        shift_labels: Tensor | None = None,
         **part_inputs: Tensor | None,
     ) -> MemAttnCausalLMOutput:
         """Predict the next token at every position.
@@ -256,8 +255,6 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
             inputs_embeds: Embedded tokens ``[B, T, E]``, instead of ``input_ids``.
             labels: int64 ``[B, T]``, the tokens themselves (they are shifted here); -100 where
                 there is no loss. In rows with holes a token predicts the row's next token.
-            shift_labels: int64 ``[B, T]``, what each column predicts, instead of ``labels``; these
-                may be given too.
             use_cache: Whether to return the state of the sequences; None means as the
                 configuration says, but not in training mode and not with ``cu_seqlens``.
             cu_seqlens: int32 ``[n+1]``, the bounds of packed documents, with ``B = 1``; attention
@@ -271,6 +268,8 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
             output_attentions: Not supported, since fused attention keeps no weights.
             output_losses: Whether to measure the losses of parts, where the model has such; None
                 means in training mode and with labels.
+            shift_labels: int64 ``[B, T]``, what each column is to predict, and -100; it stands
+                instead of ``labels``, where these are given too.
             part_inputs: What parts of the model take, by the names of their ``inputs``.
 
         Returns:
@@ -286,8 +285,9 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
                 limit, a cache is of another model, or meets packed documents or checkpointing.
             NotImplementedError: If ``output_attentions`` is set.
         """
+        has_labels = labels is not None or shift_labels is not None
         if output_losses is None:
-            output_losses = self.training or labels is not None
+            output_losses = self.training or has_labels
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -308,18 +308,24 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
         if logits is None:
             logits = self.lm_head(last_hidden)
         loss = lm_loss = None
-        if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                must("labels", f"have shape {list(logits.shape[:2])}", list(labels.shape))
+        if has_labels:
+            named = {"labels": labels, "shift_labels": shift_labels}
+            for name, given in named.items():
+                if given is not None and given.shape != logits.shape[:2]:
+                    must(name, f"have shape {list(logits.shape[:2])}", list(given.shape))
+            if shift_labels is None and outputs.order is not None:
+                shift_labels = outputs.order.next_labels(labels)
             loss = lm_loss = self.loss_function(
                 logits=logits,
                 labels=labels,
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
             )
             share: Any = 1.0  # of the labels that are here
             if num_items_in_batch is not None:
-                share = (labels[:, 1:] != -100).sum() / num_items_in_batch
+                counted = labels[:, 1:] if shift_labels is None else shift_labels
+                share = (counted != -100).sum() / num_items_in_batch
             for name, mean in (outputs.losses or {}).items() if self.training else ():
                 loss = loss + self.config.losses[name] * share * mean
         return MemAttnCausalLMOutput(

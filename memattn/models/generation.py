@@ -58,7 +58,9 @@ class MemAttnGenerationMixin(GenerationMixin):
             new = torch.ones_like(new)
         return torch.cat([seen, new], 1)
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: Any) -> Tensor:
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: Any
+    ) -> Tensor:
         """As of transformers, but for columns behind a row's tokens, which have its last position.
 
         There transformers has 0, and counts the tokens that it generates from that.

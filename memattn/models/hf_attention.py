@@ -11,7 +11,7 @@ fields, which are read at every call:
 - ``memattn_segment_len``: tokens in a segment, or None;
 - ``memattn_window_size``: keys in the sliding window, the query's own included, or None.
 
-A query sees its own segment and the window. With neither, attention is what it was. A layer with
+A query sees its own segment and the window; without both fields, all earlier tokens. A layer with
 a ``sliding_window`` of its own keeps that, and the two fields apply to the other layers.
 
 A configuration with one of the fields is for this implementation: it is saved with
@@ -356,11 +356,12 @@ _same_bounds = WeakTensorKeyDictionary()
 
 def _checked_bounds(queries: Tensor, keys: Tensor | None) -> Tensor:
     """Bounds of documents, once checked to be the same for keys."""
-    if keys is not None and keys is not queries and not torch.compiler.is_compiling():
-        if queries not in _same_bounds:
-            if not torch.equal(queries, keys):
-                _lacks("cu_seq_lens_k", "be cu_seq_lens_q")
-            _same_bounds[queries] = True
+    if keys is None or keys is queries or torch.compiler.is_compiling():
+        return queries
+    if queries not in _same_bounds:
+        if not torch.equal(queries, keys):
+            _lacks("cu_seq_lens_k", "be cu_seq_lens_q")
+        _same_bounds[queries] = True
     return queries
 
 

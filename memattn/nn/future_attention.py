@@ -12,7 +12,7 @@ from memattn.nn.rotary import apply_rotary
 from memattn.ops import future_attention, future_attention_loss
 from memattn.ops.future_attention import LOSS_TYPES
 
-SOURCES = ("table", "relative", "computed")
+KEY_SOURCES = ("table", "relative", "computed")
 
 
 class FutureLayerOutput(NamedTuple):
@@ -93,7 +93,7 @@ class FutureAttention(MultiHeadAttention):
         elif source == "computed":
             self.future = FutureComputed(hidden_size, *sizes, num_positions, source_rank)
         else:
-            must("source", f"be one of {', '.join(SOURCES)}", repr(source))
+            must("source", f"be one of {', '.join(KEY_SOURCES)}", repr(source))
 
     def future_positions(self, hidden_states: Tensor, *, offset: int = 0) -> Tensor:
         """The positions ``[1, R]`` whose cosines and sines ``future_rotary`` needs: 1, 2, ...

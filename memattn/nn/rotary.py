@@ -1,5 +1,7 @@
 """Rotary position embedding, with positions that count from where a sequence starts."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -16,25 +18,42 @@ class RotaryEmbedding(nn.Module):
     Args:
         head_dim: Features of a head, ``D``; even.
         theta: Base of the frequencies.
+        frequencies: Turns of the pairs for each position, in radians, instead of those of
+            ``theta``; float32 is exact. ``make_rotary`` makes those of scaled positions.
+        scale: Factor of cosines and sines, so of queries and of keys each.
 
     Raises:
-        ValueError: If ``head_dim`` is odd or ``theta`` is not positive.
+        ValueError: If ``head_dim`` is odd, ``theta`` or ``scale`` is not positive, or there are not
+            ``head_dim / 2`` frequencies.
 
     Note:
         Source: Su et al. (2021), https://arxiv.org/abs/2104.09864. As in Llama, feature ``d`` is
         paired with ``d + D/2`` and not with its neighbour.
     """
 
-    def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float = 10000.0,
+        *,
+        frequencies: Sequence[float] | None = None,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
         check_int("head_dim", head_dim, 2)
         if head_dim % 2:
             must("head_dim", "be even", head_dim)
         if not theta > 0:
             must("theta", "be positive", theta)
+        if not scale > 0:
+            must("scale", "be positive", scale)
+        if frequencies is not None and len(frequencies) != head_dim // 2:
+            must("frequencies", f"be {head_dim // 2} numbers", len(frequencies))
         self.head_dim = head_dim
         self.theta = theta
-        self._table: tuple[float, Tensor, Tensor] | None = None  # theta, cosines, sines
+        self.frequencies = None if frequencies is None else tuple(frequencies)
+        self.scale = scale
+        self._table: tuple[tuple, Tensor, Tensor] | None = None  # of what, cosines, sines
 
     def forward(
         self, positions: Tensor, dtype: torch.dtype = torch.float32
@@ -44,25 +63,30 @@ class RotaryEmbedding(nn.Module):
         They are float64 if ``dtype``, that of the hidden states, is float64, and else float32.
         """
         wide = torch.promote_types(dtype, torch.float32)
-        exponent = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=wide)
-        frequency = self.theta ** (-exponent / self.head_dim)
+        if self.frequencies is None:
+            exponent = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=wide)
+            frequency = self.theta ** (-exponent / self.head_dim)
+        else:
+            frequency = torch.tensor(self.frequencies, device=positions.device, dtype=wide)
         angle = positions[:, None, :, None].to(wide) * frequency
-        return angle.cos(), angle.sin()
+        cos, sin = angle.cos(), angle.sin()
+        return (cos, sin) if self.scale == 1.0 else (cos * self.scale, sin * self.scale)
 
     def table(self, length: int) -> tuple[Tensor, Tensor]:
         """Those of positions 0, 1, ... on the CPU, float32 ``[length or more, D/2]``.
 
         They are kept from call to call: computing them takes longer than one token's attention.
         """
-        table = self._table
-        if table is None or table[0] != self.theta or len(table[1]) < length:
+        table, made_of = self._table, (self.theta, self.frequencies, self.scale)
+        if table is None or table[0] != made_of or len(table[1]) < length:
             positions = torch.arange(max(256, 2 * length), device="cpu")
             cos, sin = self.forward(positions[None])
-            self._table = table = self.theta, cos[0, 0], sin[0, 0]
+            self._table = table = made_of, cos[0, 0], sin[0, 0]
         return table[1:]
 
     def extra_repr(self) -> str:
-        return f"head_dim={self.head_dim}, theta={self.theta}"
+        scaled = "" if self.frequencies is None else f", scaled frequencies, scale={self.scale}"
+        return f"head_dim={self.head_dim}, theta={self.theta}{scaled}"
 
 
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

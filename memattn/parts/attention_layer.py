@@ -1,7 +1,7 @@
 """A part that stands instead of attention elsewhere, as a layer of its own beside a model's."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from memattn.checks import must
 from memattn.nn import RotaryEmbedding
+from memattn.nn.rope_scaling import check_rope, make_rotary
 from memattn.parts.base import (
     PARTS,
     AddedPart,
@@ -54,6 +55,8 @@ class AttentionLayerConfig(AddedPart):
         at: Where it stands, any place but those of attention.
         rope_theta: Base of the angles that turn its queries and keys where the model hands on none,
             as a pretrained one; None turns by none.
+        rope_parameters: Scaled frequencies of these angles, as ``MemAttnConfig`` has them, such as
+            ``{"rope_type": "linear", "factor": 4.0}``; their base is ``rope_theta``.
         layers: Numbers of its layers, from 0; None means all.
     """
 
@@ -64,6 +67,7 @@ class AttentionLayerConfig(AddedPart):
     attention: PartConfig | Mapping[str, Any]
     at: str = "before_attention"
     rope_theta: float | None = 10000.0
+    rope_parameters: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +77,12 @@ class AttentionLayerConfig(AddedPart):
             must(f"{self.path}.at", "be a place of its own", repr(self.at))
         if self.rope_theta is not None and not self.rope_theta > 0:
             must(f"{self.path}.rope_theta", "be positive", self.rope_theta)
+        if self.rope_parameters is not None:
+            if self.rope_theta is None:
+                must(f"{self.path}.rope_parameters", "be None without rope_theta", "parameters")
+            if "rope_theta" in self.rope_parameters:
+                must(f"{self.path}.rope_parameters", "leave rope_theta to its field", "a value")
+            check_rope(self.rope_parameters, f"{self.path}.rope_parameters")
 
     @property
     def part(self) -> PartConfig:
@@ -112,8 +122,10 @@ class AttentionLayerConfig(AddedPart):
                 must(f"{self.path}.attention", f"carry nothing that {other.kind} does", min(both))
 
     def build(self, sizes: Sizes, layer: int) -> nn.Module:
-        theta = self.rope_theta
-        rotary = None if theta is None else RotaryEmbedding(sizes.head_dim, theta)
+        rotary = None
+        if self.rope_theta is not None:
+            rope = {**(self.rope_parameters or {}), "rope_theta": self.rope_theta}
+            rotary = make_rotary(sizes.head_dim, rope, sizes.max_positions)
         return ScaledAttention(self.part.build(sizes, layer), sizes.hidden_size, rotary)
 
     def build_shared(self, sizes: Sizes) -> nn.Module | None:
@@ -159,4 +171,6 @@ class AttentionLayerConfig(AddedPart):
     def to_dict(self) -> dict[str, Any]:
         layers = None if self.layers is None else list(self.layers)
         fields = {"at": self.at, "rope_theta": self.rope_theta, "layers": layers}
+        if self.rope_parameters is not None:
+            fields["rope_parameters"] = dict(self.rope_parameters)
         return {"kind": self.kind, "attention": self.part.to_dict(), **fields}

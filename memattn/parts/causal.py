@@ -22,7 +22,7 @@ from memattn.parts.base import (
 )
 from memattn.parts.context import PartContext
 from memattn.parts.state import PartState
-from memattn.parts.views import SOURCES
+from memattn.parts.views import MASSES_BY_SOURCE
 
 STEP_BACKENDS = ("auto", "cpp")
 
@@ -165,4 +165,4 @@ def _sources(
     return masses
 
 
-SOURCES[SegmentedAttention] = _sources
+MASSES_BY_SOURCE[SegmentedAttention] = _sources

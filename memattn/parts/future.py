@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memattn.checks import check_bool, check_int, check_rank, must
 from memattn.nn import FutureAttention, FutureTable
-from memattn.nn.future_attention import SOURCES as KEY_SOURCES
+from memattn.nn.future_attention import KEY_SOURCES
 from memattn.ops import future_attention, segmented_attention
 from memattn.ops.future_attention import LOSS_TYPES
 from memattn.parts.base import (
@@ -24,7 +24,12 @@ from memattn.parts.base import (
 )
 from memattn.parts.causal import STEP_BACKENDS, AttentionPart, CausalConfig
 from memattn.parts.context import PartContext
-from memattn.parts.views import SOURCES, attention_layers, draw_attention_mass, visit_layers
+from memattn.parts.views import (
+    MASSES_BY_SOURCE,
+    attention_layers,
+    draw_attention_mass,
+    visit_layers,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -294,4 +299,4 @@ def _last_row(layer: FutureAttention) -> int:
     return 2**62 if by_distance else layer.future.num_positions - 1
 
 
-SOURCES[FutureAttention] = _sources
+MASSES_BY_SOURCE[FutureAttention] = _sources

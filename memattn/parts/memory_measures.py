@@ -13,7 +13,7 @@ from memattn.checks import check_rank, must
 from memattn.nn import NeuralMemory, NeuralMemoryLayerState
 from memattn.parts.state import PartState
 from memattn.parts.titans_layers import MemoryLayer
-from memattn.parts.views import SOURCES
+from memattn.parts.views import MASSES_BY_SOURCE
 
 
 class RetrievalBucket(NamedTuple):
@@ -123,7 +123,7 @@ class MemoryWatch:
 
     def see_layer(self, layer: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Attention's mass on what the memory gave, for layers that attend to it."""
-        if type(layer) not in SOURCES or self.paused:
+        if type(layer) not in MASSES_BY_SOURCE or self.paused:
             return
         hidden_states, context = args[0], args[1]
         aside = copy.copy(context)
@@ -134,14 +134,14 @@ class MemoryWatch:
                 return
         self.paused = True
         try:
-            masses = SOURCES[type(layer)](layer, hidden_states, aside, **options)
+            masses = MASSES_BY_SOURCE[type(layer)](layer, hidden_states, aside, **options)
         finally:
             self.paused = False
         self.relevance.append(masses["memory"].double().mean(1).cpu())
 
     def see_layer_out(self, layer: Any, args: Any, output: Any) -> None:
         """The memory's share of the lengths of the two outputs, for other layers."""
-        if type(layer) in SOURCES or self.paused:
+        if type(layer) in MASSES_BY_SOURCE or self.paused:
             return
         memory, attention = self._norms
         assert memory is not None

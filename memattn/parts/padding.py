@@ -10,7 +10,6 @@ from memattn.parts.state import SequenceBounds
 from memattn.parts.token_order import TokenOrder
 
 
-
 class MaskBlocks(NamedTuple):
     """Where each row has its tokens, and in which order of columns."""
 

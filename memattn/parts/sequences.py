@@ -8,7 +8,7 @@ from torch import Tensor
 
 from memattn.checks import check_shape, check_tensor, must
 from memattn.parts.padding import check_longest, check_mask, read_mask
-from memattn.parts.state import OPEN, PartState, SequenceBounds
+from memattn.parts.state import OPEN_END, PartState, SequenceBounds
 from memattn.parts.token_order import TokenOrder
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class SequenceStates:
         # a row without tokens begins later, or goes on later; one whose tokens stop before the last
         # column ends there, until it goes on
         start = torch.where(started, start, p + first)
-        end = torch.where(started & empty, p, OPEN)
+        end = torch.where(started & empty, p, OPEN_END)
         end = torch.where(~empty & (last < T), p + last, end)
         if max_length is not None:
             check_longest(end.clamp(max=p + T) - start, max_length)
@@ -167,7 +167,7 @@ class SequenceStates:
         p, start, end = self.position, self.seq_start, self.seq_end
         if not p or start is None or end is None or len(start) != B or start.any():
             return False
-        if not (end == OPEN).all() or (max_length is not None and p + T > max_length):
+        if not (end == OPEN_END).all() or (max_length is not None and p + T > max_length):
             return False
         if mask is None:
             return True
@@ -184,7 +184,7 @@ class SequenceStates:
             for state in self._states():
                 state.move(by)
             self.seq_start = self.seq_start + by
-        self.seq_end = torch.full_like(by, OPEN)
+        self.seq_end = torch.full_like(by, OPEN_END)
 
     @property
     def present(self) -> Tensor:
@@ -274,7 +274,7 @@ class SequenceStates:
         check_shape("mask", mask, B=self.batch_size)
         mask = mask.cpu()
         self.seq_start = self.seq_start.masked_fill(mask, self.position)
-        self.seq_end = self.seq_end.masked_fill(mask, OPEN)
+        self.seq_end = self.seq_end.masked_fill(mask, OPEN_END)
         if self.columns is not None:
             self.columns = self.columns & ~mask[:, None]
         for state in self._states():
@@ -356,7 +356,7 @@ class SequenceStates:
         """
         start, position = self.seq_start, self.position - removed
         assert start is not None
-        end, by = torch.full_like(start, OPEN), torch.zeros_like(start)
+        end, by = torch.full_like(start, OPEN_END), torch.zeros_like(start)
         if counts is None:
             start = start.clamp(max=position)
         else:

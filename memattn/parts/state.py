@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from memattn.checks import must
 
-OPEN = 1 << 62  # the end of a row that may still grow
+OPEN_END = 1 << 62  # the end of a row that may still grow
 ROOM = 64  # entries, at least, that a token tensor is given room for
 
 

@@ -21,7 +21,7 @@ from memattn.parts.segment_pieces import Piece, SegmentPieces, segment_pieces
 from memattn.parts.titans_layers import MemoryLayer, NormedGate, all_present
 from memattn.parts.titans_options import REMEMBERED
 from memattn.parts.titans_state import EARLIER, START, TitansState
-from memattn.parts.views import SOURCES
+from memattn.parts.views import MASSES_BY_SOURCE
 
 
 class ContextAttention(PersistentAttention):
@@ -395,4 +395,4 @@ def _front_lse(query: Tensor, front: ContextKeys) -> Tensor:
     return (query @ key.mT * query.shape[-1] ** -0.5).double().logsumexp(-1, keepdim=True)
 
 
-SOURCES[MemoryAsContext] = SOURCES[MemoryInParallel] = _sources
+MASSES_BY_SOURCE[MemoryAsContext] = MASSES_BY_SOURCE[MemoryInParallel] = _sources

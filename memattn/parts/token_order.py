@@ -53,12 +53,18 @@ class TokenOrder:
         return torch.where(self.present.view(*self.present.shape, *[1] * (x.dim() - 2)), x, 0)
 
     def next_labels(self, labels: Tensor, ignored: int = -100) -> Tensor:
-        """For each token the label of the row's next token, ``[B, T]``; ``ignored`` without one."""
+        """What each column is to predict, ``[B, T]``, of labels of the columns.
+
+        In a row with holes it is the label of the row's next token, and ``ignored`` without one or
+        in a column without a token; in other rows it is that of the next column.
+        """
+        end = torch.full_like(labels[:, :1], ignored)
         there = self.put(self.present)
-        ahead = torch.where(there, self.put(labels), ignored)[:, 1:]
-        ahead = torch.cat([ahead, torch.full_like(ahead[:, :1], ignored)], 1)
-        ahead = torch.where(there, ahead, ignored)
-        return _take(ahead, self.place)
+        ahead = torch.where(there, self.put(labels), ignored)
+        ahead = torch.where(there, torch.cat([ahead[:, 1:], end], 1), ignored)
+        column = torch.arange(labels.shape[1], device=labels.device)
+        has_holes = (self.index != column).any(1, keepdim=True)
+        return torch.where(has_holes, _take(ahead, self.place), torch.cat([labels[:, 1:], end], 1))
 
     def to(self, device: torch.device) -> "TokenOrder":
         """The same on another device."""

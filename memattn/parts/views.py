@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Visit = Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]
 # kind of attention layer: its masses [B, H, T] by source of keys, from the arguments of its forward
-SOURCES: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {}
+MASSES_BY_SOURCE: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {}
 
 
 def part_views() -> dict[str, View]:
@@ -39,7 +39,7 @@ def visit_layers(
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:
     """The attention layers of known kinds, in order."""
-    return [module for module in model.modules() if isinstance(module, tuple(SOURCES))]
+    return [module for module in model.modules() if isinstance(module, tuple(MASSES_BY_SOURCE))]
 
 
 def draw_attention_mass(axes: "Axes", source: str, mass: Tensor) -> "AxesImage":

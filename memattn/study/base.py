@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from memattn._tables import Table
 from memattn.checks import check_int, must
 from memattn.study.cells import Cell, Measure
-from memattn.study.results import Row
+from memattn.study.results import CellSummary
 from memattn.study.tables import difference_table, make_table
 from memattn.train.config import DataConfig, ModelConfig, TrainConfig, TrainingConfig
 from memattn.yaml_text import dump_yaml
@@ -114,7 +114,7 @@ class Study:
         training = replace(self.training, output_dir=str(folder), seed=seed)
         return TrainConfig(model=cell.model, data=self.data, training=training)
 
-    def tables(self, rows: Sequence[Row]) -> list[Table]:
+    def tables(self, rows: Sequence[CellSummary]) -> list[Table]:
         """The tables of the report, for the cells over their seeds."""
         if len(self.baselines) == 1:
             return [make_table(self.title, rows, self.baselines, self.measures)]
@@ -123,7 +123,7 @@ class Study:
             *(difference_table(rows, name, self.measures) for name in self.baselines),
         ]
 
-    def note(self, rows: Sequence[Row]) -> str:
+    def note(self, rows: Sequence[CellSummary]) -> str:
         """What the numbers of the tables mean."""
         names = self.baselines
         n = max(spread.n for row in rows for spread in row.losses.values())

@@ -14,7 +14,7 @@ from memattn.parts.titans import TitansConfig
 from memattn.study.base import Study, check_list, check_seeds
 from memattn.study.cells import Cell, Measure
 from memattn.study.compared import MEASURED, PAIRS, measure_run
-from memattn.study.results import MEASURES, Row
+from memattn.study.results import MEASURES, CellSummary
 from memattn.train.config import DataConfig, ModelConfig, TrainConfig, TrainingConfig
 
 VANILLA = "vanilla"
@@ -269,7 +269,7 @@ class CompareStudy(Study):
                     measured.unlink()
         write_json(file, about)
 
-    def tables(self, rows: Sequence[Row]) -> list[Table]:
+    def tables(self, rows: Sequence[CellSummary]) -> list[Table]:
         """One table of all models."""
         heads = ["model", "parameters", "validation loss"]
         heads += [measure.head for measure in self.measures]
@@ -289,7 +289,7 @@ class CompareStudy(Study):
         ]
         return [Table(self.title, tuple(heads), cells)]
 
-    def note(self, rows: Sequence[Row]) -> str:
+    def note(self, rows: Sequence[CellSummary]) -> str:
         n = max(spread.n for row in rows for spread in row.losses.values())
         batches = self.training.eval_batches
         some = "all" if batches is None else f"the first {batches} batches of"

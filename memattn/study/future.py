@@ -9,7 +9,7 @@ from memattn._tables import Table
 from memattn.checks import check_bool, check_int, must
 from memattn.study.base import Study, check_list, check_seeds, short_training
 from memattn.study.cells import Cell, Measure
-from memattn.study.results import Row
+from memattn.study.results import CellSummary
 from memattn.study.tables import loss_cells, loss_heads
 from memattn.train.config import DataConfig, ModelConfig, TrainingConfig
 
@@ -44,11 +44,11 @@ class FutureCompare:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
 
     def __post_init__(self) -> None:
-        from memattn.nn.future_attention import SOURCES
+        from memattn.nn.future_attention import KEY_SOURCES
         from memattn.ops.future_attention import LOSS_TYPES
 
         check_list("compare.loss_types", self.loss_types, (NO_LOSS, *LOSS_TYPES))
-        check_list("compare.sources", self.sources, SOURCES)
+        check_list("compare.sources", self.sources, KEY_SOURCES)
         check_seeds(self.seeds)
         check_list("compare.future_dims", self.future_dims)
         for value in self.future_dims:
@@ -135,7 +135,7 @@ class FutureStudy(Study):
             )
         return cells
 
-    def tables(self, rows: Sequence[Row]) -> list[Table]:
+    def tables(self, rows: Sequence[CellSummary]) -> list[Table]:
         """By loss type, by future_dim, by source, and all against the baseline.
 
         A list of ``compare`` with one entry has no table of its own.

@@ -16,7 +16,7 @@ from memattn.bench.report import machine
 from memattn.files import replacing_file, write_text
 from memattn.study.base import Study
 from memattn.study.cells import Cell
-from memattn.study.results import COMMON, RunResult, cross_entropy, summarise
+from memattn.study.results import COMMON, CellRun, cross_entropy, summarise
 from memattn.train.config import DEFAULT_STEPS
 from memattn.viz import plot_bands
 from memattn.viz.curves import smooth_curve
@@ -25,7 +25,7 @@ READING = "\n## Reading\n"
 Metrics = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
 
 
-def print_report(console: Console, study: Study, cells: list[Cell], runs: list[RunResult]) -> None:
+def print_report(console: Console, study: Study, cells: list[Cell], runs: list[CellRun]) -> None:
     """Print the tables."""
     rows = summarise(cells, runs, study.baselines, study.measures)
     for table in study.tables(rows):
@@ -36,7 +36,7 @@ def print_report(console: Console, study: Study, cells: list[Cell], runs: list[R
 def write_report(
     study: Study,
     cells: list[Cell],
-    runs: list[RunResult],
+    runs: list[CellRun],
     metrics: Metrics,
     facts: dict[str, Any],
     page: Path | None = None,
@@ -118,7 +118,7 @@ def _reading(page: Path) -> str:
     return "".join(page.read_text(encoding="utf-8").partition(READING)[1:])
 
 
-def _record(run: RunResult, names: Sequence[str]) -> dict[str, Any]:
+def _record(run: CellRun, names: Sequence[str]) -> dict[str, Any]:
     """A run as plain values; None where it has no such loss."""
     losses = {name: run.losses.get(name) for name in names}
     own = {"tokens": run.tokens, "seconds": run.seconds}
@@ -151,7 +151,7 @@ def _source(data: Mapping[str, Any]) -> str:
     return f"the task {data['task']['name']}" + (f" with {options}" if options else "")
 
 
-def _to_csv(study: Study, cells: list[Cell], runs: list[RunResult]) -> str:
+def _to_csv(study: Study, cells: list[Cell], runs: list[CellRun]) -> str:
     """One row for each run."""
     by_name = {cell.name: cell for cell in cells}
     by_run = {(run.variant, run.seed): run.losses for run in runs}

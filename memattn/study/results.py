@@ -19,7 +19,7 @@ COMMON = (Measure("train_loss", "train loss"), Measure("val_loss", "validation l
 MEASURES = "measures.json"  # in the folder of a run: what its study has measured itself
 
 
-class RunResult(NamedTuple):
+class CellRun(NamedTuple):
     """What one finished run gave: its losses by the names of the measures, where it has them."""
 
     variant: str
@@ -30,7 +30,7 @@ class RunResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class CellSummary:
     """One cell over its seeds.
 
     Attributes:
@@ -61,7 +61,7 @@ class Row:
 
 def read_run(
     folder: Path, cell: str, seed: int, max_steps: int, measures: Sequence[Measure] = ()
-) -> RunResult:
+) -> CellRun:
     """What a finished run gave.
 
     Args:
@@ -87,7 +87,7 @@ def read_run(
             losses[measure.name] = value
     if (folder / MEASURES).is_file():
         losses |= json.loads((folder / MEASURES).read_text(encoding="utf-8"))
-    return RunResult(cell, seed, losses, rows[-1]["tokens"], rows[-1]["seconds"])
+    return CellRun(cell, seed, losses, rows[-1]["tokens"], rows[-1]["seconds"])
 
 
 def cross_entropy(row: Mapping[str, Any]) -> float:
@@ -97,10 +97,10 @@ def cross_entropy(row: Mapping[str, Any]) -> float:
 
 def summarise(
     cells: Sequence[Cell],
-    runs: Sequence[RunResult],
+    runs: Sequence[CellRun],
     baselines: Sequence[str],
     measures: Sequence[Measure] = (),
-) -> list[Row]:
+) -> list[CellSummary]:
     """The cells in order, each over the seeds that it was trained with.
 
     Args:
@@ -140,5 +140,5 @@ def summarise(
             }
             differences[baseline] = {name: Spread.of(gaps) for name, gaps in minus.items()}
             lower[baseline] = sum(gap < 0.0 for gap in minus.get("val_loss", []))
-        rows.append(Row(cell, losses, differences, lower))
+        rows.append(CellSummary(cell, losses, differences, lower))
     return rows

@@ -9,7 +9,7 @@ from memattn._tables import Table
 from memattn.checks import check_int, must
 from memattn.study.base import Study, check_list, check_seeds, short_training
 from memattn.study.cells import Cell, Measure
-from memattn.study.results import Row
+from memattn.study.results import CellSummary
 from memattn.study.tables import difference_table, make_table
 from memattn.train.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, TrainingConfig
 
@@ -311,7 +311,7 @@ class ShiftableStudy(Study):
         model = load_xlora(self, folder) if mixed else load_model_folder(folder / "model")
         return measure_run(self, config, model)
 
-    def tables(self, rows: Sequence[Row]) -> list[Table]:
+    def tables(self, rows: Sequence[CellSummary]) -> list[Table]:
         losses, gates = self.measures[:1], self.measures[1:]
         gated = [row for row in rows if "separation" in row.losses]
         return [
@@ -339,7 +339,7 @@ class ShiftableStudy(Study):
         )
 
 
-def _gate_table(rows: Sequence[Row], measures: Sequence[Measure]) -> Table:
+def _gate_table(rows: Sequence[CellSummary], measures: Sequence[Measure]) -> Table:
     """What gates do on either text, of the cells that have some."""
     from memattn.study.tables import loss_cells
 

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 
 from memattn._tables import Spread, Table
 from memattn.study.cells import Measure
-from memattn.study.results import COMMON, Row
+from memattn.study.results import COMMON, CellSummary
 
 
 def make_table(
-    title: str, rows: Sequence[Row], baselines: Sequence[str], measures: Sequence[Measure] = ()
+    title: str,
+    rows: Sequence[CellSummary],
+    baselines: Sequence[str],
+    measures: Sequence[Measure] = (),
 ) -> Table:
     """All cells with their counts and losses, and what they differ by from the baselines.
 
@@ -31,7 +34,9 @@ def make_table(
     return Table(title, tuple(heads), cells)
 
 
-def difference_table(rows: Sequence[Row], baseline: str, measures: Sequence[Measure] = ()) -> Table:
+def difference_table(
+    rows: Sequence[CellSummary], baseline: str, measures: Sequence[Measure] = ()
+) -> Table:
     """What the other cells differ by from one baseline.
 
     Args:
@@ -51,7 +56,7 @@ def loss_heads(measures: Sequence[Measure] = ()) -> tuple[str, ...]:
     return tuple(measure.head for measure in (*COMMON, *measures))
 
 
-def loss_cells(row: Row, measures: Sequence[Measure] = ()) -> list[str]:
+def loss_cells(row: CellSummary, measures: Sequence[Measure] = ()) -> list[str]:
     """Each loss of a cell over its seeds."""
     names = [measure.name for measure in (*COMMON, *measures)]
     return [_spread(row.losses[name]) if name in row.losses else "-" for name in names]
@@ -66,7 +71,7 @@ def difference(spread: Spread) -> str:
     return text
 
 
-def _against(row: Row, baseline: str, measures: Sequence[Measure]) -> list[str]:
+def _against(row: CellSummary, baseline: str, measures: Sequence[Measure]) -> list[str]:
     """A cell's losses beside those of a baseline, which has nothing to say of itself."""
     spreads = row.differences[baseline]
     compared = ["val_loss", *(measure.name for measure in measures if measure.compared)]

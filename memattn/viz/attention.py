@@ -9,7 +9,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from memattn.checks import must
-from memattn.parts.views import SOURCES, attention_layers, draw_attention_mass, visit_layers
+from memattn.parts.views import (
+    MASSES_BY_SOURCE,
+    attention_layers,
+    draw_attention_mass,
+    visit_layers,
+)
 from memattn.viz.curves import save_figure
 
 
@@ -21,7 +26,7 @@ def attention_mass(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
     the log-sum-exps are those of the operator itself. Averaged over the batch and the positions.
 
     Args:
-        model: A model whose attention layers are of kinds in ``SOURCES``, called with
+        model: A model whose attention layers are of kinds in ``MASSES_BY_SOURCE``, called with
             ``input_ids`` and ``use_cache=False``. It is put into its evaluation mode meanwhile.
         input_ids: ``[B, T]``, without padding.
 
@@ -36,13 +41,13 @@ def attention_mass(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
     """
     layers = attention_layers(model)
     if not layers:
-        kinds = ", ".join(kind.__name__ for kind in SOURCES)
+        kinds = ", ".join(kind.__name__ for kind in MASSES_BY_SOURCE)
         must("model", f"have layers of kind {kinds}", type(model).__name__, TypeError)
     masses: dict[nn.Module, dict[str, Tensor]] = {}
 
     def measure(module: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-        kind = next(kind for kind in type(module).__mro__ if kind in SOURCES)
-        found = SOURCES[kind](module, *args, **options)
+        kind = next(kind for kind in type(module).__mro__ if kind in MASSES_BY_SOURCE)
+        found = MASSES_BY_SOURCE[kind](module, *args, **options)
         masses[module] = {name: mass.double().mean((0, 2)).cpu() for name, mass in found.items()}
 
     visit_layers(model, input_ids, layers, measure)
