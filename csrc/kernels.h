@@ -17,6 +17,8 @@ struct RowRange {
   int32_t lo, hi;
   int32_t persistent;
   int32_t segment, memory;
+  int32_t sink_lo, sink_hi;  // token keys before lo, or none
+  int64_t sinks() const { return sink_hi - sink_lo; }
 };
 
 struct SegmentedArgs {

@@ -13,7 +13,7 @@ struct Inputs {
   Tensor query, key, value;
   OptionalTensor persistent_key, persistent_value, memory_key, memory_value;
   OptionalTensor cu_seqlens, seq_start, seq_end;
-  OptionalInt segment_len, window_size;
+  OptionalInt segment_len, window_size, num_sink_tokens;
   bool is_causal, memory_is_causal;
   int64_t query_offset;
   double scale;
@@ -27,7 +27,7 @@ struct Call {
 RowRange row_range(const SegmentedArgs& a, int64_t i, const Document& doc, int64_t first_segment,
                    const Inputs& in) {
   const OptionalInt &segment_len = in.segment_len, &window_size = in.window_size;
-  RowRange r{0, 0, 0, 0, 0};
+  RowRange r{0, 0, 0, 0, 0, 0, 0};
   if (i < doc.start || i >= doc.end) return r;
   int64_t lo = doc.start, hi = doc.end;
   if (segment_len || window_size) {
@@ -40,6 +40,16 @@ RowRange row_range(const SegmentedArgs& a, int64_t i, const Document& doc, int64
       const int64_t w = std::min<int64_t>(*window_size, INT32_MAX);
       lo = std::min(lo, i - w + 1);
       hi = std::max(hi, i + w);
+    }
+    if (in.num_sink_tokens) {
+      const int64_t first = std::max(doc.start, int64_t{0});
+      const int64_t last = first + std::min<int64_t>(*in.num_sink_tokens, a.S);
+      if (lo <= last) {
+        lo = first, hi = std::max(hi, last);
+      } else {
+        r.sink_lo = static_cast<int32_t>(std::min(first, a.S));
+        r.sink_hi = static_cast<int32_t>(std::max<int64_t>(r.sink_lo, std::min({last, doc.end, a.S})));
+      }
     }
   }
   if (in.is_causal) hi = i + 1;
@@ -103,12 +113,14 @@ Call make_call(const Inputs& in) {
   Tensor query, Tensor key, Tensor value, OptionalTensor persistent_key,                         \
       OptionalTensor persistent_value, OptionalTensor memory_key, OptionalTensor memory_value,   \
       OptionalTensor cu_seqlens, OptionalTensor seq_start, OptionalTensor seq_end,               \
-      OptionalInt segment_len, OptionalInt window_size, bool is_causal, bool memory_is_causal,   \
-      int64_t query_offset, double scale
+      OptionalInt segment_len, OptionalInt window_size, OptionalInt num_sink_tokens,             \
+      bool is_causal, bool memory_is_causal, int64_t query_offset, double scale
 #define MEMATTN_TAKEN                                                                            \
-  Inputs{query,       key,         value,     persistent_key,   persistent_value, memory_key,    \
-         memory_value, cu_seqlens, seq_start, seq_end,          segment_len,      window_size,   \
-         is_causal,   memory_is_causal,       query_offset,     scale}
+  Inputs{query,         key,          value,                                                      \
+         persistent_key, persistent_value, memory_key,       memory_value,                        \
+         cu_seqlens,    seq_start,    seq_end,                                                    \
+         segment_len,   window_size,  num_sink_tokens,                                            \
+         is_causal,     memory_is_causal, query_offset,      scale}
 
 std::tuple<Tensor, Tensor, Tensor> forward(MEMATTN_PARAMETERS) {
   Call call = make_call(MEMATTN_TAKEN);
@@ -143,12 +155,15 @@ struct Chunk {
 // Splits the queries of one sequence into `n` chunks of about equal work.
 std::vector<int64_t> split_rows(const SegmentedArgs& a, int64_t b, int64_t n) {
   const RowRange* rows = a.rows + b * a.rows_stride;
+  auto work_of = [](const RowRange& r) {
+    return r.hi - r.lo + r.persistent + r.memory + r.sinks() + 1;
+  };
   double work = 0;
-  for (int64_t t = 0; t < a.T; ++t) work += rows[t].hi - rows[t].lo + rows[t].persistent + rows[t].memory + 1;
+  for (int64_t t = 0; t < a.T; ++t) work += work_of(rows[t]);
   std::vector<int64_t> bounds{0};
   double done = 0;
   for (int64_t t = 0; t < a.T; ++t) {
-    done += rows[t].hi - rows[t].lo + rows[t].persistent + rows[t].memory + 1;
+    done += work_of(rows[t]);
     if (done >= work * bounds.size() / n && static_cast<int64_t>(bounds.size()) < n && t + 1 < a.T)
       bounds.push_back(t + 1);
   }
@@ -162,6 +177,8 @@ void reach(const SegmentedArgs& a, Chunk& c) {
   for (int64_t t = c.t_begin; t < c.t_end; ++t) {
     if (rows[t].lo < rows[t].hi)
       lo = std::min<int64_t>(lo, rows[t].lo), hi = std::max<int64_t>(hi, rows[t].hi);
+    if (rows[t].sinks())
+      lo = std::min<int64_t>(lo, rows[t].sink_lo), hi = std::max<int64_t>(hi, rows[t].sink_hi);
     if (rows[t].memory)
       s0 = std::min<int64_t>(s0, rows[t].segment), s1 = std::max<int64_t>(s1, rows[t].segment + 1);
   }
@@ -177,9 +194,15 @@ std::vector<Reach> reaches(const SegmentedArgs& a, const std::vector<Tile>& tile
     const RowRange* rows = a.rows + tiles[i].b * a.rows_stride;
     found[i].begin = a.S;
     for (int64_t t = tiles[i].t0; t < tiles[i].t1; ++t) {
-      if (rows[t].lo >= rows[t].hi) continue;
-      found[i].begin = std::min<int64_t>(found[i].begin, rows[t].lo);
-      end = std::max<int64_t>(end, rows[t].hi);
+      const RowRange& r = rows[t];
+      if (r.lo < r.hi) {
+        found[i].begin = std::min<int64_t>(found[i].begin, r.lo);
+        end = std::max<int64_t>(end, r.hi);
+      }
+      if (r.sinks()) {
+        found[i].begin = std::min<int64_t>(found[i].begin, r.sink_lo);
+        end = std::max<int64_t>(end, r.sink_hi);
+      }
     }
     found[i].end = end;
   }

@@ -23,24 +23,35 @@ struct TileRows {
 
   bool empty(int64_t i) const {
     const RowRange& r = *range[i];
-    return r.lo >= r.hi && !r.persistent && !r.memory;
+    return r.lo >= r.hi && !r.persistent && !r.memory && !r.sinks();
+  }
+
+  // The first key after `key` where sinks of some row begin.
+  int32_t sinks_after(int32_t key) const {
+    int32_t found = INT32_MAX;
+    for (int64_t i = 0; i < n; ++i) {
+      const RowRange& r = *range[i];
+      if (r.sinks() && r.sink_lo > key && r.sink_lo < found) found = r.sink_lo;
+    }
+    return found;
   }
 
   SumRuns sum_runs() const {
-    int64_t lo = INT32_MAX, hi = 0, persistent = 0, memory = 0, least = INT32_MAX;
+    int64_t lo = INT32_MAX, hi = 0, persistent = 0, memory = 0, sinks = 0, least = INT32_MAX;
     for (int64_t i = 0; i < n; ++i) {
       if (empty(i)) continue;
       const RowRange& r = *range[i];
-      int64_t keys = r.persistent + r.memory;
+      int64_t keys = r.persistent + r.memory + r.sinks();
       if (r.lo < r.hi) {
         lo = r.lo < lo ? r.lo : lo, hi = r.hi > hi ? r.hi : hi;
         keys += r.hi - r.lo;
       }
       persistent = r.persistent > persistent ? r.persistent : persistent;
       memory += r.memory;
+      sinks = r.sinks() > sinks ? r.sinks() : sinks;
       least = keys < least ? keys : least;
     }
-    const int64_t keys = (lo < hi ? hi - lo : 0) + persistent + memory;
+    const int64_t keys = (lo < hi ? hi - lo : 0) + persistent + memory + sinks;
     return {keys, keys <= 2 * SumRuns::FEW && least <= SumRuns::FEW / 4};
   }
 };
@@ -88,10 +99,19 @@ static void for_each_block(const SegmentedArgs& a, const Tile& tile, const TileR
            grads ? grads->d_memory_value + base * ldv : nullptr, 0);
     }
   }
+  auto walk_tokens = [&] {
+    walk(a.key, at(a.key, tile.b, tile.hkv, 0), a.value, at(a.value, tile.b, tile.hkv, 0), 2,
+         grads ? grads->d_key : nullptr, grads ? grads->d_value : nullptr,
+         grads ? grads->key_begin : 0);
+  };
+  // document by document, as their first tokens lie far apart
+  for (int32_t s = rows.sinks_after(-1); s < INT32_MAX; s = rows.sinks_after(s)) {
+    fill([s](const RowRange&) { return s; },
+         [s](const RowRange& r) { return r.sink_lo == s ? r.sink_hi : s; });
+    walk_tokens();
+  }
   fill([](const RowRange& r) { return r.lo; }, [](const RowRange& r) { return r.hi; });
-  walk(a.key, at(a.key, tile.b, tile.hkv, 0), a.value, at(a.value, tile.b, tile.hkv, 0), 2,
-       grads ? grads->d_key : nullptr, grads ? grads->d_value : nullptr,
-       grads ? grads->key_begin : 0);
+  walk_tokens();
 }
 
 template <class How, int NV>

@@ -9,6 +9,7 @@ from memattn import segmented_attention
 from memattn.bench.inputs import make_segmented_inputs
 
 MEMORY = ("memory_key", "memory_value")
+SINKS = dict(segment_len=4, window_size=3, num_sink_tokens=5)
 
 
 def segmented_inputs(**sizes: Any) -> Arguments:
@@ -93,13 +94,28 @@ SEGMENTED = OperatorSpec(
             dict(segment_len=8, window_size=4, query_offset=17),
             dict(seq_start=[-3, 2], seq_end=[21, 20]),
         ),
+        "sinks": Case(dict(T=37), dict(window_size=5, num_sink_tokens=3)),
+        "sinks-both": Case(dict(T=37, P=2), dict(SINKS, is_causal=False)),
+        "sinks-past-the-keys": Case(
+            dict(T=9, S=5), dict(query_offset=2, window_size=2, num_sink_tokens=4)
+        ),
+        "sinks-packed": Case(
+            dict(B=1, T=37, P=2, M=2, segment_len=4, n_segments=11),
+            SINKS,
+            dict(cu_seqlens=DOCUMENTS),
+        ),
+        "sinks-padded-left": Case(dict(B=3, T=21), SINKS, dict(seq_start=[0, 5, 20])),
+        "sinks-trimmed": Case(
+            dict(B=3, T=4, S=21), dict(SINKS, query_offset=17), dict(seq_start=[-9, 2, 19])
+        ),
     },
-    interpreted_half=("all-sources", "padded-left", "union-both", "decode-window"),
+    interpreted_half=("all-sources", "padded-left", "union-both", "decode-window", "sinks"),
     gradcheck={
         name: Case(dict(B=1, H=2, Hkv=1, T=6, D=3, P=2, M=4, segment_len=4), options)
         for name, options in {
             "causal": dict(segment_len=4, window_size=3, memory_is_causal=True),
             "both": dict(segment_len=4, window_size=2, is_causal=False),
+            "sinks": dict(segment_len=4, window_size=1, num_sink_tokens=2),
         }.items()
     },
     empty={
@@ -117,6 +133,7 @@ SEGMENTED = OperatorSpec(
         "union": lambda T: Case(
             dict(**ONE, T=T, D=32, P=5), dict(segment_len=48, window_size=20, is_causal=False)
         ),
+        "sinks": lambda T: Case(dict(**ONE, T=T, D=32), dict(window_size=33, num_sink_tokens=7)),
     },
     longest=(200, 1000),
     at_head_dim=Case(dict(**ONE, T=130), dict(window_size=70)),
@@ -135,12 +152,14 @@ SEGMENTED = OperatorSpec(
         "odd-head-dim": Case(dict(T=15, D=13, Dv=7)),
         "decode": Case(dict(T=1, S=33, B=3), dict(query_offset=32)),
         "long": Case(dict(**ONE, T=150, D=72), dict(window_size=33)),
+        "sinks": Case(dict(**ONE, T=150, D=72), dict(window_size=33, num_sink_tokens=5)),
     },
     at_threads={
         "memory": Case(
             dict(B=2, H=2, Hkv=1, T=300, P=3, M=4, segment_len=32),
             dict(segment_len=32, window_size=40),
-        )
+        ),
+        "sinks": Case(dict(B=2, H=2, Hkv=1, T=300), dict(window_size=40, num_sink_tokens=5)),
     },
     batched=("query", "key", "value", *MEMORY),
     small=Case(dict(T=19, P=2, M=3, segment_len=8), dict(segment_len=8, window_size=5, scale=0.3)),
@@ -149,21 +168,25 @@ SEGMENTED = OperatorSpec(
         "window": Case(dict(T=37, P=2), dict(window_size=9)),
         "segment": Case(dict(T=37, P=2), dict(segment_len=8)),
         "union": Case(dict(T=37, P=2), dict(segment_len=8, window_size=5)),
+        "sinks": Case(dict(T=37, P=2), SINKS),
     },
     padded={
+        "sinks": Case(dict(B=1, T=21), SINKS),
         "all-sources": Case(
             dict(B=1, T=21, P=2, M=3, segment_len=8), dict(segment_len=8, window_size=4)
-        )
+        ),
     },
     pad=more_segments,
     packed={
+        "sinks": Case(dict(B=1, T=37), SINKS),
         "all-sources": Case(
             dict(B=1, T=37, P=2, M=4, segment_len=8, n_segments=7),
             dict(segment_len=8, window_size=4),
-        )
+        ),
     },
     document=memory_of_document,
     unseen={
+        "sinks": Case(dict(T=9, S=20), dict(query_offset=11, window_size=3, num_sink_tokens=4)),
         "padded": Case(dict(T=9, P=2), {}, dict(seq_end=[4, 0])),
         "no-sequence": Case(dict(B=1, T=5, P=2), {}, dict(seq_end=[0])),
         "trimmed": Case(
@@ -182,6 +205,7 @@ SEGMENTED = OperatorSpec(
             dict(**ONE, T=9, P=3, M=4, segment_len=4, Dv=24),
             dict(segment_len=4, window_size=3, memory_is_causal=True),
         ),
+        "sinks": Case(dict(**ONE, T=9), dict(window_size=3, num_sink_tokens=2)),
         "packed": Case(
             dict(**ONE, T=9, P=2), dict(window_size=6), dict(cu_seqlens=[0, 1, 6, 6, 9])
         ),

@@ -151,7 +151,9 @@ def test_passes_exact_models(make):
     # all dtypes between input and logits are float64: else a norm in float32 shows here
     close = [row.value for row in report.rows if row.passed and row.bound == 1e-10]
     assert len(close) >= 8 and max(close) < 1e-13
-    assert report.verdict == "all 0 (not applicable: packed documents)"
+    # the window of Qwen2 counts columns, with and without tokens
+    lacking = "holes, packed documents" if make is make_qwen2 else "packed documents"
+    assert report.verdict == f"all 0 (not applicable: {lacking})"
 
 
 @pytest.mark.parametrize(

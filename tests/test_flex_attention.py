@@ -37,6 +37,12 @@ CASES = {
     "causal": lambda: inputs(),
     "both directions": lambda: {**inputs(), "is_causal": False, "window_size": 5},
     "segments and window": lambda: {**inputs(), **persistent(), "segment_len": L, "window_size": 5},
+    "sinks": lambda: {
+        **inputs(),
+        "window_size": 5,
+        "num_sink_tokens": 3,
+        "seq_start": int32(-2, 6),
+    },
     "causal memory": lambda: {
         **inputs(),
         **persistent(),

@@ -1,14 +1,18 @@
 """memattn_segmented inside transformers' own Qwen2, Qwen3 and Llama."""
 
 import copy
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from model_factories import VOCAB, enable_checkpointing, make_tokens, pad_left, perturb
 from transformers import (
     AutoModelForCausalLM,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     Qwen2Config,
     Qwen3Config,
@@ -17,6 +21,7 @@ from transformers import (
 
 from memattn.models.hf_attention import hf_segmented_attention, hf_sequence_bounds
 
+ROOT = Path(__file__).parent.parent
 SIZES = dict(
     vocab_size=VOCAB,
     hidden_size=32,
@@ -92,6 +97,66 @@ def test_logits_equal_those_of_sdpa(name, side):
     ]
     error, *others = ((result - expected).abs().max() for result in results)
     assert error <= 2 * max(others) + 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["", "left and right"])
+def test_first_tokens(side):
+    tokens, mask = make_padded(side)
+    fields = dict(memattn_segment_len=6, memattn_window_size=3, memattn_num_sink_tokens=2)
+    model = make_model("llama", **fields)
+    actual = model(tokens, attention_mask=mask).logits[mask == 1]
+    start = mask.argmax(1)[:, None]
+    first = (torch.arange(mask.shape[1]) < start + 2) & (mask == 1)
+    causal = torch.ones(mask.shape[1], mask.shape[1]).tril() == 1
+    dense = dense_mask(mask, 6, 3, torch.float64)
+    dense = dense.masked_fill((first[:, None] & causal)[:, None], 0.0)
+    expected = make_model("llama", implementation="sdpa")(tokens, attention_mask=dense).logits
+    torch.testing.assert_close(actual, expected[mask == 1], **EXACT)
+    if not side:
+        steps, cache = [], None
+        for token in tokens.split(1, 1):
+            found = model(token, past_key_values=cache)
+            steps.append(found.logits)
+            cache = found.past_key_values
+        torch.testing.assert_close(torch.cat(steps, 1)[mask == 1], actual, **EXACT)
+
+
+OWN = {  # logits of sinks and windows; chunks and layers without
+    "gpt-oss": lambda: GptOssConfig(
+        **SIZES, num_local_experts=2, num_experts_per_tok=1, head_dim=8, sliding_window=5
+    ),
+    "llama-4": lambda: Llama4TextConfig(
+        **SIZES,
+        head_dim=8,
+        attention_chunk_size=6,
+        num_local_experts=2,
+        intermediate_size_mlp=40,
+        no_rope_layers=[1, 0],
+    ),
+}
+
+
+@pytest.mark.parametrize("side", ["", "left"])
+@pytest.mark.parametrize("own", OWN)
+def test_what_models_have_of_their_own(own, side):
+    torch.manual_seed(0)
+    eager = AutoModelForCausalLM.from_config(OWN[own](), attn_implementation="eager")
+    eager.set_experts_implementation("eager")  # others have no float64
+    eager = perturb(eager.double().eval())
+    ours = copy.deepcopy(eager)
+    ours.set_attn_implementation("memattn_segmented")
+    tokens, mask = make_padded(side)
+    expected, actual = (m(tokens, attention_mask=mask).logits[mask == 1] for m in (eager, ours))
+    torch.testing.assert_close(actual, expected, **EXACT)
+    for logits in (expected, actual):
+        logits.square().mean().backward()
+    for (name, a), b in zip(ours.named_parameters(), eager.parameters(), strict=True):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, **EXACT, msg=name)
+            assert "sinks" not in name or a.grad.any()
+    prompts = dict(input_ids=tokens, attention_mask=mask, **GREEDY)
+    assert torch.equal(ours.generate(**prompts), eager.generate(**prompts))
 
 
 @torch.no_grad()
@@ -374,7 +439,6 @@ class Chunked:
             "config.memattn_window_size must be an integer, got float",
         ),
         (lambda: call(softcap=30.0), NotImplementedError, "softcap must be None"),
-        (lambda: call(s_aux=torch.zeros(2)), NotImplementedError, "s_aux must be None"),
         (lambda: call(is_causal=False), NotImplementedError, "is_causal must be True"),
         (lambda: bounds(use_vmap=True), NotImplementedError, "mask_function must be causal"),
         (
@@ -394,3 +458,14 @@ class Chunked:
 def test_unsupported_uses_are_refused(use, error, message):
     with pytest.raises(error, match=message):
         use()
+
+
+def test_losses_by_window():
+    loss = runpy.run_path(str(ROOT / "examples/window_losses.py"))["second_half_loss"]
+    model, pieces = make_model("llama"), make_tokens(B=3, T=20)
+    full = loss(model, pieces)
+    logits = model(pieces).logits[:, 9:-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits.float(), pieces[:, 10:].flatten()).item()
+    assert full == pytest.approx(expected)
+    assert loss(model, pieces, window=4, sinks=20) == pytest.approx(full)
+    assert abs(loss(model, pieces, window=4) - full) > abs(loss(model, pieces, 20) - full)

@@ -8,6 +8,8 @@ from operator_contract import DEVICE, EVERY, needs_cpp
 
 from memattn import segmented_attention
 from memattn.bench.inputs import make_segmented_inputs
+from memattn.ops import AttentionOutput
+from memattn.testing import assert_results_within_budget, run_with_gradients
 
 pytestmark = pytest.mark.operator
 
@@ -120,7 +122,7 @@ def test_the_extension_refuses_what_it_would_read_outside():
     t = make_segmented_inputs(B=1, T=9, M=2, segment_len=4, n_segments=1)
     args = [t["query"], t["key"], t["value"], None, None, t["memory_key"], t["memory_value"]]
     with pytest.raises(RuntimeError, match="memory_key must have at least n_segments"):
-        op(*args, None, None, None, 4, None, True, False, 0, 1.0)
+        op(*args, None, None, None, 4, None, None, True, False, 0, 1.0)
 
 
 @needs_cpp
@@ -144,3 +146,33 @@ def test_keys_are_nobody_elses_neighbours(capability, window_size):
         torch.ops.memattn_cpp.set_cpu_capability(widest)
     assert out[:, :, 32:].isfinite().all()
     assert query.grad is not None and query.grad[:, :, 32:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_sinks_are_columns_of_the_softmax(dtype):
+    """Beside the scores of the keys that a query sees, and of no value."""
+    t = make_segmented_inputs(B=2, H=4, Hkv=2, T=19, D=8, dtype=dtype)
+    logits = torch.randn(4, generator=torch.Generator().manual_seed(3)).to(dtype)
+    options = dict(window_size=4, seq_end=torch.tensor([19, 11], dtype=torch.int32))
+
+    def joined(query, key, value, sink_logits):
+        G = query.shape[1] // key.shape[1]
+        scores = query @ key.repeat_interleave(G, 1).mT / query.shape[-1] ** 0.5
+        i, j = torch.arange(19)[:, None], torch.arange(19)
+        seen = (j <= i) & (j > i - 4)
+        within = torch.tensor([19, 11])[:, None] > j
+        seen = (seen & within[:, None] & within[..., None])[:, None]
+        sink = sink_logits[:, None, None].expand(2, 4, 19, 1)
+        whole = torch.cat([scores.masked_fill(~seen, -torch.inf), sink], -1)
+        exists = seen.any(-1)
+        weights = whole.softmax(-1)[..., :-1] * exists[..., None]
+        lse = (whole if whole.dtype == torch.float64 else whole.float()).logsumexp(-1)
+        out = weights @ value.repeat_interleave(G, 1)
+        return AttentionOutput(out, lse.masked_fill(~exists, -torch.inf))
+
+    given = {**t, "sink_logits": logits}
+    actual = run_with_gradients(segmented_attention, given, options)
+    low = run_with_gradients(joined, given, {})
+    high = run_with_gradients(joined, given, {}, dtype=torch.float64)
+    assert_results_within_budget(actual, low, high)
+    assert actual["d_sink_logits"].any()

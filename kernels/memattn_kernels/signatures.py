@@ -28,6 +28,7 @@ class SegmentedAttentionArgs(NamedTuple):
     seq_end: Tensor | None  # int32 [B]
     segment_len: int | None
     window_size: int | None
+    num_sink_tokens: int | None  # beside a segment or a window; None for none
     is_causal: bool
     memory_is_causal: bool
     query_offset: int

@@ -102,7 +102,7 @@ def exchanged_bytes(
             before = shards.bounds(devices - 1)[0]
         else:
             edges = Edges(shards, *need.spans)
-            before = max(map(edges.edge_len, range(devices)))
+            before = max(map(edges.edge_len, range(devices))) + need.first
         tokens = before + min(need.ahead, total_len - shards.shard_len)
         total += need.features * tokens * element_size + 4 * need.state
     return total

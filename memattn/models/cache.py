@@ -126,7 +126,9 @@ class MemAttnCache(SequenceStates, Cache):
             merged.columns = torch.cat(columns)
         for i, layer in enumerate(merged.layers):
             for name, state in layer.parts.items():
-                layer.parts[name] = state.merge([cache.layers[i].parts[name] for cache in caches])
+                parts = [cache.layers[i].parts[name] for cache in caches]
+                layer.parts[name] = state.merge(parts)
+                layer.parts[name].realign(merged.seq_start, position)
         merged._trim()
         return merged
 

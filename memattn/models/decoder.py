@@ -324,7 +324,10 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
             )
             share: Any = 1.0  # of the labels that are here
             if num_items_in_batch is not None:
-                counted = labels[:, 1:] if shift_labels is None else shift_labels
+                counted = shift_labels
+                if counted is None:
+                    assert labels is not None
+                    counted = labels[:, 1:]
                 share = (counted != -100).sum() / num_items_in_batch
             for name, mean in (outputs.losses or {}).items() if self.training else ():
                 loss = loss + self.config.losses[name] * share * mean

@@ -38,24 +38,24 @@ class MemAttnGenerationMixin(GenerationMixin):
         return ids, {**expanded, **whole}
 
     def _prepare_attention_mask_for_generation(
-        self, inputs_tensor: Tensor, generation_config: GenerationConfig, model_kwargs: Any
-    ) -> Tensor:
+        self, inputs_tensor: Any, generation_config: GenerationConfig, model_kwargs: Any
+    ) -> Any:
         """As of transformers, which takes pad tokens for padding; what a cache has seen it keeps.
 
-        What an assistant is given behind that are the tokens of a draft, whatever they are.
+        An assistant gets the mask of its model unless that is all ones, so it finds no padding.
         """
         parent: Any = super()
         mask: Tensor = parent._prepare_attention_mask_for_generation(
             inputs_tensor, generation_config, model_kwargs
         )
+        if generation_config.is_assistant:
+            mask = torch.ones_like(mask)
         cache = model_kwargs.get("past_key_values")
         if not isinstance(cache, MemAttnCache) or not cache.position:
             return mask
         seen, new = cache.present.to(mask), mask[:, cache.position :]
         if len(seen) != len(mask) or seen.shape[1] > mask.shape[1]:
             return mask
-        if generation_config.is_assistant:
-            new = torch.ones_like(new)
         return torch.cat([seen, new], 1)
 
     def _prepare_position_ids_for_generation(

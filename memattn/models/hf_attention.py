@@ -5,14 +5,16 @@
     model.set_attn_implementation("memattn_segmented")
 
 replaces the attention of Llama, Qwen2, Qwen3 and other decoders built on transformers'
-``AttentionInterface``, without touching their weights. Their configuration may hold two more
+``AttentionInterface``, without touching their weights. Their configuration may hold three more
 fields, which are read at every call:
 
 - ``memattn_segment_len``: tokens in a segment, or None;
-- ``memattn_window_size``: keys in the sliding window, the query's own included, or None.
+- ``memattn_window_size``: keys in the sliding window, the query's own included, or None;
+- ``memattn_num_sink_tokens``: first tokens of each sequence that all its tokens see, or None.
 
-A query sees its own segment and the window; without both fields, all earlier tokens. A layer with
-a ``sliding_window`` of its own keeps that, and the two fields apply to the other layers.
+A query sees its own segment, the window and the first tokens; without segment and window, all
+earlier tokens. A layer with a ``sliding_window`` or chunks of its own keeps those, and the fields
+apply to the other layers. Learned logits of sinks, as those of gpt-oss, are taken.
 
 A configuration with one of the fields is for this implementation: it is saved with
 ``attn_implementation``, so that a model loads as it was saved, and a process without memattn
@@ -46,7 +48,7 @@ from memattn.parts.padding import check_mask, read_mask
 from memattn.parts.token_order import TokenOrder, take_columns
 
 NAME = "memattn_segmented"
-FIELDS = ("memattn_segment_len", "memattn_window_size")
+FIELDS = ("memattn_segment_len", "memattn_window_size", "memattn_num_sink_tokens")
 
 
 def register_hf_attention() -> None:
@@ -160,10 +162,11 @@ def hf_sequence_bounds(
 
     Raises:
         ValueError: If a value of the mask is neither 0 nor 1, or its length does not fit.
-        NotImplementedError: For custom, blockwise, chunked and bidirectional masks, for static
-            caches, and for holes in layers whose sliding window drops keys.
+        NotImplementedError: For custom, blockwise and bidirectional masks, for static caches, and
+            for holes in layers whose sliding window or chunk drops keys.
     """
-    if getattr(config, "attention_chunk_size", None) is not None:
+    chunk, kinds = (getattr(config, n, None) for n in ("attention_chunk_size", "layer_types"))
+    if chunk is not None and "chunked_attention" not in (kinds or ()):
         _lacks("config.attention_chunk_size", "be None", "set memattn_segment_len instead")
     if not getattr(config, "is_causal", True):
         _lacks("config.is_causal", "be True")
@@ -208,7 +211,7 @@ def hf_segmented_attention(
     """The attention function that transformers calls in every layer.
 
     Args:
-        module: The attention layer; its ``config`` holds the two fields described above.
+        module: The attention layer; its ``config`` holds the fields described above.
         query: ``[B, H, T, D]``, rotated.
         key: ``[B, Hkv, S, D]``, cached keys included.
         value: ``[B, Hkv, S, Dv]``.
@@ -222,11 +225,11 @@ def hf_segmented_attention(
         ``[B, T, H, Dv]``, and None for the attention weights.
 
     Raises:
-        NotImplementedError: For dropout, soft caps, sinks, other masks and bidirectional attention.
+        NotImplementedError: For dropout, soft caps, other masks and bidirectional attention.
     """
     if dropout:
         _lacks("attention_dropout", "be 0 in training", f"got {dropout}")
-    for name in ("softcap", "s_aux", "position_bias", "head_mask"):
+    for name in ("softcap", "position_bias", "head_mask"):
         if kwargs.get(name) is not None:
             _lacks(name, "be None")
     if is_causal is False or not getattr(module, "is_causal", True):
@@ -249,7 +252,7 @@ def hf_segmented_attention(
     B = query.shape[0]
     if cu_seqlens is not None and B > 1:
         query, key, value = map(_one_row, (query, key, value))
-    segment_len, window_size = _spans(module, sliding_window)
+    spans = _spans(module, sliding_window)
     if sliding_window is not None:
         # a cache of window 1 gives all earlier keys, but bounds for those in the window
         reach = sliding_window - 1 + query.shape[2]
@@ -258,8 +261,8 @@ def hf_segmented_attention(
         query,
         key,
         value,
-        segment_len=segment_len,
-        window_size=window_size,
+        **spans,
+        sink_logits=kwargs.get("s_aux"),
         cu_seqlens=cu_seqlens,
         seq_start=seq_start,
         seq_end=seq_end,
@@ -272,17 +275,27 @@ def hf_segmented_attention(
     return out.contiguous() if rows is None else rows.put_back(out), None
 
 
-def _spans(module: nn.Module, sliding_window: int | None) -> tuple[int | None, int | None]:
-    """Segment length and window of a layer."""
+def _spans(module: nn.Module, sliding_window: int | None) -> dict[str, Any]:
+    """Segment length, window and first tokens of a layer, as ``segmented_attention`` takes them."""
     if sliding_window is not None:
-        return None, sliding_window
-    spans = []
-    for name in FIELDS:
-        span = getattr(getattr(module, "config", None), name, None)
+        return {"window_size": sliding_window}
+    config = getattr(module, "config", None)
+    if _is_chunked(module):
+        return {"segment_len": getattr(config, "attention_chunk_size", None)}
+    spans = {}
+    for name, least in zip(FIELDS, (1, 1, 0), strict=True):
+        span = getattr(config, name, None)
         if span is not None:
-            check_int(f"config.{name}", span, 1)
-        spans.append(span)
-    return spans[0], spans[1]
+            check_int(f"config.{name}", span, least)
+            spans[name.removeprefix("memattn_")] = span
+    return spans
+
+
+def _is_chunked(module: nn.Module) -> bool:
+    """Whether a layer attends within chunks of its model's own, as most of Llama 4's."""
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    layer = getattr(module, "layer_idx", None)
+    return kinds is not None and layer is not None and kinds[layer] == "chunked_attention"
 
 
 def _bounds(start: Tensor, end: Tensor) -> Tensor:

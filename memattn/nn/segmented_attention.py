@@ -24,6 +24,8 @@ class SegmentedAttention(PersistentAttention):
         head_dim: Features of a head, ``D``; None means ``hidden_size / num_heads``.
         segment_len: Tokens in a segment, ``L``; None means no segments.
         window_size: Keys in the sliding window, the query's own included; None means no window.
+        num_sink_tokens: First tokens of each sequence or document that its tokens see beside
+            segment and window.
         num_persistent_tokens: Persistent keys, ``P``.
         backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
@@ -49,6 +51,7 @@ class SegmentedAttention(PersistentAttention):
         head_dim: int | None = None,
         segment_len: int | None = None,
         window_size: int | None = None,
+        num_sink_tokens: int = 0,
         num_persistent_tokens: int = 0,
         backend: str = "auto",
     ) -> None:
@@ -56,8 +59,10 @@ class SegmentedAttention(PersistentAttention):
         for name, value in (("segment_len", segment_len), ("window_size", window_size)):
             if value is not None:
                 check_int(name, value, 1)
+        check_int("num_sink_tokens", num_sink_tokens, 0)
         self.segment_len = segment_len
         self.window_size = window_size
+        self.num_sink_tokens = num_sink_tokens
         self.backend = backend
 
     def forward(
@@ -94,6 +99,7 @@ class SegmentedAttention(PersistentAttention):
             value,
             segment_len=self.segment_len,
             window_size=self.window_size,
+            num_sink_tokens=self.num_sink_tokens,
             persistent_key=self.persistent_key,
             persistent_value=self.persistent_value,
             cu_seqlens=cu_seqlens,
@@ -106,4 +112,6 @@ class SegmentedAttention(PersistentAttention):
 
     def extra_repr(self) -> str:
         sizes = f"segment_len={self.segment_len}, window_size={self.window_size}"
+        if self.num_sink_tokens:
+            sizes += f", num_sink_tokens={self.num_sink_tokens}"
         return f"{sizes}, num_persistent_tokens={self.num_persistent_tokens}"

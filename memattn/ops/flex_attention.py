@@ -29,6 +29,7 @@ class MaskShape(NamedTuple):
     memory_len: int
     segment_len: int | None
     window_size: int | None
+    num_sink_tokens: int | None
     is_causal: bool
     memory_is_causal: bool
     query_offset: int
@@ -85,6 +86,7 @@ def mask_shape(args: SegmentedAttentionArgs) -> MaskShape:
         memory_len=1 if memory is None else memory[3],
         segment_len=args.segment_len,
         window_size=args.window_size,
+        num_sink_tokens=args.num_sink_tokens,
         is_causal=args.is_causal,
         memory_is_causal=args.memory_is_causal,
         query_offset=args.query_offset,
@@ -115,6 +117,10 @@ def mask_function(shape: MaskShape, rows: tuple[Tensor, Tensor, Tensor] | None) 
         if W is not None:
             window = (token > i - W) & (token < i + W)
             near = window if near is None else near | window
+        if near is not None and shape.num_sink_tokens is not None:
+            # keys before a negative start are none, so the first sink is key 0 there
+            first = start * (start > 0)
+            near = near | ((token >= first) & (token < first + shape.num_sink_tokens))
         if near is not None:
             seen = seen & near
         if N and L is not None:

@@ -2,16 +2,19 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from memattn.checks import (
     check_bool,
+    check_floating,
     check_int,
     check_like,
     check_pair,
     check_rank,
     check_scale,
     check_shape,
+    check_tensor,
     must,
 )
 from memattn.ops._attention import (
@@ -39,6 +42,8 @@ def segmented_attention(
     *,
     segment_len: int | None = None,
     window_size: int | None = None,
+    num_sink_tokens: int = 0,
+    sink_logits: Tensor | None = None,
     is_causal: bool = True,
     persistent_key: Tensor | None = None,
     persistent_value: Tensor | None = None,
@@ -61,6 +66,7 @@ def segmented_attention(
     - same segment: ``i // segment_len == j // segment_len``;
     - within the window: ``j > i - window_size`` and ``j < i + window_size``; a window of W is W
       keys with the query's own, if causal;
+    - a sink: one of the first ``num_sink_tokens`` tokens of the sequence or document;
     - neither ``segment_len`` nor ``window_size`` is given.
 
     It also sees every persistent key, and the memory keys of its own segment: all ``M``, or with
@@ -74,6 +80,13 @@ def segmented_attention(
         value: ``[B, Hkv, S, Dv]``.
         segment_len: Tokens in a segment, at least 1.
         window_size: Keys in the window, the query's own included, at least 1.
+        num_sink_tokens: First tokens of each sequence or document that its queries see beside
+            segment and window. Where ``seq_start`` is negative, the first keys given stand for
+            them, as in a trimmed cache that kept them. Without segment and window it says nothing
+            more.
+        sink_logits: ``[H]``, a logit for each query head that stands in the softmax beside the
+            scores and has no value, as in gpt-oss: ``lse`` counts it, and ``out`` is smaller by
+            its weight. A query that sees no key keeps ``out = 0``, ``lse = -inf``.
         is_causal: Whether a query sees only keys at or before its own position.
         persistent_key: ``[Hkv, P, D]``, keys that all queries of all sequences see.
         persistent_value: ``[Hkv, P, Dv]``.
@@ -130,6 +143,13 @@ def segmented_attention(
         check_int("segment_len", segment_len, 1)
     if window_size is not None:
         check_int("window_size", window_size, 1)
+    check_int("num_sink_tokens", num_sink_tokens, 0)
+    if sink_logits is not None:
+        check_tensor("sink_logits", sink_logits)
+        check_shape("sink_logits", sink_logits, H=query.shape[1])
+        check_floating("sink_logits", sink_logits)
+        if sink_logits.device != query.device:
+            must("sink_logits", f"be on the device of query, {query.device}", sink_logits.device)
     check_int("query_offset", query_offset, 0)
     check_bool("is_causal", is_causal)
     check_bool("memory_is_causal", memory_is_causal)
@@ -164,6 +184,7 @@ def segmented_attention(
         if memory_key.shape[2] < n_segments:
             must("memory_key", f"have at least n_segments={n_segments}", memory_key.shape[2])
 
+    has_sinks = num_sink_tokens > 0 and not (segment_len is None and window_size is None)
     args = SegmentedAttentionArgs(
         query=query,
         key=key,
@@ -177,6 +198,7 @@ def segmented_attention(
         seq_end=seq_end,
         segment_len=segment_len,
         window_size=window_size,
+        num_sink_tokens=num_sink_tokens if has_sinks else None,
         is_causal=is_causal,
         memory_is_causal=memory_is_causal,
         query_offset=query_offset,
@@ -185,7 +207,7 @@ def segmented_attention(
     if backend == "flex":
         from memattn.ops.flex_attention import flex_segmented_attention
 
-        return AttentionOutput(*flex_segmented_attention(args))
+        return _beside_sink(AttentionOutput(*flex_segmented_attention(args)), sink_logits)
     match resolve_backend(backend, query):
         case "triton":
             from memattn_kernels.segmented_attention import segmented_attention as impl
@@ -193,4 +215,17 @@ def segmented_attention(
             from memattn.cpp.segmented_attention import segmented_attention as impl
         case "reference":
             from memattn.reference.segmented_attention import segmented_attention as impl
-    return AttentionOutput(*impl(args))
+    return _beside_sink(AttentionOutput(*impl(args)), sink_logits)
+
+
+def _beside_sink(found: AttentionOutput, sink_logits: Tensor | None) -> AttentionOutput:
+    """The softmax with one more logit for each head, whose value is 0."""
+    if sink_logits is None:
+        return found
+    out, lse = found
+    sink = sink_logits.to(lse.dtype)[:, None]  # [H, 1]
+    scaled = out * (lse - sink).sigmoid()[..., None]
+    is_empty = lse == -torch.inf
+    return AttentionOutput(
+        scaled.to(out.dtype), torch.where(is_empty, lse, torch.logaddexp(lse, sink))
+    )

@@ -95,6 +95,7 @@ class Exchange(NamedTuple):
 
     features: int = 0  # numbers of each token that it needs: its keys and values
     spans: tuple[int | None, int | None] = (None, None)  # segment and window; none is all earlier
+    first: int = 0  # first tokens of the sequence beside these
     ahead: int = 0  # tokens behind its own
     state: int = 0  # numbers in float32 of a state that goes from process to process
 

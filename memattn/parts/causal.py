@@ -91,11 +91,16 @@ class CausalConfig(AttentionPart):
         """Segment length and window, None where there is none."""
         return None, None
 
+    @property
+    def sinks(self) -> int:
+        """First tokens of a sequence that all its tokens see beside segment and window."""
+        return 0
+
     def visible(self, position: int, sizes: Sizes) -> int:
         return position + 1 + self.num_persistent_tokens
 
     def exchange(self, sizes: Sizes) -> Exchange:
-        return super().exchange(sizes)._replace(spans=self.spans)
+        return super().exchange(sizes)._replace(spans=self.spans, first=self.sinks)
 
     def build(self, sizes: Sizes, layer: int) -> nn.Module:
         segment_len, window_size = self.spans
@@ -103,6 +108,7 @@ class CausalConfig(AttentionPart):
             **self.heads(sizes),
             segment_len=segment_len,
             window_size=window_size,
+            num_sink_tokens=self.sinks,
             num_persistent_tokens=self.num_persistent_tokens,
         )
 
@@ -112,7 +118,7 @@ class CausalConfig(AttentionPart):
     def step_sources(self, module: nn.Module) -> StepSources | None:
         if type(self).run is not CausalConfig.run or type(module) is not SegmentedAttention:
             return None
-        if module.backend not in STEP_BACKENDS:
+        if module.backend not in STEP_BACKENDS or module.num_sink_tokens:
             return None
         persistent = (module.persistent_key, module.persistent_value)
         return StepSources(module.segment_len, module.window_size, *persistent)
@@ -152,6 +158,10 @@ def _sources(
 
     spans = {"segment_len": layer.segment_len, "window_size": layer.window_size}
     parts = {"tokens": lse(key, value, **spans)}
+    if layer.num_sink_tokens and any(spans.values()):
+        whole = lse(key, value, **spans, num_sink_tokens=layer.num_sink_tokens)
+        beside = (parts["tokens"] - whole).exp().clamp(max=1.0)  # -inf for a row without keys
+        parts["sinks"] = whole + torch.log1p(-beside).nan_to_num(nan=-torch.inf)
     if layer.persistent_key is not None and layer.persistent_value is not None:
         persistent = (layer.persistent_key, layer.persistent_value)
         shared = (x.expand(len(query), -1, -1, -1) for x in persistent)

@@ -47,7 +47,8 @@ def read_mask(
             order = TokenOrder.of(ones, begun)
     elif not order_traced:
         whole = (ones.sum(1) == end - start).all()
-        torch._assert_async(whole, "attention_mask must have no holes in a compiled program")
+        check = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
+        check(whole, "attention_mask must have no holes in a compiled program")
     elif ones.shape[1] > 1:
         order = TokenOrder.of(ones, begun)
     if order is not None:

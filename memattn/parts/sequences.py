@@ -139,7 +139,7 @@ class SequenceStates:
             new = attention_mask.shape[1] - T
             if new:
                 self._follow_past(attention_mask[:, :new].cpu())
-                start = self.seq_start if p else start
+                start = start if self.seq_start is None else self.seq_start
             begun = (start < p).to(attention_mask.device) if p else None
             first, last, order = read_mask(attention_mask[:, new:], begun)
             first, last = first.cpu(), last.cpu()
@@ -184,6 +184,8 @@ class SequenceStates:
             for state in self._states():
                 state.move(by)
             self.seq_start = self.seq_start + by
+            for state in self._states():
+                state.realign(self.seq_start, self.position)
         self.seq_end = torch.full_like(by, OPEN_END)
 
     @property
@@ -224,7 +226,8 @@ class SequenceStates:
         alike = int(start[0]) if len(start) and bool((start == start[0]).all()) else None
         known: dict[tuple, SequenceBounds] = {}  # most layers are alike
         for state in self._states():
-            kind = (state.kept, state.segment_len, state.window_size)
+            state.place(start, self.position - T)
+            kind = (state.kept, state.segment_len, state.window_size, state.lead)
             if kind not in known:
                 known[kind] = self._bounds(state, T, device)
             state.bounds, state.start = known[kind], alike
@@ -234,7 +237,7 @@ class SequenceStates:
     def _bounds(self, state: PartState, T: int, device: torch.device) -> SequenceBounds:
         """The rows' bounds in columns of the state's tokens, with the ``T`` new ones at the end."""
         assert self.seq_start is not None and self.seq_end is not None
-        S = state.kept + T
+        S = state.lead + state.kept + T
         first_column = self.position - S
         start = (self.seq_start - first_column).to(torch.int32)
         end = (self.seq_end - first_column).clamp(max=S).to(torch.int32)
@@ -375,6 +378,8 @@ class SequenceStates:
         self._mark_visible()
         for state in self._states():
             state.crop(removed, counts)
+            if by.any():
+                state.realign(start, position)
 
 
 def _fit(own: Mapping[str, PartState], wanted: Mapping[str, PartState]) -> bool:

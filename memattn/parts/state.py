@@ -65,6 +65,7 @@ class PartState:
         self.keep = 0  # newest tokens that later ones can see, set by the cache
         self.bounds = SequenceBounds(None, None)  # of this call, set by the cache
         self.start: int | None = None  # column where all rows begin, if one, set by the cache
+        self.lead = 0  # entries that this call puts before those kept
 
     def fresh(self) -> "PartState":
         """An empty one of the same part."""
@@ -172,6 +173,9 @@ class PartState:
             what = f"have {name} of {self.kind or 'attention'} of shape {list(states.shape)}"
             must("past_key_values", f"{what} as in this model", list(past.shape))
 
+    def place(self, seq_start: Tensor, position: int) -> None:
+        """A call begins: its first column is ``position``, rows begin at ``seq_start`` ``[B]``."""
+
     def begin(self) -> None:
         """A call begins: rows that were reset get their initial values in it."""
         self._restarting, self.restart = self.restart, None
@@ -212,6 +216,9 @@ class PartState:
                 ]
             )
         return merged
+
+    def realign(self, seq_start: Tensor, position: int) -> None:
+        """Rows were merged or moved, and begin at ``seq_start`` ``[B]`` of ``position`` columns."""
 
     def trim(self) -> None:
         """Drop what belongs to tokens that no later token can see, and the memory it takes."""

@@ -53,6 +53,9 @@ def segmented_attention(args: SegmentedAttentionArgs) -> tuple[Tensor, Tensor]:
             near = near | ((i - start) // segment_len == (j - start) // segment_len)
         if window_size is not None:
             near = near | ((j > i - window_size) & (j < i + window_size))
+        if args.num_sink_tokens is not None:
+            first = start.clamp(min=0)
+            near = near | ((j >= first) & (j < first + args.num_sink_tokens))
         allowed = allowed & near
     masks.append(allowed)
     keys.append(key)

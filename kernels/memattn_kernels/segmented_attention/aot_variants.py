@@ -3,8 +3,9 @@
 The largest form of a kernel has all sources of keys, segments, windows, the bounds of sequences and
 groups of query heads; queries are causal, and packed documents only take away the bounds'
 arithmetic. The plain forms are those that most calls run: tokens alone, one query head for each key
-head; causal, not causal ("full") and with a window. Those two have entries of their own in the
-tables, and candidates for these that read by tensor descriptors are compiled as well.
+head; causal, not causal ("full"), with a window, and with a window and sinks. The first two have
+entries of their own in the tables, and candidates for these that read by tensor descriptors are
+compiled as well. Sinks are a source of their own, which no other form has.
 """
 
 from collections.abc import Iterator
@@ -40,16 +41,17 @@ TYPES = dict.fromkeys(("seq_start_ptr", "seq_end_ptr"), "*i32") | dict.fromkeys(
 PERSISTENT_TYPES = TYPES | {"dk_ptr": "*fp32", "dv_ptr": "*fp32"}
 
 
-PLAIN_FORMS = ("plain", "full", "window")
+PLAIN_FORMS = ("plain", "full", "window", "sinks")
 EXTRA_SOURCES = ("persistent", "memory")
 
 
 def _form_constants(form: str) -> dict[str, object]:
-    """What a plain form takes away; nothing for the largest form, whose name is empty."""
+    """What a form takes away: sinks from the largest form, whose name is empty."""
     if not form:
-        return {}
+        return {"n_sinks": None}
     absent = ["pk_ptr", "pv_ptr", "mk_ptr", "mv_ptr", "segments_ptr", "seq_start_ptr"]
-    absent += ["seq_end_ptr", "dlse_ptr", "L"] + ["W"] * (form != "window")
+    absent += ["seq_end_ptr", "dlse_ptr", "L"] + ["n_sinks"] * (form != "sinks")
+    absent += ["W"] * (form not in ("window", "sinks"))
     return dict.fromkeys(absent) | {"G": 1, "IS_CAUSAL": form != "full"}
 
 
@@ -64,7 +66,7 @@ def _row_constants(
 ) -> dict[str, object]:
     """Compile-time arguments of the query-stationary kernels."""
     extra = block_length(config["BLOCK_N"], N_EXTRA)
-    tiles = {"BLOCK_NP": extra, "BLOCK_NM": extra, "MEMORY_IS_CAUSAL": True}
+    tiles = {"BLOCK_NP": extra, "BLOCK_NM": extra, "BLOCK_NS": extra, "MEMORY_IS_CAUSAL": True}
     constants = _shared_constants(head_dim, dtype, config) | tiles | _form_constants(form)
     return taken(function, constants)
 
@@ -137,7 +139,7 @@ def _decode_parts() -> Iterator[AotKernel]:
     sums = dict.fromkeys(("acc_ptr", "l_ptr", "m_ptr"), "*fp32")
     # how long a part is, is no part of the code
     for block, config in {config["BLOCK_N"]: config for config in DECODE_CANDIDATES}.items():
-        for form in ("", "plain"):
+        for form in ("", "plain", "sinks"):
             yield AotKernel(
                 name=WITH_PARTS,
                 part=f"parts-{block}" + f"-{form}" * bool(form),
@@ -170,10 +172,10 @@ KERNELS = (
             types=TYPES,
         )
         for name, function, forms in (
-            ("fwd", segmented_attention_fwd_kernel, ("", "window")),
+            ("fwd", segmented_attention_fwd_kernel, ("", "window", "sinks")),
             ("fwd_dense", segmented_attention_fwd_kernel, ("full",)),
             ("fwd_causal", segmented_attention_fwd_kernel, ("plain",)),
-            ("decode", segmented_attention_fwd_kernel, ("", "plain")),
+            ("decode", segmented_attention_fwd_kernel, ("", "plain", "sinks")),
             ("bwd_dq", segmented_attention_bwd_dq_kernel, ("", *PLAIN_FORMS)),
         )
         for form in forms
@@ -188,7 +190,7 @@ KERNELS = (
             types=PERSISTENT_TYPES if source == "persistent" else TYPES,
         )
         for suffix, source, forms in (
-            ("", "token", ("", "window")),
+            ("", "token", ("", "window", "sinks")),
             ("_dense", "token", ("full",)),
             ("_causal", "token", ("plain",)),
             ("_grouped", "token", ("", *PLAIN_FORMS)),

@@ -17,7 +17,7 @@ from memattn_kernels._operator import Named
 from memattn_kernels.segmented_attention.backward_dkdv import segmented_attention_bwd_dkdv_kernel
 from memattn_kernels.segmented_attention.backward_dkdv_plain import launch_dkdv_plain
 from memattn_kernels.segmented_attention.backward_dq import segmented_attention_bwd_dq_kernel
-from memattn_kernels.segmented_attention.forward import kernel_inputs
+from memattn_kernels.segmented_attention.forward import kernel_inputs, tile_lengths
 from memattn_kernels.segmented_attention.intervals import segment_table
 from memattn_kernels.segmented_attention.plain import plain_config, plain_form
 from memattn_kernels.signatures import SegmentedAttentionArgs
@@ -28,9 +28,8 @@ def launch_backward(
 ) -> None:
     """Fill the gradients of the floating inputs that are given."""
     shared = kernel_inputs(args) | backward_inputs(args, cotangents, saved, grads)
-    tiles = dict(BLOCK_NP=shared["P"], BLOCK_NM=shared["M"])
     name = "segmented_attention_bwd_dq"
-    launch_queries(segmented_attention_bwd_dq_kernel, name, shared, **tiles)
+    launch_queries(segmented_attention_bwd_dq_kernel, name, shared, **tile_lengths(shared))
 
     B, _, T, _ = args.query.shape
     shared |= {"B": B, "chunk": 0, "segments_ptr": None}

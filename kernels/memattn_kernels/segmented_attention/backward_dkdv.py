@@ -25,14 +25,14 @@ from memattn_kernels.segmented_attention.intervals import queries_of_token
 
 @triton.jit
 def _queries_of_key(offs_n, b, part, documents_ptr, segments_ptr, seq_start_ptr, seq_end_ptr,
-                    T, S, n_keys, chunk, L, W, query_offset, n_parts, SOURCE: tl.constexpr,
-                    IS_CAUSAL: tl.constexpr):  # fmt: skip
+                    T, S, n_keys, chunk, L, W, n_sinks, query_offset, n_parts,
+                    SOURCE: tl.constexpr, IS_CAUSAL: tl.constexpr):  # fmt: skip
     """Rows ``[lo, hi)`` of the queries that see each key of the tile, and whether it is a key."""
     valid = offs_n < n_keys
     if SOURCE == "token":
         start, end, _ = sequence_of(offs_n, b, documents_ptr, seq_start_ptr, seq_end_ptr, S)
         valid &= (offs_n >= start) & (offs_n < end)
-        lo, hi = queries_of_token(offs_n, start, end, L, W, IS_CAUSAL)
+        lo, hi = queries_of_token(offs_n, start, end, L, W, n_sinks, IS_CAUSAL)
     else:
         start, end, _ = sequence_of(offs_n, b, None, seq_start_ptr, seq_end_ptr, S)
         if SOURCE == "persistent":
@@ -95,7 +95,9 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
     return dk, dv
 
 
-@triton.jit(do_not_specialize=("T", "S", "n_keys", "chunk", "L", "W", "query_offset", "n_parts"))
+@triton.jit(
+    do_not_specialize=("T", "S", "n_keys", "chunk", "L", "W", "n_sinks", "query_offset", "n_parts")
+)
 def segmented_attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, scaled_lse_ptr, residual_ptr, delta_ptr, dlse_ptr,
     documents_ptr, segments_ptr, seq_start_ptr, seq_end_ptr,  # bounds of sequences, or None
@@ -103,7 +105,7 @@ def segmented_attention_bwd_dkdv_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
-    B, H, G, T, S, n_keys, n_parts, chunk, L, W, query_offset, scale,  # sizes
+    B, H, G, T, S, n_keys, n_parts, chunk, L, W, n_sinks, query_offset, scale,  # sizes
     SOURCE: tl.constexpr, IS_CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +126,7 @@ def segmented_attention_bwd_dkdv_kernel(
     offs_n = n + tl.arange(0, BLOCK_N)
     lo, hi, valid = _queries_of_key(
         offs_n, b, part, documents_ptr, segments_ptr, seq_start_ptr, seq_end_ptr,
-        T, S, n_keys, chunk, L, W, query_offset, n_parts, SOURCE, IS_CAUSAL,
+        T, S, n_keys, chunk, L, W, n_sinks, query_offset, n_parts, SOURCE, IS_CAUSAL,
     )  # fmt: skip
     first, full_first, full_last, last = tile_ranges(lo, hi, valid, BLOCK_M)
 

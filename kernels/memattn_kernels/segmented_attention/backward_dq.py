@@ -13,6 +13,7 @@ from memattn_kernels.segmented_attention.intervals import (
     memory_of_query,
     tokens_of_query,
 )
+from memattn_kernels.segmented_attention.sinks import dq_sinks
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -26,10 +27,10 @@ def segmented_attention_bwd_dq_kernel(
     stride_mkb, stride_mkh, stride_mkt, stride_mvb, stride_mvh, stride_mvt,
     stride_ob, stride_oh, stride_ot, stride_dob, stride_doh, stride_dot,
     stride_dqb, stride_dqh, stride_dqt,
-    H, G, T, S, P, M, n_memory, L, W, query_offset, scale,  # sizes
+    H, G, T, S, P, M, n_memory, L, W, n_sinks, query_offset, scale,  # sizes
     IS_CAUSAL: tl.constexpr, MEMORY_IS_CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NP: tl.constexpr,
-    BLOCK_NM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_NM: tl.constexpr, BLOCK_NS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Grid: (cdiv(T, BLOCK_M) * B * H,). One program computes BLOCK_M rows of d_query.
 
@@ -93,7 +94,14 @@ def segmented_attention_bwd_dq_kernel(
             mv_ptr + b * stride_mvb + h_kv * stride_mvh, stride_mkt, stride_mvt, lo, hi, valid,
             exponent_scale, D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, False,
         )  # fmt: skip
-    lo, hi = tokens_of_query(i, start, end, S, L, W, IS_CAUSAL)
+    if n_sinks is not None:
+        dq, pk, rest = dq_sinks(
+            dq, pk, rest, q, do, lse, residual, delta, k_ptr + b * stride_kb + h_kv * stride_kh,
+            v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt, i, start, end, S, L, W,
+            n_sinks, valid, exponent_scale, IS_CAUSAL, documents_ptr is not None,
+            D, DV, BLOCK_NS, BLOCK_D, BLOCK_DV, IS_CORRECTED,
+        )  # fmt: skip
+    lo, hi = tokens_of_query(i, start, end, S, L, W, n_sinks, IS_CAUSAL)
     dq, pk, rest = dq_source(
         dq, pk, rest, q, do, lse, residual, delta, lse, lse, lse,
         k_ptr + b * stride_kb + h_kv * stride_kh, v_ptr + b * stride_vb + h_kv * stride_vh,

@@ -23,9 +23,11 @@ from memattn_kernels._common import (
 from memattn_kernels._launch import launch
 from memattn_kernels._tiles import attend
 from memattn_kernels.segmented_attention.intervals import memory_of_query, tokens_of_query
+from memattn_kernels.segmented_attention.sinks import attend_sinks
 
 SUM_CONFIG = {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
-RUNTIME_SIZES = ("T", "S", "P", "M", "n_memory", "L", "W", "query_offset", "n_parts", "part_length")
+RUNTIME_SIZES = ("T", "S", "P", "M", "n_memory", "L", "W", "n_sinks", "query_offset", "n_parts")
+RUNTIME_SIZES += ("part_length",)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -36,14 +38,15 @@ def segmented_attention_decode_parts_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_pkh, stride_pkt, stride_pvh, stride_pvt,
     stride_mkb, stride_mkh, stride_mkt, stride_mvb, stride_mvh, stride_mvt,
-    B, H, G, T, S, P, M, n_memory, L, W, query_offset, n_parts, part_length, scale,  # sizes
+    B, H, G, T, S, P, M, n_memory, L, W, n_sinks, query_offset, n_parts, part_length,  # sizes
+    scale,
     IS_CAUSAL: tl.constexpr, MEMORY_IS_CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NP: tl.constexpr,
-    BLOCK_NM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_NM: tl.constexpr, BLOCK_NS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Grid: (cdiv(G * T, BLOCK_M) * n_parts * B * Hkv,). Rows are the queries of a key head.
 
-    Persistent and memory keys belong to the first part.
+    Persistent, memory and sink keys belong to the first part.
     """
     n_tiles = tl.cdiv(G * T, BLOCK_M)
     pid = tl.program_id(0)
@@ -79,7 +82,14 @@ def segmented_attention_decode_parts_kernel(
             lo, tl.where(part == 0, hi, lo), valid, scale,
             D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, False, False,
         )  # fmt: skip
-    lo, hi = tokens_of_query(i, start, end, S, L, W, IS_CAUSAL)
+    if n_sinks is not None:
+        acc, l_i, m_i = attend_sinks(
+            acc, l_i, m_i, q, k_ptr + b * stride_kb + h_kv * stride_kh,
+            v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt, i, start, end, S, L, W,
+            n_sinks, part == 0, valid, scale, IS_CAUSAL, documents_ptr is not None,
+            D, DV, BLOCK_NS, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    lo, hi = tokens_of_query(i, start, end, S, L, W, n_sinks, IS_CAUSAL)
     first = tl.min(tl.where(valid & (lo < hi), lo, NO_END)).to(tl.int64)
     first += part.to(tl.int64) * part_length
     lo = tl.maximum(lo, tl.minimum(first, NO_END).to(tl.int32))
@@ -143,7 +153,9 @@ def n_parts_of(inputs: dict, part_length: int) -> int:
     """How many parts the keys of any tile of queries may have."""
     reach = [inputs[name] for name in ("L", "W") if inputs[name] is not None]
     T, S = inputs["T"], inputs["S"]
-    longest = min(S, T + 2 * max(reach)) if reach and max(reach) < MAX_LENGTH else S
+    # sinks may adjoin what is near
+    reach_in_all = 2 * max(reach, default=0) + (inputs["n_sinks"] or 0)
+    longest = min(S, T + reach_in_all) if reach and max(reach) < MAX_LENGTH else S
     return max(triton.cdiv(longest, part_length), 1)
 
 
@@ -164,7 +176,8 @@ def launch_decode_parts(inputs: dict, config: dict) -> None:
         n_rows=n_rows,
         part_length=part_length,
     )
-    tiles = {f"BLOCK_N{source}": block_length(config["BLOCK_N"], inputs[source]) for source in "PM"}
+    lengths = dict(BLOCK_NP=inputs["P"], BLOCK_NM=inputs["M"], BLOCK_NS=inputs["n_sinks"] or 0)
+    tiles = {name: block_length(config["BLOCK_N"], length) for name, length in lengths.items()}
     n_tiles = triton.cdiv(inputs["G"] * T, config["BLOCK_M"])
     n_programs = n_tiles * n_parts * B * (H // inputs["G"])
     launch(segmented_attention_decode_parts_kernel, n_programs, config | tiles, inputs, sums)

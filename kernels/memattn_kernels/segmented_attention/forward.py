@@ -30,10 +30,11 @@ from memattn_kernels.segmented_attention.intervals import (
     tokens_of_query,
 )
 from memattn_kernels.segmented_attention.plain import plain_config, plain_form
+from memattn_kernels.segmented_attention.sinks import attend_sinks
 from memattn_kernels.signatures import SegmentedAttentionArgs
 
 # lengths that change from call to call: compile once for all their values
-RUNTIME_SIZES = ("T", "S", "P", "M", "n_memory", "L", "W", "query_offset")
+RUNTIME_SIZES = ("T", "S", "P", "M", "n_memory", "L", "W", "n_sinks", "query_offset")
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -45,10 +46,10 @@ def segmented_attention_fwd_kernel(
     stride_vb, stride_vh, stride_vt, stride_pkh, stride_pkt, stride_pvh, stride_pvt,
     stride_mkb, stride_mkh, stride_mkt, stride_mvb, stride_mvh, stride_mvt,
     stride_ob, stride_oh, stride_ot,
-    H, G, T, S, P, M, n_memory, L, W, query_offset, scale,  # sizes
+    H, G, T, S, P, M, n_memory, L, W, n_sinks, query_offset, scale,  # sizes
     IS_CAUSAL: tl.constexpr, MEMORY_IS_CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NP: tl.constexpr,
-    BLOCK_NM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_NM: tl.constexpr, BLOCK_NS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Grid: (cdiv(T, BLOCK_M) * B * H,). One program computes BLOCK_M queries of one head."""
     n_tiles = tl.cdiv(T, BLOCK_M)
@@ -89,7 +90,14 @@ def segmented_attention_fwd_kernel(
             mv_ptr + b * stride_mvb + h_kv * stride_mvh, stride_mkt, stride_mvt,
             lo, hi, valid, scale, D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, IS_PLAIN, False,
         )  # fmt: skip
-    lo, hi = tokens_of_query(i, start, end, S, L, W, IS_CAUSAL)
+    if n_sinks is not None:
+        acc, l_i, m_i = attend_sinks(
+            acc, l_i, m_i, q, k_ptr + b * stride_kb + h_kv * stride_kh,
+            v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt, i, start, end, S, L, W,
+            n_sinks, True, valid, scale, IS_CAUSAL, documents_ptr is not None,
+            D, DV, BLOCK_NS, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    lo, hi = tokens_of_query(i, start, end, S, L, W, n_sinks, IS_CAUSAL)
     acc, l_i, m_i = attend(
         acc, l_i, m_i, q, k_ptr + b * stride_kb + h_kv * stride_kh,
         v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt,
@@ -119,6 +127,7 @@ def kernel_inputs(args: SegmentedAttentionArgs) -> dict:
     for name, memory in (("mk", memory_key), ("mv", args.memory_value)):
         inputs |= rows(name, None if memory is None else memory.flatten(2, 3), "bht")
     cu_seqlens, L, W = args.cu_seqlens, args.segment_len, args.window_size
+    n_sinks = args.num_sink_tokens
     return inputs | dict(
         documents_ptr=None if cu_seqlens is None else document_table(cu_seqlens, S, L),
         P=0 if args.persistent_key is None else args.persistent_key.shape[1],
@@ -126,10 +135,16 @@ def kernel_inputs(args: SegmentedAttentionArgs) -> dict:
         n_memory=0 if memory_key is None else memory_key.shape[2] * M,
         L=None if L is None else min(L, MAX_LENGTH),
         W=None if W is None else min(W, MAX_LENGTH),
+        n_sinks=None if n_sinks is None else min(n_sinks, S),
         query_offset=args.query_offset,
         IS_CAUSAL=args.is_causal,
         MEMORY_IS_CAUSAL=args.memory_is_causal,
     )
+
+
+def tile_lengths(inputs: dict) -> dict[str, int]:
+    """Keys of the sources that have a tile of their own, by its argument's name."""
+    return dict(BLOCK_NP=inputs["P"], BLOCK_NM=inputs["M"], BLOCK_NS=inputs["n_sinks"] or 0)
 
 
 def launch_forward(args: SegmentedAttentionArgs, results: Named) -> None:
@@ -146,5 +161,4 @@ def launch_forward(args: SegmentedAttentionArgs, results: Named) -> None:
     if config is not None:
         run(inputs, config)
     else:
-        tiles = dict(BLOCK_NP=inputs["P"], BLOCK_NM=inputs["M"])
-        launch_queries(segmented_attention_fwd_kernel, name, inputs, **tiles)
+        launch_queries(segmented_attention_fwd_kernel, name, inputs, **tile_lengths(inputs))

@@ -1,7 +1,8 @@
 """Index sets: which keys a query sees, and which queries see a key, as intervals.
 
 A position ``i`` lies in a sequence ``[start, end)``; segments and windows count from ``start``.
-Segment and window both hold ``i`` itself, so their union is one interval as well.
+Segment and window both hold ``i`` itself, so their union is one interval as well. The first
+N_SINKS tokens of a sequence are a second one, which ends before the other begins.
 """
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 
 @triton.jit
-def tokens_of_query(i, start, end, S, L, W, IS_CAUSAL: tl.constexpr):
-    """Token keys ``[lo, hi)`` that the query at ``i`` sees."""
+def tokens_of_query(i, start, end, S, L, W, n_sinks, IS_CAUSAL: tl.constexpr):
+    """Token keys ``[lo, hi)`` that the query at ``i`` sees, sinks among them if these adjoin."""
     key_end = tl.minimum(end, S)
     if L is None and W is None:
         lo = start + 0 * i
@@ -26,13 +27,18 @@ def tokens_of_query(i, start, end, S, L, W, IS_CAUSAL: tl.constexpr):
         if W is not None:
             lo = tl.minimum(lo, i - W + 1)
             hi = tl.maximum(hi, i + W)
+        if n_sinks is not None:
+            first = tl.maximum(start, 0)
+            adjoins = lo <= first + n_sinks
+            lo = tl.where(adjoins, first, lo)
+            hi = tl.where(adjoins, tl.maximum(hi, first + n_sinks), hi)
     if IS_CAUSAL:
         hi = i + 1
     return tl.maximum(tl.maximum(lo, start), 0), tl.minimum(hi, key_end)
 
 
 @triton.jit
-def queries_of_token(j, start, end, L, W, IS_CAUSAL: tl.constexpr):
+def queries_of_token(j, start, end, L, W, n_sinks, IS_CAUSAL: tl.constexpr):
     """Positions ``[lo, hi)`` of the queries that see the token key at ``j``."""
     if L is None and W is None:
         lo = start + 0 * j
@@ -46,9 +52,21 @@ def queries_of_token(j, start, end, L, W, IS_CAUSAL: tl.constexpr):
         if W is not None:
             lo = tl.minimum(lo, j - W + 1)
             hi = tl.maximum(hi, j + W)
+        if n_sinks is not None:
+            is_sink = j < tl.maximum(start, 0) + n_sinks
+            lo = tl.where(is_sink, start, lo)
+            hi = tl.where(is_sink, end, hi)
     if IS_CAUSAL:
         lo = j
     return tl.maximum(lo, start), tl.minimum(hi, end)
+
+
+@triton.jit
+def sinks_of_query(lo, start, end, S, n_sinks):
+    """Token keys ``[first, last)`` that a query sees beside its ``tokens_of_query`` from ``lo``."""
+    first = tl.maximum(start, 0) + 0 * lo
+    last = tl.minimum(first + n_sinks, tl.minimum(end, S))
+    return first, tl.where(lo > first, last, first)
 
 
 @triton.jit

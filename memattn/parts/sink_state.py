@@ -1,0 +1,116 @@
+"""What attention with sinks keeps of a sequence: its last tokens, and the first beside them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memattn.parts.state import PartState
+
+SINK = "sink_"  # before the name of a token tensor: its first tokens, as a row tensor
+
+
+class SinkState(PartState):
+    """Tokens in reach of segment and window, and the first ``num_sink_tokens`` of each row.
+
+    Where the first tokens of the batch have been dropped, what is returned begins with the row's
+    first tokens, in front of those that are kept. Its bounds count them: where a row's first token
+    has been dropped, ``num_sink_tokens`` keys stand for its beginning. A crop needs nothing:
+    what stands there of tokens that were forgotten is written again with the next ones.
+
+    Args:
+        kind: The part that it belongs to.
+        segment_len: Segment length that its tokens are seen in, or None.
+        window_size: Window that its tokens are seen in, or None.
+        num_sink_tokens: First tokens of each row that all its tokens see.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        segment_len: int | None = None,
+        window_size: int | None = None,
+        num_sink_tokens: int = 0,
+    ) -> None:
+        self.num_sink_tokens = num_sink_tokens
+        super().__init__(kind, segment_len, window_size)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._new: Tensor | None = None  # int64 [B, n], new columns that are first tokens
+        self._moved: Tensor | None = None  # int64 [B, n], which of them stands where
+
+    def describe(self) -> dict[str, Any]:
+        own = {"num_sink_tokens": self.num_sink_tokens} if self.num_sink_tokens else {}
+        return {**super().describe(), **own}
+
+    def place(self, seq_start: Tensor, position: int) -> None:
+        n = self.num_sink_tokens
+        self.lead = n if n and position > self.kept else 0
+        self._new = self._moved = None
+        if not n:
+            return
+        number = torch.arange(n)
+        begin = seq_start - position
+        if (begin > -n).any():
+            self._new = begin[:, None] + number
+        if self.lead:
+            dropped = (position - self.kept - seq_start).clamp(0, n)
+            if ((dropped > 0) & (dropped < n)).any():  # the last of them adjoin what is kept
+                self._moved = (number - (n - dropped)[:, None]).clamp(min=0)
+
+    def append(self, name: str, states: Tensor) -> Tensor:
+        if not self.num_sink_tokens:
+            return super().append(name, states)
+        first = self._first_tokens(name, states)
+        if not self.lead:
+            return super().append(name, states)
+        past = self.tokens[name]
+        self._check(name, past[..., :0, :], states[..., :0, :])
+        if self._moved is not None:
+            first = _gather(first, self._moved)
+        whole = torch.cat([first, past, states], dim=-2)
+        self.tokens[name] = whole[..., self.lead :, :]
+        self._room.pop(name, None)
+        if not self.record_past:
+            self._trim(name)
+        return whole
+
+    def _first_tokens(self, name: str, states: Tensor) -> Tensor:
+        """The first tokens ``[B, ..., n, F]`` of each row, as far as there are such."""
+        n, T = self.num_sink_tokens, states.shape[-2]
+        first = self.rows.get(SINK + name)
+        if first is None:
+            first = states.new_zeros(*states.shape[:-2], n, states.shape[-1])
+        if self._new is not None and T:
+            is_new = (self._new >= 0) & (self._new < T)
+            shape = (len(is_new), *[1] * (states.dim() - 3), n, 1)
+            taken = _gather(states, self._new.clamp(0, T - 1))
+            first = torch.where(is_new.view(shape).to(states.device), taken, first)
+        self.rows[SINK + name] = first
+        return first
+
+    def realign(self, seq_start: Tensor, position: int) -> None:
+        n, kept = self.num_sink_tokens, self.kept
+        number = torch.arange(kept) - (seq_start - (position - kept))[:, None]  # [B, kept]
+        is_first = (number >= 0) & (number < n)
+        if not n or not is_first.any():
+            return
+        for name, states in self.tokens.items():
+            shape = (len(is_first), *[1] * (states.dim() - 3), kept, 1)
+            taken = _gather(self.rows[SINK + name], number.clamp(0, n - 1))
+            self.tokens[name] = torch.where(is_first.view(shape).to(states.device), taken, states)
+
+    def check_crop(
+        self, num_columns: int, oldest: int, visible: int, counts: Tensor | None = None
+    ) -> None:
+        rows, self.rows = self.rows, {}
+        super().check_crop(num_columns, oldest, visible, counts)
+        self.rows = rows
+
+
+def _gather(tokens: Tensor, places: Tensor) -> Tensor:
+    """Tokens ``[B, ..., S, F]`` at the places ``[B, n]`` of each row."""
+    shape = (len(places), *[1] * (tokens.dim() - 3), places.shape[1], 1)
+    index = places.view(shape).to(tokens.device)
+    return tokens.gather(-2, index.expand(*tokens.shape[:-2], -1, tokens.shape[-1]))
