@@ -6,13 +6,19 @@ OUT ?= runs/gpu
 PLAN ?=
 GPU_SECONDS ?= 480
 
-.PHONY: demo test lint bench gpu gpu-dry clean
+.PHONY: demo test test-transformers lint bench gpu gpu-dry clean
 
 demo: $(VENV)/ready
 	$(BIN)/memattn demo
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# the tests that transformers has for its own models, for ours; fetched once, into build/
+test-transformers: $(VENV)/ready
+	$(BIN)/python tests/transformers_suite.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --all-of-transformers \
+		tests/test_transformers_suite.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

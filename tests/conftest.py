@@ -56,6 +56,41 @@ def is_foreign(item: pytest.Item) -> bool:
 TOGETHER = ("test_triton_aot.py", "test_train_distributed.py")
 
 
+# of the test classes of transformers, where those are fetched
+MARKS = [
+    "all_of_transformers",
+    "accelerate_tests",
+    "executorch_export_test",
+    "flash_attn_test",
+    "flash_attn_3_test",
+    "flash_attn_4_test",
+    "generate",
+    "is_agent_test",
+    "is_expert_parallel_test",
+    "is_fsdp_test",
+    "is_pipeline_test",
+    "is_staging_test",
+    "is_tensor_parallel_test",
+    "is_training_test",
+    "onnx_export_test",
+    "order",
+    "timeout",
+    "torch_compile_test",
+    "torch_export_test",
+]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--all-of-transformers``: its tests for each of our models, not for two of them."""
+    parser.addoption("--all-of-transformers", action="store_true")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the marks of the test classes of transformers."""
+    for name in MARKS:
+        config.addinivalue_line("markers", f"{name}: of transformers")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first, and none of what an operator lacks.
 
@@ -66,4 +101,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def is_short(item: pytest.Item) -> bool:
         return item.path.name not in TOGETHER and item.get_closest_marker("slow") is None
 
-    items[:] = sorted((x for x in items if not is_foreign(x)), key=is_short)
+    def is_wanted(item: pytest.Item) -> bool:
+        whole = item.config.getoption("--all-of-transformers")
+        return (whole or not item.get_closest_marker("all_of_transformers")) and not is_foreign(
+            item
+        )
+
+    items[:] = sorted(filter(is_wanted, items), key=is_short)

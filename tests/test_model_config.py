@@ -51,7 +51,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e4}
         (
             dict(partial_rotary_factor=0.5),
             ValueError,
-            "rope_theta for 'default', got partial_rotary_factor",
+            "for 'default', got partial_rotary_factor",
         ),
         (dict(rope_theta=-1.0), ValueError, "rope_theta must be positive, got -1.0"),
         (dict(head_dim=3), ValueError, "head_dim must be even, got 3"),
@@ -94,7 +94,7 @@ def test_fields_that_are_set_later_are_checked_before_they_are_used(tmp_path):
     with pytest.raises(ValueError, match="rope_parameters must have a rope_type whose"):
         model.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.rglob("*.*"))
-    with pytest.raises(ValueError, match="rope_theta for 'default', got factor, partial_rotary"):
+    with pytest.raises(ValueError, match="for 'default', got factor, partial_rotary"):
         rope = {"rope_type": "default", "factor": 2.0, "partial_rotary_factor": 0.5}
         MemAttnConfig(rope_parameters=rope)
 

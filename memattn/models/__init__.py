@@ -2,12 +2,22 @@
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from memattn.models.cache import MemAttnCache
 from memattn.models.config import PRESETS, MemAttnConfig, register_preset
 from memattn.models.decoder import MemAttnForCausalLM, MemAttnModel
 from memattn.models.factory import vanilla_of_equal_parameters
+from memattn.models.heads import (
+    MemAttnForSequenceClassification,
+    MemAttnForTokenClassification,
+)
 from memattn.models.hf_attention import register_hf_attention
 from memattn.models.hf_names import register_class_name
 from memattn.models.kept_memory import KeptMemory
@@ -20,7 +30,12 @@ from memattn.parts import PARTS, AttentionConfig
 AutoConfig.register(MemAttnConfig.model_type, MemAttnConfig)
 AutoModel.register(MemAttnConfig, MemAttnModel)
 AutoModelForCausalLM.register(MemAttnConfig, MemAttnForCausalLM)
+AutoModelForSequenceClassification.register(MemAttnConfig, MemAttnForSequenceClassification)
+AutoModelForTokenClassification.register(MemAttnConfig, MemAttnForTokenClassification)
+register_class_name(MemAttnModel, "")
 register_class_name(MemAttnForCausalLM)
+register_class_name(MemAttnForSequenceClassification, "FOR_SEQUENCE_CLASSIFICATION_")
+register_class_name(MemAttnForTokenClassification, "FOR_TOKEN_CLASSIFICATION_")
 register_hf_attention()
 
 __all__ = [
@@ -31,6 +46,8 @@ __all__ = [
     "MemAttnCausalLMOutput",
     "MemAttnConfig",
     "MemAttnForCausalLM",
+    "MemAttnForSequenceClassification",
+    "MemAttnForTokenClassification",
     "MemAttnModel",
     "MemAttnModelOutput",
     "MemAttnPreTrainedModel",

@@ -325,7 +325,7 @@ class MemAttnConfig(PreTrainedConfig):
     @classmethod
     def _check_sizes(cls, sizes: dict[str, Any]) -> dict[str, Any]:
         """Raise TypeError for a keyword that is no field of the configuration."""
-        known = {size.name for size in fields(cls)} | {"rope_theta"}
+        known = {size.name for size in fields(cls)} | _KEYWORDS
         for name in sizes.keys() - known:
             must(name, f"be a field of {cls.__name__}", repr(sizes[name]), TypeError)
         return sizes
@@ -351,6 +351,7 @@ def _plain(value: Any) -> Any:
 
 
 _ROPE_KEYWORDS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+_KEYWORDS = {"rope_theta", "num_labels", "classifier_dropout"}  # that are no fields
 
 
 PRESETS: dict[str, Callable[..., MemAttnConfig]] = {

@@ -133,7 +133,8 @@ class MemAttnModel(MemAttnPreTrainedModel):
         carry: dict[str, Tensor] = {}
         shared_parts = dict(self.shared_parts.items())
         layer: Any
-        for i, layer in enumerate(self.layers):
+        # the first of them alone, where a model that exits early is its own assistant
+        for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             layer_cache = None if cache is None else cache.layers[i]

@@ -11,14 +11,28 @@ from typing import Any
 FILE = "modeling_memattn.py"
 CODE = '''"""The classes of this model are in the package memattn."""
 
-from memattn.models import MemAttnConfig, MemAttnForCausalLM, MemAttnModel
+from memattn.models import (
+    MemAttnConfig,
+    MemAttnForCausalLM,
+    MemAttnForSequenceClassification,
+    MemAttnForTokenClassification,
+    MemAttnModel,
+)
 
-__all__ = ["MemAttnConfig", "MemAttnForCausalLM", "MemAttnModel"]
+__all__ = [
+    "MemAttnConfig",
+    "MemAttnForCausalLM",
+    "MemAttnForSequenceClassification",
+    "MemAttnForTokenClassification",
+    "MemAttnModel",
+]
 '''
 AUTO_MAP = {
     "AutoConfig": "MemAttnConfig",
     "AutoModel": "MemAttnModel",
     "AutoModelForCausalLM": "MemAttnForCausalLM",
+    "AutoModelForSequenceClassification": "MemAttnForSequenceClassification",
+    "AutoModelForTokenClassification": "MemAttnForTokenClassification",
 }
 
 

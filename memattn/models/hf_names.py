@@ -9,7 +9,13 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 
-def register_class_name(cls: type[PreTrainedModel]) -> None:
-    """Say that models of a class, known by its name, predict the next token."""
+def register_class_name(cls: type[PreTrainedModel], table: str = "FOR_CAUSAL_LM_") -> None:
+    """Say what models of a class, known by its name, are for: predict the next token, or another.
+
+    Args:
+        cls: The class.
+        table: What transformers calls that between ``MODEL_`` and ``MAPPING_NAMES``.
+    """
     # the keys are types of configurations; the names are what counts
-    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"memattn {cls.__name__}"] = cls.__name__
+    names = getattr(modeling_auto, f"MODEL_{table}MAPPING_NAMES")
+    names[f"memattn {cls.__name__}"] = cls.__name__

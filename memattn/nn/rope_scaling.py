@@ -11,8 +11,9 @@ from memattn.nn.rotary import RotaryEmbedding
 
 # what each kind must have and may have, besides rope_type and rope_theta
 KINDS: dict[str, tuple[set[str], set[str]]] = {
-    "default": (set(), set()),
-    "linear": ({"factor"}, set()),
+    # of these two the length before scaling is not asked, but configurations say it
+    "default": (set(), {"original_max_position_embeddings"}),
+    "linear": ({"factor"}, {"original_max_position_embeddings"}),
     "yarn": (
         {"factor"},
         {

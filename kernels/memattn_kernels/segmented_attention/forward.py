@@ -74,7 +74,7 @@ def segmented_attention_fwd_kernel(
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
 
     HAS_BOUNDS: tl.constexpr = seq_start_ptr is not None or seq_end_ptr is not None
-    HAS_MORE_KEYS: tl.constexpr = pk_ptr is not None or mk_ptr is not None
+    HAS_MORE_KEYS: tl.constexpr = pk_ptr is not None or mk_ptr is not None or n_sinks is not None
     IS_PLAIN: tl.constexpr = BLOCK_D <= 128 and not HAS_BOUNDS and not HAS_MORE_KEYS
     if pk_ptr is not None:
         lo = tl.zeros([BLOCK_M], dtype=tl.int32)
