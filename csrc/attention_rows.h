@@ -319,4 +319,25 @@ struct InFloats {
   static int64_t forward_scratch(const Args& a) { return float_forward_scratch(a); }
   template <class Args>
   static int64_t backward_scratch(const Args& a) { return float_backward_scratch(a); }
+
+  // for operators with tiles of their own: rows of queries to panels, the scale of exponents, and one
+  // block of keys with what `score_floats` and `block_floats` take of scratch; `fine` where weights may
+  // not be rounded to bfloat16
+  template <class QueryRows>
+  static void panels(const View& view, const Tile& tile, const QueryRows& rows, int64_t width,
+                     int64_t panel, float* spare, float* to) {
+    const int64_t ld = round_up(width, VL);
+    load_rows(view, tile, rows, width, ld, spare);
+    to_panels(spare, ld, rows.lanes, width, panel, to);
+  }
+  static Split exponent(double scale) { return Split::factor(scale * LOG2E); }
+  static int64_t score_floats(int64_t panel) { return BLOCK_KEYS * panel; }
+  static int64_t block_floats(int64_t D, int64_t Dv) { return BLOCK_KEYS * (D + Dv); }
+  static float* block_scratch(float* scratch, bool) { return scratch; }
+  template <int NV, class AnyBlock>
+  static MEMATTN_INLINE void take_keys(const AnyBlock& block, int64_t lanes, int64_t D, int64_t Dv,
+                                       const SumRuns& runs, bool, Split scale2, const float* q,
+                                       float* scores, SoftmaxState<NV>* states, float* acc) {
+    attend<NV>(block, lanes, D, Dv, runs, scale2, q, scores, states, acc);
+  }
 };

@@ -40,6 +40,41 @@ static MEMATTN_INLINE void pair_scores(const AnyBlock& block, int64_t p, const S
   }
 }
 
+// Takes one block of keys into the softmax states of all panels, and calls add(panel, what it sees, the
+// pairs of these, what is added so far is to be multiplied by) when `weights` holds those of a panel. q:
+// [panel][terms][PANEL], scores: [BLOCK_KEYS + 2][PANEL], weights and with FINE their rest:
+// [BLOCK_KEYS / 2 + 1][PANEL].
+template <int NV, bool FINE = false, class AnyBlock, class Add>
+static MEMATTN_INLINE void weigh_pairs(const AnyBlock& block, int64_t lanes, int64_t D, float scale2,
+                                       const float* q, float* scores, float* weights, float* rest,
+                                       SoftmaxState<NV>* states, Add add) {
+  for (int64_t p = 0; p * NV * VL < lanes; ++p) {
+    const Span seen(block, p);
+    if (seen.first >= seen.last) continue;
+    const PairSpan span(seen.first - block.begin, seen.last - seen.first);
+    pair_scores<NV>(block, p, seen, span, D, q, scores);
+    vf alpha[NV];
+    pair_softmax_step<NV, FINE>(scores, span.pairs, scale2, &states[p], alpha, weights, rest);
+    add(p, seen, span, (const float*)alpha);
+  }
+}
+
+// acc[p] := alpha * acc[p] + the weighted values of a panel, by weights and their rest, if any; acc:
+// [panel][Dv][PANEL].
+template <int NV, class AnyBlock>
+static MEMATTN_INLINE void add_weighted_pairs(const AnyBlock& block, int64_t p, const PairSpan& span,
+                                              int64_t Dv, const float* weights, const float* rest,
+                                              const float* alpha, float* acc) {
+  constexpr int64_t PANEL = NV * VL;
+  with_own_keys(block, span, Dv, [&](const float* values) {
+    product<NV, Store::scale_add, false, Pairs>(Dv, 1, span.pairs, values, Dv, 0, weights, PANEL, 0,
+                                                acc + p * Dv * PANEL, PANEL, alpha);
+    if (rest)
+      product<NV, Store::add, false, Pairs>(Dv, 1, span.pairs, values, Dv, 0, rest, PANEL, 0,
+                                            acc + p * Dv * PANEL, PANEL, nullptr);
+  });
+}
+
 // walk(scratch, visit) calls visit(block) for every block of keys that some row sees. BY_ROW as in
 // forward_rows().
 template <int NV, bool BY_ROW, class Args, class QueryRows, class Walk>
@@ -62,26 +97,19 @@ static MEMATTN_INLINE void forward_pairs(const Args& a, const Tile& tile, const 
   clear<NV>(states, TILE_ROWS / PANEL);
 
   walk(PairScratch{block_scratch, false}, [&](const auto& block) {
-    for (int64_t p = 0; p * PANEL < rows.lanes; ++p) {
-      const Span seen(block, p);
-      if (seen.first >= seen.last) continue;
-      const PairSpan span(seen.first - block.begin, seen.last - seen.first);
-      pair_scores<NV>(block, p, seen, span, a.D, q, scores);
-      vf alpha[NV];
-      pair_softmax_step<NV>(scores, span.pairs, scale2, &states[p], alpha, weights);
-      with_own_keys(block, span, a.Dv, [&](const float* values) {
-        if constexpr (BY_ROW) {
-          const Lanes panel = panel_of<NV>(rows, p);
+    weigh_pairs<NV>(block, rows.lanes, a.D, scale2, q, scores, weights, nullptr, states,
+                    [&](int64_t p, const Span& seen, const PairSpan& span, const float* alpha) {
+      if constexpr (BY_ROW) {
+        const Lanes panel = panel_of<NV>(rows, p);
+        with_own_keys(block, span, a.Dv, [&](const float* values) {
           add_to_rows<PANEL, Pairs>(*block.seen, panel, seen.first - span.lead, span.pairs, PAIRS_RUN,
                                     weights - panel.first, Rows{values, a.Dv}, a.Dv,
-                                    (const float*)alpha - panel.first, acc);
-          return;
-        }
-        product<NV, Store::scale_add, false, Pairs>(a.Dv, 1, span.pairs, values, a.Dv, 0, weights,
-                                                    PANEL, 0, acc + p * a.Dv * PANEL, PANEL,
-                                                    (const float*)alpha);
-      });
-    }
+                                    alpha - panel.first, acc);
+        });
+      } else {
+        add_weighted_pairs<NV>(block, p, span, a.Dv, weights, nullptr, alpha, acc);
+      }
+    });
   });
 
   finish_rows<NV, BY_ROW>(a, tile, rows, states, acc, row_scratch);
@@ -96,6 +124,32 @@ static MEMATTN_INLINE void lane_products(const float* x, const float* y, int64_t
       sum = Pairs::add_product(((const vf*)x)[k * NV + v], ((const vf*)y)[k * NV + v], sum);
     ((vf*)sums)[v] = sum;
   }
+}
+
+// Scores of the keys that panel p sees, and the gradients of their weights, dw, from those of results,
+// g: [panel][terms of Dv][PANEL]; both whole pairs of keys, with gradient 0 of neighbours.
+template <int NV, class AnyBlock>
+static MEMATTN_INLINE void pair_gradients(const AnyBlock& block, int64_t p, const Span& seen,
+                                          const PairSpan& span, int64_t D, int64_t Dv, const float* q,
+                                          const float* g, float* scores, float* dw) {
+  constexpr int64_t PANEL = NV * VL;
+  pair_scores<NV>(block, p, seen, span, D, q, scores);
+  float* own = dw + span.lead * PANEL;
+  pair_products<NV>(block, span, block.value, pairs_in(Dv), g + p * pairs_in(Dv) * PANEL, own);
+  for (int v = 0; v < NV; ++v) {
+    if (span.lead) ((vf*)dw)[v] = vf{};
+    if (span.ends_odd()) ((vf*)(own + span.n * PANEL))[v] = vf{};
+  }
+}
+
+// What the backward subtracts from exponents, of a row that has keys, and a weight by it.
+static MEMATTN_INLINE void saved_pair_lse(float high, float low, float* to_high, float* to_low) {
+  saved_lse(high, low, to_high, to_low);
+  if (*to_low >= 0.5f) *to_low -= 1.0f;  // a large lane
+}
+
+static MEMATTN_INLINE vf saved_pair_weight(vf s, float scale2, vf high, vf low) {
+  return short_exp2((s * scale2 - high) - low);
 }
 
 // Stores weights or gradients of scores of two keys, rounded: `rows` of a key hold pairs of lanes, STEP
@@ -161,24 +215,17 @@ static MEMATTN_INLINE void backward_pairs(const Args& a, const Tile& tile, const
     const int64_t flat = number_of(a, tile, rows, i);
     d_lse[i] = a.d_lse[flat];
     if (a.lse2_high[flat] == -__builtin_inff()) continue;
-    saved_lse(a.lse2_high[flat], a.lse2_low[flat], lse_high + i, lse_low + i);
-    if (lse_low[i] >= 0.5f) lse_low[i] -= 1.0f;  // a large lane
+    saved_pair_lse(a.lse2_high[flat], a.lse2_low[flat], lse_high + i, lse_low + i);
   }
 
   // products of the keys that panel p sees
   auto multiply = [&](const auto& block, int64_t p, const Span& seen, const PairSpan& span) {
-    pair_scores<NV>(block, p, seen, span, a.D, q, scores);
-    float* own = dw + span.lead * PANEL;
-    pair_products<NV>(block, span, block.value, value_terms, d_out + p * value_terms * PANEL, own);
-    for (int v = 0; v < NV; ++v) {
-      if (span.lead) ((vf*)dw)[v] = vf{};
-      if (span.ends_odd()) ((vf*)(own + span.n * PANEL))[v] = vf{};
-    }
+    pair_gradients<NV>(block, p, seen, span, a.D, a.Dv, q, d_out, scores, dw);
   };
   auto weigh = [&](int64_t p, int64_t j, int v) {
     const vf high = ((const vf*)(lse_high + p * PANEL))[v];
     const vf low = ((const vf*)(lse_low + p * PANEL))[v];
-    return short_exp2((((const vf*)scores)[j * NV + v] * scale2 - high) - low);
+    return saved_pair_weight(((const vf*)scores)[j * NV + v], scale2, high, low);
   };
 
   // delta = sum over d of out * d_out = sum over keys of w * dw / sum of w, see backward_rows()
@@ -309,4 +356,30 @@ struct InPairs {
   static int64_t forward_scratch(const Args& a) { return pair_forward_scratch(a); }
   template <class Args>
   static int64_t backward_scratch(const Args& a) { return pair_backward_scratch(a); }
+
+  template <class QueryRows>
+  static void panels(const View& view, const Tile& tile, const QueryRows& rows, int64_t width,
+                     int64_t panel, float* spare, float* to) {
+    const int64_t terms = pairs_in(width), ld = round_up(terms, VL);
+    load_pair_rows(view, tile, rows, width, ld, spare);
+    to_panels(spare, ld, rows.lanes, terms, panel, to);
+  }
+  static float exponent(double scale) { return (float)(scale * LOG2E); }
+  static int64_t score_floats(int64_t panel) { return (2 * BLOCK_KEYS + 4) * panel; }
+  static int64_t block_floats(int64_t D, int64_t Dv) { return pair_scratch(D, Dv); }
+  static PairScratch block_scratch(float* scratch, bool is_backward) { return {scratch, is_backward}; }
+  template <int NV, class AnyBlock>
+  static void take_keys(const AnyBlock& block, int64_t lanes, int64_t D, int64_t Dv, const SumRuns&,
+                        bool fine, float scale2, const float* q, float* scores,
+                        SoftmaxState<NV>* states, float* acc) {
+    constexpr int64_t PANEL = NV * VL;
+    float *weights = scores + (BLOCK_KEYS + 2) * PANEL, *rest = weights + (BLOCK_KEYS / 2 + 1) * PANEL;
+    auto take = [&](auto is_fine) {
+      weigh_pairs<NV, is_fine>(block, lanes, D, scale2, q, scores, weights, rest, states,
+                               [&](int64_t p, const Span&, const PairSpan& span, const float* alpha) {
+        add_weighted_pairs<NV>(block, p, span, Dv, weights, is_fine ? rest : nullptr, alpha, acc);
+      });
+    };
+    fine ? take(std::true_type()) : take(std::false_type());
+  }
 };

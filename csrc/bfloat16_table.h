@@ -20,6 +20,12 @@ static bool in_bfloat16(const BranchArgs& a) {
   return in_bfloat16({a.query, a.key, a.value, a.out, a.ungated, a.d_out});
 }
 
+// with a loss, what is kept for it is in float32
+static bool in_bfloat16(const FutureArgs& a) {
+  return in_bfloat16({a.query, a.key, a.value, a.future_query, a.future_key, a.future_value, a.out,
+                      a.d_out});
+}
+
 static constexpr OperatorKernels<SegmentedArgs, SegmentedGrads> SEGMENTED_PAIRS{
     pair_forward_scratch<SegmentedArgs>, pair_backward_scratch<SegmentedArgs>,
     segmented_forward_by<InPairs>, segmented_backward_by<InPairs>};
@@ -29,6 +35,9 @@ static constexpr OperatorKernels<TaskArgs, KeyGrads> TASK_PAIRS{
 static constexpr OperatorKernels<BranchArgs, KeyGrads> BRANCH_PAIRS{
     pair_forward_scratch<BranchArgs>, pair_backward_scratch<BranchArgs>, branch_forward_by<InPairs>,
     branch_backward_by<InPairs>};
+static constexpr OperatorKernels<FutureArgs, FutureGrads> FUTURE_PAIRS{
+    future_forward_scratch<InPairs>, future_backward_scratch<PairFutureSteps>,
+    future_forward_by<InPairs>, future_backward_by<PairFutureSteps>};
 
 // The kernels for all other dtypes.
 static const Kernels& other_kernels() { return MEMATTN_OTHER_KERNELS; }
@@ -59,6 +68,7 @@ static Kernels make_kernels(const char* name) {
   table.segmented = ByDtype<SegmentedArgs, SegmentedGrads, &Kernels::segmented,
                             SEGMENTED_PAIRS>::kernels();
   table.task = ByDtype<TaskArgs, KeyGrads, &Kernels::task, TASK_PAIRS>::kernels();
+  table.future = ByDtype<FutureArgs, FutureGrads, &Kernels::future, FUTURE_PAIRS>::kernels();
   table.branch = ByDtype<BranchArgs, KeyGrads, &Kernels::branch, BRANCH_PAIRS>::kernels();
   return table;
 }

@@ -186,12 +186,24 @@ static MEMATTN_INLINE vf short_exp2(vf x) {
   return (vf)((vi)p + ((vi)shifted << 23));
 }
 
+static MEMATTN_INLINE vf floats_of(__m256i numbers) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
+}
+
+// What is left of a and b when they are rounded to bfloat16, as pairs; see paired().
+static MEMATTN_INLINE __m512i paired_rest(vf a, vf b) {
+  const __m512i both = rounded(a, b);
+  return paired(a - floats_of(_mm512_castsi512_si256(both)),
+                b - floats_of(_mm512_extracti64x4_epi64(both, 1)));
+}
+
 // Takes in one panel of scores, whole pairs of keys without their scale, and stores their weights as
-// pairs of keys [n / 2][PANEL]. Exponents are products and differences rounded one by one, as in plain
+// pairs of keys [n / 2][PANEL], with FINE also what their rounding left, `rest`. Exponents are products and differences rounded one by one, as in plain
 // float32: so the largest key has weight 1 exactly at any size of the scores.
-template <int NV>
+template <int NV, bool FINE>
 static MEMATTN_INLINE void pair_softmax_step(const float* scores, int64_t pairs, float scale2,
-                                             SoftmaxState<NV>* state, vf* alpha, float* weights) {
+                                             SoftmaxState<NV>* state, vf* alpha, float* weights,
+                                             float* rest) {
   const vf* s = (const vf*)scores;
   vf high[NV], sum[NV], more[NV];
   for (int v = 0; v < NV; ++v) high[v] = more[v] = broadcast(-__builtin_inff());
@@ -212,6 +224,7 @@ static MEMATTN_INLINE void pair_softmax_step(const float* scores, int64_t pairs,
       const vf b = short_exp2(s[2 * i * NV + NV + v] * scale2 - high[v]);
       sum[v] += a, more[v] += b;
       _mm512_store_si512((vf*)weights + i * NV + v, paired(a, b));
+      if constexpr (FINE) _mm512_store_si512((vf*)rest + i * NV + v, paired_rest(a, b));
     }
   for (int v = 0; v < NV; ++v) {
     alpha[v] = short_exp2(state->high[v] - high[v]);

@@ -47,10 +47,10 @@ struct FutureTileRows {
 };
 
 // Calls visit(kind of keys, block) for every block of keys that some row of the tile sees.
-template <class Visit>
+template <class Scratch, class Visit>
 static void for_each_future_block(const FutureArgs& a, const Tile& tile, const FutureTileRows& rows,
                                   int64_t panel, const FutureGrads* grads, bool with_target,
-                                  float* scratch, Visit visit) {
+                                  Scratch scratch, Visit visit) {
   const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL), group = a.H / a.Hf;
   Interval seen;
   // lanes past the last row repeat it: they cost no mask, and nobody reads them
@@ -63,7 +63,7 @@ static void for_each_future_block(const FutureArgs& a, const Tile& tile, const F
                   float* d_value, int64_t grads_begin) {
     walk_source({key, value, at(key, tile.b, head, 0), at(value, tile.b, head, 0), 2, d_key, d_value,
                  grads_begin},
-                seen, a.D, a.Dv, scratch, [&](const Block& block) { visit(kind, block); });
+                seen, a.D, a.Dv, scratch, [&](const auto& block) { visit(kind, block); });
   };
   auto walk_tokens = [&](Keys kind) {
     walk(kind, a.key, a.value, tile.hkv, grads ? grads->d_key : nullptr,
@@ -170,7 +170,7 @@ struct Merged {
   }
 };
 
-template <int NV>
+template <class How, int NV>
 static void future_forward_tile(const FutureArgs& a, const Tile& tile, float* scratch) {
   constexpr int64_t PANEL = NV * VL;
   const FutureTileRows rows(a, tile, PANEL);
@@ -188,24 +188,22 @@ static void future_forward_tile(const FutureArgs& a, const Tile& tile, float* sc
     sums = take(TILE_ROWS * a.Dv);
     __builtin_memset(sums, 0, rows.lanes * a.Dv * 4);
   }
-  float* scores = take(BLOCK_KEYS * PANEL);
-  float* block_scratch = take(BLOCK_KEYS * (a.D + a.Dv));  // or rows of the tile
-  float* loose = take(2 * TILE_ROWS * (ldk > ldv ? ldk : ldv));
-  const Split scale2 = Split::factor(a.scale * LOG2E);
+  float* scores = take(How::score_floats(PANEL));
+  float* block_scratch = take(How::block_floats(a.D, a.Dv));
+  float* loose = take(2 * TILE_ROWS * (ldk > ldv ? ldk : ldv));  // rows of the tile
+  const auto scale2 = How::exponent(a.scale);
   const SumRuns runs = rows.sum_runs();
-  load_rows(a.query, tile, rows, a.D, ldk, loose);
-  to_panels(loose, ldk, rows.lanes, a.D, PANEL, q);
-  if (a.separate_query) {
-    load_rows(a.future_query, tile, rows, a.D, ldk, loose);
-    to_panels(loose, ldk, rows.lanes, a.D, PANEL, future_q);
-  }
+  How::panels(a.query, tile, rows, a.D, PANEL, loose, q);
+  if (a.separate_query) How::panels(a.future_query, tile, rows, a.D, PANEL, loose, future_q);
   SoftmaxState<NV> states[3][TILE_ROWS / PANEL];
   clear<NV>(states[0], 3 * TILE_ROWS / PANEL);
 
-  for_each_future_block(a, tile, rows, PANEL, nullptr, with_target, block_scratch,
-                        [&](Keys kind, const Block& block) {
-    attend<NV>(block, rows.lanes, a.D, a.Dv, runs, scale2, kind == FUTURE ? future_q : q, scores,
-               states[kind], acc[kind]);
+  for_each_future_block(a, tile, rows, PANEL, nullptr, with_target,
+                        How::block_scratch(block_scratch, false), [&](Keys kind, const auto& block) {
+    // the loss is a mean over so many numbers that it tells more than bfloat16 does
+    const bool fine = with_target && kind != PAST;
+    How::template take_keys<NV>(block, rows.lanes, a.D, a.Dv, runs, fine, scale2,
+                                kind == FUTURE ? future_q : q, scores, states[kind], acc[kind]);
   });
 
   float norm[3][TILE_ROWS];
@@ -263,12 +261,15 @@ static void future_forward_tile(const FutureArgs& a, const Tile& tile, float* sc
   }
 }
 
+template <class How>
 static int64_t future_forward_scratch(const FutureArgs& a) {
   const int64_t wide = round_up(a.D, VL) + round_up(a.Dv, VL);
-  return (5 * TILE_ROWS + BLOCK_KEYS) * wide + BLOCK_KEYS * 2 * VL + 256;
+  return 5 * TILE_ROWS * wide + How::block_floats(a.D, a.Dv) + How::score_floats(2 * VL) + 256;
 }
 
-static void future_forward(const FutureArgs& a, const Tile& tile, float* scratch) {
+template <class How>
+static void future_forward_by(const FutureArgs& a, const Tile& tile, float* scratch) {
   const int64_t n = (tile.h1 - tile.h0) * (tile.t1 - tile.t0);
-  n <= VL ? future_forward_tile<1>(a, tile, scratch) : future_forward_tile<2>(a, tile, scratch);
+  n <= VL ? future_forward_tile<How, 1>(a, tile, scratch)
+          : future_forward_tile<How, 2>(a, tile, scratch);
 }

@@ -17,7 +17,7 @@ from bench_factories import (
     wrong_tail,
 )
 
-from memattn.bench import gate, report, timing
+from memattn.bench import gate, report, roofline, timing
 from memattn.bench.engine import OURS, measure_between_roofs, measure_case
 from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
 from memattn.bench.inputs import make_segmented_inputs
@@ -129,6 +129,19 @@ def test_rates_of_the_roofs_come_from_the_clock(monkeypatch):
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(now)))
     roofs = measure_roofs("cpu", torch.float32, seconds=0.0)
     assert roofs == Roofs(matmul_flops=2 * 1024**3, exps=1 << 20, copy_bytes=2 * 4 << 25)
+
+
+@pytest.mark.parametrize(("has_products", "n"), [(True, 2048), (False, 1024)])
+def test_roof_of_bfloat16_is_of_its_products_where_there_are_any(has_products, n, monkeypatch):
+    now = iter(range(10**6))  # by this clock the larger of two products is the faster
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    monkeypatch.setattr(roofline, "multiplies_bfloat16", lambda: has_products)
+    taken = []
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: taken.append((len(a), a.dtype)))
+    roofs = measure_roofs("cpu", torch.bfloat16, seconds=0.0)
+    assert roofs.matmul_flops == 2 * n**3
+    dtype = torch.bfloat16 if has_products else torch.float32
+    assert set(taken) == {(size, dtype) for size in {1024, n}}
 
 
 def test_roofs_are_the_best_of_turns_around_the_cases():

@@ -218,8 +218,7 @@ def test_bars_ask_for_what_is_required():
 
 @pytest.mark.parametrize("has_products", [True, False])
 def test_bfloat16_has_bars_where_the_processor_multiplies_it(has_products, monkeypatch):
-    of_bench = "memattn.bench.segmented_attention.multiplies_bfloat16"
-    monkeypatch.setattr(of_bench, lambda: has_products)
+    monkeypatch.setattr("memattn.bench.bars.multiplies_bfloat16", lambda: has_products)
     bars = [b for b in SegmentedCase.bars("cpu-bars") if b.case.dtype == torch.bfloat16]
     found = {bar.name: bar.target for bar in bars}
     assert len(found) == len(bars) == (10 if has_products else 0)

@@ -1,7 +1,7 @@
 """Bars: what an operator must reach, each measured and compared in one run."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -10,6 +10,7 @@ from memattn.bench.case import Case
 from memattn.bench.engine import OURS, Row, roof_key
 from memattn.bench.roofline import Roofs, work_of
 from memattn.bench.timing import Timing
+from memattn.ops._dispatch import multiplies_bfloat16
 
 Sweep = tuple[tuple[Case, ...], str]  # cases to compare with each other, and the direction
 
@@ -353,3 +354,23 @@ class PeerPeakBar(Bar):
         if ours is None or its is None or ours.peak_bytes is None or not its.peak_bytes:
             return None
         return ours.peak_bytes / its.peak_bytes
+
+
+def bfloat16_bars(base: Case, against: str | None = None) -> list[Bar]:
+    """In bfloat16, on processors that have its products: beside ``base``, the call in float32.
+
+    Args:
+        base: The case in float32.
+        against: A peer that computes the same; it is to be left behind as well.
+    """
+    if not multiplies_bfloat16():
+        return []
+    case = replace(base, dtype=torch.bfloat16)
+    bars: list[Bar] = []
+    for direction, over_peer in {"forward": 2.0, "backward": 1.6}.items():
+        bars.append(FasterBar(case=case, base=base, direction=direction, target=1.6))
+        if against is not None:
+            bars.append(
+                SpeedBar(case=case, direction=direction, target=over_peer, against=(against,))
+            )
+    return bars

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from memattn.bench.bars import Bar, CostBar, PeakBar, SpeedBar
+from memattn.bench.bars import Bar, CostBar, PeakBar, SpeedBar, bfloat16_bars
 from memattn.bench.case import Forward, Peer, TokenCase
 from memattn.bench.roofline import Work
 from memattn.nn import ShiftableMultiheadAttention
@@ -221,7 +221,7 @@ class BranchCase(TokenCase):
 
     def label(self, T: str | None = None) -> str:
         length = f"T={self.T}" if T is None else T
-        return f"{self.kind} {length} F={self.F} K={self.K} D={self.D}"
+        return f"{self.kind} {length} F={self.F} K={self.K} D={self.D}{self.dtype_label}"
 
     def work(self) -> dict[str, Work]:
         slots = self.B * self.H * (self.K + self.is_layer)
@@ -261,6 +261,9 @@ def _cpu_bars() -> list[Bar]:
         SpeedBar(case=layer, direction=TRAINING, target=8.0, against=(CALLS,)),
         CostBar(case=token, direction=TRAINING, target=2.0, against=AS_MANY),
         PeakBar(case=layer, base=replace(layer, F=layer.K), direction=TRAINING, target=1.5),
+        *bfloat16_bars(token),
+        # without branches that nobody is in, whose gradients are zeros to write
+        *bfloat16_bars(replace(token, kind="sample", F=8)),
     ]
 
 

@@ -159,6 +159,13 @@ class TokenCase(Case):
     def tokens(self) -> int:
         return self.T * self.batch
 
+    @property
+    def dtype_label(self) -> str:
+        """What a label ends with: the dtype on the CPU, where it is not float32."""
+        if self.device != "cpu" or self.dtype == torch.float32:
+            return ""
+        return f" {self.dtype}".replace("torch.", "")
+
     def draw(self, make: Callable[..., dict[str, Tensor]], **more: int) -> dict[str, Tensor]:
         """Random inputs of these sizes, by a function of ``memattn.bench.inputs``."""
         return make(

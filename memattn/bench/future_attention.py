@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from memattn.bench.bars import Bar, CostBar, LinearMemoryBar, SpeedBar
+from memattn.bench.bars import Bar, CostBar, LinearMemoryBar, SpeedBar, bfloat16_bars
 from memattn.bench.case import Forward, Peer, TokenCase
 from memattn.bench.inputs import make_future_inputs
 from memattn.bench.peers import flex, sdpa, sdpa_backends
@@ -95,7 +95,7 @@ class FutureCase(TokenCase):
 
     def label(self, T: str | None = None) -> str:
         length = f"T={self.T}" if T is None else T
-        return f"{self.kind} {length} F={self.future_dim} D={self.D}"
+        return f"{self.kind} {length} F={self.future_dim} D={self.D}{self.dtype_label}"
 
     def pairs(self) -> tuple[int, int]:
         """Pairs of the past and of the band, of all query heads and sequences."""
@@ -226,7 +226,8 @@ def _cpu_bars() -> list[Bar]:
         target=1.1,
         lengths=(512, 1024, 2048, 4096, 8192, 16384),
     )
-    return [*_cost_bars(case), *_naive_bars(case), memory]
+    half = [bar for kind in ("future", "mse") for bar in bfloat16_bars(replace(case, kind=kind))]
+    return [*_cost_bars(case), *_naive_bars(case), memory, *half]
 
 
 def _gpu_bars() -> list[Bar]:

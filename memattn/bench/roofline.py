@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memattn.bench.timing import interleave
+from memattn.ops._dispatch import multiplies_bfloat16
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,9 @@ def attention_work(
 def measure_roofs(device: str, dtype: torch.dtype, *, seconds: float = 1.0) -> Roofs:
     """Measure the roofs that hold for inputs of ``dtype`` on ``device``.
 
-    The product is a square one: float32 on the CPU, where our kernels compute in float32 for
-    every dtype, and ``dtype`` on CUDA. The copy is of a buffer far larger than the caches. The
+    The product is PyTorch's of square matrices: in ``dtype`` on CUDA, and on the CPU for bfloat16
+    where the processor multiplies it (the faster of two sizes), else in float32, in which our
+    kernels compute every other dtype. The copy is of a buffer far larger than the caches. The
     exponential is PyTorch's on a block that stays in the cache, on CUDA a kernel of nothing else.
 
     Args:
@@ -114,14 +116,16 @@ def measure_roofs(device: str, dtype: torch.dtype, *, seconds: float = 1.0) -> R
     """
     on_cuda = torch.device(device).type == "cuda"
     generator = torch.Generator(device).manual_seed(0)
-    matmul_dtype = dtype if on_cuda else torch.float32
+    has_products = on_cuda or (dtype == torch.bfloat16 and multiplies_bfloat16())
+    matmul_dtype = dtype if has_products else torch.float32
+    sizes = (8192,) if on_cuda else (1024, 2048) if has_products else (1024,)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
 
     def product(n: int) -> float:
         a, b = draw(n, n).to(matmul_dtype), draw(n, n).to(matmul_dtype)
-        return 2 * n**3 / _seconds(lambda: a @ b, device, seconds)
+        return 2 * n**3 / _seconds(lambda: a @ b, device, seconds / len(sizes))
 
     def copy(n: int) -> float:
         source = draw(n)
@@ -129,7 +133,7 @@ def measure_roofs(device: str, dtype: torch.dtype, *, seconds: float = 1.0) -> R
         return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, seconds)
 
     return Roofs(
-        matmul_flops=product(8192 if on_cuda else 1024),
+        matmul_flops=max(product(n) for n in sizes),
         exps=_exp_rate(device, draw(1 << 20), seconds),
         copy_bytes=copy((1 << 28) if on_cuda else (1 << 25)),
     )

@@ -10,19 +10,18 @@ from torch import Tensor
 from memattn.bench.bars import (
     BackwardBar,
     Bar,
-    FasterBar,
     FlatTimeBar,
     LinearMemoryBar,
     RateBar,
     RoofBar,
     SpeedBar,
+    bfloat16_bars,
 )
 from memattn.bench.case import Forward, Peer, TokenCase
 from memattn.bench.inputs import make_segmented_inputs
 from memattn.bench.peers import Attention, MaskMod, flex, sdpa, sdpa_backends
 from memattn.bench.roofline import Work
 from memattn.ops import segmented_attention
-from memattn.ops._dispatch import multiplies_bfloat16
 
 _SEGMENTED = ("segment", "blocks", "mac", "union")
 _WINDOWED = ("window", "union")
@@ -169,9 +168,7 @@ class SegmentedCase(TokenCase):
         if self.has_context:
             sizes.append(f"P={self.P} M={self.M}")
         sizes.append(f"D={self.D}")
-        if self.device == "cpu" and self.dtype != torch.float32:
-            sizes.append(str(self.dtype).removeprefix("torch."))
-        return " ".join([self.kind, *sizes])
+        return " ".join([self.kind, *sizes]) + self.dtype_label
 
     def pairs(self) -> int:
         """Allowed pairs of one head, summed over the batch."""
@@ -317,27 +314,9 @@ def _cpu_bars() -> list[Bar]:
     for direction in ("forward", "forward+backward"):
         # four sequences: the system counts a process's memory in steps that one would notice
         bars.append(LinearMemoryBar(case=many, direction=direction, target=1.1, lengths=lengths))
-    return bars + (_half_bars(window) if multiplies_bfloat16() else [])
-
-
-def _half_bars(window: SegmentedCase) -> list[Bar]:
-    """In bfloat16, on processors that have its products."""
-    bars: list[Bar] = []
-    for base in (
-        SegmentedCase(kind="dense", T=2048),
-        SegmentedCase(kind="causal", T=2048),
-        window,
-    ):
-        case = replace(base, dtype=torch.bfloat16)
-        for direction, over_sdpa in {"forward": 2.0, "backward": 1.6}.items():
-            bars.append(FasterBar(case=case, base=base, direction=direction, target=1.6))
-            if case.kind != "window":
-                bars.append(
-                    SpeedBar(
-                        case=case, direction=direction, target=over_sdpa, against=("sdpa flash",)
-                    )
-                )
-    return bars
+    for kind in ("dense", "causal"):
+        bars += bfloat16_bars(SegmentedCase(kind=kind, T=2048), against="sdpa flash")
+    return bars + bfloat16_bars(window)
 
 
 def _gpu_bars() -> list[Bar]:

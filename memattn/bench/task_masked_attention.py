@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from memattn.bench.bars import Bar, CostBar, LinearMemoryBar, SpeedBar
+from memattn.bench.bars import Bar, CostBar, LinearMemoryBar, SpeedBar, bfloat16_bars
 from memattn.bench.case import Forward, Peer, TokenCase
 from memattn.bench.inputs import make_segmented_inputs
 from memattn.bench.peers import MaskMod, flex, sdpa, sdpa_backends
@@ -71,7 +71,7 @@ class TaskMaskedCase(TokenCase):
     def label(self, T: str | None = None) -> str:
         length = f"T={self.T}" if T is None else T
         tasks = "1 task" if self.n_tasks == 1 else f"{self.n_tasks} tasks"
-        return f"{self.kind} {self.density} % {length} {tasks} D={self.D}"
+        return f"{self.kind} {self.density} % {length} {tasks} D={self.D}{self.dtype_label}"
 
     def pairs(self) -> int:
         """Allowed pairs of one head, summed over the batch."""
@@ -191,6 +191,7 @@ def _cpu_bars() -> list[Bar]:
     return [
         *bars,
         LinearMemoryBar(case=one, direction="forward+backward", target=1.1, lengths=lengths),
+        *bfloat16_bars(case, against="sdpa flash"),
     ]
 
 
