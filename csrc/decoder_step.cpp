@@ -5,22 +5,12 @@
 #include <cstring>
 #include <utility>
 
-#include "tensors.h"
+#include "decoder_args.h"
 
 namespace memattn {
 namespace {
 
 constexpr int64_t BLOCK = 32;  // rows of a weight that are handed out together
-
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-void check_plain(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-  check_shape(name, t, sizes);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(), name,
-                  " must be a contiguous float32 tensor");
-}
-
-const float* floats(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
 
 // Some weights [rows, K] and where their products with each x go: to[b * stride + row].
 struct Product {
@@ -84,11 +74,8 @@ Tensor attention_step(Tensor hidden, Tensor norm, Tensor q_proj, Tensor k_proj, 
   check_plain("hidden", hidden, {B, 1, E}), check_plain("norm", norm, {E});
   check_plain("q_proj", q_proj, {a.H * a.D, E}), check_plain("k_proj", k_proj, {a.Hkv * a.D, E});
   check_plain("v_proj", v_proj, {a.Hkv * a.D, E}), check_plain("o_proj", o_proj, {E, a.H * a.D});
-  for (const auto* t : {&key, &value}) {
-    check_shape(t == &key ? "key" : "value", *t, {B, a.Hkv, a.S, a.D});
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->stride(3) == 1 && a.S > 0,
-                    "key and value must be float32 with features one behind the other");
-  }
+  STD_TORCH_CHECK(a.S > 0, "key must have a place for the new token");
+  check_kept("key", key, {B, a.Hkv, a.S, a.D}), check_kept("value", value, {B, a.Hkv, a.S, a.D});
   for (int i = 0; i < 3; ++i) a.key_stride[i] = key.stride(i), a.value_stride[i] = value.stride(i);
   auto* keys = static_cast<float*>(key.data_ptr());
   auto* values = static_cast<float*>(value.data_ptr());
@@ -112,15 +99,10 @@ Tensor attention_step(Tensor hidden, Tensor norm, Tensor q_proj, Tensor k_proj, 
     check_plain("table_value", *table_value, {a.H, a.R, a.D});
     a.table_key = floats(*table_key), a.table_value = floats(*table_value);
   }
-  STD_TORCH_CHECK(positions.dim() == 2 && positions.size(1) == 1 &&
-                      (positions.size(0) == B || positions.size(0) == 1) &&
-                      positions.scalar_type() == ScalarType::Long,
-                  "positions must be int64 [B or 1, 1]");
+  const Places positioned(positions, B, 1);
   check_bounds("seq_start", seq_start, B), check_bounds("seq_end", seq_end, B);
   const auto starts = seq_start ? int_values(*seq_start) : std::vector<int64_t>(B, 0);
   const auto ends = seq_end ? int_values(*seq_end) : std::vector<int64_t>(B, INT32_MAX);
-  const auto* position = static_cast<const int64_t*>(positions.data_ptr());
-  const int64_t place_stride = positions.size(0) == 1 ? 0 : positions.stride(0);
 
   const int64_t i = a.S - 1;  // the column of the new token
   std::vector<StepRange> ranges(B);
@@ -128,7 +110,7 @@ Tensor attention_step(Tensor hidden, Tensor norm, Tensor q_proj, Tensor k_proj, 
   for (int64_t b = 0; b < B; ++b) {
     StepRange& r = ranges[b];
     r = StepRange{};
-    places[b] = std::max<int64_t>(position[b * place_stride], 0);
+    places[b] = positioned.of(b, 0);
     if (i < starts[b] || i >= ends[b]) continue;  // padding sees nothing
     int64_t lo = starts[b];
     if (segment_len || window_size) {
@@ -215,6 +197,31 @@ Tensor swiglu_step(Tensor hidden, Tensor norm, Tensor gate_proj, Tensor up_proj,
   return add_residual(hidden, result, wide);
 }
 
+// A layer after the other. Of layer i: 9 weights from weights[9 * i], those of attention_step and of
+// swiglu_step; its keys and values, kept[2 * i]; persistent keys and values and those of a table,
+// given[4 * i]; bounds of its sequences, bounds[2 * i]; segment, window and rows ahead, spans[3 * i],
+// where -1 is none; and the eps of its norms, eps[2 * i].
+Tensor decoder_step(Tensor hidden, std::vector<Tensor> weights, std::vector<Tensor> kept,
+                    std::vector<OptionalTensor> given, OptionalTensor cos, OptionalTensor sin,
+                    Tensor positions, std::vector<OptionalTensor> bounds,
+                    std::vector<int64_t> spans, std::vector<double> eps) {
+  const size_t n = weights.size() / 9;
+  STD_TORCH_CHECK(weights.size() == 9 * n && kept.size() == 2 * n && given.size() == 4 * n &&
+                      bounds.size() == 2 * n && spans.size() == 3 * n && eps.size() == 2 * n,
+                  "lists must have an entry for each layer");
+  auto span = [&](size_t i) { return spans[i] < 0 ? OptionalInt() : OptionalInt(spans[i]); };
+  for (size_t i = 0; i < n; ++i) {
+    const Tensor* w = &weights[9 * i];
+    const OptionalTensor* more = &given[4 * i];
+    hidden = attention_step(hidden, w[0], w[1], w[2], w[3], w[4], kept[2 * i], kept[2 * i + 1],
+                            more[0], more[1], more[2], more[3], cos, sin, positions, bounds[2 * i],
+                            bounds[2 * i + 1], span(3 * i), span(3 * i + 1),
+                            std::max<int64_t>(spans[3 * i + 2], 0), eps[2 * i]);
+    hidden = swiglu_step(hidden, w[5], w[6], w[7], w[8], eps[2 * i + 1]);
+  }
+  return hidden;
+}
+
 // The normed rows alone.
 Tensor norm_step(Tensor hidden, Tensor norm, double eps) {
   STD_TORCH_CHECK(hidden.dim() == 3, "hidden must have 3 axes");
@@ -256,6 +263,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) {
         "int future_dim, float eps) -> Tensor");
   m.def("swiglu_step(Tensor hidden, Tensor norm, Tensor gate_proj, Tensor up_proj, "
         "Tensor down_proj, float eps) -> Tensor");
+  m.def("decoder_step(Tensor hidden, Tensor[] weights, Tensor(a!)[] kept, Tensor?[] given, Tensor? cos, "
+        "Tensor? sin, Tensor positions, Tensor?[] bounds, int[] spans, float[] eps) -> Tensor");
   m.def("norm_step(Tensor hidden, Tensor norm, float eps) -> Tensor");
   m.def("linear_step(Tensor hidden, Tensor weight) -> Tensor");
 }
@@ -263,6 +272,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memattn_cpp, m) {
 STABLE_TORCH_LIBRARY_IMPL(memattn_cpp, CPU, m) {
   m.impl("attention_step", TORCH_BOX(&memattn::attention_step));
   m.impl("swiglu_step", TORCH_BOX(&memattn::swiglu_step));
+  m.impl("decoder_step", TORCH_BOX(&memattn::decoder_step));
   m.impl("norm_step", TORCH_BOX(&memattn::norm_step));
   m.impl("linear_step", TORCH_BOX(&memattn::linear_step));
 }

@@ -33,6 +33,7 @@ namespace memattn::avx2 {
 #include "neural_memory_backward_tile.h"
 #include "neural_memory_step_tile.h"
 #include "decoder_step_tile.h"
+#include "decoder_rows_tile.h"
 #include "kernel_table.h"
 }  // namespace memattn::avx2
 

@@ -28,6 +28,7 @@ namespace memattn::portable {
 #include "neural_memory_backward_tile.h"
 #include "neural_memory_step_tile.h"
 #include "decoder_step_tile.h"
+#include "decoder_rows_tile.h"
 #include "kernel_table.h"
 }  // namespace memattn::portable
 

@@ -18,5 +18,6 @@ static constexpr Kernels make_kernels(const char* name) {
            router_backward_chapters},
           {memory_forward_scratch, memory_backward_scratch, memory_step_scratch, memory_forward,
            memory_backward, memory_step},
-          {step_scratch, step_attend, step_products, step_norm, step_rotate, step_gate}};
+          {step_scratch, step_attend, step_products, step_norm, step_rotate, step_gate},
+          {rows_to_panels, panels_to_rows, panel_products}};
 }

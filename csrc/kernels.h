@@ -308,6 +308,7 @@ struct Kernels {
   RouterKernels router;
   MemoryKernels memory;
   StepKernels step;
+  RowKernels rows;
 };
 
 const Kernels& portable_kernels();

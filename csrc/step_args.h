@@ -1,4 +1,4 @@
-// What decoding hands to the kernels of one more token, and the table of these.
+// What decoding hands to the kernels of one more token or of many, and the tables of these.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +33,15 @@ struct StepKernels {
   void (*norm)(int64_t E, const float* x, const float* weight, float eps, float* out);
   void (*rotate)(int64_t D, const float* x, const float* cos, const float* sin, float* out);
   void (*gate)(int64_t n, const float* gate, const float* up, float* to);
+};
+
+struct RowKernels {
+  // rows [lanes][ld] to panels [K][lanes of a panel], and panels to rows; ld is a multiple of lanes
+  void (*panels)(int64_t lanes, int64_t K, const float* rows, int64_t ld, float* panels);
+  void (*rows)(int64_t lanes, int64_t K, const float* panels, float* rows, int64_t ld);
+  // panels `to` [M], one every to_stride floats, of the products of W [M, K] with panels `from` [K]
+  void (*products)(int64_t M, int64_t K, const float* W, const float* from, int64_t lanes, float* to,
+                   int64_t to_stride);
 };
 
 }  // namespace memattn

@@ -10,6 +10,7 @@ from model_factories import SYSTEMS, logits_of, make_model, make_tokens, pad_lef
 
 from memattn.models import MemAttnCache
 from memattn.parts import PartState
+from memattn.parts.state import ROOM
 
 EXACT = dict(rtol=0, atol=1e-12)
 GREEDY = dict(do_sample=False, max_new_tokens=8, eos_token_id=None)
@@ -73,7 +74,8 @@ def test_state_is_bounded_by_segment_and_window():
         assert sum(held.values()) == cache.nbytes
         sizes.append(cache.nbytes)
     row = 2 * 2 * 2 * 8 * 8  # B, Hkv, key and value, D, bytes
-    assert max(sizes) == 2 * row * 6  # two layers, at most 6 keys
+    # two layers, at most 6 keys, and room for one more and for those to come
+    assert max(sizes) <= 2 * row * (6 + 1 + ROOM)
     # a long prefill leaves no more behind
     _, cache = run_pieces(model, make_tokens(T=200), [200])
     assert cache.nbytes == 2 * row * max(200 % 7, 3)

@@ -1,4 +1,4 @@
-"""Decoding by one call a sublayer: as the modules compute it, and where they are plain."""
+"""Inference by few calls of operators: as the modules compute it, and where they are plain."""
 
 import copy
 from typing import Any
@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memattn.models import MemAttnCache, MemAttnConfig, MemAttnForCausalLM, block, plain_step
+from memattn.models import (
+    MemAttnCache,
+    MemAttnConfig,
+    MemAttnForCausalLM,
+    block,
+    decoder,
+    plain_step,
+)
 from memattn.parts.causal import CausalConfig
 from memattn.testing import assert_within_budget
 
@@ -59,8 +66,9 @@ def decode(model: MemAttnForCausalLM, ids: Tensor, mask: Tensor | None = None) -
 
 @pytest.fixture
 def steps(monkeypatch) -> list[bool]:
-    """Whether each call of a sublayer was one call of an operator."""
+    """Whether each call of a sublayer was one call of an operator; none is of all layers."""
     found: list[bool] = []
+    monkeypatch.setattr(decoder, "decoder_step", lambda *_: None)
 
     def spy(function):
         def call(*args):
@@ -91,6 +99,125 @@ def test_steps_are_what_modules_compute(monkeypatch, steps, preset, padded):
     low, high = (decode(m, ids, mask) for m in (model, copy.deepcopy(model).double()))
     real = mask == 1
     assert_within_budget(preset, actual[real], low[real], high[real])
+
+
+@pytest.mark.parametrize("preset", ["vanilla", "segmented", "future"])
+def test_one_call_of_all_layers_is_that_of_each(monkeypatch, preset):
+    model, ids = make_model(preset, **MODELS[preset]), make_tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    found: list[bool] = []
+    whole = decoder.decoder_step
+
+    def spy(layers, hidden_states, *args):
+        result = whole(layers, hidden_states, *args)
+        found.append(result is not None)
+        return result
+
+    monkeypatch.setattr(decoder, "decoder_step", spy)
+    actual = decode(model, ids, mask)
+    assert found == [False] + [True] * (T - PREFILL)
+    monkeypatch.setattr(decoder, "decoder_step", lambda *_: None)
+    torch.testing.assert_close(actual, decode(model, ids, mask), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def run_pieces(model: MemAttnForCausalLM, ids: Tensor, mask: Tensor, pieces: list[int]) -> Tensor:
+    """Logits of tokens that come in pieces; the last piece gives its two newest alone."""
+    found, cache, done = [], MemAttnCache(model.config), 0
+    for n in pieces:
+        done += n
+        options = {"attention_mask": mask[:, :done], "past_key_values": cache}
+        kept = 2 if done == sum(pieces) else 0
+        output = model(ids[:, done - n : done], logits_to_keep=kept, **options)
+        found.append(output.logits)
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("preset", MODELS)
+@pytest.mark.parametrize("rows", [3, 12])
+def test_many_tokens_are_what_modules_compute(monkeypatch, preset, rows):
+    """A prefill, a piece behind it, single tokens, and the two tokens that are looked at."""
+    model = make_model(preset, **MODELS[preset])
+    ids = make_tokens().repeat(rows // 3, 1)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = mask[2, :11] = 0
+    calls: list[int] = []
+
+    def spy(function):
+        def call(*args):
+            result = function(*args)
+            calls.append(0 if result is None else result.shape[1])
+            return result
+
+        return call
+
+    for name in ("attention_step", "mlp_step"):
+        monkeypatch.setattr(block, name, spy(getattr(block, name)))
+    pieces = [9, 7, 1, 13]
+    actual = run_pieces(model, ids, mask, pieces)
+    plain = [2] if preset == "titans" else [2, 2]
+    assert [n for n in calls if n][-len(plain) :] == plain
+    monkeypatch.setattr(plain_step, "AVAILABLE", False)
+    low, high = (run_pieces(m, ids, mask, pieces) for m in (model, copy.deepcopy(model).double()))
+    columns = [*range(17), *range(T - 2, T)]
+    real = mask[:, columns] == 1
+    assert_within_budget(preset, actual[real], low[real], high[real])
+
+
+@torch.no_grad()
+def test_angles_reach_as_far_as_the_layer_that_sees_farthest(monkeypatch):
+    """The first layer sees no positions ahead, the second does, at the end of the kept angles."""
+    sizes = {"max_position_embeddings": 400, "future_dim": 90, "start_layer": 1}
+    model, ids = make_model("future", **sizes), make_tokens()[:1].repeat(1, 8)
+    monkeypatch.setattr(decoder, "decoder_step", lambda *_: None)
+    last = lambda: [
+        model(ids[:, :n], logits_to_keep=1, past_key_values=cache).logits
+        for n, cache in ((180, MemAttnCache(model.config)), (1, cache_of(model, ids)))
+    ]
+    actual = last()
+    monkeypatch.setattr(plain_step, "AVAILABLE", False)
+    torch.testing.assert_close(actual, last())
+
+
+def cache_of(model: MemAttnForCausalLM, ids: Tensor) -> MemAttnCache:
+    cache = MemAttnCache(model.config)
+    model(ids[:, :179], past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["vanilla", "segmented", "future"])
+def test_packed_documents_without_a_cache(monkeypatch, preset):
+    model, ids = make_model(preset, **MODELS[preset]), make_tokens()[:1]
+    bounds = torch.tensor([0, 11, 12, T], dtype=torch.int32)
+    run = lambda model: model(ids, cu_seqlens=bounds, logits_to_keep=3).logits
+    actual = run(model)
+    monkeypatch.setattr(plain_step, "AVAILABLE", False)
+    assert_within_budget(preset, actual, run(model), run(copy.deepcopy(model).double()))
+
+
+@torch.no_grad()
+def test_whoever_looks_sees_all_tokens():
+    """Fewer hidden states reach the end only where nobody would notice."""
+    model, ids, shapes = make_model(), make_tokens(), []
+    see = lambda *args: shapes.append(args[2].shape[1])
+    last: Any = model.model.layers[-1]
+    expected = model(ids, logits_to_keep=1).logits
+    for module in (last.mlp.down_proj, last, model.model.norm):
+        handle = module.register_forward_hook(
+            lambda m, a, out: see(m, a, out[0] if isinstance(out, tuple) else out)
+        )
+        torch.testing.assert_close(model(ids, logits_to_keep=1).logits, expected)
+        handle.remove()
+    handle = model.model.register_forward_hook(lambda m, a, out: see(m, a, out.last_hidden_state))
+    model(ids, logits_to_keep=1)
+    handle.remove()
+    output = model(ids, logits_to_keep=1, output_hidden_states=True)
+    shapes += [x.shape[1] for x in output.hidden_states]
+    assert set(shapes) == {T} and len(shapes) == 4 + 3
+    whole = model.model(ids).last_hidden_state[:, -5:]
+    torch.testing.assert_close(model.model(ids, hidden_to_keep=5).last_hidden_state, whole)
 
 
 @pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
@@ -248,6 +375,15 @@ def test_operators_refuse_what_does_not_fit():
         torch.ops.memattn_cpp.swiglu_step(x, norm, weight, weight, weight, 1e-6)
     with pytest.raises((RuntimeError, ValueError), match="contiguous float32"):
         torch.ops.memattn_cpp.norm_step(x, norm.double(), 1e-6)
+    with pytest.raises((RuntimeError, ValueError), match="up_proj must have shape"):
+        torch.ops.memattn_cpp.swiglu_rows(x, norm, weight, weight[:3], weight.T, 1, 1e-6)
+    with pytest.raises((RuntimeError, ValueError), match="newest must be between 0 and 1"):
+        torch.ops.memattn_cpp.swiglu_rows(x, norm, weight, weight, weight.T.contiguous(), 2, 1e-6)
+    with pytest.raises((RuntimeError, ValueError), match="o_proj must have shape"):
+        torch.ops.memattn_cpp.output_rows(x, torch.zeros(1, 2, 1, 4), weight)
+    lists = [[], [], [], None, None, torch.zeros(1, 1, dtype=torch.long), [], [], []]
+    with pytest.raises((RuntimeError, ValueError), match="an entry for each layer"):
+        torch.ops.memattn_cpp.decoder_step(x, [norm], *lists[1:])
 
 
 def test_operators_refuse_odd_heads_and_take_no_rows():

@@ -102,7 +102,7 @@ class MemAttnBlock(GradientCheckpointingLayer):
         cache: MemAttnCacheLayer | None = None,
         shared_parts: Mapping[str, nn.Module] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Map ``[B, T, E]`` to ``[B, T, E]``, the losses' sums and counts, and what goes on."""
+        """Map ``[B, T, E]`` to that of all or of the newest tokens, losses, and what goes on."""
         carry = dict(zip(names, carried, strict=True))
         losses: Losses = {}
         call = BlockCall(context, cache, shared_parts or {}, carry, losses)

@@ -70,10 +70,8 @@ class MemAttnCache(SequenceStates, Cache):
 
     @property
     def nbytes(self) -> int:
-        """Size of the state of all layers in bytes."""
-        return sum(
-            t.numel() * t.element_size() for state in self._states() for t in state.tensors()
-        )
+        """Size of the state of all layers in bytes, with the room that new tokens are given."""
+        return sum(state.nbytes for state in self._states())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen so far, the same for all layers."""

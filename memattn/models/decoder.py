@@ -13,10 +13,12 @@ from memattn.models.config import MemAttnConfig
 from memattn.models.generation import MemAttnGenerationMixin
 from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
+from memattn.models.plain_decoder import decoder_step, newest_of
 from memattn.models.plain_step import linear_step, norm_step
 from memattn.models.pretrained import MemAttnPreTrainedModel
 from memattn.nn import make_norm, sequence_positions
 from memattn.parts import PartContext, SequenceBounds
+from memattn.parts.base import is_bare
 from memattn.parts.chapters import Chapters
 from memattn.parts.losses import LossSums
 from memattn.parts.padding import check_lengths, check_positions, mask_bounds
@@ -58,9 +60,14 @@ class MemAttnModel(MemAttnPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_losses: bool | None = None,
+        hidden_to_keep: int = 0,
         **part_inputs: Tensor | None,
     ) -> MemAttnModelOutput:
-        """Hidden states ``[B, T, E]``; the arguments are those of ``MemAttnForCausalLM``."""
+        """Hidden states ``[B, T, E]``; the arguments are those of ``MemAttnForCausalLM``.
+
+        ``hidden_to_keep`` is the number of newest tokens whose ``last_hidden_state`` is wanted; 0
+        is all. On the CPU a plain last layer then computes no others.
+        """
         given = check_inputs(self.config.named_parts(), part_inputs)
         if (input_ids is None) == (inputs_embeds is None):
             both = "both or neither"
@@ -106,9 +113,10 @@ class MemAttnModel(MemAttnPreTrainedModel):
             check_lengths(positions, attention_mask, limit)
         if position_ids is not None:
             check_positions(position_ids, positions, attention_mask)
-        present = None
+        present, ends_early = None, False
         if attention_mask is not None and _has_padding(cache, bounds):
             present = attention_mask != 0
+            ends_early = cache is None or cache.ends_early
         if self.embed_positions is not None:
             known = positions if present is None else torch.where(present, positions, 0)
             hidden_states = hidden_states + self.embed_positions(known.clamp(min=0))
@@ -121,7 +129,6 @@ class MemAttnModel(MemAttnPreTrainedModel):
             bounds=bounds,
             cu_seqlens=cu_seqlens,
             offset=offset,
-            rotary=None if self.rotary is None else self.rotary(positions, hidden_states.dtype),
             rotary_embedding=self.rotary,
             measure_losses=self.training if output_losses is None else output_losses,
             library=self.chapters if len(self.chapters) or self.chapters.is_recording else None,
@@ -131,13 +138,26 @@ class MemAttnModel(MemAttnPreTrainedModel):
         all_hidden_states: list[Tensor] = []
         sums = LossSums()
         carry: dict[str, Tensor] = {}
+        layers: Any = self.layers
+        if self.config.num_hidden_layers < len(layers):
+            # the first of them alone, where a model that exits early is its own assistant
+            layers = layers[: self.config.num_hidden_layers]
+        last = len(layers) - 1
+        stepped = (
+            None if output_hidden_states else decoder_step(layers, hidden_states, context, cache)
+        )
+        if stepped is not None:
+            hidden_states, layers = stepped, ()
+        elif self.rotary is not None:
+            context.rotary = self.rotary(positions, hidden_states.dtype)
         shared_parts = dict(self.shared_parts.items())
-        layer: Any
-        # the first of them alone, where a model that exits early is its own assistant
-        for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+        for i, layer in enumerate(layers):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             layer_cache = None if cache is None else cache.layers[i]
+            # where rows end early, their last tokens stand before the newest columns
+            if hidden_to_keep and i == last and not (output_hidden_states or ends_early):
+                context.newest = newest_of(hidden_to_keep, layer, self.norm, context)
             hidden_states, losses, carry = layer.call(
                 hidden_states, carry, context, layer_cache, shared_parts
             )
@@ -149,11 +169,12 @@ class MemAttnModel(MemAttnPreTrainedModel):
             hidden_states = order.columns(hidden_states)
             all_hidden_states = [order.columns(x) for x in all_hidden_states]
             present = order.present
-        if present is not None and not self.training:
+        if present is not None and not self.training and ends_early:
             # generation goes on from the last column, also of a row whose tokens ended before
             hidden_states = repeat_last(hidden_states, present)
+        last_hidden = hidden_states[:, -hidden_to_keep:] if hidden_to_keep else hidden_states
         outputs: Any = MemAttnModelOutput(
-            last_hidden_state=hidden_states,
+            last_hidden_state=last_hidden,
             past_key_values=cache,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             losses=means or None,
@@ -289,6 +310,9 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
         has_labels = labels is not None or shift_labels is not None
         if output_losses is None:
             output_losses = self.training or has_labels
+        # what was put in place of the model, or watches it, gets the hidden states of all tokens
+        keeps = type(logits_to_keep) is int and logits_to_keep > 0 and not has_labels
+        keeps = keeps and type(self.model) is MemAttnModel and is_bare(self.model)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -301,6 +325,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
             output_attentions=output_attentions,
             output_losses=output_losses,
             return_dict=True,
+            **({"hidden_to_keep": logits_to_keep} if keeps else {}),
             **part_inputs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -1,4 +1,4 @@
-"""Decoding on the CPU: what a layer does to one more token, as few calls of an operator.
+"""Inference on the CPU: what a layer does to new tokens, as few calls of an operator.
 
 Everything here computes what the modules of a layer compute, with the same weights and the same
 state. It is taken where these modules are plain: float32 weights in layers of the package and of
@@ -6,6 +6,7 @@ torch, without hooks, adapters or quantisation, and without gradients. Else None
 the modules run.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.nn.mlp import SwiGLU
 from memattn.ops._dispatch import has_cpp_kernel
 from memattn.parts import PartConfig, PartContext
-from memattn.parts.base import is_bare
+from memattn.parts.base import StepSources, is_bare
+from memattn.parts.state import PartState
 
 MAX_ROWS = 8  # sequences; with more of them, products of whole matrices win
-AVAILABLE = has_cpp_kernel("attention_step")
+AVAILABLE = has_cpp_kernel("project_rows")
+ATTENTION_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_WEIGHTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def attention_step(
@@ -29,61 +33,107 @@ def attention_step(
     context: PartContext,
     cache: MemAttnCacheLayer | None,
 ) -> Tensor | None:
-    """Hidden states ``[B, 1, E]`` behind attention and its residual, or None."""
-    if not _is_step(hidden_states, context) or cache is None:
+    """Hidden states of ``[B, T, E]`` behind attention and its residual, or None.
+
+    They are those of the newest tokens alone where ``context.newest`` says so.
+    """
+    found = None
+    if may_step(hidden_states, context):
+        found = attention_operands(norm, attention, part, context)
+    if found is None:
         return None
+    weights, sources, given = found
+    B, T, _ = hidden_states.shape
+    state = None if cache is None else cache.parts["attention"]
+    empty = hidden_states.new_empty(B, attention.num_kv_heads, 0, attention.head_dim)
+    if state is not None and not fits(state, empty):
+        return None
+    cos = sin = None
+    if context.rotary_embedding is not None:
+        cos, sin = context.rotary_embedding.table(context.offset + T + 1 + sources.future_dim)
+    if state is None:
+        key, value = (empty.new_empty(B, empty.shape[1], T, empty.shape[3]) for _ in range(2))
+    else:
+        key, value = (state.extend(name, T, empty) for name in ("key", "value"))
+        context = replace(context, bounds=state.bounds)
+    if T == 1 and B <= MAX_ROWS and state is not None:
+        return torch.ops.memattn_cpp.attention_step(
+            hidden_states,
+            *weights,
+            key,
+            value,
+            *given,
+            cos,
+            sin,
+            context.positions,
+            context.bounds.seq_start,
+            context.bounds.seq_end,
+            sources.segment_len,
+            sources.window_size,
+            sources.future_dim,
+            norm.eps,
+        )
+    new = (x[:, :, x.shape[2] - T :] for x in (key, value))
+    newest = T if context.newest is None else min(context.newest, T)
+    query = torch.ops.memattn_cpp.project_rows(
+        hidden_states, *weights[:-1], *new, cos, sin, context.positions, newest, norm.eps
+    )
+    attended = part.attend_rows(attention, query, key, value, context)
+    if state is not None:
+        for name in ("key", "value"):
+            state.compact(name)
+    return torch.ops.memattn_cpp.output_rows(hidden_states, attended, weights[-1])
+
+
+def attention_operands(
+    norm: Any, attention: Any, part: PartConfig, context: PartContext
+) -> tuple[list[Tensor], StepSources, tuple[Tensor | None, ...]] | None:
+    """The norm and the weights of an attention, what its queries see, and the tensors of that."""
     sources = part.step_sources(attention)
-    state = cache.parts["attention"]
-    if sources is None or "key" not in state.tokens or context.library is not None:
+    if sources is None or context.library is not None:
         return None
-    weights = _weights(norm, attention, ("q_proj", "k_proj", "v_proj", "o_proj"))
+    if context.rotary_embedding is not None and not is_bare(context.rotary_embedding):
+        return None
+    if context.measure_losses and part.losses:
+        return None
+    weights = plain_weights(norm, attention, ATTENTION_WEIGHTS)
+    if weights is None:
+        return None
     given = (
         sources.persistent_key,
         sources.persistent_value,
         sources.table_key,
         sources.table_value,
     )
-    if weights is None or not all(t is None or _is_plain(t) for t in given):
-        return None
-    if state.tokens["key"].dtype != torch.float32 or state.restart is not None:
-        return None
-    cos = sin = None
-    if context.rotary is not None and context.rotary_embedding is not None:
-        rotary = context.rotary_embedding
-        needed = context.offset + 2 + sources.future_dim
-        cos, sin = context.once("table", lambda: rotary.table(needed))
-    bounds = state.bounds
-    return torch.ops.memattn_cpp.attention_step(
-        hidden_states,
-        *weights,
-        state.extend("key", 1),
-        state.extend("value", 1),
-        *given,
-        cos,
-        sin,
-        context.positions,
-        bounds.seq_start,
-        bounds.seq_end,
-        sources.segment_len,
-        sources.window_size,
-        sources.future_dim,
-        norm.eps,
-    )
+    for tensor in given:
+        if tensor is not None and not _is_plain(tensor):
+            return None
+    return weights, sources, given
 
 
 def mlp_step(hidden_states: Tensor, norm: Any, mlp: Any, context: PartContext) -> Tensor | None:
-    """Hidden states ``[B, 1, E]`` behind the MLP and its residual, or None."""
-    if not _is_step(hidden_states, context) or type(mlp) is not SwiGLU:
-        return None
-    weights = _weights(norm, mlp, ("gate_proj", "up_proj", "down_proj"))
+    """Hidden states of ``[B, T, E]`` behind the MLP and its residual, or None.
+
+    They are those of the newest tokens alone where ``context.newest`` says so.
+    """
+    weights = mlp_operands(norm, mlp) if may_step(hidden_states, context) else None
     if weights is None:
         return None
-    return torch.ops.memattn_cpp.swiglu_step(hidden_states, *weights, norm.eps)
+    B, T, _ = hidden_states.shape
+    if T == 1 and B <= MAX_ROWS:
+        return torch.ops.memattn_cpp.swiglu_step(hidden_states, *weights, norm.eps)
+    newest = T if context.newest is None else min(context.newest, T)
+    return torch.ops.memattn_cpp.swiglu_rows(hidden_states, *weights, newest, norm.eps)
+
+
+def mlp_operands(norm: Any, mlp: Any) -> list[Tensor] | None:
+    """The norm and the weights of an MLP, where they are plain."""
+    return plain_weights(norm, mlp, MLP_WEIGHTS) if type(mlp) is SwiGLU else None
 
 
 def norm_step(layer: Any, hidden_states: Tensor) -> Tensor | None:
     """An RMS norm of ``[B, 1, E]``, or None."""
-    if not _is_small(hidden_states) or type(layer) is not nn.RMSNorm or not _may_step():
+    if not _is_small(hidden_states) or type(layer) is not nn.RMSNorm or not nothing_watches():
         return None
     weight = None if layer.eps is None else _plain_weight(layer)
     if weight is None or not hidden_states.is_contiguous():
@@ -93,7 +143,7 @@ def norm_step(layer: Any, hidden_states: Tensor) -> Tensor | None:
 
 def linear_step(layer: nn.Module, hidden_states: Tensor) -> Tensor | None:
     """A linear layer of ``[B, 1, E]``, or None."""
-    if not _is_small(hidden_states) or type(layer) is not nn.Linear or not _may_step():
+    if not _is_small(hidden_states) or type(layer) is not nn.Linear or not nothing_watches():
         return None
     weight = _plain_weight(layer)
     if weight is None:
@@ -112,7 +162,7 @@ def _is_small(hidden_states: Tensor) -> bool:
     )
 
 
-def _may_step() -> bool:
+def nothing_watches() -> bool:
     """Whether nothing watches single operations: gradients, autocast, compilation, hooks."""
     return (
         AVAILABLE
@@ -124,13 +174,31 @@ def _may_step() -> bool:
     )
 
 
-def _is_step(hidden_states: Tensor, context: PartContext) -> bool:
-    if not _is_small(hidden_states) or context.measure_losses or context.cu_seqlens is not None:
+def may_step(hidden_states: Tensor, context: PartContext) -> bool:
+    """Whether hidden states ``[B, T, E]`` are those of inference in float32 on the CPU."""
+    return (
+        not torch.compiler.is_compiling()
+        and hidden_states.dtype == torch.float32
+        and hidden_states.is_cpu
+        and hidden_states.is_contiguous()
+        and hidden_states.numel() > 0
+        and context.once("may step", nothing_watches)
+    )
+
+
+def fits(state: PartState, empty: Tensor) -> bool:
+    """Whether keys and values can be written behind those that the state has."""
+    if state.restart is not None:
         return False
-    return hidden_states.is_contiguous() and context.once("may step", _may_step)
+    found = (state.tokens.get(name, empty) for name in ("key", "value"))
+    return all(
+        t.dtype == empty.dtype and t.is_cpu and t[:, :, :0].shape == empty.shape for t in found
+    )
 
 
-def _weights(norm: nn.Module, module: nn.Module, names: tuple[str, ...]) -> list[Tensor] | None:
+def plain_weights(
+    norm: nn.Module, module: nn.Module, names: tuple[str, ...]
+) -> list[Tensor] | None:
     """The weights of an RMS norm and of linear layers, or None where one is not plain."""
     if type(norm) is not nn.RMSNorm or norm.eps is None or not is_bare(module):
         return None

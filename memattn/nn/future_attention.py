@@ -14,6 +14,8 @@ from memattn.ops.future_attention import LOSS_TYPES
 
 KEY_SOURCES = ("table", "relative", "computed")
 
+Operands = tuple[tuple[Tensor, ...], dict[str, Any]]  # tensors and options of the operator
+
 
 class FutureLayerOutput(NamedTuple):
     """Hidden states, and the loss of the layer's future part where it was wanted."""
@@ -167,7 +169,7 @@ class FutureAttention(MultiHeadAttention):
         seq_start: Tensor | None = None,
         seq_end: Tensor | None = None,
         cache: TokenCache | None = None,
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    ) -> Operands:
         """The five tensors and the options that ``forward`` calls the operator with.
 
         The arguments are those of ``forward``; keys and values are appended to the cache.
@@ -184,6 +186,42 @@ class FutureAttention(MultiHeadAttention):
         if cache is not None:
             key, value = cache.update(key, value)
             latent = None if latent is None else cache.append("latent", latent)
+        bounds = dict(cu_seqlens=cu_seqlens, seq_start=seq_start, seq_end=seq_end)
+        return self._operands(
+            (query, key, value), plain_query, latent=latent, future_rotary=future_rotary, **bounds
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        future_rotary: tuple[Tensor, Tensor] | None = None,
+        **bounds: Tensor | None,
+    ) -> Tensor:
+        """Output of heads ``[B, H, T, D]`` of the newest queries, for the source ``"table"``.
+
+        Queries and keys are rotated already; the other arguments are those of ``forward``.
+        """
+        heads = (query, key, value)
+        inputs, options = self._operands(heads, query, future_rotary=future_rotary, **bounds)
+        return future_attention(*inputs, **options).out
+
+    def _operands(
+        self,
+        heads: tuple[Tensor, Tensor, Tensor],
+        plain_query: Tensor,
+        *,
+        future_rotary: tuple[Tensor, Tensor] | None,
+        latent: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_start: Tensor | None = None,
+        seq_end: Tensor | None = None,
+    ) -> Operands:
+        """The same of query, key and value, of queries before rotation and what tokens leave."""
+        query, key, value = heads
+        rotates = future_rotary is not None
         length = key.shape[2]
         if latent is not None and cu_seqlens is not None and not torch.compiler.is_compiling():
             length = int(cu_seqlens.diff().max())  # each document has rows of its own
@@ -200,7 +238,7 @@ class FutureAttention(MultiHeadAttention):
         )
         options = dict(
             future_dim=self.future_dim,
-            future_query=plain_query if by_distance and rotary is not None else None,
+            future_query=plain_query if by_distance and rotates else None,
             future_index=self.future.future_index,
             cu_seqlens=cu_seqlens,
             seq_start=seq_start,

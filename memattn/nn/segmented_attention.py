@@ -1,6 +1,7 @@
 """Segmented attention as a drop-in multi-head attention layer."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -93,7 +94,12 @@ class SegmentedAttention(PersistentAttention):
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if cache is not None:
             key, value = cache.update(key, value)
-        out = segmented_attention(
+        bounds = dict(cu_seqlens=cu_seqlens, seq_start=seq_start, seq_end=seq_end)
+        return self.merge_heads(self.attend(query, key, value, **bounds))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **bounds: Any) -> Tensor:
+        """Output of heads ``[B, H, T, D]`` of the newest queries; ``bounds`` as in ``forward``."""
+        return segmented_attention(
             query,
             key,
             value,
@@ -102,13 +108,10 @@ class SegmentedAttention(PersistentAttention):
             num_sink_tokens=self.num_sink_tokens,
             persistent_key=self.persistent_key,
             persistent_value=self.persistent_value,
-            cu_seqlens=cu_seqlens,
-            seq_start=seq_start,
-            seq_end=seq_end,
             query_offset=key.shape[2] - query.shape[2],
             backend=self.backend,
+            **bounds,
         ).out
-        return self.merge_heads(out)
 
     def extra_repr(self) -> str:
         sizes = f"segment_len={self.segment_len}, window_size={self.window_size}"

@@ -213,6 +213,15 @@ class PartConfig:
         """
         return None
 
+    def attend_rows(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, context: PartContext
+    ) -> Tensor:
+        """Output of heads ``[B, H, T, D]`` for the newest queries, where ``step_sources`` is given.
+
+        Queries and keys are rotated, and keys and values are those of the cache, new ones behind.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define attend_rows")
+
     @staticmethod
     def init_weights(module: nn.Module, std: float) -> None:
         """Give new weights to one module of the model, where it is one of this part's own.

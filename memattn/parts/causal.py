@@ -123,6 +123,12 @@ class CausalConfig(AttentionPart):
         persistent = (module.persistent_key, module.persistent_value)
         return StepSources(module.segment_len, module.window_size, *persistent)
 
+    def attend_rows(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, context: PartContext
+    ) -> Tensor:
+        layer: Any = module
+        return layer.attend(query, key, value, **context.sequence_bounds())
+
     def new_state(self) -> PartState:
         return self.state_type(self.kind, *self.spans)
 

@@ -41,6 +41,8 @@ class PartContext:
         base: The module of attention itself, for such a part; else None.
         inputs: What the caller of the model gave to parts, by the names of ``PartConfig.inputs``.
         order: The order in which columns of the caller stand here, where rows have holes.
+        newest: Tokens, counted from the last, whose output of this layer anyone looks at; None is
+            all. Only a layer without further parts is told, and no part is.
     """
 
     positions: Tensor
@@ -63,6 +65,7 @@ class PartContext:
     base: nn.Module | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     order: TokenOrder | None = None
+    newest: int | None = None
 
     def of_part(
         self,
@@ -99,12 +102,14 @@ class PartContext:
 
     def attention_inputs(self) -> dict[str, Any]:
         """Keywords that every attention module of ``memattn.nn`` takes."""
+        return dict(rotary=self.rotary, cache=self.state, **self.sequence_bounds())
+
+    def sequence_bounds(self) -> dict[str, Tensor | None]:
+        """Keywords of operators that say where sequences and documents begin and end."""
         return dict(
-            rotary=self.rotary,
             cu_seqlens=self.cu_seqlens,
             seq_start=self.bounds.seq_start,
             seq_end=self.bounds.seq_end,
-            cache=self.state,
         )
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:

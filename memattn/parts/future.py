@@ -236,6 +236,18 @@ class FutureConfig(AttentionPart):
         table = (layer.future.key, layer.future.value)
         return StepSources(None, None, None, None, *table, layer.future_dim)
 
+    def attend_rows(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, context: PartContext
+    ) -> Tensor:
+        layer: Any = module
+        turns, rotary = None, context.rotary_embedding
+        if rotary is not None:
+            rows = layer.future.num_rows(key.shape[2])
+            cos, sin = rotary.table(rows + 1)
+            turns = cos[None, None, 1 : rows + 1], sin[None, None, 1 : rows + 1]
+        bounds = context.sequence_bounds()
+        return layer.attend(query, key, value, future_rotary=turns, **bounds)
+
     def _count(self, layer: FutureAttention, context: PartContext, B: int) -> Tensor:
         """Positions of which the loss is the mean: their whole band is in the sequence."""
         positions = context.positions

@@ -45,6 +45,7 @@ class SequenceStates:
         columns: bool ``[B, position]`` on the CPU, the columns that a caller gave tokens in; None
             where these are those between ``seq_start`` and ``seq_end``. See ``present``.
         has_padding: Whether a row has no token in some column of the last call.
+        ends_early: Whether the last token of a row stands before the last column of that call.
         order: The order in which the columns of the last call go to the parts; None means theirs.
     """
 
@@ -62,7 +63,7 @@ class SequenceStates:
         self.seq_start: Tensor | None = None
         self.seq_end: Tensor | None = None
         self.columns: Tensor | None = None
-        self.has_padding = False
+        self.has_padding = self.ends_early = False
         self.order: TokenOrder | None = None
 
     def _like(self) -> "Self":
@@ -125,7 +126,7 @@ class SequenceStates:
         self.order = None
         if self._goes_on(B, T, attention_mask, max_length):
             self.position += T
-            self.has_padding = False
+            self.has_padding = self.ends_early = False
             self._begin_states(T, device)
             return
         if self.seq_start is not None and len(self.seq_start) != B:
@@ -159,7 +160,8 @@ class SequenceStates:
             self.columns = torch.cat([self.present, present], 1) if p else present
         self.seq_start, self.seq_end, self.position = start, end, p + T
         self.order = order
-        self.has_padding = bool((first > 0).any() or (last < T).any())
+        self.ends_early = bool((last < T).any()) or order is not None
+        self.has_padding = self.ends_early or bool((first > 0).any())
         self._begin_states(T, device)
 
     def _goes_on(self, B: int, T: int, mask: Tensor | None, max_length: int | None) -> bool:

@@ -91,6 +91,17 @@ class PartState:
         yield from self.history.values()
 
     @property
+    def nbytes(self) -> int:
+        """Size of everything that is kept in bytes, with the room behind it."""
+        rooms = (self._room.get(name) for name in self.tokens)
+        held = [
+            tensor if room is None or room.view is not tensor else room.buffer
+            for room, tensor in zip(rooms, self.tokens.values(), strict=True)
+        ]
+        held += [*self.rows.values(), *self.history.values()]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    @property
     def kept(self) -> int:
         """Tokens that are kept."""
         return next((t.shape[-2] for t in self.tokens.values()), 0)
@@ -104,6 +115,12 @@ class PartState:
         if name in self.tokens:
             past = self.tokens[name]
             self._check(name, past[..., :0, :], states[..., :0, :])
+            if _may_write(past, states):
+                n = states.shape[-2]
+                found = self.extend(name, n)
+                found[..., found.shape[-2] - n :, :].copy_(states)
+                self.compact(name)
+                return found
             states = torch.cat([past, states], dim=-2)
         self.tokens[name] = states
         self._room.pop(name, None)
@@ -111,13 +128,18 @@ class PartState:
             self._trim(name)
         return states
 
-    def extend(self, name: str, n: int) -> Tensor:
+    def extend(self, name: str, n: int, empty: Tensor | None = None) -> Tensor:
         """A token tensor that is kept with ``n`` more entries at its end, for the caller to write.
 
         It has room for more, so that most calls copy nothing. What was returned earlier stays as it
-        was. Without gradients only.
+        was. Without gradients only. ``compact`` is called when they are written.
+
+        Args:
+            name: Its name.
+            n: Number of entries.
+            empty: Stands for what is kept where nothing is, ``[B, ..., 0, F]``.
         """
-        past = self.tokens[name]
+        past = self.tokens[name] if empty is None else self.tokens.get(name, empty)
         room = self._room.get(name)
         # kept by identity: whatever else replaced the tensor has no room behind it
         if room is not None and not torch.is_inference_mode_enabled():
@@ -135,6 +157,13 @@ class PartState:
         self.tokens[name] = view = room.buffer[..., first:end, :]
         self._room[name] = Room(room.buffer, view, end)
         return found
+
+    def compact(self, name: str) -> None:
+        """Give back the memory of entries that no later token sees, where it is most of it."""
+        room = self._room.get(name)
+        if room is not None and room.buffer.shape[-2] > 2 * (room.view.shape[-2] + ROOM):
+            self.tokens[name] = room.view.clone()
+            del self._room[name]
 
     def read(self, name: str, initial: Tensor) -> Tensor:
         """A row tensor ``[B, ...]`` as it was before this call.
@@ -301,3 +330,11 @@ def _moved(x: Tensor, by: Tensor, dim: int) -> Tensor:
     index = place.clamp(0, max(x.shape[1] - 1, 0))
     index = index.view(*index.shape, *[1] * (x.dim() - 2)).expand(x.shape)
     return x.gather(1, index).movedim(1, dim)
+
+
+def _may_write(past: Tensor, states: Tensor) -> bool:
+    """Whether new entries may be written behind those kept, instead of copying both."""
+    # with gradients on, what was returned earlier may be saved for a backward
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return past.dtype == states.dtype and past.device == states.device
