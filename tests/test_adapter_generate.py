@@ -154,7 +154,7 @@ def test_caches_that_do_not_fit_are_refused():
     for mask, message in (
         (torch.ones(2, 5), "attention_mask must have shape"),
         (torch.ones(2, 1, 6, 6), "attention_mask must have shape"),
-        (torch.tensor([[1, 0, 1, 1, 1, 1]] * 2), "one contiguous block of ones"),
+        (torch.tensor([[1, 2, 1, 1, 1, 1]] * 2), "attention_mask must be 1 for tokens and 0"),
     ):
         with pytest.raises(ValueError, match=message):
             model(tokens, attention_mask=mask)

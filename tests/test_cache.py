@@ -194,14 +194,11 @@ def test_reset_rows_begin_anew(system):
     torch.testing.assert_close(actual, logits_of(model, tokens[:1]), **EXACT)
 
 
-def test_reset_reopens_a_row_that_ended():
+def test_reset_rows_that_ended_begin_anew():
     model, tokens = make_model(), make_tokens(T=12)
     mask = torch.ones(2, 8)
     mask[1, 5:] = 0
     _, cache = run_pieces(model, tokens[:, :8], [8], mask)
-    with pytest.raises(ValueError, match="one contiguous block.*tokens behind padding in row 1"):
-        model(tokens[:, 8:], past_key_values=cache)
-    assert cache.position == 8  # what failed left no trace
     cache.reset(torch.tensor([False, True]))
     actual, _ = run_pieces(model, tokens[:, 8:], [4], cache=cache)
     torch.testing.assert_close(actual[0], logits_of(model, tokens)[0, 8:], **EXACT)
@@ -277,9 +274,10 @@ def test_crop_reopens_rows_and_undoes_padding():
 
 def test_decoding_that_guesses_ahead_equals_greedy(system):
     model, tokens = make_model(system), make_tokens(B=1, T=6).repeat(1, 4)
-    # transformers takes a pad token in the draft's input for padding
-    options = GREEDY | dict(suppress_tokens=[0])
-    expected = model.generate(tokens, **options)
+    expected = model.generate(tokens, **GREEDY)
+    # a pad token that a draft makes is a token
+    known = dict(attention_mask=torch.ones_like(tokens), pad_token_id=int(expected[0, -3]))
+    options = GREEDY | known
     assert torch.equal(model.generate(tokens, prompt_lookup_num_tokens=4, **options), expected)
     for drafter in ("vanilla", "both"):
         draft = make_model(drafter, num_hidden_layers=1)
@@ -332,4 +330,4 @@ def test_what_is_kept_is_exactly_what_can_be_seen(segment_len, window_size, star
 
     later = range(position, position + 12)
     seen = [j for j in range(position) for s in starts for i in later if sees(s, i, j)]
-    assert first == min(seen, default=position)
+    assert first.min() == min(seen, default=position)

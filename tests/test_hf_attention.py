@@ -175,6 +175,30 @@ def test_segments_and_windows(name, spans, side):
 
 
 @torch.no_grad()
+def test_holes_are_absent():
+    """As PyTorch's attention has it; segments and windows count tokens, with a cache too."""
+    tokens, mask = make_tokens(B=3), make_padded("left right")[1]
+    mask[0, 3:7], mask[1, 8::3], mask[2, 2] = 0, 0, 0
+    positions, there = mask.cumsum(1) - 1, mask == 1
+    inputs = dict(attention_mask=mask, position_ids=positions)
+    expected = make_model("llama", implementation="sdpa")(tokens, **inputs).logits
+    actual = make_model("llama")(tokens, **inputs).logits
+    torch.testing.assert_close(actual[there], expected[there], **EXACT)
+    for fields in (dict(memattn_segment_len=4, memattn_window_size=3), dict(memattn_window_size=6)):
+        model = make_model("llama", **fields)
+        whole = model(tokens, **inputs).logits
+        for row, ids, kept in zip(whole, tokens, there, strict=True):
+            torch.testing.assert_close(row[kept], model(ids[kept][None]).logits[0], **EXACT)
+        cache, pieces = None, []
+        for a, b in ((0, 9), (9, 10), (10, 16), (16, 17), (17, 23)):
+            piece = dict(attention_mask=mask[:, :b], position_ids=positions[:, a:b])
+            out = model(tokens[:, a:b], past_key_values=cache, use_cache=True, **piece)
+            cache = out.past_key_values
+            pieces.append(out.logits)
+        torch.testing.assert_close(torch.cat(pieces, 1)[there], whole[there], **EXACT)
+
+
+@torch.no_grad()
 def test_long_segments_change_nothing(name):
     tokens, mask = make_padded("left")
     expected = make_model(name)(tokens, attention_mask=mask).logits
@@ -327,6 +351,14 @@ def test_packed_documents_equal_separate_ones(name):
         use_cache=False,
     ).logits
     assert torch.equal(flash, packed)
+    # two rows, each with documents of its own
+    rows = torch.cat([tokens, tokens.flip(1)])
+    both = torch.cat([positions, torch.arange(23)[None] % 12])
+    lengths = [[4, 1, 11, 7], [12, 11]]
+    out = model(rows, position_ids=both, use_cache=False).logits
+    for row, ids, own in zip(out, rows, lengths, strict=True):
+        alone = torch.cat([model(part).logits for part in ids[None].split(own, 1)], 1)
+        torch.testing.assert_close(row[None], alone, **EXACT)
 
 
 @torch.no_grad()
@@ -348,17 +380,19 @@ def run_with_static_cache():
     model(make_tokens(), past_key_values=StaticCache(model.config, max_cache_len=32))
 
 
-def run_packed_rows():
-    positions = torch.tensor([[0, 1, 0, 1]] * 2)
-    make_model("llama")(make_tokens(T=4), position_ids=positions, use_cache=False)
-
-
 def run_dense_mask():
     make_model("llama")(make_tokens(T=4), attention_mask=torch.zeros(2, 1, 4, 4).double())
 
 
 def run_with_hole():
-    make_model("llama")(make_tokens(T=4), attention_mask=torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]))
+    mask = torch.tensor([[1, 0, 1, 1, 1, 1, 1], [1] * 7])
+    make_model("qwen2-sliding")(make_tokens(T=7), attention_mask=mask)
+
+
+def run_other_bounds():
+    bounds = dict(cu_seq_lens_q=torch.tensor([0, 2, 4]).int())
+    bounds["cu_seq_lens_k"] = torch.tensor([0, 3, 4]).int()
+    make_model("llama")(make_tokens(B=1, T=4), use_cache=False, **bounds)
 
 
 def run_short_mask():
@@ -389,9 +423,9 @@ class Chunked:
     [
         (run_with_dropout, NotImplementedError, "attention_dropout must be 0 in training"),
         (run_with_static_cache, NotImplementedError, "past_key_values must be a dynamic cache"),
-        (run_packed_rows, NotImplementedError, "position_ids must pack documents into one row"),
         (run_dense_mask, NotImplementedError, r"attention_mask must be a padding mask \[B, S\]"),
-        (run_with_hole, ValueError, r"attention_mask must be 0 or 1.*contiguous.*in row 0"),
+        (run_with_hole, NotImplementedError, "attention_mask must have one block of ones .* of 5;"),
+        (run_other_bounds, NotImplementedError, "cu_seq_lens_k must be cu_seq_lens_q"),
         (run_short_mask, ValueError, r"attention_mask must have shape \[B=2, 5\], got \[2, 1\]"),
         (run_bidirectional, NotImplementedError, "is_causal must be True"),
         (

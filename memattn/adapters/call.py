@@ -13,7 +13,8 @@ from memattn.checks import check_tensor, must
 from memattn.nn import make_norm, sequence_positions
 from memattn.parts import PartContext, SequenceBounds, SequenceStates, Sizes
 from memattn.parts.losses import LossSums, check_output
-from memattn.parts.padding import block_bounds, check_lengths, check_mask, mask_bounds
+from memattn.parts.padding import check_lengths, check_mask, mask_bounds
+from memattn.parts.token_order import reorder_input, take_columns
 
 Carry = dict[str, dict[str, Tensor]]  # by adapter, then by name
 
@@ -83,7 +84,7 @@ class Call:
         device, mask = hidden_states.device, self.attention_mask
         offset = 0 if cache is None else int(cache.get_seq_length(index))
         limit = self.attachment.position_limit
-        cu_seqlens = seq_start = None
+        cu_seqlens = seq_start = order = None
         bounds = SequenceBounds(None, None)
         states = None
         if cache is not None:
@@ -94,28 +95,38 @@ class Call:
             states.append_columns(B, T, mask, device, max_length=limit)
             if states.seq_start is not None and states.seq_start.any():
                 seq_start = states.seq_start.to(device)
+            order = states.order
         elif mask is not None:
             check_mask(mask, B, (T, offset + T))
-            first = offset + T - mask.shape[1]  # column of the first entry of the mask
-            seq_start = block_bounds(mask)[0] + first
+            new = mask.shape[1] - T
+            bounds, order = mask_bounds(mask[:, new:], B, T, None)
+            seq_start = offset - (mask[:, :new] != 0).sum(1)
+            if bounds.seq_start is not None:
+                seq_start = seq_start + bounds.seq_start
             if not torch.compiler.is_compiling() and not seq_start.any():
                 seq_start = None
-            bounds = mask_bounds(mask[:, -T:], B, T, None)
         elif cache is None:
             cu_seqlens = self._packed_documents(B)
         positions = sequence_positions(
             hidden_states, offset=offset, seq_start=seq_start, cu_seqlens=cu_seqlens
         )
+        present = None if mask is None else mask[:, mask.shape[1] - T :] != 0
+        if order is not None:
+            present = order.put(order.present)
         if self.states is None:
-            check_lengths(positions, None if mask is None else mask[:, -T:], limit)
+            check_lengths(positions, present, limit)
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        if order is not None:
+            inputs = {name: reorder_input(order, value) for name, value in inputs.items()}
         return PartContext(
             positions=positions,
-            present=None if mask is None else mask[:, -T:] != 0,
+            present=present,
             bounds=bounds,
             cu_seqlens=cu_seqlens,
             offset=offset,
             measure_losses=self.measure_losses,
-            inputs={name: value.to(device) for name, value in self.inputs.items()},
+            inputs=inputs,
+            order=order,
         )
 
     def _packed_documents(self, batch_size: int) -> Tensor | None:
@@ -202,6 +213,9 @@ class LayerRun:
             state = call.states.layers[self.index].parts[f"{adapter}.{name}"]
         chapters = call.attachment.adapters[adapter].chapters
         residual = self.residual if beside else hidden_states
+        order = self.context.order
+        if order is not None:
+            hidden_states, residual = order.put(hidden_states), order.put(residual)
         dtype = parts.dtype_of(name) or hidden_states.dtype
         context = self.context.of_part(
             state,
@@ -215,6 +229,11 @@ class LayerRun:
             normed = parts.norms[name](normed)
         else:
             context.attended, context.base, context.rotary = beside
+            if order is not None:
+                context.attended = order.put(beside.attended)
+                if beside.rotary is not None:
+                    cos, sin = (take_columns(x, order.index) for x in beside.rotary)
+                    context.rotary = cos, sin
         if chapters.is_recording:
             chapters.record(self.index, name, part.chapter_tensors(normed[0]))
         output = part.run(module, normed, context)
@@ -223,7 +242,7 @@ class LayerRun:
             self.carry[adapter] = {**self.carry.get(adapter, {}), **output.carry}
         if call.is_open:
             call.losses.add(output.losses)
-        return output.hidden_states
+        return output.hidden_states if order is None else order.columns(output.hidden_states)
 
     def leave(self) -> None:
         """Hand on what the next layer gets."""
@@ -238,6 +257,7 @@ def _moved(context: PartContext, device: torch.device) -> PartContext:
     moved.positions = context.positions.to(device)
     moved.present, moved.cu_seqlens = move(context.present), move(context.cu_seqlens)
     moved.bounds = SequenceBounds(*map(move, context.bounds))
+    moved.order = None if context.order is None else context.order.to(device)
     moved.inputs = {name: value.to(device) for name, value in context.inputs.items()}
     return moved
 

@@ -14,7 +14,8 @@ RELATIVE_BOUND = 1e-10
 MAX_DEFAULT_LEN = 640
 ROUNDING = 1e-12
 Finding = tuple[str, float | None, float, str]  # case, value, bound, where
-LENGTHS = ("segment_len", "window_size", "sliding_window", "attention_chunk_size")
+COLUMN_WINDOWS = ("sliding_window", "attention_chunk_size")  # of models of transformers
+LENGTHS = ("segment_len", "window_size", *COLUMN_WINDOWS)
 
 
 def audit(
@@ -32,8 +33,10 @@ def audit(
       stay (exactly 0.0);
     - pad sensitivity: the content of left and right padding is changed (exactly 0.0), and padded
       rows are compared with the same rows without padding (1e-10);
+    - holes: columns without a token anywhere in a row: their content is changed (exactly 0.0), and
+      rows are compared with their tokens alone (1e-10);
     - decode vs prefill: tokens one by one with the cache, against one pass, without and with left
-      padding (1e-10);
+      padding and holes (1e-10);
     - split vs whole: prefill in random pieces with the cache, against one pass (1e-10);
     - packed documents, where ``forward`` takes ``cu_seqlens``: the other documents are changed
       (exactly 0.0), and each document is compared with itself alone (1e-10).
@@ -86,7 +89,7 @@ def audit(
     probe = Probe(model, torch.float64, seed, noise)
     exact = _Auditor(probe, config.vocab_size, seq_len, seed, reach)
     rows = exact.rows(
-        *("repeatability", "future leak", "batch coupling", "pad sensitivity"),
+        *("repeatability", "future leak", "batch coupling", "pad sensitivity", "holes"),
         *("decode vs prefill", "split vs whole", "packed documents"),
     )
     experts = probe.experts
@@ -115,15 +118,15 @@ def _is_rounding(row: AuditRow) -> bool:
     return 0.0 < row.value < ROUNDING
 
 
-def _lengths(config: Any) -> Iterator[int]:
+def _lengths(config: Any, names: tuple[str, ...] = LENGTHS) -> Iterator[int]:
     """Window and segment lengths anywhere in a configuration."""
     values = config.to_dict() if hasattr(config, "to_dict") else config
     if isinstance(values, dict):
         for name, value in values.items():
-            if name in LENGTHS and isinstance(value, int) and not isinstance(value, bool):
+            if name in names and isinstance(value, int) and not isinstance(value, bool):
                 yield value
             elif isinstance(value, dict):
-                yield from _lengths(value)
+                yield from _lengths(value, names)
 
 
 class _Auditor:
@@ -220,6 +223,29 @@ class _Auditor:
             yield self.exact(f"content, {side}", changes)
             yield self.close(f"{side} vs none", pairs)
 
+    def holes(self) -> Iterator[Finding]:
+        if not self.probe.takes("attention_mask"):
+            yield "holes", None, 0.0, "forward takes no attention_mask"
+            return
+        if not self.probe.takes("position_ids"):
+            yield "holes", None, 0.0, "forward takes no position_ids, and counts columns"
+            return
+        changes, pairs = [], []
+        for b, real in enumerate(self.scattered().split(1)):
+            ids, mask = self.ids[b : b + 1], real.long()
+            other = torch.where(real, ids, self.other[b : b + 1])
+            one: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+            changes.append((one, {"input_ids": other, "attention_mask": mask}, real))
+            alone = self.probe(ids[real][None])[0]
+            pairs.append((self.probe(**one)[0][real][None], alone, 0))
+        yield self.exact("content", changes)
+        window = min(_lengths(self.probe.config, COLUMN_WINDOWS), default=self.seq_len)
+        if window < self.seq_len:
+            why = f"its window of {window} counts columns, with and without tokens"
+            yield "with vs without", None, RELATIVE_BOUND, why
+            return
+        yield self.close("with vs without", pairs)
+
     def decode_vs_prefill(self) -> Iterator[Finding]:
         if self.probe.cache_name is None:
             yield "one by one", None, RELATIVE_BOUND, "forward takes no cache"
@@ -239,6 +265,13 @@ class _Auditor:
         # padding has logits too, which mean nothing
         pairs = [(pieces[b][real[b]], whole[b][real[b]], 0) for b in range(len(real))]
         yield self.close("left padding", pairs)
+        if not self.probe.takes("position_ids"):
+            return
+        real = self.scattered()
+        whole = self.probe(self.ids, attention_mask=real.long())[0]
+        pieces = self.in_pieces(self.ids, [T // 3, *range(max(T // 3 + 1, T - 8), T)], real.long())
+        pairs = [(pieces[b][real[b]], whole[b][real[b]], 0) for b in range(len(real))]
+        yield self.close("holes", pairs)
 
     def split_vs_whole(self) -> Iterator[Finding]:
         if self.probe.cache_name is None:
@@ -303,6 +336,14 @@ class _Auditor:
         if side == "left":
             return self.position >= self.seq_len - length
         return self.position < length
+
+    def scattered(self) -> Tensor:
+        """Where rows have tokens, ``[B, T]``: with scattered holes, a long one, and padding."""
+        real = self.position % 3 != 1
+        begin, end = self.seq_len // 4, 2 * self.seq_len // 3
+        real[1] = (self.position[1] < begin) | (self.position[1] >= end)
+        real[2, : self.seq_len // 5] = real[2, -3:] = False
+        return real
 
     def in_pieces(self, ids: Tensor, cuts: list[int], mask: Tensor | None = None) -> Tensor:
         """Logits of all tokens, in the pieces between ``cuts``, with the cache handed on."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from memattn.checks import must
@@ -20,9 +21,8 @@ class MemAttnCache(SequenceStates, Cache):
     """Everything that a batch of sequences carries from one call to the next.
 
     Each layer holds what each of its parts keeps: of attention, the keys that later tokens can see,
-    all or at most ``max(segment_len, window_size)``. Rows may be padded on either side;
-    a row that was padded on the right has ended, and only ``reset`` lets it begin anew. It works
-    with ``generate()``, beam search included.
+    all or at most ``max(segment_len, window_size)``. Rows may have no token in any
+    column, and go on behind such columns. It works with ``generate()``, beam search included.
 
     Args:
         config: Configuration of the model that fills it.
@@ -32,6 +32,8 @@ class MemAttnCache(SequenceStates, Cache):
         seq_start: int64 ``[B]`` on the CPU, the column where each row's sequence begins, or None
             before the first call.
         seq_end: int64 ``[B]`` on the CPU, the column where it ended, if it has.
+        columns: bool ``[B, position]`` on the CPU, which columns held tokens when they came; None
+            where these are those between ``seq_start`` and ``seq_end``.
 
     Example:
         >>> cache = MemAttnCache(model.config)
@@ -105,7 +107,7 @@ class MemAttnCache(SequenceStates, Cache):
         position = max(cache.position for cache in caches)
         merged = caches[0]._like()
         layers = [layer.describe() for layer in merged.layers]
-        starts, ends = [], []
+        starts, ends, columns = [], [], []
         for cache in caches:
             if cache.seq_start is None or cache.seq_end is None:
                 must("caches", "hold sequences", "an empty cache")
@@ -115,8 +117,11 @@ class MemAttnCache(SequenceStates, Cache):
             shift = position - cache.position
             starts.append(cache.seq_start + shift)
             ends.append(torch.where(cache.seq_end == OPEN_END, OPEN_END, cache.seq_end + shift))
+            columns.append(F.pad(cache.present, (shift, 0)))
         merged.position = position
         merged.seq_start, merged.seq_end = torch.cat(starts), torch.cat(ends)
+        if any(cache.columns is not None for cache in caches):
+            merged.columns = torch.cat(columns)
         for i, layer in enumerate(merged.layers):
             for name, state in layer.parts.items():
                 parts = [cache.layers[i].parts[name] for cache in caches]
@@ -158,6 +163,7 @@ class MemAttnCache(SequenceStates, Cache):
         cache = object.__new__(cls)
         cache._setup(saved.layers)
         cache.position, cache.seq_start, cache.seq_end = saved[1:4]
+        cache.columns = saved.columns
         cache._mark_visible()
         return cache
 
@@ -170,7 +176,8 @@ class MemAttnCache(SequenceStates, Cache):
         if self.seq_start is None or self.seq_end is None:
             must("cache", "hold sequences to be saved", "an empty cache")
         layers = [layer.parts for layer in self.layers]
-        return SavedCache(layers, self.position, self.seq_start, self.seq_end)
+        saved = SavedCache(layers, self.position, self.seq_start, self.seq_end)
+        return saved._replace(columns=self.columns)
 
 
 def _empty_states(config: MemAttnConfig) -> list[dict[str, PartState]]:

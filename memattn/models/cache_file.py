@@ -29,11 +29,14 @@ class SavedCache(NamedTuple):
     seq_end: Tensor  # int64 [B]
     notes: Mapping[str, str] = {}  # what else is to be known
     extra: Mapping[str, Tensor] = {}  # tensors that no layer needs
+    columns: Tensor | None = None  # bool [B, position], where rows have holes
 
 
 def write_cache(path: str | os.PathLike[str], cache: SavedCache) -> None:
     """Write a file, whole or not at all."""
     tensors = {"seq_start": cache.seq_start, "seq_end": cache.seq_end}
+    if cache.columns is not None:
+        tensors["columns"] = cache.columns
     tensors |= {f"{EXTRA}{name}": tensor for name, tensor in cache.extra.items()}
     for i, parts in enumerate(cache.layers):
         for name, state in parts.items():
@@ -65,6 +68,8 @@ def read_cache(path: str | os.PathLike[str], device: str | torch.device) -> Save
     else:
         must("path", f"be a saved MemAttnCache of format {FORMAT}", metadata.get("format"))
     bounds = [tensors.pop(name).cpu() for name in ("seq_start", "seq_end")]
+    columns = tensors.pop("columns", None)
+    columns = None if columns is None else columns.cpu()
     extra = {n.removeprefix(EXTRA): x for n, x in tensors.items() if n.startswith(EXTRA)}
     notes = {n.removeprefix(EXTRA): x for n, x in metadata.items() if n.startswith(EXTRA)}
     for name, tensor in tensors.items():
@@ -76,7 +81,8 @@ def read_cache(path: str | os.PathLike[str], device: str | torch.device) -> Save
             state.restart = tensor.cpu()
         else:
             getattr(state, kind)[key] = tensor
-    return SavedCache(layers, int(metadata["position"]), bounds[0], bounds[1], notes, extra)
+    position = int(metadata["position"])
+    return SavedCache(layers, position, bounds[0], bounds[1], notes, extra, columns)
 
 
 def _empty(facts: dict[str, Any]) -> PartState:

@@ -4,8 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import can_return_tuple
 
@@ -13,6 +11,7 @@ from memattn.checks import check_rank, must
 from memattn.models.block import MemAttnBlock
 from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
+from memattn.models.generation import MemAttnGenerationMixin
 from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
 from memattn.models.plain_decoder import decoder_step, newest_of
@@ -26,7 +25,8 @@ from memattn.parts.base import is_bare
 from memattn.parts.chapters import Chapters
 from memattn.parts.losses import LossSums
 from memattn.parts.padding import check_lengths, check_positions, mask_bounds
-from memattn.parts.together import chapter_layout, check_inputs, for_all_samples
+from memattn.parts.together import chapter_layout, check_inputs
+from memattn.parts.token_order import reorder_input, repeat_last
 
 
 class MemAttnModel(MemAttnPreTrainedModel):
@@ -98,9 +98,17 @@ class MemAttnModel(MemAttnPreTrainedModel):
             if cache.seq_start is not None and cache.seq_start.any():
                 seq_start = cache.seq_start.to(device)
             bounds = SequenceBounds(None, None)  # the state of each part has its own
+            order = cache.order
         else:
-            bounds = mask_bounds(attention_mask, B, T, cu_seqlens)
+            bounds, order = mask_bounds(attention_mask, B, T, cu_seqlens)
             seq_start = bounds.seq_start
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, attention_mask.shape[1] - T :]
+        if order is not None:  # from here on each row's tokens follow each other
+            hidden_states = order.put(hidden_states)
+            attention_mask = order.put(order.present)
+            position_ids = None if position_ids is None else order.put(position_ids)
+            given = {name: reorder_input(order, value) for name, value in given.items()}
         positions = sequence_positions(
             hidden_states, offset=offset, seq_start=seq_start, cu_seqlens=cu_seqlens
         )
@@ -108,9 +116,10 @@ class MemAttnModel(MemAttnPreTrainedModel):
             check_lengths(positions, attention_mask, limit)
         if position_ids is not None:
             check_positions(position_ids, positions, attention_mask)
-        present = None
+        present, ends_early = None, False
         if attention_mask is not None and _has_padding(cache, bounds):
-            present = attention_mask[:, -T:] != 0
+            present = attention_mask != 0
+            ends_early = cache is None or cache.ends_early
         if self.embed_positions is not None:
             known = positions if present is None else torch.where(present, positions, 0)
             hidden_states = hidden_states + self.embed_positions(known.clamp(min=0))
@@ -127,6 +136,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
             measure_losses=self.training if output_losses is None else output_losses,
             library=self.chapters if len(self.chapters) or self.chapters.is_recording else None,
             inputs=given,
+            order=order,
         )
         all_hidden_states: list[Tensor] = []
         sums = LossSums()
@@ -148,7 +158,8 @@ class MemAttnModel(MemAttnPreTrainedModel):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             layer_cache = None if cache is None else cache.layers[i]
-            if hidden_to_keep and i == last and not output_hidden_states:
+            # where rows end early, their last tokens stand before the newest columns
+            if hidden_to_keep and i == last and not (output_hidden_states or ends_early):
                 context.newest = newest_of(hidden_to_keep, layer, self.norm, context)
             hidden_states, losses, carry = layer.call(
                 hidden_states, carry, context, layer_cache, shared_parts
@@ -156,15 +167,24 @@ class MemAttnModel(MemAttnPreTrainedModel):
             sums.add(losses)
         normed = norm_step(self.norm, hidden_states)
         hidden_states = self.norm(hidden_states) if normed is None else normed
-        last_hidden = hidden_states[:, -hidden_to_keep:] if hidden_to_keep else hidden_states
         means, counts = sums.means()
-        return MemAttnModelOutput(
+        if order is not None:
+            hidden_states = order.columns(hidden_states)
+            all_hidden_states = [order.columns(x) for x in all_hidden_states]
+            present = order.present
+        if present is not None and not self.training and ends_early:
+            # generation goes on from the last column, also of a row whose tokens ended before
+            hidden_states = repeat_last(hidden_states, present)
+        last_hidden = hidden_states[:, -hidden_to_keep:] if hidden_to_keep else hidden_states
+        outputs: Any = MemAttnModelOutput(
             last_hidden_state=last_hidden,
             past_key_values=cache,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             losses=means or None,
             loss_counts=counts or None,
         )
+        outputs.order = order
+        return outputs
 
     def _choose_cache(
         self, cache: MemAttnCache | None, use_cache: bool | None, cu_seqlens: Tensor | None
@@ -193,7 +213,7 @@ def _has_padding(cache: MemAttnCache | None, bounds: SequenceBounds) -> bool:
     return bounds.seq_start is not None or bounds.seq_end is not None
 
 
-class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
+class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
     """A language model: the decoder, and an output layer tied to the embedding by default.
 
     Args:
@@ -243,21 +263,24 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_losses: bool | None = None,
+        shift_labels: Tensor | None = None,
         **part_inputs: Tensor | None,
     ) -> MemAttnCausalLMOutput:
         """Predict the next token at every position.
 
         Args:
             input_ids: Tokens, int64 ``[B, T]``.
-            attention_mask: ``[B, T]``, 1 for tokens and 0 for padding on the left, the right or
-                both; with ``past_key_values`` also ``[B, position + T]``. Each row's ones are one
-                contiguous block.
+            attention_mask: ``[B, T]``, 1 for tokens and 0, anywhere in a row, where there is none;
+                with ``past_key_values`` also ``[B, position + T]``. A row is the sequence of its
+                tokens: positions, segments and windows count these. Outside training a column
+                without a token repeats the output of the token before it. A row whose mask no
+                longer has its newest tokens goes on without them.
             position_ids: ``[B, T]`` or ``[1, T]``. The model counts positions from the start of
                 each sequence by itself; these are only checked to say the same.
             past_key_values: State of earlier calls, which this call extends in place.
             inputs_embeds: Embedded tokens ``[B, T, E]``, instead of ``input_ids``.
             labels: int64 ``[B, T]``, the tokens themselves (they are shifted here); -100 where
-                there is no loss.
+                there is no loss. In rows with holes a token predicts the row's next token.
             use_cache: Whether to return the state of the sequences; None means as the
                 configuration says, but not in training mode and not with ``cu_seqlens``.
             cu_seqlens: int32 ``[n+1]``, the bounds of packed documents, with ``B = 1``; attention
@@ -274,6 +297,8 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             output_attentions: Not supported, since fused attention keeps no weights.
             output_losses: Whether to measure the losses of parts, where the model has such; None
                 means in training mode and with labels.
+            shift_labels: int64 ``[B, T]``, what each column is to predict, and -100; it stands
+                instead of ``labels``, where these are given too.
             part_inputs: What parts of the model take, by the names of their ``inputs``.
 
         Returns:
@@ -284,15 +309,16 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
 
         Raises:
             TypeError: If ``past_key_values`` is not a ``MemAttnCache``, or an argument is unknown.
-            ValueError: If shapes do not fit, a row of the mask is not one block of ones, positions
+            ValueError: If shapes do not fit, a value of the mask is neither 0 nor 1, positions
                 differ, a sequence is longer than ``max_position_embeddings`` where that is a
                 limit, a cache is of another model, or meets packed documents or checkpointing.
             NotImplementedError: If ``output_attentions`` is set.
         """
+        has_labels = labels is not None or shift_labels is not None
         if output_losses is None:
-            output_losses = self.training or labels is not None
+            output_losses = self.training or has_labels
         # what was put in place of the model, or watches it, gets the hidden states of all tokens
-        keeps = type(logits_to_keep) is int and logits_to_keep > 0 and labels is None
+        keeps = type(logits_to_keep) is int and logits_to_keep > 0 and not has_labels
         keeps = keeps and type(self.model) is MemAttnModel and is_bare(self.model)
         outputs = self.model(
             input_ids=input_ids,
@@ -311,10 +337,13 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         last_hidden = outputs.last_hidden_state[:, kept]
-        if labels is None and skip_logits:
+        if skip_logits and not has_labels:
             must("skip_logits", "be False without labels", skip_logits)
-        if labels is not None and labels.shape != last_hidden.shape[:2]:
-            must("labels", f"have shape {list(last_hidden.shape[:2])}", list(labels.shape))
+        for name, given in {"labels": labels, "shift_labels": shift_labels}.items():
+            if given is not None and given.shape != last_hidden.shape[:2]:
+                must(name, f"have shape {list(last_hidden.shape[:2])}", list(given.shape))
+        if labels is not None and shift_labels is None and outputs.order is not None:
+            shift_labels = outputs.order.next_labels(labels)
         weight = None
         # a loss of the user's own gets logits
         if skip_logits and self.loss_function is ForCausalLMLoss:
@@ -324,20 +353,23 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             logits = linear_step(self.lm_head, last_hidden)
             if logits is None:
                 logits = self.lm_head(last_hidden)
-        if labels is not None:
+        if has_labels:
+            options: dict[str, Any] = dict(
+                labels=labels, num_items_in_batch=num_items_in_batch, shift_labels=shift_labels
+            )
             if weight is not None:
-                lm_loss = next_token_loss(last_hidden, weight, labels, num_items_in_batch)
+                lm_loss = next_token_loss(last_hidden, weight, **options)
             else:
-                lm_loss = self.loss_function(
-                    logits=logits,
-                    labels=labels,
-                    vocab_size=self.config.vocab_size,
-                    num_items_in_batch=num_items_in_batch,
-                )
+                vocab_size = self.config.vocab_size
+                lm_loss = self.loss_function(logits=logits, vocab_size=vocab_size, **options)
             loss = lm_loss
             share: Any = 1.0  # of the labels that are here
             if num_items_in_batch is not None:
-                share = (labels[:, 1:] != -100).sum() / num_items_in_batch
+                counted = shift_labels
+                if counted is None:
+                    assert labels is not None
+                    counted = labels[:, 1:]
+                share = (counted != -100).sum() / num_items_in_batch
             for name, mean in (outputs.losses or {}).items() if self.training else ():
                 loss = loss + self.config.losses[name] * share * mean
         return MemAttnCausalLMOutput(
@@ -348,43 +380,4 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, GenerationMixin):
             lm_loss=lm_loss,
             losses=outputs.losses,
             loss_counts=outputs.loss_counts,
-        )
-
-    @property
-    def part_inputs(self) -> set[str]:
-        """Names of the tensors that a caller may give to parts of the model."""
-        return {name for part in self.config.named_parts().values() for name in part.inputs}
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """As of transformers, which does not know what parts take."""
-        known = self.part_inputs
-        rest = {name: value for name, value in model_kwargs.items() if name not in known}
-        super()._validate_model_kwargs(rest)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """As of transformers; what is for all samples has no rows to repeat for beams."""
-        whole = for_all_samples(self.config.named_parts().values(), kwargs)
-        rest = {name: value for name, value in kwargs.items() if name not in whole}
-        parent: Any = super()
-        ids, expanded = parent._expand_inputs_for_generation(*args, **rest)
-        return ids, {**expanded, **whole}
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> bool:
-        """Let ``generate()`` begin with a ``MemAttnCache`` instead of a ``DynamicCache``."""
-        kind = generation_config.cache_implementation
-        if kind is not None:
-            must("cache_implementation", "be None", repr(kind))
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = cache = MemAttnCache(self.config)
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-        return super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )

@@ -23,12 +23,14 @@ comes first. In a model of several modalities the fields are those of its text m
 are set. A model whose attention does not ask transformers for the implementation is refused.
 
 Padding reaches the kernel as the bounds of each row's sequence and packed documents as
-``cu_seqlens``: no mask of T x S elements exists at any time.
+``cu_seqlens``: no mask of T x S elements exists at any time. Where rows have holes, their tokens
+are put next to each other for the kernel, so that windows and segments count tokens; a layer with
+a ``sliding_window`` of its own counts columns, and refuses holes once it drops keys.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +44,8 @@ from transformers import (
 
 from memattn.checks import check_int
 from memattn.ops import segmented_attention
-from memattn.parts.padding import block_bounds, check_mask
+from memattn.parts.padding import check_mask, read_mask
+from memattn.parts.token_order import TokenOrder, take_columns
 
 NAME = "memattn_segmented"
 FIELDS = ("memattn_segment_len", "memattn_window_size", "memattn_num_sink_tokens")
@@ -144,6 +147,7 @@ def hf_sequence_bounds(
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
+    local_size: int | None = None,
     config: PreTrainedConfig | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
@@ -152,13 +156,14 @@ def hf_sequence_bounds(
 
     Returns:
         What the attention function gets as ``attention_mask``: int32 ``[2, B]``, the start and end
-        of each row's sequence in columns of the keys; int32 ``[n+1]``, the bounds of packed
-        documents; or None, where all columns are one sequence.
+        of each row's sequence in columns of the keys; bool ``[B, S]``, which keys are tokens, where
+        rows have holes; int32 ``[n+1]``, the bounds of packed documents; or None, where all columns
+        are one sequence.
 
     Raises:
-        ValueError: If a row of the mask is not one block of ones, or its length does not fit.
-        NotImplementedError: For custom, blockwise and bidirectional masks, for several
-            packed rows and for static caches.
+        ValueError: If a value of the mask is neither 0 nor 1, or its length does not fit.
+        NotImplementedError: For custom, blockwise and bidirectional masks, for static caches, and
+            for holes in layers whose sliding window or chunk drops keys.
     """
     chunk, kinds = (getattr(config, n, None) for n in ("attention_chunk_size", "layer_types"))
     if chunk is not None and "chunked_attention" not in (kinds or ()):
@@ -171,7 +176,15 @@ def hf_sequence_bounds(
         _lacks("past_key_values", "be a dynamic cache, whose last key is that of the last query")
     if attention_mask is not None:
         check_mask(attention_mask, batch_size, (kv_offset + kv_length,))
-        start, end = block_bounds(attention_mask)
+        start, end, order = read_mask(attention_mask, order_traced=False)
+        if order is not None:
+            if kv_offset or (local_size is not None and local_size < kv_length):
+                _lacks(
+                    "attention_mask",
+                    "have one block of ones in each row for layers with a sliding window",
+                    f"got holes, and keys beyond the window of {local_size}",
+                )
+            return order.present
         if torch.compiler.is_compiling() or start.any() or (end != attention_mask.shape[1]).any():
             return _bounds(start - kv_offset, end - kv_offset)
     elif not allow_is_causal_skip and mask_function is not None:
@@ -221,8 +234,12 @@ def hf_segmented_attention(
             _lacks(name, "be None")
     if is_causal is False or not getattr(module, "is_causal", True):
         _lacks("is_causal", "be True")
-    seq_start = seq_end = cu_seqlens = None
-    if attention_mask is not None:
+    seq_start = seq_end = cu_seqlens = rows = None
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        rows = _tokens(attention_mask, query.shape[2])
+        query, key, value = map(take_columns, (query, key, value), rows.columns())
+        seq_start = rows.seq_start
+    elif attention_mask is not None:
         if attention_mask.dtype != torch.int32 or attention_mask.dim() > 2:
             got = f"got {attention_mask.dtype} {list(attention_mask.shape)}"
             _lacks("attention_mask", "be a padding mask [B, S]", got)
@@ -231,7 +248,10 @@ def hf_segmented_attention(
         else:
             seq_start, seq_end = _split_bounds(attention_mask)
     elif kwargs.get("cu_seq_lens_q") is not None:
-        cu_seqlens = kwargs["cu_seq_lens_q"]
+        cu_seqlens = _checked_bounds(kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k"))
+    B = query.shape[0]
+    if cu_seqlens is not None and B > 1:
+        query, key, value = map(_one_row, (query, key, value))
     spans = _spans(module, sliding_window)
     if sliding_window is not None:
         # a cache of window 1 gives all earlier keys, but bounds for those in the window
@@ -249,7 +269,10 @@ def hf_segmented_attention(
         query_offset=key.shape[2] - query.shape[2],
         scale=scaling,
     ).out
-    return out.transpose(1, 2).contiguous(), None
+    out = out.transpose(1, 2)
+    if cu_seqlens is not None and B > 1:
+        out = out.reshape(B, -1, *out.shape[2:])
+    return out.contiguous() if rows is None else rows.put_back(out), None
 
 
 def _spans(module: nn.Module, sliding_window: int | None) -> dict[str, Any]:
@@ -280,6 +303,36 @@ def _bounds(start: Tensor, end: Tensor) -> Tensor:
     return torch.stack([start, end]).to(torch.int32)
 
 
+class _Tokens(NamedTuple):
+    """Keys and queries of rows with holes, in an order that ends with each row's tokens."""
+
+    keys: Tensor  # int64 [B, S], their columns
+    queries: TokenOrder
+    seq_start: Tensor  # int32 [B], place of the first token
+
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns of queries, keys and values."""
+        return self.queries.index, self.keys, self.keys
+
+    def put_back(self, out: Tensor) -> Tensor:
+        """``[B, T, H, Dv]`` in the columns of the call, 0 where there is no token."""
+        return self.queries.columns(out)
+
+
+_orders = WeakTensorKeyDictionary()
+
+
+def _tokens(present: Tensor, T: int) -> _Tokens:
+    """The order of keys that are tokens where ``present`` bool ``[B, S]``; once for all layers."""
+    if present not in _orders:
+        S = present.shape[1]
+        keys = TokenOrder.at_end(present)
+        queries = TokenOrder.at_end(present[:, S - T :])
+        start = (S - present.sum(1)).to(torch.int32)
+        _orders[present] = _Tokens(keys.index, queries, start)
+    return _orders[present]
+
+
 _halves = WeakTensorKeyDictionary()
 
 
@@ -295,7 +348,10 @@ def _split_bounds(bounds: Tensor) -> tuple[Tensor, Tensor]:
 def _packed_bounds(
     mask_function: Callable[..., Tensor], B: int, T: int, device: torch.device | str
 ) -> Tensor | None:
-    """``cu_seqlens`` of a row of packed documents, read off the mask function; None for one."""
+    """``cu_seqlens`` of packed documents, read off the mask function; None for one in each row.
+
+    Rows follow each other.
+    """
     row = torch.arange(B, device=device)[:, None]
     head = torch.zeros((), dtype=torch.long, device=device)
     before = torch.arange(T - 1, device=device)[None]
@@ -304,11 +360,27 @@ def _packed_bounds(
     begins = ~mask_function(row, head, before + 1, before).expand(B, -1)  # [B, T-1]
     if not begins.any():
         return None
-    if B > 1:
-        _lacks("position_ids", "pack documents into one row", f"got {B} rows")
-    inner = begins[0].nonzero()[:, 0] + 1
-    ends = [torch.zeros_like(inner[:1]), inner, torch.full_like(inner[:1], T)]
-    return torch.cat(ends).to(torch.int32)
+    begins = torch.cat([torch.ones_like(begins[:, :1]), begins], 1).flatten()
+    return torch.cat([begins.nonzero()[:, 0], begins.new_full((1,), B * T, dtype=torch.long)]).int()
+
+
+_same_bounds = WeakTensorKeyDictionary()
+
+
+def _checked_bounds(queries: Tensor, keys: Tensor | None) -> Tensor:
+    """Bounds of documents, once checked to be the same for keys."""
+    if keys is None or keys is queries or torch.compiler.is_compiling():
+        return queries
+    if queries not in _same_bounds:
+        if not torch.equal(queries, keys):
+            _lacks("cu_seq_lens_k", "be cu_seq_lens_q")
+        _same_bounds[queries] = True
+    return queries
+
+
+def _one_row(x: Tensor) -> Tensor:
+    """``[B, H, T, D]`` as one row of all tokens, ``[1, H, B * T, D]``."""
+    return x.transpose(0, 1).flatten(1, 2)[None]
 
 
 def _lacks(name: str, requirement: str, detail: str = "") -> None:

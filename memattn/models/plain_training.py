@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memattn.models.cache_layer import MemAttnCacheLayer
-from memattn.models.plain_step import _weights as plain_weights
+from memattn.models.plain_step import ATTENTION_WEIGHTS, MLP_WEIGHTS, plain_weights
 from memattn.nn import SegmentedAttention
 from memattn.nn.mlp import SwiGLU
 from memattn.ops._dispatch import has_cpp_kernel
@@ -35,7 +35,7 @@ def attention_sublayer(
         return None
     if type(attention) is not SegmentedAttention or part.step_sources(attention) is None:
         return None
-    weights = plain_weights(norm, attention, ("q_proj", "k_proj", "v_proj", "o_proj"))
+    weights = plain_weights(norm, attention, ATTENTION_WEIGHTS)
     if weights is None:
         return None
     from memattn.cpp.training_layers import attention_inputs, attention_output
@@ -68,7 +68,7 @@ def mlp_sublayer(
         return None
     if getattr(attention, "backend", "auto") not in STEP_BACKENDS:
         return None
-    weights = plain_weights(norm, mlp, ("gate_proj", "up_proj", "down_proj"))
+    weights = plain_weights(norm, mlp, MLP_WEIGHTS)
     if weights is None:
         return None
     from memattn.cpp.training_layers import swiglu_layer

@@ -21,8 +21,9 @@ _HAS_ROWS = has_cpp_kernel("cross_entropy_rows")
 def next_token_loss(
     hidden_states: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
 ) -> Tensor:
     """The cross-entropy of each token with the logits of the one before, without storing these.
 
@@ -33,6 +34,7 @@ def next_token_loss(
         weight: Of the output layer, ``[V, E]``.
         labels: int64 ``[B, T]``; ``-100`` where there is no loss.
         num_items_in_batch: Divide the sum by this number; None: by that of the labels.
+        shift_labels: The labels, shifted already; they stand instead of ``labels``.
 
     Returns:
         A scalar of float32. NaN where it is the mean over no label, with gradients of 0.
@@ -49,18 +51,20 @@ def next_token_loss(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
-    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     grad = torch.is_grad_enabled()
     total, _, _ = torch.ops.memattn.linear_cross_entropy(
         hidden_states.flatten(0, 1),
         weight,
-        shifted.flatten(),
+        shift_labels.flatten(),
         grad and hidden_states.requires_grad,
         grad and weight.requires_grad,
     )
     if num_items_in_batch is None:
         # a mean over nothing is NaN, but with a gradient of 0 and not of NaN
-        count = (shifted != IGNORED).sum()
+        count = (shift_labels != IGNORED).sum()
         return total / count.clamp(min=1) + torch.where(count > 0, 0.0, torch.nan)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)

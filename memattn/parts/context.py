@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from memattn.nn import RotaryEmbedding
 from memattn.parts.chapters import Chapters, OpenChapter
 from memattn.parts.state import PartState, SequenceBounds
+from memattn.parts.token_order import TokenOrder
 
 Angles = tuple[Tensor, Tensor]
 
@@ -39,6 +40,7 @@ class PartContext:
             a part that stands beside attention; else None.
         base: The module of attention itself, for such a part; else None.
         inputs: What the caller of the model gave to parts, by the names of ``PartConfig.inputs``.
+        order: The order in which columns of the caller stand here, where rows have holes.
         newest: Tokens, counted from the last, whose output of this layer anyone looks at; None is
             all. Only a layer without further parts is told, and no part is.
     """
@@ -62,6 +64,7 @@ class PartContext:
     attended: Tensor | None = None
     base: nn.Module | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    order: TokenOrder | None = None
     newest: int | None = None
 
     def of_part(
@@ -94,6 +97,7 @@ class PartContext:
             attended=attended,
             base=base,
             inputs=self.inputs,
+            order=self.order,
         )
 
     def attention_inputs(self) -> dict[str, Any]:

@@ -95,9 +95,10 @@ def route_tokens(
         if state.rows:
             found = _continue(state.slots(), found, continues)
         _, indices, weights = found
-        newest = torch.div(T - 1 - blocks.start[:, 0], R, rounding_mode="floor")
+        end = T if context.present is None else _end(context.present)
+        newest = torch.div(end - 1 - blocks.start[:, 0], R, rounding_mode="floor")
         state.keep_blocks(
-            found, newest, length=position + T, continues=continues, began=position > 0
+            found, newest, length=position + end, continues=continues, began=position > 0
         )
     return RoutedTokens(indices=indices, weights=weights, options=options, output=output)
 

@@ -1,36 +1,80 @@
 """Where sequences begin and end: from attention masks to bounds."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from memattn.checks import check_tensor, must
 from memattn.parts.state import SequenceBounds
+from memattn.parts.token_order import TokenOrder
 
-BLOCK = "be 0 or 1, with one contiguous block of ones in each row"
+
+class MaskBlocks(NamedTuple):
+    """Where each row has its tokens, and in which order of columns."""
+
+    start: Tensor  # int64 [B], column of the first token; the number of columns where there is none
+    end: Tensor  # int64 [B], the column after the last token
+    order: TokenOrder | None  # None means the columns as they are
 
 
-def block_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """First column of the ones of each row and the column after the last one, int64 ``[B]``.
+def read_mask(
+    attention_mask: Tensor, begun: Tensor | None = None, *, order_traced: bool = True
+) -> MaskBlocks:
+    """Bounds of the tokens of each row, which get an order of their own where rows have holes.
 
-    A row without ones gives the number of columns twice. Values are checked on the way, which
-    waits for the device, but not while a graph is traced.
+    Values are checked on the way, which waits for the device. While a graph is traced they are
+    not, and there always is an order.
+
+    Args:
+        attention_mask: ``[B, T]``, 1 for tokens.
+        begun: bool ``[B]``, rows whose tokens go on with those of earlier calls, so that nothing
+            may stand before them; None means none of them.
+        order_traced: False for a traced graph that cannot have an order, and raises at holes.
 
     Raises:
-        ValueError: If a row's ones are not one contiguous block.
+        ValueError: If a value is neither 0 nor 1.
     """
-    S = attention_mask.shape[1]
     ones = attention_mask != 0
+    start, end = _bounds(ones)
+    order = None
+    if not torch.compiler.is_compiling():
+        holes = ones.sum(1) != end - start
+        if begun is not None:
+            holes = holes | (begun & (start > 0) & (start < end))
+        if (holes | (ones & (attention_mask != 1)).any(1)).any():
+            _check_values(attention_mask)
+            order = TokenOrder.of(ones, begun)
+    elif not order_traced:
+        whole = (ones.sum(1) == end - start).all()
+        check = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
+        check(whole, "attention_mask must have no holes in a compiled program")
+    elif ones.shape[1] > 1:
+        order = TokenOrder.of(ones, begun)
+    if order is not None:
+        start, end = _bounds(order.put(ones))
+    return MaskBlocks(start, end, order)
+
+
+def _bounds(ones: Tensor) -> tuple[Tensor, Tensor]:
+    """First column of the ones of each row and the column after the last one, int64 ``[B]``.
+
+    A row without ones gives the number of columns twice.
+    """
+    S = ones.shape[1]
     columns = torch.arange(S, device=ones.device)
     start = torch.where(ones, columns, S).amin(1)
     end = torch.where(ones, columns + 1, 0).amax(1)
-    end = torch.where(start == S, S, end)
-    if not torch.compiler.is_compiling():
-        holes = ones.sum(1) != end - start
-        wrong = holes | (ones & (attention_mask != 1)).any(1)
-        if wrong.any():
-            row = int(wrong.nonzero()[0, 0])
-            must("attention_mask", BLOCK, f"{_shorten(attention_mask[row].tolist())} in row {row}")
-    return start, end
+    return start, torch.where(start == S, S, end)
+
+
+def _check_values(attention_mask: Tensor) -> None:
+    """Raise unless all values are 0 or 1."""
+    wrong = ((attention_mask != 0) & (attention_mask != 1)).any(1)
+    if wrong.any():
+        row = int(wrong.nonzero()[0, 0])
+        got = f"{_shorten(attention_mask[row].tolist())} in row {row}"
+        must("attention_mask", "be 1 for tokens and 0 for padding", got)
 
 
 def check_mask(attention_mask: Tensor, batch_size: int, lengths: tuple[int, ...]) -> None:
@@ -46,17 +90,17 @@ def check_mask(attention_mask: Tensor, batch_size: int, lengths: tuple[int, ...]
 
 def mask_bounds(
     attention_mask: Tensor | None, B: int, T: int, cu_seqlens: Tensor | None
-) -> SequenceBounds:
-    """The bounds that a padding mask describes, without a cache."""
+) -> tuple[SequenceBounds, TokenOrder | None]:
+    """The bounds that a mask describes without a cache, and the order of columns they are in."""
     if attention_mask is None:
-        return SequenceBounds(None, None)
+        return SequenceBounds(None, None), None
     if cu_seqlens is not None:
         must("attention_mask", "be None with cu_seqlens", "a tensor")
     check_mask(attention_mask, B, (T,))
-    start, end = block_bounds(attention_mask)
+    start, end, order = read_mask(attention_mask)
     if not torch.compiler.is_compiling() and not start.any() and (end == T).all():
-        return SequenceBounds(None, None)
-    return SequenceBounds(start.to(torch.int32), end.to(torch.int32))
+        return SequenceBounds(None, None), None
+    return SequenceBounds(start.to(torch.int32), end.to(torch.int32)), order
 
 
 def check_positions(position_ids: Tensor, positions: Tensor, attention_mask: Tensor | None) -> None:

@@ -74,8 +74,8 @@ class RoutingState(PartState):
 
         Args:
             blocks: Sums before the blocks of the call, and what they selected, ``[B, N, .]``.
-            newest: int64 ``[B]``, which of them holds the last column.
-            length: int64 ``[B]``, columns since each row began.
+            newest: int64 ``[B]``, which of them holds the last token.
+            length: int64 ``[B]``, tokens of each row so far.
             continues: bool ``[B]``, whether the first of them is the newest one before this call.
             began: bool ``[B]``, whether the row had begun before this call.
         """
@@ -130,35 +130,42 @@ class RoutingState(PartState):
         merged.open_chapters = states[0].open_chapters
         return merged
 
-    def _cropped(self, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _cropped(self, removed: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Lengths after a crop, the blocks that it takes away, and those known then."""
         R, length = self.routing_block, self.rows["length"]
         assert R is not None
-        after = (length - num_columns).clamp(min=0)
+        after = (length - removed).clamp(min=0)
         block = lambda n: torch.div(n - 1, R, rounding_mode="floor")
         away = block(length) - block(after)
         return after, away, (self.rows["known"] - away).clamp(min=0)
 
-    def check_crop(self, num_columns: int, oldest: int, visible: int) -> None:
-        if not self.rows or not num_columns:
+    def check_crop(
+        self, num_columns: int, oldest: int, visible: int, counts: Tensor | None = None
+    ) -> None:
+        if not self.rows or (not num_columns and counts is None):
             return
+        removed = self._removed(num_columns, counts)
         R, W = self.routing_block, self.routing_window
         assert R is not None and W is not None
-        after, _, known = self._cropped(num_columns)
+        after, _, known = self._cropped(removed)
         needed = after.clamp(max=max(R, W - 1))
-        if ((after > 0) & (known < 1)).any() or (needed > self.kept - num_columns).any():
+        if ((after > 0) & (known < 1)).any() or (needed > self.kept - removed).any():
             why = f"be at least {-R}, the routing block of {self.kind}"
             must("tokens_to_remove", f"{why} (see activate_past_recording)", -num_columns)
 
-    def crop(self, num_columns: int) -> None:
-        if self.rows and num_columns:
-            after, away, known = self._cropped(num_columns)
+    def crop(self, num_columns: int, counts: Tensor | None = None) -> None:
+        if self.rows and (num_columns or counts is not None):
+            after, away, known = self._cropped(self._removed(num_columns, counts))
             S = self.rows["total"].shape[1]
             slot = torch.arange(S, device=away.device) - away[:, None]
             for name in ("total", "indices", "weights"):
                 self.rows[name] = _take(self.rows[name], slot)[:, -SLOTS:].clone()
             self.rows["known"], self.rows["length"] = known.clamp(max=SLOTS), after
-        super().crop(num_columns)
+        super().crop(num_columns, counts)
+
+    def _removed(self, num_columns: int, counts: Tensor | None) -> int | Tensor:
+        """Tokens that a crop takes from each row."""
+        return num_columns if counts is None else counts.to(self.rows["length"].device)
 
 
 def _take(x: Tensor, column: Tensor) -> Tensor:

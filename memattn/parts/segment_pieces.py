@@ -121,7 +121,10 @@ def segment_pieces(context: PartContext, shape: tuple[int, int], L: int) -> Segm
     if present is None:
         present = torch.ones(B, T, dtype=torch.bool, device=device)
     length, column = present.sum(1), torch.arange(T, device=device)
-    first = torch.where(present, column, T).amin(1).clamp(max=T - 1) if T else length
+    first = length
+    if T:  # a row without tokens goes on where it is
+        first = torch.where(present, column, T).amin(1)
+        first = torch.where(length > 0, first, 0)
     place = positions.gather(1, first[:, None])[:, 0] if T else length
     if phase is None:  # it is in the positions: pieces for rows that begin anywhere in a segment
         phase = place % L

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from memattn.checks import check_shape, check_tensor, must
-from memattn.parts.padding import BLOCK, block_bounds, check_longest, check_mask
+from memattn.parts.padding import check_longest, check_mask, read_mask
 from memattn.parts.state import OPEN_END, PartState, SequenceBounds
+from memattn.parts.token_order import TokenOrder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,8 +30,8 @@ class LayerStates:
 class SequenceStates:
     """The states of all parts of all layers, and where each row's sequence begins and ends.
 
-    Rows may be padded on either side; a row that was padded on the right has ended, and only
-    ``reset`` lets it begin anew.
+    Rows may have no token in any column. What is kept of a row is contiguous all the same: a row
+    that goes on behind columns without tokens is moved to the newest column first, alone.
 
     Args:
         layers: Of each layer, the empty states of its parts by name.
@@ -41,7 +42,11 @@ class SequenceStates:
         seq_start: int64 ``[B]`` on the CPU, the column where each row's sequence begins, or None
             before the first call.
         seq_end: int64 ``[B]`` on the CPU, the column where it ended, if it has.
+        columns: bool ``[B, position]`` on the CPU, the columns that a caller gave tokens in; None
+            where these are those between ``seq_start`` and ``seq_end``. See ``present``.
         has_padding: Whether a row has no token in some column of the last call.
+        ends_early: Whether the last token of a row stands before the last column of that call.
+        order: The order in which the columns of the last call go to the parts; None means theirs.
     """
 
     layers: Any  # list of LayerStates, or of what has their attributes
@@ -57,7 +62,9 @@ class SequenceStates:
         self.position = 0
         self.seq_start: Tensor | None = None
         self.seq_end: Tensor | None = None
-        self.has_padding = False
+        self.columns: Tensor | None = None
+        self.has_padding = self.ends_early = False
+        self.order: TokenOrder | None = None
 
     def _like(self) -> "Self":
         """An empty one with the same layers."""
@@ -112,40 +119,49 @@ class SequenceStates:
             max_length: Tokens that a sequence may have; None means any number.
 
         Raises:
-            ValueError: If the batch size changed, a row's ones are not one contiguous block, the
-                mask contradicts what the cache has seen, or a sequence becomes too long.
+            ValueError: If the batch size changed, the mask contradicts what the cache has seen, or
+                a sequence becomes too long.
         """
         B, T, p = batch_size, num_columns, self.position
+        self.order = None
         if self._goes_on(B, T, attention_mask, max_length):
             self.position += T
-            self.has_padding = False
+            self.has_padding = self.ends_early = False
             self._begin_states(T, device)
             return
-        start = torch.zeros(B, dtype=torch.long) if self.seq_start is None else self.seq_start
-        end = torch.full((B,), OPEN_END) if self.seq_end is None else self.seq_end
-        if start.shape[0] != B:
+        if self.seq_start is not None and len(self.seq_start) != B:
             must("past_key_values", f"have the batch size of the input, {B}", self.batch_size)
+        self._close_gaps()
+        start = torch.zeros(B, dtype=torch.long) if self.seq_start is None else self.seq_start
         first, last = torch.zeros(B, dtype=torch.long), torch.full((B,), T)
+        order = None
         if attention_mask is not None:
             check_mask(attention_mask, B, (T, p + T))
-            if attention_mask.shape[1] != T:
-                _check_past(attention_mask[:, :p].cpu(), start, end)
-            first, last = (bound.cpu() for bound in block_bounds(attention_mask[:, -T:]))
+            new = attention_mask.shape[1] - T
+            if new:
+                self._follow_past(attention_mask[:, :new].cpu())
+                start = start if self.seq_start is None else self.seq_start
+            begun = (start < p).to(attention_mask.device) if p else None
+            first, last, order = read_mask(attention_mask[:, new:], begun)
+            first, last = first.cpu(), last.cpu()
 
         started, empty = start < p, first == last
-        broken = started & ~empty & ((end != OPEN_END) | (first != 0))
-        if broken.any():
-            row = int(broken.nonzero()[0, 0])
-            must("attention_mask", BLOCK, f"tokens behind padding in row {row}")
-        # a row without tokens ends if it had begun, and else begins later; one whose tokens stop
-        # before the last column ends there
+        # a row without tokens begins later, or goes on later; one whose tokens stop before the last
+        # column ends there, until it goes on
         start = torch.where(started, start, p + first)
-        end = torch.where(started & empty, end.clamp(max=p), end)
+        end = torch.where(started & empty, p, OPEN_END)
         end = torch.where(~empty & (last < T), p + last, end)
         if max_length is not None:
             check_longest(end.clamp(max=p + T) - start, max_length)
+        if order is not None or self.columns is not None:
+            present = torch.ones(B, T, dtype=torch.bool)
+            if attention_mask is not None:
+                present = attention_mask[:, attention_mask.shape[1] - T :].cpu() != 0
+            self.columns = torch.cat([self.present, present], 1) if p else present
         self.seq_start, self.seq_end, self.position = start, end, p + T
-        self.has_padding = bool((first > 0).any() or (last < T).any())
+        self.order = order
+        self.ends_early = bool((last < T).any()) or order is not None
+        self.has_padding = self.ends_early or bool((first > 0).any())
         self._begin_states(T, device)
 
     def _goes_on(self, B: int, T: int, mask: Tensor | None, max_length: int | None) -> bool:
@@ -159,6 +175,51 @@ class SequenceStates:
             return True
         check_mask(mask, B, (T, p + T))
         return bool((mask == 1).all())
+
+    def _close_gaps(self) -> None:
+        """Move the rows that have ended to the newest column, where their next tokens come."""
+        if self.seq_start is None or self.seq_end is None:
+            return
+        by = (self.position - self.seq_end).clamp(min=0)
+        if by.any():
+            self.columns = self.present
+            for state in self._states():
+                state.move(by)
+            self.seq_start = self.seq_start + by
+            for state in self._states():
+                state.realign(self.seq_start, self.position)
+        self.seq_end = torch.full_like(by, OPEN_END)
+
+    @property
+    def present(self) -> Tensor:
+        """bool ``[B, position]``, the columns that a caller gave tokens in."""
+        if self.columns is not None:
+            return self.columns
+        assert self.seq_start is not None and self.seq_end is not None
+        column = torch.arange(self.position)
+        return (column >= self.seq_start[:, None]) & (column < self.seq_end[:, None])
+
+    def _follow_past(self, past_mask: Tensor) -> None:
+        """Forget the newest tokens of rows that a mask of earlier columns no longer has.
+
+        Raises:
+            ValueError: If it differs from what was seen elsewhere, or what is needed again is gone.
+        """
+        given, kept = self.present, past_mask != 0
+        if torch.equal(given, kept):
+            return
+        gone = given & ~kept
+        wrong = ((kept & ~given) | (kept & gone.cumsum(1).bool())).any(1)
+        if wrong.any():
+            row = int(wrong.nonzero()[0, 0])
+            requirement = "agree with the past_key_values on earlier columns"
+            must("attention_mask", requirement, f"others in row {row}")
+        try:
+            self._forget(0, gone.sum(1))
+        except ValueError as error:
+            why = "have the tokens that past_key_values has seen, or its past be recorded before"
+            must("attention_mask", f"{why} ({error})", "a row without its last ones")
+        self.columns = kept
 
     def _begin_states(self, T: int, device: torch.device) -> None:
         """Give the state of each part the bounds of this call."""
@@ -194,7 +255,8 @@ class SequenceStates:
         for state in self._states():
             kind = (state.segment_len, state.window_size)
             if kind not in first:
-                first[kind] = state.visible_from(self.position, self.seq_start, self.seq_end)
+                visible = state.visible_from(self.position, self.seq_start, self.seq_end)
+                first[kind] = int(visible.min())
             state.keep = self.position - first[kind]
         for layer in self.layers:
             layer.position = self.position
@@ -218,6 +280,8 @@ class SequenceStates:
         mask = mask.cpu()
         self.seq_start = self.seq_start.masked_fill(mask, self.position)
         self.seq_end = self.seq_end.masked_fill(mask, OPEN_END)
+        if self.columns is not None:
+            self.columns = self.columns & ~mask[:, None]
         for state in self._states():
             state.reset(mask)
         self._trim()
@@ -233,6 +297,7 @@ class SequenceStates:
         """A cache of the same kind with ``function`` applied to every tensor of every layer."""
         other = self._like()
         other.position, other.seq_start, other.seq_end = self.position, self.seq_start, self.seq_end
+        other.columns = self.columns
         for new, layer in zip(other.layers, self.layers, strict=True):
             new.parts = {name: state.apply(function) for name, state in layer.parts.items()}
             new.position = layer.position
@@ -244,6 +309,7 @@ class SequenceStates:
         if self.seq_start is not None and self.seq_end is not None:
             other.seq_start = self.seq_start[rows.cpu()]
             other.seq_end = self.seq_end[rows.cpu()]
+            other.columns = None if self.columns is None else self.columns[rows.cpu()]
         other._trim()
         return other
 
@@ -284,27 +350,38 @@ class SequenceStates:
             must("tokens_to_remove", f"be between {-self.position} and 0", tokens_to_remove)
         if self.seq_start is None or self.seq_end is None:
             return
-        start = self.seq_start.clamp(max=position)
-        end = torch.where(self.seq_end < position, self.seq_end, OPEN_END)
+        self._close_gaps()
         removed = self.position - position
+        self._forget(removed, None if self.columns is None else self.columns[:, position:].sum(1))
+
+    def _forget(self, removed: int, counts: Tensor | None) -> None:
+        """Forget the newest columns, or the newest ``counts`` int64 ``[B]`` tokens of each row.
+
+        The rows that are left with fewer or more tokens than columns are moved.
+        """
+        start, position = self.seq_start, self.position - removed
+        assert start is not None
+        end, by = torch.full_like(start, OPEN_END), torch.zeros_like(start)
+        if counts is None:
+            start = start.clamp(max=position)
+        else:
+            by = counts - removed
+            start = start + by
         for state in self._states():
             oldest = self.position - state.kept
-            state.check_crop(removed, oldest, state.visible_from(position, start, end))
+            visible = int((state.visible_from(position, start, end) - by).min())
+            state.check_crop(removed, oldest, visible, counts)
+        if counts is not None:
+            self.columns = self.present[:, :position]
+            if by.any():
+                for state in self._states():
+                    state.move(by)
         self.seq_start, self.seq_end, self.position = start, end, position
         self._mark_visible()
         for state in self._states():
-            state.crop(removed)
-
-
-def _check_past(past_mask: Tensor, start: Tensor, end: Tensor) -> None:
-    """Raise unless the mask of earlier columns is the one that was seen."""
-    columns = torch.arange(past_mask.shape[1])
-    seen = (columns >= start[:, None]) & (columns < end[:, None])
-    wrong = (past_mask != seen).any(1)
-    if wrong.any():
-        row = int(wrong.nonzero()[0, 0])
-        requirement = "agree with the past_key_values on earlier columns"
-        must("attention_mask", requirement, f"others in row {row}")
+            state.crop(removed, counts)
+            if by.any():
+                state.realign(start, position)
 
 
 def _fit(own: Mapping[str, PartState], wanted: Mapping[str, PartState]) -> bool:

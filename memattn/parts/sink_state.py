@@ -101,9 +101,11 @@ class SinkState(PartState):
             taken = _gather(self.rows[SINK + name], number.clamp(0, n - 1))
             self.tokens[name] = torch.where(is_first.view(shape).to(states.device), taken, states)
 
-    def check_crop(self, num_columns: int, oldest: int, visible: int) -> None:
+    def check_crop(
+        self, num_columns: int, oldest: int, visible: int, counts: Tensor | None = None
+    ) -> None:
         rows, self.rows = self.rows, {}
-        super().check_crop(num_columns, oldest, visible)
+        super().check_crop(num_columns, oldest, visible, counts)
         self.rows = rows
 
 

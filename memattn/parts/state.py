@@ -247,7 +247,7 @@ class PartState:
         return merged
 
     def realign(self, seq_start: Tensor, position: int) -> None:
-        """States were merged, and rows begin at ``seq_start`` ``[B]`` of ``position`` columns."""
+        """Rows were merged or moved, and begin at ``seq_start`` ``[B]`` of ``position`` columns."""
 
     def trim(self) -> None:
         """Drop what belongs to tokens that no later token can see, and the memory it takes."""
@@ -260,24 +260,44 @@ class PartState:
             self.tokens[name] = self.tokens[name][..., drop:, :].clone()
             self._room.pop(name, None)
 
-    def check_crop(self, num_columns: int, oldest: int, visible: int) -> None:
+    def move(self, by: Tensor) -> None:
+        """Move what belongs to the tokens of each row ``by`` int64 ``[B]`` columns to the right.
+
+        What would leave on the right is dropped; what moves to the left is kept.
+        """
+        room = max(int(-by.min()), 0)
+        for name, states in self.tokens.items():
+            self.tokens[name] = _moved(F.pad(states, (0, 0, room, 0)), by, -2)
+            self._room.pop(name, None)
+        for name, past in self.history.items():
+            self.history[name] = _moved(past, by, 1)
+
+    def check_crop(
+        self, num_columns: int, oldest: int, visible: int, counts: Tensor | None = None
+    ) -> None:
         """Raise unless the newest columns can be forgotten.
 
         Args:
             num_columns: How many.
             oldest: Column of the first token that is kept.
             visible: First column that is needed afterwards.
+            counts: int64 ``[B]``, how many of them hold tokens, where rows have holes.
         """
         if self.tokens and visible < oldest:
-            must("tokens_to_remove", "leave what later tokens see", -num_columns)
+            why = "leave what later tokens see (see activate_past_recording)"
+            must("tokens_to_remove", why, -num_columns)
+        removed = num_columns if counts is None else int(counts.max())
         for name in self.rows:
             past = self.history[name].shape[1] - 1 if name in self.history else 0
-            if num_columns > past:
+            if removed > past:
                 why = f"be at least {-past}, what {self.kind} has recorded"
-                must("tokens_to_remove", f"{why} (see activate_past_recording)", -num_columns)
+                must("tokens_to_remove", f"{why} (see activate_past_recording)", -removed)
 
-    def crop(self, num_columns: int) -> None:
-        """Forget the newest columns, and then what no later token can see."""
+    def crop(self, num_columns: int, counts: Tensor | None = None) -> None:
+        """Forget the newest columns, and then what no later token can see.
+
+        With ``counts``, as in ``check_crop``, what remains has been moved to where it belongs.
+        """
         rest = self.kept - num_columns
         for name, states in self.tokens.items():
             self.tokens[name] = states[..., :rest, :]
@@ -286,18 +306,30 @@ class PartState:
         self.history = {}
         self.trim()
 
-    def visible_from(self, position: int, start: Tensor, end: Tensor) -> int:
-        """First column that a token at column ``position`` or later can see in any row."""
-        length = position - start  # of the sequence of each row, in tokens
-        first = start
-        if self.segment_len is not None or self.window_size is not None:
-            near = [torch.full_like(start, position)]
-            if self.segment_len is not None:
-                near.append(start + length // self.segment_len * self.segment_len)
-            if self.window_size is not None:
-                near.append(torch.full_like(start, position - self.window_size + 1))
-            first = torch.stack(near).amin(0).maximum(start)
-        return int(torch.where(end == OPEN_END, first, position).min())
+    def visible_from(self, position: int, start: Tensor, end: Tensor) -> Tensor:
+        """First column that a token at column ``position`` or later can see, int64 ``[B]``.
+
+        In a row that has ended, one that follows its last token.
+        """
+        begins = end.clamp(max=position)
+        length = begins - start  # of the sequence of each row, in tokens
+        if self.segment_len is None and self.window_size is None:
+            return start
+        near = [begins]
+        if self.segment_len is not None:
+            near.append(start + length // self.segment_len * self.segment_len)
+        if self.window_size is not None:
+            near.append(begins - self.window_size + 1)
+        return torch.stack(near).amin(0).maximum(start)
+
+
+def _moved(x: Tensor, by: Tensor, dim: int) -> Tensor:
+    """``x [B, ...]`` moved to the right in each row; what moves in repeats the edge."""
+    x = x.movedim(dim, 1)
+    place = torch.arange(x.shape[1], device=x.device) - by.to(x.device)[:, None]
+    index = place.clamp(0, max(x.shape[1] - 1, 0))
+    index = index.view(*index.shape, *[1] * (x.dim() - 2)).expand(x.shape)
+    return x.gather(1, index).movedim(1, dim)
 
 
 def _may_write(past: Tensor, states: Tensor) -> bool:

@@ -141,43 +141,72 @@ class TitansState(PartState):
         assert isinstance(merged, TitansState)
         return merged
 
-    def _cropped(self, num_columns: int) -> NeuralMemoryLayerState | None:
+    def move(self, by: Tensor) -> None:
+        apart = {name: x for name, x in self.history.items() if name != PRESENT}
+        seen = self.history.pop(PRESENT, None)
+        self.history = {}
+        super().move(by)
+        self.history = apart
+        if seen is not None:
+            # there are no tokens where others were moved from
+            width, by = seen.shape[1], by.to(seen.device)[:, None]
+            column = torch.arange(width, device=seen.device) - by
+            inside = (column >= 0) & (column < width)
+            moved = seen.gather(1, column.clamp(0, max(width - 1, 0)))
+            self.history[PRESENT] = moved & inside
+
+    def _cropped(
+        self, num_columns: int, counts: Tensor | None = None
+    ) -> NeuralMemoryLayerState | None:
         """The memory's state after a crop."""
         seen = self.history.get(PRESENT)
         recorded = 0 if seen is None else seen.shape[1]
-        if seen is None or self._memory is None or num_columns > recorded:
+        removed = num_columns if counts is None else int(counts.max())
+        if not removed:
+            return self._memory
+        if seen is None or self._memory is None or removed > recorded:
             why = f"be at least {-recorded}, what {self.kind} has recorded"
-            must("tokens_to_remove", f"{why} (see activate_past_recording)", -num_columns)
-        return self._memory.crop(seen[:, recorded - num_columns :].sum(1))
+            must("tokens_to_remove", f"{why} (see activate_past_recording)", -removed)
+        if counts is None:
+            counts = seen[:, recorded - num_columns :].sum(1)
+        return self._memory.crop(counts.to(seen.device))
 
-    def check_crop(self, num_columns: int, oldest: int, visible: int) -> None:
+    def check_crop(
+        self, num_columns: int, oldest: int, visible: int, counts: Tensor | None = None
+    ) -> None:
         if self.tokens and visible < oldest:
-            must("tokens_to_remove", "leave what later tokens see", -num_columns)
-        if self.rows and num_columns:
+            why = "leave what later tokens see (see activate_past_recording)"
+            must("tokens_to_remove", why, -num_columns)
+        if self.rows and (num_columns or counts is not None):
             try:
-                self._cropped(num_columns)
+                self._cropped(num_columns, counts)
             except ValueError as error:
                 if "tokens_to_remove" in str(error):
                     raise
                 must("tokens_to_remove", f"fit what the memory keeps ({error})", -num_columns)
 
-    def crop(self, num_columns: int) -> None:
-        if self.rows and num_columns:
-            state = self._cropped(num_columns)
-            assert state is not None
-            self._keep(state)
-            seen = self.history[PRESENT]
-            left = seen.shape[1] - num_columns
-            self.history[PRESENT] = seen[:, :left]
-            if PLACE in self.history and self.segment_len is not None:
-                place = self.history[PLACE] - seen[:, left:].sum(1)
-                back = (place < 0)[:, None, None]  # in the segment before
-                self.rows[START] = torch.where(back, self.history[EARLIER], self.rows[START])
-                self.history[PLACE] = place % self.segment_len
+    def crop(self, num_columns: int, counts: Tensor | None = None) -> None:
+        if self.rows and (num_columns or counts is not None):
+            state = self._cropped(num_columns, counts)
+            if state is not None:
+                self._keep(state)
+            if PRESENT in self.history:
+                self._crop_history(num_columns, counts)
         rest = self.kept - num_columns
         for name, states in self.tokens.items():
             self.tokens[name] = states[..., :rest, :]
         self.trim()
+
+    def _crop_history(self, num_columns: int, counts: Tensor | None) -> None:
+        seen = self.history[PRESENT]
+        left = seen.shape[1] - num_columns
+        self.history[PRESENT] = seen[:, : max(left, 0)]
+        counts = seen[:, left:].sum(1) if counts is None else counts.to(seen.device)
+        if PLACE in self.history and self.segment_len is not None:
+            place = self.history[PLACE] - counts
+            back = (place < 0)[:, None, None]  # in the segment before
+            self.rows[START] = torch.where(back, self.history[EARLIER], self.rows[START])
+            self.history[PLACE] = place % self.segment_len
 
 
 def _check_memory(state: NeuralMemoryLayerState, layer: NeuralMemory) -> None:

@@ -1,0 +1,98 @@
+"""Masks with holes: the tokens of each row in one contiguous block, and back again."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenOrder:
+    """An order of the columns of a call in which each row's tokens follow each other.
+
+    Attributes:
+        index: int64 ``[B, T]``, the column that stands in each place.
+        place: int64 ``[B, T]``, where each column stands.
+        present: bool ``[B, T]``, which columns hold a token.
+    """
+
+    index: Tensor
+    place: Tensor
+    present: Tensor
+
+    @classmethod
+    def of(cls, present: Tensor, begun: Tensor | None = None) -> "TokenOrder":
+        """The order of columns of which some hold a token, bool ``[B, T]``.
+
+        Absent columns go behind a row's tokens, those before its first token stay before it. In a
+        row that has ``begun``, bool ``[B]``, there is nothing before the first token. What is one
+        block stays as it is.
+        """
+        leading = ~present.cumsum(1).bool()
+        if begun is not None:
+            leading = leading & ~begun[:, None]
+        return cls._sorted(torch.where(present, 1, torch.where(leading, 0, 2)), present)
+
+    @classmethod
+    def at_end(cls, present: Tensor) -> "TokenOrder":
+        """The order that ends with each row's tokens, from bool ``[B, T]``."""
+        return cls._sorted(present.long(), present)
+
+    @classmethod
+    def _sorted(cls, kind: Tensor, present: Tensor) -> "TokenOrder":
+        index = kind.argsort(dim=1, stable=True)
+        return cls(index, index.argsort(dim=1), present)
+
+    def put(self, x: Tensor) -> Tensor:
+        """``[B or 1, T, ...]`` in this order, ``[B, T, ...]``."""
+        return _take(x, self.index)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """The reverse of ``put``; 0 where there is no token."""
+        x = _take(x, self.place)
+        return torch.where(self.present.view(*self.present.shape, *[1] * (x.dim() - 2)), x, 0)
+
+    def next_labels(self, labels: Tensor, ignored: int = -100) -> Tensor:
+        """What each column is to predict, ``[B, T]``, of labels of the columns.
+
+        In a row with holes it is the label of the row's next token, and ``ignored`` without one or
+        in a column without a token; in other rows it is that of the next column.
+        """
+        end = torch.full_like(labels[:, :1], ignored)
+        there = self.put(self.present)
+        ahead = torch.where(there, self.put(labels), ignored)
+        ahead = torch.where(there, torch.cat([ahead[:, 1:], end], 1), ignored)
+        column = torch.arange(labels.shape[1], device=labels.device)
+        has_holes = (self.index != column).any(1, keepdim=True)
+        return torch.where(has_holes, _take(ahead, self.place), torch.cat([labels[:, 1:], end], 1))
+
+    def to(self, device: torch.device) -> "TokenOrder":
+        """The same on another device."""
+        return TokenOrder(*(x.to(device) for x in (self.index, self.place, self.present)))
+
+
+def repeat_last(x: Tensor, present: Tensor) -> Tensor:
+    """``x [B, T, E]`` where each column without a token repeats that of the token before it.
+
+    So the last column is that of each row's last token. 0 where none came before.
+    """
+    column = torch.arange(present.shape[1], device=present.device)
+    newest = torch.where(present, column, -1).cummax(1).values
+    return torch.where((newest >= 0)[..., None], _take(x, newest.clamp(min=0)), 0)
+
+
+def reorder_input(order: TokenOrder, x: Tensor) -> Tensor:
+    """What a caller gave to parts, in this order; what is not of single tokens stays."""
+    return order.put(x) if x.dim() >= 2 and x.shape[:2] == order.index.shape else x
+
+
+def take_columns(x: Tensor, index: Tensor) -> Tensor:
+    """``[B or 1, H, T, D]`` at the columns ``[B, N]``, ``[B, H, N, D]``."""
+    return _take(x.transpose(1, 2), index).transpose(1, 2)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """``[B or 1, T, ...]`` at the columns ``[B, T]``."""
+    shape = (*index.shape, *x.shape[2:])
+    x = x.expand(index.shape[0], *x.shape[1:])
+    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(shape))
