@@ -110,3 +110,20 @@ def test_names_the_argument_of_a_wide_head(spec, name):
     wanted = rf'^(chapter_)?{name} must have .*257; backend "reference"'
     with pytest.raises(NotImplementedError, match=wanted):
         spec.run(tensors, options)
+
+
+# PyTorch warns of itself when forward mode is first used
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@compiled_backends
+@every_operator
+def test_transforms_that_kernels_do_not_follow_name_the_backend(spec, backend):
+    tensors, options = spec.make(spec.wrong, backend)
+
+    def out(query):
+        return spec.run({**tensors, "query": query}, {**options, "backend": backend}).out
+
+    query = tensors["query"]
+    with pytest.raises(NotImplementedError, match='backend must be "reference" in forward-mode'):
+        torch.func.jvp(out, (query,), (torch.ones_like(query),))  # it gave zeros
+    with pytest.raises(NotImplementedError, match='backend must be "reference" in torch.func.grad'):
+        torch.func.grad(lambda query: out(query).sum())(query)

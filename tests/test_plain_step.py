@@ -397,3 +397,21 @@ def test_operators_refuse_odd_heads_and_take_no_rows():
             torch.zeros(1, 1, dtype=torch.int64), None, None, None, None, 0, 1e-6,
         )  # fmt: skip
     assert torch.ops.memattn_cpp.linear_step(hidden, torch.empty(0, 6)).shape == (1, 1, 0)
+
+
+# PyTorch warns of itself when forward mode is first used
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_forward_mode_differentiation_runs_the_modules(monkeypatch):
+    # custom operators know no tangents: theirs would be zeros
+    model, ids = make_model(backend="reference"), make_tokens()
+    embedded = model.get_input_embeddings()(ids).detach()
+
+    @torch.no_grad()
+    def tangent() -> Tensor:
+        return torch.func.jvp(
+            lambda x: model(inputs_embeds=x).logits, (embedded,), (embedded.cos(),)
+        )[1]
+
+    found = tangent()
+    monkeypatch.setattr(plain_step, "AVAILABLE", False)
+    assert found.count_nonzero() and torch.equal(found, tangent())

@@ -20,6 +20,7 @@ from memattn.models.plain_training import output_weight
 from memattn.models.pretrained import MemAttnPreTrainedModel
 from memattn.models.token_loss import next_token_loss
 from memattn.nn import make_norm, sequence_positions
+from memattn.ops._dispatch import untaken_transform
 from memattn.parts import PartContext, SequenceBounds
 from memattn.parts.base import is_bare
 from memattn.parts.chapters import Chapters
@@ -346,7 +347,8 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
             shift_labels = outputs.order.next_labels(labels)
         weight = None
         # a loss of the user's own gets logits
-        if skip_logits and self.loss_function is ForCausalLMLoss:
+        own_loss = self.loss_function is ForCausalLMLoss and untaken_transform() is None
+        if skip_logits and own_loss:
             weight = output_weight(self.lm_head)
         logits = loss = lm_loss = None
         if weight is None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.nn.mlp import SwiGLU
-from memattn.ops._dispatch import has_cpp_kernel
+from memattn.ops._dispatch import has_cpp_kernel, untaken_transform
 from memattn.parts import PartConfig, PartContext
 from memattn.parts.base import StepSources, is_bare
 from memattn.parts.state import PartState
@@ -170,6 +170,7 @@ def nothing_watches() -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()
+        and untaken_transform() is None
         and not nn.modules.module._has_any_global_hook()
     )
 

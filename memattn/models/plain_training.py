@@ -14,7 +14,7 @@ from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.models.plain_step import ATTENTION_WEIGHTS, MLP_WEIGHTS, plain_weights
 from memattn.nn import SegmentedAttention
 from memattn.nn.mlp import SwiGLU
-from memattn.ops._dispatch import has_cpp_kernel
+from memattn.ops._dispatch import has_cpp_kernel, untaken_transform
 from memattn.parts import PartConfig, PartContext
 from memattn.parts.base import is_bare
 from memattn.parts.causal import STEP_BACKENDS
@@ -98,5 +98,6 @@ def _nothing_watches() -> bool:
         AVAILABLE
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()
+        and untaken_transform() is None
         and not nn.modules.module._has_any_global_hook()
     )

@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from memattn.checks import must
 
@@ -72,9 +74,35 @@ def resolve_backend(
         query: The tensor whose dtype and device decide.
         name: What messages call it.
         operator: One that an extension built from earlier sources may lack: then it is not built.
+
+    Raises:
+        NotImplementedError: If kernels do not take the input, or a function is transformed around
+            the call in a way that they do not follow.
     """
     if not isinstance(backend, str):
         must("backend", f"be one of {', '.join(BACKENDS)}", type(backend).__name__, TypeError)
+    chosen = _choose(backend, query, name, operator)
+    transform = None if chosen == "reference" else untaken_transform()
+    if transform is not None:
+        got = f'"{chosen}"' if backend == chosen else f'"{backend}", which takes "{chosen}"'
+        must("backend", f'be "reference" in {transform}', got, NotImplementedError)
+    return chosen
+
+
+def untaken_transform() -> str | None:
+    """A transform around the call that custom operators do not follow; tangents would be zeros."""
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation, as by torch.func.jvp"
+    if torch.compiler.is_compiling():  # which cannot look at the other levels, nor trace through
+        return None
+    level = peek_interpreter_stack()
+    if level is not None and level.key() == TransformType.Grad:
+        return "torch.func.grad, vjp and what is built on them"
+    return None
+
+
+def _choose(backend: str, query: Tensor, name: str, operator: str | None) -> Backend:
+    """As ``resolve_backend``, by the input alone."""
     match backend:
         case "auto":
             if query.dtype == torch.float64:
