@@ -18,6 +18,7 @@ OTHERS = {
     "falcon": lambda: transformers.FalconConfig(**SIZES),
     "bloom": lambda: transformers.BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=4),
     "mpt": lambda: transformers.MptConfig(vocab_size=99, d_model=32, n_layers=1, n_heads=4),
+    "doge": lambda: transformers.DogeConfig(**SIZES, intermediate_size=40),
     "gpt_neo": lambda: transformers.GPTNeoConfig(
         vocab_size=99, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["local"], 1]]
     ),

@@ -49,6 +49,7 @@ from memattn.parts.token_order import TokenOrder, take_columns
 
 NAME = "memattn_segmented"
 FIELDS = ("memattn_segment_len", "memattn_window_size", "memattn_num_sink_tokens")
+OWN_MASKS = ("doge",)  # types of models that make a mask of their own from the values
 
 
 def register_hf_attention() -> None:
@@ -75,7 +76,8 @@ def _guarded(choose: Callable[..., Any]) -> Callable[..., Any]:
             module: Any
             for module in model.modules():
                 chosen = isinstance(module, PreTrainedModel) and module.config is text
-                if chosen and not module._can_set_attn_implementation():
+                takes = chosen and module._can_set_attn_implementation()
+                if chosen and not (takes and text.model_type not in OWN_MASKS):
                     raise NotImplementedError(
                         f"model must be one whose attention transformers can choose, for "
                         f'attn_implementation="{NAME}", got {type(module).__name__}'
