@@ -199,7 +199,9 @@ def test_an_attached_model_is_exact(architecture):
     model = make_attached(architecture, torch.float32, parts)
     assert model.reach == (6 if strategy in ("rolling", "hybrid") else 4)
     report = audit(model, seq_len=16)
-    assert report.verdict == "all 0 (not applicable: packed documents)", report.rows
+    # a window of transformers counts columns, not tokens
+    lacks = "holes, packed" if architecture in ("mistral", "gemma3") else "packed"
+    assert report.verdict == f"all 0 (not applicable: {lacks} documents)", report.rows
 
 
 def test_chapter_memory_starts_as_nothing_and_learns():

@@ -50,7 +50,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         (
             dict(T=3, H=4, Hkv=2, S=100),
             dict(query_offset=97, window_size=60, num_sink_tokens=20, seq_end=[100, 98]),
-            5,
+            4,
         ),
         (dict(T=2, S=33, dtype=torch.float16, Dv=8), dict(is_causal=False), 2),
         (dict(T=1, S=0), dict(), 1),

@@ -111,19 +111,21 @@ class MemAttnBlock(GradientCheckpointingLayer):
         for place in ("before_attention", "attention", "after_attention", "mlp", "after_mlp"):
             if place == "mlp":
                 modules = own["mlp_norm"], own["mlp"]
-                stepped = mlp_step(hidden_states, *modules, context)
-                if stepped is None:
+                stepped = None
+                if self.training:  # without gradients too: checkpointing begins so
                     stepped = mlp_sublayer(hidden_states, *modules, own["attention"], context)
+                if stepped is None:
+                    stepped = mlp_step(hidden_states, *modules, context)
                 if stepped is None:
                     stepped = hidden_states + self.mlp(self.mlp_norm(hidden_states))
                 hidden_states = stepped
             elif place == "attention":
                 modules = own["attention_norm"], own["attention"], self.part_configs["attention"]
                 stepped = None
-                if not self.has_beside:
-                    stepped = attention_step(hidden_states, *modules, context, cache)
-                if stepped is None and not self.has_beside:
+                if self.training and not self.has_beside:
                     stepped = attention_sublayer(hidden_states, *modules, context, cache)
+                if stepped is None and not self.has_beside:
+                    stepped = attention_step(hidden_states, *modules, context, cache)
                 if stepped is not None:
                     hidden_states = stepped
                     continue

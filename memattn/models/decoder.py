@@ -137,6 +137,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
             measure_losses=self.training if output_losses is None else output_losses,
             library=self.chapters if len(self.chapters) or self.chapters.is_recording else None,
             inputs=given,
+            newest_only=hidden_to_keep > 0,
             order=order,
         )
         all_hidden_states: list[Tensor] = []

@@ -44,6 +44,9 @@ def attention_step(
         return None
     weights, sources, given = found
     B, T, _ = hidden_states.shape
+    steps = T == 1 and B <= MAX_ROWS and cache is not None
+    if not (steps or context.newest_only):
+        return None  # logits of all tokens have the bits of the modules
     state = None if cache is None else cache.parts["attention"]
     empty = hidden_states.new_empty(B, attention.num_kv_heads, 0, attention.head_dim)
     if state is not None and not fits(state, empty):
@@ -56,7 +59,7 @@ def attention_step(
     else:
         key, value = (state.extend(name, T, empty) for name in ("key", "value"))
         context = replace(context, bounds=state.bounds)
-    if T == 1 and B <= MAX_ROWS and state is not None:
+    if steps:
         return torch.ops.memattn_cpp.attention_step(
             hidden_states,
             *weights,
@@ -122,6 +125,8 @@ def mlp_step(hidden_states: Tensor, norm: Any, mlp: Any, context: PartContext) -
     B, T, _ = hidden_states.shape
     if T == 1 and B <= MAX_ROWS:
         return torch.ops.memattn_cpp.swiglu_step(hidden_states, *weights, norm.eps)
+    if not context.newest_only:
+        return None  # as attention_step
     newest = T if context.newest is None else min(context.newest, T)
     return torch.ops.memattn_cpp.swiglu_rows(hidden_states, *weights, newest, norm.eps)
 
@@ -179,6 +184,8 @@ def may_step(hidden_states: Tensor, context: PartContext) -> bool:
     """Whether hidden states ``[B, T, E]`` are those of inference in float32 on the CPU."""
     return (
         not torch.compiler.is_compiling()
+        # checkpointing computes a layer again with gradients, in the same context
+        and not torch.is_grad_enabled()
         and hidden_states.dtype == torch.float32
         and hidden_states.is_cpu
         and hidden_states.is_contiguous()

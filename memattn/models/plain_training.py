@@ -77,8 +77,8 @@ def mlp_sublayer(
 
 
 def may_fuse(hidden_states: Tensor, context: PartContext) -> bool:
-    """Whether gradients are wanted of plain float32 on the CPU, and nothing watches operations."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    """Whether hidden states are plain float32 on the CPU, and nothing watches operations."""
+    if torch.compiler.is_compiling():
         return False
     if not hidden_states.is_cpu or hidden_states.dtype != torch.float32:
         return False

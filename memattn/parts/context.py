@@ -41,6 +41,7 @@ class PartContext:
         base: The module of attention itself, for such a part; else None.
         inputs: What the caller of the model gave to parts, by the names of ``PartConfig.inputs``.
         order: The order in which columns of the caller stand here, where rows have holes.
+        newest_only: Whether the caller wants logits of the newest tokens alone, as generation does.
         newest: Tokens, counted from the last, whose output of this layer anyone looks at; None is
             all. Only a layer without further parts is told, and no part is.
     """
@@ -65,6 +66,7 @@ class PartContext:
     base: nn.Module | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     order: TokenOrder | None = None
+    newest_only: bool = False
     newest: int | None = None
 
     def of_part(

@@ -48,9 +48,10 @@ class TokenOrder:
         return _take(x, self.index)
 
     def columns(self, x: Tensor) -> Tensor:
-        """The reverse of ``put``; 0 where there is no token."""
-        x = _take(x, self.place)
-        return torch.where(self.present.view(*self.present.shape, *[1] * (x.dim() - 2)), x, 0)
+        """The reverse of ``put``; 0 where a row with holes has no token."""
+        x, column = _take(x, self.place), torch.arange(x.shape[1], device=x.device)
+        kept = self.present | (self.index == column).all(1, keepdim=True)
+        return torch.where(kept.view(*kept.shape, *[1] * (x.dim() - 2)), x, 0)
 
     def next_labels(self, labels: Tensor, ignored: int = -100) -> Tensor:
         """What each column is to predict, ``[B, T]``, of labels of the columns.
