@@ -176,3 +176,14 @@ def test_logits_of_sinks_are_columns_of_the_softmax(dtype):
     high = run_with_gradients(joined, given, {}, dtype=torch.float64)
     assert_results_within_budget(actual, low, high)
     assert actual["d_sink_logits"].any()
+
+
+def test_a_logit_of_minus_infinity_is_no_sink():
+    t = make_segmented_inputs(B=1, H=2, Hkv=1, T=5, D=8)
+    options = dict(seq_end=torch.tensor([3], dtype=torch.int32))
+    given = {**t, "sink_logits": torch.full((2,), -torch.inf)}
+    actual = run_with_gradients(segmented_attention, given, options)
+    expected = run_with_gradients(segmented_attention, t, options)
+    assert not actual.pop("d_sink_logits").any()  # rows without a key gave NaN
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name

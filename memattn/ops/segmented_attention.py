@@ -86,7 +86,8 @@ def segmented_attention(
             more.
         sink_logits: ``[H]``, a logit for each query head that stands in the softmax beside the
             scores and has no value, as in gpt-oss: ``lse`` counts it, and ``out`` is smaller by
-            its weight. A query that sees no key keeps ``out = 0``, ``lse = -inf``.
+            its weight. A query that sees no key keeps ``out = 0``, ``lse = -inf``, and a head
+            whose logit is ``-inf`` has no such sink.
         is_causal: Whether a query sees only keys at or before its own position.
         persistent_key: ``[Hkv, P, D]``, keys that all queries of all sequences see.
         persistent_value: ``[Hkv, P, Dv]``.
@@ -224,8 +225,9 @@ def _beside_sink(found: AttentionOutput, sink_logits: Tensor | None) -> Attentio
         return found
     out, lse = found
     sink = sink_logits.to(lse.dtype)[:, None]  # [H, 1]
-    scaled = out * (lse - sink).sigmoid()[..., None]
     is_empty = lse == -torch.inf
+    seen = lse.masked_fill(is_empty, 0.0)  # no NaN where the sink is -inf as well
+    scaled = out * (seen - sink).sigmoid()[..., None]
     return AttentionOutput(
-        scaled.to(out.dtype), torch.where(is_empty, lse, torch.logaddexp(lse, sink))
+        scaled.to(out.dtype), torch.where(is_empty, lse, torch.logaddexp(seen, sink))
     )
