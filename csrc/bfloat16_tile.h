@@ -198,8 +198,9 @@ static MEMATTN_INLINE __m512i paired_rest(vf a, vf b) {
 }
 
 // Takes in one panel of scores, whole pairs of keys without their scale, and stores their weights as
-// pairs of keys [n / 2][PANEL], with FINE also what their rounding left, `rest`. Exponents are products and differences rounded one by one, as in plain
-// float32: so the largest key has weight 1 exactly at any size of the scores.
+// pairs of keys [n / 2][PANEL], with FINE also what their rounding left, `rest`. Exponents are
+// products and differences rounded one by one, as in plain float32: so the largest key has weight 1
+// exactly at any size of the scores.
 template <int NV, bool FINE>
 static MEMATTN_INLINE void pair_softmax_step(const float* scores, int64_t pairs, float scale2,
                                              SoftmaxState<NV>* state, vf* alpha, float* weights,

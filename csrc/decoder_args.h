@@ -16,7 +16,7 @@ inline void check_plain(const char* name, const Tensor& t, std::initializer_list
                   " must be a contiguous float32 tensor");
 }
 
-inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
+inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 // Keys or values of a cache, float32 [B, Hkv, S, D], with features one behind the other.
 inline void check_kept(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {

@@ -1,20 +1,12 @@
 // Rows of a decoder's hidden states between its matrix products, for training on the CPU: each
 // operator passes over memory once. Their gradients, and the layers made of them, are in
 // memattn/cpp/training_layers.py; the arithmetic is in training_rows_tile.h.
-#include "tensors.h"
+#include "decoder_args.h"
 
 namespace memattn {
 namespace {
 
 constexpr int64_t BLOCK = 64;  // rows that are handed out together, however many threads there are
-
-float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
-
-void check_rows(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-  check_shape(name, t, sizes);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(), name,
-                  " must be a contiguous float32 tensor");
-}
 
 // work(block, first row, row behind the last) for all blocks of rows
 template <class Work>
@@ -28,7 +20,7 @@ void for_blocks(int64_t rows, Work work) {
 std::tuple<Tensor, Tensor> norm_rows(Tensor x, Tensor weight, double eps) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have 2 axes");
   const int64_t N = x.size(0), E = x.size(1);
-  check_rows("x", x, {N, E}), check_rows("weight", weight, {E});
+  check_plain("x", x, {N, E}), check_plain("weight", weight, {E});
   Tensor out = empty({N, E}, x, ScalarType::Float), scale = empty({N}, x, ScalarType::Float);
   for_blocks(N, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
@@ -41,7 +33,7 @@ std::tuple<Tensor, Tensor> norm_rows(Tensor x, Tensor weight, double eps) {
 Tensor norm_rows_again(Tensor x, Tensor weight, Tensor scale) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have 2 axes");
   const int64_t N = x.size(0), E = x.size(1);
-  check_rows("x", x, {N, E}), check_rows("weight", weight, {E}), check_rows("scale", scale, {N});
+  check_plain("x", x, {N, E}), check_plain("weight", weight, {E}), check_plain("scale", scale, {N});
   Tensor out = empty({N, E}, x, ScalarType::Float);
   for_blocks(N, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
@@ -55,9 +47,9 @@ std::tuple<Tensor, Tensor> norm_rows_backward(Tensor d_out, Tensor x, Tensor wei
                                               OptionalTensor residual) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have 2 axes");
   const int64_t N = x.size(0), E = x.size(1), blocks = (N + BLOCK - 1) / BLOCK;
-  check_rows("d_out", d_out, {N, E}), check_rows("x", x, {N, E}), check_rows("weight", weight, {E});
-  check_rows("scale", scale, {N});
-  if (residual) check_rows("residual", *residual, {N, E});
+  check_plain("d_out", d_out, {N, E}), check_plain("x", x, {N, E}), check_plain("weight", weight, {E});
+  check_plain("scale", scale, {N});
+  if (residual) check_plain("residual", *residual, {N, E});
   Tensor d_x = empty({N, E}, x, ScalarType::Float), d_weight = empty({E}, x, ScalarType::Float);
   Buffer sums = buffer(blocks * E);
   std::fill(sums.get(), sums.get() + blocks * E, 0.0f);
@@ -84,7 +76,7 @@ struct Angles {
     STD_TORCH_CHECK(c->dim() == 4 && D % 2 == 0, "cos must have 4 axes, heads an even number of features");
     const int64_t rows = c->size(0);
     STD_TORCH_CHECK(rows == 1 || rows == B, "cos must have the batch of the heads, or 1");
-    check_rows("cos", *c, {rows, 1, T, D / 2}), check_rows("sin", *s, {rows, 1, T, D / 2});
+    check_plain("cos", *c, {rows, 1, T, D / 2}), check_plain("sin", *s, {rows, 1, T, D / 2});
     cos = floats(*c), sin = floats(*s), half = D / 2;
     batch = rows == 1 ? 0 : T * half;
   }
@@ -143,7 +135,7 @@ Tensor join_heads(Tensor d_query, Tensor d_key, Tensor d_value, OptionalTensor c
 Tensor gate_rows(Tensor gate, Tensor up) {
   STD_TORCH_CHECK(gate.dim() == 2, "gate must have 2 axes");
   const int64_t N = gate.size(0), F = gate.size(1);
-  check_rows("gate", gate, {N, F}), check_rows("up", up, {N, F});
+  check_plain("gate", gate, {N, F}), check_plain("up", up, {N, F});
   Tensor out = empty({N, F}, gate, ScalarType::Float);
   for_blocks(N, [&](int64_t, int64_t begin, int64_t end) {
     kernels().training.gate((end - begin) * F, floats(gate) + begin * F, floats(up) + begin * F,
@@ -155,7 +147,7 @@ Tensor gate_rows(Tensor gate, Tensor up) {
 std::tuple<Tensor, Tensor, Tensor> gate_rows_backward(Tensor d_out, Tensor gate, Tensor up) {
   STD_TORCH_CHECK(gate.dim() == 2, "gate must have 2 axes");
   const int64_t N = gate.size(0), F = gate.size(1);
-  check_rows("d_out", d_out, {N, F}), check_rows("gate", gate, {N, F}), check_rows("up", up, {N, F});
+  check_plain("d_out", d_out, {N, F}), check_plain("gate", gate, {N, F}), check_plain("up", up, {N, F});
   Tensor d_gate = empty({N, F}, gate, ScalarType::Float);
   Tensor d_up = empty({N, F}, gate, ScalarType::Float), out = empty({N, F}, gate, ScalarType::Float);
   for_blocks(N, [&](int64_t, int64_t begin, int64_t end) {
@@ -171,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_rows_backward(Tensor d_out, Tensor gate,
 Tensor cross_entropy_rows(Tensor logits, Tensor labels, int64_t ignored) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits must have 2 axes");
   const int64_t N = logits.size(0), V = logits.size(1);
-  check_rows("logits", logits, {N, V}), check_shape("labels", labels, {N});
+  check_plain("logits", logits, {N, V}), check_shape("labels", labels, {N});
   STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.is_contiguous(),
                   "labels must be contiguous int64");
   const auto* label = static_cast<const int64_t*>(labels.data_ptr());

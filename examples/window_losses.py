@@ -4,7 +4,7 @@
 
 Texts are cut into pieces of ``--length`` tokens. The model reads each with full attention, then
 with every window and number of sink tokens, and the mean loss of the tokens in its second half is
-measured, so that all of them have more before them than a window holds.
+measured: all of these have more before them than a window of less than half a piece holds.
 """
 
 import argparse
@@ -36,12 +36,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--update", help="write the table between the markers of this page")
     args = parser.parse_args(argv)
     try:
+        page = Path(args.update).read_text(encoding="utf-8") if args.update else BEGIN + END
+        if BEGIN not in page or END not in page:
+            raise ValueError(
+                f"update must be a page with {BEGIN.strip()} and {END.strip()}, got {args.update}"
+            )
         text = run(args)
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
     if args.update:
-        page = Path(args.update).read_text(encoding="utf-8")
         before, after = page.split(BEGIN)[0], page.split(END)[1]
         write_text(Path(args.update), f"{before}{BEGIN}{text}{END}{after}")
     else:
