@@ -381,7 +381,10 @@ def run_with_static_cache():
 
 
 def run_dense_mask():
-    make_model("llama")(make_tokens(T=4), attention_mask=torch.zeros(2, 1, 4, 4).double())
+    mask, model = torch.ones(2, 1, 4, 4), make_model("llama")
+    with pytest.raises(NotImplementedError, match="got torch.float64"):
+        model(make_tokens(T=4), attention_mask=mask.double())
+    model(make_tokens(T=4), attention_mask=mask.bool())
 
 
 def run_with_hole():

@@ -92,6 +92,11 @@ def test_a_token_before_a_hole_predicts_the_next_token():
         row = ids[there][None]
         losses += [model(row, labels=row).loss] * (row.shape[1] - 1)
     torch.testing.assert_close(loss, torch.stack(losses).mean())
+    rest = tokens.masked_fill(torch.arange(T) < T - 9, -100)
+    torch.testing.assert_close(
+        model(tokens, attention_mask=mask, labels=rest[:, -9:], logits_to_keep=9).loss,
+        model(tokens, attention_mask=mask, labels=rest.masked_fill(mask == 0, -100)).loss,
+    )
     ahead = torch.cat([tokens[:, 1:], torch.full((4, 1), -100)], 1)
     given = model(tokens, shift_labels=ahead).loss
     torch.testing.assert_close(given, model(tokens, labels=tokens).loss)

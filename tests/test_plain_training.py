@@ -187,6 +187,25 @@ def test_no_label_at_all():
     assert loss.isnan() and hidden.grad is not None and not hidden.grad.any()
 
 
+def test_the_loss_without_logits_is_differentiable_once():
+    """Also where every layer is twice: a constant would stand for its gradient."""
+    model, batch = make_model(backend="reference"), make_batch()
+    weight = model.model.embed_tokens.weight
+    loss = model(**batch, skip_logits=True).loss
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="skip_logits must be False for a second derivative"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("preset", ["vanilla", "segmented"])
+def test_a_batch_of_no_rows(preset):
+    model, ids = make_model(preset), torch.zeros(0, 5, dtype=torch.long)
+    output = model(ids, labels=ids)
+    output.logits.sum().backward()
+    assert output.logits.shape == (0, 5, 53)
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
 def test_skip_logits():
     model, batch = make_model(), make_batch()
     skipped, whole = model(**batch, skip_logits=True), model(**batch)

@@ -1,5 +1,7 @@
 """First tokens that all later ones see: what a cache keeps of them, and what masses they get."""
 
+import copy
+
 import pytest
 import torch
 
@@ -109,6 +111,9 @@ def test_crop_and_reset(model):
         assert_near(in_chunks(model, ids[:, begin:], cache, 3), whole[:, begin:])
     cache = MemAttnCache(model.config)
     model(ids[:, :20], past_key_values=cache)
+    with pytest.raises(ValueError, match="must leave what later tokens see"):
+        cache.crop(-15)  # which changes nothing
+    assert_near(in_chunks(model, ids[:, 20:], copy.deepcopy(cache), 3), whole[:, 20:])
     cache.reset(torch.tensor([True, False]))
     found = in_chunks(model, ids[:, 20:], cache, 3)
     assert_near(found[0], model(ids[:1, 20:]).logits[0])

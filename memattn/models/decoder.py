@@ -345,7 +345,9 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
             if given is not None and given.shape != last_hidden.shape[:2]:
                 must(name, f"have shape {list(last_hidden.shape[:2])}", list(given.shape))
         if labels is not None and shift_labels is None and outputs.order is not None:
-            shift_labels = outputs.order.next_labels(labels)
+            whole = labels.new_full(outputs.order.index.shape, -100)
+            whole[:, kept] = labels
+            shift_labels = outputs.order.next_labels(whole)[:, kept].contiguous()
         weight = None
         # a loss of the user's own gets logits
         own_loss = self.loss_function is ForCausalLMLoss and untaken_transform() is None

@@ -237,7 +237,11 @@ def hf_segmented_attention(
     if is_causal is False or not getattr(module, "is_causal", True):
         _lacks("is_causal", "be True")
     seq_start = seq_end = cu_seqlens = rows = None
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
+    if (
+        attention_mask is not None
+        and attention_mask.dtype == torch.bool
+        and attention_mask.dim() == 2
+    ):
         rows = _tokens(attention_mask, query.shape[2])
         query, key, value = map(take_columns, (query, key, value), rows.columns())
         seq_start = rows.seq_start

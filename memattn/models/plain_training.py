@@ -82,7 +82,9 @@ def may_fuse(hidden_states: Tensor, context: PartContext) -> bool:
         return False
     if not hidden_states.is_cpu or hidden_states.dtype != torch.float32:
         return False
-    return hidden_states.is_contiguous() and context.once("may fuse", _nothing_watches)
+    if not hidden_states.is_contiguous() or not hidden_states.numel():
+        return False
+    return context.once("may fuse", _nothing_watches)
 
 
 def output_weight(head: nn.Module) -> Tensor | None:

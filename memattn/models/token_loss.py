@@ -43,9 +43,10 @@ def next_token_loss(
         IndexError, RuntimeError: If a label is neither ``-100`` nor a word, where that is seen.
 
     Note:
-        Differentiable once, in ``hidden_states`` and ``weight``. Source: Hsu et al. (2024),
-        https://arxiv.org/abs/2410.10989, section 3.2. Differs: gradients are those of the sum, and
-        of the weight in float32, so that half precision loses nothing to the number of labels.
+        Differentiable once, in ``hidden_states`` and ``weight``; a second derivative is refused.
+        Source: Hsu et al. (2024), https://arxiv.org/abs/2410.10989, section 3.2. Differs: gradients
+        are those of the sum, and of the weight in float32, so that half precision loses nothing to
+        the number of labels.
     """
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
@@ -121,21 +122,36 @@ def _none(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.dtype = inputs[1].dtype
+@torch.library.custom_op("memattn::linear_cross_entropy_backward", mutates_args=())
+def _backward(
+    d_total: Tensor, d_hidden: Tensor, d_weight: Tensor, hidden: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients times that of the sum; ``hidden`` and ``weight`` say what they depend on."""
+    return (d_hidden * d_total).to(hidden.dtype), (d_weight * d_total).to(weight.dtype)
 
 
-def _differentiate(ctx: Any, d_total: Tensor, *_: Any) -> tuple:
-    needed = ctx.needs_input_grad
-    d_hidden, d_weight = ctx.saved_tensors
-    return (
-        (d_hidden * d_total).to(d_hidden.dtype) if needed[0] else None,
-        (d_weight * d_total).to(ctx.dtype) if needed[1] else None,
-        *[None] * 3,
+@_backward.register_fake
+def _(d_total, d_hidden, d_weight, hidden, weight):
+    return torch.empty_like(d_hidden), torch.empty_like(d_weight, dtype=weight.dtype)
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "skip_logits must be False for a second derivative: this loss is differentiable once"
     )
 
 
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*output[1:], *inputs[:2])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_total: Tensor, *_: Any) -> tuple:
+    found = torch.ops.memattn.linear_cross_entropy_backward(d_total, *ctx.saved_tensors)
+    needed = ctx.needs_input_grad
+    return *(x if need else None for x, need in zip(found, needed[:2], strict=True)), *[None] * 3
+
+
 _linear_cross_entropy.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse)

@@ -169,6 +169,8 @@ class SequenceStates:
         p, start, end = self.position, self.seq_start, self.seq_end
         if not p or start is None or end is None or len(start) != B or start.any():
             return False
+        if self.columns is not None:
+            return False
         if not (end == OPEN_END).all() or (max_length is not None and p + T > max_length):
             return False
         if mask is None:

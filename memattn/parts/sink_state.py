@@ -1,5 +1,6 @@
 """What attention with sinks keeps of a sequence: its last tokens, and the first beside them."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -101,12 +102,8 @@ class SinkState(PartState):
             taken = _gather(self.rows[SINK + name], number.clamp(0, n - 1))
             self.tokens[name] = torch.where(is_first.view(shape).to(states.device), taken, states)
 
-    def check_crop(
-        self, num_columns: int, oldest: int, visible: int, counts: Tensor | None = None
-    ) -> None:
-        rows, self.rows = self.rows, {}
-        super().check_crop(num_columns, oldest, visible, counts)
-        self.rows = rows
+    def _restored(self) -> Iterable[str]:
+        return ()  # its rows are first tokens
 
 
 def _gather(tokens: Tensor, places: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a sequence keeps of one part in one layer, between calls of the model."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -287,11 +287,15 @@ class PartState:
             why = "leave what later tokens see (see activate_past_recording)"
             must("tokens_to_remove", why, -num_columns)
         removed = num_columns if counts is None else int(counts.max())
-        for name in self.rows:
+        for name in self._restored():
             past = self.history[name].shape[1] - 1 if name in self.history else 0
             if removed > past:
                 why = f"be at least {-past}, what {self.kind} has recorded"
                 must("tokens_to_remove", f"{why} (see activate_past_recording)", -removed)
+
+    def _restored(self) -> Iterable[str]:
+        """Names of the row tensors that a crop restores from their history."""
+        return self.rows
 
     def crop(self, num_columns: int, counts: Tensor | None = None) -> None:
         """Forget the newest columns, and then what no later token can see.
