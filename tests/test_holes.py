@@ -84,6 +84,40 @@ def test_rows_with_holes_are_selected_merged_saved_and_cropped(system, tmp_path)
     torch.testing.assert_close(actual[there[:, 29:]], expected[:, 29:][there[:, 29:]], **EXACT)
 
 
+@pytest.mark.parametrize("way", ["moved", "merged", "loaded"])
+@pytest.mark.parametrize("system", ["segments", "both"])
+def test_a_crop_of_rows_that_moved_is_exact_or_refused(system, way, tmp_path):
+    model, tokens, cropped = make_model(system), make_tokens(4, T), []
+    mask = torch.ones(4, T, dtype=torch.long)
+    mask[0, 12:17], mask[1, 5:9], mask[2, 14:16] = 0, 0, 0
+    there, expected = mask == 1, alone(model, tokens, mask)
+    for position in range(17, 8, -1):
+        _, cache = run_pieces(model, tokens[:, :18], mask[:, :18], [2, 9, 16])
+        if way == "merged":
+            cache = MemAttnCache.merge(cache.split(1))
+        if way == "loaded":
+            cache.save(tmp_path / "cache")
+            cache = MemAttnCache.load(tmp_path / "cache")
+        try:
+            cache.crop(position - 18)
+        except ValueError as error:
+            assert "must leave what later tokens see" in str(error)
+        else:
+            cropped.append(position)
+            rest, _ = run_pieces(model, tokens, mask, [], cache, begin=position)
+            known = there[:, position:]
+            torch.testing.assert_close(rest[known], expected[:, position:][known], **EXACT)
+    assert len(cropped) < 9 and (cropped or system == "both")  # whose window needs every token
+
+
+@pytest.mark.parametrize("system", ["vanilla", "both"])
+def test_a_batch_without_rows(system):
+    model, tokens = make_model(system), make_tokens(4, 6)[:0]
+    cache = MemAttnCache(model.config)
+    for _ in range(2):
+        assert logits_of(model, tokens, past_key_values=cache).shape == (0, 6, VOCAB)
+
+
 def test_a_token_before_a_hole_predicts_the_next_token():
     model, tokens, mask = make_model("vanilla"), make_tokens(4, T), make_mask()
     loss = model(tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100)).loss
@@ -92,10 +126,14 @@ def test_a_token_before_a_hole_predicts_the_next_token():
         row = ids[there][None]
         losses += [model(row, labels=row).loss] * (row.shape[1] - 1)
     torch.testing.assert_close(loss, torch.stack(losses).mean())
-    rest = tokens.masked_fill(torch.arange(T) < T - 9, -100)
+    labels, last = (
+        tokens.masked_fill(mask == 0, -100),
+        mask.cumsum(1) - mask[:, :-9].sum(1)[:, None],
+    )
     torch.testing.assert_close(
-        model(tokens, attention_mask=mask, labels=rest[:, -9:], logits_to_keep=9).loss,
-        model(tokens, attention_mask=mask, labels=rest.masked_fill(mask == 0, -100)).loss,
+        model(tokens, attention_mask=mask, labels=labels[:, -9:], logits_to_keep=9).loss,
+        # the first token of the last nine columns is predicted before them
+        model(tokens, attention_mask=mask, labels=labels.masked_fill(last < 2, -100)).loss,
     )
     ahead = torch.cat([tokens[:, 1:], torch.full((4, 1), -100)], 1)
     given = model(tokens, shift_labels=ahead).loss

@@ -125,8 +125,13 @@ class MemAttnCache(SequenceStates, Cache):
         for i, layer in enumerate(merged.layers):
             for name, state in layer.parts.items():
                 parts = [cache.layers[i].parts[name] for cache in caches]
-                layer.parts[name] = state.merge(parts)
-                layer.parts[name].realign(merged.seq_start, position)
+                layer.parts[name] = joined = state.merge(parts)
+                floors = (
+                    part.first_kept(cache.position, cache.batch_size) + position - cache.position
+                    for part, cache in zip(parts, caches, strict=True)
+                )
+                joined.floor = torch.cat(list(floors))
+                joined.realign(merged.seq_start, position)
         merged._trim()
         return merged
 

@@ -43,6 +43,8 @@ def write_cache(path: str | os.PathLike[str], cache: SavedCache) -> None:
             kinds = {"tokens": state.tokens, "rows": state.rows}
             if state.restart is not None:
                 kinds["restart"] = {"rows": state.restart}
+            if state.floor is not None:
+                kinds["floor"] = {"rows": state.floor}
             tensors |= {
                 f"layers.{i}.{name}.{kind}.{key}": tensor
                 for kind, group in kinds.items()
@@ -77,8 +79,8 @@ def read_cache(path: str | os.PathLike[str], device: str | torch.device) -> Save
             continue
         _, i, part, kind, key = name.split(".", 4)
         state = layers[int(i)][part]
-        if kind == "restart":
-            state.restart = tensor.cpu()
+        if kind in ("restart", "floor"):
+            setattr(state, kind, tensor.cpu())
         else:
             getattr(state, kind)[key] = tensor
     position = int(metadata["position"])

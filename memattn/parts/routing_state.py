@@ -140,7 +140,7 @@ class RoutingState(PartState):
         return after, away, (self.rows["known"] - away).clamp(min=0)
 
     def check_crop(
-        self, num_columns: int, oldest: int, visible: int, counts: Tensor | None = None
+        self, num_columns: int, position: int, lacks: bool, counts: Tensor | None = None
     ) -> None:
         if not self.rows or (not num_columns and counts is None):
             return
@@ -149,7 +149,8 @@ class RoutingState(PartState):
         assert R is not None and W is not None
         after, _, known = self._cropped(removed)
         needed = after.clamp(max=max(R, W - 1))
-        if ((after > 0) & (known < 1)).any() or (needed > self.kept - removed).any():
+        kept = (position - self.first_kept(position, len(after))).to(after.device)
+        if ((after > 0) & (known < 1)).any() or (needed > kept - removed).any():
             why = f"be at least {-R}, the routing block of {self.kind}"
             must("tokens_to_remove", f"{why} (see activate_past_recording)", -num_columns)
 

@@ -94,8 +94,8 @@ class SequenceStates:
             must("past_key_values", f"have {len(wanted)} layers", len(self.layers))
         for i, (layer, parts) in enumerate(zip(self.layers, wanted, strict=True)):
             if not _fit(layer.parts, parts):
-                expected = ", ".join(map(_describe, parts.values()))
-                got = ", ".join(map(_describe, layer.parts.values()))
+                expected = ", ".join(map(str, parts.values()))
+                got = ", ".join(map(str, layer.parts.values()))
                 must("past_key_values", f"be of {expected} in layer {i}", got)
 
     def append_columns(
@@ -185,12 +185,18 @@ class SequenceStates:
         by = (self.position - self.seq_end).clamp(min=0)
         if by.any():
             self.columns = self.present
-            for state in self._states():
-                state.move(by)
+            self._move(by)
             self.seq_start = self.seq_start + by
             for state in self._states():
                 state.realign(self.seq_start, self.position)
         self.seq_end = torch.full_like(by, OPEN_END)
+
+    def _move(self, by: Tensor) -> None:
+        """Move what is kept of each row ``by`` int64 ``[B]`` columns to the right."""
+        for state in self._states():
+            floor = state.first_kept(self.position, len(by)) + by
+            state.move(by)
+            state.floor = floor
 
     @property
     def present(self) -> Tensor:
@@ -258,7 +264,7 @@ class SequenceStates:
             kind = (state.segment_len, state.window_size)
             if kind not in first:
                 visible = state.visible_from(self.position, self.seq_start, self.seq_end)
-                first[kind] = int(visible.min())
+                first[kind] = int(visible.min()) if len(visible) else self.position
             state.keep = self.position - first[kind]
         for layer in self.layers:
             layer.position = self.position
@@ -370,14 +376,15 @@ class SequenceStates:
             by = counts - removed
             start = start + by
         for state in self._states():
-            oldest = self.position - state.kept
-            visible = int((state.visible_from(position, start, end) - by).min())
-            state.check_crop(removed, oldest, visible, counts)
+            needed = state.visible_from(position, start, end) - by
+            # a row that is left without tokens needs none
+            needed = torch.where(start < position, needed, self.position)
+            lacks = bool((needed < state.first_kept(self.position, len(by))).any())
+            state.check_crop(removed, self.position, lacks, counts)
         if counts is not None:
             self.columns = self.present[:, :position]
             if by.any():
-                for state in self._states():
-                    state.move(by)
+                self._move(by)
         self.seq_start, self.seq_end, self.position = start, end, position
         self._mark_visible()
         for state in self._states():
@@ -389,11 +396,3 @@ class SequenceStates:
 def _fit(own: Mapping[str, PartState], wanted: Mapping[str, PartState]) -> bool:
     """Whether states are of the same parts."""
     return own.keys() == wanted.keys() and all(own[name].fits(wanted[name]) for name in own)
-
-
-def _describe(state: PartState) -> str:
-    """A state in words, with what is not None."""
-    facts = {name: value for name, value in state.describe().items() if value is not None}
-    kind = facts.pop("kind")
-    inside = ", ".join(f"{name}={value}" for name, value in facts.items())
-    return f"{kind or 'attention'}({inside})" if inside else kind or "attention"

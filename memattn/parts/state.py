@@ -63,6 +63,9 @@ class PartState:
         self._restarting: Tensor | None = None  # those that begin with this call
         self._before: dict[str, Tensor] = {}
         self.keep = 0  # newest tokens that later ones can see, set by the cache
+        # int64 [B], columns from which on the tokens kept are those of each row, once rows have
+        # moved; what stands before is padding. Set by the cache.
+        self.floor: Tensor | None = None
         self.bounds = SequenceBounds(None, None)  # of this call, set by the cache
         self.start: int | None = None  # column where all rows begin, if one, set by the cache
         self.lead = 0  # entries that this call puts before those kept
@@ -76,6 +79,12 @@ class PartState:
     def describe(self) -> dict[str, Any]:
         """Arguments that make an empty one, as plain values."""
         return dict(kind=self.kind, segment_len=self.segment_len, window_size=self.window_size)
+
+    def __str__(self) -> str:
+        facts = {name: value for name, value in self.describe().items() if value is not None}
+        kind = facts.pop("kind") or "attention"
+        inside = ", ".join(f"{name}={value}" for name, value in facts.items())
+        return f"{kind}({inside})" if inside else kind
 
     def fits(self, other: "PartState") -> bool:
         """Whether this is a state of the same part; files of the first format name no part."""
@@ -220,8 +229,14 @@ class PartState:
         for name in ("tokens", "rows", "history"):
             setattr(other, name, {k: function(v) for k, v in getattr(self, name).items()})
         other.restart = None if self.restart is None else function(self.restart)
+        other.floor = None if self.floor is None else function(self.floor).cpu()
         other.keep = self.keep
         return other
+
+    def first_kept(self, position: int, batch_size: int) -> Tensor:
+        """First of ``position`` columns whose token is kept, int64 ``[B]``."""
+        oldest = torch.full((batch_size,), position - self.kept)
+        return oldest if self.floor is None else self.floor.maximum(oldest)
 
     @classmethod
     def merge(cls, states: "list[PartState]") -> "PartState":
@@ -273,17 +288,17 @@ class PartState:
             self.history[name] = _moved(past, by, 1)
 
     def check_crop(
-        self, num_columns: int, oldest: int, visible: int, counts: Tensor | None = None
+        self, num_columns: int, position: int, lacks: bool, counts: Tensor | None = None
     ) -> None:
         """Raise unless the newest columns can be forgotten.
 
         Args:
             num_columns: How many.
-            oldest: Column of the first token that is kept.
-            visible: First column that is needed afterwards.
+            position: Columns that there are.
+            lacks: Whether a row will need a token that is not kept.
             counts: int64 ``[B]``, how many of them hold tokens, where rows have holes.
         """
-        if self.tokens and visible < oldest:
+        if self.tokens and lacks:
             why = "leave what later tokens see (see activate_past_recording)"
             must("tokens_to_remove", why, -num_columns)
         removed = num_columns if counts is None else int(counts.max())

@@ -172,9 +172,9 @@ class TitansState(PartState):
         return self._memory.crop(counts.to(seen.device))
 
     def check_crop(
-        self, num_columns: int, oldest: int, visible: int, counts: Tensor | None = None
+        self, num_columns: int, position: int, lacks: bool, counts: Tensor | None = None
     ) -> None:
-        if self.tokens and visible < oldest:
+        if self.tokens and lacks:
             why = "leave what later tokens see (see activate_past_recording)"
             must("tokens_to_remove", why, -num_columns)
         if self.rows and (num_columns or counts is not None):
