@@ -1,72 +1,27 @@
 """memattn_segmented inside transformers' own Qwen2, Qwen3 and Llama."""
 
 import copy
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from model_factories import VOCAB, enable_checkpointing, make_tokens, pad_left, perturb
+from hf_attention_factories import CONFIGS, EXACT, GREEDY, SIZES, make_model, make_padded
+from model_factories import enable_checkpointing, make_tokens, pad_left, perturb
 from transformers import (
     AutoModelForCausalLM,
     GptOssConfig,
     Llama4TextConfig,
-    LlamaConfig,
     Qwen2Config,
-    Qwen3Config,
-    StaticCache,
 )
-
-from memattn.models.hf_attention import hf_segmented_attention, hf_sequence_bounds
 
 ROOT = Path(__file__).parent.parent
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=40,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
-MIXED = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
-CONFIGS = {
-    "qwen2": lambda: Qwen2Config(**SIZES),
-    "qwen2-sliding": lambda: Qwen2Config(**SIZES, **MIXED),  # the second of two layers
-    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
-    "llama": lambda: LlamaConfig(**SIZES),
-}
-GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
-EXACT = dict(rtol=0, atol=1e-10)
 
 
 @pytest.fixture(params=CONFIGS)
 def name(request):
     return request.param
-
-
-def make_model(name, dtype=torch.float64, implementation="memattn_segmented", **fields):
-    torch.manual_seed(0)
-    config = CONFIGS[name]()
-    for field, value in fields.items():
-        setattr(config, field, value)
-    model = perturb(AutoModelForCausalLM.from_config(config).to(dtype).eval())
-    model.set_attn_implementation(implementation)
-    assert model.config._attn_implementation == implementation
-    return model
-
-
-def make_padded(side, T=23):
-    tokens = make_tokens(B=3, T=T)
-    columns = torch.arange(T)
-    begin = torch.tensor([0, 6, 1] if "left" in side else [0, 0, 0])[:, None]
-    end = torch.tensor([T, T - 5, T - 1] if "right" in side else [T, T, T])[:, None]
-    mask = ((columns >= begin) & (columns < end)).long()
-    return tokens * mask, mask
 
 
 def dense_mask(mask, segment_len, window_size, dtype):
@@ -369,106 +324,3 @@ def test_compiles():
     actual = compiled(tokens, attention_mask=mask, use_cache=False).logits[mask == 1]
     expected = model(tokens, attention_mask=mask, use_cache=False).logits[mask == 1]
     torch.testing.assert_close(actual, expected)
-
-
-def run_with_dropout():
-    make_model("llama", attention_dropout=0.1).train()(make_tokens())
-
-
-def run_with_static_cache():
-    model = make_model("llama", torch.float32)
-    model(make_tokens(), past_key_values=StaticCache(model.config, max_cache_len=32))
-
-
-def run_dense_mask():
-    mask, model = torch.ones(2, 1, 4, 4), make_model("llama")
-    with pytest.raises(NotImplementedError, match="got torch.float64"):
-        model(make_tokens(T=4), attention_mask=mask.double())
-    model(make_tokens(T=4), attention_mask=mask.bool())
-
-
-def run_with_hole():
-    mask = torch.tensor([[1, 0, 1, 1, 1, 1, 1], [1] * 7])
-    make_model("qwen2-sliding")(make_tokens(T=7), attention_mask=mask)
-
-
-def run_other_bounds():
-    bounds = dict(cu_seq_lens_q=torch.tensor([0, 2, 4]).int())
-    bounds["cu_seq_lens_k"] = torch.tensor([0, 3, 4]).int()
-    make_model("llama")(make_tokens(B=1, T=4), use_cache=False, **bounds)
-
-
-def run_short_mask():
-    model = make_model("llama")
-    cache = model(make_tokens(T=4)).past_key_values
-    model(make_tokens(T=1), past_key_values=cache, attention_mask=torch.ones(2, 1))
-
-
-def run_bidirectional():
-    make_model("llama", is_causal=False)(make_tokens())
-
-
-def call(**options):
-    states = torch.zeros(1, 2, 3, 8)
-    hf_segmented_attention(torch.nn.Module(), states, states, states, None, **options)
-
-
-def bounds(**options):
-    hf_sequence_bounds(1, 3, 3, **options)
-
-
-class Chunked:
-    attention_chunk_size = 8
-
-
-@pytest.mark.parametrize(
-    "use, error, message",
-    [
-        (run_with_dropout, NotImplementedError, "attention_dropout must be 0 in training"),
-        (run_with_static_cache, NotImplementedError, "past_key_values must be a dynamic cache"),
-        (run_dense_mask, NotImplementedError, r"attention_mask must be a padding mask \[B, S\]"),
-        (run_with_hole, NotImplementedError, "attention_mask must have one block of ones .* of 5;"),
-        (run_other_bounds, NotImplementedError, "cu_seq_lens_k must be cu_seq_lens_q"),
-        (run_short_mask, ValueError, r"attention_mask must have shape \[B=2, 5\], got \[2, 1\]"),
-        (run_bidirectional, NotImplementedError, "is_causal must be True"),
-        (
-            lambda: make_model("llama", memattn_segment_len=0)(make_tokens()),
-            ValueError,
-            "config.memattn_segment_len must be at least 1, got 0",
-        ),
-        (
-            lambda: make_model("llama", memattn_window_size=2.5)(make_tokens()),
-            TypeError,
-            "config.memattn_window_size must be an integer, got float",
-        ),
-        (lambda: call(softcap=30.0), NotImplementedError, "softcap must be None"),
-        (lambda: call(is_causal=False), NotImplementedError, "is_causal must be True"),
-        (lambda: bounds(use_vmap=True), NotImplementedError, "mask_function must be causal"),
-        (
-            lambda: bounds(config=Chunked()),
-            NotImplementedError,
-            "config.attention_chunk_size must be None .* set memattn_segment_len instead",
-        ),
-        (
-            lambda: bounds(
-                mask_function=lambda b, h, q, kv: (kv <= q) | (b >= 0), allow_is_causal_skip=False
-            ),
-            NotImplementedError,
-            "mask_function must be causal, without blocks that see ahead",
-        ),
-    ],
-)
-def test_unsupported_uses_are_refused(use, error, message):
-    with pytest.raises(error, match=message):
-        use()
-
-
-def test_losses_by_window():
-    loss = runpy.run_path(str(ROOT / "examples/window_losses.py"))["second_half_loss"]
-    model, pieces = make_model("llama"), make_tokens(B=3, T=20)
-    full = loss(model, pieces)
-    logits = model(pieces).logits[:, 9:-1].flatten(0, 1)
-    expected = torch.nn.functional.cross_entropy(logits.float(), pieces[:, 10:].flatten()).item()
-    assert full == pytest.approx(expected)
-    assert loss(model, pieces, window=4, sinks=20) == pytest.approx(full)
-    assert abs(loss(model, pieces, window=4) - full) > abs(loss(model, pieces, 20) - full)
