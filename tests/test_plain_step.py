@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from sublayer_spies import spy_on
 from torch import Tensor, nn
 
 from memattn.models import (
@@ -67,21 +68,9 @@ def decode(model: MemAttnForCausalLM, ids: Tensor, mask: Tensor | None = None) -
 @pytest.fixture
 def steps(monkeypatch) -> list[bool]:
     """Whether each call of a sublayer was one call of an operator; none is of all layers."""
-    found: list[bool] = []
     monkeypatch.setattr(decoder, "decoder_step", lambda *_: None)
-
-    def spy(function):
-        def call(*args):
-            result = function(*args)
-            if args[0].shape[1] == 1:
-                found.append(result is not None)
-            return result
-
-        return call
-
-    for name in ("attention_step", "mlp_step"):
-        monkeypatch.setattr(block, name, spy(getattr(block, name)))
-    return found
+    is_step = lambda hidden_states, *_: hidden_states.shape[1] == 1
+    return spy_on(monkeypatch, "attention_step", "mlp_step", counts=is_step)
 
 
 @pytest.mark.parametrize("preset", MODELS)

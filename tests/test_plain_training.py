@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from sublayer_spies import spy_on
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.models import MemAttnConfig, MemAttnForCausalLM, block, plain_training, token_loss
+from memattn.models import MemAttnConfig, MemAttnForCausalLM, plain_training, token_loss
 from memattn.testing import assert_within_budget
 
 pytestmark = [
@@ -53,19 +54,7 @@ def gradients(model: MemAttnForCausalLM, **options: Any) -> dict[str, Tensor]:
 @pytest.fixture
 def fused(monkeypatch) -> list[bool]:
     """Whether each sublayer was few operators."""
-    found: list[bool] = []
-
-    def spy(function):
-        def call(*args):
-            result = function(*args)
-            found.append(result is not None)
-            return result
-
-        return call
-
-    for name in ("attention_sublayer", "mlp_sublayer"):
-        monkeypatch.setattr(block, name, spy(getattr(block, name)))
-    return found
+    return spy_on(monkeypatch, "attention_sublayer", "mlp_sublayer")
 
 
 @pytest.mark.parametrize("preset", MODELS)

@@ -211,17 +211,26 @@ class _Auditor:
             yield "padding", None, 0.0, "forward takes no attention_mask"
             return
         for side in ("left", "right"):
-            changes, pairs = [], []
-            # one row at a time: what rows do to each other is another check
-            for b, real in enumerate(self.real(self.lengths, side).split(1)):
-                ids, mask = self.ids[b : b + 1], real.long()
-                other = torch.where(real, ids, self.other[b : b + 1])
-                one: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-                changes.append((one, {"input_ids": other, "attention_mask": mask}, real))
-                alone = self.probe(ids[real][None])[0]
-                pairs.append((self.probe(**one)[0][real][None], alone, 0))
+            changes, pairs = self.absent(self.real(self.lengths, side))
             yield self.exact(f"content, {side}", changes)
             yield self.close(f"{side} vs none", pairs)
+
+    def absent(
+        self, present: Tensor
+    ) -> tuple[list[tuple[dict, dict, Tensor]], list[tuple[Tensor, Tensor, int]]]:
+        """For ``exact``, other tokens where none is present; for ``close``, rows with and without.
+
+        One row at a time: what rows do to each other is another check.
+        """
+        changes, pairs = [], []
+        for b, real in enumerate(present.split(1)):
+            ids, mask = self.ids[b : b + 1], real.long()
+            other = torch.where(real, ids, self.other[b : b + 1])
+            one: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+            changes.append((one, {"input_ids": other, "attention_mask": mask}, real))
+            alone = self.probe(ids[real][None])[0]
+            pairs.append((self.probe(**one)[0][real][None], alone, 0))
+        return changes, pairs
 
     def holes(self) -> Iterator[Finding]:
         if not self.probe.takes("attention_mask"):
@@ -230,14 +239,7 @@ class _Auditor:
         if not self.probe.takes("position_ids"):
             yield "holes", None, 0.0, "forward takes no position_ids, and counts columns"
             return
-        changes, pairs = [], []
-        for b, real in enumerate(self.scattered().split(1)):
-            ids, mask = self.ids[b : b + 1], real.long()
-            other = torch.where(real, ids, self.other[b : b + 1])
-            one: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-            changes.append((one, {"input_ids": other, "attention_mask": mask}, real))
-            alone = self.probe(ids[real][None])[0]
-            pairs.append((self.probe(**one)[0][real][None], alone, 0))
+        changes, pairs = self.absent(self.scattered())
         yield self.exact("content", changes)
         window = min(_lengths(self.probe.config, COLUMN_WINDOWS), default=self.seq_len)
         if window < self.seq_len:
