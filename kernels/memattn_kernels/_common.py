@@ -142,12 +142,12 @@ def power(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def score_scales(scale, softcap, dtype: tl.constexpr):
-    """The factor of products under a cap, None without one, and that of exponents of ``power``."""
+def score_scale(scale, softcap, dtype: tl.constexpr):
+    """The factor that makes exponents of ``power`` from ``cap_products``."""
     if softcap is None:
-        return None, scale * exponent_factor(dtype)
+        return scale * exponent_factor(dtype)
     else:
-        return scale / softcap, softcap * exponent_factor(dtype)
+        return softcap * exponent_factor(dtype)
 
 
 @triton.jit

@@ -1,10 +1,10 @@
 """One tile of scores, forward and backward, and the loops over the tiles in reach.
 
 Weights of the backward are ``exp(score - lse)``, where ``lse`` and the scores' ``scale`` have
-``exponent_factor`` in them and ``lse`` is infinite for a row without keys. Both ``scale`` and
-``cap_scale`` are those of ``score_scales``. A *target* adds the gradient through a second softmax
-over the same keys, whose own part of the output is not asked for: its weights times minus
-``delta_target``.
+``exponent_factor`` in them and ``lse`` is infinite for a row without keys. With a ``cap_scale``
+scores are the ``cap_products``, and ``scale`` is a ``score_scale``. A *target* adds the gradient
+through a second softmax over the same keys, whose own part of the output is not asked for: its
+weights times minus ``delta_target``.
 """
 
 import triton

@@ -15,7 +15,7 @@ from memattn_kernels._common import (
     n_partial_tiles,
     partial_tile,
     power,
-    score_scales,
+    score_scale,
     sequence_of,
     store_tile,
     tile_ranges,
@@ -61,7 +61,7 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
                BLOCK_DV: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """One tile of queries from row ``t``; scores are transposed: keys by queries.
 
-    ``lse`` has ``exponent_factor`` in it; both scales are those of ``score_scales``.
+    ``lse`` has ``exponent_factor`` in it; ``scale`` is a ``score_scale``.
     """
     columns = tl.arange(0, BLOCK_M)
     offs_m = t + columns
@@ -150,7 +150,10 @@ def segmented_attention_bwd_dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
 
-    cap_scale, exponent_scale = score_scales(scale, softcap, k.dtype)
+    cap_scale = softcap
+    if softcap is not None:
+        cap_scale = scale / softcap
+    exponent_scale = score_scale(scale, softcap, k.dtype)
     for g in range(G):
         h = h_kv * G + g
         head_q_ptr = q_ptr + b * stride_qb + h * stride_qh

@@ -9,7 +9,7 @@ import triton.language as tl
 from memattn_kernels._common import (
     exponent_factor,
     load_tile,
-    score_scales,
+    score_scale,
     sequence_of,
     store_tile,
 )
@@ -77,7 +77,10 @@ def segmented_attention_bwd_dq_kernel(
     residual = lse
     if IS_CORRECTED:
         residual = tl.load(residual_ptr + row, mask=mask_m, other=0.0)
-    cap_scale, exponent_scale = score_scales(scale, softcap, q.dtype)
+    cap_scale = softcap
+    if softcap is not None:
+        cap_scale = scale / softcap
+    exponent_scale = score_scale(scale, softcap, q.dtype)
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     # float32 results show the rounding of out and lse in delta, most where dS cancels (a row with
     # one key): there dS without d_lse must sum to 0, so the rest of that sum corrects delta, and

@@ -15,7 +15,7 @@ from memattn_kernels._common import (
     finish_softmax,
     load_tile,
     rows,
-    score_scales,
+    score_scale,
     sequence_of,
     store_tile,
 )
@@ -68,7 +68,10 @@ def segmented_attention_fwd_kernel(
     start, end, first_segment = sequence_of(i, b, documents_ptr, seq_start_ptr, seq_end_ptr, S)
     valid = (offs_m < T) & (i >= start) & (i < end)
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, t, stride_qt, T, D, BLOCK_M, BLOCK_D, True)
-    cap_scale, scale = score_scales(scale, softcap, q.dtype)
+    cap_scale = softcap
+    if softcap is not None:
+        cap_scale = scale / softcap
+    scale = score_scale(scale, softcap, q.dtype)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
