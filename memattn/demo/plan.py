@@ -61,6 +61,7 @@ class Plan:
         step_tokens: Tokens in a step.
         train_tokens: Tokens to train on.
         held_out_tokens: Tokens held out.
+        held_out_bytes: Bytes of their text.
         device: Where it runs.
         evaluations: Held-out evaluations in every run, decided after the warm-up.
         stages: The warm-up, and what was planned since.
@@ -70,6 +71,7 @@ class Plan:
     step_tokens: int
     train_tokens: int
     held_out_tokens: int
+    held_out_bytes: int
     device: str
     evaluations: int = EVALUATIONS
     stages: list[Stage] = field(
