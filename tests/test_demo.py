@@ -236,7 +236,7 @@ def test_keeps_its_time_with_equal_tokens(
     # learning rates never rise again
     planned = [stage.steps for stage in plan.stages[1:]]
     assert planned == sorted(planned, reverse=True)
-    spent = sum(turn.seconds for stage in plan.stages for turn in stage.turns.values())
+    spent = sum(taken.seconds for stage in plan.stages for taken in stage.times.values())
     assert spent == pytest.approx(machine.now)
 
 

@@ -50,7 +50,7 @@ class DemoConfig:
     """
 
     out: str = "runs/demo"
-    minutes: float = 5.0
+    minutes: float = 6.0
     corpus: str = "wiki"
     specialty: str = "moby-dick"
     seed: int = 0

@@ -21,7 +21,7 @@ from memattn.demo.continual import continual_table, measure_continual
 from memattn.demo.ideas import idea_table, measure_ideas
 from memattn.demo.measure import measure_model
 from memattn.demo.page import write_page
-from memattn.demo.plan import Plan, Stage, Turn
+from memattn.demo.plan import Plan, Stage, StageTime
 from memattn.demo.rows import columns, table_rows, yardstick_rows
 from memattn.demo.texts import held_out_bits
 from memattn.demo.yardsticks import measure_yardsticks
@@ -145,8 +145,8 @@ def _train(config: DemoConfig, plan: Plan, console: Console) -> None:
     for number in itertools.count():
         stage = plan.stages[number]
         for preset in _from_nothing():
-            if preset not in stage.turns:
-                stage.turns[preset] = _turn(config, plan, number, preset)
+            if preset not in stage.times:
+                stage.times[preset] = _train_stage(config, plan, number, preset)
                 plan.save(Path(config.out) / PLAN)
         if number == len(plan.stages) - 1:
             if plan.is_complete:
@@ -154,7 +154,7 @@ def _train(config: DemoConfig, plan: Plan, console: Console) -> None:
             plan.extend(_from_nothing(), 60.0 * config.minutes)
             plan.save(Path(config.out) / PLAN)
         if number == 0:
-            speeds = (f"{p} {1.0 / stage.turns[p].seconds_per_token:,.0f}" for p in stage.turns)
+            speeds = (f"{p} {1.0 / stage.times[p].seconds_per_token:,.0f}" for p in stage.times)
             console.print(f"tokens/s: {', '.join(speeds)}", highlight=False)
         if plan.steps != stage.steps:
             console.print(
@@ -172,7 +172,7 @@ def _added_steps(plan: Plan) -> int:
     return max(1, round(ADDED_STEPS * plan.steps))
 
 
-def _turn(config: DemoConfig, plan: Plan, number: int, preset: str) -> Turn:
+def _train_stage(config: DemoConfig, plan: Plan, number: int, preset: str) -> StageTime:
     """Train one preset for one stage."""
     stage = plan.stages[number]
     began = time.perf_counter()
@@ -184,7 +184,7 @@ def _turn(config: DemoConfig, plan: Plan, number: int, preset: str) -> Turn:
     first = plan.stages[number - 1].stop if number else 0
     rows = read_metrics(Path(config.out) / preset / "metrics.csv")
     speeds = [r["tokens_per_second"] for r in rows if r["tokens_per_second"] and r["step"] > first]
-    return Turn(seconds, sum(1.0 / speed for speed in speeds) / len(speeds))
+    return StageTime(seconds, sum(1.0 / speed for speed in speeds) / len(speeds))
 
 
 def _result(config: DemoConfig, plan: Plan, preset: str, console: Console) -> dict[str, Any]:
