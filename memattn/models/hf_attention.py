@@ -185,10 +185,9 @@ def hf_segmented_attention(
     if cu_seqlens is not None and B > 1:
         query, key, value = map(_one_row, (query, key, value))
     spans = _spans(module, sliding_window)
-    if sliding_window is not None:
+    if sliding_window == 1:
         # a cache of window 1 gives all earlier keys, but bounds for those in the window
-        reach = sliding_window - 1 + query.shape[2]
-        key, value = key[:, :, -reach:], value[:, :, -reach:]
+        key, value = key[:, :, -query.shape[2] :], value[:, :, -query.shape[2] :]
     out = segmented_attention(
         query,
         key,
