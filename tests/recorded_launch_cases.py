@@ -8,6 +8,7 @@ import functools
 import gc
 import json
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def allocated(monkeypatch):
         monkeypatch.setattr(owner, name, zeroed(getattr(owner, name)))
     yield kept
     recording.switch(False)
-    DRIVER.stream = 0
+    DRIVER.streams.clear()
 
 
 def launches_of(call):
@@ -227,7 +228,7 @@ def test_stream_and_device(monkeypatch):
     recording.switch(True)
     call = lambda: forward(*attention())
     assert is_replayed(call)
-    DRIVER.stream = 7
+    DRIVER.streams[-1] = 7
     launches, is_replay = launches_of(call)
     assert is_replay
     assert [launch[4] for launch in launches] == [7]
@@ -245,6 +246,26 @@ def test_stream_and_device(monkeypatch):
     monkeypatch.setattr(DRIVER, "device", 3)
     assert launches_of(call)[1]
     assert entered == [-1]
+
+
+def test_tensors_that_are_not_on_the_current_device(monkeypatch):
+    """A call is recorded on the device of its tensors, whichever is current."""
+
+    @contextmanager
+    def device(index):
+        with monkeypatch.context() as changed:
+            changed.setattr(DRIVER, "device", index)
+            yield
+
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: device(5))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    DRIVER.streams[5] = 11
+    call = lambda: forward(*attention())
+    plain, _ = launches_of(call)
+    assert [launch[4] for launch in plain] == [11]
+    recording.switch(True)
+    assert is_replayed(call)
+    assert [launch[4] for launch in launches_of(call)[0]] == [11]
 
 
 def test_hooks_and_debugging_see_plain_launches():

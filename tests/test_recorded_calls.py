@@ -98,7 +98,8 @@ def test_replay_of_other_operators(operator, kernels, replays):
         options |= {"backend": "triton"}
         assert not replays
         actual = run_with_gradients(function, tensors, options)
-    assert len(replays) == 2
+    assert len(replays) >= 2  # the neural memory reads in two calls
+    assert None not in replays
     recording.switch(False)
     assert_same(actual, run_with_gradients(function, tensors, options))
 

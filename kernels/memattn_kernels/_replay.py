@@ -1,7 +1,7 @@
 """What a call of an operator came down to: allocations, operators of PyTorch and launches."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ class Place:
 class _Operator(NamedTuple):
     """A call of an operator of PyTorch."""
 
-    function: Callable[..., Any]
+    function: Any
     args: Any  # with a Place for each tensor
     kwargs: Any
     found: tuple[int, ...]  # numbers of its results
@@ -82,7 +82,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.steps: list[Step] = []
         self.problem: str | None = None
-        self.device = driver.active.get_current_device()
+        self.device: int | None = None  # that of the launches
         self._tensors: list[Tensor] = []  # by number; kept alive, and so their ids
         self._numbers: dict[int, int] = {}  # by id
         self.n_tensors = 0
@@ -125,6 +125,10 @@ class Recorder(TorchDispatchMode):
         if not isinstance(compiled, CompiledKernel) or kernel.pre_run_hooks:
             self.problem = f"{kernel} is compiled or launched in a way of its own"
             return
+        device = driver.active.get_current_device()
+        if self.device not in (None, device):
+            self.problem = f"{kernel} is launched on another device"
+        self.device = device
         kept, pointers, new = list(values), [], []
         given = {number for _, number in self.inputs}
         for index, value in enumerate(values):
@@ -194,7 +198,7 @@ class Replay:
             elif isinstance(step, _Allocation):
                 if step.number not in needed:
                     continue
-            elif step.function.is_view and needed.isdisjoint(step.found):  # type: ignore[attr-defined]
+            elif step.function.is_view and needed.isdisjoint(step.found):
                 continue
             else:
                 leaves = tree_flatten((step.args, step.kwargs))[0]
@@ -205,16 +209,19 @@ class Replay:
 
     def __call__(self, values: Sequence[Any]) -> tuple[Tensor, ...] | None:
         """The results for other values of the same signature; None if they cannot be had so."""
-        if driver.active.get_current_device() != self.device:
-            with torch.cuda.device(self.device):
-                return self._run(values)
-        return self._run(values)
+        if self.device is None:  # without a launch
+            return self._run(values, 0)
+        active = driver.active
+        stream = active.get_current_stream(self.device)
+        if active.get_current_device() == self.device:
+            return self._run(values, stream)
+        with torch.cuda.device(self.device):
+            return self._run(values, stream)
 
-    def _run(self, values: Sequence[Any]) -> tuple[Tensor, ...] | None:
+    def _run(self, values: Sequence[Any], stream: int) -> tuple[Tensor, ...] | None:
         tensors: list[Any] = [None] * self.n_tensors
         for index, number in self.inputs:
             tensors[number] = values[index]
-        stream = driver.active.get_current_stream(self.device)
         for step in self.steps:
             kind = step.__class__
             if kind is _Launch:

@@ -1,9 +1,10 @@
-"""Calls that are recorded once and then replayed: allocations and launches, nothing between them.
+"""Calls that are recorded once and then replayed, without what finds out what to launch.
 
 A call of an operator spends most of its time on the host in finding out what to launch. With
 ``MEMATTN_RECORD_LAUNCHES=1`` that is done once for each signature: shapes, strides, dtypes, devices
-and alignment of the tensors, and the options. A later call of the signature makes the same tensors
-and launches the same compiled kernels, with the pointers of its own tensors. It goes past PyTorch's
+and alignment of the tensors, and the options. A later call of the signature makes the same tensors,
+calls the same operators of PyTorch between launches, if there are any, and launches the same
+compiled kernels, with the pointers of its own tensors (``_replay``). It goes past PyTorch's
 dispatcher, so it is only replayed where that would do nothing but call the operator.
 
 This uses what Triton does not promise to keep, so it is off by default, and for one version alone.
@@ -24,7 +25,7 @@ from memattn_kernels._replay import ALIGNMENT, Recorder, Replay
 
 VARIABLE = "MEMATTN_RECORD_LAUNCHES"
 TRITON_VERSION = "3.6"
-# a signature is recorded when it is seen for this time: that takes several plain calls
+# a signature is recorded when it is seen so often, as recording takes longer than a plain call
 SIGHTS = 3
 # signatures of an operator, beyond which all are forgotten
 MAX_SIGNATURES = 1024

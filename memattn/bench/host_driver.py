@@ -48,7 +48,8 @@ class HostDriver:
     """
 
     def __init__(self, keeps: bool = False) -> None:
-        self.device, self.stream = -1, 0  # that of CPU tensors, and the default stream
+        self.device = -1  # that of CPU tensors
+        self.streams: dict[int, int] = {}  # by device, where they are not the default ones
         self.launches: list[Launch] = []
         self._send = self.launches.append if keeps else _drop
 
@@ -58,7 +59,7 @@ class HostDriver:
 
     def get_current_stream(self, device: int) -> int:
         """The address of the current stream."""
-        return self.stream
+        return self.streams.get(device, 0)
 
     def get_current_target(self) -> GPUTarget:
         """What kernels would be compiled for."""
