@@ -222,6 +222,7 @@ class Replay:
         tensors: list[Any] = [None] * self.n_tensors
         for index, number in self.inputs:
             tensors[number] = values[index]
+        step: Any
         for step in self.steps:
             kind = step.__class__
             if kind is _Launch:
