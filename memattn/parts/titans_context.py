@@ -316,8 +316,13 @@ class MemoryInParallel(ContextLayer):
         if context.state is not None:
             named = keys._asdict().items()
             keys = ContextKeys(*(context.state.append(name, x) for name, x in named))
-        S, L = keys.key.shape[2], self.attention.segment_len
-        start, index = context.once(("memory segments", L, S), lambda: _segments(context, S, L))
+        B, S, L = hidden_states.shape[0], keys.key.shape[2], self.attention.segment_len
+        if torch.compiler.is_compiling():  # S is no number
+            start, index = _segments(context, B, S, L)
+        else:
+            start, index = context.once(
+                ("memory segments", L, S), lambda: _segments(context, B, S, L)
+            )
         attended = self.attention(
             query,
             by_segments(keys, L, index),
@@ -339,8 +344,8 @@ class MemoryInParallel(ContextLayer):
         return query, ContextKeys(key, value, *self.attention.memory_heads(remembered, angles))
 
 
-def _segments(context: PartContext, S: int, L: int) -> tuple[Tensor | None, Tensor | None]:
-    """Where sequences start in ``S`` columns, and the columns of their segments."""
+def _segments(context: PartContext, B: int, S: int, L: int) -> tuple[Tensor | None, Tensor | None]:
+    """Where ``B`` sequences start in ``S`` columns, and the columns of their segments."""
     if context.cu_seqlens is not None:
         bounds, device = context.cu_seqlens.tolist(), context.cu_seqlens.device
         columns = [
@@ -350,11 +355,16 @@ def _segments(context: PartContext, S: int, L: int) -> tuple[Tensor | None, Tens
         return None, torch.cat(columns).clamp(max=max(S - 1, 0))[None]
     start = context.bounds.seq_start
     if start is None:
-        return None, None
+        if not torch.compiler.is_exporting():
+            return None, None
+        # one program for any number of segments takes their columns
+        start = context.positions.new_zeros(B, dtype=torch.int32)
     # whole segments in front of the first column hold nothing that is seen
     start = torch.where(start < 0, -(-start % L), start)
     begun_before = L - 1 if context.state is not None else 0
-    return start, columns_from(start, -(-(S + begun_before) // L) * L, S)
+    if torch.compiler.is_exporting():  # where one segment alone would be another program
+        begun_before += L
+    return start, columns_from(start, (S + begun_before + L - 1) // L * L, S)
 
 
 def _sources(layer: ContextLayer, hidden_states: Tensor, context: PartContext) -> dict[str, Tensor]:
