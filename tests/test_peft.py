@@ -68,7 +68,8 @@ def test_lora_of_all_linear_layers_is_what_merging_makes_of_it(preset):
     assert not unused, unused
     torch.testing.assert_close(merged.train()(ids, labels=ids).loss, loss, rtol=1e-5, atol=1e-5)
 
-    model.eval(), merged.eval()
+    model.eval()
+    merged.eval()
     with torch.no_grad():
         adapted = model(input_ids=ids, use_cache=False).logits
         whole = merged(ids, use_cache=False).logits
