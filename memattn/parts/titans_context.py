@@ -324,7 +324,7 @@ class MemoryInParallel(ContextLayer):
             keys = ContextKeys(*(context.state.append(name, x) for name, x in named))
         B, S, L = hidden_states.shape[0], keys.key.shape[2], self.attention.segment_len
         if torch.compiler.is_compiling():  # S is no number
-            start, index = _segments(context, B, S, L)
+            start, index = segment_columns(context, B, S, L)
         else:
             start, index = context.once(
                 ("memory segments", L, S), lambda: segment_columns(context, B, S, L)
