@@ -255,7 +255,7 @@ def _check(
         wanted_for=None if memory_key is None else (segment_len, memory_key.shape[2]),
     )
     if memory_key is not None and segment_len is not None and lengths is not None:
-        counts = [-(-max(length, 0) // segment_len) for length in lengths]
+        counts = [(max(length, 0) + segment_len - 1) // segment_len for length in lengths]
         n_segments = longest(counts) if cu_seqlens is None else sum(counts)
         if memory_key.shape[2] < n_segments:
             must("memory_key", f"have at least n_segments={n_segments}", memory_key.shape[2])
