@@ -12,6 +12,11 @@ from memattn.bench.roofline import Roofs, work_of
 from memattn.bench.timing import Timing
 from memattn.ops._dispatch import multiplies_bfloat16
 
+NEAR_THE_ROOF = (
+    "what it computes is mostly products, and these already run near the measured roof of the "
+    "machine (see the share in the table below); the goal would need a rate above it."
+)
+
 Sweep = tuple[tuple[Case, ...], str]  # cases to compare with each other, and the direction
 
 
@@ -30,12 +35,16 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar(ABC):
-    """A requirement on one number. ``target`` is the goal; ``must``, where given, the least."""
+    """A requirement on one number. ``target`` is the goal; ``must``, where given, the least.
+
+    ``limited_by`` says what stands against the goal where a machine misses it.
+    """
 
     case: Case
     direction: str
     target: float
     must: float | None = None
+    limited_by: str | None = None
 
     unit: ClassVar[str]
     at_most: ClassVar[bool] = False

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from memattn.bench.bars import Bar, PeerPeakBar, RoofBar, SpeedBar
+from memattn.bench.bars import NEAR_THE_ROOF, Bar, PeerPeakBar, RoofBar, SpeedBar
 from memattn.bench.case import Case, Forward, Peer
 from memattn.bench.roofline import Work
 from memattn.ops import chapter_router
@@ -119,7 +119,13 @@ def _cpu_bars() -> list[Bar]:
     against = (COMPOSITION,)
     return [
         SpeedBar(case=small, direction="forward", target=3.0, against=against),
-        SpeedBar(case=small, direction="backward", target=3.0, against=against),
+        SpeedBar(
+            case=small,
+            direction="backward",
+            target=3.0,
+            against=against,
+            limited_by=NEAR_THE_ROOF,
+        ),
         SpeedBar(case=wide, direction="forward", target=1.5, against=against),
         *(
             PeerPeakBar(case=case, direction="forward+backward", target=0.25, against=COMPOSITION)
