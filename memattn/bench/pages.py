@@ -19,7 +19,8 @@ of a time when the machine did something else as well.
 
 
 def write(records: Records, folder: Path) -> list[Path]:
-    """Write all pages; returns their paths."""
+    """Write all pages, machines by name; returns their paths."""
+    records = dict(sorted(records.items()))
     texts = {"bench.md": overview(records)}
     texts |= {f"bench-{name}.md": page(name, own) for name, own in records.items()}
     for name, text in texts.items():
