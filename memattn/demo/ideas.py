@@ -164,7 +164,7 @@ def _recall(config: DemoConfig, preset: str, options: dict[str, Any]) -> float:
         training=replace(
             config.training(f"recall/{preset}", Stage(RECALL_STEPS, RECALL_STEPS, evaluate=False)),
             batch_size=RECALL_BATCH,
-            base_model_lr=6e-3,
+            base_model_lr=1.5e-2,
             weight_decay=0.0,
         ),
     )
