@@ -3,8 +3,8 @@
 //
 // Included after bfloat16_tile.h.
 
-// pairs of keys for which sums by row choose their lanes once
-constexpr int64_t PAIRS_RUN = Pairs::HAS_TILES ? 16 : 12;
+// pairs of keys for which sums by row choose their lanes once; lanes left out of a tile save no time
+constexpr int64_t PAIRS_RUN = Pairs::HAS_TILES ? BLOCK_KEYS : 12;
 
 // What the cotangents of the results `out` are made to, see take_cotangents(); rows are `ld` pairs apart.
 template <class Args, class QueryRows>

@@ -291,45 +291,50 @@ static void chapter_prepare(const ChapterArgs& a, const QueryRange& range, float
       load_row(a.d_out, at(a.d_out, range.b, h, t), a.d_out.stride[3], a.Dv, d_out);
       stats.delta = (float)row_product(out, d_out, a.Dv);
     }
-  // with few keys the mean of dp over these is cheap, and its rounding cancels against that of dp
-  if (!a.is_joint || !(a.classes & 1)) return;
+  // with few keys the mean of dp over these is cheap, and its rounding cancels against that of dp; and
+  // gradients of weights are sums over many rows, which the rounding of results would not leave exact
+  const bool is_rounded = a.weights && a.out.dtype != Dtype::float32;
+  const uint32_t by_keys = is_rounded ? ~uint32_t{0} : 1;
+  if (!a.is_joint || !(a.classes & by_keys)) return;
   float* means = backward.pieces.take(G * tokens * 4);
   __builtin_memset(means, 0, G * tokens * 16);
   auto mean_of = [&](int64_t h, int64_t t) { return means + ((h - h0) * tokens + t - range.t0) * 4; };
   for (int64_t c = 0; c < a.C; ++c)
     backward.for_each(
-        c, range, rows, 1, RowSums{},
+        c, range, rows, by_keys, RowSums{},
         [&](const ChapterLanes& lanes, const SumRuns& runs, ChapterBlocks<How>& blocks) {
-          blocks.load(0);  // few keys are in one block
-          for_each_panel(lanes.n, [&](const Panel& panel, auto nv) {
-            constexpr int64_t PANEL = nv * VL;
-            alignas(64) float parts[4][PANEL];
-            auto exchange_means = [&](bool is_loaded) {
-              for (int64_t i = 0; i < PANEL; ++i) {
-                const int64_t lane = panel.first + (i < panel.n ? i : 0);
-                float* mean = mean_of(lanes.head[lane], lanes.t[lane]);
-                for (int k = 0; k < 4; ++k)
-                  if (is_loaded) parts[k][i] = mean[k];
-                  else if (i < panel.n) mean[k] = parts[k][i];
+          for (int64_t block = 0; block < blocks.count(); ++block) {
+            blocks.load(block);
+            for_each_panel(lanes.n, [&](const Panel& panel, auto nv) {
+              constexpr int64_t PANEL = nv * VL;
+              alignas(64) float parts[4][PANEL];
+              auto exchange_means = [&](bool is_loaded) {
+                for (int64_t i = 0; i < PANEL; ++i) {
+                  const int64_t lane = panel.first + (i < panel.n ? i : 0);
+                  float* mean = mean_of(lanes.head[lane], lanes.t[lane]);
+                  for (int k = 0; k < 4; ++k)
+                    if (is_loaded) parts[k][i] = mean[k];
+                    else if (i < panel.n) mean[k] = parts[k][i];
+                }
+              };
+              exchange_means(true);
+              backward.template products<nv>(panel, runs, blocks, backward.weights, backward.ds);
+              backward.template weigh<nv>(panel, blocks.n, backward.weights);
+              for (int v = 0; v < nv; ++v) {
+                WeightedMean mean{((vf*)parts[0])[v], ((vf*)parts[1])[v], ((vf*)parts[2])[v],
+                                  ((vf*)parts[3])[v]};
+                const vf w = ((const vf*)(backward.weight + panel.first))[v];
+                for (int64_t j = 0; j < blocks.n; ++j)
+                  mean.add(w * ((vf*)backward.weights)[j * nv + v], ((vf*)backward.ds)[j * nv + v]);
+                ((vf*)parts[0])[v] = mean.high, ((vf*)parts[1])[v] = mean.low;
+                ((vf*)parts[2])[v] = mean.weight_high, ((vf*)parts[3])[v] = mean.weight_low;
               }
-            };
-            exchange_means(true);
-            backward.template products<nv>(panel, runs, blocks, backward.weights, backward.ds);
-            backward.template weigh<nv>(panel, blocks.n, backward.weights);
-            for (int v = 0; v < nv; ++v) {
-              WeightedMean mean{((vf*)parts[0])[v], ((vf*)parts[1])[v], ((vf*)parts[2])[v],
-                                ((vf*)parts[3])[v]};
-              const vf w = ((const vf*)(backward.weight + panel.first))[v];
-              for (int64_t j = 0; j < blocks.n; ++j)
-                mean.add(w * ((vf*)backward.weights)[j * nv + v], ((vf*)backward.ds)[j * nv + v]);
-              ((vf*)parts[0])[v] = mean.high, ((vf*)parts[1])[v] = mean.low;
-              ((vf*)parts[2])[v] = mean.weight_high, ((vf*)parts[3])[v] = mean.weight_low;
-            }
-            exchange_means(false);
-          });
+              exchange_means(false);
+            });
+          }
         });
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    if (a.row_class[row] != 0) continue;
+    if (!(by_keys >> a.row_class[row] & 1)) continue;
     const int64_t first = a.row_start[row] > range.t0 ? a.row_start[row] : range.t0;
     const int64_t last = a.row_end[row] < range.t1 ? a.row_end[row] : range.t1;
     for (int64_t h = h0; h < h0 + G; ++h)
