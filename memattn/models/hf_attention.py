@@ -28,115 +28,29 @@ are put next to each other for the kernel, so that windows and segments count to
 a ``sliding_window`` of its own counts columns, and refuses holes once it drops keys.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from memattn.checks import check_int
+from memattn.models.hf_choice import FIELDS, NAME, register_choice
 from memattn.ops import segmented_attention
 from memattn.parts.padding import check_mask, read_mask
 from memattn.parts.token_order import TokenOrder, take_columns
 
-NAME = "memattn_segmented"
-FIELDS = ("memattn_segment_len", "memattn_window_size", "memattn_num_sink_tokens")
-OWN_MASKS = ("doge",)  # types of models that make a mask of their own from the values
+# what models give their attention that changes its scores, or chooses keys by their values
+LACKED = ("softcap", "position_bias", "head_mask", "block_indices", "indices", "sinks")
 
 
 def register_hf_attention() -> None:
     """Register ``"memattn_segmented"`` with transformers; importing ``memattn.models`` does it."""
     AttentionInterface.register(NAME, hf_segmented_attention)
     AttentionMaskInterface.register(NAME, hf_sequence_bounds)
-    for name in FIELDS:
-        setattr(PreTrainedConfig, name, _config_field(name))
-    for method in ("set_attn_implementation", "get_correct_attn_implementation"):
-        if not hasattr(getattr(PreTrainedModel, method), "_memattn_guards"):
-            setattr(PreTrainedModel, method, _guarded(getattr(PreTrainedModel, method)))
-
-
-def _guarded(choose: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that chooses the implementation, for models that would use it.
-
-    transformers warns about others, or lets them attend without any mask.
-    """
-
-    @functools.wraps(choose)
-    def guarded(model: PreTrainedModel, requested: Any, *args: Any, **kwargs: Any) -> Any:
-        if _names_it(requested):
-            text = _text_config(model.config)
-            module: Any
-            for module in model.modules():
-                chosen = isinstance(module, PreTrainedModel) and module.config is text
-                takes = chosen and module._can_set_attn_implementation()
-                if chosen and not (takes and text.model_type not in OWN_MASKS):
-                    raise NotImplementedError(
-                        f"model must be one whose attention transformers can choose, for "
-                        f'attn_implementation="{NAME}", got {type(module).__name__}'
-                    )
-        elif requested is None and _has_spans(model.config):
-            # the configuration around that of a text model has reset what that one chose
-            requested = NAME
-        return choose(model, requested, *args, **kwargs)
-
-    guarded._memattn_guards = choose  # pyright: ignore[reportAttributeAccessIssue]
-    return guarded
-
-
-def _has_spans(config: PreTrainedConfig) -> bool:
-    """Whether a configuration itself has a segment length or a window."""
-    return any(vars(config).get(field) is not None for field in FIELDS)
-
-
-def _names_it(requested: Any) -> bool:
-    """Whether an implementation, or that of some part of a model, is this one."""
-    if isinstance(requested, dict):
-        return any(map(_names_it, requested.values()))
-    return requested == NAME
-
-
-def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the text model among several; else the same."""
-    text = config.get_text_config(decoder=True)
-    return text if any(text is value for value in vars(config).values()) else config
-
-
-def _config_field(name: str) -> property:
-    """A field of every configuration that chooses this implementation once it has a value.
-
-    transformers does not save the implementation of a model, but reads one from ``config.json``.
-    """
-
-    def get(config: PreTrainedConfig) -> Any:
-        config = _text_config(config)
-        if name not in vars(config):
-            raise AttributeError(f"{type(config).__name__!r} object has no attribute {name!r}")
-        return vars(config)[name]
-
-    def put(config: PreTrainedConfig, value: int | None) -> None:
-        whole, config = config, _text_config(config)
-        vars(config)[name] = value
-        if _has_spans(config):
-            vars(config)["attn_implementation"] = NAME
-            if vars(config).get("_attn_implementation_internal") is None:
-                vars(config)["_attn_implementation_internal"] = NAME  # at loading, if none is named
-        else:
-            vars(config).pop("attn_implementation", None)
-        if config is not whole:  # a process without memattn reads this one
-            names = (key for key, inner in vars(whole).items() if inner is config)
-            vars(whole)["attn_implementation"] = {next(names): NAME}
-            if not _has_spans(config):
-                del vars(whole)["attn_implementation"]
-
-    return property(get, put)
+    register_choice()
 
 
 def hf_sequence_bounds(
@@ -172,6 +86,7 @@ def hf_sequence_bounds(
         _lacks("config.attention_chunk_size", "be None", "set memattn_segment_len instead")
     if not getattr(config, "is_causal", True):
         _lacks("config.is_causal", "be True")
+    shares_keys = bool(getattr(config, "num_kv_shared_layers", None))
     if use_vmap:
         _lacks("mask_function", "be causal, without functions joined to it")
     if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
@@ -180,6 +95,10 @@ def hf_sequence_bounds(
         check_mask(attention_mask, batch_size, (kv_offset + kv_length,))
         start, end, order = read_mask(attention_mask, order_traced=False)
         if order is not None:
+            if shares_keys:
+                _lacks(
+                    "attention_mask", "have one block of ones in each row where layers share keys"
+                )
             if kv_offset or (local_size is not None and local_size < kv_length):
                 _lacks(
                     "attention_mask",
@@ -188,13 +107,16 @@ def hf_sequence_bounds(
                 )
             return order.present
         if torch.compiler.is_compiling() or start.any() or (end != attention_mask.shape[1]).any():
-            return _bounds(start - kv_offset, end - kv_offset)
+            return _bounds(start - kv_offset, end - kv_offset, shares_keys)
     elif not allow_is_causal_skip and mask_function is not None:
-        return _packed_bounds(mask_function, batch_size, q_length, device)
+        documents = _packed_bounds(mask_function, batch_size, q_length, device)
+        if documents is not None and documents.dim() == 1 and shares_keys:
+            _lacks("position_ids", "count one sequence in each row where layers share keys")
+        return documents
     if kv_offset:
         # a trimmed cache: segments count from before the first key
         start = torch.full((batch_size,), -kv_offset, device=device)
-        return _bounds(start, start + kv_offset + kv_length)
+        return _bounds(start, start + kv_offset + kv_length, shares_keys)
     return None
 
 
@@ -231,12 +153,14 @@ def hf_segmented_attention(
     """
     if dropout:
         _lacks("attention_dropout", "be 0 in training", f"got {dropout}")
-    for name in ("softcap", "position_bias", "head_mask"):
+    for name in LACKED:
         if kwargs.get(name) is not None:
             _lacks(name, "be None")
     if is_causal is False or not getattr(module, "is_causal", True):
         _lacks("is_causal", "be True")
     seq_start = seq_end = cu_seqlens = rows = None
+    if attention_mask is not None and attention_mask.shape[2:] == (1, 1):
+        attention_mask = attention_mask[..., 0, 0]  # as where layers share keys
     if (
         attention_mask is not None
         and attention_mask.dtype == torch.bool
@@ -246,6 +170,8 @@ def hf_segmented_attention(
         query, key, value = map(take_columns, (query, key, value), rows.columns())
         seq_start = rows.seq_start
     elif attention_mask is not None:
+        if attention_mask.dim() == 3:
+            _lacks("mask_function", "be causal, without blocks that see ahead")
         if attention_mask.dtype != torch.int32 or attention_mask.dim() > 2:
             got = f"got {attention_mask.dtype} {list(attention_mask.shape)}"
             _lacks("attention_mask", "be a padding mask [B, S]", got)
@@ -259,10 +185,9 @@ def hf_segmented_attention(
     if cu_seqlens is not None and B > 1:
         query, key, value = map(_one_row, (query, key, value))
     spans = _spans(module, sliding_window)
-    if sliding_window is not None:
+    if sliding_window == 1:
         # a cache of window 1 gives all earlier keys, but bounds for those in the window
-        reach = sliding_window - 1 + query.shape[2]
-        key, value = key[:, :, -reach:], value[:, :, -reach:]
+        key, value = key[:, :, -query.shape[2] :], value[:, :, -query.shape[2] :]
     out = segmented_attention(
         query,
         key,
@@ -304,9 +229,14 @@ def _is_chunked(module: nn.Module) -> bool:
     return kinds is not None and layer is not None and kinds[layer] == "chunked_attention"
 
 
-def _bounds(start: Tensor, end: Tensor) -> Tensor:
-    """Starts and ends as one int32 tensor ``[2, B]``."""
-    return torch.stack([start, end]).to(torch.int32)
+def _bounds(start: Tensor, end: Tensor, shares_keys: bool) -> Tensor:
+    """Starts and ends as one int32 tensor ``[2, B]``.
+
+    It is ``[2, B, 1, 1]`` for models whose last layers share keys: these cut the queries, and the
+    third dimension of a mask, to the newest.
+    """
+    bounds = torch.stack([start, end]).to(torch.int32)
+    return bounds[..., None, None] if shares_keys else bounds
 
 
 class _Tokens(NamedTuple):
@@ -362,7 +292,8 @@ def _packed_bounds(
     head = torch.zeros((), dtype=torch.long, device=device)
     before = torch.arange(T - 1, device=device)[None]
     if mask_function(row, head, before, before + 1).any():
-        _lacks("mask_function", "be causal, without blocks that see ahead")
+        # refused where attention gets it: decoders of encoders make one for keys that nobody gave
+        return torch.ones(1, 1, 1, dtype=torch.bool, device=device)
     begins = ~mask_function(row, head, before + 1, before).expand(B, -1)  # [B, T-1]
     if not begins.any():
         return None

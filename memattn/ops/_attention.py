@@ -30,6 +30,14 @@ def autocast(tensor: OptionalTensor) -> OptionalTensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
+def autocast_each(*tensors: OptionalTensor) -> tuple[OptionalTensor, ...]:
+    """The tensors, of which the first is given, in the dtype of the autocast of its device."""
+    device = "cpu" if tensors[0] is None else tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(map(autocast, tensors))
+
+
 def check_tensors(needed: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
     """Raise TypeError for what is no tensor, and unless ``query`` has four axes."""
     for name, tensor in needed.items():
