@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers.generation import ContinuousMixin
+from transformers import ContinuousMixin
 
 from memattn.checks import must
 from memattn.parts.packing import (
@@ -86,7 +86,8 @@ def _marked(bounds: Tensor, like: Tensor) -> Tensor:
 
 def guard_continuous_batching(name: str) -> None:
     """Refuse ``generate_batch`` of models with this implementation; flash attention would run."""
-    begin: Callable[..., Any] = ContinuousMixin.init_continuous_batching
+    method = "init_continuous_batching"
+    begin: Callable[..., Any] = getattr(ContinuousMixin, method)
     if hasattr(begin, "_memattn_guards"):
         return
 
@@ -98,4 +99,4 @@ def guard_continuous_batching(name: str) -> None:
         return begin(model, *args, **kwargs)
 
     guarded._memattn_guards = begin  # pyright: ignore[reportAttributeAccessIssue]
-    ContinuousMixin.init_continuous_batching = guarded
+    setattr(ContinuousMixin, method, guarded)
