@@ -11,11 +11,12 @@ SHAPE = {"B": 1, "H": 2, "layers": 2, "hidden": 16, "vocabulary": 32, "new": 3}
 
 def test_models_run_beside_llama(capsys):
     record = run.run(
-        ["models"], kinds=["segmented", "generate-future"], seq_lens=[9], shape=SHAPE,
+        ["models"], kinds=["causal", "segmented", "generate-future"], seq_lens=[9], shape=SHAPE,
         directions=["forward", "forward+backward"], device="cpu", quick=True,
     )  # fmt: skip
     assert {row["competitor"] for row in record["rows"]} == {"memattn", "llama, sdpa", "naive"}
-    assert len(record["rows"]) == 6
+    assert len(record["rows"]) == 9
+    assert not any(row.get("reason") for row in record["rows"])  # why a peer did not run
     printed = capsys.readouterr().out
     assert "segmented B=1 T=9" in printed and "generate-future B=1 T=9 +3" in printed
 

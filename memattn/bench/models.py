@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -83,7 +82,7 @@ class ModelCase(Case):
             # exact in every dtype
             drawn = (drawn * scale + (parameter.dim() == 1)).to(torch.bfloat16)
             parameter.data = drawn.to(self.device, self.dtype)
-        return model.eval()
+        return model.train(not self.generates)
 
     def llama(self) -> Any:
         """Llama of the same sizes with the weights of ours."""
@@ -104,7 +103,7 @@ class ModelCase(Case):
         )
         config._attn_implementation = "sdpa"
         model: Any = LlamaForCausalLM(config)
-        model.to(self.device, self.dtype).eval()
+        model.to(self.device, self.dtype).train(not self.generates)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(ours.get_parameter(_our_name(name)))
@@ -120,12 +119,12 @@ class ModelCase(Case):
 
     def subject(self, backend: str) -> Forward:
         model = self.model(backend)
-        return self._generate(model) if self.generates else partial(_loss, model, _same_name)
+        return self._generate(model) if self.generates else self._trained(model, _same_name)
 
     def checked(self, backend: str) -> Forward:
-        """The loss at each token, or the logits of half the prompt, decoded behind the other."""
+        """The loss, or the logits of half the prompt, decoded behind the other."""
         if not self.generates:
-            return self._by_token(partial(_loss, self.model(backend), _same_name))
+            return self.subject(backend)
         model = self.model(backend)
 
         def decode(inputs: dict[str, Tensor]) -> Tensor:
@@ -141,7 +140,7 @@ class ModelCase(Case):
     def definition(self, rows: slice) -> Forward:
         module = self.model("reference")
         if not self.generates:
-            loss = self._by_token(partial(_loss, module, _same_name, plain=True))
+            loss = self._trained(module, _same_name, plain=True)
             return lambda inputs: loss(inputs)[:, :, rows]
         return lambda inputs: _logits(module, _same_name, inputs)[:, None, rows]
 
@@ -152,9 +151,14 @@ class ModelCase(Case):
     def is_checked_short(self) -> bool:
         return True
 
-    def _by_token(self, loss: Forward) -> Forward:
+    def _trained(self, model: Any, name_of: Any, *, plain: bool = False) -> Forward:
         """The one loss, as rows that the gate can cut."""
-        return lambda inputs: loss(inputs).expand(self.B, 1, self.T, 1)
+
+        def loss(inputs: dict[str, Tensor]) -> Tensor:
+            ids = inputs["input_ids"]
+            return _loss(model, name_of, inputs, plain=plain).expand(len(ids), 1, ids.shape[1], 1)
+
+        return loss
 
     def _generate(self, model: Any) -> Forward:
         options = {"max_new_tokens": self.new, "do_sample": False}
@@ -173,14 +177,14 @@ class ModelCase(Case):
 
     def _peer(self) -> Forward:
         model = self.llama()
-        return self._generate(model) if self.generates else partial(_loss, model, _our_name)
+        return self._generate(model) if self.generates else self._trained(model, _our_name)
 
     def _naive(self) -> Forward:
         model = self.model("reference")
         return (
             self._generate(model)
             if self.generates
-            else partial(_loss, model, _same_name, plain=True)
+            else self._trained(model, _same_name, plain=True)
         )
 
     def _score_bytes(self) -> int:
