@@ -5,7 +5,7 @@ import torch
 from adapter_factories import make_attached
 from hf_attention_factories import make_model as make_hf_model
 from model_factories import make_config, make_model, make_tokens, perturb
-from test_packing import EXACT, LENGTHS, T, count, documents
+from packing_factories import EXACT, LENGTHS, T, count, documents
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from memattn.models import MemAttnForSequenceClassification, MemAttnForTokenClassification
