@@ -162,5 +162,5 @@ def test_continuous_batching_is_refused_before_it_begins(kind):
     model = dict(decoder=make_model, hook=lambda: make_hf_model("llama"), attached=make_attached)[
         kind
     ]()
-    with pytest.raises(NotImplementedError, match="must be one of full attention for continuous b"):
+    with pytest.raises(NotImplementedError, match="model must read a paged cache for continuous b"):
         model.generate_batch([[3, 4, 5], [6]], max_new_tokens=2)

@@ -295,7 +295,7 @@ def refuse_continuous_batching(model: Any) -> NoReturn:
     """Raise NotImplementedError for ``generate_batch`` and what else has a paged cache."""
     must(
         "model",
-        "be one of full attention for continuous batching (generate takes a padded batch)",
-        f"{type(model).__name__}, whose state is not that of a paged cache",
+        "read a paged cache for continuous batching (generate takes a padded batch instead)",
+        f"{type(model).__name__} with attention of memattn",
         NotImplementedError,
     )
