@@ -9,7 +9,9 @@ from rich.console import Console
 from memattn.cli import main
 from memattn.continual.strategies import Budget
 from memattn.demo import DemoConfig, run_demo
+from memattn.demo import config as demo_config
 from memattn.demo import continual as demo_continual
+from memattn.demo import ideas as demo_ideas
 from memattn.demo import run as demo_run
 from memattn.demo.plan import MAX_EPOCHS, STAGES, WARMUP_STEPS, Plan
 from memattn.models import PRESETS, MemAttnConfig
@@ -36,6 +38,7 @@ def config(tmp_path, corpus):
         out=str(tmp_path / "demo"),
         minutes=1e-3,
         corpus=str(corpus),
+        specialty=str(corpus),
         seq_len=32,
         batch_size=2,
         vocab_size=280,
@@ -53,10 +56,13 @@ def console(tmp_path):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Short windows, so that the audit is short."""
-    short = lambda **sizes: MemAttnConfig.segmented(segment_len=8, window_size=8, **sizes)
+    short = lambda **sizes: MemAttnConfig.segmented(**{"segment_len": 8, "window_size": 8, **sizes})
     monkeypatch.setitem(PRESETS, "segmented", short)
     small = dict(window_size=8, chunk_size=8, memory_expansion=1)
     monkeypatch.setitem(PRESETS, "titans", lambda **sizes: MemAttnConfig.titans(**sizes | small))
+    monkeypatch.setitem(demo_config.OPTIONS, "future", dict(future_dim=8, source="relative"))
+    monkeypatch.setattr(demo_ideas, "RECALL_STEPS", 2)
+    monkeypatch.setattr(demo_ideas, "SAMPLES", 4)
     budget = Budget(epochs=1, hidden_dim=16, batch_size=128)
     monkeypatch.setattr(demo_continual, "BUDGET", budget)
 
@@ -82,7 +88,7 @@ def test_trains_audits_and_reports_every_preset(config, console):
     assert "unchanged" in written(console) and "unchanged" in page.read_text()
     for result in report["results"]:
         assert result["audit"]["verdict"] == "all 0"
-        assert 0.0 < result["held_out_loss"] < 6.0 and result["tokens_per_second"] > 0.0
+        assert 0.0 < result["bits_per_byte"] < 6.0 and result["tokens_per_second"] > 0.0
         # an influence on an earlier position would be a leak
         for i, row in enumerate(result["influence"]["log10"]):
             assert set(row[:i]) <= {None} and row[i] is not None
@@ -90,8 +96,21 @@ def test_trains_audits_and_reports_every_preset(config, console):
     # 2048 and 1024 tokens, with room for more in proportion
     assert states["vanilla"][-1] == pytest.approx(2 * states["vanilla"][-3], rel=1e-3)
     assert states["segmented"][-1] < states["vanilla"][-1] / 30
+    yardsticks = [(found["name"], found["vocab_size"]) for found in report["yardsticks"]]
+    assert yardsticks == [("unigram", 280), ("bigram", 280), ("unigram", 560), ("bigram", 560)]
+    counted = [found["bits_per_byte"] for found in report["yardsticks"]]
+    assert 0.0 < counted[1] < counted[0]  # rows of these words repeat themselves
+    assert [row["system"] for row in report["ideas"]] == [
+        *("segmented", "future", "memory_transformer", "titans", "shiftable"),
+    ]
+    assert report["ideas"][0]["without"].endswith("KiB")
     text = written(console)
-    assert "held-out loss" in text and "all 0" in text and "no claim" in text
+    assert (
+        "bits per byte" in text
+        and "bigram, vocabulary of 560" in text
+        and "all 0" in text
+        and "no claim" in text
+    )
     assert "shiftable, from vanilla" in text
     html = page.read_text()
     assert "One seed (0)" in html and html.count("<svg") == 3 + len(PRESETS)
@@ -169,6 +188,7 @@ class Machine:
         self.now, self.seconds_per_token, self.load = 0.0, seconds_per_token, load
         self.rows = {preset: [] for preset in seconds_per_token}
         monkeypatch.setattr(demo_run, "PRESETS", seconds_per_token)
+        monkeypatch.setattr(DemoConfig, "model_options", lambda config, preset: {})
         monkeypatch.setattr(demo_run, "train", self.train)
         monkeypatch.setattr(demo_run, "read_metrics", lambda file: self.rows[file.parent.name])
         monkeypatch.setattr(demo_run.time, "perf_counter", lambda: self.now)
@@ -206,8 +226,8 @@ def test_keeps_its_time_with_equal_tokens(
     speeds = {"vanilla": 1, "segmented": 1.1, "future": 2, "titans": 3, "last": 1}
     speeds = {name: slow / 3000 for name, slow in list(speeds.items())[:presets]}
     machine = Machine(monkeypatch, speeds, load)
-    config = DemoConfig(out=str(tmp_path), minutes=3.0)
-    plan = Plan({}, 512, 472_000, HELD_OUT, "none")
+    config = DemoConfig(out=str(tmp_path), minutes=3.0, batch_size=1, seq_len=512)
+    plan = Plan({}, 512, 472_000, HELD_OUT, 1, "none")
     demo_run._train(config, plan, console)
     assert least < machine.now < most
     assert {len(rows) for rows in machine.rows.values()} == {plan.steps}
@@ -216,14 +236,15 @@ def test_keeps_its_time_with_equal_tokens(
     # learning rates never rise again
     planned = [stage.steps for stage in plan.stages[1:]]
     assert planned == sorted(planned, reverse=True)
-    spent = sum(turn.seconds for stage in plan.stages for turn in stage.turns.values())
+    spent = sum(taken.seconds for stage in plan.stages for taken in stage.times.values())
     assert spent == pytest.approx(machine.now)
 
 
 def test_a_small_text_is_not_learned_by_heart(monkeypatch, tmp_path, console):
     Machine(monkeypatch, {"vanilla": 1 / 3000}, lambda now: 1.0)
-    plan = Plan({}, 512, 30_000, 1000, "none")
-    demo_run._train(DemoConfig(out=str(tmp_path), minutes=3.0), plan, console)
+    plan = Plan({}, 512, 30_000, 1000, 1, "none")
+    config = DemoConfig(out=str(tmp_path), minutes=3.0, batch_size=1, seq_len=512)
+    demo_run._train(config, plan, console)
     assert plan.tokens <= MAX_EPOCHS * 30_000 < plan.tokens + 512
     assert sum(stage.evaluate for stage in plan.stages) == 4
 

@@ -1,6 +1,7 @@
 """Parameter groups, schedules and label smoothing."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,44 @@ def test_what_lora_adds_has_its_own_rate():
         g["lr"]: len(g["params"]) for g in parameter_groups(model, TrainingConfig(lora_lr=2e-5))
     }
     assert rates[2e-5] == 2 and rates.keys() == {2e-5, TrainingConfig().base_model_lr}
+
+
+def test_muon_has_the_matrices_inside_the_model_and_adamw_the_rest():
+    model = small_model()
+    config = TrainingConfig(optimizer="muon", base_model_lr=1e-2, memory_lr=1e-3)
+    optimizer = make_optimizer(model, config)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    before = {name: x.detach().clone() for x, name in names.items()}
+    grads = {name: torch.randn_like(x) for name, x in before.items()}
+    for parameter, name in names.items():
+        parameter.grad = grads[name].clone()
+    optimizer.load_state_dict(optimizer.state_dict())  # as accelerate does
+    optimizer.step()
+    used = set()
+    for group in optimizer.param_groups:
+        options = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        for parameter in group["params"]:
+            name = names[parameter]
+            inner = parameter.dim() == 2 and "proj" in name
+            assert group["optimizer"] == ("muon" if inner else "adamw"), name
+            alone = nn.Parameter(before[name].clone())
+            alone.grad = grads[name].clone()
+            if inner:
+                torch.optim.Muon([alone], adjust_lr_fn="match_rms_adamw", **options).step()
+            else:
+                torch.optim.AdamW([alone], betas=(0.9, 0.95), **options).step()
+            assert torch.equal(parameter, alone) and not torch.equal(alone, before[name]), name
+            used.add(name)
+    assert used == before.keys()
+    assert optimizer.state.keys() == set(names)
+
+
+def test_muon_leaves_an_output_layer_of_its_own_to_adamw():
+    options = dict(vocab_size=17, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model: Any = MemAttnForCausalLM(MemAttnConfig.vanilla(**options, tie_word_embeddings=False))
+    groups = make_optimizer(model, TrainingConfig(optimizer="muon")).param_groups
+    (group,) = [g for g in groups if any(x is model.lm_head.weight for x in g["params"])]
+    assert group["optimizer"] == "adamw" and group["weight_decay"] > 0
 
 
 def test_memory_parameters_are_known_by_name():

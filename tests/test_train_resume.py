@@ -208,6 +208,19 @@ def test_epochs_end_a_run_wherever_it_was_paused(tmp_path, monkeypatch):
     assert train(dataclasses.replace(config, training=capped), progress=False).step == 3
 
 
+def test_a_run_with_muon_resumes_bit_for_bit(tmp_path):
+    results = []
+    for name, pauses in (("whole", ()), ("paused", (3,))):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_corpus(folder / "corpus.jsonl", documents=4)
+        config = tiny_config(folder, max_steps=8, optimizer="muon", save_steps=None)
+        for stop_step in pauses:
+            train(config, resume=True, stop_step=stop_step, progress=False)
+        results.append(train(config, resume=True, progress=False))
+    assert_same_run(results[1], results[0])
+
+
 def test_a_finished_run_goes_on_in_another_folder(tmp_path, whole):
     config = tiny_config(tmp_path, max_steps=8)
     other = train(config, resume=whole.checkpoint, progress=False)

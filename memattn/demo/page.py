@@ -8,7 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from memattn.demo.continual import HEADS, continual_rows
-from memattn.demo.rows import format_bytes, table_rows
+from memattn.demo.ideas import IDEA_HEADS, idea_rows
+from memattn.demo.rows import columns, format_bytes, table_rows, yardstick_rows
 from memattn.files import write_text
 from memattn.viz import draw_curves, draw_influence, draw_state, plot_curves, to_svg
 
@@ -65,6 +66,7 @@ def write_page(out: Path, report: dict[str, Any], metrics: Mapping[str, list[dic
         "<h2>Result</h2>",
         f'<div class="card">{_table(report)}</div>',
         _reading(report),
+        *_ideas(report),
         *_continual(report),
         "<h2>Learning</h2>",
         '<div class="pair">'
@@ -121,13 +123,9 @@ def _header(report: dict[str, Any]) -> str:
 
 
 def _table(report: dict[str, Any]) -> str:
-    """The comparison of the language models."""
-    n = max(tokens for result in report["results"] for tokens, _ in result["state_bytes"])
-    names = (
-        *("preset", "held-out loss", "tokens/s", f"state after {n:,} tokens", "parameters"),
-        "audit",
-    )
-    return _html_table(names, table_rows(report), lambda verdict: verdict.startswith("all 0"))
+    """The comparison of the language models, and what is counted beside them."""
+    rows = [*table_rows(report), *yardstick_rows(report)]
+    return _html_table(columns(report), rows, lambda verdict: verdict.startswith("all 0"))
 
 
 def _html_table(
@@ -137,10 +135,20 @@ def _html_table(
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     body = []
     for cells in rows:
-        kind = "good" if is_good(cells[-1]) else "bad"
+        kind = "" if not cells[-1] else "good" if is_good(cells[-1]) else "bad"
         plain = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells[:-1])
         body.append(f'<tr>{plain}<td class="{kind}">{html.escape(cells[-1])}</td></tr>')
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _ideas(report: dict[str, Any]) -> list[str]:
+    """One small task for each system, of the kind that its idea is for."""
+    table = _html_table((*IDEA_HEADS, ""), [(*row, "") for row in idea_rows(report["ideas"])], bool)
+    return [
+        "<h2>What each idea is for</h2>",
+        "<p>One small task for each system, beside the same model without the idea.</p>",
+        f'<div class="card">{table}</div>',
+    ]
 
 
 def _continual(report: dict[str, Any]) -> list[str]:
@@ -162,8 +170,11 @@ def _continual(report: dict[str, Any]) -> list[str]:
 def _reading(report: dict[str, Any]) -> str:
     epochs = report["tokens"] / report["train_tokens"]
     return (
-        "<p><b>How to read it.</b> The loss is in nats per token on documents that no model was "
-        "trained on, lower is better. Tokens per second is the training speed, the median of all "
+        "<p><b>How to read it.</b> Bits per byte of documents that no model was trained on: lower "
+        "is better, and a smaller vocabulary wins nothing. The last rows are counted, not learned: "
+        f"how often each token, and each pair of tokens, comes in all {report['train_tokens']:,} "
+        "tokens to train on. A model that does not pass the pairs has learned hardly more than "
+        "they say. Tokens per second is the training speed, the median of all "
         "steps. The audit compares runs of each model in float64 and in its own dtype: &ldquo;all "
         "0&rdquo; means that later tokens, other rows and padding change nothing at all, and that "
         "decoding token by token gives what one pass gives.</p>"

@@ -23,7 +23,7 @@ MAX_EPOCHS = 4.0  # more would show how well a text is learned by heart
 
 
 @dataclass(frozen=True)
-class Turn:
+class StageTime:
     """What one preset took for one stage.
 
     Attributes:
@@ -43,13 +43,13 @@ class Stage:
         stop: Step up to which it trains.
         steps: Steps of the whole run as planned then, over which the learning rate falls.
         evaluate: Whether the held-out loss is measured at its end.
-        turns: Those that are done, by preset.
+        times: Those that are done, by preset.
     """
 
     stop: int
     steps: int
     evaluate: bool
-    turns: dict[str, Turn] = field(default_factory=dict)
+    times: dict[str, StageTime] = field(default_factory=dict)
 
 
 @dataclass
@@ -61,6 +61,7 @@ class Plan:
         step_tokens: Tokens in a step.
         train_tokens: Tokens to train on.
         held_out_tokens: Tokens held out.
+        held_out_bytes: Bytes of their text.
         device: Where it runs.
         evaluations: Held-out evaluations in every run, decided after the warm-up.
         stages: The warm-up, and what was planned since.
@@ -70,6 +71,7 @@ class Plan:
     step_tokens: int
     train_tokens: int
     held_out_tokens: int
+    held_out_bytes: int
     device: str
     evaluations: int = EVALUATIONS
     stages: list[Stage] = field(
@@ -100,10 +102,10 @@ class Plan:
         """
         last, number = self.stages[-1], len(self.stages)
         left = STAGES - number + 1
-        spent = sum(turn.seconds for stage in self.stages for turn in stage.turns.values())
+        spent = sum(taken.seconds for stage in self.stages for taken in stage.times.values())
         # of all presets together, each at its own speed
-        seconds_per_token = sum(last.turns[preset].seconds_per_token for preset in presets)
-        overhead = sum(self._overhead(self.stages[0].turns[preset]) for preset in presets)
+        seconds_per_token = sum(last.times[preset].seconds_per_token for preset in presets)
+        overhead = sum(self._overhead(self.stages[0].times[preset]) for preset in presets)
         tokens = (seconds - spent - left * overhead) / seconds_per_token
         evaluation = self.held_out_tokens / 3  # a forward pass is a third of a step's work
         if number == 1:
@@ -122,10 +124,10 @@ class Plan:
         stop = steps if steps == least else last.stop + math.ceil((steps - last.stop) / left)
         self.stages.append(Stage(stop, steps, stop == steps or self._evaluates(number)))
 
-    def _overhead(self, turn: Turn) -> float:
+    def _overhead(self, time: StageTime) -> float:
         """Seconds of a warm-up that are no training: building the model, the checkpoint."""
         tokens = WARMUP_STEPS * self.step_tokens
-        return max(0.0, turn.seconds - tokens * turn.seconds_per_token)
+        return max(0.0, time.seconds - tokens * time.seconds_per_token)
 
     def _evaluates(self, number: int) -> bool:
         """Whether a stage evaluates, where evaluations are spread evenly and the last one does."""
@@ -145,7 +147,12 @@ class Plan:
         values = json.loads(file.read_text(encoding="utf-8"))
         try:
             stages = [
-                Stage(**{**stage, "turns": {p: Turn(**turn) for p, turn in stage["turns"].items()}})
+                Stage(
+                    **{
+                        **stage,
+                        "times": {p: StageTime(**taken) for p, taken in stage["times"].items()},
+                    }
+                )
                 for stage in values.pop("stages")
             ]
             return cls(**values, stages=stages)

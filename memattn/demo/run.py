@@ -6,7 +6,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -16,99 +16,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from memattn.demo.config import ADDED_STEPS, STARTS, DemoConfig
 from memattn.demo.continual import continual_table, measure_continual
+from memattn.demo.ideas import idea_table, measure_ideas
 from memattn.demo.measure import measure_model
 from memattn.demo.page import write_page
-from memattn.demo.plan import WARMUP_STEPS, Plan, Stage, Turn
-from memattn.demo.rows import table_rows
+from memattn.demo.plan import Plan, Stage, StageTime
+from memattn.demo.rows import columns, table_rows, yardstick_rows
+from memattn.demo.texts import held_out_bits
+from memattn.demo.yardsticks import measure_yardsticks
+from memattn.evaluate import bits_per_byte
 from memattn.files import write_text
 from memattn.models import PRESETS
-from memattn.train import DataConfig, ModelConfig, TrainConfig, TrainingConfig, train
+from memattn.train import train
+from memattn.train.attached import load_model_folder
 from memattn.train.metrics import read_metrics
 from memattn.train.setup import prepare_data
 
 PLAN = "plan.json"
-# small enough for two CPU cores, and large enough that the losses visibly fall
-SIZES = dict(
-    hidden_size=192,
-    num_hidden_layers=6,
-    num_attention_heads=3,
-    intermediate_size=512,
-    max_position_embeddings=2048,
-)
-# of one preset: a variant that trains fast, with a short window, which the audit has to cross
-OPTIONS = {"titans": dict(variant="mag", window_size=64, chunk_size=32)}
-# presets that begin with the weights of another, which stay: they learn for a part of its steps
-STARTS = {"shiftable": "vanilla"}
-ADDED_STEPS = 0.1
-HELD_OUT = 0.02  # of the documents, so that evaluation leaves time for many presets
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """What the demo does.
-
-    Attributes:
-        out: Folder of the results.
-        minutes: Time for training all presets together; the number of tokens is what fits, the
-            same for each preset.
-        corpus: A corpus, a text file, a folder or a Hugging Face dataset.
-        seed: The one seed of weights and order.
-        seq_len: Tokens in a row.
-        batch_size: Rows in a step.
-        vocab_size: Entries of the tokenizer, which is trained on the corpus.
-        sizes: Sizes of every model, keywords of the presets.
-        cache_dir: Folder for fetched corpora, tokenizers and tokens.
-    """
-
-    out: str = "runs/demo"
-    minutes: float = 3.0
-    corpus: str = "wiki"
-    seed: int = 0
-    seq_len: int = 512
-    batch_size: int = 1  # on so few tokens, more steps learn more than larger ones
-    vocab_size: int = 4096
-    sizes: dict[str, Any] = field(default_factory=lambda: dict(SIZES))
-    cache_dir: str = "~/.cache/memattn"
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.minutes < float("inf"):
-            raise ValueError(f"minutes must be positive and finite, got {self.minutes}")
-
-    def train_config(self, preset: str, stage: Stage) -> TrainConfig:
-        """The training run of one preset, as planned in a stage."""
-        return TrainConfig(
-            model=ModelConfig(preset=preset, options=OPTIONS.get(preset, {}) | self.sizes),
-            data=DataConfig(
-                dataset_name=self.corpus,
-                vocab_size=self.vocab_size,
-                held_out=HELD_OUT,
-                seq_len=self.seq_len,
-                cache_dir=self.cache_dir,
-            ),
-            training=TrainingConfig(
-                output_dir=str(Path(self.out) / preset),
-                max_steps=stage.steps,
-                batch_size=self.batch_size,
-                base_model_lr=3e-3,
-                warmup_steps=WARMUP_STEPS,
-                eval_steps=stage.stop if stage.evaluate else None,
-                save_steps=None,
-                keep_checkpoints=1,
-                seed=self.seed,
-            ),
-        )
-
-    def added_config(self, preset: str, steps: int) -> TrainConfig:
-        """The training run of a preset that begins with the finished weights of another."""
-        config = self.train_config(preset, Stage(steps, steps, evaluate=True))
-        start = Path(self.out) / STARTS[preset] / "model"
-        return replace(
-            config,
-            model=ModelConfig(model_path=str(start), specialists={}, freeze_base_model=True),
-            data=replace(config.data, vocab_size=None),
-            training=replace(config.training, warmup_steps=max(1, steps // 10)),
-        )
 
 
 def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None = None) -> Path:
@@ -138,11 +63,13 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
         shutil.rmtree(out)
     began = time.perf_counter()
     plan = _plan(config, out, console)
+    yardsticks = measure_yardsticks(config, console)
     _train(config, plan, console)
     for preset in filter(STARTS.get, PRESETS):
         if not (out / preset / "model").is_dir():
             train(config.added_config(preset, _added_steps(plan)), resume=True)
-    results = [_result(config, preset, console) for preset in PRESETS]
+    results = [_result(config, plan, preset, console) for preset in PRESETS]
+    ideas = measure_ideas(config, results, console)
     continual = measure_continual(out, config.seed, console)
     report = {
         "config": asdict(config),
@@ -151,7 +78,9 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
         "tokens": plan.tokens,
         "versions": _versions(),
         "seconds_of_this_call": time.perf_counter() - began,
+        "yardsticks": yardsticks,
         "results": results,
+        "ideas": ideas,
         "continual": continual,
     }
     write_text(out / "results.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
@@ -162,6 +91,7 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
         f"One seed, {plan.tokens:,} tokens, small models: differences in loss are no claim.",
         highlight=False,
     )
+    console.print(idea_table(ideas))
     if continual:
         console.print(continual_table(continual))
     for what, path in (
@@ -191,17 +121,19 @@ def _plan(config: DemoConfig, out: Path, console: Console) -> Plan:
     with console.status(f"fetching and tokenizing {config.corpus}"):
         stage = Stage(1, 1, evaluate=False)
         corpus = prepare_data(config.train_config(next(iter(PRESETS)), stage))
-    held_out = 0 if corpus.held_out is None else len(corpus.held_out.ids)
+    held_out = corpus.held_out
+    assert held_out is not None  # documents are held out, or the split has said why not
     console.print(
         f"{config.corpus}: {corpus.train.num_documents} documents, {len(corpus.train.ids):,} "
-        f"tokens to train on, {held_out:,} held out",
+        f"tokens to train on, {len(held_out.ids):,} held out",
         highlight=False,
     )
     plan = Plan(
         settings=settings,
         step_tokens=config.batch_size * config.seq_len,
         train_tokens=len(corpus.train.ids),
-        held_out_tokens=held_out,
+        held_out_tokens=len(held_out.ids),
+        held_out_bytes=held_out.num_bytes,
         device=_device(),
     )
     plan.save(file)
@@ -213,8 +145,8 @@ def _train(config: DemoConfig, plan: Plan, console: Console) -> None:
     for number in itertools.count():
         stage = plan.stages[number]
         for preset in _from_nothing():
-            if preset not in stage.turns:
-                stage.turns[preset] = _turn(config, plan, number, preset)
+            if preset not in stage.times:
+                stage.times[preset] = _train_stage(config, plan, number, preset)
                 plan.save(Path(config.out) / PLAN)
         if number == len(plan.stages) - 1:
             if plan.is_complete:
@@ -222,7 +154,7 @@ def _train(config: DemoConfig, plan: Plan, console: Console) -> None:
             plan.extend(_from_nothing(), 60.0 * config.minutes)
             plan.save(Path(config.out) / PLAN)
         if number == 0:
-            speeds = (f"{p} {1.0 / stage.turns[p].seconds_per_token:,.0f}" for p in stage.turns)
+            speeds = (f"{p} {1.0 / stage.times[p].seconds_per_token:,.0f}" for p in stage.times)
             console.print(f"tokens/s: {', '.join(speeds)}", highlight=False)
         if plan.steps != stage.steps:
             console.print(
@@ -240,7 +172,7 @@ def _added_steps(plan: Plan) -> int:
     return max(1, round(ADDED_STEPS * plan.steps))
 
 
-def _turn(config: DemoConfig, plan: Plan, number: int, preset: str) -> Turn:
+def _train_stage(config: DemoConfig, plan: Plan, number: int, preset: str) -> StageTime:
     """Train one preset for one stage."""
     stage = plan.stages[number]
     began = time.perf_counter()
@@ -252,10 +184,10 @@ def _turn(config: DemoConfig, plan: Plan, number: int, preset: str) -> Turn:
     first = plan.stages[number - 1].stop if number else 0
     rows = read_metrics(Path(config.out) / preset / "metrics.csv")
     speeds = [r["tokens_per_second"] for r in rows if r["tokens_per_second"] and r["step"] > first]
-    return Turn(seconds, sum(1.0 / speed for speed in speeds) / len(speeds))
+    return StageTime(seconds, sum(1.0 / speed for speed in speeds) / len(speeds))
 
 
-def _result(config: DemoConfig, preset: str, console: Console) -> dict[str, Any]:
+def _result(config: DemoConfig, plan: Plan, preset: str, console: Console) -> dict[str, Any]:
     """Measure one trained preset, unless that was done."""
     folder = Path(config.out) / preset
     file = folder / "result.json"
@@ -266,13 +198,16 @@ def _result(config: DemoConfig, preset: str, console: Console) -> dict[str, Any]
         measured = measure_model(folder / "model", seed=config.seed)
     rows = read_metrics(folder / "metrics.csv")
     trained = [row for row in rows if row["loss"] is not None]
-    held_out_loss = rows[-1]["eval_loss"]
+    if preset in STARTS:  # it was trained on another text
+        bits = held_out_bits(config, load_model_folder(folder / "model"))
+    else:
+        bits = bits_per_byte(rows[-1]["eval_loss"], plan.held_out_tokens, plan.held_out_bytes)
     audit = measured["audit"]
-    console.print(f"{preset}: held-out loss {held_out_loss:.3f}, audit {audit['verdict']}")
+    console.print(f"{preset}: {bits:.3f} bits per byte, audit {audit['verdict']}")
     result = {
         "preset": preset,
         "start": STARTS.get(preset),
-        "held_out_loss": held_out_loss,
+        "bits_per_byte": bits,
         # of the language model alone, where others are added to it
         "train_loss": trained[-1]["lm_loss"] or trained[-1]["loss"],
         "tokens": trained[-1]["tokens"],
@@ -285,16 +220,17 @@ def _result(config: DemoConfig, preset: str, console: Console) -> dict[str, Any]
 
 
 def _table(report: dict[str, Any]) -> Table:
-    """The comparison, one row for each preset."""
-    n = max(tokens for result in report["results"] for tokens, _ in result["state_bytes"])
+    """The comparison, one row for each preset, and the yardsticks behind them."""
     table = Table(title=f"{report['tokens']:,} tokens each, on {report['device']}")
-    table.add_column("preset")
-    for name in ("held-out loss", "tokens/s", f"state after {n:,} tokens", "parameters"):
-        table.add_column(name, justify="right")
-    table.add_column("audit")
+    names = columns(report)
+    for name in names:
+        table.add_column(name, justify="left" if name in (names[0], names[-1]) else "right")
     for cells in table_rows(report):
         style = "green" if cells[-1].startswith("all 0") else "red"
         table.add_row(*cells[:-1], f"[{style}]{cells[-1]}[/]")
+    table.add_section()
+    for cells in yardstick_rows(report):
+        table.add_row(*cells)
     return table
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memattn.evaluate.ngrams import bits_per_byte
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -47,7 +49,7 @@ class Perplexity:
         """Bits for a byte of the text, which compares models with different tokenizers."""
         if self.num_bytes is None:
             return None
-        return self.loss * self.num_tokens / (self.num_bytes * math.log(2.0))
+        return bits_per_byte(self.loss, self.num_tokens, self.num_bytes)
 
     @property
     def word_perplexity(self) -> float | None:

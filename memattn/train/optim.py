@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from memattn.checks import must
 from memattn.parts import Role
 from memattn.train.config import TrainingConfig
 
@@ -37,8 +39,23 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
         config: The rates.
 
     Returns:
-        Groups for AdamW, the base ones first.
+        Groups for the optimizer, the base ones first.
     """
+    return [
+        _group(params, rate, config.weight_decay * decays)
+        for (_, rate, decays), params in _by_rate(model, config).items()
+        if params
+    ]
+
+
+def _group(params: list[nn.Parameter], rate: float, weight_decay: float) -> dict[str, Any]:
+    return {"params": params, "lr": rate, "weight_decay": weight_decay}
+
+
+def _by_rate(
+    model: nn.Module, config: TrainingConfig
+) -> dict[tuple[str, float, bool], list[nn.Parameter]]:
+    """Parameters by whose rate they have, the rate, and whether they decay."""
     parameter_roles: Any = getattr(model, "parameter_roles", dict)
     roles = parameter_roles()
     tables = table_parameters(model)
@@ -62,11 +79,7 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
             if role.learning_rate is not None:
                 whose, rate = "own", role.learning_rate
             members.setdefault((whose, rate, role.kind == "weight"), []).append(parameter)
-    return [
-        {"params": params, "lr": rate, "weight_decay": config.weight_decay * decays}
-        for (_, rate, decays), params in members.items()
-        if params
-    ]
+    return members
 
 
 def _default_role(name: str, parameter: nn.Parameter, tables: set[nn.Parameter]) -> Role:
@@ -85,10 +98,81 @@ def table_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for table in tables for parameter in table.parameters(recurse=False)}
 
 
+class MuonAdamW(Optimizer):
+    """Muon for the weight matrices, AdamW for all else, as one optimizer.
+
+    Both are torch's. Muon's step is scaled to the root mean square of AdamW's, so that one
+    learning rate suits both. Which of them a group belongs to stands in its ``"optimizer"``.
+
+    Source: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon/, and Liu et al. (2025),
+    https://arxiv.org/abs/2502.16982, for the scale.
+
+    Args:
+        muon_groups: Groups of parameters ``[M, N]``.
+        adamw_groups: The other groups.
+        lr: Learning rate of groups that have none of their own.
+        betas: Decays of AdamW's moments.
+    """
+
+    def __init__(
+        self,
+        muon_groups: list[dict[str, Any]],
+        adamw_groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+    ) -> None:
+        self._parts: dict[str, Optimizer] = {}
+        if muon_groups:
+            self._parts["muon"] = Muon(muon_groups, lr=lr, adjust_lr_fn="match_rms_adamw")  # pyright: ignore[reportArgumentType]  # groups are taken too
+        if adamw_groups:
+            self._parts["adamw"] = AdamW(adamw_groups, lr=lr, betas=betas)
+        groups = [
+            group | {"optimizer": name}
+            for name, part in self._parts.items()
+            for group in part.param_groups
+        ]
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take one step with each of the two."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for name, part in self._parts.items():
+            # anew each time: loading a state replaces groups and state of this optimizer
+            part.param_groups = [g for g in self.param_groups if g["optimizer"] == name]
+            part.state = self.state
+            part.step()
+        return loss
+
+
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
-    """AdamW over ``parameter_groups``."""
-    betas = (config.adam_beta1, config.adam_beta2)
-    return AdamW(parameter_groups(model, config), lr=config.base_model_lr, betas=betas)
+    """The optimizer that the configuration names, with the rates of ``parameter_groups``.
+
+    ``muon`` updates the matrices between the embedding and the output layer; these two, memories,
+    norms, stacked matrices, what LoRA adds and what has a rate of its own stay with AdamW.
+
+    Raises:
+        NotImplementedError: For Muon where parameters are sharded.
+    """
+    lr, betas = config.base_model_lr, (config.adam_beta1, config.adam_beta2)
+    if config.optimizer == "adamw":
+        return AdamW(parameter_groups(model, config), lr=lr, betas=betas)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        must("training.optimizer", "be adamw with fsdp", "muon", NotImplementedError)
+    output_layer: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    outputs = set() if output_layer is None else set(output_layer.parameters())
+    muon_groups, adamw_groups = [], []
+    for (whose, rate, decays), parameters in _by_rate(model, config).items():
+        inner = whose == "base" and decays
+        matrices = [x for x in parameters if inner and x.dim() == 2 and x not in outputs]
+        others = [x for x in parameters if x not in set(matrices)]
+        for members, groups in ((matrices, muon_groups), (others, adamw_groups)):
+            if members:
+                groups.append(_group(members, rate, config.weight_decay * decays))
+    return MuonAdamW(muon_groups, adamw_groups, lr, betas)
 
 
 def make_scheduler(optimizer: Optimizer, config: TrainingConfig, max_steps: int) -> LRScheduler:

@@ -1,0 +1,31 @@
+"""Counted words and pairs of the same text, which every language model of the demo must beat."""
+
+from typing import Any
+
+from rich.console import Console
+
+from memattn.demo.config import DemoConfig
+from memattn.evaluate import bits_per_byte, ngram_losses
+from memattn.train import ModelConfig, TrainConfig
+from memattn.train.setup import prepare_data
+
+
+def measure_yardsticks(config: DemoConfig, console: Console) -> list[dict[str, Any]]:
+    """Bits per byte of the unigram and the bigram, and of those of a vocabulary twice as large.
+
+    All tokens to train on are counted, also those that no model has time for.
+    """
+    found = []
+    for vocab_size in (config.vocab_size, 2 * config.vocab_size):
+        with console.status(f"counting pairs of {vocab_size:,} tokens"):
+            data = config.data(config.corpus, vocab_size)
+            # the sizes of the model do not matter here
+            corpus = prepare_data(TrainConfig(model=ModelConfig(preset="vanilla"), data=data))
+            held_out = corpus.held_out
+            assert held_out is not None
+            size = max(vocab_size, len(corpus.tokenizer))
+            losses = ngram_losses(corpus.train.ids, held_out.ids, size)
+        for name, loss in losses._asdict().items():
+            bits = bits_per_byte(loss, len(held_out.ids), held_out.num_bytes)
+            found.append({"name": name, "vocab_size": vocab_size, "bits_per_byte": bits})
+    return found
