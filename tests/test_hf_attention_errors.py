@@ -51,13 +51,13 @@ def run_bidirectional():
     make_model("llama", is_causal=False)(make_tokens())
 
 
-def call(**options):
+def call(mask=None, **options):
     states = torch.zeros(1, 2, 3, 8)
-    hf_segmented_attention(torch.nn.Module(), states, states, states, None, **options)
+    hf_segmented_attention(torch.nn.Module(), states, states, states, mask, **options)
 
 
 def bounds(**options):
-    hf_sequence_bounds(1, 3, 3, **options)
+    return hf_sequence_bounds(1, 3, 3, **options)
 
 
 class Chunked:
@@ -73,6 +73,11 @@ class Chunked:
         (run_with_hole, NotImplementedError, "attention_mask must have one block of ones .* of 5;"),
         (run_other_bounds, ValueError, "cu_seq_lens_k must be cu_seq_lens_q"),
         (run_short_mask, ValueError, r"attention_mask must have shape \[B=2, 5\], got \[2, 1\]"),
+        (
+            lambda: call(block_indices=torch.zeros(1, 2, 3, 1).long()),
+            NotImplementedError,
+            "block_indices must be None",
+        ),
         (run_bidirectional, NotImplementedError, "is_causal must be True"),
         (
             lambda: make_model("llama", memattn_segment_len=0)(make_tokens()),
@@ -93,9 +98,12 @@ class Chunked:
             "config.attention_chunk_size must be None .* set memattn_segment_len instead",
         ),
         (
-            lambda: bounds(
-                mask_function=lambda b, h, q, kv: (kv <= q) | (b >= 0), allow_is_causal_skip=False
-            ),
+            lambda: call(
+                mask=bounds(
+                    mask_function=lambda b, h, q, kv: (kv <= q) | (b >= 0),
+                    allow_is_causal_skip=False,
+                )
+            ),  # fmt: skip
             NotImplementedError,
             "mask_function must be causal, without blocks that see ahead",
         ),

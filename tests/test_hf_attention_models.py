@@ -1,10 +1,12 @@
 """``memattn_segmented`` in models of several modalities, and in those that would ignore it."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import transformers
+from tiny_configs import tiny_config
 
 import memattn.models  # registers it
 
@@ -18,6 +20,8 @@ OTHERS = {
     "falcon": lambda: transformers.FalconConfig(**SIZES),
     "bloom": lambda: transformers.BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=4),
     "mpt": lambda: transformers.MptConfig(vocab_size=99, d_model=32, n_layers=1, n_heads=4),
+    # they choose keys by their values, or see compressed ones beside those of a window
+    **{name: functools.partial(tiny_config, name) for name in ("deepseek_v32", "deepseek_v4")},
     "doge": lambda: transformers.DogeConfig(**SIZES, intermediate_size=40),
     "gpt_neo": lambda: transformers.GPTNeoConfig(
         vocab_size=99, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["local"], 1]]
@@ -40,6 +44,13 @@ def test_models_that_ignore_the_choice_are_refused(name):
     config.memattn_window_size = 3
     with pytest.raises(NotImplementedError, match="whose attention transformers can choose"):
         make(config)
+
+
+def test_text_that_ignores_the_choice_beside_pictures_that_take_it_is_refused():
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config("git"))
+    assert model._can_set_attn_implementation()
+    with pytest.raises(NotImplementedError, match="got GitForCausalLM with GitSelfAttention"):
+        model.set_attn_implementation(NAME)
 
 
 def make_pictures(where):

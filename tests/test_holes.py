@@ -110,6 +110,19 @@ def test_a_crop_of_rows_that_moved_is_exact_or_refused(system, way, tmp_path):
     assert len(cropped) < 9 and (cropped or system == "both")  # whose window needs every token
 
 
+@pytest.mark.parametrize("system", ["vanilla", "learned"])
+def test_gradients_reach_the_hidden_states_that_are_returned(system):
+    """They are those of what stands in the other columns: none."""
+    model, tokens, mask = make_model(system), make_tokens(4, T), make_mask()
+    out = model(tokens, attention_mask=mask, output_hidden_states=True)
+    plain = model(tokens, attention_mask=mask)
+    assert torch.equal(out.logits, plain.logits)
+    gradients = torch.autograd.grad(out.logits[mask == 1].square().sum(), out.hidden_states)
+    for gradient in gradients:
+        assert gradient[mask == 1].ne(0).any(1).all()
+        assert gradient[mask == 0].eq(0).all()
+
+
 @pytest.mark.parametrize("system", ["vanilla", "both"])
 def test_a_batch_without_rows(system):
     model, tokens = make_model(system), make_tokens(4, 6)[:0]

@@ -186,7 +186,10 @@ class MemAttnModel(MemAttnPreTrainedModel):
         shared_parts = dict(self.shared_parts.items())
         for i, layer in enumerate(layers):
             if output_hidden_states:
-                all_hidden_states.append(hidden_states)
+                shown = hidden_states if order is None else order.columns(hidden_states)
+                all_hidden_states.append(shown)
+                # the layer reads what is shown, so that gradients reach it
+                hidden_states = shown if order is None else order.put(shown)
             layer_cache = None if cache is None else cache.layers[i]
             # where rows end early, their last tokens stand before the newest columns
             if hidden_to_keep and i == last and not (output_hidden_states or ends_early):
@@ -200,7 +203,6 @@ class MemAttnModel(MemAttnPreTrainedModel):
         means, counts = sums.means()
         if order is not None:
             hidden_states = order.columns(hidden_states)
-            all_hidden_states = [order.columns(x) for x in all_hidden_states]
             present = order.present
         if present is not None and not self.training and ends_early:
             # generation goes on from the last column, also of a row whose tokens ended before

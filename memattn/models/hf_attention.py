@@ -28,35 +28,32 @@ are put next to each other for the kernel, so that windows and segments count to
 a ``sliding_window`` of its own counts columns, and refuses holes once it drops keys.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from memattn.checks import check_int
-from memattn.models.hf_packing import documents_of_call, guard_continuous_batching
+    seq_start = seq_end = rows = None
+    if attention_mask is not None and attention_mask.shape[2:] == (1, 1):
+        attention_mask = attention_mask[..., 0, 0]  # as where layers share keys
+    cu_seqlens = documents_of_call(attention_mask, kwargs, query, key)
 from memattn.ops import segmented_attention
 from memattn.parts.padding import check_mask, read_mask
 from memattn.parts.token_order import TokenOrder, take_columns
 
-NAME = "memattn_segmented"
-FIELDS = ("memattn_segment_len", "memattn_window_size", "memattn_num_sink_tokens")
-OWN_MASKS = ("doge",)  # types of models that make a mask of their own from the values
+# what models give their attention that changes its scores, or chooses keys by their values
+LACKED = ("softcap", "position_bias", "head_mask", "block_indices", "indices", "sinks")
 
 
 def register_hf_attention() -> None:
     """Register ``"memattn_segmented"`` with transformers; importing ``memattn.models`` does it."""
     AttentionInterface.register(NAME, hf_segmented_attention)
     AttentionMaskInterface.register(NAME, hf_sequence_bounds)
+<<<<<<< HEAD
     for name in FIELDS:
         setattr(PreTrainedConfig, name, _config_field(name))
     for method in ("set_attn_implementation", "get_correct_attn_implementation"):
@@ -139,6 +136,9 @@ def _config_field(name: str) -> property:
                 del vars(whole)["attn_implementation"]
 
     return property(get, put)
+=======
+    register_choice()
+>>>>>>> main
 
 
 def hf_sequence_bounds(
@@ -174,6 +174,7 @@ def hf_sequence_bounds(
         _lacks("config.attention_chunk_size", "be None", "set memattn_segment_len instead")
     if not getattr(config, "is_causal", True):
         _lacks("config.is_causal", "be True")
+    shares_keys = bool(getattr(config, "num_kv_shared_layers", None))
     if use_vmap:
         _lacks("mask_function", "be causal, without functions joined to it")
     if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
@@ -182,6 +183,10 @@ def hf_sequence_bounds(
         check_mask(attention_mask, batch_size, (kv_offset + kv_length,))
         start, end, order = read_mask(attention_mask, order_traced=False)
         if order is not None:
+            if shares_keys:
+                _lacks(
+                    "attention_mask", "have one block of ones in each row where layers share keys"
+                )
             if kv_offset or (local_size is not None and local_size < kv_length):
                 _lacks(
                     "attention_mask",
@@ -190,13 +195,16 @@ def hf_sequence_bounds(
                 )
             return order.present
         if torch.compiler.is_compiling() or start.any() or (end != attention_mask.shape[1]).any():
-            return _bounds(start - kv_offset, end - kv_offset)
+            return _bounds(start - kv_offset, end - kv_offset, shares_keys)
     elif not allow_is_causal_skip and mask_function is not None:
-        return _packed_bounds(mask_function, batch_size, q_length, device)
+        documents = _packed_bounds(mask_function, batch_size, q_length, device)
+        if documents is not None and documents.dim() == 1 and shares_keys:
+            _lacks("position_ids", "count one sequence in each row where layers share keys")
+        return documents
     if kv_offset:
         # a trimmed cache: segments count from before the first key
         start = torch.full((batch_size,), -kv_offset, device=device)
-        return _bounds(start, start + kv_offset + kv_length)
+        return _bounds(start, start + kv_offset + kv_length, shares_keys)
     return None
 
 
@@ -233,13 +241,19 @@ def hf_segmented_attention(
     """
     if dropout:
         _lacks("attention_dropout", "be 0 in training", f"got {dropout}")
-    for name in ("softcap", "position_bias", "head_mask"):
+    for name in LACKED:
         if kwargs.get(name) is not None:
             _lacks(name, "be None")
     if is_causal is False or not getattr(module, "is_causal", True):
         _lacks("is_causal", "be True")
+<<<<<<< HEAD
     seq_start = seq_end = rows = None
     cu_seqlens = documents_of_call(attention_mask, kwargs, query, key)
+=======
+    seq_start = seq_end = cu_seqlens = rows = None
+    if attention_mask is not None and attention_mask.shape[2:] == (1, 1):
+        attention_mask = attention_mask[..., 0, 0]  # as where layers share keys
+>>>>>>> main
     if (
         attention_mask is not None
         and attention_mask.dtype == torch.bool
@@ -249,6 +263,8 @@ def hf_segmented_attention(
         query, key, value = map(take_columns, (query, key, value), rows.columns())
         seq_start = rows.seq_start
     elif attention_mask is not None:
+        if attention_mask.dim() == 3:
+            _lacks("mask_function", "be causal, without blocks that see ahead")
         if attention_mask.dtype != torch.int32 or attention_mask.dim() > 2:
             got = f"got {attention_mask.dtype} {list(attention_mask.shape)}"
             _lacks("attention_mask", "be a padding mask [B, S]", got)
@@ -258,10 +274,9 @@ def hf_segmented_attention(
     if cu_seqlens is not None and B > 1:
         query, key, value = map(_one_row, (query, key, value))
     spans = _spans(module, sliding_window)
-    if sliding_window is not None:
+    if sliding_window == 1:
         # a cache of window 1 gives all earlier keys, but bounds for those in the window
-        reach = sliding_window - 1 + query.shape[2]
-        key, value = key[:, :, -reach:], value[:, :, -reach:]
+        key, value = key[:, :, -query.shape[2] :], value[:, :, -query.shape[2] :]
     out = segmented_attention(
         query,
         key,
@@ -303,9 +318,14 @@ def _is_chunked(module: nn.Module) -> bool:
     return kinds is not None and layer is not None and kinds[layer] == "chunked_attention"
 
 
-def _bounds(start: Tensor, end: Tensor) -> Tensor:
-    """Starts and ends as one int32 tensor ``[2, B]``."""
-    return torch.stack([start, end]).to(torch.int32)
+def _bounds(start: Tensor, end: Tensor, shares_keys: bool) -> Tensor:
+    """Starts and ends as one int32 tensor ``[2, B]``.
+
+    It is ``[2, B, 1, 1]`` for models whose last layers share keys: these cut the queries, and the
+    third dimension of a mask, to the newest.
+    """
+    bounds = torch.stack([start, end]).to(torch.int32)
+    return bounds[..., None, None] if shares_keys else bounds
 
 
 class _Tokens(NamedTuple):
@@ -361,7 +381,8 @@ def _packed_bounds(
     head = torch.zeros((), dtype=torch.long, device=device)
     before = torch.arange(T - 1, device=device)[None]
     if mask_function(row, head, before, before + 1).any():
-        _lacks("mask_function", "be causal, without blocks that see ahead")
+        # refused where attention gets it: decoders of encoders make one for keys that nobody gave
+        return torch.ones(1, 1, 1, dtype=torch.bool, device=device)
     begins = ~mask_function(row, head, before + 1, before).expand(B, -1)  # [B, T-1]
     if not begins.any():
         return None
