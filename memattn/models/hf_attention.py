@@ -37,10 +37,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from memattn.checks import check_int
-    seq_start = seq_end = rows = None
-    if attention_mask is not None and attention_mask.shape[2:] == (1, 1):
-        attention_mask = attention_mask[..., 0, 0]  # as where layers share keys
-    cu_seqlens = documents_of_call(attention_mask, kwargs, query, key)
+from memattn.models.hf_choice import FIELDS, NAME, register_choice
+from memattn.models.hf_packing import documents_of_call, guard_continuous_batching
 from memattn.ops import segmented_attention
 from memattn.parts.padding import check_mask, read_mask
 from memattn.parts.token_order import TokenOrder, take_columns
@@ -53,92 +51,8 @@ def register_hf_attention() -> None:
     """Register ``"memattn_segmented"`` with transformers; importing ``memattn.models`` does it."""
     AttentionInterface.register(NAME, hf_segmented_attention)
     AttentionMaskInterface.register(NAME, hf_sequence_bounds)
-<<<<<<< HEAD
-    for name in FIELDS:
-        setattr(PreTrainedConfig, name, _config_field(name))
-    for method in ("set_attn_implementation", "get_correct_attn_implementation"):
-        if not hasattr(getattr(PreTrainedModel, method), "_memattn_guards"):
-            setattr(PreTrainedModel, method, _guarded(getattr(PreTrainedModel, method)))
-    guard_continuous_batching(NAME)
-
-
-def _guarded(choose: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that chooses the implementation, for models that would use it.
-
-    transformers warns about others, or lets them attend without any mask.
-    """
-
-    @functools.wraps(choose)
-    def guarded(model: PreTrainedModel, requested: Any, *args: Any, **kwargs: Any) -> Any:
-        if _names_it(requested):
-            text = _text_config(model.config)
-            module: Any
-            for module in model.modules():
-                chosen = isinstance(module, PreTrainedModel) and module.config is text
-                takes = chosen and module._can_set_attn_implementation()
-                if chosen and not (takes and text.model_type not in OWN_MASKS):
-                    raise NotImplementedError(
-                        f"model must be one whose attention transformers can choose, for "
-                        f'attn_implementation="{NAME}", got {type(module).__name__}'
-                    )
-        elif requested is None and _has_spans(model.config):
-            # the configuration around that of a text model has reset what that one chose
-            requested = NAME
-        return choose(model, requested, *args, **kwargs)
-
-    guarded._memattn_guards = choose  # pyright: ignore[reportAttributeAccessIssue]
-    return guarded
-
-
-def _has_spans(config: PreTrainedConfig) -> bool:
-    """Whether a configuration itself has a segment length or a window."""
-    return any(vars(config).get(field) is not None for field in FIELDS)
-
-
-def _names_it(requested: Any) -> bool:
-    """Whether an implementation, or that of some part of a model, is this one."""
-    if isinstance(requested, dict):
-        return any(map(_names_it, requested.values()))
-    return requested == NAME
-
-
-def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the text model among several; else the same."""
-    text = config.get_text_config(decoder=True)
-    return text if any(text is value for value in vars(config).values()) else config
-
-
-def _config_field(name: str) -> property:
-    """A field of every configuration that chooses this implementation once it has a value.
-
-    transformers does not save the implementation of a model, but reads one from ``config.json``.
-    """
-
-    def get(config: PreTrainedConfig) -> Any:
-        config = _text_config(config)
-        if name not in vars(config):
-            raise AttributeError(f"{type(config).__name__!r} object has no attribute {name!r}")
-        return vars(config)[name]
-
-    def put(config: PreTrainedConfig, value: int | None) -> None:
-        whole, config = config, _text_config(config)
-        vars(config)[name] = value
-        if _has_spans(config):
-            vars(config)["attn_implementation"] = NAME
-            if vars(config).get("_attn_implementation_internal") is None:
-                vars(config)["_attn_implementation_internal"] = NAME  # at loading, if none is named
-        else:
-            vars(config).pop("attn_implementation", None)
-        if config is not whole:  # a process without memattn reads this one
-            names = (key for key, inner in vars(whole).items() if inner is config)
-            vars(whole)["attn_implementation"] = {next(names): NAME}
-            if not _has_spans(config):
-                del vars(whole)["attn_implementation"]
-
-    return property(get, put)
-=======
     register_choice()
->>>>>>> main
+    guard_continuous_batching(NAME)
 
 
 def hf_sequence_bounds(
@@ -246,14 +160,10 @@ def hf_segmented_attention(
             _lacks(name, "be None")
     if is_causal is False or not getattr(module, "is_causal", True):
         _lacks("is_causal", "be True")
-<<<<<<< HEAD
     seq_start = seq_end = rows = None
-    cu_seqlens = documents_of_call(attention_mask, kwargs, query, key)
-=======
-    seq_start = seq_end = cu_seqlens = rows = None
     if attention_mask is not None and attention_mask.shape[2:] == (1, 1):
         attention_mask = attention_mask[..., 0, 0]  # as where layers share keys
->>>>>>> main
+    cu_seqlens = documents_of_call(attention_mask, kwargs, query, key)
     if (
         attention_mask is not None
         and attention_mask.dtype == torch.bool
