@@ -5,6 +5,8 @@ source* (tokens, a parameter table, memory tokens). A tile of rows then walks th
 smallest ``lo`` to the largest ``hi``, and only columns that some row does not see need a mask.
 """
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -197,13 +199,19 @@ def rows_ready(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+@cache
+def _row_names(name: str, axes: str) -> tuple[str, ...]:
+    """The kernels' argument names of a tensor of rows: its pointer, then its strides."""
+    return f"{name}_ptr", *(f"stride_{name}{axis}" for axis in axes)
+
+
 def rows(name: str, tensor: Tensor | None, axes: str) -> dict:
     """The pointer and the strides of a tensor of rows, by the kernels' argument names."""
     if tensor is None:
-        return {f"{name}_ptr": None} | {f"stride_{name}{axis}": 0 for axis in axes}
+        return dict(zip(_row_names(name, axes), (None, *(0 for _ in axes)), strict=True))
     tensor = rows_ready(tensor)
-    strides = zip(axes, tensor.stride(), strict=False)
-    return {f"{name}_ptr": tensor} | {f"stride_{name}{axis}": stride for axis, stride in strides}
+    # all strides but the last
+    return dict(zip(_row_names(name, axes), (tensor, *tensor.stride()), strict=False))
 
 
 def empty_rows(like: Tensor, width: int) -> Tensor:
@@ -214,9 +222,14 @@ def empty_rows(like: Tensor, width: int) -> Tensor:
     return like.new_empty(B, H, T, width)
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up; that of Triton is made for kernels, and slow on the host."""
+    return -(-a // b)
+
+
 def block_width(width: int) -> int:
     """The power of two, at least 16, that a row of this width is padded to in a tile."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def block_length(block: int, length: int) -> int:

@@ -13,6 +13,7 @@ from memattn_kernels._common import (
     MAX_LENGTH,
     NO_END,
     block_length,
+    cdiv,
     exponent_factor,
     finish_softmax,
     load_rows,
@@ -156,7 +157,7 @@ def n_parts_of(inputs: dict, part_length: int) -> int:
     # sinks may adjoin what is near
     reach_in_all = 2 * max(reach, default=0) + (inputs["n_sinks"] or 0)
     longest = min(S, T + reach_in_all) if reach and max(reach) < MAX_LENGTH else S
-    return max(triton.cdiv(longest, part_length), 1)
+    return max(cdiv(longest, part_length), 1)
 
 
 def launch_decode_parts(inputs: dict, config: dict) -> None:
@@ -178,7 +179,7 @@ def launch_decode_parts(inputs: dict, config: dict) -> None:
     )
     lengths = dict(BLOCK_NP=inputs["P"], BLOCK_NM=inputs["M"], BLOCK_NS=inputs["n_sinks"] or 0)
     tiles = {name: block_length(config["BLOCK_N"], length) for name, length in lengths.items()}
-    n_tiles = triton.cdiv(inputs["G"] * T, config["BLOCK_M"])
+    n_tiles = cdiv(inputs["G"] * T, config["BLOCK_M"])
     n_programs = n_tiles * n_parts * B * (H // inputs["G"])
     launch(segmented_attention_decode_parts_kernel, n_programs, config | tiles, inputs, sums)
     launch(segmented_attention_decode_sum_kernel, n_rows, SUM_CONFIG, inputs, sums)
