@@ -71,7 +71,7 @@ class Chunked:
         (run_with_static_cache, NotImplementedError, "past_key_values must be a dynamic cache"),
         (run_dense_mask, NotImplementedError, r"attention_mask must be a padding mask \[B, S\]"),
         (run_with_hole, NotImplementedError, "attention_mask must have one block of ones .* of 5;"),
-        (run_other_bounds, NotImplementedError, "cu_seq_lens_k must be cu_seq_lens_q"),
+        (run_other_bounds, ValueError, "cu_seq_lens_k must be cu_seq_lens_q"),
         (run_short_mask, ValueError, r"attention_mask must have shape \[B=2, 5\], got \[2, 1\]"),
         (
             lambda: call(block_indices=torch.zeros(1, 2, 3, 1).long()),
@@ -89,7 +89,8 @@ class Chunked:
             TypeError,
             "config.memattn_window_size must be an integer, got float",
         ),
-        (lambda: call(softcap=30.0), NotImplementedError, "softcap must be None"),
+        (lambda: call(position_bias=0.0), NotImplementedError, "position_bias must be None"),
+        (lambda: call(softcap=0.0), ValueError, "softcap must be positive and finite, got 0.0"),
         (lambda: call(is_causal=False), NotImplementedError, "is_causal must be True"),
         (lambda: bounds(use_vmap=True), NotImplementedError, "mask_function must be causal"),
         (

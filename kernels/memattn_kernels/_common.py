@@ -144,6 +144,44 @@ def power(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def score_scale(scale, softcap, dtype: tl.constexpr):
+    """The factor that makes exponents of ``power`` from ``cap_products``."""
+    if softcap is None:
+        return scale * exponent_factor(dtype)
+    else:
+        return softcap * exponent_factor(dtype)
+
+
+@triton.jit
+def cap_products(products, cap_scale, dtype: tl.constexpr):
+    """What ``softcap`` is multiplied by for capped scores, ``tanh(cap_scale * product)``.
+
+    With None as ``cap_scale`` the products as they are. Near 0 it is a polynomial, since a large
+    cap multiplies the error of ``1 - 2 / (1 + exp(2 x))`` there; in half precision one that is
+    short enough to hide behind the powers and divisions of other scores.
+    """
+    if cap_scale is None:
+        return products
+    elif dtype == tl.float32:
+        x = products * cap_scale
+        size = tl.abs(x)
+        square = x * x
+        p = -5.70498872745e-3 * square + 2.06390887954e-2
+        p = p * square - 5.37397155531e-2
+        p = p * square + 1.33314422036e-1
+        p = p * square - 3.33332819422e-1
+        u = tl.exp2(size * (-2.0 * LOG2E))
+        large = 1.0 - 2.0 * u / (1.0 + u)
+        return tl.where(size < 0.625, p * square * x + x, tl.where(x < 0.0, -large, large))
+    else:
+        x = products * cap_scale
+        square = x * x
+        small = (0.13333333 * square - 0.33333333) * square * x + x
+        large = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+        return tl.where(square < 0.015625, small, large)
+
+
+@triton.jit
 def online_softmax_step(acc, l_i, m_i, scores, v, scale, HIDE_UNSEEN: tl.constexpr = False):
     """Add one tile of keys to the running softmax.
 

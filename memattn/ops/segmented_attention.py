@@ -11,6 +11,7 @@ from memattn.checks import (
     check_int,
     check_like,
     check_pair,
+    check_positive,
     check_rank,
     check_scale,
     check_shape,
@@ -59,6 +60,7 @@ def segmented_attention(
     seq_end: Tensor | None = None,
     query_offset: int = 0,
     scale: float | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> AttentionOutput:
     """Attend within segments and a sliding window, and to persistent and memory keys.
@@ -108,6 +110,9 @@ def segmented_attention(
         seq_end: int32 ``[B]``. Rows and keys at or after it are empty.
         query_offset: Position of the first query among the keys; ``S - T`` in cached decoding.
         scale: Factor of the scores; None means ``1/sqrt(D)``.
+        softcap: Bound that no score exceeds, positive, as in Gemma 2: the scores of all keys, scale
+            included, become ``softcap * tanh(score / softcap)``; logits of sinks stay as they are.
+            None means no bound.
         backend: ``"auto"`` (Triton for CUDA tensors, C++ for CPU tensors, the reference for
             float64 and where the extension is not built), ``"triton"``, ``"cpp"`` or
             ``"reference"``; or ``"flex"``, PyTorch's FlexAttention, which is compiled and has no
@@ -170,6 +175,7 @@ def segmented_attention(
         memory_is_causal=memory_is_causal,
         query_offset=query_offset,
         scale=check_scale(scale, query.shape[-1]),
+        softcap=None if softcap is None else check_positive("softcap", softcap),
     )
     if backend == "flex":
         from memattn.ops.flex_attention import flex_segmented_attention
