@@ -1,15 +1,20 @@
 """The training loop: what it minimises, and what it leaves behind."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from safetensors.torch import load_file
 from train_factories import columns, tiny_config, write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from memattn.models import MemAttnForCausalLM
 from memattn.train import NonFiniteError, TrainResult, train
-from memattn.train.config import ModelConfig, TrainConfig
+from memattn.train.config import ModelConfig, TrainConfig, TrainingConfig
+from memattn.train.distributed import prepare_model
 from memattn.train.metrics import COLUMNS, read_metrics
 from memattn.train.setup import make_batches, prepare_data
 
@@ -46,6 +51,31 @@ def test_loss_falls_and_everything_is_written(tmp_path, preset, packed):
 
 def losses_of(config: TrainConfig) -> list[tuple]:
     return columns(read_metrics(run(config).output_dir / "metrics.csv"), "loss", "eval_loss")
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_a_compiled_run_is_the_run_without(tmp_path, monkeypatch, packed):
+    config = tiny_config(tmp_path, data={"packed": packed}, max_steps=2, save_steps=None)
+    plain = losses_of(config)
+    compiled = []
+
+    def compile_quickly(model, **options):
+        compiled.append(options)
+        torch.nn.Module.compile(model, backend="aot_eager", **options)
+
+    monkeypatch.setattr(MemAttnForCausalLM, "compile", compile_quickly)
+    torch._dynamo.utils.counters.clear()
+    found = losses_of(changed(config, output_dir=str(tmp_path / "compiled"), compile=True))
+    assert compiled == [{"fullgraph": True}]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # training, evaluation
+    found, plain = ([x for row in rows for x in row if x is not None] for rows in (found, plain))
+    assert found == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_run_of_several_processes_is_not_compiled():
+    several: Any = SimpleNamespace(num_processes=2)
+    with pytest.raises(NotImplementedError, match="compile must be false .* got true with 2"):
+        prepare_model(several, torch.nn.Linear(1, 1), TrainingConfig(compile=True))
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])

@@ -219,6 +219,9 @@ class TrainingConfig:
         max_grad_norm: Gradients are scaled down to this norm; None means never.
         label_smoothing: Share of each target that is spread over the vocabulary, in training.
         mixed_precision: ``no``, ``bf16``, or ``fp16`` (CUDA only).
+        compile: Whether ``torch.compile`` makes the model one program: it takes a minute or more
+            to begin and needs a compiler; for one process. Programs differ from the modules by
+            rounding, so a run is not bitwise that without it.
         gradient_checkpointing: Whether activations are computed again in the backward pass.
         distributed_strategy: ``ddp`` (whole model in each process) or ``fsdp`` (FSDP2, sharded);
             read when started by ``accelerate launch`` with several processes.
@@ -252,6 +255,7 @@ class TrainingConfig:
     max_grad_norm: float | None = 1.0
     label_smoothing: float = 0.0
     mixed_precision: str = "no"
+    compile: bool = False
     gradient_checkpointing: bool = False
     distributed_strategy: str = "ddp"
     num_gpus: int | None = None
@@ -284,7 +288,7 @@ class TrainingConfig:
         for name in ("label_smoothing", "adam_beta1", "adam_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 must(f"training.{name}", "be in [0, 1)", getattr(self, name))
-        for name in ("gradient_checkpointing", "cpu"):
+        for name in ("compile", "gradient_checkpointing", "cpu"):
             check_bool(f"training.{name}", getattr(self, name))
         for name, known in (
             ("training_mode", MODES),

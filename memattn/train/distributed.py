@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from memattn.checks import must
+from memattn.models import MemAttnForCausalLM
 from memattn.train.config import TrainingConfig
 
 
@@ -47,8 +48,15 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, config: TrainingCo
     Raises:
         NotImplementedError: For fp16 with fsdp, whose loss scaling is per process, and for modules
             that may leave out some of their weights, which fsdp reduces only if all have gradients.
+        NotImplementedError: For ``compile`` with several processes.
         ValueError: If accelerate was told to wrap the model itself.
     """
+    if config.compile:
+        if accelerator.num_processes > 1:
+            got = f"true with {accelerator.num_processes}"
+            must("training.compile", "be false with several processes", got, NotImplementedError)
+        # a decoder of the package has no graph breaks, and one that came would not stay unseen
+        model.compile(fullgraph=isinstance(model, MemAttnForCausalLM))
     if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise ValueError(
             "training.distributed_strategy must choose how the model is distributed, "
