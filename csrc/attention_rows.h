@@ -27,6 +27,10 @@ static MEMATTN_INLINE int64_t number_of(const Args& a, const Tile& tile, const Q
   return (tile.b * a.H + rows.head[i]) * a.T + rows.t[i];
 }
 
+// how its scores are capped;
+template <class Args, class QueryRows>
+static MEMATTN_INLINE Uncapped cap_of(const Args&, const QueryRows&) { return {}; }
+
 // how its result is stored;
 template <class Args, class QueryRows>
 static MEMATTN_INLINE void store_result(const Args& a, const Tile& tile, const QueryRows& rows,
@@ -120,7 +124,8 @@ static MEMATTN_INLINE void forward_rows(const Args& a, const Tile& tile, const Q
   float* scores = acc + TILE_ROWS * a.Dv;         // [BLOCK_KEYS][PANEL]
   float* block_scratch = scores + BLOCK_KEYS * PANEL;  // [BLOCK_KEYS][D + Dv], or rows of the tile
   const int64_t ldk = round_up(a.D, VL);
-  const Split scale2 = Split::factor(a.scale * LOG2E);
+  const auto cap = cap_of(a, rows);
+  const Split scale2 = Split::factor(cap.exponent(a.scale));
   const SumRuns runs = rows.sum_runs();
   load_rows(a.query, tile, rows, a.D, ldk, block_scratch);
   to_panels(block_scratch, ldk, rows.lanes, a.D, PANEL, q);
@@ -137,8 +142,8 @@ static MEMATTN_INLINE void forward_rows(const Args& a, const Tile& tile, const Q
                   add_to_rows<PANEL>(*block.seen, panel, span.first, span.last - span.first,
                                      runs.keys, scores - panel.first, value, a.Dv,
                                      alpha - panel.first, acc);
-                });
-    else attend<NV>(block, rows.lanes, a.D, a.Dv, runs, scale2, q, scores, states, acc);
+                }, cap);
+    else attend<NV>(block, rows.lanes, a.D, a.Dv, runs, scale2, q, scores, states, acc, cap);
   });
 
   finish_rows<NV, BY_ROW>(a, tile, rows, states, acc, block_scratch);
@@ -167,8 +172,11 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
   float* delta = take(TILE_ROWS);
   float* d_lse = take(TILE_ROWS);
   float* block_scratch = take(BLOCK_KEYS * (a.D + a.Dv));
+  const auto cap = cap_of(a, rows);
+  constexpr bool CAPS = decltype(cap)::CAPS;
+  float* slopes = CAPS ? take(BLOCK_KEYS * PANEL) : nullptr;  // of the caps, of one panel
 
-  const Split scale2 = Split::factor(a.scale * LOG2E);
+  const Split scale2 = Split::factor(cap.exponent(a.scale));
   const SumRuns runs = rows.sum_runs();
   load_rows(a.query, tile, rows, a.D, ldk, q_rows);
   load_rows(a.d_out, tile, rows, a.Dv, ldv, d_out_rows);
@@ -192,6 +200,11 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
     const int64_t n = span.last - span.first, skip = span.first - block.begin;
     block_products<NV>(block, n, a.D, runs.dims, block.key.from(skip), q + p * a.D * PANEL, weights,
                        STEP);
+    cap.template apply<NV>(weights, n, STEP);
+    if constexpr (CAPS)
+      for (int64_t j = 0; j < n; ++j)
+        for (int v = 0; v < NV; ++v)
+          ((vf*)slopes)[j * NV + v] = cap.slope(((const vf*)(weights + j * STEP))[v]);
     if (span.partial) mask_panel<NV, STEP>(weights, block, p, span.first, span.last);
     block_products<NV>(block, n, a.Dv, runs.dims, block.value.from(skip), d_out + p * a.Dv * PANEL, dw,
                        STEP);
@@ -252,6 +265,7 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
         for (int v = 0; v < NV; ++v) {
           vf* s = (vf*)(ds + j * STEP) + v;
           *s = ((const vf*)(weights + j * STEP))[v] * ((*s - mean[v]) + extra[v]);
+          if constexpr (CAPS) *s *= ((const vf*)slopes)[j * NV + v];
         }
       if constexpr (BY_ROW)
         add_to_rows<STEP>(*block.seen, panel_of<NV>(rows, p), span.first, n, runs.keys,
@@ -285,7 +299,8 @@ static int64_t float_forward_scratch(const Args& a) {
 template <class Args>
 static int64_t float_backward_scratch(const Args& a) {
   const int64_t wide = round_up(a.D, VL) + round_up(a.Dv, VL);
-  return (3 * TILE_ROWS + BLOCK_KEYS + 1) * wide + 2 * TILE_ROWS * BLOCK_KEYS + 4 * TILE_ROWS + 256;
+  return (3 * TILE_ROWS + BLOCK_KEYS + 1) * wide + 2 * TILE_ROWS * BLOCK_KEYS + 4 * TILE_ROWS +
+         BLOCK_KEYS * 2 * VL + 256;
 }
 
 // Products of floats, and rows of keys for them: `units` of 32 bits each.

@@ -114,6 +114,58 @@ struct WeightedMean {
   }
 };
 
+// ---- caps
+//
+// A cap c makes c * tanh(s * scale / c) of a score s. A panel then holds the tanh alone, and c is the
+// scale of exponents.
+
+// To 1.5 units in the last place; NaN stays NaN.
+static MEMATTN_INLINE vf tanh_of(vf x) {
+  constexpr double TWO_LOG2E = 2 * LOG2E;
+  const vf size = (vf)((vi)x & 0x7fffffff), square = x * x;
+  // minimax polynomial of (tanh(x) / x - 1) / x^2 up to 0.625
+  vf p = broadcast(-5.70498872745e-3f);
+  p = fma(p, square, broadcast(2.06390887954e-2f));
+  p = fma(p, square, broadcast(-5.37397155531e-2f));
+  p = fma(p, square, broadcast(1.33314422036e-1f));
+  p = fma(p, square, broadcast(-3.33332819422e-1f));
+  const vf small = fma(p * square, x, x);
+  const float high = (float)-TWO_LOG2E, low = (float)(-TWO_LOG2E - high);
+  const vf u = exp2_nonpositive(size * high, [&](vf n) {
+    return fma(size, high, -n) + size * low;
+  });
+  const vf large = 1.0f - 2.0f * u / (1.0f + u);
+  return select(size < 0.625f, small, (vf)((vi)large | ((vi)x & (vi{} + INT32_MIN))));
+}
+
+struct Uncapped {
+  static constexpr bool CAPS = false;
+  static MEMATTN_INLINE double exponent(double scale) { return scale * LOG2E; }
+  template <int NV>
+  MEMATTN_INLINE void apply(float*, int64_t, int64_t) const {}
+};
+
+struct Softcap {
+  static constexpr bool CAPS = true;
+  double cap;
+  Split factor;
+
+  Softcap(double scale, double cap) : cap(cap), factor(Split::factor(scale / cap)) {}
+  // the factor of what a panel holds, in units of log 2
+  MEMATTN_INLINE double exponent(double) const { return cap * LOG2E; }
+  // of the products of `n` keys, STEP apart
+  template <int NV>
+  MEMATTN_INLINE void apply(float* panel, int64_t n, int64_t step) const {
+    for (int64_t j = 0; j < n; ++j)
+      for (int v = 0; v < NV; ++v) {
+        vf* s = (vf*)(panel + j * step) + v;
+        *s = tanh_of(fma(*s, factor.high, *s * factor.low));
+      }
+  }
+  // the derivative of a capped score, 0 of a masked one
+  static MEMATTN_INLINE vf slope(vf t) { return greater(fma(-t, t, broadcast(1.0f)), vf{}); }
+};
+
 // Online softmax state of one panel: the maximum in units of log 2 as a sum of two floats, the first
 // coarse, so that the largest key has weight 1 exactly, and the sum of the weights. In a large lane
 // the first float is the maximum, and the second 0.
@@ -230,16 +282,17 @@ static MEMATTN_INLINE void block_products(const AnyBlock& block, int64_t n, int6
 // Takes one block of keys into the softmax states of all panels, and calls add(panel, its span, what
 // is added so far is to be multiplied by) when `scores` holds the weights of a panel.
 // q: [panel][D][PANEL], scores: [BLOCK_KEYS][PANEL].
-template <int NV, class AnyBlock, class Add>
+template <int NV, class AnyBlock, class Add, class Cap = Uncapped>
 static MEMATTN_INLINE void weigh(const AnyBlock& block, int64_t lanes, int64_t D, const SumRuns& runs,
                                  Split scale2, const float* q, float* scores,
-                                 SoftmaxState<NV>* states, Add add) {
+                                 SoftmaxState<NV>* states, Add add, const Cap& cap = {}) {
   constexpr int64_t PANEL = NV * VL;
   for (int64_t p = 0; p * PANEL < lanes; ++p) {
     const Span span(block, p);
     const int64_t n = span.last - span.first, skip = span.first - block.begin;
     if (n <= 0) continue;
     block_products<NV>(block, n, D, runs.dims, block.key.from(skip), q + p * D * PANEL, scores, PANEL);
+    cap.template apply<NV>(scores, n, PANEL);
     if (span.partial) mask_panel<NV>(scores, block, p, span.first, span.last);
     vf alpha[NV];
     softmax_step<NV>(scores, n, scale2, &states[p], alpha);
@@ -248,10 +301,10 @@ static MEMATTN_INLINE void weigh(const AnyBlock& block, int64_t lanes, int64_t D
 }
 
 // And into the weighted sums of all panels, acc: [panel][Dv][PANEL].
-template <int NV, class AnyBlock>
+template <int NV, class AnyBlock, class Cap = Uncapped>
 static MEMATTN_INLINE void attend(const AnyBlock& block, int64_t lanes, int64_t D, int64_t Dv,
                                   const SumRuns& runs, Split scale2, const float* q, float* scores,
-                                  SoftmaxState<NV>* states, float* acc) {
+                                  SoftmaxState<NV>* states, float* acc, const Cap& cap = {}) {
   constexpr int64_t PANEL = NV * VL;
   weigh<NV>(block, lanes, D, runs, scale2, q, scores, states,
             [&](int64_t p, const Span& span, const float* alpha) {
@@ -259,7 +312,7 @@ static MEMATTN_INLINE void attend(const AnyBlock& block, int64_t lanes, int64_t 
               add_weighted<NV>(Dv, span.last - span.first, runs.keys,
                                value.data + (span.first - block.begin) * value.stride, value.stride,
                                scores, PANEL, acc + p * Dv * PANEL, PANEL, alpha);
-            });
+            }, cap);
 }
 
 // Zeros what panels of [BLOCK_KEYS][units of a panel] hold for keys of the block outside [first, last).

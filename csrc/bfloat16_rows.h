@@ -25,14 +25,15 @@ static MEMATTN_INLINE void pair_products(const AnyBlock& block, const PairSpan& 
 }
 
 // Scores of the keys that panel p sees, whole pairs of keys with -inf in place of neighbours.
-template <int NV, class AnyBlock>
+template <int NV, class AnyBlock, class Cap = Uncapped>
 static MEMATTN_INLINE void pair_scores(const AnyBlock& block, int64_t p, const Span& seen,
                                        const PairSpan& span, int64_t D, const float* q,
-                                       float* scores) {
+                                       float* scores, const Cap& cap = {}) {
   constexpr int64_t PANEL = NV * VL;
   const int64_t terms = pairs_in(D);
   float* own = scores + span.lead * PANEL;
   pair_products<NV>(block, span, block.key, terms, q + p * terms * PANEL, own);
+  cap.template apply<NV>(own, span.n, PANEL);
   if (seen.partial) mask_panel<NV>(own, block, p, seen.first, seen.last);
   for (int v = 0; v < NV; ++v) {
     if (span.lead) ((vf*)scores)[v] = broadcast(-__builtin_inff());
@@ -44,15 +45,15 @@ static MEMATTN_INLINE void pair_scores(const AnyBlock& block, int64_t p, const S
 // pairs of these, what is added so far is to be multiplied by) when `weights` holds those of a panel. q:
 // [panel][terms][PANEL], scores: [BLOCK_KEYS + 2][PANEL], weights and with FINE their rest:
 // [BLOCK_KEYS / 2 + 1][PANEL].
-template <int NV, bool FINE = false, class AnyBlock, class Add>
+template <int NV, bool FINE = false, class AnyBlock, class Add, class Cap = Uncapped>
 static MEMATTN_INLINE void weigh_pairs(const AnyBlock& block, int64_t lanes, int64_t D, float scale2,
                                        const float* q, float* scores, float* weights, float* rest,
-                                       SoftmaxState<NV>* states, Add add) {
+                                       SoftmaxState<NV>* states, Add add, const Cap& cap = {}) {
   for (int64_t p = 0; p * NV * VL < lanes; ++p) {
     const Span seen(block, p);
     if (seen.first >= seen.last) continue;
     const PairSpan span(seen.first - block.begin, seen.last - seen.first);
-    pair_scores<NV>(block, p, seen, span, D, q, scores);
+    pair_scores<NV>(block, p, seen, span, D, q, scores, cap);
     vf alpha[NV];
     pair_softmax_step<NV, FINE>(scores, span.pairs, scale2, &states[p], alpha, weights, rest);
     add(p, seen, span, (const float*)alpha);
@@ -89,7 +90,8 @@ static MEMATTN_INLINE void forward_pairs(const Args& a, const Tile& tile, const 
   float* weights = pieces.take((BLOCK_KEYS / 2 + 1) * PANEL);
   float* row_scratch = pieces.take(TILE_ROWS * (ldk > ldv ? ldk : ldv));
   float* block_scratch = pieces.next;
-  const float scale2 = (float)(a.scale * LOG2E);
+  const auto cap = cap_of(a, rows);
+  const float scale2 = (float)cap.exponent(a.scale);
   load_pair_rows(a.query, tile, rows, a.D, ldk, row_scratch);
   to_panels(row_scratch, ldk, rows.lanes, terms, PANEL, q);
   __builtin_memset(acc, 0, rows.lanes * a.Dv * 4);
@@ -109,7 +111,7 @@ static MEMATTN_INLINE void forward_pairs(const Args& a, const Tile& tile, const 
       } else {
         add_weighted_pairs<NV>(block, p, span, a.Dv, weights, nullptr, alpha, acc);
       }
-    });
+    }, cap);
   });
 
   finish_rows<NV, BY_ROW>(a, tile, rows, states, acc, row_scratch);
@@ -128,12 +130,13 @@ static MEMATTN_INLINE void lane_products(const float* x, const float* y, int64_t
 
 // Scores of the keys that panel p sees, and the gradients of their weights, dw, from those of results,
 // g: [panel][terms of Dv][PANEL]; both whole pairs of keys, with gradient 0 of neighbours.
-template <int NV, class AnyBlock>
+template <int NV, class AnyBlock, class Cap = Uncapped>
 static MEMATTN_INLINE void pair_gradients(const AnyBlock& block, int64_t p, const Span& seen,
                                           const PairSpan& span, int64_t D, int64_t Dv, const float* q,
-                                          const float* g, float* scores, float* dw) {
+                                          const float* g, float* scores, float* dw,
+                                          const Cap& cap = {}) {
   constexpr int64_t PANEL = NV * VL;
-  pair_scores<NV>(block, p, seen, span, D, q, scores);
+  pair_scores<NV>(block, p, seen, span, D, q, scores, cap);
   float* own = dw + span.lead * PANEL;
   pair_products<NV>(block, span, block.value, pairs_in(Dv), g + p * pairs_in(Dv) * PANEL, own);
   for (int v = 0; v < NV; ++v) {
@@ -195,7 +198,8 @@ static MEMATTN_INLINE void backward_pairs(const Args& a, const Tile& tile, const
         *d_lse = lanes + 3 * TILE_ROWS;
   const PairScratch block_scratch{pieces.next, true};
 
-  const float scale2 = (float)(a.scale * LOG2E);
+  const auto cap = cap_of(a, rows);
+  const float scale2 = (float)cap.exponent(a.scale);
   const int64_t ldq = round_up(terms, VL), ldo = round_up(value_terms, VL);
   load_pair_rows(a.query, tile, rows, a.D, ldq, row_scratch);
   to_panels(row_scratch, ldq, rows.lanes, terms, PANEL, q);
@@ -220,7 +224,7 @@ static MEMATTN_INLINE void backward_pairs(const Args& a, const Tile& tile, const
 
   // products of the keys that panel p sees
   auto multiply = [&](const auto& block, int64_t p, const Span& seen, const PairSpan& span) {
-    pair_gradients<NV>(block, p, seen, span, a.D, a.Dv, q, d_out, scores, dw);
+    pair_gradients<NV>(block, p, seen, span, a.D, a.Dv, q, d_out, scores, dw, cap);
   };
   auto weigh = [&](int64_t p, int64_t j, int v) {
     const vf high = ((const vf*)(lse_high + p * PANEL))[v];
@@ -275,6 +279,8 @@ static MEMATTN_INLINE void backward_pairs(const Args& a, const Tile& tile, const
           for (int v = 0; v < NV; ++v) {
             w[k][v] = weigh(p, 2 * i + k, v);
             ds[k][v] = w[k][v] * ((((const vf*)dw)[(2 * i + k) * NV + v] - mean[v]) + extra[v]);
+            if constexpr (decltype(cap)::CAPS)
+              ds[k][v] *= cap.slope(((const vf*)scores)[(2 * i + k) * NV + v]);
           }
         store_lane_pairs<NV, STEP>(w[0], w[1], p_rows + 2 * i * STEP);
         store_lane_pairs<NV, STEP>(ds[0], ds[1], ds_rows + 2 * i * STEP);

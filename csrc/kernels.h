@@ -25,6 +25,7 @@ struct RowRange {
 struct SegmentedArgs {
   int64_t B, H, Hkv, T, S, D, Dv, P, M;
   double scale;
+  double softcap;                    // of scores, 0 for none
   View query, key, value, out;       // [B, H or Hkv, T or S, D or Dv]
   View persistent_key, persistent_value;  // [Hkv, P, D or Dv]
   View memory_key, memory_value;     // [B, Hkv, n_segments, M, D or Dv]

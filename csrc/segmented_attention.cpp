@@ -17,6 +17,7 @@ struct Inputs {
   bool is_causal, memory_is_causal;
   int64_t query_offset;
   double scale;
+  std::optional<double> softcap;
 };
 
 struct Call {
@@ -93,7 +94,7 @@ Call make_call(const Inputs& in) {
   a = SegmentedArgs{};
   a.B = in.query.size(0), a.H = in.query.size(1), a.T = in.query.size(2), a.D = in.query.size(3);
   a.Hkv = in.key.size(1), a.S = in.key.size(2), a.Dv = in.value.size(3);
-  a.scale = in.scale;
+  a.scale = in.scale, a.softcap = in.softcap.value_or(0.0);
   a.query = view_of(in.query), a.key = view_of(in.key), a.value = view_of(in.value);
   if (in.persistent_key) {
     a.P = in.persistent_key->size(1);
@@ -114,13 +115,14 @@ Call make_call(const Inputs& in) {
       OptionalTensor persistent_value, OptionalTensor memory_key, OptionalTensor memory_value,   \
       OptionalTensor cu_seqlens, OptionalTensor seq_start, OptionalTensor seq_end,               \
       OptionalInt segment_len, OptionalInt window_size, OptionalInt num_sink_tokens,             \
-      bool is_causal, bool memory_is_causal, int64_t query_offset, double scale
+      bool is_causal, bool memory_is_causal, int64_t query_offset, double scale,                 \
+      std::optional<double> softcap
 #define MEMATTN_TAKEN                                                                            \
   Inputs{query,         key,          value,                                                      \
          persistent_key, persistent_value, memory_key,       memory_value,                        \
          cu_seqlens,    seq_start,    seq_end,                                                    \
          segment_len,   window_size,  num_sink_tokens,                                            \
-         is_causal,     memory_is_causal, query_offset,      scale}
+         is_causal,     memory_is_causal, query_offset,      scale, softcap}
 
 std::tuple<Tensor, Tensor, Tensor> forward(MEMATTN_PARAMETERS) {
   Call call = make_call(MEMATTN_TAKEN);

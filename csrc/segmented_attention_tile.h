@@ -56,6 +56,15 @@ struct TileRows {
   }
 };
 
+// And those whose scores are capped.
+struct CappedRows : TileRows {
+  using TileRows::TileRows;
+};
+
+static MEMATTN_INLINE Softcap cap_of(const SegmentedArgs& a, const CappedRows&) {
+  return {a.scale, a.softcap};
+}
+
 // Calls visit(block) for every block of keys that some row of the tile sees.
 template <class Scratch, class Visit>
 static void for_each_block(const SegmentedArgs& a, const Tile& tile, const TileRows& rows,
@@ -114,29 +123,43 @@ static void for_each_block(const SegmentedArgs& a, const Tile& tile, const TileR
   walk_tokens();
 }
 
-template <class How, int NV>
-static void forward_tile(const SegmentedArgs& a, const Tile& tile, float* scratch) {
-  const TileRows rows(a, tile, NV * VL);
+template <class How, class QueryRows, int NV>
+static void forward_panels(const SegmentedArgs& a, const Tile& tile, float* scratch) {
+  const QueryRows rows(a, tile, NV * VL);
   How::template forward<NV>(a, tile, rows, [&](auto block_scratch, auto visit) {
     for_each_block(a, tile, rows, NV * VL, nullptr, 0, 0, block_scratch, visit);
   }, scratch);
 }
 
-template <class How>
-static void segmented_forward_by(const SegmentedArgs& a, const Tile& tile, float* scratch) {
+template <class How, class QueryRows>
+static void forward_tile(const SegmentedArgs& a, const Tile& tile, float* scratch) {
   const int64_t n = (tile.h1 - tile.h0) * (tile.t1 - tile.t0);
-  n <= VL ? forward_tile<How, 1>(a, tile, scratch) : forward_tile<How, 2>(a, tile, scratch);
+  n <= VL ? forward_panels<How, QueryRows, 1>(a, tile, scratch)
+          : forward_panels<How, QueryRows, 2>(a, tile, scratch);
 }
 
 template <class How>
-static void segmented_backward_by(const SegmentedArgs& a, const Tile& tile,
-                                  const SegmentedGrads& grads, float* scratch) {
+static void segmented_forward_by(const SegmentedArgs& a, const Tile& tile, float* scratch) {
+  a.softcap ? forward_tile<How, CappedRows>(a, tile, scratch)
+            : forward_tile<How, TileRows>(a, tile, scratch);
+}
+
+template <class How, class QueryRows>
+static void backward_tile(const SegmentedArgs& a, const Tile& tile, const SegmentedGrads& grads,
+                          float* scratch) {
   constexpr int NV = 2;
-  const TileRows rows(a, tile, NV * VL);
+  const QueryRows rows(a, tile, NV * VL);
   const int64_t ldk = round_up(a.D, VL), ldv = round_up(a.Dv, VL);
   How::template backward<NV>(
       a, tile, rows, [&](bool with_gradients, auto block_scratch, auto visit) {
         for_each_block(a, tile, rows, NV * VL, with_gradients ? &grads : nullptr, ldk, ldv,
                        block_scratch, visit);
       }, scratch);
+}
+
+template <class How>
+static void segmented_backward_by(const SegmentedArgs& a, const Tile& tile,
+                                  const SegmentedGrads& grads, float* scratch) {
+  a.softcap ? backward_tile<How, CappedRows>(a, tile, grads, scratch)
+            : backward_tile<How, TileRows>(a, tile, grads, scratch);
 }

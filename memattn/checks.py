@@ -68,13 +68,16 @@ def check_bool(name: str, value: Any) -> None:
 
 def check_scale(scale: Any, head_dim: int) -> float:
     """Return the scale, ``1/sqrt(head_dim)`` for None."""
-    if scale is None:
-        return head_dim**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
-        must("scale", "be a number or None", type(scale).__name__, TypeError)
-    if not 0.0 < scale < float("inf"):
-        must("scale", "be positive and finite", scale)
-    return float(scale)
+    return head_dim**-0.5 if scale is None else check_positive("scale", scale)
+
+
+def check_positive(name: str, value: Any) -> float:
+    """Return ``value`` as a float, of an argument that may be None too: a positive number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+        must(name, "be a number or None", type(value).__name__, TypeError)
+    if not 0.0 < value < float("inf"):
+        must(name, "be positive and finite", value)
+    return float(value)
 
 
 def check_pair(name_a: str, a: Tensor | None, name_b: str, b: Tensor | None) -> None:

@@ -108,14 +108,33 @@ SEGMENTED = OperatorSpec(
         "sinks-trimmed": Case(
             dict(B=3, T=4, S=21), dict(SINKS, query_offset=17), dict(seq_start=[-9, 2, 19])
         ),
+        "softcap": Case(dict(T=37), dict(softcap=0.7)),
+        "softcap-both": Case(dict(T=37, S=23), dict(scale=9.0, softcap=50, is_causal=False)),
+        "softcap-all-sources": Case(
+            dict(B=1, T=37, P=2, M=2, segment_len=4, n_segments=11, Dv=24),
+            dict(SINKS, softcap=0.7),
+            dict(cu_seqlens=DOCUMENTS),
+        ),
+        "softcap-padded": Case(
+            dict(B=3, T=21, P=2), dict(window_size=4, softcap=0.7), dict(seq_start=[0, 5, 20])
+        ),
+        "softcap-decode": Case(dict(T=3, S=33), dict(query_offset=30, window_size=7, softcap=0.7)),
     },
-    interpreted_half=("all-sources", "padded-left", "union-both", "decode-window", "sinks"),
+    interpreted_half=(
+        "all-sources",
+        "padded-left",
+        "union-both",
+        "decode-window",
+        "sinks",
+        "softcap",
+    ),
     gradcheck={
         name: Case(dict(B=1, H=2, Hkv=1, T=6, D=3, P=2, M=4, segment_len=4), options)
         for name, options in {
             "causal": dict(segment_len=4, window_size=3, memory_is_causal=True),
             "both": dict(segment_len=4, window_size=2, is_causal=False),
             "sinks": dict(segment_len=4, window_size=1, num_sink_tokens=2),
+            "softcap": dict(segment_len=4, window_size=3, softcap=0.7),
         }.items()
     },
     empty={
@@ -134,6 +153,7 @@ SEGMENTED = OperatorSpec(
             dict(**ONE, T=T, D=32, P=5), dict(segment_len=48, window_size=20, is_causal=False)
         ),
         "sinks": lambda T: Case(dict(**ONE, T=T, D=32), dict(window_size=33, num_sink_tokens=7)),
+        "softcap": lambda T: Case(dict(**ONE, T=T, D=32), dict(window_size=33, softcap=0.7)),
     },
     longest=(200, 1000),
     at_head_dim=Case(dict(**ONE, T=130), dict(window_size=70)),
@@ -153,6 +173,9 @@ SEGMENTED = OperatorSpec(
         "decode": Case(dict(T=1, S=33, B=3), dict(query_offset=32)),
         "long": Case(dict(**ONE, T=150, D=72), dict(window_size=33)),
         "sinks": Case(dict(**ONE, T=150, D=72), dict(window_size=33, num_sink_tokens=5)),
+        "softcap": Case(dict(**ONE, T=150, D=72), dict(window_size=33, softcap=0.7)),
+        "softcap-one": Case(dict(T=1), dict(softcap=0.7)),
+        "softcap-odd": Case(dict(T=15, D=13, Dv=7, P=3), dict(softcap=0.7)),
     },
     at_threads={
         "memory": Case(
@@ -189,6 +212,7 @@ SEGMENTED = OperatorSpec(
         "sinks": Case(dict(T=9, S=20), dict(query_offset=11, window_size=3, num_sink_tokens=4)),
         "padded": Case(dict(T=9, P=2), {}, dict(seq_end=[4, 0])),
         "no-sequence": Case(dict(B=1, T=5, P=2), {}, dict(seq_end=[0])),
+        "softcap": Case(dict(T=9, P=2), dict(softcap=0.7), dict(seq_end=[4, 0])),
         "trimmed": Case(
             dict(T=4, S=21, P=1, M=2, segment_len=8, n_segments=4),
             dict(segment_len=8, window_size=4, query_offset=17),
@@ -206,6 +230,7 @@ SEGMENTED = OperatorSpec(
             dict(segment_len=4, window_size=3, memory_is_causal=True),
         ),
         "sinks": Case(dict(**ONE, T=9), dict(window_size=3, num_sink_tokens=2)),
+        "softcap": Case(dict(**ONE, T=9), dict(softcap=0.7)),
         "packed": Case(
             dict(**ONE, T=9, P=2), dict(window_size=6), dict(cu_seqlens=[0, 1, 6, 6, 9])
         ),
@@ -221,7 +246,9 @@ SEGMENTED = OperatorSpec(
             dict(segment_len=4, window_size=3, memory_is_causal=True),
         ),
         "padded": lambda T: Case(
-            dict(H=2, Hkv=1, T=T, P=2), dict(window_size=5), dict(seq_start=[0, 2], seq_end=[7, 9])
+            dict(H=2, Hkv=1, T=T, P=2),
+            dict(window_size=5, softcap=0.7),
+            dict(seq_start=[0, 2], seq_end=[7, 9]),
         ),
     },
     gpu_large={

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from memattn.bench.gpu import compare, correctness, session, speed
+from memattn.bench.gpu import compare, correctness, host, session, speed
 from memattn.bench.gpu.__main__ import main, read_plan
 from memattn.bench.gpu.page import page
 from memattn.bench.gpu.pool import Pool
@@ -132,6 +132,18 @@ def test_builds_are_compared_by_their_fastest_rounds():
     assert compare.ratios(pairs[:2]) == []
 
 
+def test_small_calls_are_told_beside_the_card():
+    (job, *_) = host.jobs(("segmented_attention",), dry=False)
+    row = {"part": "forward", "plain": 110.25, "recorded": 30.5, "card": 8.0}
+    missing = {"part": "backward", "plain": 200.0}
+    line, other = host.lines([(job, {"status": "ok", "host": [row, missing, {"part": "x"}]})])
+    assert line == (
+        "segmented_attention, forward: plain 110.25 us, recorded 30.5 us, the card alone 8 us, "
+        "recorded, over the card 22.5 us"
+    )
+    assert other.endswith("recorded, over the card not measured")
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -155,7 +167,10 @@ def test_plans_pick_stages_and_operators():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sped"], "PLAN must have stages (correct, before, speed, tests, retune) and operators"),
+        (
+            ["sped"],
+            "PLAN must have stages (correct, before, host, speed, tests, retune) and operators",
+        ),
         (["--seconds", "1"], "seconds must be between 10 and 86400, got 1.0"),
         (["before"], "before must be given for the stage of that name, got None"),
         (["--before", "/"], "before must be a checkout of this project, got /"),

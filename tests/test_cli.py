@@ -16,6 +16,7 @@ from memattn.cli._main import COMMANDS
 from memattn.cli._parser import build_parser, normalise
 from memattn.data import Document, tokenize_documents, train_tokenizer
 from memattn.models import MemAttnConfig, MemAttnForCausalLM
+from memattn.ops._dispatch import triton_is_installed, triton_is_interpreted
 
 ROOT = Path(__file__).parents[1]
 TEXT = "the cat sat on the mat and the dog sat on the log " * 4
@@ -358,8 +359,11 @@ def test_generate_checks_its_options(capsys, saved, option, value, words):
     assert_user_error(run(capsys, "generate", saved, "--prompt", "a", option, value), words)
 
 
-def test_doctor_reports(capsys):
+def test_doctor_reports(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
     code, out, _ = run(capsys, "doctor")
+    if triton_is_installed() and triton_is_interpreted():
+        assert "launches are not recorded: MEMATTN_RECORD_LAUNCHES=1 is not set" in out
     assert code == 0
     assert torch.__version__.split("+")[0] in out
     for words in ("versions", "devices", "backends", "reference", "cpu float64", "always the"):

@@ -43,6 +43,7 @@ CASES = {
         "num_sink_tokens": 3,
         "seq_start": int32(-2, 6),
     },
+    "softcap": lambda: {**inputs(), **persistent(), "softcap": 0.7, "seq_start": int32(0, 6)},
     "causal memory": lambda: {
         **inputs(),
         **persistent(),

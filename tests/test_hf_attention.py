@@ -11,9 +11,11 @@ from hf_attention_factories import CONFIGS, EXACT, GREEDY, SIZES, make_model, ma
 from model_factories import enable_checkpointing, make_tokens, pad_left, perturb
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GptOssConfig,
     Llama4TextConfig,
     Qwen2Config,
+    VaultGemmaConfig,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +79,8 @@ def test_first_tokens(side):
         torch.testing.assert_close(torch.cat(steps, 1)[mask == 1], actual, **EXACT)
 
 
-OWN = {  # logits of sinks and windows; chunks and layers without
+CAPPED = dict(head_dim=8, query_pre_attn_scalar=2, attn_logit_softcapping=1.5)
+OWN = {  # logits of sinks and windows; chunks and layers without; capped scores, also with windows
     "gpt-oss": lambda: GptOssConfig(
         **SIZES, num_local_experts=2, num_experts_per_tok=1, head_dim=8, sliding_window=5
     ),
@@ -89,12 +92,21 @@ OWN = {  # logits of sinks and windows; chunks and layers without
         intermediate_size_mlp=40,
         no_rope_layers=[1, 0],
     ),
+    "gemma-2": lambda: Gemma2Config(**SIZES, **CAPPED, sliding_window=5),
+    "vaultgemma": lambda: VaultGemmaConfig(**SIZES, **CAPPED, sliding_window=5),
 }
+
+
+@pytest.fixture
+def wide_softmax(monkeypatch):
+    """Eager attention of some models rounds float64 to float32 in its softmax; not here."""
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
 
 
 @pytest.mark.parametrize("side", ["", "left"])
 @pytest.mark.parametrize("own", OWN)
-def test_what_models_have_of_their_own(own, side):
+def test_what_models_have_of_their_own(own, side, wide_softmax):
     torch.manual_seed(0)
     eager = AutoModelForCausalLM.from_config(OWN[own](), attn_implementation="eager")
     eager.set_experts_implementation("eager")  # others have no float64
@@ -112,6 +124,11 @@ def test_what_models_have_of_their_own(own, side):
             assert "sinks" not in name or a.grad.any()
     prompts = dict(input_ids=tokens, attention_mask=mask, **GREEDY)
     assert torch.equal(ours.generate(**prompts), eager.generate(**prompts))
+    if "gemma" in own:
+        for layer in ours.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+        uncapped = ours(tokens, attention_mask=mask).logits[mask == 1]
+        assert (uncapped - actual).abs().max() > 1e-3
 
 
 @torch.no_grad()

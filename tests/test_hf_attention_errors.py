@@ -89,7 +89,8 @@ class Chunked:
             TypeError,
             "config.memattn_window_size must be an integer, got float",
         ),
-        (lambda: call(softcap=30.0), NotImplementedError, "softcap must be None"),
+        (lambda: call(position_bias=0.0), NotImplementedError, "position_bias must be None"),
+        (lambda: call(softcap=0.0), ValueError, "softcap must be positive and finite, got 0.0"),
         (lambda: call(is_causal=False), NotImplementedError, "is_causal must be True"),
         (lambda: bounds(use_vmap=True), NotImplementedError, "mask_function must be causal"),
         (

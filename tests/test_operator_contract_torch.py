@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from operator_contract import (
     COMPILED,
     CUDA,

@@ -1,5 +1,6 @@
 """segmented_attention: what holds without a reference, and what it refuses."""
 
+import math
 import re
 
 import pytest
@@ -49,12 +50,30 @@ class TestProperties:
         trimmed = self.run(backend, last, query_offset=9, seq_start=start, **options)
         torch.testing.assert_close(trimmed.out, whole.out[:, :, 17:])
 
+    def test_no_score_exceeds_its_cap(self, backend):
+        tensors = make_segmented_inputs(T=20, P=2, device=DEVICE[backend])
+        whole = self.run(backend, tensors)
+        assert not torch.allclose(self.run(backend, tensors, softcap=1.0).out, whole.out, atol=1e-2)
+        # far above all scores it changes next to nothing
+        torch.testing.assert_close(self.run(backend, tensors, softcap=1e4).out, whole.out)
+        large = tensors | {"query": tensors["query"] * 1e6}
+        n_keys = torch.arange(3, 23, device=DEVICE[backend])
+        beyond = (self.run(backend, large, softcap=0.5).lse - n_keys.log()).abs()
+        assert 0.2 < beyond.max() <= 0.5 + 1e-5
+
 
 WRONG = {
     "segment_len must be at least 1, got 0": (ValueError, dict(segment_len=0)),
     "window_size must be at least 1, got -3": (ValueError, dict(window_size=-3)),
     "window_size must be an integer, got float": (TypeError, dict(window_size=2.0)),
     "segment_len must be an integer, got bool": (TypeError, dict(segment_len=True)),
+    "softcap must be positive and finite, got 0.0": (ValueError, dict(softcap=0.0)),
+    "softcap must be positive and finite, got -30": (ValueError, dict(softcap=-30)),
+    "softcap must be positive and finite, got nan": (ValueError, dict(softcap=math.nan)),
+    "softcap must be positive and finite, got inf": (ValueError, dict(softcap=math.inf)),
+    "softcap must be a number or None, got bool": (TypeError, dict(softcap=True)),
+    "softcap must be a number or None, got str": (TypeError, dict(softcap="30")),
+    "softcap must be a number or None, got Tensor": (TypeError, dict(softcap=torch.tensor(30.0))),
     "persistent_value must be given together with persistent_key": (
         ValueError,
         dict(persistent_key=torch.zeros(2, 3, 16)),
@@ -122,7 +141,7 @@ def test_the_extension_refuses_what_it_would_read_outside():
     t = make_segmented_inputs(B=1, T=9, M=2, segment_len=4, n_segments=1)
     args = [t["query"], t["key"], t["value"], None, None, t["memory_key"], t["memory_value"]]
     with pytest.raises(RuntimeError, match="memory_key must have at least n_segments"):
-        op(*args, None, None, None, 4, None, None, True, False, 0, 1.0)
+        op(*args, None, None, None, 4, None, None, True, False, 0, 1.0, None)
 
 
 @needs_cpp
@@ -149,15 +168,19 @@ def test_keys_are_nobody_elses_neighbours(capability, window_size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_of_sinks_are_columns_of_the_softmax(dtype):
-    """Beside the scores of the keys that a query sees, and of no value."""
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_logits_of_sinks_are_columns_of_the_softmax(dtype, softcap):
+    """Beside the scores of the keys that a query sees, not capped, and of no value."""
     t = make_segmented_inputs(B=2, H=4, Hkv=2, T=19, D=8, dtype=dtype)
     logits = torch.randn(4, generator=torch.Generator().manual_seed(3)).to(dtype)
-    options = dict(window_size=4, seq_end=torch.tensor([19, 11], dtype=torch.int32))
+    ends = torch.tensor([19, 11], dtype=torch.int32)
+    options = dict(window_size=4, seq_end=ends, softcap=softcap)
 
     def joined(query, key, value, sink_logits):
         G = query.shape[1] // key.shape[1]
         scores = query @ key.repeat_interleave(G, 1).mT / query.shape[-1] ** 0.5
+        if softcap is not None:
+            scores = (scores / softcap).tanh() * softcap
         i, j = torch.arange(19)[:, None], torch.arange(19)
         seen = (j <= i) & (j > i - 4)
         within = torch.tensor([19, 11])[:, None] > j

@@ -5,6 +5,8 @@ source* (tokens, a parameter table, memory tokens). A tile of rows then walks th
 smallest ``lo`` to the largest ``hi``, and only columns that some row does not see need a mask.
 """
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -142,6 +144,44 @@ def power(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def score_scale(scale, softcap, dtype: tl.constexpr):
+    """The factor that makes exponents of ``power`` from ``cap_products``."""
+    if softcap is None:
+        return scale * exponent_factor(dtype)
+    else:
+        return softcap * exponent_factor(dtype)
+
+
+@triton.jit
+def cap_products(products, cap_scale, dtype: tl.constexpr):
+    """What ``softcap`` is multiplied by for capped scores, ``tanh(cap_scale * product)``.
+
+    With None as ``cap_scale`` the products as they are. Near 0 it is a polynomial, since a large
+    cap multiplies the error of ``1 - 2 / (1 + exp(2 x))`` there; in half precision one that is
+    short enough to hide behind the powers and divisions of other scores.
+    """
+    if cap_scale is None:
+        return products
+    elif dtype == tl.float32:
+        x = products * cap_scale
+        size = tl.abs(x)
+        square = x * x
+        p = -5.70498872745e-3 * square + 2.06390887954e-2
+        p = p * square - 5.37397155531e-2
+        p = p * square + 1.33314422036e-1
+        p = p * square - 3.33332819422e-1
+        u = tl.exp2(size * (-2.0 * LOG2E))
+        large = 1.0 - 2.0 * u / (1.0 + u)
+        return tl.where(size < 0.625, p * square * x + x, tl.where(x < 0.0, -large, large))
+    else:
+        x = products * cap_scale
+        square = x * x
+        small = (0.13333333 * square - 0.33333333) * square * x + x
+        large = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+        return tl.where(square < 0.015625, small, large)
+
+
+@triton.jit
 def online_softmax_step(acc, l_i, m_i, scores, v, scale, HIDE_UNSEEN: tl.constexpr = False):
     """Add one tile of keys to the running softmax.
 
@@ -197,13 +237,19 @@ def rows_ready(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+@cache
+def _row_names(name: str, axes: str) -> tuple[str, ...]:
+    """The kernels' argument names of a tensor of rows: its pointer, then its strides."""
+    return f"{name}_ptr", *(f"stride_{name}{axis}" for axis in axes)
+
+
 def rows(name: str, tensor: Tensor | None, axes: str) -> dict:
     """The pointer and the strides of a tensor of rows, by the kernels' argument names."""
     if tensor is None:
-        return {f"{name}_ptr": None} | {f"stride_{name}{axis}": 0 for axis in axes}
+        return dict(zip(_row_names(name, axes), (None, *(0 for _ in axes)), strict=True))
     tensor = rows_ready(tensor)
-    strides = zip(axes, tensor.stride(), strict=False)
-    return {f"{name}_ptr": tensor} | {f"stride_{name}{axis}": stride for axis, stride in strides}
+    # all strides but the last
+    return dict(zip(_row_names(name, axes), (tensor, *tensor.stride()), strict=False))
 
 
 def empty_rows(like: Tensor, width: int) -> Tensor:
@@ -214,9 +260,14 @@ def empty_rows(like: Tensor, width: int) -> Tensor:
     return like.new_empty(B, H, T, width)
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up; that of Triton is made for kernels, and slow on the host."""
+    return -(-a // b)
+
+
 def block_width(width: int) -> int:
     """The power of two, at least 16, that a row of this width is padded to in a tile."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def block_length(block: int, length: int) -> int:

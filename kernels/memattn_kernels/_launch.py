@@ -13,13 +13,16 @@ from memattn_kernels._common import (
     IS_INTERPRETED,
     block_length,
     block_width,
+    cdiv,
     check_head_dim,
     empty_rows,
     rows,
 )
 from memattn_kernels._operator import Named, register
+from memattn_kernels._replay import on_launch
 
 ROWS = ("query", "key", "value", "future_query")  # whose gradients keep their order in memory
+LAUNCH_OPTIONS = ("num_warps", "num_stages", *configs.OPTIONAL)
 # a part of the queries has at least this many, and there are parts for about this many programs
 MIN_PART = 1024
 N_PROGRAMS = 512
@@ -113,19 +116,33 @@ def lookup(kernel: str, query: Tensor, inputs: dict) -> dict[str, int]:
 
 def launch(kernel: triton.JITFunction, n_programs: int, config: dict, *inputs: dict) -> None:
     """Launch the kernel with those of the inputs that it has, later ones first, and the config."""
+    if not n_programs:
+        return
     given: dict = {}
     for part in inputs:
-        given.update(part)
-    if n_programs:
-        with torch.cuda.device_of(given["q_ptr"]):
-            taken = {name: given[name] for name in kernel.arg_names if name in given}
-            kernel[(n_programs,)](**taken, **config)
+        given |= part
+    with torch.cuda.device_of(given["q_ptr"]):
+        run(kernel, (n_programs,), given | config)
+
+
+def run(kernel: triton.JITFunction, grid: tuple[int, ...], given: dict) -> None:
+    """Launch the kernel on the current device.
+
+    Args:
+        kernel: What is launched.
+        grid: Programs along each axis.
+        given: The kernel's arguments and options of the launch, by name; it may hold more.
+    """
+    # by place, as binding some sixty names costs Triton a third of its time
+    values = [given[name] for name in kernel.arg_names]
+    options = {name: given[name] for name in LAUNCH_OPTIONS if name in given}
+    on_launch(kernel, grid, kernel[grid](*values, **options), values)
 
 
 def n_query_programs(query: Tensor, config: dict) -> int:
     """Programs of a query-stationary kernel: one for each tile of queries of a head."""
     B, H, T, _ = query.shape
-    return triton.cdiv(T, config["BLOCK_M"]) * B * H
+    return cdiv(T, config["BLOCK_M"]) * B * H
 
 
 def tiles_of_groups(counts: Tensor, block: int, n_tiles: int) -> tuple[Tensor, Tensor]:
@@ -162,9 +179,9 @@ def parts_of(n: int, n_programs: int, shortest: int | None = None) -> tuple[int,
     The programs of the keys' tiles, ``n_programs``, alone would leave a card idle. A part has at
     least MIN_PART queries, or ``shortest`` if that is given; there is one part at least.
     """
-    n_parts = min(triton.cdiv(n, shortest or MIN_PART), triton.cdiv(N_PROGRAMS, max(n_programs, 1)))
-    length = triton.cdiv(n, max(n_parts, 1))
-    return max(triton.cdiv(n, max(length, 1)), 1), length
+    n_parts = min(cdiv(n, shortest or MIN_PART), cdiv(N_PROGRAMS, max(n_programs, 1)))
+    length = cdiv(n, max(n_parts, 1))
+    return max(cdiv(n, max(length, 1)), 1), length
 
 
 def launch_keys(
@@ -179,7 +196,7 @@ def launch_keys(
     B, Hkv, S, _ = inputs["k_ptr"].shape
     if n_keys is not None:
         config = config | {"BLOCK_N": block_length(config["BLOCK_N"], n_keys)}
-    n_tiles = triton.cdiv(S if n_keys is None else n_keys, config["BLOCK_N"])
+    n_tiles = cdiv(S if n_keys is None else n_keys, config["BLOCK_N"])
     launch(kernel, n_tiles * inputs.get("n_parts", 1) * B * Hkv, config, inputs)
 
 

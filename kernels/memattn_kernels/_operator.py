@@ -67,7 +67,6 @@ def register(
     result_names, saved_names = results.split(), saved.split()
     gradient_names = arguments.gradients.split()
     wanted = {name.rstrip("?"): name.endswith("?") for name in cotangents.split()}
-    inputs = [*(f"d_{name}" for name in wanted), *saved_names, *types]
 
     def define(name: str, schema: str, n_results: int) -> None:
         returned = ", ".join(["Tensor"] * n_results)
@@ -90,8 +89,14 @@ def register(
             for name, tensor in given
         )
 
-    def arguments_of(named: Named) -> Any:
-        return arguments(**{name: named[name] for name in types})
+    n_wanted, n_saved = len(wanted), len(saved_names)
+    n_first = n_wanted + n_saved
+    names = list(types)
+    tensor_places = [names.index(name) for name in tensors]
+    saved_places = [result_names.index(name) for name in saved_names]
+    wanted_places = [result_names.index(name) for name in wanted]
+    needed = [name for name, optional in wanted.items() if not optional]
+    gradient_places = [names.index(name) for name in gradient_names]
 
     @torch.library.register_fake(operator)
     def _(*values: Any) -> tuple[Tensor, ...]:
@@ -99,55 +104,104 @@ def register(
 
     @torch.library.register_fake(f"{operator}_backward")
     def _(*values: Any) -> tuple[Tensor, ...]:
-        return empty_gradients(arguments_of(dict(zip(inputs, values, strict=True))))
+        return empty_gradients(arguments(*values[n_first:]))
+
+    def compute(values: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        assert forward is not None
+        args = arguments(*values)
+        outputs = empty_results(args)
+        forward(args, dict(zip(result_names, outputs, strict=True)))
+        return outputs
+
+    def compute_backward(values: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        assert backward is not None
+        args = arguments(*values[n_first:])
+        grads = empty_gradients(args)
+        backward(
+            args,
+            dict(zip(wanted, values[:n_wanted], strict=True)),
+            dict(zip(saved_names, values[n_wanted:n_first], strict=True)),
+            dict(zip(gradient_names, grads, strict=True)),
+        )
+        return grads
 
     if forward is not None and backward is not None:
-
-        @torch.library.impl(operator, "default")
-        def _(*values: Any) -> tuple[Tensor, ...]:
-            args = arguments(*values)
-            outputs = empty_results(args)
-            forward(args, dict(zip(result_names, outputs, strict=True)))
-            return outputs
-
-        @torch.library.impl(f"{operator}_backward", "default")
-        def _(*values: Any) -> tuple[Tensor, ...]:
-            named = dict(zip(inputs, values, strict=True))
-            args = arguments_of(named)
-            grads = empty_gradients(args)
-            backward(
-                args,
-                {name: named[f"d_{name}"] for name in wanted},
-                {name: named[name] for name in saved_names},
-                dict(zip(gradient_names, grads, strict=True)),
-            )
-            return grads
+        torch.library.impl(operator, "default", lambda *values: compute(values))
+        torch.library.impl(
+            f"{operator}_backward", "default", lambda *values: compute_backward(values)
+        )
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        args = dict(zip(types, inputs, strict=True))
-        outputs = dict(zip(result_names, output, strict=True))
-        ctx.save_for_backward(*map(outputs.get, saved_names), *map(args.get, tensors))
-        ctx.options = {name: args[name] for name in types if name not in tensors}
+        kept = [output[place] for place in saved_places]
+        ctx.save_for_backward(*kept, *(inputs[place] for place in tensor_places))
+        options = list(inputs)
+        for place in tensor_places:
+            options[place] = None
+        ctx.options = options
         ctx.set_materialize_grads(False)
 
-    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def differentiate_by(
+        backward_of: Callable[..., tuple[Tensor, ...]], ctx: Any, grads: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
         # read once: non-reentrant checkpointing frees what it handed out
-        kept = dict(zip([*saved_names, *tensors], ctx.saved_tensors, strict=True))
-        args = arguments_of(kept | ctx.options)
-        given = dict(zip(result_names, grads, strict=True))
-        missing = [n for n, optional in wanted.items() if given[n] is None and not optional]
-        if missing:
-            zeros = dict(zip(result_names, empty_results(args), strict=True))
-            given |= {name: zeros[name].zero_() for name in missing}
-        found = call_backward(
-            *(given[name] for name in wanted), *(kept[name] for name in saved_names), *args
-        )
-        by_name = dict(zip(gradient_names, found, strict=True))
-        return tuple(None if getattr(args, n) is None else by_name.get(n) for n in types)
+        kept = ctx.saved_tensors
+        values = list(ctx.options)
+        for place, tensor in zip(tensor_places, kept[n_saved:], strict=True):
+            values[place] = tensor
+        given = [grads[place] for place in wanted_places]
+        if needed and any(given[list(wanted).index(name)] is None for name in needed):
+            zeros = dict(zip(result_names, empty_results(arguments(*values)), strict=True))
+            given = [
+                zeros[name].zero_() if grad is None and name in needed else grad
+                for name, grad in zip(wanted, given, strict=True)
+            ]
+        found = backward_of(*given, *kept[:n_saved], *values)
+        by_place: list[Tensor | None] = [None] * len(values)
+        for place, grad in zip(gradient_places, found, strict=True):
+            by_place[place] = None if values[place] is None else grad
+        return tuple(by_place)
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return differentiate_by(call_backward, ctx, grads)
 
     torch.library.register_autograd(operator, differentiate, setup_context=setup_context)
     torch.library.register_autograd(f"{operator}_backward", refuse_second_derivative)
-    return call
+    if forward is None:
+        return call
+    from memattn_kernels import recording
+
+    n_names = len(names)
+    recorded = recording.Recorded(compute, tensor_places, n_names)
+    later_places = [*range(n_first), *(n_first + place for place in tensor_places)]
+    recorded_backward = recording.Recorded(compute_backward, later_places, n_first + n_names)
+
+    class Direct(torch.autograd.Function):
+        """The operator past the dispatcher."""
+
+        @staticmethod
+        def forward(*values: Any) -> tuple[Tensor, ...]:
+            return recorded(values, call)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+            setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            if torch.is_grad_enabled() or not recording.is_plain():
+                return differentiate(ctx, *grads)
+            return differentiate_by(
+                lambda *values: recorded_backward(values, call_backward), ctx, grads
+            )
+
+    def direct(*values: Any) -> tuple[Tensor, ...]:
+        if not recording.is_on() or not recording.is_plain():
+            return call(*values)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
+            return Direct.apply(*values)
+        return recorded(values, call)
+
+    return direct
 
 
 def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:

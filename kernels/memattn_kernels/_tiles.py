@@ -1,15 +1,17 @@
 """One tile of scores, forward and backward, and the loops over the tiles in reach.
 
 Weights of the backward are ``exp(score - lse)``, where ``lse`` and the scores' ``scale`` have
-``exponent_factor`` in them and ``lse`` is infinite for a row without keys. A *target* adds the
-gradient through a second softmax over the same keys, whose own part of the output is not asked for:
-its weights times minus ``delta_target``.
+``exponent_factor`` in them and ``lse`` is infinite for a row without keys. With a ``cap_scale``
+scores are the ``cap_products``, and ``scale`` is a ``score_scale``. A *target* adds the gradient
+through a second softmax over the same keys, whose own part of the output is not asked for: its
+weights times minus ``delta_target``.
 """
 
 import triton
 import triton.language as tl
 
 from memattn_kernels._common import (
+    cap_products,
     load_tile,
     n_partial_tiles,
     online_softmax_step,
@@ -45,10 +47,11 @@ def columns_between(lo, hi, n, BLOCK: tl.constexpr, IS_RELATIVE: tl.constexpr):
 def attend_tile(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
                 D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                 BLOCK_DV: tl.constexpr, IS_RELATIVE: tl.constexpr,
-                MASKED: tl.constexpr):  # fmt: skip
+                MASKED: tl.constexpr, cap_scale=None):  # fmt: skip
     """One tile of keys from column ``n``."""
     k = load_tile(k_ptr, n, stride_k, last, D, BLOCK_N, BLOCK_D, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    products = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = cap_products(products, cap_scale, q.dtype)
     if MASKED:
         mask = columns_between(lo, hi, n, BLOCK_N, IS_RELATIVE)
         scores = tl.where(mask, scores, -float("inf"))
@@ -60,7 +63,7 @@ def attend_tile(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, l
 def attend(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid, scale,
            D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
            BLOCK_DV: tl.constexpr, IS_RELATIVE: tl.constexpr,
-           HAS_WHOLE_TILES: tl.constexpr):  # fmt: skip
+           HAS_WHOLE_TILES: tl.constexpr, cap_scale=None):  # fmt: skip
     """Add all keys of one source to the running softmax: row ``r`` sees ``[lo[r], hi[r])``.
 
     IS_RELATIVE is that of ``columns_between``.
@@ -73,13 +76,13 @@ def attend(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid, sc
         n = partial_tile(index, first, full_first, full_last, BLOCK_N)
         acc, l_i, m_i = attend_tile(
             acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_RELATIVE, True,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_RELATIVE, True, cap_scale,
         )  # fmt: skip
     if HAS_WHOLE_TILES:
         for n in range(full_first, full_last, BLOCK_N):
             acc, l_i, m_i = attend_tile(
                 acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_RELATIVE, False,
+                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_RELATIVE, False, cap_scale,
             )  # fmt: skip
     return acc, l_i, m_i
 
@@ -89,15 +92,18 @@ def dq_tile(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_targ
             k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale, D: tl.constexpr,
             DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
             BLOCK_DV: tl.constexpr, HAS_TARGET: tl.constexpr, IS_CORRECTED: tl.constexpr,
-            MASKED: tl.constexpr):  # fmt: skip
+            MASKED: tl.constexpr, cap_scale=None):  # fmt: skip
     """One tile of keys from column ``n``."""
     k = load_tile(k_ptr, n, stride_k, last, D, BLOCK_N, BLOCK_D, MASKED)
     v = load_tile(v_ptr, n, stride_v, last, DV, BLOCK_N, BLOCK_DV, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    products = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = cap_products(products, cap_scale, q.dtype)
     x = scores * scale - lse[:, None]
     if q.dtype == tl.float32:
         x -= residual[:, None]
     p = power(x, q.dtype)
+    if cap_scale is not None and not IS_CORRECTED:
+        p *= 1.0 - scores * scores
     ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
     mask = columns_between(lo, hi, n, BLOCK_N, False)
     if IS_CORRECTED:
@@ -105,6 +111,12 @@ def dq_tile(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_targ
             ds = tl.where(mask, ds, 0.0)
             p = tl.where(mask, p, 0.0)
         rest += tl.sum(ds, 1)
+        if cap_scale is not None:  # the slope of the cap, where scores may be NaN
+            slope = 1.0 - scores * scores
+            if MASKED:
+                slope = tl.where(mask, slope, 0.0)
+            p *= slope
+            ds *= slope
         # transposed, as then the two products read k apart, when they need it
         pk = tl.dot(tl.trans(k), tl.trans(p), pk, input_precision="ieee")
     if HAS_TARGET:
@@ -123,7 +135,7 @@ def dq_source(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_ta
               k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid, scale, D: tl.constexpr,
               DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
               BLOCK_DV: tl.constexpr, HAS_TARGET: tl.constexpr, IS_CORRECTED: tl.constexpr,
-              HAS_WHOLE_TILES: tl.constexpr):  # fmt: skip
+              HAS_WHOLE_TILES: tl.constexpr, cap_scale=None):  # fmt: skip
     """Add the gradient of the queries from all keys of one source that they see.
 
     IS_CORRECTED also adds up ``pk``, the keys times the weights, ``[BLOCK_D, BLOCK_M]``, and
@@ -140,14 +152,14 @@ def dq_source(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_ta
         dq, pk, rest = dq_tile(
             dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_target, delta_target,
             k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, IS_CORRECTED, True,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, IS_CORRECTED, True, cap_scale,
         )  # fmt: skip
     if HAS_WHOLE_TILES:
         for n in range(full_first, full_last, BLOCK_N):
             dq, pk, rest = dq_tile(
                 dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_target,
                 delta_target, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, last, scale,
-                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, IS_CORRECTED, False,
+                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_TARGET, IS_CORRECTED, False, cap_scale,
             )  # fmt: skip
     return dq, pk, rest
 

@@ -33,6 +33,7 @@ class SegmentedAttentionArgs(NamedTuple):
     memory_is_causal: bool
     query_offset: int
     scale: float
+    softcap: float | None  # scores are softcap * tanh(scale * q k / softcap); None for no cap
 
 
 class FutureAttentionArgs(NamedTuple):

@@ -359,13 +359,14 @@ def key_heads(kernel: str) -> int:
 
 def _use(trial: Trial) -> tuple[Callable, Callable, list[dict[str, Any]]]:
     """Put a candidate into this process's table; the ``work`` that it does, on this device."""
-    from memattn_kernels import configs
+    from memattn_kernels import configs, recording
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     table = configs.table(table_name())
     # its neighbours keep the configurations that the process began with
     table.update(json.loads(_first_table(table_name())))
     table[trial.kernel][str(trial.head_dim)][trial.kind] = trial.config
+    recording.forget()
     operator, make_inputs, passes = work(trial.kernel)
     dtype = getattr(torch, DTYPES[trial.kind])
     return operator, partial(make_inputs, D=trial.head_dim, device=device, dtype=dtype), passes

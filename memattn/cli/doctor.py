@@ -137,12 +137,16 @@ def _triton() -> tuple[bool, str]:
         if platform.system() != "Linux":
             return False, "Triton runs on Linux"
         return False, "not installed; run: pip install triton"
-    if torch.cuda.is_available():
-        return True, "CUDA tensors"
     from memattn.ops._dispatch import triton_is_interpreted
+    from memattn_kernels.recording import obstacle
 
+    reason = obstacle()
+    recorded = "launches are recorded" if reason is None else f"launches are not recorded: {reason}"
+    if torch.cuda.is_available():
+        return True, f"CUDA tensors; {recorded}"
     if triton_is_interpreted():
-        return True, "CPU tensors in Triton's interpreter (TRITON_INTERPRET=1), slow"
+        interpreter = "CPU tensors in Triton's interpreter (TRITON_INTERPRET=1), slow"
+        return True, f"{interpreter}; {recorded}"
     return False, "installed, but there is no CUDA device; tests run it with TRITON_INTERPRET=1"
 
 

@@ -20,7 +20,7 @@ def _empty_results(args: NeuralMemoryArgs) -> tuple[Tensor, ...]:
     widths = [D, *(args.width_1, args.width_2, args.width_3)[: args.depth - 1]]
     widths += [args.value.shape[-1]]
     size = sum(m * n for m, n in zip(widths[1:], widths, strict=False))
-    rows = next((len(x) for x in (args.row_start, args.count) if x is not None), B)
+    rows = next((x.shape[0] for x in (args.row_start, args.count) if x is not None), B)
     wide = lambda *shape: args.query.new_empty(shape, dtype=torch.float32)
     state = lambda *shape: wide(*shape) if args.return_state else wide(0)
     span = _group(args, size) * args.chunk_size

@@ -202,7 +202,8 @@ class MemAttnModel(MemAttnPreTrainedModel):
             if is_on and use_cache:
                 must("use_cache", f"not be True with {what}", use_cache)
         if cache is not None and not isinstance(cache, MemAttnCache):
-            must("past_key_values", "be a MemAttnCache", type(cache).__name__, TypeError)
+            wanted = "be a MemAttnCache (PEFT's prefix tuning has another, its prompt tuning none)"
+            must("past_key_values", wanted, type(cache).__name__, TypeError)
         if cache is not None:
             cache.check_fits(self.config)
         if use_cache is None:

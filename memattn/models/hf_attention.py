@@ -14,7 +14,8 @@ fields, which are read at every call:
 
 A query sees its own segment, the window and the first tokens; without segment and window, all
 earlier tokens. A layer with a ``sliding_window`` or chunks of its own keeps those, and the fields
-apply to the other layers. Learned logits of sinks, as those of gpt-oss, are taken.
+apply to the other layers. Learned logits of sinks, as those of gpt-oss, and soft caps of scores, as
+those of Gemma 2, are taken.
 
 A configuration with one of the fields is for this implementation: it is saved with
 ``attn_implementation``, so that a model loads as it was saved, and a process without memattn
@@ -43,7 +44,7 @@ from memattn.parts.padding import check_mask, read_mask
 from memattn.parts.token_order import TokenOrder, take_columns
 
 # what models give their attention that changes its scores, or chooses keys by their values
-LACKED = ("softcap", "position_bias", "head_mask", "block_indices", "indices", "sinks")
+LACKED = ("position_bias", "head_mask", "block_indices", "indices", "sinks")
 
 
 def register_hf_attention() -> None:
@@ -130,6 +131,7 @@ def hf_segmented_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in every layer.
@@ -144,12 +146,14 @@ def hf_segmented_attention(
         dropout: Must be 0.
         sliding_window: The layer's own window.
         is_causal: Must not be False.
+        softcap: Cap of the layer's scores, None for none.
 
     Returns:
         ``[B, T, H, Dv]``, and None for the attention weights.
 
     Raises:
-        NotImplementedError: For dropout, soft caps, other masks and bidirectional attention.
+        NotImplementedError: For dropout, other masks and bidirectional attention.
+        ValueError: If ``softcap`` is not positive and finite.
     """
     if dropout:
         _lacks("attention_dropout", "be 0 in training", f"got {dropout}")
@@ -199,6 +203,7 @@ def hf_segmented_attention(
         seq_end=seq_end,
         query_offset=key.shape[2] - query.shape[2],
         scale=scaling,
+        softcap=softcap,
     ).out
     out = out.transpose(1, 2)
     if cu_seqlens is not None and B > 1:

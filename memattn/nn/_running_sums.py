@@ -7,13 +7,21 @@ from torch.nn import functional as F
 
 def shift(x: Tensor, n: int, index: Tensor) -> Tensor:
     """``x [B, N, E]`` of the block ``n`` earlier, 0 where ``index [B, N]`` has none."""
-    N = x.shape[1]
-    moved = F.pad(x[:, : max(N - n, 0)], (0, 0, min(n, N), 0))
+    moved = F.pad(x, (0, 0, n, 0)).narrow(1, 0, x.shape[1])
     return torch.where((index >= n)[..., None], moved, 0.0)
 
 
 def running_sum(x: Tensor, index: Tensor) -> Tensor:
-    """Sum over all blocks up to each; its order depends on ``index`` alone."""
+    """Sum over all blocks up to each; its order depends on ``index`` alone.
+
+    In a traced graph, whose steps cannot depend on the length, it is a difference of sums over
+    the row.
+    """
+    if torch.compiler.is_compiling():
+        total, columns = x.cumsum(1), torch.arange(x.shape[1], device=x.device)
+        before = F.pad(total, (0, 0, 1, 0)).narrow(1, 0, x.shape[1])
+        first = (columns - index.clamp(min=0)).clamp(min=0)[..., None]
+        return total - before.gather(1, first.expand_as(x))
     span = 1
     while span < x.shape[1]:
         x = x + shift(x, span, index)

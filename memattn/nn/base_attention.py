@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from memattn.nn._heads import MultiHeadAttention
@@ -34,8 +35,16 @@ def base_attention(module: nn.Module) -> BaseAttention | None:
 
 def _of_heads(module: MultiHeadAttention) -> BaseAttention:
     q, k, v, out = module.q_proj, module.k_proj, module.v_proj, module.o_proj
-    weights = AttentionWeights(q.weight, k.weight, v.weight, out.weight, *(None,) * 4)
+    weights = AttentionWeights(*map(_matrix_of, (q, k, v, out)), *(None,) * 4)
     return BaseAttention(weights, module.num_heads, module.num_kv_heads)
+
+
+def _matrix_of(layer: nn.Module) -> Any:
+    """The weight of a linear layer without a bias, with what an adapter such as LoRA adds to it."""
+    if isinstance(layer, nn.Linear):
+        return layer.weight
+    held: Any = layer
+    return layer(torch.eye(held.in_features, dtype=held.weight.dtype, device=held.weight.device)).mT
 
 
 BASES[MultiHeadAttention] = _of_heads

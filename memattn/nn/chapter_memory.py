@@ -223,9 +223,11 @@ class MemoryCrossAttention(nn.Module):
 
     @staticmethod
     def _project(bank: MemoryBank, rows: Tensor, proj: nn.Linear | LowRankLinear) -> Tensor:
-        if isinstance(proj, LowRankLinear):
-            return proj.up(bank.project_rows(rows, proj.down.weight))
-        return bank.project_rows(rows, proj.weight)
+        if type(proj) is LowRankLinear:
+            return proj.up(MemoryCrossAttention._project(bank, rows, proj.down))
+        if type(proj) is nn.Linear:
+            return bank.project_rows(rows, proj.weight)
+        return proj(bank.expand_rows(rows))  # with an adapter, such as LoRA
 
     def forward(
         self,
@@ -281,7 +283,7 @@ class MemoryCrossAttention(nn.Module):
         )
         out = bank_output.out
         if open_chapters:
-            every = indices.new_zeros(len(query), 1)
+            every = indices.new_zeros(query.shape[0], 1)
             others = []
             for chapter, weight in open_chapters:
                 output = self._attend(query, chapter, every, None, **open_bounds or {})
@@ -360,12 +362,13 @@ def selected_union(indices: Tensor, num_chapters: int) -> tuple[Tensor | None, T
     """The chapters that any row selected, and the indices as numbers among them.
 
     The union has the static size ``min(C, number of indices)``, padded with chapters that no row
-    selected; where that is all of them, the indices stay as they are.
+    selected; where that is all of them, or a program is exported for any number of indices, the
+    indices stay as they are.
 
     Returns:
         int64 ``[U]``, rising among those selected, or None for all; and int32 indices.
     """
-    if indices.numel() >= num_chapters:
+    if torch.compiler.is_exporting() or indices.numel() >= num_chapters:
         return None, indices
     flat = indices.long().flatten()
     # one place more, which takes the empty slots

@@ -52,11 +52,12 @@ def sequence_blocks(
         padded: Whether rows may begin at different columns.
     """
     R, T = routing_block, num_tokens
-    N = (T + R - 2) // R + 1 if with_past else -(-T // R)
+    N = (T + R - 2) // R + 1 if with_past else (T + R - 1) // R
     row = torch.arange(N, device=positions.device)
     first = positions.clamp(min=0)
     start = -positions + (first - first % R)
-    aligned = not (with_past or padded)
+    # of an exported program the rest of the last block is not known
+    aligned = not (with_past or padded or torch.compiler.is_exporting())
     return RoutingBlocks(start[:, None] + row * R, first[:, None] // R + row, aligned)
 
 
@@ -147,7 +148,7 @@ def _gather_blocks(inputs: Tensor, start: Tensor, exists: Tensor, R: int, aligne
         return F.pad(inputs, (0, 0, 0, N * R - S)).unflatten(1, (N, R))
     column = start[..., None] + torch.arange(R, device=start.device)  # [B, N, R]
     inside = (column >= 0) & (column < S) & exists[..., None]
-    row = torch.arange(len(inputs), device=start.device)[:, None, None]
+    row = torch.arange(inputs.shape[0], device=start.device)[:, None, None]
     tokens = inputs[row, column.clamp(0, max(S - 1, 0))]
     return torch.where(inside[..., None], tokens, 0.0)
 

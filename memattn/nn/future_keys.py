@@ -52,7 +52,12 @@ class FutureTable(nn.Module):
         nn.init.normal_(self.value, std=0.02)
 
     def num_rows(self, length: int) -> int:
-        """Rows that queries of sequences of at most ``length`` tokens can see; others are cut."""
+        """Rows that queries of sequences of at most ``length`` tokens can see; others are cut.
+
+        While a program is exported none are: the number would depend on the length.
+        """
+        if torch.compiler.is_exporting():
+            return self.num_positions - 1
         return min(self.num_positions - 1, max(length - 1, 0) + self.future_dim)
 
     def latent(self, hidden_states: Tensor) -> Tensor | None:

@@ -49,8 +49,10 @@ class GateRow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., E]`` to logits ``[...]``, in the dtype of ``x``."""
-        weights = (p.to(x.dtype) for p in (*self.hidden.parameters(), *self.logit.parameters()))
-        V, c, u, d = weights
+        hidden, logit = self.hidden, self.logit
+        if type(hidden) is not nn.Linear or type(logit) is not nn.Linear:  # adapters, such as LoRA
+            return logit(F.relu(hidden(x)))[..., 0].to(x.dtype)
+        V, c, u, d = (p.to(x.dtype) for p in (hidden.weight, hidden.bias, logit.weight, logit.bias))
         return F.linear(F.relu(F.linear(x, V, c)), u, d)[..., 0]
 
 

@@ -294,7 +294,7 @@ class NeuralMemory(nn.Module):
         """
         kv_states = hidden_states if kv_states is None else kv_states
         if state is None and self.persistent_tokens is not None:
-            state = self.start().expand(len(hidden_states))
+            state = self.start().expand(hidden_states.shape[0])
         # the inputs of the convolutions that are kept have queries too
         projected = [self.q_proj(hidden_states), self.k_proj(kv_states), self.v_proj(kv_states)]
         past = None if state is None else state.inputs

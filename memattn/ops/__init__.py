@@ -1,5 +1,6 @@
 """Attention operators: one contract, three backends."""
 
+from memattn.ops._dispatch import load_operators
 from memattn.ops.branch_attention import branch_attention
 from memattn.ops.chapter_attention import chapter_attention
 from memattn.ops.chapter_router import RouterOutput, chapter_router
@@ -28,6 +29,7 @@ __all__ = [
     "chapter_router",
     "future_attention",
     "future_attention_loss",
+    "load_operators",
     "neural_memory",
     "segmented_attention",
     "task_masked_attention",

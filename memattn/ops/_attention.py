@@ -30,6 +30,14 @@ def autocast(tensor: OptionalTensor) -> OptionalTensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
+def autocast_each(*tensors: OptionalTensor) -> tuple[OptionalTensor, ...]:
+    """The tensors, of which the first is given, in the dtype of the autocast of its device."""
+    device = "cpu" if tensors[0] is None else tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(map(autocast, tensors))
+
+
 def check_tensors(needed: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
     """Raise TypeError for what is no tensor, and unless ``query`` has four axes."""
     for name, tensor in needed.items():
@@ -96,14 +104,18 @@ def sequence_lengths(
     end = query_offset + T
     if seq_start is None and seq_end is None:
         return [end] if B else []
-    starts, ends = [0] * B, [end] * B
+    starts = ends = None
     # reading bounds waits for a CUDA device, so only where something depends on them
     if seq_start is not None and (seq_end is not None or wanted_for is not None):
         starts = values_to_check(seq_start, end, wanted_for)
+        if starts is None:
+            return None
     if seq_end is not None:
         ends = values_to_check(seq_end, end, wanted_for)
-    if starts is None or ends is None:
+    if starts is None and ends is None:  # nor is B a number in a traced graph
         return None
+    starts = [0] * B if starts is None else starts
+    ends = [end] * B if ends is None else ends
     for first, last in zip(starts, ends, strict=True):
         if seq_end is not None and last < first:
             must("seq_end", f"be at least seq_start={first}", last)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import pkgutil
 from typing import Literal
 
 import torch
@@ -62,6 +63,22 @@ def triton_is_interpreted() -> bool:
     from memattn_kernels._common import IS_INTERPRETED
 
     return IS_INTERPRETED
+
+
+def load_operators() -> None:
+    """Register the operators of every backend that is installed.
+
+    An operator is otherwise registered by its first call. ``torch.export.load`` needs them before:
+    in a process that has not called this it says which one is not registered.
+    """
+    from memattn import cpp
+
+    found = [module.name for module in pkgutil.iter_modules(cpp.__path__) if module.name[0] != "_"]
+    for name in found if cpp_is_built() else ():
+        importlib.import_module(f"memattn.cpp.{name}")
+    for name in found if triton_is_installed() else ():
+        if importlib.util.find_spec(f"memattn_kernels.{name}") is not None:
+            importlib.import_module(f"memattn_kernels.{name}")
 
 
 def resolve_backend(

@@ -103,15 +103,20 @@ def _check_sequences(
     T: int,
 ) -> None:
     what = (n_rows, routing_block, query_offset, T)
-    starts = [0] * B if seq_start is None else values_to_check(seq_start, *what)
-    ends = [query_offset + T] * B if seq_end is None else values_to_check(seq_end, *what)
-    if starts is None or ends is None or not B:
+    starts = None if seq_start is None else values_to_check(seq_start, *what)
+    ends = None if seq_end is None else values_to_check(seq_end, *what)
+    unread = (seq_start is not None and starts is None) or (seq_end is not None and ends is None)
+    if unread or not B:
         return
+    rows = 1 if starts is None and ends is None else B  # all alike; B may be traced
+    starts = [0] * rows if starts is None else starts
+    ends = [query_offset + T] * rows if ends is None else ends
     wanted = 0
     for start, end in zip(starts, ends, strict=True):
         begin, end = max(query_offset - start, 0), min(end, query_offset + T) - start
         if end > begin:
-            wanted = max(wanted, (end - 1) // routing_block - begin // routing_block + 1)
+            blocks = (end + routing_block - 1) // routing_block - begin // routing_block
+            wanted = max(wanted, blocks)
     if seq_start is None and seq_end is None:
         _check_number(n_rows, wanted)
     elif n_rows < wanted:

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from memattn_kernels.signatures import SegmentedAttentionArgs
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
+ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any]
 
 
 class MaskShape(NamedTuple):
@@ -54,12 +55,19 @@ def flex_segmented_attention(args: SegmentedAttentionArgs) -> tuple[Tensor, Tens
         query,
         key,
         value,
+        score_mod=None if args.softcap is None else _capped(args.softcap),
         block_mask=_block_mask(args),
         scale=args.scale,
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=AuxRequest(lse=True),
     )
     return out, aux.lse
+
+
+@lru_cache(maxsize=32)
+def _capped(softcap: float) -> ScoreFunction:
+    """What becomes of a score."""
+    return lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)
 
 
 def joined_keys(args: SegmentedAttentionArgs) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from memattn.checks import (
 )
 from memattn.ops._attention import (
     autocast,
+    autocast_each,
     check_query_key_value,
     check_tensors,
     longest,
@@ -257,8 +258,8 @@ def _checked(
         },
         {"future_query": future_query},
     )
-    query, key, value, future_key, future_value = map(
-        autocast, (query, key, value, future_key, future_value)
+    query, key, value, future_key, future_value = autocast_each(
+        query, key, value, future_key, future_value
     )
     future_query = autocast(future_query)
     check_query_key_value(query, key, value)

@@ -11,6 +11,7 @@ from memattn.checks import (
     check_int,
     check_like,
     check_pair,
+    check_positive,
     check_rank,
     check_scale,
     check_shape,
@@ -19,13 +20,17 @@ from memattn.checks import (
 )
 from memattn.ops._attention import (
     autocast,
+    autocast_each,
     check_query_key_value,
     check_tensors,
     longest,
     sequence_lengths,
 )
+from memattn.ops._checked import CheckedCalls, signature_of
 from memattn.ops._dispatch import resolve_backend
 from memattn_kernels.signatures import SegmentedAttentionArgs
+
+_checked = CheckedCalls()
 
 
 class AttentionOutput(NamedTuple):
@@ -55,6 +60,7 @@ def segmented_attention(
     seq_end: Tensor | None = None,
     query_offset: int = 0,
     scale: float | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> AttentionOutput:
     """Attend within segments and a sliding window, and to persistent and memory keys.
@@ -104,6 +110,9 @@ def segmented_attention(
         seq_end: int32 ``[B]``. Rows and keys at or after it are empty.
         query_offset: Position of the first query among the keys; ``S - T`` in cached decoding.
         scale: Factor of the scores; None means ``1/sqrt(D)``.
+        softcap: Bound that no score exceeds, positive, as in Gemma 2: the scores of all keys, scale
+            included, become ``softcap * tanh(score / softcap)``; logits of sinks stay as they are.
+            None means no bound.
         backend: ``"auto"`` (Triton for CUDA tensors, C++ for CPU tensors, the reference for
             float64 and where the extension is not built), ``"triton"``, ``"cpp"`` or
             ``"reference"``; or ``"flex"``, PyTorch's FlexAttention, which is compiled and has no
@@ -133,10 +142,76 @@ def segmented_attention(
             "memory_value": memory_value,
         },
     )
-    query, key, value = map(autocast, (query, key, value))
-    persistent_key, persistent_value, memory_key, memory_value = map(
-        autocast, (persistent_key, persistent_value, memory_key, memory_value)
+    query, key, value = autocast_each(query, key, value)
+    optional = (persistent_key, persistent_value, memory_key, memory_value)
+    if any(tensor is not None for tensor in optional):
+        optional = tuple(map(autocast, optional))
+        persistent_key, persistent_value, memory_key, memory_value = optional
+    tensors = (query, key, value, persistent_key, persistent_value, memory_key, memory_value)
+    options = (segment_len, window_size, num_sink_tokens, is_causal, memory_is_causal)
+    bounds = (cu_seqlens, seq_start, seq_end)
+    signature = None
+    if all(bound is None for bound in bounds):  # their values are looked at in each call
+        signature = signature_of((*tensors, sink_logits), (*options, query_offset, scale))
+    if signature is None or signature not in _checked:
+        _check(*tensors, sink_logits, *options, *bounds, query_offset, scale)
+        _checked.add(signature)
+    has_sinks = num_sink_tokens > 0 and not (segment_len is None and window_size is None)
+    args = SegmentedAttentionArgs(
+        query=query,
+        key=key,
+        value=value,
+        persistent_key=persistent_key,
+        persistent_value=persistent_value,
+        memory_key=memory_key,
+        memory_value=memory_value,
+        cu_seqlens=cu_seqlens,
+        seq_start=seq_start,
+        seq_end=seq_end,
+        segment_len=segment_len,
+        window_size=window_size,
+        num_sink_tokens=num_sink_tokens if has_sinks else None,
+        is_causal=is_causal,
+        memory_is_causal=memory_is_causal,
+        query_offset=query_offset,
+        scale=check_scale(scale, query.shape[-1]),
+        softcap=None if softcap is None else check_positive("softcap", softcap),
     )
+    if backend == "flex":
+        from memattn.ops.flex_attention import flex_segmented_attention
+
+        return _beside_sink(AttentionOutput(*flex_segmented_attention(args)), sink_logits)
+    match resolve_backend(backend, query):
+        case "triton":
+            from memattn_kernels.segmented_attention import segmented_attention as impl
+        case "cpp":
+            from memattn.cpp.segmented_attention import segmented_attention as impl
+        case "reference":
+            from memattn.reference.segmented_attention import segmented_attention as impl
+    return _beside_sink(AttentionOutput(*impl(args)), sink_logits)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    persistent_key: Tensor | None,
+    persistent_value: Tensor | None,
+    memory_key: Tensor | None,
+    memory_value: Tensor | None,
+    sink_logits: Tensor | None,
+    segment_len: int | None,
+    window_size: int | None,
+    num_sink_tokens: int,
+    is_causal: bool,
+    memory_is_causal: bool,
+    cu_seqlens: Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    query_offset: int,
+    scale: float | None,
+) -> None:
+    """Raise unless all arguments fit."""
     check_query_key_value(query, key, value)
     B, _, _, D = query.shape
     Hkv, S, Dv = *key.shape[1:3], value.shape[-1]
@@ -180,43 +255,11 @@ def segmented_attention(
         wanted_for=None if memory_key is None else (segment_len, memory_key.shape[2]),
     )
     if memory_key is not None and segment_len is not None and lengths is not None:
-        counts = [-(-max(length, 0) // segment_len) for length in lengths]
+        counts = [(max(length, 0) + segment_len - 1) // segment_len for length in lengths]
         n_segments = longest(counts) if cu_seqlens is None else sum(counts)
         if memory_key.shape[2] < n_segments:
             must("memory_key", f"have at least n_segments={n_segments}", memory_key.shape[2])
-
-    has_sinks = num_sink_tokens > 0 and not (segment_len is None and window_size is None)
-    args = SegmentedAttentionArgs(
-        query=query,
-        key=key,
-        value=value,
-        persistent_key=persistent_key,
-        persistent_value=persistent_value,
-        memory_key=memory_key,
-        memory_value=memory_value,
-        cu_seqlens=cu_seqlens,
-        seq_start=seq_start,
-        seq_end=seq_end,
-        segment_len=segment_len,
-        window_size=window_size,
-        num_sink_tokens=num_sink_tokens if has_sinks else None,
-        is_causal=is_causal,
-        memory_is_causal=memory_is_causal,
-        query_offset=query_offset,
-        scale=check_scale(scale, D),
-    )
-    if backend == "flex":
-        from memattn.ops.flex_attention import flex_segmented_attention
-
-        return _beside_sink(AttentionOutput(*flex_segmented_attention(args)), sink_logits)
-    match resolve_backend(backend, query):
-        case "triton":
-            from memattn_kernels.segmented_attention import segmented_attention as impl
-        case "cpp":
-            from memattn.cpp.segmented_attention import segmented_attention as impl
-        case "reference":
-            from memattn.reference.segmented_attention import segmented_attention as impl
-    return _beside_sink(AttentionOutput(*impl(args)), sink_logits)
+    check_scale(scale, D)
 
 
 def _beside_sink(found: AttentionOutput, sink_logits: Tensor | None) -> AttentionOutput:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from memattn.checks import check_bool, check_indices, check_scale, must, values_to_check
 from memattn.ops._attention import (
-    autocast,
+    autocast_each,
     check_query_key_value,
     check_tensors,
     sequence_lengths,
@@ -71,7 +71,7 @@ def task_masked_attention(
     check_tensors({"query": query, "key": key, "value": value}, {})
     if not isinstance(task_mask, TaskMask):
         must("task_mask", "be a TaskMask", type(task_mask).__name__, TypeError)
-    query, key, value = map(autocast, (query, key, value))
+    query, key, value = autocast_each(query, key, value)
     check_query_key_value(query, key, value)
     B, H, T, D = query.shape
     S = key.shape[2]

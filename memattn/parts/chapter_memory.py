@@ -137,7 +137,7 @@ class ChapterMemoryConfig(MemoryFields):
         assert isinstance(bank, MemoryBank)
         losses: dict[str, tuple[Tensor, Tensor]] = {}
         if module.router is None:
-            indices = torch.zeros(len(hidden_states), 1, dtype=torch.int32)
+            indices = torch.zeros(hidden_states.shape[0], 1, dtype=torch.int32)
             indices, weights = indices.to(hidden_states.device), None
             options = context.once(("bounds",), lambda: call_bounds(context))
         else:

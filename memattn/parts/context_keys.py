@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memattn.parts.context import PartContext
+
 
 class ContextKeys(NamedTuple):
     """Keys and values of tokens and of what the memory gave for them, ``[B, Hkv, S, D]`` each."""
@@ -58,3 +60,27 @@ def columns_from(start: Tensor, n: int, S: int) -> Tensor:
     """The ``n`` columns from ``start [B]`` on, int64 ``[B, n]``, moved to those that there are."""
     columns = start.long()[:, None] + torch.arange(n, device=start.device)
     return columns.clamp(0, max(S - 1, 0))
+
+
+def segment_columns(
+    context: PartContext, B: int, S: int, L: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Where ``B`` sequences start in ``S`` columns, and the columns of their segments."""
+    if context.cu_seqlens is not None:
+        bounds, device = context.cu_seqlens.tolist(), context.cu_seqlens.device
+        columns = [
+            torch.arange(a, a + (b - a + L - 1) // L * L, device=device)
+            for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
+        return None, torch.cat(columns).clamp(max=max(S - 1, 0))[None]
+    start = context.bounds.seq_start
+    if start is None:
+        if not torch.compiler.is_exporting():
+            return None, None
+        # one program for any number of segments takes their columns
+        start = context.positions.new_zeros(B, dtype=torch.int32)
+    # whole segments in front of the first column hold nothing that is seen
+    start = torch.where(start < 0, -(-start % L), start)
+    # never one segment alone in an exported program, where that would be another program
+    more = (L - 1) * (context.state is not None) + L * torch.compiler.is_exporting()
+    return start, columns_from(start, (S + more + L - 1) // L * L, S)

@@ -222,7 +222,7 @@ class FutureConfig(AttentionPart):
         )
         if loss is None:
             return PartOutput(out)
-        count = self._count(layer, context, len(hidden_states)).to(loss.dtype)
+        count = self._count(layer, context, hidden_states.shape[0]).to(loss.dtype)
         return PartOutput(out, {LOSS: (loss * count, count)})
 
     def step_sources(self, module: nn.Module) -> StepSources | None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memattn.checks import must
 from memattn.parts.context import Angles, PartContext
 
 
@@ -105,6 +106,9 @@ class SegmentPieces:
 def segment_pieces(context: PartContext, shape: tuple[int, int], L: int) -> SegmentPieces:
     """Cut the call ``[B, T]`` that a context describes at the ends of segments of ``L`` tokens."""
     B, T = shape
+    if torch.compiler.is_exporting() and isinstance(T, torch.SymInt):
+        where = 'an exported program with the variant "mac", which computes segment by segment'
+        must("input_ids", f"have a fixed length in {where}", "a dynamic one", NotImplementedError)
     if context.cu_seqlens is not None:
         return _documents(context.cu_seqlens, T, L)
     state, phase = context.state, 0
@@ -194,5 +198,5 @@ def _gathered(
 def _widths(T: int, L: int, phase: int) -> list[int]:
     """Tokens of each piece of ``T`` tokens, the first of which stands at a place of its segment."""
     first = min(T, L - phase)
-    whole, rest = divmod(T - first, L)
+    whole, rest = (T - first) // L, (T - first) % L  # not divmod, which is not traced
     return [first, *[L] * whole, *[rest] * bool(rest)]

@@ -15,7 +15,13 @@ from memattn.nn import (
 )
 from memattn.ops import segmented_attention
 from memattn.parts.context import Angles, PartContext
-from memattn.parts.context_keys import ContextKeys, behind, by_segments, columns_from
+from memattn.parts.context_keys import (
+    ContextKeys,
+    behind,
+    by_segments,
+    columns_from,
+    segment_columns,
+)
 from memattn.parts.memory_routing import call_bounds
 from memattn.parts.segment_pieces import Piece, SegmentPieces, segment_pieces
 from memattn.parts.titans_layers import MemoryLayer, NormedGate, all_present
@@ -316,8 +322,13 @@ class MemoryInParallel(ContextLayer):
         if context.state is not None:
             named = keys._asdict().items()
             keys = ContextKeys(*(context.state.append(name, x) for name, x in named))
-        S, L = keys.key.shape[2], self.attention.segment_len
-        start, index = context.once(("memory segments", L, S), lambda: _segments(context, S, L))
+        B, S, L = hidden_states.shape[0], keys.key.shape[2], self.attention.segment_len
+        if torch.compiler.is_compiling():  # S is no number
+            start, index = segment_columns(context, B, S, L)
+        else:
+            start, index = context.once(
+                ("memory segments", L, S), lambda: segment_columns(context, B, S, L)
+            )
         attended = self.attention(
             query,
             by_segments(keys, L, index),
@@ -337,24 +348,6 @@ class MemoryInParallel(ContextLayer):
         if angles is not None:
             query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
         return query, ContextKeys(key, value, *self.attention.memory_heads(remembered, angles))
-
-
-def _segments(context: PartContext, S: int, L: int) -> tuple[Tensor | None, Tensor | None]:
-    """Where sequences start in ``S`` columns, and the columns of their segments."""
-    if context.cu_seqlens is not None:
-        bounds, device = context.cu_seqlens.tolist(), context.cu_seqlens.device
-        columns = [
-            torch.arange(a, a + (b - a + L - 1) // L * L, device=device)
-            for a, b in zip(bounds, bounds[1:], strict=False)
-        ]
-        return None, torch.cat(columns).clamp(max=max(S - 1, 0))[None]
-    start = context.bounds.seq_start
-    if start is None:
-        return None, None
-    # whole segments in front of the first column hold nothing that is seen
-    start = torch.where(start < 0, -(-start % L), start)
-    begun_before = L - 1 if context.state is not None else 0
-    return start, columns_from(start, -(-(S + begun_before) // L) * L, S)
 
 
 def _sources(layer: ContextLayer, hidden_states: Tensor, context: PartContext) -> dict[str, Tensor]:

@@ -138,7 +138,7 @@ class Slots:
         B, _, self.T, _ = args.query.shape
         device, b = args.query.device, args.chunk_size
         by_row = (args.count, args.row_start)
-        self.R = next((len(x) for x in by_row if x is not None), B)
+        self.R = next((x.shape[0] for x in by_row if x is not None), B)
         zero = torch.zeros(self.R, dtype=torch.long, device=device)
         start = zero if args.row_start is None else args.row_start.long()
         end = zero + self.T if args.row_end is None else args.row_end.long()

@@ -48,7 +48,7 @@ def inner_loss(args: NeuralMemoryArgs, layers: list[Tensor], key: Tensor, value:
 def neural_memory_loops(args: NeuralMemoryArgs) -> LoopResults:
     """The recurrence for each row, head and token."""
     B, H, _, _ = args.query.shape
-    R = next((len(x) for x in (args.count, args.row_start) if x is not None), B)
+    R = next((x.shape[0] for x in (args.count, args.row_start) if x is not None), B)
     outs, norms, ends = {}, {}, []
     counts, skips = [], []
     for r in range(R):

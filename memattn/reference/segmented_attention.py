@@ -66,5 +66,8 @@ def segmented_attention(args: SegmentedAttentionArgs) -> tuple[Tensor, Tensor]:
         for tensors in (keys, values)
     )
     query = query.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # an empty row may hold anything
-    weights, lse = masked_softmax(scaled_scores(query, key, args.scale), mask)
+    scores = scaled_scores(query, key, args.scale)
+    if args.softcap is not None:
+        scores = torch.tanh(scores / args.softcap) * args.softcap
+    weights, lse = masked_softmax(scores, mask)
     return weights @ value, lse

@@ -8,10 +8,9 @@ keys then walk them as rows of one sequence.
 """
 
 import torch
-import triton
 
 from memattn_kernels import configs
-from memattn_kernels._common import rows, rows_ready
+from memattn_kernels._common import cdiv, rows, rows_ready
 from memattn_kernels._launch import launch, lookup
 from memattn_kernels._operator import Named
 from memattn_kernels.branch_attention.backward_dkdv import branch_attention_bwd_dkdv_kernel
@@ -67,5 +66,5 @@ def launch_backward(
         before_ptr=entries_before(args, index),
     )
     config = lookup("branch_attention_bwd_dkdv", args.query, inputs)
-    n_programs = triton.cdiv(S, config["BLOCK_N"]) * B * F * Hkv
+    n_programs = cdiv(S, config["BLOCK_N"]) * B * F * Hkv
     launch(branch_attention_bwd_dkdv_kernel, n_programs, config, inputs)

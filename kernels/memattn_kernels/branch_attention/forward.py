@@ -12,6 +12,7 @@ import triton.language as tl
 from memattn_kernels import configs
 from memattn_kernels._common import (
     block_width,
+    cdiv,
     exponent_factor,
     finish_softmax,
     load_rows,
@@ -121,7 +122,7 @@ def launch_tiles(kernel: triton.JITFunction, name: str, inputs: dict) -> None:
     config = lookup(name, inputs["q_ptr"], inputs)
     bounds, G, block = inputs["bounds_ptr"], inputs["G"], config["BLOCK_M"]
     n_entries = inputs["entry_ptr"].numel()
-    n_tiles = triton.cdiv(n_entries * G, block) + min(inputs["n_units"], n_entries)
+    n_tiles = cdiv(n_entries * G, block) + min(inputs["n_units"], n_entries)
     unit, first = tiles_of_groups(bounds.diff().long()[None] * G, block, n_tiles)
     own = dict(unit_ptr=unit, first_ptr=first, n_tiles=n_tiles)
     launch(kernel, n_tiles * (inputs["H"] // G), config, inputs, own)

@@ -12,10 +12,9 @@ its softmax anew instead.
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from memattn_kernels._common import block_length, rows, rows_ready
+from memattn_kernels._common import block_length, cdiv, rows, rows_ready
 from memattn_kernels._launch import launch, lookup, residual_ptr
 from memattn_kernels.chapter_attention.backward_dkdv import chapter_attention_bwd_dkdv_kernel
 from memattn_kernels.chapter_attention.backward_dq import PART, chapter_attention_bwd_dq_kernel
@@ -61,7 +60,7 @@ def _keys(args: ChapterAttentionArgs, inputs: dict) -> _Keys:
     elif not shares_tiles and in_tile["BLOCK_N"] >= M:
         config, is_listed = in_tile, False
     config = config | {"BLOCK_N": block_length(config["BLOCK_N"], M)}
-    rows = width if shares_tiles else triton.cdiv(width, config["BLOCK_M"]) * config["BLOCK_M"]
+    rows = width if shares_tiles else cdiv(width, config["BLOCK_M"]) * config["BLOCK_M"]
     return _Keys(config, width if shares_tiles else None, rows, is_listed)
 
 
@@ -97,7 +96,7 @@ def launch_backward(
         return
     keys = _keys(args, shared)
     block, K, Hkv = keys.config["BLOCK_M"], slots.shape[2], args.key.shape[1]
-    n_owners = Hkv * triton.cdiv(shared["M"], keys.config["BLOCK_N"])
+    n_owners = Hkv * cdiv(shared["M"], keys.config["BLOCK_N"])
     parts = parts_of_chapters(index, K, keys.rows, block, n_owners)
     n_list = parts.n_tiles * block if keys.by_entry else args.row_start.numel() * keys.rows
     places = places_of_entries(index, parts, K, keys.rows, block) if keys.by_entry else None
@@ -148,9 +147,9 @@ def _launch_queries(
     if by_chapter:
         own["acc_ptr"] = lse.new_empty(B * T * H, D)
     else:
-        n_inner = triton.cdiv(M, config["BLOCK_N"]) if args.is_joint else 1
+        n_inner = cdiv(M, config["BLOCK_N"]) if args.is_joint else 1
         block = config["BLOCK_M"]
-        n_parts = triton.cdiv(shared["row_width"], block) * (block // PART.value)
+        n_parts = cdiv(shared["row_width"], block) * (block // PART.value)
         width = n_inner * Hkv * n_parts
     # empty slots and rows without a query write nothing
     partial = None if args.weights is None else lse.new_zeros(slots.numel(), width)
@@ -174,7 +173,7 @@ def _launch_lists(
     else:
         n = places.numel()
         own["place_ptr"] = places
-    n_programs = triton.cdiv(n * keys.rows, LIST_CONFIG["BLOCK_M"]) * args.key.shape[1]
+    n_programs = cdiv(n * keys.rows, LIST_CONFIG["BLOCK_M"]) * args.key.shape[1]
     sizes = dict(n_rows=keys.rows, n_entries=n)
     launch(chapter_attention_bwd_lists_kernel, n_programs, LIST_CONFIG, shared, own, sizes)
 
@@ -184,7 +183,7 @@ def _launch_keys(
 ) -> None:
     """Fill the gradients of ``key`` and ``value``."""
     M, D, DV, Hkv = shared["M"], shared["D"], shared["DV"], args.key.shape[1]
-    n_tiles = triton.cdiv(M, keys.config["BLOCK_N"]) * Hkv
+    n_tiles = cdiv(M, keys.config["BLOCK_N"]) * Hkv
     new = lambda width: shared["lse_ptr"].new_empty(parts.n_sums, Hkv, M, width)
     own = rows("dk", grads["key"], "chm") | rows("dv", grads["value"], "chm")
     own |= dict(
@@ -204,6 +203,6 @@ def _launch_keys(
     launch(kernel, parts.chapter.numel() * n_tiles, keys.config, shared, own)
     if parts.n_sums:
         config = SUM_CONFIG | {"BLOCK_N": block_length(SUM_CONFIG["BLOCK_N"], M)}
-        n_programs = parts.several.numel() * triton.cdiv(M, config["BLOCK_N"]) * Hkv
+        n_programs = parts.several.numel() * cdiv(M, config["BLOCK_N"]) * Hkv
         own["chapter_ptr"] = parts.several
         launch(chapter_attention_bwd_sum_kernel, n_programs, config, shared, own)

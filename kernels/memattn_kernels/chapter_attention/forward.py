@@ -19,6 +19,7 @@ from memattn_kernels import configs
 from memattn_kernels._common import (
     block_length,
     block_width,
+    cdiv,
     exponent_factor,
     finish_softmax,
     power,
@@ -314,10 +315,10 @@ def launch_rows(
     Hkv, block = args.key.shape[1], config["BLOCK_M"]
     if index is None:
         given |= dict.fromkeys((*INDEX, "WIDTH"))
-        n_tiles = R * triton.cdiv(width, block)
+        n_tiles = R * cdiv(width, block)
         launch(kernel, n_tiles * Hkv, config, given, {"n_tiles": n_tiles, "slot": 0})
         return
-    n_tiles = triton.cdiv(R * width, block) + min(C, R)
+    n_tiles = cdiv(R * width, block) + min(C, R)
     chapter, first = tiles_of_slots(index, C, K, width, block, n_tiles)
     given |= dict(chapter_ptr=chapter, first_ptr=first, n_tiles=n_tiles, WIDTH=width)
     if args.row_len == 1:  # the row of a filled slot has its query

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memattn_kernels._common import exponent_factor
+from memattn_kernels._common import cdiv, exponent_factor
 from memattn_kernels._launch import MIN_PART, N_PROGRAMS
 from memattn_kernels.chapter_attention.forward import RUNTIME_SIZES
 from memattn_kernels.chapter_attention.index import ChapterIndex
@@ -56,8 +56,8 @@ def parts_of_chapters(index: ChapterIndex, K: int, rows: int, block: int, n_owne
     bounds = index.offset[::K].contiguous()
     C, n_entries = bounds.numel() - 1, index.entry.numel()
     counts = (bounds.diff() * rows + (block - 1)) // block
-    n_tiles = triton.cdiv(n_entries * rows, block) + (C if rows % block else 0)
-    most = max(MIN_PART // block, triton.cdiv(n_tiles * n_owners, N_PROGRAMS))
+    n_tiles = cdiv(n_entries * rows, block) + (C if rows % block else 0)
+    most = max(MIN_PART // block, cdiv(n_tiles * n_owners, N_PROGRAMS))
     n_parts = ((counts + (most - 1)) // most).clamp(min=1)
     ends = torch.nn.functional.pad(n_parts.cumsum(0), (1, 0))
     program = torch.arange(C + n_tiles // most, device=ends.device)

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from memattn_kernels import configs
-from memattn_kernels._common import IS_INTERPRETED, block_width, rows_ready
+from memattn_kernels._common import IS_INTERPRETED, block_width, cdiv, rows_ready
+from memattn_kernels._launch import run
 from memattn_kernels.chapter_router.products import (
     chapter_router_d_hidden_kernel,
     chapter_router_d_weight_kernel,
@@ -76,9 +76,9 @@ class _Chunks:
         tiles = _tiles("logits", self.args)
         for first in range(0, self.n_rows, self.step):
             n_rows = min(self.step, self.n_rows - first)
-            grid = triton.cdiv(n_rows, tiles["BLOCK_M"])
-            grid *= triton.cdiv(self.n_chapters, tiles["BLOCK_N"])
-            chapter_router_logits_kernel[(grid,)](
+            grid = cdiv(n_rows, tiles["BLOCK_M"])
+            grid *= cdiv(self.n_chapters, tiles["BLOCK_N"])
+            given = dict(
                 x_ptr=self.hidden,
                 w_ptr=self.weight,
                 bias_ptr=self.bias,
@@ -93,6 +93,7 @@ class _Chunks:
                 scale=self.scale,
                 **tiles,
             )
+            run(chapter_router_logits_kernel, (grid,), given)
             yield first, n_rows
 
     def row_options(self) -> dict[str, Any]:
@@ -122,9 +123,9 @@ def launch_forward(args: ChapterRouterArgs, results: dict[str, Tensor]) -> None:
     entropy = torch.empty_like(lse)
     with torch.cuda.device_of(args.hidden):
         for first, n_rows in chunks:
-            n_programs = triton.cdiv(n_rows, SELECT_ROWS)
+            n_programs = cdiv(n_rows, SELECT_ROWS)
             sums = importance.new_empty(n_programs, chunks.n_chapters)
-            chapter_router_select_kernel[(n_programs,)](
+            given = dict(
                 indices_ptr=results["indices"],
                 weights_ptr=results["weights"],
                 lse_ptr=lse,
@@ -136,6 +137,7 @@ def launch_forward(args: ChapterRouterArgs, results: dict[str, Tensor]) -> None:
                 ROWS=SELECT_ROWS,
                 **chunks.row_options(),
             )
+            run(chapter_router_select_kernel, (n_programs,), given)
             importance += sums.sum(0)
     n = count.clamp(min=1.0)
     n_routed = chunks.n_chapters
@@ -180,12 +182,12 @@ def launch_backward(
     d_weights = cotangents["weights"]
     lse, residual = saved["lse"].view(2, -1)
     d_hidden = grads["hidden"].view(chunks.n_rows, E)
-    grid = lambda n, tiles: triton.cdiv(n, tiles["BLOCK_M"]) * triton.cdiv(E, tiles["BLOCK_N"])
+    grid = lambda n, tiles: cdiv(n, tiles["BLOCK_M"]) * cdiv(E, tiles["BLOCK_N"])
     row_tiles, weight_tiles = _tiles("d_hidden", args), _tiles("d_weight", args)
 
     n_programs = max(grid(n_routed, weight_tiles), 1)
-    n_parts = min(triton.cdiv(N_PROGRAMS, n_programs), triton.cdiv(chunks.step, MIN_ROWS))
-    rows_per_part = triton.cdiv(chunks.step, n_parts)
+    n_parts = min(cdiv(N_PROGRAMS, n_programs), cdiv(chunks.step, MIN_ROWS))
+    rows_per_part = cdiv(chunks.step, n_parts)
     weight_sums = lse.new_empty(n_parts, n_routed, E)
     bias_sums = None if args.bias is None else lse.new_empty(n_parts, n_routed)
     if chunks.n_rows == 0 or E == 0:
@@ -198,7 +200,7 @@ def launch_backward(
     with torch.cuda.device_of(args.hidden):
         for first, n_rows in chunks:
             place = dict(first=first, n_rows=n_rows)
-            chapter_router_gradient_kernel[(n_rows,)](
+            given = dict(
                 indices_ptr=saved["indices"],
                 d_weights_ptr=None if d_weights is None else d_weights.contiguous(),
                 lse_ptr=lse,
@@ -209,8 +211,9 @@ def launch_backward(
                 **place,
                 **chunks.row_options(),
             )
+            run(chapter_router_gradient_kernel, (n_rows,), given)
             if E:
-                chapter_router_d_hidden_kernel[(grid(n_rows, row_tiles),)](
+                given = dict(
                     w_ptr=weight,
                     dx_ptr=d_hidden,
                     stride_wc=weight.stride(0),
@@ -219,8 +222,9 @@ def launch_backward(
                     **shared,
                     **row_tiles,
                 )
+                run(chapter_router_d_hidden_kernel, (grid(n_rows, row_tiles),), given)
             # also without E: it adds up the gradient of the bias
-            chapter_router_d_weight_kernel[(n_programs, n_parts)](
+            given = dict(
                 x_ptr=hidden,
                 valid_ptr=chunks.valid,
                 dw_ptr=weight_sums,
@@ -232,6 +236,7 @@ def launch_backward(
                 **shared,
                 **weight_tiles,
             )
+            run(chapter_router_d_weight_kernel, (n_programs, n_parts), given)
     grads["weight"].copy_(weight_sums.sum(0))
     if bias_sums is not None:
         grads["bias"].copy_(bias_sums.sum(0))

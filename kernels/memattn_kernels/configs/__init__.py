@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from memattn_kernels import recording
 from memattn_kernels._common import IS_INTERPRETED
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -176,4 +177,5 @@ def load(path: str | Path) -> str:
         raise ValueError(f"{path} must have an entry for {missing[0]}, got {sorted(kernels)}")
     _loaded[name] = kernels
     architecture.cache_clear()
+    recording.forget()
     return name

@@ -5,10 +5,9 @@ several programs each take some of the queries and write partial sums, added up 
 """
 
 import torch
-import triton
 from torch import Tensor
 
-from memattn_kernels._common import empty_rows, rows
+from memattn_kernels._common import cdiv, empty_rows, rows
 from memattn_kernels._launch import (
     backward_inputs,
     key_rows,
@@ -79,7 +78,7 @@ def _launch_table(args: FutureAttentionArgs, d_key: Tensor, d_value: Tensor, sha
         n_sequences = cu_seqlens.numel() - 1
 
     Hf = args.future_key.shape[-3]
-    n_programs = triton.cdiv(args.table_len, config["BLOCK_N"]) * Hf * n_tables
+    n_programs = cdiv(args.table_len, config["BLOCK_N"]) * Hf * n_tables
     n_parts, sequences_per_part = parts_of(n_sequences, n_programs, shortest=1)
     n_query_parts, queries_per_part = 1, T
     if args.by_distance:

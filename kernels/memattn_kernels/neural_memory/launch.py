@@ -8,6 +8,7 @@ from torch import Tensor
 
 from memattn_kernels import configs
 from memattn_kernels._common import IS_INTERPRETED, block_width, rows
+from memattn_kernels._launch import run
 from memattn_kernels.neural_memory.backward import neural_memory_bwd_kernel
 from memattn_kernels.neural_memory.forward import (
     FORWARD_SECTIONS,
@@ -118,7 +119,7 @@ def _launch(
     given |= dict(scratch_ptr=scratch, program_floats=floats, place_ptr=places)
     with torch.cuda.device_of(args.query):
         for first in range(0, n, step):
-            kernel[(min(step, n - first),)](**given, first=first)
+            run(kernel, (min(step, n - first),), given | {"first": first})
 
 
 def launch_forward(args: NeuralMemoryArgs, results: dict[str, Tensor]) -> None:

@@ -34,24 +34,26 @@ from memattn_kernels.segmented_attention.plain import CANDIDATES
 
 # persistent and memory keys: the smallest tile
 N_EXTRA = 16
-TYPES = dict.fromkeys(("seq_start_ptr", "seq_end_ptr"), "*i32") | dict.fromkeys(
+TYPES = dict.fromkeys(("seq_start_ptr", "seq_end_ptr"), "*i32") | {"softcap": "fp32"}
+TYPES |= dict.fromkeys(
     ("lse_ptr", "scaled_lse_ptr", "residual_ptr", "delta_ptr", "dlse_ptr"), "*fp32"
 )
 # partial sums
 PERSISTENT_TYPES = TYPES | {"dk_ptr": "*fp32", "dv_ptr": "*fp32"}
 
 
-PLAIN_FORMS = ("plain", "full", "window", "sinks")
+PLAIN_FORMS = ("plain", "full", "window", "sinks", "softcap")
+IN_FLOAT32 = ("", "softcap")
 EXTRA_SOURCES = ("persistent", "memory")
 
 
 def _form_constants(form: str) -> dict[str, object]:
-    """What a form takes away: sinks from the largest form, whose name is empty."""
+    """What a form takes away: sinks and a cap from the largest form, whose name is empty."""
     if not form:
-        return {"n_sinks": None}
+        return {"n_sinks": None, "softcap": None}
     absent = ["pk_ptr", "pv_ptr", "mk_ptr", "mv_ptr", "segments_ptr", "seq_start_ptr"]
     absent += ["seq_end_ptr", "dlse_ptr", "L"] + ["n_sinks"] * (form != "sinks")
-    absent += ["W"] * (form not in ("window", "sinks"))
+    absent += ["softcap"] * (form != "softcap") + ["W"] * (form in ("plain", "full"))
     return dict.fromkeys(absent) | {"G": 1, "IS_CAUSAL": form != "full"}
 
 
@@ -139,7 +141,7 @@ def _decode_parts() -> Iterator[AotKernel]:
     sums = dict.fromkeys(("acc_ptr", "l_ptr", "m_ptr"), "*fp32")
     # how long a part is, is no part of the code
     for block, config in {config["BLOCK_N"]: config for config in DECODE_CANDIDATES}.items():
-        for form in ("", "plain", "sinks"):
+        for form in ("", "plain", "sinks", "softcap"):
             yield AotKernel(
                 name=WITH_PARTS,
                 part=f"parts-{block}" + f"-{form}" * bool(form),
@@ -168,14 +170,14 @@ KERNELS = (
             part=form,
             function=function,
             constants=partial(_row_constants, function, form),
-            in_float32=not form,
+            in_float32=form in IN_FLOAT32,
             types=TYPES,
         )
         for name, function, forms in (
-            ("fwd", segmented_attention_fwd_kernel, ("", "window", "sinks")),
+            ("fwd", segmented_attention_fwd_kernel, ("", "window", "sinks", "softcap")),
             ("fwd_dense", segmented_attention_fwd_kernel, ("full",)),
             ("fwd_causal", segmented_attention_fwd_kernel, ("plain",)),
-            ("decode", segmented_attention_fwd_kernel, ("", "plain", "sinks")),
+            ("decode", segmented_attention_fwd_kernel, ("", "plain", "sinks", "softcap")),
             ("bwd_dq", segmented_attention_bwd_dq_kernel, ("", *PLAIN_FORMS)),
         )
         for form in forms
@@ -186,7 +188,7 @@ KERNELS = (
             part=f"{source}-{form}" if form else source,
             function=segmented_attention_bwd_dkdv_kernel,
             constants=partial(_key_constants, source, form, suffix == "_grouped"),
-            in_float32=not form,
+            in_float32=form in IN_FLOAT32,
             types=PERSISTENT_TYPES if source == "persistent" else TYPES,
         )
         for suffix, source, forms in (

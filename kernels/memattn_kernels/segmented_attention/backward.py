@@ -33,8 +33,8 @@ def launch_backward(
 
     B, _, T, _ = args.query.shape
     shared |= {"B": B, "chunk": 0, "segments_ptr": None}
-    # a loop over the query heads of a group holds registers that other tiles need
-    is_grouped = shared["G"] > 1
+    # a loop over the query heads of a group, or a cap, holds registers that other tiles need
+    is_grouped = shared["G"] > 1 or args.softcap is not None
     name = "segmented_attention_bwd_dkdv" + "_grouped" * is_grouped
     form = "" if is_grouped else plain_form(args)
     entry, config = plain_config(name, form, shared, "T")

@@ -10,11 +10,12 @@ import triton.language as tl
 
 from memattn_kernels._common import (
     NO_END,
-    exponent_factor,
+    cap_products,
     load_tile,
     n_partial_tiles,
     partial_tile,
     power,
+    score_scale,
     sequence_of,
     store_tile,
     tile_ranges,
@@ -55,12 +56,12 @@ def _queries_of_key(offs_n, b, part, documents_ptr, segments_ptr, seq_start_ptr,
 
 @triton.jit
 def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dlse_ptr,
-               stride_q, stride_do, t, lo, hi, last, scale, D: tl.constexpr, DV: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-               MASKED: tl.constexpr):  # fmt: skip
+               stride_q, stride_do, t, lo, hi, last, scale, cap_scale, D: tl.constexpr,
+               DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+               BLOCK_DV: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """One tile of queries from row ``t``; scores are transposed: keys by queries.
 
-    ``lse`` and ``scale`` have ``exponent_factor`` in them.
+    ``lse`` has ``exponent_factor`` in it; ``scale`` is a ``score_scale``.
     """
     columns = tl.arange(0, BLOCK_M)
     offs_m = t + columns
@@ -70,25 +71,30 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
     lse = tl.load(lse_ptr + t + columns)
     delta = tl.load(delta_ptr + t + columns)
 
-    scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+    products = tl.dot(k, tl.trans(q), input_precision="ieee")
+    scores = cap_products(products, cap_scale, q.dtype)
     x = scores * scale - lse[None, :]
     if q.dtype == tl.float32:
         x -= tl.load(residual_ptr + t + columns, mask=offs_m < last, other=0.0)[None, :]
     p = power(x, q.dtype)
+    weights = p
+    if cap_scale is not None:  # at once, so that scores need not wait in registers
+        weights = p * (1.0 - scores * scores)
     # wide rows: a shorter mask, and none that lives until the end. Narrow ones fit two programs on
-    # a multiprocessor only with one address for all columns
-    IS_WIDE: tl.constexpr = BLOCK_D > 64
+    # a multiprocessor only with one address for all columns, and with a cap the mask is shorter so
+    IS_WIDE: tl.constexpr = BLOCK_D > 64 and cap_scale is None
     mask = columns_between(lo, hi, t, BLOCK_M, IS_WIDE)
     if MASKED:
         p = tl.where(mask, p, 0.0)
+        weights = tl.where(mask, weights, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     ds = tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :]
     if q.dtype == tl.float32 and dlse_ptr is not None:
         ds += tl.load(dlse_ptr + t + columns, mask=offs_m < last, other=0.0)[None, :]
     # delta may be NaN where p is 0
     if MASKED and IS_WIDE:
-        ds = tl.where(p != 0.0, ds, 0.0)
-    ds *= p
+        ds = tl.where(weights != 0.0, ds, 0.0)
+    ds *= weights
     if MASKED and not IS_WIDE:
         ds = tl.where(mask, ds, 0.0)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -105,7 +111,7 @@ def segmented_attention_bwd_dkdv_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
-    B, H, G, T, S, n_keys, n_parts, chunk, L, W, n_sinks, query_offset, scale,  # sizes
+    B, H, G, T, S, n_keys, n_parts, chunk, L, W, n_sinks, query_offset, scale, softcap,  # sizes
     SOURCE: tl.constexpr, IS_CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +150,10 @@ def segmented_attention_bwd_dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
 
-    exponent_scale = scale * exponent_factor(k.dtype)
+    cap_scale = softcap
+    if softcap is not None:
+        cap_scale = scale / softcap
+    exponent_scale = score_scale(scale, softcap, k.dtype)
     for g in range(G):
         h = h_kv * G + g
         head_q_ptr = q_ptr + b * stride_qb + h * stride_qh
@@ -162,13 +171,13 @@ def segmented_attention_bwd_dkdv_kernel(
             dk, dv = _dkdv_tile(
                 dk, dv, k, v, head_q_ptr, head_do_ptr, head_lse_ptr, head_residual_ptr,
                 head_delta_ptr, head_dlse_ptr, stride_qt, stride_dot, t, lo, hi, last,
-                exponent_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, True,
+                exponent_scale, cap_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, True,
             )  # fmt: skip
         for t in range(full_first, full_last, BLOCK_M):
             dk, dv = _dkdv_tile(
                 dk, dv, k, v, head_q_ptr, head_do_ptr, head_lse_ptr, head_residual_ptr,
                 head_delta_ptr, head_dlse_ptr, stride_qt, stride_dot, t, lo, hi, last,
-                exponent_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, False,
+                exponent_scale, cap_scale, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, False,
             )  # fmt: skip
 
     # a key that no query may see, and its NaN, ends here

@@ -6,7 +6,7 @@ One loop over all tiles of queries that see a key of the tile: see ``forward_pla
 import triton
 import triton.language as tl
 
-from memattn_kernels._common import exponent_factor, power, store_tile
+from memattn_kernels._common import cdiv, exponent_factor, power, store_tile
 from memattn_kernels._launch import launch
 from memattn_kernels.segmented_attention.plain import number_descriptor, tile_descriptor
 
@@ -84,5 +84,5 @@ def launch_dkdv_plain(inputs: dict, config: dict) -> None:
         delta_desc=number_descriptor(inputs["delta_ptr"], BLOCK_M),
     )
     B, H, S, _ = k.shape
-    n_programs = triton.cdiv(S, BLOCK_N) * B * H
+    n_programs = cdiv(S, BLOCK_N) * B * H
     launch(segmented_attention_bwd_dkdv_plain_kernel, n_programs, config, inputs, tiles)

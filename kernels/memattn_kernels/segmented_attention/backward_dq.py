@@ -6,7 +6,13 @@ d_query = scale * dS K,  dS = P * (d_out V^T - rowsum(out * d_out) + d_lse)
 import triton
 import triton.language as tl
 
-from memattn_kernels._common import exponent_factor, load_tile, sequence_of, store_tile
+from memattn_kernels._common import (
+    exponent_factor,
+    load_tile,
+    score_scale,
+    sequence_of,
+    store_tile,
+)
 from memattn_kernels._tiles import dq_source
 from memattn_kernels.segmented_attention.forward import RUNTIME_SIZES
 from memattn_kernels.segmented_attention.intervals import (
@@ -27,7 +33,7 @@ def segmented_attention_bwd_dq_kernel(
     stride_mkb, stride_mkh, stride_mkt, stride_mvb, stride_mvh, stride_mvt,
     stride_ob, stride_oh, stride_ot, stride_dob, stride_doh, stride_dot,
     stride_dqb, stride_dqh, stride_dqt,
-    H, G, T, S, P, M, n_memory, L, W, n_sinks, query_offset, scale,  # sizes
+    H, G, T, S, P, M, n_memory, L, W, n_sinks, query_offset, scale, softcap,  # sizes
     IS_CAUSAL: tl.constexpr, MEMORY_IS_CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NP: tl.constexpr,
     BLOCK_NM: tl.constexpr, BLOCK_NS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -71,7 +77,10 @@ def segmented_attention_bwd_dq_kernel(
     residual = lse
     if IS_CORRECTED:
         residual = tl.load(residual_ptr + row, mask=mask_m, other=0.0)
-    exponent_scale = scale * exponent_factor(q.dtype)
+    cap_scale = softcap
+    if softcap is not None:
+        cap_scale = scale / softcap
+    exponent_scale = score_scale(scale, softcap, q.dtype)
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     # float32 results show the rounding of out and lse in delta, most where dS cancels (a row with
     # one key): there dS without d_lse must sum to 0, so the rest of that sum corrects delta, and
@@ -84,7 +93,7 @@ def segmented_attention_bwd_dq_kernel(
         dq, pk, rest = dq_source(
             dq, pk, rest, q, do, lse, residual, delta, lse, lse, lse, pk_ptr + h_kv * stride_pkh,
             pv_ptr + h_kv * stride_pvh, stride_pkt, stride_pvt, lo, lo + P, valid, exponent_scale,
-            D, DV, BLOCK_NP, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, False,
+            D, DV, BLOCK_NP, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, False, cap_scale,
         )  # fmt: skip
     if mk_ptr is not None:
         lo, hi = memory_of_query(i, start, first_segment, n_memory, L, M, MEMORY_IS_CAUSAL)
@@ -93,20 +102,21 @@ def segmented_attention_bwd_dq_kernel(
             mk_ptr + b * stride_mkb + h_kv * stride_mkh,
             mv_ptr + b * stride_mvb + h_kv * stride_mvh, stride_mkt, stride_mvt, lo, hi, valid,
             exponent_scale, D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, False,
+            cap_scale,
         )  # fmt: skip
     if n_sinks is not None:
         dq, pk, rest = dq_sinks(
             dq, pk, rest, q, do, lse, residual, delta, k_ptr + b * stride_kb + h_kv * stride_kh,
             v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt, i, start, end, S, L, W,
             n_sinks, valid, exponent_scale, IS_CAUSAL, documents_ptr is not None,
-            D, DV, BLOCK_NS, BLOCK_D, BLOCK_DV, IS_CORRECTED,
+            D, DV, BLOCK_NS, BLOCK_D, BLOCK_DV, IS_CORRECTED, cap_scale,
         )  # fmt: skip
     lo, hi = tokens_of_query(i, start, end, S, L, W, n_sinks, IS_CAUSAL)
     dq, pk, rest = dq_source(
         dq, pk, rest, q, do, lse, residual, delta, lse, lse, lse,
         k_ptr + b * stride_kb + h_kv * stride_kh, v_ptr + b * stride_vb + h_kv * stride_vh,
         stride_kt, stride_vt, lo, hi, valid, exponent_scale,
-        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, True,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, True, cap_scale,
     )  # fmt: skip
 
     if IS_CORRECTED:

@@ -13,11 +13,12 @@ from memattn_kernels._common import (
     MAX_LENGTH,
     NO_END,
     block_length,
-    exponent_factor,
+    cdiv,
     finish_softmax,
     load_rows,
     power,
     scatter_rows,
+    score_scale,
     sequence_of,
 )
 from memattn_kernels._launch import launch
@@ -39,7 +40,7 @@ def segmented_attention_decode_parts_kernel(
     stride_vb, stride_vh, stride_vt, stride_pkh, stride_pkt, stride_pvh, stride_pvt,
     stride_mkb, stride_mkh, stride_mkt, stride_mvb, stride_mvh, stride_mvt,
     B, H, G, T, S, P, M, n_memory, L, W, n_sinks, query_offset, n_parts, part_length,  # sizes
-    scale,
+    scale, softcap,
     IS_CAUSAL: tl.constexpr, MEMORY_IS_CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NP: tl.constexpr,
     BLOCK_NM: tl.constexpr, BLOCK_NS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -63,7 +64,10 @@ def segmented_attention_decode_parts_kernel(
     start, end, first_segment = sequence_of(i, b, documents_ptr, seq_start_ptr, seq_end_ptr, S)
     valid = is_row & (i >= start) & (i < end)
     q = load_rows(q_ptr, b * stride_qb + h * stride_qh + t * stride_qt, D, BLOCK_D)
-    scale *= exponent_factor(q.dtype)
+    cap_scale = softcap
+    if softcap is not None:
+        cap_scale = scale / softcap
+    scale = score_scale(scale, softcap, q.dtype)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
@@ -72,7 +76,7 @@ def segmented_attention_decode_parts_kernel(
         acc, l_i, m_i = attend(
             acc, l_i, m_i, q, pk_ptr + h_kv * stride_pkh, pv_ptr + h_kv * stride_pvh,
             stride_pkt, stride_pvt, lo, lo + tl.where(part == 0, P, 0), valid, scale,
-            D, DV, BLOCK_NP, BLOCK_D, BLOCK_DV, False, False,
+            D, DV, BLOCK_NP, BLOCK_D, BLOCK_DV, False, False, cap_scale,
         )  # fmt: skip
     if mk_ptr is not None:
         lo, hi = memory_of_query(i, start, first_segment, n_memory, L, M, MEMORY_IS_CAUSAL)
@@ -80,14 +84,14 @@ def segmented_attention_decode_parts_kernel(
             acc, l_i, m_i, q, mk_ptr + b * stride_mkb + h_kv * stride_mkh,
             mv_ptr + b * stride_mvb + h_kv * stride_mvh, stride_mkt, stride_mvt,
             lo, tl.where(part == 0, hi, lo), valid, scale,
-            D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, False, False,
+            D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, False, False, cap_scale,
         )  # fmt: skip
     if n_sinks is not None:
         acc, l_i, m_i = attend_sinks(
             acc, l_i, m_i, q, k_ptr + b * stride_kb + h_kv * stride_kh,
             v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt, i, start, end, S, L, W,
             n_sinks, part == 0, valid, scale, IS_CAUSAL, documents_ptr is not None,
-            D, DV, BLOCK_NS, BLOCK_D, BLOCK_DV,
+            D, DV, BLOCK_NS, BLOCK_D, BLOCK_DV, cap_scale,
         )  # fmt: skip
     lo, hi = tokens_of_query(i, start, end, S, L, W, n_sinks, IS_CAUSAL)
     first = tl.min(tl.where(valid & (lo < hi), lo, NO_END)).to(tl.int64)
@@ -97,7 +101,7 @@ def segmented_attention_decode_parts_kernel(
     acc, l_i, m_i = attend(
         acc, l_i, m_i, q, k_ptr + b * stride_kb + h_kv * stride_kh,
         v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt,
-        lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, True,
+        lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, True, cap_scale,
     )  # fmt: skip
 
     l_i = tl.where(valid, l_i, 0.0)
@@ -156,7 +160,7 @@ def n_parts_of(inputs: dict, part_length: int) -> int:
     # sinks may adjoin what is near
     reach_in_all = 2 * max(reach, default=0) + (inputs["n_sinks"] or 0)
     longest = min(S, T + reach_in_all) if reach and max(reach) < MAX_LENGTH else S
-    return max(triton.cdiv(longest, part_length), 1)
+    return max(cdiv(longest, part_length), 1)
 
 
 def launch_decode_parts(inputs: dict, config: dict) -> None:
@@ -178,7 +182,7 @@ def launch_decode_parts(inputs: dict, config: dict) -> None:
     )
     lengths = dict(BLOCK_NP=inputs["P"], BLOCK_NM=inputs["M"], BLOCK_NS=inputs["n_sinks"] or 0)
     tiles = {name: block_length(config["BLOCK_N"], length) for name, length in lengths.items()}
-    n_tiles = triton.cdiv(inputs["G"] * T, config["BLOCK_M"])
+    n_tiles = cdiv(inputs["G"] * T, config["BLOCK_M"])
     n_programs = n_tiles * n_parts * B * (H // inputs["G"])
     launch(segmented_attention_decode_parts_kernel, n_programs, config | tiles, inputs, sums)
     launch(segmented_attention_decode_sum_kernel, n_rows, SUM_CONFIG, inputs, sums)

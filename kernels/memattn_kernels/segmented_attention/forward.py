@@ -12,10 +12,10 @@ import triton.language as tl
 from memattn_kernels import configs
 from memattn_kernels._common import (
     MAX_LENGTH,
-    exponent_factor,
     finish_softmax,
     load_tile,
     rows,
+    score_scale,
     sequence_of,
     store_tile,
 )
@@ -46,7 +46,7 @@ def segmented_attention_fwd_kernel(
     stride_vb, stride_vh, stride_vt, stride_pkh, stride_pkt, stride_pvh, stride_pvt,
     stride_mkb, stride_mkh, stride_mkt, stride_mvb, stride_mvh, stride_mvt,
     stride_ob, stride_oh, stride_ot,
-    H, G, T, S, P, M, n_memory, L, W, n_sinks, query_offset, scale,  # sizes
+    H, G, T, S, P, M, n_memory, L, W, n_sinks, query_offset, scale, softcap,  # sizes
     IS_CAUSAL: tl.constexpr, MEMORY_IS_CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NP: tl.constexpr,
     BLOCK_NM: tl.constexpr, BLOCK_NS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -68,7 +68,10 @@ def segmented_attention_fwd_kernel(
     start, end, first_segment = sequence_of(i, b, documents_ptr, seq_start_ptr, seq_end_ptr, S)
     valid = (offs_m < T) & (i >= start) & (i < end)
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, t, stride_qt, T, D, BLOCK_M, BLOCK_D, True)
-    scale *= exponent_factor(q.dtype)
+    cap_scale = softcap
+    if softcap is not None:
+        cap_scale = scale / softcap
+    scale = score_scale(scale, softcap, q.dtype)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
@@ -81,7 +84,7 @@ def segmented_attention_fwd_kernel(
         acc, l_i, m_i = attend(
             acc, l_i, m_i, q, pk_ptr + h_kv * stride_pkh, pv_ptr + h_kv * stride_pvh,
             stride_pkt, stride_pvt, lo, lo + P, valid, scale,
-            D, DV, BLOCK_NP, BLOCK_D, BLOCK_DV, IS_PLAIN, False,
+            D, DV, BLOCK_NP, BLOCK_D, BLOCK_DV, IS_PLAIN, False, cap_scale,
         )  # fmt: skip
     if mk_ptr is not None:
         lo, hi = memory_of_query(i, start, first_segment, n_memory, L, M, MEMORY_IS_CAUSAL)
@@ -89,19 +92,20 @@ def segmented_attention_fwd_kernel(
             acc, l_i, m_i, q, mk_ptr + b * stride_mkb + h_kv * stride_mkh,
             mv_ptr + b * stride_mvb + h_kv * stride_mvh, stride_mkt, stride_mvt,
             lo, hi, valid, scale, D, DV, BLOCK_NM, BLOCK_D, BLOCK_DV, IS_PLAIN, False,
+            cap_scale,
         )  # fmt: skip
     if n_sinks is not None:
         acc, l_i, m_i = attend_sinks(
             acc, l_i, m_i, q, k_ptr + b * stride_kb + h_kv * stride_kh,
             v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt, i, start, end, S, L, W,
             n_sinks, True, valid, scale, IS_CAUSAL, documents_ptr is not None,
-            D, DV, BLOCK_NS, BLOCK_D, BLOCK_DV,
+            D, DV, BLOCK_NS, BLOCK_D, BLOCK_DV, cap_scale,
         )  # fmt: skip
     lo, hi = tokens_of_query(i, start, end, S, L, W, n_sinks, IS_CAUSAL)
     acc, l_i, m_i = attend(
         acc, l_i, m_i, q, k_ptr + b * stride_kb + h_kv * stride_kh,
         v_ptr + b * stride_vb + h_kv * stride_vh, stride_kt, stride_vt,
-        lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_PLAIN, True,
+        lo, hi, valid, scale, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, IS_PLAIN, True, cap_scale,
     )  # fmt: skip
 
     if IS_PLAIN and documents_ptr is None:
@@ -137,6 +141,7 @@ def kernel_inputs(args: SegmentedAttentionArgs) -> dict:
         W=None if W is None else min(W, MAX_LENGTH),
         n_sinks=None if n_sinks is None else min(n_sinks, S),
         query_offset=args.query_offset,
+        softcap=args.softcap,
         IS_CAUSAL=args.is_causal,
         MEMORY_IS_CAUSAL=args.memory_is_causal,
     )

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from memattn_kernels._common import (
+    cdiv,
     exponent_factor,
     finish_softmax,
     online_softmax_step,
@@ -87,7 +88,7 @@ def launch_forward_plain(inputs: dict, config: dict) -> None:
     )
     n_heads = q.shape[0] * q.shape[1]
     bytes_of_head = (k.shape[-1] + v.shape[-1]) * k.shape[2] * k.element_size() / inputs["G"]
-    n_groups = triton.cdiv(n_heads, max(int(CACHED_BYTES / bytes_of_head), 1))
-    tiles["heads_together"] = triton.cdiv(n_heads, n_groups)
+    n_groups = cdiv(n_heads, max(int(CACHED_BYTES / bytes_of_head), 1))
+    tiles["heads_together"] = cdiv(n_heads, n_groups)
     n_programs = n_query_programs(q, config)
     launch(segmented_attention_fwd_plain_kernel, n_programs, config, inputs, tiles)

@@ -23,7 +23,7 @@ def plain_form(args: SegmentedAttentionArgs) -> str:
     """``"_dense"`` or ``"_causal"`` if queries see tokens alone, all or those before; else none."""
     others = (
         *(args.persistent_key, args.memory_key, args.cu_seqlens, args.seq_start, args.seq_end),
-        *(args.segment_len, args.window_size),
+        *(args.segment_len, args.window_size, args.softcap),
     )
     if any(other is not None for other in others):
         return ""

@@ -17,7 +17,7 @@ def attend_sinks(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, i, start, e
                  n_sinks, is_wanted, valid, scale, IS_CAUSAL: tl.constexpr,
                  HAS_DOCUMENTS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                 BLOCK_DV: tl.constexpr):  # fmt: skip
+                 BLOCK_DV: tl.constexpr, cap_scale):  # fmt: skip
     """Add the sinks of each row to the running softmax, if ``is_wanted``."""
     lo, _ = tokens_of_query(i, start, end, S, L, W, n_sinks, IS_CAUSAL)
     lo, hi = sinks_of_query(lo, start, end, S, n_sinks)
@@ -28,13 +28,13 @@ def attend_sinks(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, i, start, e
             own_hi = tl.where(start == document, hi, lo)
             acc, l_i, m_i = attend(
                 acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, lo, own_hi, valid, scale,
-                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, False,
+                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, cap_scale,
             )  # fmt: skip
             document = tl.min(tl.where(valid & (start > document), start, NO_END))
     else:
         acc, l_i, m_i = attend(
             acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, lo, hi, valid, scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, False,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, cap_scale,
         )  # fmt: skip
     return acc, l_i, m_i
 
@@ -44,7 +44,7 @@ def dq_sinks(dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, 
              i, start, end, S, L, W, n_sinks, valid, scale, IS_CAUSAL: tl.constexpr,
              HAS_DOCUMENTS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-             IS_CORRECTED: tl.constexpr):  # fmt: skip
+             IS_CORRECTED: tl.constexpr, cap_scale):  # fmt: skip
     """Add the gradient of the queries from the sinks of each row."""
     lo, _ = tokens_of_query(i, start, end, S, L, W, n_sinks, IS_CAUSAL)
     lo, hi = sinks_of_query(lo, start, end, S, n_sinks)
@@ -55,13 +55,13 @@ def dq_sinks(dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, 
             dq, pk, rest = dq_source(
                 dq, pk, rest, q, do, lse, residual, delta, lse, lse, lse, k_ptr, v_ptr,
                 stride_k, stride_v, lo, own_hi, valid, scale,
-                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, False,
+                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, False, cap_scale,
             )  # fmt: skip
             document = tl.min(tl.where(valid & (start > document), start, NO_END))
     else:
         dq, pk, rest = dq_source(
             dq, pk, rest, q, do, lse, residual, delta, lse, lse, lse, k_ptr, v_ptr,
             stride_k, stride_v, lo, hi, valid, scale,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, False,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, IS_CORRECTED, False, cap_scale,
         )  # fmt: skip
     return dq, pk, rest

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memattn.bench.gpu import compare
+from memattn.bench.gpu import compare, host
 
 HEAD = """# On an H100
 
@@ -29,7 +29,7 @@ def page(folder: Path) -> str:
     session = json.loads((folder / "session.json").read_text())
     pairs = [(record["job"], record["result"]) for record in records]
     parts = [HEAD.format(**session), *_checks(pairs), *_before(pairs)]
-    parts += [*_predictions(pairs), *_bars(pairs)]
+    parts += [*_host(pairs), *_predictions(pairs), *_bars(pairs)]
     return "\n".join([*parts, *_rows(pairs), *_trials(pairs)])
 
 
@@ -88,6 +88,15 @@ def _predictions(pairs: Pairs) -> Iterator[str]:
                 for row in rows
             ),
         )
+
+
+def _host(pairs: Pairs) -> Iterator[str]:
+    rows = host.table(pairs)
+    if rows:
+        yield "## Small calls\n"
+        yield "Wall time of a call that follows another one, launched plainly and by recorded\n"
+        yield f"launches, beside the card alone. The aim is {host.AIM} us over the card alone.\n"
+        yield from _table(host.COLUMNS, rows)
 
 
 def _before(pairs: Pairs) -> Iterator[str]:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from memattn.bench import report
-from memattn.bench.gpu import compare, correctness, predictions, speed, tuning
+from memattn.bench.gpu import compare, correctness, host, predictions, speed, tuning
 from memattn.bench.gpu.pool import Job, Pool, Result
 from memattn.files import write_json, write_text
 
 # seconds of a stage, in proportion; what one leaves over goes to the next
-STAGES = {"correct": 110, "before": 90, "speed": 190, "tests": 110, "retune": 70}
+STAGES = {"correct": 110, "before": 90, "host": 15, "speed": 185, "tests": 110, "retune": 65}
 CHECK_SECONDS = 100  # of one job of the stages "correct" and "speed"
 PREPARE_SHARE = 0.45  # of the stage "speed", at most, for checks and compilations
 FIRST_TESTS = "tests/test_cuda.py"
@@ -140,6 +140,11 @@ class Session:
         finally:
             for pool in self.builds.values():
                 pool.close()
+
+    def _run_host(self, deadline: float) -> None:
+        jobs = host.jobs(self.operators, dry=self.dry)
+        self.planned["host"] = len(jobs)
+        self.timer.run(jobs, self.on_result, deadline=deadline, job_seconds=CHECK_SECONDS)
 
     def _run_speed(self, deadline: float) -> None:
         now = time.monotonic()
@@ -263,6 +268,8 @@ def line_of(job: Job, result: Result) -> str:
         text += f", {result['milliseconds']} ms"
     for row in result.get("predictions", ()):
         text += f"\n    {_prediction(row)}"
+    for line in host.lines([(job, result)]):
+        text += f"\n    {line}"
     for row in result.get("rows", ()):
         text += "\n    " + "  ".join(cell for cell in report.row_cells(row)[1:] if cell)
     return text
@@ -296,6 +303,10 @@ def summary(session: Session) -> str:
     told = [row for _, result in results for row in result.get("predictions", ())]
     if told:
         lines += ["", "predictions", "-----------", *(_prediction(row) for row in told)]
+    calls = host.lines(results)
+    if calls:
+        lines += ["", f"a small call; aim: {host.AIM} us over the card alone"]
+        lines += ["-" * len(lines[-1]), *calls]
     ratios = compare.ratios(results)
     if ratios:
         lines += ["", "beside the build before", "-----------------------"]

@@ -8,11 +8,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from memattn.bench.gpu import correctness, predictions, speed, tuning
+from memattn.bench.gpu import correctness, host, predictions, speed, tuning
 from memattn.bench.gpu.pool import Job, Result
 
 JOBS: dict[str, Callable[[Job], Result]] = {
     "correct": correctness.run_job,
+    "host": host.run_job,
     "prepare": speed.prepare,
     "speed": speed.measure,
     "sweep": speed.measure_sweep,
