@@ -243,16 +243,15 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
   }
 
   walk(true, block_scratch, [&](const auto& block) {
-    int64_t first[TILE_ROWS], last[TILE_ROWS];
+    PanelSpans spans;
     for (int64_t p = 0; p < panels; ++p) {
-      const Span span(block, p);
-      const int64_t n = span.last - span.first, skip = span.first - block.begin;
-      first[p] = n > 0 ? skip : 0, last[p] = n > 0 ? skip + n : 0;
+      const Span span = spans.look(block, p);
+      const int64_t n = spans.count(p), skip = spans.first[p];
       float *weights = p_all + p * NEXT, *ds = ds_all + p * NEXT;
       if (n < block.n) {  // keys that this panel does not see add nothing
         auto clear = [&](float* panel) {
-          if constexpr (BY_ROW) clear_lanes_outside<NV>(panel, block.n, first[p], last[p]);
-          else clear_outside<NV>(panel, block.n, first[p], last[p]);
+          if constexpr (BY_ROW) clear_lanes_outside<NV>(panel, block.n, spans, p);
+          else clear_outside<NV>(panel, block.n, spans, p);
         };
         clear(weights), clear(ds);
       }
@@ -280,8 +279,8 @@ static MEMATTN_INLINE void backward_rows(const Args& a, const Tile& tile, const 
       add_to_keys(*block.seen, lanes, block.begin, block.n, run, ds_all, q_rows, a.D, block.d_key);
       return;
     }
-    add_rows<NV>(p_all, d_out_rows, runs.panels, block.d_value, ldv, block.n, panels, first, last);
-    add_rows<NV>(ds_all, q_rows, runs.panels, block.d_key, ldk, block.n, panels, first, last);
+    add_rows<NV>(p_all, d_out_rows, runs.panels, block.d_value, ldv, block.n, panels, spans);
+    add_rows<NV>(ds_all, q_rows, runs.panels, block.d_key, ldk, block.n, panels, spans);
   });
 
   for (int64_t j = 0; j < rows.lanes * a.D; ++j) d_q[j] *= (float)a.scale;

@@ -315,28 +315,28 @@ static MEMATTN_INLINE void attend(const AnyBlock& block, int64_t lanes, int64_t 
             }, cap);
 }
 
-// Zeros what panels of [BLOCK_KEYS][units of a panel] hold for keys of the block outside [first, last).
+// Zeros what panel p, [BLOCK_KEYS][units of a panel], holds for keys of the block that it does not see.
 template <int NV, class Unit = Floats>
-static MEMATTN_INLINE void clear_outside(float* panel, int64_t n, int64_t first, int64_t last) {
+static MEMATTN_INLINE void clear_outside(float* panel, int64_t n, const PanelSpans& spans, int64_t p) {
   constexpr int64_t PANEL = NV * VL / Unit::NUMBERS;
+  const int64_t first = spans.first[p], last = spans.last[p];
   __builtin_memset(panel, 0, first * PANEL * 4);
   __builtin_memset(panel + last * PANEL, 0, (n - last) * PANEL * 4);
 }
 
 // to[j, :] += sum over the panels' lanes of weights[j, lane] * rows[lane, :], units of lanes in both.
-// `span_first` and `span_last` bound the keys that each panel sees; at most `run` panels are summed in
-// one go.
+// `spans` has the keys that each panel sees; at most `run` panels are summed in one go.
 template <int NV, class Unit = Floats>
 static void add_rows(const float* weights, const float* rows, int64_t run, float* to, int64_t ld,
-                     int64_t n, int64_t panels, const int64_t* span_first,
-                     const int64_t* span_last) {
+                     int64_t n, int64_t panels, const PanelSpans& spans) {
   constexpr int64_t PANEL = NV * VL / Unit::NUMBERS;
-  constexpr int64_t GROUP = 24;  // keys handled with one choice of panels
+  // keys handled with one choice of panels
+  constexpr int64_t GROUP = Unit::HAS_TILES ? 32 : 24;
   for (int64_t j = 0; j < n; j += GROUP) {
     const int64_t rows_here = n - j < GROUP ? n - j : GROUP;
     int64_t p0 = 0, p1 = panels;
-    while (p0 < p1 && (span_last[p0] <= j || span_first[p0] >= j + rows_here)) ++p0;
-    while (p1 > p0 && (span_last[p1 - 1] <= j || span_first[p1 - 1] >= j + rows_here)) --p1;
+    while (p0 < p1 && (spans.last[p0] <= j || spans.first[p0] >= j + rows_here)) ++p0;
+    while (p1 > p0 && (spans.last[p1 - 1] <= j || spans.first[p1 - 1] >= j + rows_here)) --p1;
     for (int64_t p = p0; p < p1; p += run) {
       const int64_t n_panels = p1 - p < run ? p1 - p : run;
       const float* w = weights + p * BLOCK_KEYS * PANEL + j * PANEL;

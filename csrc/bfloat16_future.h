@@ -94,15 +94,13 @@ struct PairFutureSteps {
 
   template <class AnyBlock>
   void add_gradients(const AnyBlock& block, const QuerySide& side, const QuerySide* past_target) const {
-    int64_t first[TILE_ROWS], last[TILE_ROWS];
+    PanelSpans spans;
     for (int64_t p = 0; p < panels; ++p) {
-      const Span seen(block, p);
-      const int64_t n = seen.last - seen.first, skip = seen.first - block.begin;
-      first[p] = n > 0 ? skip : 0, last[p] = n > 0 ? skip + n : 0;
+      spans.look(block, p);
       float *p_rows = p_all + p * BLOCK_KEYS * HALF, *ds_rows = ds_all + p * BLOCK_KEYS * HALF;
-      if (n < block.n) {  // keys that this panel does not see add nothing
-        clear_outside<NV, Pairs>(p_rows, block.n, first[p], last[p]);
-        clear_outside<NV, Pairs>(ds_rows, block.n, first[p], last[p]);
+      if (spans.count(p) < block.n) {  // keys that this panel does not see add nothing
+        clear_outside<NV, Pairs>(p_rows, block.n, spans, p);
+        clear_outside<NV, Pairs>(ds_rows, block.n, spans, p);
       }
       with_products(block, side, p, [&](const PairSpan& span) {
         p_rows += 2 * span.begin * HALF, ds_rows += 2 * span.begin * HALF;
@@ -114,8 +112,8 @@ struct PairFutureSteps {
         });
       });
     }
-    add_rows<NV, Pairs>(p_all, side.g.rows, panels, block.d_value, ldv, block.n, panels, first, last);
-    add_rows<NV, Pairs>(ds_all, side.q.rows, panels, block.d_key, ldk, block.n, panels, first, last);
+    add_rows<NV, Pairs>(p_all, side.g.rows, panels, block.d_value, ldv, block.n, panels, spans);
+    add_rows<NV, Pairs>(ds_all, side.q.rows, panels, block.d_key, ldk, block.n, panels, spans);
   }
 
   // Weights and gradients of the scores of a panel, rounded.

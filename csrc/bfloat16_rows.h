@@ -3,7 +3,8 @@
 //
 // Included after bfloat16_tile.h.
 
-constexpr int64_t PAIRS_RUN = 12;  // pairs of keys for which sums by row choose their lanes once
+// pairs of keys for which sums by row choose their lanes once; lanes left out of a tile save no time
+constexpr int64_t PAIRS_RUN = Pairs::HAS_TILES ? BLOCK_KEYS : 12;
 
 // What the cotangents of the results `out` are made to, see take_cotangents(); rows are `ld` pairs apart.
 template <class Args, class QueryRows>
@@ -254,16 +255,15 @@ static MEMATTN_INLINE void backward_pairs(const Args& a, const Tile& tile, const
   }
 
   walk(true, block_scratch, [&](const auto& block) {
-    int64_t first[TILE_ROWS], last[TILE_ROWS];
+    PanelSpans spans;
     for (int64_t p = 0; p < panels; ++p) {
-      const Span seen(block, p);
-      const int64_t n = seen.last - seen.first, skip = seen.first - block.begin;
-      first[p] = n > 0 ? skip : 0, last[p] = n > 0 ? skip + n : 0;
+      const Span seen = spans.look(block, p);
+      const int64_t n = spans.count(p), skip = spans.first[p];
       float *p_rows = p_all + p * NEXT, *ds_rows = ds_all + p * NEXT;
       if (n < block.n) {  // keys that this panel does not see add nothing
         auto clear = [&](float* panel) {
-          if constexpr (BY_ROW) clear_lanes_outside<NV, Pairs>(panel, block.n, first[p], last[p]);
-          else clear_outside<NV, Pairs>(panel, block.n, first[p], last[p]);
+          if constexpr (BY_ROW) clear_lanes_outside<NV, Pairs>(panel, block.n, spans, p);
+          else clear_outside<NV, Pairs>(panel, block.n, spans, p);
         };
         clear(p_rows), clear(ds_rows);
       }
@@ -306,8 +306,8 @@ static MEMATTN_INLINE void backward_pairs(const Args& a, const Tile& tile, const
                          block.d_key);
       return;
     }
-    add_rows<NV, Pairs>(p_all, d_out_pairs, panels, block.d_value, ldv, block.n, panels, first, last);
-    add_rows<NV, Pairs>(ds_all, q_pairs, panels, block.d_key, ldk, block.n, panels, first, last);
+    add_rows<NV, Pairs>(p_all, d_out_pairs, panels, block.d_value, ldv, block.n, panels, spans);
+    add_rows<NV, Pairs>(ds_all, q_pairs, panels, block.d_key, ldk, block.n, panels, spans);
   });
 
   for (int64_t j = 0; j < rows.lanes * a.D; ++j) d_q[j] *= (float)a.scale;

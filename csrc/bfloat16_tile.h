@@ -9,6 +9,15 @@
 
 struct Pairs {
   static constexpr int64_t NUMBERS = 2;
+#if defined(MEMATTN_AMX)
+  static constexpr bool HAS_TILES = true;
+  template <int NV, Store STORE, bool A_ALONG_K>
+  static void product(int64_t M, int64_t KO, int64_t K, const float* A, int64_t a_stride, int64_t a_ko,
+                      const float* B, int64_t ldb, int64_t b_ko, float* C, int64_t ldc,
+                      const float* alpha);
+#else
+  static constexpr bool HAS_TILES = false;
+#endif
   static MEMATTN_INLINE vf all(const float* x) { return (vf)_mm512_set1_ps(*x); }
   static MEMATTN_INLINE vf add_product(vf a, vf b, vf c) {
     return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);

@@ -16,14 +16,17 @@ static MEMATTN_INLINE RowStats& stats_of(const ChapterArgs& a, int64_t b, int64_
   return ((RowStats*)a.row_stats)[(b * a.H + h) * a.T + t];
 }
 
+template <class How>
 struct ChapterBackward {
+  using Unit = typename How::Unit;
+  using Blocks = ChapterBlocks<How>;
   const ChapterArgs& a;
   int64_t ldk, ldv;
   Split scale2;
   Pieces pieces;
   float *q_rows, *d_out_rows, *q, *d_out;
   float *weights, *ds;  // of the panels, one behind the other: [CHAPTER_KEYS][lanes of the panel]
-  float *d_rows, *key, *value, *spare;
+  float *d_rows, *key, *value, *more, *spare;
   float *lse_high, *lse_low, *delta, *extra, *weight, *d_weight;  // [TILE_ROWS]
   float *own_high, *own_low, *own_sum, *own_delta, *own_extra;    // of the chapter's own softmax
   // what is added up for an entry of the list, over its queries
@@ -38,7 +41,7 @@ struct ChapterBackward {
     weights = pieces.take(TILE_ROWS * CHAPTER_KEYS), ds = pieces.take(TILE_ROWS * CHAPTER_KEYS);
     d_rows = pieces.take(TILE_ROWS * ldk);
     key = pieces.take(CHAPTER_KEYS * ldk), value = pieces.take(CHAPTER_KEYS * ldv);
-    spare = pieces.take(VL * (ldk > ldv ? ldk : ldv));
+    more = pieces.take(How::more_scratch(a)), spare = pieces.take(VL * (ldk > ldv ? ldk : ldv));
     for (float** piece : {&lse_high, &lse_low, &delta, &extra, &weight, &d_weight, &own_high,
                           &own_low, &own_sum, &own_delta, &own_extra})
       *piece = pieces.take(TILE_ROWS);
@@ -49,7 +52,7 @@ struct ChapterBackward {
   template <class Visit>
   void for_each(int64_t c, const QueryRange& range, const Entries& rows, uint32_t classes,
                 const RowSums& d_query, Visit visit) {
-    ChapterBlocks blocks{a, c, range.hkv, ldk, ldv, key, value};
+    Blocks blocks{a, c, range.hkv, true, key, value, more};
     for (int row_class = 0; row_class < ROW_CLASSES; ++row_class) {
       if (!(a.classes & classes & uint32_t{1} << row_class)) continue;
       const SumRuns runs = class_runs(row_class);
@@ -72,9 +75,11 @@ struct ChapterBackward {
   void load_tile(const ChapterLanes& lanes) {
     for_each_panel(lanes.n, [&](const Panel& panel, auto nv) {
       const int64_t first = panel.first;
-      gather_panel<nv>(a.query, lanes, panel, a.D, ldk, spare, q_rows + first * ldk, q + first * a.D);
-      gather_panel<nv>(a.d_out, lanes, panel, a.Dv, ldv, spare, d_out_rows + first * ldv,
-                       d_out + first * a.Dv);
+      gather_panel<How, nv>(a.query, lanes, panel, a.D, ldk, spare,
+                            q_rows + first / Unit::NUMBERS * ldk, q + first * How::units(a.D));
+      gather_panel<How, nv>(a.d_out, lanes, panel, a.Dv, ldv, spare,
+                            d_out_rows + first / Unit::NUMBERS * ldv,
+                            d_out + first * How::units(a.Dv));
     });
     for (int64_t i = 0; i < TILE_ROWS; ++i) {
       // weight 0 everywhere for lanes without a row
@@ -88,13 +93,12 @@ struct ChapterBackward {
 
   // Scores of the block's keys and gradients of their weights in a panel.
   template <int NV>
-  void products(const Panel& panel, const SumRuns& runs, const ChapterBlocks& blocks, float* scores,
+  void products(const Panel& panel, const SumRuns& runs, const Blocks& blocks, float* scores,
                 float* dp) {
-    constexpr int64_t PANEL = NV * VL;
-    dot_products<NV>(blocks.n, a.D, runs.dims, blocks.key, ldk, q + panel.first * a.D, PANEL, scores,
-                     PANEL);
-    dot_products<NV>(blocks.n, a.Dv, runs.dims, blocks.value, ldv, d_out + panel.first * a.Dv, PANEL,
-                     dp, PANEL);
+    How::template products<NV>(blocks.key, blocks.n, a.D, runs, q + panel.first * How::units(a.D),
+                               scores);
+    How::template products<NV>(blocks.value, blocks.n, a.Dv, runs,
+                               d_out + panel.first * How::units(a.Dv), dp);
   }
 
   // exp(s - lse) of scores, in place.
@@ -113,7 +117,7 @@ struct ChapterBackward {
 
   // Where all chapters of a row share a softmax: p and ds of a block's keys, in place of the products.
   template <int NV>
-  void joint_panel(const Panel& panel, const SumRuns& runs, const ChapterBlocks& blocks) {
+  void joint_panel(const Panel& panel, const SumRuns& runs, const Blocks& blocks) {
     const int64_t n = blocks.n;
     float *p = weights + panel.first * CHAPTER_KEYS, *d = ds + panel.first * CHAPTER_KEYS;
     products<NV>(panel, runs, blocks, p, d);
@@ -138,7 +142,7 @@ struct ChapterBackward {
   // Where a chapter has a softmax of its own: its maximum, sum and mean of dp for the lanes of a panel.
   // Leaves the weights relative to the maximum, and dp, of the last block.
   template <int NV>
-  void own_softmax(const Panel& panel, const SumRuns& runs, ChapterBlocks& blocks) {
+  void own_softmax(const Panel& panel, const SumRuns& runs, Blocks& blocks) {
     float *p = weights + panel.first * CHAPTER_KEYS, *d = ds + panel.first * CHAPTER_KEYS;
     SoftmaxState<NV> state;
     clear<NV>(&state, 1);
@@ -169,7 +173,7 @@ struct ChapterBackward {
   // And p and ds of a block's keys.
   template <int NV>
   void own_panel(const ChapterLanes& lanes, const Panel& panel, const SumRuns& runs,
-                 const ChapterBlocks& blocks) {
+                 const Blocks& blocks) {
     constexpr int64_t PANEL = NV * VL;
     const int64_t n = blocks.n;
     float *p = weights + panel.first * CHAPTER_KEYS, *d = ds + panel.first * CHAPTER_KEYS;
@@ -200,51 +204,56 @@ struct ChapterBackward {
     }
   }
 
-  // to[key, :] += sum over the tile's lanes of panels[key, lane] * rows[lane, :]
+  // to[key, :] += sum over the tile's lanes of panels[key, lane] * rows[lane, :], both as units of lanes
   void add_to_keys(const float* panels, const float* rows, int64_t ld, int64_t lanes,
                    const SumRuns& runs, int64_t n, float* to) {
-    constexpr int64_t WIDE = 2 * VL, GROUP = 24;
-    const int64_t whole = lanes / WIDE, left = lanes - whole * WIDE;
+    constexpr int64_t NUMBERS = Unit::NUMBERS, WIDE = 2 * VL / NUMBERS, GROUP = Unit::HAS_TILES ? 32 : 24;
+    const int64_t units = How::units(lanes), whole = units / WIDE, left = units - whole * WIDE;
+    const int64_t most = Unit::NUMBERS > 1 ? whole : runs.panels;
     auto add = [&](auto nv, int64_t j, int64_t here, int64_t first, int64_t n_panels, int64_t terms,
                    int64_t width, int64_t d) {
-      product<nv, Store::add, true>(here, n_panels, terms,
-                                    panels + first * CHAPTER_KEYS + j * width, width,
-                                    CHAPTER_KEYS * WIDE, rows + first * ld + d, ld, WIDE * ld,
-                                    to + j * ld + d, ld, nullptr);
+      product<nv, Store::add, true, Unit>(here, n_panels, terms,
+                                          panels + first * CHAPTER_KEYS + j * width, width,
+                                          CHAPTER_KEYS * WIDE, rows + first * ld + d, ld, WIDE * ld,
+                                          to + j * ld + d, ld, nullptr);
     };
     auto add_columns = [&](auto nv, int64_t j, int64_t here, int64_t d) {
-      for (int64_t p = 0; p < whole; p += runs.panels)
-        add(nv, j, here, p * WIDE, whole - p < runs.panels ? whole - p : runs.panels, WIDE, WIDE, d);
-      if (left) add(nv, j, here, whole * WIDE, 1, left, left <= VL ? VL : WIDE, d);
+      for (int64_t p = 0; p < whole; p += most)
+        add(nv, j, here, p * WIDE, whole - p < most ? whole - p : most, WIDE, WIDE, d);
+      if (left) add(nv, j, here, whole * WIDE, 1, left, left <= WIDE / 2 ? WIDE / 2 : WIDE, d);
     };
     for (int64_t j = 0; j < n; j += GROUP) {
       const int64_t here = n - j < GROUP ? n - j : GROUP;
       int64_t d = 0;
-      for (; d + WIDE <= ld; d += WIDE) add_columns(std::integral_constant<int, 2>(), j, here, d);
+      for (; d + 2 * VL <= ld; d += 2 * VL)
+        add_columns(std::integral_constant<int, 2>(), j, here, d);
       if (d < ld) add_columns(std::integral_constant<int, 1>(), j, here, d);
     }
   }
 
   // All gradients of a tile.
-  void tile(const ChapterLanes& lanes, const SumRuns& runs, ChapterBlocks& blocks,
+  void tile(const ChapterLanes& lanes, const SumRuns& runs, Blocks& blocks,
             const ChapterGrads& grads) {
     if (!a.is_joint)
       for_each_panel(lanes.n, [&](const Panel& panel, auto nv) {
-        own_softmax<nv>(panel, runs, blocks);
+        this->template own_softmax<nv>(panel, runs, blocks);
       });
+    const ChapterSums sums = How::sums(a, weights, ds, more);
     for (int64_t block = 0; block < blocks.count(); ++block) {
       blocks.load(block);
       for_each_panel(lanes.n, [&](const Panel& panel, auto nv) {
-        if (a.is_joint) joint_panel<nv>(panel, runs, blocks);
-        else own_panel<nv>(lanes, panel, runs, blocks);
+        if (a.is_joint) this->template joint_panel<nv>(panel, runs, blocks);
+        else this->template own_panel<nv>(lanes, panel, runs, blocks);
+        const float* of_keys = How::template keep_panel<nv>(sums, panel, blocks.n, weights, ds);
         if (grads.d_query.data)
-          weighted_rows<nv * VL>(panel.n, blocks.n, runs.keys, ds + panel.first * CHAPTER_KEYS,
-                                 blocks.key, ldk, block > 0, d_rows + panel.first * ldk);
+          weighted_rows<nv * VL, Unit>(panel.n, blocks.units, How::run(runs.keys), of_keys,
+                                       blocks.summed, ldk, block > 0, d_rows + panel.first * ldk);
       });
       const int64_t first = block * CHAPTER_KEYS;
       if (!grads.d_key) continue;
-      add_to_keys(weights, d_out_rows, ldv, lanes.n, runs, blocks.n, grads.d_value + first * ldv);
-      add_to_keys(ds, q_rows, ldk, lanes.n, runs, blocks.n, grads.d_key + first * ldk);
+      add_to_keys(sums.weights, d_out_rows, ldv, lanes.n, runs, blocks.n,
+                  grads.d_value + first * ldv);
+      add_to_keys(sums.ds, q_rows, ldk, lanes.n, runs, blocks.n, grads.d_key + first * ldk);
     }
     if (grads.d_query.data)
       for (int64_t i = 0; i < lanes.n; ++i)
@@ -263,8 +272,9 @@ struct ChapterBackward {
   }
 };
 
+template <class How>
 static void chapter_prepare(const ChapterArgs& a, const QueryRange& range, float* scratch) {
-  ChapterBackward backward(a, scratch);
+  ChapterBackward<How> backward(a, scratch);
   const int64_t G = a.H / a.Hkv, h0 = range.hkv * G, tokens = range.t1 - range.t0;
   const Entries rows = rows_of(a, range);
   float *out = backward.q_rows, *d_out = backward.d_out_rows;
@@ -281,45 +291,50 @@ static void chapter_prepare(const ChapterArgs& a, const QueryRange& range, float
       load_row(a.d_out, at(a.d_out, range.b, h, t), a.d_out.stride[3], a.Dv, d_out);
       stats.delta = (float)row_product(out, d_out, a.Dv);
     }
-  // with few keys the mean of dp over these is cheap, and its rounding cancels against that of dp
-  if (!a.is_joint || !(a.classes & 1)) return;
+  // with few keys the mean of dp over these is cheap, and its rounding cancels against that of dp; and
+  // gradients of weights are sums over many rows, which the rounding of results would not leave exact
+  const bool is_rounded = a.weights && a.out.dtype != Dtype::float32;
+  const uint32_t by_keys = is_rounded ? ~uint32_t{0} : 1;
+  if (!a.is_joint || !(a.classes & by_keys)) return;
   float* means = backward.pieces.take(G * tokens * 4);
   __builtin_memset(means, 0, G * tokens * 16);
   auto mean_of = [&](int64_t h, int64_t t) { return means + ((h - h0) * tokens + t - range.t0) * 4; };
   for (int64_t c = 0; c < a.C; ++c)
     backward.for_each(
-        c, range, rows, 1, RowSums{},
-        [&](const ChapterLanes& lanes, const SumRuns& runs, ChapterBlocks& blocks) {
-          blocks.load(0);  // few keys are in one block
-          for_each_panel(lanes.n, [&](const Panel& panel, auto nv) {
-            constexpr int64_t PANEL = nv * VL;
-            alignas(64) float parts[4][PANEL];
-            auto exchange_means = [&](bool is_loaded) {
-              for (int64_t i = 0; i < PANEL; ++i) {
-                const int64_t lane = panel.first + (i < panel.n ? i : 0);
-                float* mean = mean_of(lanes.head[lane], lanes.t[lane]);
-                for (int k = 0; k < 4; ++k)
-                  if (is_loaded) parts[k][i] = mean[k];
-                  else if (i < panel.n) mean[k] = parts[k][i];
+        c, range, rows, by_keys, RowSums{},
+        [&](const ChapterLanes& lanes, const SumRuns& runs, ChapterBlocks<How>& blocks) {
+          for (int64_t block = 0; block < blocks.count(); ++block) {
+            blocks.load(block);
+            for_each_panel(lanes.n, [&](const Panel& panel, auto nv) {
+              constexpr int64_t PANEL = nv * VL;
+              alignas(64) float parts[4][PANEL];
+              auto exchange_means = [&](bool is_loaded) {
+                for (int64_t i = 0; i < PANEL; ++i) {
+                  const int64_t lane = panel.first + (i < panel.n ? i : 0);
+                  float* mean = mean_of(lanes.head[lane], lanes.t[lane]);
+                  for (int k = 0; k < 4; ++k)
+                    if (is_loaded) parts[k][i] = mean[k];
+                    else if (i < panel.n) mean[k] = parts[k][i];
+                }
+              };
+              exchange_means(true);
+              backward.template products<nv>(panel, runs, blocks, backward.weights, backward.ds);
+              backward.template weigh<nv>(panel, blocks.n, backward.weights);
+              for (int v = 0; v < nv; ++v) {
+                WeightedMean mean{((vf*)parts[0])[v], ((vf*)parts[1])[v], ((vf*)parts[2])[v],
+                                  ((vf*)parts[3])[v]};
+                const vf w = ((const vf*)(backward.weight + panel.first))[v];
+                for (int64_t j = 0; j < blocks.n; ++j)
+                  mean.add(w * ((vf*)backward.weights)[j * nv + v], ((vf*)backward.ds)[j * nv + v]);
+                ((vf*)parts[0])[v] = mean.high, ((vf*)parts[1])[v] = mean.low;
+                ((vf*)parts[2])[v] = mean.weight_high, ((vf*)parts[3])[v] = mean.weight_low;
               }
-            };
-            exchange_means(true);
-            backward.products<nv>(panel, runs, blocks, backward.weights, backward.ds);
-            backward.weigh<nv>(panel, blocks.n, backward.weights);
-            for (int v = 0; v < nv; ++v) {
-              WeightedMean mean{((vf*)parts[0])[v], ((vf*)parts[1])[v], ((vf*)parts[2])[v],
-                                ((vf*)parts[3])[v]};
-              const vf w = ((const vf*)(backward.weight + panel.first))[v];
-              for (int64_t j = 0; j < blocks.n; ++j)
-                mean.add(w * ((vf*)backward.weights)[j * nv + v], ((vf*)backward.ds)[j * nv + v]);
-              ((vf*)parts[0])[v] = mean.high, ((vf*)parts[1])[v] = mean.low;
-              ((vf*)parts[2])[v] = mean.weight_high, ((vf*)parts[3])[v] = mean.weight_low;
-            }
-            exchange_means(false);
-          });
+              exchange_means(false);
+            });
+          }
         });
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    if (a.row_class[row] != 0) continue;
+    if (!(by_keys >> a.row_class[row] & 1)) continue;
     const int64_t first = a.row_start[row] > range.t0 ? a.row_start[row] : range.t0;
     const int64_t last = a.row_end[row] < range.t1 ? a.row_end[row] : range.t1;
     for (int64_t h = h0; h < h0 + G; ++h)
@@ -334,8 +349,9 @@ static void chapter_prepare(const ChapterArgs& a, const QueryRange& range, float
   }
 }
 
+template <class How>
 static void chapter_d_query(const ChapterArgs& a, const QueryRange& range, float* scratch) {
-  ChapterBackward backward(a, scratch);
+  ChapterBackward<How> backward(a, scratch);
   const int64_t G = a.H / a.Hkv, h0 = range.hkv * G, tokens = range.t1 - range.t0;
   const bool in_place = a.d_query.dtype == Dtype::float32;
   ChapterGrads grads;
@@ -354,7 +370,7 @@ static void chapter_d_query(const ChapterArgs& a, const QueryRange& range, float
   const Entries rows = rows_of(a, range);
   for (int64_t c = 0; c < a.C; ++c)
     backward.for_each(c, range, rows, ~uint32_t{0}, sums,
-                      [&](const ChapterLanes& lanes, const SumRuns& runs, ChapterBlocks& blocks) {
+                      [&](const ChapterLanes& lanes, const SumRuns& runs, ChapterBlocks<How>& blocks) {
                         backward.tile(lanes, runs, blocks, grads);
                       });
   if (in_place) return;
@@ -364,18 +380,20 @@ static void chapter_d_query(const ChapterArgs& a, const QueryRange& range, float
                 sums.row(range.b, h, t));
 }
 
+template <class How>
 static void chapter_d_chapter(const ChapterArgs& a, int64_t hkv, int64_t c,
                               const ChapterGrads& grads, float* scratch) {
-  ChapterBackward backward(a, scratch);
+  ChapterBackward<How> backward(a, scratch);
   backward.for_each(c, {0, hkv, 0, a.T}, {0, a.B * a.N}, ~uint32_t{0}, grads.d_query,
-                    [&](const ChapterLanes& lanes, const SumRuns& runs, ChapterBlocks& blocks) {
+                    [&](const ChapterLanes& lanes, const SumRuns& runs, ChapterBlocks<How>& blocks) {
                       backward.tile(lanes, runs, blocks, grads);
                     });
   if (grads.d_weight) backward.finish_entry(grads);
 }
 
+template <class How>
 static int64_t chapter_scratch(const ChapterArgs& a, int64_t tokens) {
   const int64_t wide = round_up(a.D, VL) + round_up(a.Dv, VL), rows = a.H / a.Hkv * tokens;
   return (3 * TILE_ROWS + CHAPTER_KEYS + VL) * wide + 2 * TILE_ROWS * (CHAPTER_KEYS + 8) +
-         (4 + wide) * rows + 512;
+         (4 + wide) * rows + How::more_scratch(a) + 512;
 }

@@ -209,13 +209,15 @@ static MEMATTN_INLINE void fetch_ahead(const ChapterArgs& a, int64_t hkv, const 
   }
 }
 
-// Query rows of `view` for the lanes of a panel, as panel [width][NV * VL], zero in lanes without a
-// row; and, unless `rows` is null, as float32 rows [lanes rounded up][ld], zero past `width`.
-// spare: [VL][ld].
-template <int NV>
+// Query rows of `view` for the lanes of a panel, as panel [units of width][NV * VL], zero in lanes without
+// a row; and, unless `rows` is null, as weighted sums of rows read them: [lanes rounded up][ld] numbers,
+// zero past `width`. spare: [VL][ld].
+template <class How, int NV>
 static void gather_panel(const View& view, const ChapterLanes& lanes, const Panel& panel,
                          int64_t width, int64_t ld, float* spare, float* rows, float* to) {
-  const bool in_place = view.dtype == Dtype::float32 && view.stride[3] == 1 && width == ld;
+  const int64_t units = How::units(width), step = round_up(units, VL);
+  const bool in_place = How::lies_in_units(view) && view.stride[3] == 1 &&
+                        width == step * How::Unit::NUMBERS;
   for (int64_t lane = 0; lane < panel.n; lane += VL) {
     const float* from[VL];
     for (int64_t k = 0; k < VL; ++k) {
@@ -223,26 +225,24 @@ static void gather_panel(const View& view, const ChapterLanes& lanes, const Pane
       const bool is_row = lane + k < panel.n;
       const int64_t offset = is_row ? at(view, lanes.b[i], lanes.head[i], lanes.t[i]) : 0;
       if (is_row && in_place) {
-        from[k] = (const float*)view.data + offset;
+        from[k] = (const float*)((const char*)view.data + offset * 4 / How::Unit::NUMBERS);
         continue;
       }
-      float* row = spare + k * ld;
-      if (is_row) load_row(view, offset, view.stride[3], width, row);
-      __builtin_memset(row + (is_row ? width : 0), 0, (is_row ? ld - width : ld) * 4);
+      float* row = spare + k * step;
+      if (is_row) How::row(view, offset, view.stride[3], width, row);
+      __builtin_memset(row + (is_row ? units : 0), 0, (is_row ? step - units : step) * 4);
       from[k] = row;
     }
-    for (int64_t d = 0; d < width; d += VL) {
+    for (int64_t d = 0; d < units; d += VL) {
       vf square[VL];
 #pragma GCC unroll 16
       for (int k = 0; k < VL; ++k) square[k] = *(const vf_unaligned*)(from[k] + d);
-      if (rows)
-#pragma GCC unroll 16
-        for (int k = 0; k < VL; ++k) *(vf*)(rows + (lane + k) * ld + d) = square[k];
+      if (rows) How::keep_rows(square, lane, d, ld, rows);
       transpose(square);
       float* column = to + d * NV * VL + lane;
 #pragma GCC unroll 16
       for (int k = 0; k < VL; ++k)
-        if (d + k < width) *(vf*)(column + k * NV * VL) = square[k];
+        if (d + k < units) *(vf*)(column + k * NV * VL) = square[k];
     }
   }
 }
@@ -270,78 +270,4 @@ static void load_bank_row(const BankView& bank, int64_t c, int64_t hkv, int64_t 
     to[2 * i] = (float)((int8_t)(pair << 4) >> 4) * scale;
     to[2 * i + 1] = (float)(pair >> 4) * scale;
   }
-}
-
-// The keys and values of a chapter, a block of them at a time: where they lie if the kernels can read
-// them there.
-struct ChapterBlocks {
-  const ChapterArgs& a;
-  int64_t c, hkv, ldk, ldv;
-  float *key_copy, *value_copy;  // [CHAPTER_KEYS][ldk or ldv]
-  const float *key = nullptr, *value = nullptr;
-  int64_t n = 0;       // keys of the block
-  int64_t loaded = -1;
-
-  bool is_one() const { return a.M <= CHAPTER_KEYS; }
-  int64_t count() const { return (a.M + CHAPTER_KEYS - 1) / CHAPTER_KEYS; }
-
-  void turn_to(int64_t chapter) {
-    if (c != chapter) c = chapter, loaded = -1;
-  }
-
-  void load(int64_t block) {
-    if (loaded == block) return;
-    loaded = block;
-    const int64_t first = block * CHAPTER_KEYS, left = a.M - first;
-    n = left < CHAPTER_KEYS ? left : CHAPTER_KEYS;
-    key = rows_of(a.key, first, a.D, ldk, key_copy);
-    value = rows_of(a.value, first, a.Dv, ldv, value_copy);
-  }
-
- private:
-  const float* rows_of(const BankView& bank, int64_t first, int64_t width, int64_t ld, float* copy) {
-    const int64_t* stride = bank.view.stride;
-    const float* in_place =
-        (const float*)bank.view.data + c * stride[0] + hkv * stride[1] + first * stride[2];
-    // rows further apart could share few sets of the cache
-    if (!bank.bits && bank.view.dtype == Dtype::float32 && width == ld && stride[3] == 1 &&
-        stride[2] == ld && (uintptr_t)in_place % sizeof(vf) == 0)
-      return in_place;
-    for (int64_t j = 0; j < n; ++j)
-      load_bank_row(bank, c, hkv, first + j, width, ld, copy + j * ld);
-    return copy;
-  }
-};
-
-// rows [lanes][ld] (=, or with `add` +=) sum over n keys of weights[key][lane] * keys[key][:], in runs
-// of `run` keys. PANEL: lanes of the panel of weights.
-template <int PANEL>
-static void weighted_rows(int64_t lanes, int64_t n, int64_t run, const float* weights,
-                          const float* keys, int64_t ld, bool add, float* rows) {
-  auto part = [&](auto nv, int64_t d, int64_t k) {
-    const int64_t terms = n - k < run ? n - k : run;
-    const float *w = weights + k * PANEL, *from = keys + k * ld + d;
-    if (k || add)
-      product<nv, Store::add, false>(lanes, 1, terms, w, PANEL, 0, from, ld, 0, rows + d, ld,
-                                     nullptr);
-    else
-      product<nv, Store::set, false>(lanes, 1, terms, w, PANEL, 0, from, ld, 0, rows + d, ld,
-                                     nullptr);
-  };
-  int64_t d = 0;
-  for (; d + 2 * VL <= ld; d += 2 * VL)
-    for (int64_t k = 0; k < n; k += run) part(std::integral_constant<int, 2>(), d, k);
-  if (d < ld)
-    for (int64_t k = 0; k < n; k += run) part(std::integral_constant<int, 1>(), d, k);
-}
-
-// to = alpha * to + beta * from
-static MEMATTN_INLINE void scale_and_add(float* to, const float* from, int64_t width, float alpha,
-                                         float beta) {
-  int64_t d = 0;
-  for (; d + VL <= width; d += VL) {
-    vf_unaligned* row = (vf_unaligned*)(to + d);
-    *row = *row * alpha + *(const vf_unaligned*)(from + d) * beta;
-  }
-  for (; d < width; ++d) to[d] = to[d] * alpha + from[d] * beta;
 }

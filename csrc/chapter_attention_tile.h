@@ -20,9 +20,9 @@ static MEMATTN_INLINE void split_weight(vf w, vf* exponent, vf* mantissa) {
                      broadcast(__builtin_nanf("")));
 }
 
-// rows[i][:] = alpha[i] * rows[i][:] + beta[i] * the sum over n keys of weights[key][i] * keys[key][:],
-// summed in one go; `width` is a multiple of two vectors.
-template <int MR>
+// rows[i][:] = alpha[i] * rows[i][:] + beta[i] * the sum over n units of keys of weights[unit][i] *
+// keys[unit][:], summed in one go; `width` is a multiple of two vectors.
+template <int MR, class Unit>
 static MEMATTN_INLINE void merge_group(int64_t n, const float* weights, int64_t panel,
                                        const float* keys, int64_t width, float* const* rows,
                                        const float* alpha, const float* beta) {
@@ -36,8 +36,9 @@ static MEMATTN_INLINE void merge_group(int64_t n, const float* weights, int64_t 
       const vf low = ((const vf*)from)[0], high = ((const vf*)from)[1];
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-        const vf wm = broadcast(w[m]);
-        acc[m][0] = fma(wm, low, acc[m][0]), acc[m][1] = fma(wm, high, acc[m][1]);
+        const vf wm = Unit::all(w + m);
+        acc[m][0] = Unit::add_product(wm, low, acc[m][0]);
+        acc[m][1] = Unit::add_product(wm, high, acc[m][1]);
       }
     }
 #pragma GCC unroll 16
@@ -58,31 +59,34 @@ static MEMATTN_INLINE void for_each_group(int64_t i, int64_t n, Visit visit) {
   else if constexpr (MR > 1) for_each_group<MR - 1>(i, n, visit);
 }
 
-template <int PANEL>
+template <int PANEL, class Unit>
 static void merge_rows(int64_t lanes, int64_t n, const float* weights, const float* keys,
                        int64_t width, float* const* rows, const float* alpha, const float* beta) {
   for_each_group<micro_rows<2>()>(0, lanes, [&](int64_t i, auto mr) {
-    merge_group<mr>(n, weights + i, PANEL, keys, width, rows + i, alpha + i, beta + i);
+    merge_group<mr, Unit>(n, weights + i, PANEL, keys, width, rows + i, alpha + i, beta + i);
   });
 }
 
+template <class How>
 struct ChapterForward {
+  using Unit = typename How::Unit;
   const ChapterArgs& a;
   const QueryRange& range;
   int64_t ldk, ldv;
-  Split scale2;
+  decltype(How::exponent(1.0)) scale2;
   RowSums sums;
   RowState* states;  // [heads of the group][tokens of the range]
-  float *spare, *q, *scores, *out, *key, *value;
+  float *spare, *q, *scores, *out, *key, *value, *summed;
 
   ChapterForward(const ChapterArgs& a, const QueryRange& range, float* scratch)
       : a(a), range(range), ldk(round_up(a.D, VL)), ldv(round_up(a.Dv, VL)),
-        scale2(Split::factor(a.scale * LOG2E)) {
+        scale2(How::exponent(a.scale)) {
     const int64_t G = a.H / a.Hkv, tokens = range.t1 - range.t0;
     Pieces pieces{scratch};
     spare = pieces.take(VL * ldk), q = pieces.take(2 * VL * a.D);
-    scores = pieces.take(CHAPTER_KEYS * 2 * VL), out = pieces.take(2 * VL * ldv);
+    scores = pieces.take(2 * CHAPTER_KEYS * 2 * VL), out = pieces.take(2 * VL * ldv);
     key = pieces.take(CHAPTER_KEYS * ldk), value = pieces.take(CHAPTER_KEYS * ldv);
+    summed = pieces.take(How::more_scratch(a));
     states = (RowState*)pieces.take(G * tokens * 3);
     sums.b0 = range.b, sums.h0 = range.hkv * G, sums.t0 = range.t0;
     if (a.out.dtype == Dtype::float32) {
@@ -109,12 +113,12 @@ struct ChapterForward {
     for (int row_class = 0; row_class < ROW_CLASSES; ++row_class) {
       if (!(a.classes >> row_class & 1)) continue;
       const SumRuns runs = class_runs(row_class);
-      ChapterBlocks blocks{a, 0, range.hkv, ldk, ldv, key, value};
+      ChapterBlocks<How> blocks{a, 0, range.hkv, false, key, value, summed};
       TileWalk walk(a, range, rows, row_class, 0, a.C);
       walk.for_each(a.C, [&](const ChapterLanes& lanes, const ChapterLanes& next) {
         blocks.turn_to(lanes.c);
         for_each_panel(lanes.n, [&](const Panel& panel, auto nv) {
-          attend_panel<nv>(lanes, panel, next, runs, blocks);
+          this->template attend_panel<nv>(lanes, panel, next, runs, blocks);
         });
       });
     }
@@ -124,9 +128,9 @@ struct ChapterForward {
 
   template <int NV>
   void attend_panel(const ChapterLanes& lanes, const Panel& panel, const ChapterLanes& next,
-                    const SumRuns& runs, ChapterBlocks& blocks) {
+                    const SumRuns& runs, ChapterBlocks<How>& blocks) {
     constexpr int64_t PANEL = NV * VL;
-    gather_panel<NV>(a.query, lanes, panel, a.D, ldk, spare, nullptr, q);
+    gather_panel<How, NV>(a.query, lanes, panel, a.D, ldk, spare, nullptr, q);
     fetch_ahead(a, range.hkv, lanes, next, panel, [&](int64_t b, int64_t h, int64_t t) {
       fetch_row(a.query, at(a.query, b, h, t), a.D);
       fetch_bytes(sums.row(b, h, t), a.Dv * 4);
@@ -134,26 +138,30 @@ struct ChapterForward {
     SoftmaxState<NV> state;
     clear<NV>(&state, 1);
     // keys that are summed in one go need no rows of their own
-    const bool is_direct = a.M <= runs.keys && blocks.is_one() && a.Dv % (2 * VL) == 0;
+    const int64_t run = How::run(runs.keys);
+    const bool is_direct =
+        !Unit::HAS_TILES && a.M <= run && blocks.is_one() && a.Dv % (2 * VL) == 0;
+    const float* weights = nullptr;
     for (int64_t block = 0; block < blocks.count(); ++block) {
       blocks.load(block);
-      dot_products<NV>(blocks.n, a.D, runs.dims, blocks.key, ldk, q, PANEL, scores, PANEL);
+      How::template products<NV>(blocks.key, blocks.n, a.D, runs, q, scores);
       vf alpha[NV];
-      softmax_step<NV>(scores, blocks.n, scale2, &state, alpha);
+      weights = How::template weigh<NV>(scores, blocks.n, scale2, &state, alpha);
       if (is_direct) break;
       if (block)
         for (int64_t i = 0; i < panel.n; ++i)
           for (int64_t d = 0; d < ldv; ++d) out[i * ldv + d] *= ((const float*)alpha)[i];
-      weighted_rows<PANEL>(panel.n, blocks.n, runs.keys, scores, blocks.value, ldv, block > 0, out);
+      weighted_rows<PANEL, Unit>(panel.n, blocks.units, run, weights, blocks.summed, ldv, block > 0,
+                                 out);
     }
-    merge_panel<NV>(lanes, panel, state, is_direct ? &blocks : nullptr);
+    merge_panel<NV>(lanes, panel, state, is_direct ? &blocks : nullptr, weights);
   }
 
   // Adds what the lanes of a panel have from this chapter to their rows: the rows of `out`, or with
-  // `direct` the sums of its values under the weights in `scores`.
+  // `direct` the sums of its values under `weights`.
   template <int NV>
   void merge_panel(const ChapterLanes& lanes, const Panel& panel, const SoftmaxState<NV>& chapter,
-                   const ChapterBlocks* direct) {
+                   const ChapterBlocks<How>* direct, const float* weights) {
     constexpr int64_t PANEL = NV * VL;
     alignas(64) float high[PANEL], low[PANEL], sum[PANEL], before[PANEL], here[PANEL];
     RowState* state[PANEL];
@@ -192,7 +200,8 @@ struct ChapterForward {
       rows[i] = sums.row(range.b, lanes.head[lane], lanes.t[lane]);
     }
     if (direct)
-      merge_rows<PANEL>(panel.n, direct->n, scores, direct->value, a.Dv, rows, before, here);
+      merge_rows<PANEL, Unit>(panel.n, direct->units, weights, direct->summed, a.Dv, rows, before,
+                              here);
     else
       for (int64_t i = 0; i < panel.n; ++i)
         scale_and_add(rows[i], out + i * ldv, a.Dv, before[i], here[i]);
@@ -211,6 +220,7 @@ struct ChapterForward {
   }
 };
 
+template <class How>
 static void chapter_forward(const ChapterArgs& a, const QueryRange& range, float* scratch) {
-  ChapterForward(a, range, scratch).run();
+  ChapterForward<How>(a, range, scratch).run();
 }

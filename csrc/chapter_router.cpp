@@ -25,7 +25,7 @@ struct Inputs {
 
 struct Call {
   RouterArgs args;
-  Buffer weight, bias;
+  Buffer weight, pairs, bias;
   std::vector<uint8_t> valid;
 };
 
@@ -40,6 +40,37 @@ float element(const View& view, int64_t offset) {
   }
 }
 
+// Floats between two rows of `width`: whole lines of the cache, an odd number of them.
+int64_t apart(int64_t width) {
+  constexpr int64_t LINE = 16;
+  return ((width + LINE - 1) / LINE | 1) * LINE;
+}
+
+// Calls work(chapter) for all of them.
+template <class Work>
+void each_chapter(int64_t C, Work work) {
+  torch::stable::parallel_for(0, C, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) work(c);
+  });
+}
+
+// The weights as rows of pairs of bfloat16, where kernels multiply these.
+void take_pairs(const Tensor& weight, Call& call) {
+  RouterArgs& a = call.args;
+  const View view = view_of(weight);
+  const Dtype pair = Dtype::bfloat16;
+  if (!kernels().has_pairs || view.dtype != pair || a.hidden.dtype != pair) return;
+  a.pair_stride = apart((a.E + 1) / 2);
+  call.pairs = buffer(a.C * a.pair_stride);
+  a.pairs = call.pairs.get();
+  each_chapter(a.C, [&](int64_t c) {
+    const uint16_t* from = static_cast<const uint16_t*>(view.data) + c * view.stride[0];
+    auto* to = reinterpret_cast<uint16_t*>(call.pairs.get() + c * a.pair_stride);
+    for (int64_t d = 0; d < a.E; ++d) to[d] = from[d * view.stride[1]];
+    std::fill(to + a.E, to + 2 * a.pair_stride, uint16_t{0});
+  });
+}
+
 // The weights as float32 rows: in place where they are so and do not fall on each other's lines of
 // the cache, which rows a multiple of many lines apart do.
 void take_weight(const Tensor& weight, Call& call) {
@@ -51,23 +82,19 @@ void take_weight(const Tensor& weight, Call& call) {
     a.weight = static_cast<const float*>(view.data), a.weight_stride = view.stride[0];
     return;
   }
-  a.weight_stride = (a.E + LINE - 1) / LINE * LINE;
-  if (a.weight_stride / LINE % 2 == 0) a.weight_stride += LINE;
+  a.weight_stride = apart(a.E);
   call.weight = buffer(a.C * a.weight_stride);
   a.weight = call.weight.get();
-  torch::stable::parallel_for(0, a.C, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      float* row = call.weight.get() + c * a.weight_stride;
-      if (view.dtype == Dtype::float32 && view.stride[1] == 1)
-        std::copy_n(static_cast<const float*>(view.data) + c * view.stride[0], a.E, row);
-      else
-        for (int64_t d = 0; d < a.E; ++d)
-          row[d] = element(view, c * view.stride[0] + d * view.stride[1]);
-    }
+  each_chapter(a.C, [&](int64_t c) {
+    float* row = call.weight.get() + c * a.weight_stride;
+    if (view.dtype == Dtype::float32 && view.stride[1] == 1)
+      std::copy_n(static_cast<const float*>(view.data) + c * view.stride[0], a.E, row);
+    else
+      for (int64_t d = 0; d < a.E; ++d) row[d] = element(view, c * view.stride[0] + d * view.stride[1]);
   });
 }
 
-void make_call(const Inputs& in, Call& call) {
+void make_call(const Inputs& in, bool is_backward, Call& call) {
   STD_TORCH_CHECK(in.hidden.dim() == 3 && in.weight.dim() == 2,
                   "hidden must have 3 axes and weight 2");
   RouterArgs& a = call.args;
@@ -83,7 +110,8 @@ void make_call(const Inputs& in, Call& call) {
   a.factor = static_cast<float>(1.0 / in.temperature);
   a.routed_scale = static_cast<float>(in.routed_scale);
   a.hidden = view_of(in.hidden);
-  take_weight(in.weight, call);
+  take_pairs(in.weight, call);
+  if (is_backward || !a.pairs) take_weight(in.weight, call);
   if (in.bias) {
     check_shape("bias", *in.bias, {a.C});
     const View view = view_of(*in.bias);
@@ -135,7 +163,7 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 Results run_forward(const Inputs& in) {
   Call call;
-  make_call(in, call);
+  make_call(in, false, call);
   RouterArgs& a = call.args;
   const int64_t B = in.hidden.size(0), slots = a.num_shared + a.top_k;
   Tensor indices = empty({B, a.N, slots}, in.hidden, ScalarType::Int);
@@ -214,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Inputs& in, const Cotangen
                                                 const Tensor& load, const Tensor& importance,
                                                 const Tensor& lse) {
   Call call;
-  make_call(in, call);
+  make_call(in, true, call);
   RouterArgs& a = call.args;
   const int64_t B = in.hidden.size(0), slots = a.num_shared + a.top_k;
   Tensor d_hidden = empty({B, a.N, a.E}, in.hidden, in.hidden.scalar_type());

@@ -103,12 +103,12 @@ struct RouterAdded {
   }
 };
 
-static int64_t router_backward_scratch(const RouterArgs& a) {
+static inline int64_t router_backward_scratch(const RouterArgs& a) {
   return router_inputs_floats(a) + TILE_ROWS * round_up(a.E, VL) + RouterAdded::floats(a);
 }
 
 // Gradients of the logits and of the hidden states of tile `i` of a block.
-template <int NV>
+template <class How, int NV>
 static void router_backward_tile(const RouterArgs& a, const RouterTile& tile,
                                  const RouterBlock& block, int64_t i, float* scratch) {
   constexpr int64_t PANEL = NV * VL, WIDTH = 2 * VL;
@@ -117,7 +117,8 @@ static void router_backward_tile(const RouterArgs& a, const RouterTile& tile,
   float* d_x = x + TILE_ROWS * round_up(a.E, VL);
   RouterAdded added(a, tile, d_x + TILE_ROWS * round_up(a.E, VL));
   float* z = block.gradients + i * TILE_ROWS * a.C;
-  load_rows(a, tile, rows, x);
+  How::panels(a, tile, rows, x);
+  if (How::units(a) != a.E) load_rows(a, tile, rows);  // else these are there
   // the rows as the gradient of the weights reads them: panels of their elements
   float* kept = block.rows + i * TILE_ROWS * tile.ld;
   for (int64_t p = 0; p < tile.panels; ++p)
@@ -129,7 +130,7 @@ static void router_backward_tile(const RouterArgs& a, const RouterTile& tile,
   for (int64_t p = 0; p < tile.panels; ++p) lanes[p].load(a, tile, p);
   walk_chapters(a, tile, [&](int64_t p, int64_t c, int64_t n) {
     float* at = z + (p * a.C + c) * PANEL;
-    router_logits<NV>(a, c, n, x + p * a.E * PANEL, at);
+    router_logits<How, NV>(a, c, n, x + p * How::units(a) * PANEL, at);
     lanes[p].probabilities(a, c, n, at);
   });
   if (a.d_weights)
@@ -150,11 +151,12 @@ static void router_backward_tile(const RouterArgs& a, const RouterTile& tile,
   }
 }
 
+template <class How>
 static void router_backward_rows(const RouterArgs& a, const RouterBlock& block, int64_t i,
                                  float* scratch) {
   const RouterTile tile(a, block.first + i * TILE_ROWS);
-  if (tile.panel == VL) router_backward_tile<1>(a, tile, block, i, scratch);
-  else router_backward_tile<2>(a, tile, block, i, scratch);
+  if (tile.panel == VL) router_backward_tile<How, 1>(a, tile, block, i, scratch);
+  else router_backward_tile<How, 2>(a, tile, block, i, scratch);
 }
 
 // Adds what `panels` panels of a block from `z` and `rows` on give the weights and biases of
@@ -196,7 +198,7 @@ static void add_router_weights(const RouterArgs& a, const RouterBlock& block, in
 
 // Adds what the tiles of a block give the weights and biases of chapters [c, c + n). Runs of rows
 // are counted from the first row of all, so that sums do not depend on blocks.
-static void router_backward_chapters(const RouterArgs& a, const RouterBlock& block, int64_t c,
+static inline void router_backward_chapters(const RouterArgs& a, const RouterBlock& block, int64_t c,
                                      int64_t n) {
   const int64_t ld = round_up(a.E, 2 * VL), last = block.first + block.tiles * TILE_ROWS;
   const int64_t end = last < a.rows ? last : a.rows;

@@ -85,33 +85,48 @@ static int64_t router_inputs_floats(const RouterArgs& a) {
   return TILE_ROWS * round_up(a.E, 2 * VL) + TILE_ROWS * round_up(a.E, VL);
 }
 
-static int64_t router_forward_scratch(const RouterArgs& a) {
+static inline int64_t router_forward_scratch(const RouterArgs& a) {
   const int64_t keys = (2 * VL + 1) * router_capacity(a);
   return router_inputs_floats(a) + (TILE_ROWS + VL) * a.C + TILE_ROWS * a.top_k + 2 * keys;
 }
 
-// The rows of a tile as float32, 0 for those that are not valid, and the same in panels.
-static void load_rows(const RouterArgs& a, const RouterTile& tile, float* rows, float* panels) {
-  for (int64_t i = 0; i < tile.panel * tile.panels; ++i) {
-    float* to = rows + i * tile.ld;
-    int64_t filled = 0;
-    if (i < tile.n && a.valid[tile.first + i]) {
-      const int64_t b = (tile.first + i) / a.N, t = (tile.first + i) % a.N;
-      load_row(a.hidden, b * a.hidden.stride[0] + t * a.hidden.stride[1], a.hidden.stride[2], a.E,
-               to);
-      filled = a.E;
-    }
-    for (int64_t d = filled; d < tile.ld; ++d) to[d] = 0.0f;
-  }
-  to_panels(rows, tile.ld, tile.panel * tile.panels, a.E, tile.panel, panels);
+// Where row i of a tile lies in `hidden`, -1 for one that is not valid.
+static MEMATTN_INLINE int64_t hidden_at(const RouterArgs& a, const RouterTile& tile, int64_t i) {
+  const int64_t row = tile.first + i;
+  if (i >= tile.n || !a.valid[row]) return -1;
+  return row / a.N * a.hidden.stride[0] + row % a.N * a.hidden.stride[1];
 }
 
+// The rows of a tile as float32, 0 for those that are not valid.
+static void load_rows(const RouterArgs& a, const RouterTile& tile, float* rows) {
+  for (int64_t i = 0; i < tile.panel * tile.panels; ++i) {
+    float* to = rows + i * tile.ld;
+    const int64_t offset = hidden_at(a, tile, i), filled = offset < 0 ? 0 : a.E;
+    if (filled) load_row(a.hidden, offset, a.hidden.stride[2], a.E, to);
+    for (int64_t d = filled; d < tile.ld; ++d) to[d] = 0.0f;
+  }
+}
+
+// Logits in products of floats; RouterPairs has the same for bfloat16.
+struct RouterFloats {
+  static int64_t units(const RouterArgs& a) { return a.E; }
+  // the rows of a tile in panels of units; with their floats, or a place for [TILE_ROWS][units rounded up]
+  static void panels(const RouterArgs& a, const RouterTile& tile, float* rows, float* to) {
+    load_rows(a, tile, rows);
+    to_panels(rows, tile.ld, tile.panel * tile.panels, a.E, tile.panel, to);
+  }
+  template <int NV>
+  static void products(const RouterArgs& a, int64_t c, int64_t n, const float* x, float* z) {
+    dot_products<NV>(n, a.E, LOGIT_RUN, a.weight + c * a.weight_stride, a.weight_stride, x, NV * VL, z,
+                     NV * VL);
+  }
+};
+
 // Logits of chapters [c, c + n) for one panel.
-template <int NV>
+template <class How, int NV>
 static void router_logits(const RouterArgs& a, int64_t c, int64_t n, const float* x, float* z) {
   constexpr int PANEL = NV * VL;
-  dot_products<NV>(n, a.E, LOGIT_RUN, a.weight + c * a.weight_stride, a.weight_stride, x, PANEL, z,
-                   PANEL);
+  How::template products<NV>(a, c, n, x, z);
   if (!a.bias && a.factor == 1.0f) return;
   for (int64_t i = 0; i < n; ++i)
     for (int v = 0; v < NV; ++v) {
@@ -292,7 +307,7 @@ static void router_panel(const RouterArgs& a, const RouterTile& tile, int64_t p,
   }
 }
 
-template <int NV>
+template <class How, int NV>
 static void router_forward_tile(const RouterArgs& a, const RouterTile& tile, vf* probability,
                                 RouterSums& sums, float* scratch) {
   float* rows = scratch;
@@ -303,14 +318,14 @@ static void router_forward_tile(const RouterArgs& a, const RouterTile& tile, vf*
   candidates.capacity = router_capacity(a);
   candidates.keys = (uint64_t*)((float*)largest + TILE_ROWS * a.top_k);
   candidates.sorted = candidates.keys + 2 * VL * candidates.capacity;
-  load_rows(a, tile, rows, x);
+  How::panels(a, tile, rows, x);
   constexpr int64_t PANEL = NV * VL;
   LargestOfRuns<NV> runs[TILE_ROWS / PANEL];
   vf inverse[TILE_ROWS / PANEL][NV];
   for (int64_t p = 0; p < tile.panels; ++p) runs[p] = {a, largest + p * a.top_k * NV};
   walk_chapters(a, tile, [&](int64_t p, int64_t c, int64_t n) {
     float* at = z + (p * a.C + c) * PANEL;
-    router_logits<NV>(a, c, n, x + p * a.E * PANEL, at);
+    router_logits<How, NV>(a, c, n, x + p * How::units(a) * PANEL, at);
     runs[p].take(at, n);
   });
   for (int64_t p = 0; p < tile.panels; ++p) {
@@ -328,6 +343,7 @@ static void router_forward_tile(const RouterArgs& a, const RouterTile& tile, vf*
 }
 
 // The rows of a chunk, tile by tile.
+template <class How>
 static void router_forward(const RouterArgs& a, int64_t begin, int64_t end, RouterSums& sums,
                            float* scratch) {
   vf* probability = (vf*)scratch;  // [C], summed over the rows of a lane
@@ -335,8 +351,8 @@ static void router_forward(const RouterArgs& a, int64_t begin, int64_t end, Rout
   for (int64_t c = 0; c < a.C; ++c) probability[c] = vf{}, sums.probability[c] = 0.0f;
   for (int64_t row = begin; row < end; row += TILE_ROWS) {
     const RouterTile tile(a, row);
-    if (tile.panel == VL) router_forward_tile<1>(a, tile, probability, sums, scratch);
-    else router_forward_tile<2>(a, tile, probability, sums, scratch);
+    if (tile.panel == VL) router_forward_tile<How, 1>(a, tile, probability, sums, scratch);
+    else router_forward_tile<How, 2>(a, tile, probability, sums, scratch);
   }
   add_lane_sums(probability, a.C, sums.probability);
 }

@@ -3,6 +3,14 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <string>
 #include <vector>
@@ -17,9 +25,21 @@ struct Choice {
   const char* name;
   const Kernels& (*table)();
   bool runs_here;
+  bool is_fast = true;  // at least as fast as the next one that runs here
 };
 
-// Widest first.
+#if defined(MEMATTN_HAS_AMX)
+// Whether the processor has tiles of bfloat16 and the system lets this process use them.
+bool has_amx() {
+  constexpr unsigned BF16 = 1u << 22, TILES = 1u << 24;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (BF16 | TILES)) != (BF16 | TILES)) return false;
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+#endif
+
+// Fastest first.
 const std::vector<Choice>& choices() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -28,7 +48,13 @@ const std::vector<Choice>& choices() {
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
   static const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  static const std::vector<Choice> all{{"avx512_bf16", avx512_bf16_kernels, avx512_bf16},
+  // Intel's add half as many products a cycle in pairs as in floats, AMD's twice as many
+  static const bool has_fast_pairs = !__builtin_cpu_is("intel");
+  static const std::vector<Choice> all{
+#if defined(MEMATTN_HAS_AMX)
+                                       {"amx_bf16", amx_bf16_kernels, avx512_bf16 && has_amx()},
+#endif
+                                       {"avx512_bf16", avx512_bf16_kernels, avx512_bf16, has_fast_pairs},
                                        {"avx512", avx512_kernels, avx512},
                                        {"avx2", avx2_kernels, avx2},
                                        {"portable", portable_kernels, true}};
@@ -38,14 +64,14 @@ const std::vector<Choice>& choices() {
   return all;
 }
 
-const Kernels* widest() {
+const Kernels* fastest() {
   for (const Choice& choice : choices())
-    if (choice.runs_here) return &choice.table();
+    if (choice.runs_here && choice.is_fast) return &choice.table();
   return &portable_kernels();
 }
 
 std::atomic<const Kernels*>& current() {
-  static std::atomic<const Kernels*> table{widest()};
+  static std::atomic<const Kernels*> table{fastest()};
   return table;
 }
 

@@ -97,16 +97,15 @@ struct FloatFutureSteps {
 
   // Adds what a block gives to all gradients. The past enters the target through its log-sum-exp.
   void add_gradients(const Block& block, const QuerySide& side, const QuerySide* past_target) const {
-    int64_t first[TILE_ROWS], last[TILE_ROWS];
+    PanelSpans spans;
     for (int64_t p = 0; p < panels; ++p) {
-      const Span span(block, p);
-      const int64_t n = span.last - span.first, skip = span.first - block.begin;
-      first[p] = n > 0 ? skip : 0, last[p] = n > 0 ? skip + n : 0;
+      const Span span = spans.look(block, p);
+      const int64_t n = spans.count(p), skip = spans.first[p];
       float* weights = p_all + p * BLOCK_KEYS * PANEL;
       float* ds = ds_all + p * BLOCK_KEYS * PANEL;
       if (n < block.n) {  // keys that this panel does not see add nothing
-        clear_outside<NV>(weights, block.n, first[p], last[p]);
-        clear_outside<NV>(ds, block.n, first[p], last[p]);
+        clear_outside<NV>(weights, block.n, spans, p);
+        clear_outside<NV>(ds, block.n, spans, p);
       }
       if (n <= 0) continue;
       weights += skip * PANEL, ds += skip * PANEL;
@@ -139,8 +138,8 @@ struct FloatFutureSteps {
       add_weighted<NV>(a.D, n, runs.keys, block.key.data + skip * block.key.stride,
                        block.key.stride, ds, PANEL, side.d_q + p * a.D * PANEL, PANEL, nullptr);
     }
-    add_rows<NV>(p_all, side.g.rows, runs.panels, block.d_value, ldv, block.n, panels, first, last);
-    add_rows<NV>(ds_all, side.q.rows, runs.panels, block.d_key, ldk, block.n, panels, first, last);
+    add_rows<NV>(p_all, side.g.rows, runs.panels, block.d_value, ldv, block.n, panels, spans);
+    add_rows<NV>(ds_all, side.q.rows, runs.panels, block.d_key, ldk, block.n, panels, spans);
   }
 };
 

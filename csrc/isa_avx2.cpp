@@ -13,29 +13,7 @@
 
 MEMATTN_TARGET_BEGIN("avx2,fma,f16c")
 namespace memattn::avx2 {
-#include "tile_engine.h"
-#include "key_blocks.h"
-#include "attention_tile.h"
-#include "row_sums.h"
-#include "attention_rows.h"
-#include "segmented_attention_tile.h"
-#include "future_attention_tile.h"
-#include "future_attention_backward_tile.h"
-#include "task_masked_attention_tile.h"
-#include "chapter_attention_rows.h"
-#include "branch_attention_tile.h"
-#include "chapter_attention_tile.h"
-#include "chapter_attention_backward_tile.h"
-#include "chapter_router_tile.h"
-#include "chapter_router_backward_tile.h"
-#include "neural_memory_chunk.h"
-#include "neural_memory_tile.h"
-#include "neural_memory_backward_tile.h"
-#include "neural_memory_step_tile.h"
-#include "decoder_step_tile.h"
-#include "training_rows_tile.h"
-#include "decoder_rows_tile.h"
-#include "kernel_table.h"
+#include "float_kernels.h"
 }  // namespace memattn::avx2
 
 namespace memattn {

@@ -10,20 +10,7 @@
 
 MEMATTN_TARGET_BEGIN("avx512bf16,avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,f16c")
 namespace memattn::avx512_bf16 {
-#include "tile_engine.h"
-#include "key_blocks.h"
-#include "attention_tile.h"
-#include "row_sums.h"
-#include "attention_rows.h"
-#include "bfloat16_tile.h"
-#include "bfloat16_rows.h"
-#include "segmented_attention_tile.h"
-#include "future_attention_tile.h"
-#include "future_attention_backward_tile.h"
-#include "bfloat16_future.h"
-#include "task_masked_attention_tile.h"
-#include "branch_attention_tile.h"
-#include "bfloat16_table.h"
+#include "pair_kernels.h"
 }  // namespace memattn::avx512_bf16
 
 namespace memattn {

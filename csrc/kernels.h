@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "isa_amx.h"
 #include "memory_args.h"
 #include "step_args.h"
 #include "training_args.h"
@@ -247,6 +248,8 @@ struct RouterArgs {
   View hidden;           // [B, N, E]
   const float* weight;   // [C, E], rows `weight_stride` apart
   int64_t weight_stride;
+  const float* pairs;    // [C, E / 2 rounded up], pairs of bfloat16, where hidden states are so, too
+  int64_t pair_stride;
   const float* bias;     // [C] or null
   const uint8_t* valid;  // [rows]
   int32_t* indices;      // [rows, num_shared + top_k]
@@ -299,6 +302,7 @@ struct Kernels {
   const char* name;
   int64_t lanes;      // gradient rows are padded to a multiple of this
   int64_t tile_rows;  // most query rows of a tile
+  bool has_pairs;     // multiplies bfloat16
   // writes `rows` rows of `width` numbers, `ld` apart, times `factor` side by side
   void (*store_scaled)(const View& to, int64_t offset, int64_t rows, int64_t width,
                        const float* from, int64_t ld, float factor);
@@ -320,8 +324,11 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
 #endif
+#if defined(MEMATTN_HAS_AMX)
+const Kernels& amx_bf16_kernels();
+#endif
 
-// The widest kernels that this processor runs.
+// The fastest kernels that this processor runs.
 const Kernels& kernels();
 
 }  // namespace memattn

@@ -182,3 +182,18 @@ struct Span {
     partial = seen.all_lo[p] > first || seen.all_hi[p] < last;
   }
 };
+
+// The keys of a block that each panel sees, counted from its first; [0, 0) for none.
+struct PanelSpans {
+  int64_t first[TILE_ROWS], last[TILE_ROWS];
+
+  template <class AnyBlock>
+  MEMATTN_INLINE Span look(const AnyBlock& block, int64_t p) {
+    const Span span(block, p);
+    const bool sees_some = span.first < span.last;
+    first[p] = sees_some ? span.first - block.begin : 0;
+    last[p] = sees_some ? span.last - block.begin : 0;
+    return span;
+  }
+  int64_t count(int64_t p) const { return last[p] - first[p]; }
+};

@@ -18,9 +18,11 @@ static MEMATTN_INLINE Lanes lanes_that_see(const Interval& seen, Lanes lanes, in
   return lanes;
 }
 
-// Zeros what the lanes of a panel hold in [n][units of TILE_ROWS] for keys outside [first, last).
+// Zeros what the lanes of panel p hold in [n][units of TILE_ROWS] for keys that it does not see.
 template <int NV, class Unit = Floats>
-static MEMATTN_INLINE void clear_lanes_outside(float* panel, int64_t n, int64_t first, int64_t last) {
+static MEMATTN_INLINE void clear_lanes_outside(float* panel, int64_t n, const PanelSpans& spans,
+                                               int64_t p) {
+  const int64_t first = spans.first[p], last = spans.last[p];
   for (int64_t j = first ? 0 : last; j < n; j = j + 1 == first ? last : j + 1)
     __builtin_memset(panel + j * TILE_ROWS / Unit::NUMBERS, 0, NV * VL / Unit::NUMBERS * 4);
 }
@@ -64,7 +66,7 @@ static MEMATTN_INLINE void add_to_rows(const Interval& seen, Lanes panel, int64_
 template <class Unit = Floats>
 static void add_to_keys(const Interval& seen, Lanes lanes, int64_t begin, int64_t n, int64_t run,
                         const float* weights, const float* rows, int64_t width, float* keys) {
-  constexpr int64_t GROUP = 24;  // keys handled with one choice of lanes
+  constexpr int64_t GROUP = Unit::HAS_TILES ? 32 : 24;  // keys handled with one choice of lanes
   constexpr int64_t STEP = TILE_ROWS / Unit::NUMBERS;
   for (int64_t j = 0; j < n; j += GROUP) {
     const int64_t here = n - j < GROUP ? n - j : GROUP;

@@ -50,6 +50,7 @@ enum class Store { set, add, scale_add, scale_rows };
 // with those of the other factor are all added to one sum.
 struct Floats {
   static constexpr int64_t NUMBERS = 1;  // in a unit
+  static constexpr bool HAS_TILES = false;  // whether products of its own replace those below
   static MEMATTN_INLINE vf all(const float* x) { return broadcast(*x); }
   static MEMATTN_INLINE vf add_product(vf a, vf b, vf c) { return fma(a, b, c); }
 };
@@ -108,6 +109,11 @@ template <int NV, Store STORE, bool A_ALONG_K, class Unit = Floats>
 static void product(int64_t M, int64_t KO, int64_t K, const float* A, int64_t a_stride,
                     int64_t a_ko, const float* B, int64_t ldb, int64_t b_ko, float* C, int64_t ldc,
                     const float* alpha) {
+  if constexpr (Unit::HAS_TILES) {
+    Unit::template product<NV, STORE, A_ALONG_K>(M, KO, K, A, a_stride, a_ko, B, ldb, b_ko, C, ldc,
+                                                 alpha);
+    return;
+  }
   constexpr int MR = micro_rows<NV>();
   const int64_t a_row = A_ALONG_K ? a_stride : 1;
   int64_t m = 0;

@@ -21,6 +21,8 @@ MARKS = {"cpp": needs_cpp, "triton": needs_triton, "reference": ()}
 COMPILED = [pytest.param(name, marks=MARKS[name]) for name in ("cpp", "triton")]
 EVERY = [pytest.param(name, marks=marks) for name, marks in MARKS.items()]
 DEVICE = {"cpp": "cpu", "triton": "cuda" if CUDA else "cpu", "reference": "cpu"}
+# of the C++ kernels, the fastest first
+INSTRUCTION_SETS = ["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DOCUMENTS = [0, 1, 9, 9, 30, 37]  # bounds of packed documents, one of them empty
 ONE = dict(B=1, H=2, Hkv=1)

@@ -17,8 +17,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def bars(cls, suite):
     case = small("window", T=32)
     return [
-        SpeedBar(case=case, direction="forward", target=1e9, against=("naive",)),
-        RoofBar(case=case, direction="forward", target=1e-9),
+        SpeedBar(
+            case=case, direction="forward", target=1e9, against=("naive",), limited_by="the sun."
+        ),
+        RoofBar(case=case, direction="forward", target=1e-9, limited_by="not said where met"),
         FlatTimeBar(case=case, direction="forward", target=1e9, lengths=(16, 32)),
     ]
 
@@ -47,6 +49,8 @@ def test_a_second_machine_stands_beside_the_first(quick, tmp_path, capsys, monke
     first = (tmp_path / "bench.md").read_text()
     reached = record["bars"][0]["reached"]
     assert f"| >= 1e+09 x | {reached:.3g} **missed** |" in first
+    assert f"Missed ({record['bars'][0]['bar']}): the sun." in first
+    assert "not said where met" not in first
     assert record["machine"]["date"] in first and torch.__version__ in first
     ours = record["rows"][0]["seconds"]
     assert f"{1e3 * ours['median']:.3g} ms ({1e3 * ours['q20']:.3g}-" in first
@@ -60,7 +64,8 @@ def test_a_second_machine_stands_beside_the_first(quick, tmp_path, capsys, monke
     assert name.startswith("another-cpu-r-9-")
     both = (tmp_path / "bench.md").read_text()
     heads = [line for line in both.splitlines() if line.startswith("| bar |")]
-    assert len(heads) == 1 and heads[0].split(" | ")[2:] == sorted([folder.name, f"{name} |"])
+    columns = [cell.removesuffix(" |") for cell in heads[0].split(" | ")[2:]]
+    assert len(heads) == 1 and columns == sorted([folder.name, name])
     assert f"{reached:.3g} **missed**" in both
     assert (tmp_path / f"bench-{folder.name}.md").read_text() == own
 

@@ -38,7 +38,7 @@ from memattn.models import MemAttnCache
                 cu_seqlens=torch.tensor([0, 23], dtype=torch.int32),
             ),
             ValueError,
-            "past_key_values must be None with cu_seqlens, got MemAttnCache",
+            "past_key_values must be None with packed documents, got MemAttnCache",
         ),
         (
             lambda model, cache: model.generate(

@@ -11,13 +11,14 @@ from memattn.testing import run_with_gradients
 pytestmark = needs_cpp
 FORMS = ("token", "block", "sequence")
 each_combine = pytest.mark.parametrize("combine", ["joint", "independent"])
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 each_form = pytest.mark.parametrize("form", FORMS)
 
 
-def make(form: str, combine: str, **sizes):
+def make(form: str, combine: str, dtype: torch.dtype = torch.float32, **sizes):
     """Rows of few and of many keys, repeats, empty slots; chapters of several tiles of rows."""
     sizes = dict(B=3, T=150, C=9, M=20, K=12, empty=True, repeats=True) | sizes
-    tensors, options = CHAPTERS.make(Case(dict(form=form, **sizes)), "cpp")
+    tensors, options = CHAPTERS.make(Case(dict(form=form, **sizes)), "cpp", dtype)
     return tensors, options | dict(combine=combine)
 
 
@@ -35,10 +36,11 @@ def test_the_order_of_slots_changes_no_bit(form, combine):
     assert_same(actual, expected)
 
 
+@each_dtype
 @each_combine
 @each_form
-def test_a_sequence_has_the_same_bits_alone(form, combine):
-    tensors, options = make(form, combine)
+def test_a_sequence_has_the_same_bits_alone(form, combine, dtype):
+    tensors, options = make(form, combine, dtype)
     expected = run_with_gradients(chapter_attention, tensors, options)
     cotangents = {n: t.detach().sin() for n, t in expected.items() if n in ("out", "lse")}
 

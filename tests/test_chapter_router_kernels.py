@@ -5,6 +5,7 @@ import torch
 from operator_contract import (
     DEVICE,
     DTYPES,
+    INSTRUCTION_SETS,
     assert_same,
     needs_cpp,
     needs_triton,
@@ -57,7 +58,7 @@ def test_threads_change_no_bit():
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_every_instruction_set(name, dtype):
     ops = torch.ops.memattn_cpp
     before = ops.cpu_capability()
@@ -74,11 +75,12 @@ def test_every_instruction_set(name, dtype):
 
 
 @needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("E", [31, 64, 255, 256, 512, 1024])
-def test_awkward_sizes(E):
+def test_awkward_sizes(E, dtype):
     """Around the sizes of panels and tiles; weights that are read in place and packed."""
     lengths = (1, 15, 16, 17, 32, 33, 63, 64, 65, 129)
-    draws = [(make_inputs(B=1, N=N, E=E, C=97 + N % 3, seed=N), {}) for N in lengths]
+    draws = [(make_inputs(B=1, N=N, E=E, C=97 + N % 3, dtype=dtype, seed=N), {}) for N in lengths]
     check(draws, dict(top_k=9), "cpp")
 
 

@@ -71,7 +71,7 @@ class Chunked:
         (run_with_static_cache, NotImplementedError, "past_key_values must be a dynamic cache"),
         (run_dense_mask, NotImplementedError, r"attention_mask must be a padding mask \[B, S\]"),
         (run_with_hole, NotImplementedError, "attention_mask must have one block of ones .* of 5;"),
-        (run_other_bounds, NotImplementedError, "cu_seq_lens_k must be cu_seq_lens_q"),
+        (run_other_bounds, ValueError, "cu_seq_lens_k must be cu_seq_lens_q"),
         (run_short_mask, ValueError, r"attention_mask must have shape \[B=2, 5\], got \[2, 1\]"),
         (
             lambda: call(block_indices=torch.zeros(1, 2, 3, 1).long()),

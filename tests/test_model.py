@@ -114,7 +114,7 @@ def test_position_ids_may_say_what_the_model_counts(system):
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     model(tokens[:1], cu_seqlens=cu_seqlens, position_ids=positions)
     with pytest.raises(ValueError, match="position_ids must count from the start of each sequence"):
-        model(tokens[:1], position_ids=positions)
+        model(tokens[:1], cu_seqlens=cu_seqlens, position_ids=positions + 1)
 
 
 def test_long_segments_are_vanilla_attention():

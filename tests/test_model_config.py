@@ -206,7 +206,7 @@ TOKENS = make_tokens(T=4)
                 use_cache=True,
             ),
             ValueError,
-            "use_cache must not be True with cu_seqlens",
+            "use_cache must not be True with packed documents",
         ),
         (
             dict(input_ids=TOKENS, past_key_values=StaticCache(make_config(), max_cache_len=8)),

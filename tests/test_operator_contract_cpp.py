@@ -2,28 +2,35 @@
 
 import pytest
 import torch
-from operator_contract import DTYPES, assert_same, needs_cpp, over
+from operator_contract import DTYPES, INSTRUCTION_SETS, assert_same, needs_cpp, over
 from operator_specs import having
 
 SPECS = having("cpp")
 pytestmark = [pytest.mark.operator, needs_cpp]
 # around the sizes of panels, tiles and blocks
 LENGTHS = [2, 15, 16, 17, 63, 64, 65, 95, 96, 97, 127, 128, 129]
+HALF_LENGTHS = [3, 15, 17, 33, 47, 97, 129]
 
 
-def lengths():
+def lengths(values):
     """Operator, case at a length, and length."""
     return [
         pytest.param(spec, case, T, id=f"{spec}-{name}-{T}")
         for spec in SPECS
         for name, case in spec.at_length.items()
-        for T in (*LENGTHS, *spec.longest)
+        for T in (*values, *spec.longest)
     ]
 
 
-@pytest.mark.parametrize(("spec", "case", "T"), lengths())
+@pytest.mark.parametrize(("spec", "case", "T"), lengths(LENGTHS))
 def test_awkward_lengths(spec, case, T):
     spec.check_case(case(T), "cpp", torch.float32)
+
+
+@pytest.mark.parametrize(("spec", "case", "T"), lengths(HALF_LENGTHS))
+def test_awkward_lengths_in_bfloat16(spec, case, T):
+    """Pairs of rows and keys of which one is left over, tiles that are not full."""
+    spec.check_case(case(T), "cpp", torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -37,7 +44,7 @@ def test_head_dims(spec, sizes, dtype):
     spec.check_case(spec.at_head_dim, "cpp", dtype, **sizes)
 
 
-@pytest.mark.parametrize("name", ["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @over(SPECS, "at_instruction_set")
 def test_every_instruction_set(spec, case, name, dtype):

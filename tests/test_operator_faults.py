@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from model_factories import enable_checkpointing
-from operator_contract import DEVICE, EVERY, needs_cpp
+from operator_contract import DEVICE, EVERY, INSTRUCTION_SETS, needs_cpp
 from task_mask_factories import make_mask
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -159,7 +159,7 @@ def test_the_reference_holds_products_that_overflow_half(name, autocast, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [30.0, 400.0, 5e3, 1e5, 1e12, 1e18])
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("capability", ["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("capability", INSTRUCTION_SETS)
 @needs_cpp
 def test_cpp_keeps_its_precision_at_scores_of_any_size(capability, name, size, dtype):
     if dtype == torch.float16 and size > 5e3:

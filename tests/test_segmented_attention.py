@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from operator_contract import DEVICE, EVERY, needs_cpp
+from operator_contract import DEVICE, EVERY, INSTRUCTION_SETS, needs_cpp
 
 from memattn import segmented_attention
 from memattn.bench.inputs import make_segmented_inputs
@@ -146,7 +146,7 @@ def test_the_extension_refuses_what_it_would_read_outside():
 
 @needs_cpp
 @pytest.mark.parametrize("window_size", [8, 9, 10])
-@pytest.mark.parametrize("capability", ["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("capability", INSTRUCTION_SETS)
 def test_keys_are_nobody_elses_neighbours(capability, window_size):
     """Products may take keys in pairs: one that a later row does not see must not reach it."""
     widest = torch.ops.memattn_cpp.cpu_capability()

@@ -10,6 +10,7 @@ from rich.console import Console
 from test_train_mixture import write_general
 from train_factories import write_corpus
 
+from memattn.evaluate.batch_loss import mean_loss
 from memattn.study import (
     Cell,
     Generalist,
@@ -19,7 +20,7 @@ from memattn.study import (
     load_study,
     run_study,
 )
-from memattn.study.shiftable_measures import base_losses, held_out_batches, mean_loss
+from memattn.study.shiftable_measures import base_losses, held_out_batches
 from memattn.train import DataConfig, TrainingConfig, load_config
 from memattn.train.attached import load_model_folder
 from memattn.train.config import LoraConfig

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from memattn.adapters.attachment import Attachment
 from memattn.adapters.cache import carry_states
-from memattn.checks import check_tensor, must
+from memattn.checks import check_tensor
 from memattn.nn import make_norm, sequence_positions
 from memattn.parts import PartContext, SequenceBounds, SequenceStates, Sizes
 from memattn.parts.losses import LossSums, check_output
+from memattn.parts.packing import PackedRows, rows_where_positions_jump
 from memattn.parts.padding import check_lengths, check_mask, mask_bounds
-from memattn.parts.token_order import reorder_input, take_columns
+from memattn.parts.token_order import TokenOrder
 
 Carry = dict[str, dict[str, Tensor]]  # by adapter, then by name
 
@@ -44,6 +45,7 @@ class Call:
         attachment: What is attached to the model.
         attention_mask: ``[B, S]`` with the cached columns, or None.
         position_ids: As given to the model, or None.
+        packing: What else the model was told of documents in its rows.
         measure_losses: Whether parts are to return their losses.
         inputs: What is given to parts, by the names of their ``inputs``.
     """
@@ -53,6 +55,7 @@ class Call:
         attachment: Attachment,
         attention_mask: Any,
         position_ids: Tensor | None,
+        packing: Mapping[str, Any],
         measure_losses: bool,
         inputs: Mapping[str, Tensor],
     ) -> None:
@@ -61,6 +64,7 @@ class Call:
         self.attachment = attachment
         self.attention_mask: Tensor | None = attention_mask
         self.position_ids = position_ids
+        self.packing = packing
         self.measure_losses = measure_losses
         self.inputs = inputs
         self.losses = LossSums()
@@ -84,7 +88,8 @@ class Call:
         device, mask = hidden_states.device, self.attention_mask
         offset = 0 if cache is None else int(cache.get_seq_length(index))
         limit = self.attachment.position_limit
-        cu_seqlens = seq_start = order = None
+        cu_seqlens = seq_start = None
+        order: TokenOrder | PackedRows | None = None
         bounds = SequenceBounds(None, None)
         states = None
         if cache is not None:
@@ -106,18 +111,20 @@ class Call:
             if not torch.compiler.is_compiling() and not seq_start.any():
                 seq_start = None
         elif cache is None:
-            cu_seqlens = self._packed_documents(B)
+            order = rows_where_positions_jump((B, T), self.position_ids, self.packing)
+            if order is not None:
+                cu_seqlens, hidden_states = order.cu_seqlens, order.put(hidden_states)
         positions = sequence_positions(
             hidden_states, offset=offset, seq_start=seq_start, cu_seqlens=cu_seqlens
         )
         present = None if mask is None else mask[:, mask.shape[1] - T :] != 0
-        if order is not None:
+        if order is not None and cu_seqlens is None:
             present = order.put(order.present)
         if self.states is None:
             check_lengths(positions, present, limit)
         inputs = {name: value.to(device) for name, value in self.inputs.items()}
         if order is not None:
-            inputs = {name: reorder_input(order, value) for name, value in inputs.items()}
+            inputs = {name: order.put_input(name, value) for name, value in inputs.items()}
         return PartContext(
             positions=positions,
             present=present,
@@ -128,19 +135,6 @@ class Call:
             inputs=inputs,
             order=order,
         )
-
-    def _packed_documents(self, batch_size: int) -> Tensor | None:
-        """Bounds of documents where position_ids begin anew, as transformers takes them."""
-        positions = self.position_ids
-        if positions is None or positions.dim() != 2 or torch.compiler.is_compiling():
-            return None
-        begins = (positions.diff(dim=1) != 1).any(0).nonzero()[:, 0] + 1
-        if not len(begins):
-            return None
-        if batch_size > 1:
-            must("position_ids", "pack documents into one row", f"{batch_size} rows")
-        edges = [begins.new_zeros(1), begins, begins.new_full((1,), positions.shape[1])]
-        return torch.cat(edges).to(torch.int32)
 
     def close(self) -> None:
         """From now on nothing is added."""
@@ -232,7 +226,7 @@ class LayerRun:
             if order is not None:
                 context.attended = order.put(beside.attended)
                 if beside.rotary is not None:
-                    cos, sin = (take_columns(x, order.index) for x in beside.rotary)
+                    cos, sin = map(order.put_keys, beside.rotary)
                     context.rotary = cos, sin
         if chapters.is_recording:
             chapters.record(self.index, name, part.chapter_tensors(normed[0]))

@@ -15,6 +15,7 @@ from memattn.adapters.swap import Swapped
 from memattn.checks import must
 from memattn.parts import PartConfig, Role
 from memattn.parts.chapters import Chapters
+from memattn.parts.packing import find_keywords, refuse_continuous_batching
 from memattn.parts.specialist_set import call_with_gates
 from memattn.parts.together import for_all_samples, roles_of
 
@@ -64,6 +65,7 @@ class AttachedModel(Swapped):
             attachment,
             given.get("attention_mask") if padding_mask is None else padding_mask,
             given.get("position_ids"),
+            find_keywords(given),
             measured and bool(attachment.losses),
             inputs,
         )
@@ -209,6 +211,12 @@ class AttachedModel(Swapped):
         rest = {name: value for name, value in kwargs.items() if name not in whole}
         ids, expanded = super()._expand_inputs_for_generation(*args, **rest)
         return ids, {**expanded, **whole}
+
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of the model, but not while parts run: a paged cache has no state of theirs."""
+        if self._memattn.is_running:
+            refuse_continuous_batching(self)
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

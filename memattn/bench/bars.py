@@ -1,6 +1,7 @@
 """Bars: what an operator must reach, each measured and compared in one run."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -11,6 +12,11 @@ from memattn.bench.engine import OURS, Row, roof_key
 from memattn.bench.roofline import Roofs, work_of
 from memattn.bench.timing import Timing
 from memattn.ops._dispatch import multiplies_bfloat16
+
+NEAR_THE_ROOF = (
+    "what it computes is mostly products, and these already run near the measured roof of the "
+    "machine (see the share in the table below); the goal would need a rate above it."
+)
 
 Sweep = tuple[tuple[Case, ...], str]  # cases to compare with each other, and the direction
 
@@ -30,12 +36,16 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar(ABC):
-    """A requirement on one number. ``target`` is the goal; ``must``, where given, the least."""
+    """A requirement on one number. ``target`` is the goal; ``must``, where given, the least.
+
+    ``limited_by`` says what stands against the goal where a machine misses it.
+    """
 
     case: Case
     direction: str
     target: float
     must: float | None = None
+    limited_by: str | None = None
 
     unit: ClassVar[str]
     at_most: ClassVar[bool] = False
@@ -356,21 +366,29 @@ class PeerPeakBar(Bar):
         return ours.peak_bytes / its.peak_bytes
 
 
-def bfloat16_bars(base: Case, against: str | None = None) -> list[Bar]:
+def bfloat16_bars(
+    base: Case,
+    against: str | None = None,
+    directions: Sequence[str] = ("forward", "backward"),
+) -> list[Bar]:
     """In bfloat16, on processors that have its products: beside ``base``, the call in float32.
 
     Args:
         base: The case in float32.
         against: A peer that computes the same; it is to be left behind as well.
+        directions: Those whose products are of bfloat16.
     """
     if not multiplies_bfloat16():
         return []
     case = replace(base, dtype=torch.bfloat16)
     bars: list[Bar] = []
-    for direction, over_peer in {"forward": 2.0, "backward": 1.6}.items():
+    over_peers = {"forward": 2.0, "backward": 1.6}
+    for direction in directions:
         bars.append(FasterBar(case=case, base=base, direction=direction, target=1.6))
         if against is not None:
             bars.append(
-                SpeedBar(case=case, direction=direction, target=over_peer, against=(against,))
+                SpeedBar(
+                    case=case, direction=direction, target=over_peers[direction], against=(against,)
+                )
             )
     return bars

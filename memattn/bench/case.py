@@ -97,6 +97,13 @@ class Case(ABC):
     def label(self, T: str | None = None) -> str:
         """Short text for tables: the kind and the sizes that matter; ``T`` replaces the length."""
 
+    @property
+    def dtype_label(self) -> str:
+        """What a label ends with: the dtype on the CPU, where it is not float32."""
+        if self.device != "cpu" or self.dtype == torch.float32:
+            return ""
+        return f" {self.dtype}".replace("torch.", "")
+
     @abstractmethod
     def tokens(self) -> int:
         """Query positions in the batch."""
@@ -158,13 +165,6 @@ class TokenCase(Case):
 
     def tokens(self) -> int:
         return self.T * self.batch
-
-    @property
-    def dtype_label(self) -> str:
-        """What a label ends with: the dtype on the CPU, where it is not float32."""
-        if self.device != "cpu" or self.dtype == torch.float32:
-            return ""
-        return f" {self.dtype}".replace("torch.", "")
 
     def draw(self, make: Callable[..., dict[str, Tensor]], **more: int) -> dict[str, Tensor]:
         """Random inputs of these sizes, by a function of ``memattn.bench.inputs``."""

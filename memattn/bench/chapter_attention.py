@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from memattn.bench.bars import Bar, BytesBar, CostBar, Found, PeakBar, RateBar, SpeedBar, TimeBar
+from memattn.bench.bars import (
+    Bar,
+    BytesBar,
+    CostBar,
+    Found,
+    PeakBar,
+    RateBar,
+    SpeedBar,
+    TimeBar,
+    bfloat16_bars,
+)
 from memattn.bench.case import Case, Forward, Peer
 from memattn.bench.peers import flex, sdpa, sdpa_backends
 from memattn.bench.roofline import Work, attention_work
@@ -140,7 +150,8 @@ class ChapterCase(Case):
 
     def label(self, T: str | None = None) -> str:
         length = f"T={self.T}" if T is None else T
-        return f"{self.kind} {length} C={self.C} M={self.M} K={self.K} D={self.D}"
+        sizes = f"C={self.C} M={self.M} K={self.K} D={self.D}"
+        return f"{self.kind} {length} {sizes}{self.dtype_label}"
 
     def tokens(self) -> int:
         return self.T * self.B
@@ -306,6 +317,8 @@ def _cpu_bars() -> list[Bar]:
     few, many = replace(case, K=2), replace(case, K=32)
     for direction in ("forward", "forward+backward"):
         bars.append(PeakBar(case=many, base=few, direction=direction, target=1.1))
+    for kind in ("token", "sequence"):
+        bars += bfloat16_bars(replace(case, kind=kind))
     return [*bars, BankBytesBar(case=int8, base=case, direction="forward", target=0.3)]
 
 

@@ -7,7 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from memattn.bench.bars import Bar, PeerPeakBar, RoofBar, SpeedBar
+from memattn.bench.bars import (
+    NEAR_THE_ROOF,
+    Bar,
+    PeerPeakBar,
+    RoofBar,
+    SpeedBar,
+    bfloat16_bars,
+)
 from memattn.bench.case import Case, Forward, Peer
 from memattn.bench.roofline import Work
 from memattn.ops import chapter_router
@@ -98,7 +105,8 @@ class RouterCase(Case):
 
     def label(self, T: str | None = None) -> str:
         length = T or f"T={self.T}"
-        return f"{self.kind} B={self.B} {length} E={self.E} C={self.C} K={self.K}"
+        sizes = f"E={self.E} C={self.C} K={self.K}"
+        return f"{self.kind} B={self.B} {length} {sizes}{self.dtype_label}"
 
     def tokens(self) -> int:
         return self.B * self.T
@@ -119,12 +127,20 @@ def _cpu_bars() -> list[Bar]:
     against = (COMPOSITION,)
     return [
         SpeedBar(case=small, direction="forward", target=3.0, against=against),
-        SpeedBar(case=small, direction="backward", target=3.0, against=against),
+        SpeedBar(
+            case=small,
+            direction="backward",
+            target=3.0,
+            against=against,
+            limited_by=NEAR_THE_ROOF,
+        ),
         SpeedBar(case=wide, direction="forward", target=1.5, against=against),
         *(
             PeerPeakBar(case=case, direction="forward+backward", target=0.25, against=COMPOSITION)
             for case in (small, wide)
         ),
+        # logits alone are products of bfloat16: gradients are computed in float32
+        *(bar for case in (small, wide) for bar in bfloat16_bars(case, directions=("forward",))),
     ]
 
 

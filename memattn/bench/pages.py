@@ -19,7 +19,8 @@ of a time when the machine did something else as well.
 
 
 def write(records: Records, folder: Path) -> list[Path]:
-    """Write all pages; returns their paths."""
+    """Write all pages, machines by name; returns their paths."""
+    records = dict(sorted(records.items()))
     texts = {"bench.md": overview(records)}
     texts |= {f"bench-{name}.md": page(name, own) for name, own in records.items()}
     for name, text in texts.items():
@@ -94,8 +95,11 @@ def _machines(records: Records) -> Iterator[str]:
 def _bars(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """What each bar requires, and what each machine reached."""
     found: dict[tuple[str, str], dict[str, str]] = {}
+    limits: dict[str, list[str]] = {}
     for machine, record in records.items():
         for bar in record["bars"]:
+            if bar["met"] is False and bar.get("limited_by"):
+                limits.setdefault(bar["limited_by"], []).append(bar["bar"])
             required = f"{'<=' if bar['at_most'] else '>='} {bar['target']:.3g} {bar['unit']}"
             if bar["must"] is not None:
                 required += f" (at least {bar['must']:g})"
@@ -109,6 +113,8 @@ def _bars(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         [*key, *(cells.get(machine, "") for machine in records)] for key, cells in found.items()
     ]
     yield from _table(("bar", "required", *records), rows)
+    for limit, missed in limits.items():
+        yield f"Missed ({'; '.join(dict.fromkeys(missed))}): {limit}\n"
 
 
 def _times(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

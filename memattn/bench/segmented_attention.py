@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memattn.bench.bars import (
+    NEAR_THE_ROOF,
     BackwardBar,
     Bar,
     FlatTimeBar,
@@ -297,15 +298,17 @@ def _cpu_bars() -> list[Bar]:
     bars: list[Bar] = []
     window = SegmentedCase(kind="window", T=4096, window_size=256)
     for direction in ("forward", "backward"):
-        for kind in ("causal", "dense"):
+        # wider registers help ours more than the other
+        wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        for kind, target in (("causal", 1.5), ("dense", 1.3 if wide else 1.2)):
             case = SegmentedCase(kind=kind, T=2048)
-            bars.append(
-                SpeedBar(case=case, direction=direction, target=1.2, against=("sdpa flash",))
-            )
+            on: Any = dict(case=case, direction=direction, against=("sdpa flash",))
+            bars.append(SpeedBar(**on, target=target, must=1.2, limited_by=NEAR_THE_ROOF))
         # which here gets a dense mask; the math backend is slower still
         dense = ("sdpa flash",)
         bars.append(SpeedBar(case=window, direction=direction, target=10.0, against=dense))
-    bars.append(SpeedBar(case=window, direction="forward", target=2.0, against=("flex",)))
+    on = dict(case=window, direction="forward", against=("flex",))
+    bars.append(SpeedBar(**on, target=4.0, must=2.0, limited_by=NEAR_THE_ROOF))
     lengths = (2048, 4096, 8192, 16384, 32768)
     for direction in ("forward", "backward"):
         # rows before the window is full see less: at T=2048 alone that is 6 %

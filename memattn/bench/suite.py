@@ -132,6 +132,7 @@ def bar_record(bar: Bar, found: Found, backend: str, effort: Effort) -> dict[str
         "reached": reached,
         "met": None if reached is None else bar.holds(reached, bar.target),
         "met_must": None,
+        "limited_by": bar.limited_by,
         "reason": None,
     }
     if reached is None:

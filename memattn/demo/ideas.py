@@ -17,11 +17,11 @@ from memattn.demo.plan import Stage
 from memattn.demo.rows import format_bytes
 from memattn.demo.texts import held_out_bits, held_out_ids
 from memattn.evaluate import recall
+from memattn.evaluate.batch_loss import base_alone
 from memattn.files import write_json
 from memattn.models import PRESETS
 from memattn.nn.chapter_memory import MemoryCrossAttention
 from memattn.parts.future import measure_future
-from memattn.study.shiftable_measures import base_alone
 from memattn.train import DataConfig, ModelConfig, TaskConfig, TrainConfig, train
 from memattn.train.attached import load_model_folder
 from memattn.train.setup import run_tokenizer
@@ -29,7 +29,7 @@ from memattn.train.task_corpus import make_task
 
 IDEA_HEADS = ("system", "task", "with its idea", "without")
 # recall beyond what windows reach: models of two small layers learn it in seconds
-RECALL_STEPS, RECALL_WINDOW, RECALL_LEN, RECALL_BATCH = 150, 16, 64, 16
+RECALL_STEPS, RECALL_WINDOW, RECALL_LEN, RECALL_BATCH = 400, 16, 64, 16
 RECALL_SIZES = dict(
     hidden_size=32,
     num_hidden_layers=2,

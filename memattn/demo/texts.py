@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memattn.demo.config import DemoConfig
 from memattn.evaluate import bits_per_byte
-from memattn.study.shiftable_measures import Inputs, mean_loss
+from memattn.evaluate.batch_loss import Inputs, mean_loss
 from memattn.train import ModelConfig, TrainConfig
 from memattn.train.setup import Corpus, make_batches, prepare_data
 

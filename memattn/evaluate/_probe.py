@@ -62,6 +62,7 @@ class Probe:
         cache: Any = None,
         use_cache: bool = False,
         cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         """Logits ``[B, T, vocab_size]``, and the cache (None without ``use_cache``).
 
@@ -73,8 +74,8 @@ class Probe:
             if self.takes("position_ids"):
                 positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
                 inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
-        if cu_seqlens is not None:
-            inputs["cu_seqlens"] = cu_seqlens
+        packing = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
+        inputs |= {name: given for name, given in packing.items() if given is not None}
         if self.takes("use_cache"):
             inputs["use_cache"] = use_cache
         if cache is not None and self.cache_name is not None:

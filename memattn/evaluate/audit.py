@@ -39,7 +39,8 @@ def audit(
       padding and holes (1e-10);
     - split vs whole: prefill in random pieces with the cache, against one pass (1e-10);
     - packed documents, where ``forward`` takes ``cu_seqlens``: the other documents are changed
-      (exactly 0.0), and each document is compared with itself alone (1e-10).
+      (exactly 0.0), and each document is compared with itself alone (1e-10), also in rows whose
+      ``position_ids`` begin anew.
 
     Then future leak and batch coupling again in the model's own dtype on its own backend, where
     two runs of the same shape must agree bit for bit. Bounds of 1e-10 are relative to the largest
@@ -304,6 +305,18 @@ class _Auditor:
             pairs.append((packed[:, begin:end], alone, begin))
         yield self.exact("content of the others", changes)
         yield self.close("packed vs alone", pairs)
+        if not self.probe.takes("position_ids"):
+            return
+        ids, pairs = self.ids[:2], []
+        cuts = [[0, T // 3 + 1, T], [0, 1, T // 2, T]]
+        starts = [[max(cut for cut in row if cut <= t) for t in range(T)] for row in cuts]
+        starts = torch.tensor(starts, device=ids.device)
+        packed = self.probe(ids, position_ids=torch.arange(T, device=ids.device) - starts)[0]
+        for b, row in enumerate(cuts):
+            for begin, end in zip(row, row[1:], strict=False):
+                alone = self.probe(ids[b : b + 1, begin:end])[0]
+                pairs.append((packed[b : b + 1, begin:end], alone, begin))
+        yield self.close("rows by position_ids", pairs)
 
     def exact(self, case: str, changes: list[tuple[dict, dict, Tensor]]) -> Finding:
         """The largest absolute difference over all ``(one, other, compared)``, which must be 0."""

@@ -13,7 +13,7 @@ from memattn.checks import must
 from memattn.models.cache_file import SavedCache, read_cache, write_cache
 from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
-from memattn.parts import PartState, SequenceStates
+from memattn.parts import PartState, SequenceBounds, SequenceStates
 from memattn.parts.state import OPEN_END
 
 
@@ -191,3 +191,36 @@ def _empty_states(config: MemAttnConfig) -> list[dict[str, PartState]]:
         {name: part.new_state() for name, part in config.layer_parts(i).items()}
         for i in range(config.num_hidden_layers)
     ]
+
+
+def choose_cache(
+    cache: Any,
+    use_cache: bool | None,
+    config: MemAttnConfig,
+    without: Mapping[str, bool],
+    training: bool,
+) -> MemAttnCache | None:
+    """The cache given, a new one where one is wanted, or None.
+
+    ``without`` says by name what goes without a cache, and whether a call has it.
+    """
+    for what, is_on in without.items():
+        if is_on and cache is not None:
+            must("past_key_values", f"be None with {what}", type(cache).__name__)
+        if is_on and use_cache:
+            must("use_cache", f"not be True with {what}", use_cache)
+    if cache is not None and not isinstance(cache, MemAttnCache):
+        wanted = "be a MemAttnCache (PEFT's prefix tuning has another, its prompt tuning none)"
+        must("past_key_values", wanted, type(cache).__name__, TypeError)
+    if cache is not None:
+        cache.check_fits(config)
+    if use_cache is None:
+        use_cache = config.use_cache and not (training or any(without.values()))
+    return MemAttnCache(config) if cache is None and use_cache else cache
+
+
+def has_padding(cache: MemAttnCache | None, bounds: SequenceBounds) -> bool:
+    """Whether a row has no token in some column of a call, as far as is known without waiting."""
+    if cache is not None:
+        return cache.has_padding
+    return bounds.seq_start is not None or bounds.seq_end is not None

@@ -9,11 +9,12 @@ from transformers.utils.generic import can_return_tuple
 
 from memattn.checks import check_rank, must
 from memattn.models.block import MemAttnBlock
-from memattn.models.cache import MemAttnCache
+from memattn.models.cache import MemAttnCache, choose_cache, has_padding
 from memattn.models.config import MemAttnConfig
 from memattn.models.generation import MemAttnGenerationMixin
 from memattn.models.hf_names import register_class_name
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
+from memattn.models.packed_call import packed_call
 from memattn.models.plain_decoder import decoder_step, newest_of
 from memattn.models.plain_step import linear_step, norm_step
 from memattn.models.plain_training import output_weight
@@ -25,9 +26,10 @@ from memattn.parts import PartContext, SequenceBounds
 from memattn.parts.base import is_bare
 from memattn.parts.chapters import Chapters
 from memattn.parts.losses import LossSums
+from memattn.parts.packing import PackedRows, take_keywords
 from memattn.parts.padding import check_lengths, check_positions, mask_bounds
 from memattn.parts.together import chapter_layout, check_inputs
-from memattn.parts.token_order import reorder_input, repeat_last
+from memattn.parts.token_order import repeat_last
 
 
 class MemAttnModel(MemAttnPreTrainedModel):
@@ -65,14 +67,38 @@ class MemAttnModel(MemAttnPreTrainedModel):
         output_attentions: bool | None = None,
         output_losses: bool | None = None,
         hidden_to_keep: int = 0,
+        may_pack: bool = True,
         **part_inputs: Tensor | None,
     ) -> MemAttnModelOutput:
         """Hidden states ``[B, T, E]``; the arguments are those of ``MemAttnForCausalLM``.
 
-        ``hidden_to_keep`` is the number of newest tokens whose ``last_hidden_state`` is wanted; 0
-        is all. On the CPU a plain last layer then computes no others.
+        ``hidden_to_keep`` newest tokens have a ``last_hidden_state``, 0 is all; on the CPU a plain
+        last layer computes no others. ``may_pack``: whether a row may hold several documents.
         """
+        keywords = take_keywords(part_inputs) if part_inputs else {}
         given = check_inputs(self.config.named_parts(), part_inputs)
+        begins = past_key_values is None and cu_seqlens is None
+        if keywords or (begins and position_ids is not None):
+            packed = packed_call(
+                self,
+                MemAttnModel.forward,
+                keywords,
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                part_inputs=given,
+                hidden_to_keep=hidden_to_keep,
+                may_pack=may_pack,
+                past_key_values=past_key_values,
+                cu_seqlens=cu_seqlens,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+                output_losses=output_losses,
+            )
+            if packed is not None:
+                return packed
         if (input_ids is None) == (inputs_embeds is None):
             both = "both or neither"
             must("input_ids", "be given, or inputs_embeds, but not both", both)
@@ -89,7 +115,9 @@ class MemAttnModel(MemAttnPreTrainedModel):
             check_rank("input_ids", input_ids, "B T")
             hidden_states = self.embed_tokens(input_ids)
         B, T, _ = hidden_states.shape
-        cache = self._choose_cache(past_key_values, use_cache, cu_seqlens)
+        unkept = {"packed documents": cu_seqlens is not None}
+        unkept["gradient checkpointing"] = self.gradient_checkpointing and self.training
+        cache = choose_cache(past_key_values, use_cache, self.config, unkept, self.training)
 
         offset = 0 if cache is None else cache.position
         limit, device = self.config.position_limit, hidden_states.device
@@ -109,16 +137,16 @@ class MemAttnModel(MemAttnPreTrainedModel):
             hidden_states = order.put(hidden_states)
             attention_mask = order.put(order.present)
             position_ids = None if position_ids is None else order.put(position_ids)
-            given = {name: reorder_input(order, value) for name, value in given.items()}
+            given = {name: order.put_input(name, value) for name, value in given.items()}
         positions = sequence_positions(
             hidden_states, offset=offset, seq_start=seq_start, cu_seqlens=cu_seqlens
         )
         if cache is None:
             check_lengths(positions, attention_mask, limit)
-        if position_ids is not None:
+        if position_ids is not None and not begins:
             check_positions(position_ids, positions, attention_mask)
         present, ends_early = None, False
-        if attention_mask is not None and _has_padding(cache, bounds):
+        if attention_mask is not None and has_padding(cache, bounds):
             present = attention_mask != 0
             ends_early = cache is None or cache.ends_early
         if self.embed_positions is not None:
@@ -187,35 +215,10 @@ class MemAttnModel(MemAttnPreTrainedModel):
             losses=means or None,
             loss_counts=counts or None,
         )
+        if cu_seqlens is not None:
+            order = PackedRows(cu_seqlens, torch.ones_like(hidden_states[..., 0], dtype=torch.bool))
         outputs.order = order
         return outputs
-
-    def _choose_cache(
-        self, cache: MemAttnCache | None, use_cache: bool | None, cu_seqlens: Tensor | None
-    ) -> MemAttnCache | None:
-        """The cache given, a new one where one is wanted, or None."""
-        packed = cu_seqlens is not None
-        checkpointing = self.gradient_checkpointing and self.training
-        for what, is_on in (("cu_seqlens", packed), ("gradient checkpointing", checkpointing)):
-            if is_on and cache is not None:
-                must("past_key_values", f"be None with {what}", type(cache).__name__)
-            if is_on and use_cache:
-                must("use_cache", f"not be True with {what}", use_cache)
-        if cache is not None and not isinstance(cache, MemAttnCache):
-            wanted = "be a MemAttnCache (PEFT's prefix tuning has another, its prompt tuning none)"
-            must("past_key_values", wanted, type(cache).__name__, TypeError)
-        if cache is not None:
-            cache.check_fits(self.config)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not (self.training or packed)
-        return MemAttnCache(self.config) if cache is None and use_cache else cache
-
-
-def _has_padding(cache: MemAttnCache | None, bounds: SequenceBounds) -> bool:
-    """Whether a row has no token in some column of a call, as far as is known without waiting."""
-    if cache is not None:
-        return cache.has_padding
-    return bounds.seq_start is not None or bounds.seq_end is not None
 
 
 class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
@@ -268,7 +271,6 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_losses: bool | None = None,
-        shift_labels: Tensor | None = None,
         **part_inputs: Tensor | None,
     ) -> MemAttnCausalLMOutput:
         """Predict the next token at every position.
@@ -281,7 +283,9 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
                 without a token repeats the output of the token before it. A row whose mask no
                 longer has its newest tokens goes on without them.
             position_ids: ``[B, T]`` or ``[1, T]``. The model counts positions from the start of
-                each sequence by itself; these are only checked to say the same.
+                each sequence by itself. Where these begin again with 0 inside of a row, a new
+                document does, which is as alone; else they are checked to say the same. A compiled
+                program takes packed rows by ``cu_seq_lens_q``.
             past_key_values: State of earlier calls, which this call extends in place.
             inputs_embeds: Embedded tokens ``[B, T, E]``, instead of ``input_ids``.
             labels: int64 ``[B, T]``, the tokens themselves (they are shifted here); -100 where
@@ -289,7 +293,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
             use_cache: Whether to return the state of the sequences; None means as the
                 configuration says, but not in training mode and not with ``cu_seqlens``.
             cu_seqlens: int32 ``[n+1]``, the bounds of packed documents, with ``B = 1``; attention
-                and positions restart in each.
+                and positions restart in each, and no label is for the first token of one.
             logits_to_keep: Compute logits for the last so many tokens only, or for the given
                 indices; 0 means all.
             num_items_in_batch: Divide the summed loss by this number, instead of by the number of
@@ -302,9 +306,12 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
             output_attentions: Not supported, since fused attention keeps no weights.
             output_losses: Whether to measure the losses of parts, where the model has such; None
                 means in training mode and with labels.
-            shift_labels: int64 ``[B, T]``, what each column is to predict, and -100; it stands
-                instead of ``labels``, where these are given too.
-            part_inputs: What parts of the model take, by the names of their ``inputs``.
+            part_inputs: What parts of the model take, by the names of their ``inputs``. Also
+                ``shift_labels``, int64 ``[B, T]``, what each column is to predict, and -100, which
+                stands instead of ``labels``. And what collators without padding give, all or some,
+                which must agree: ``cu_seq_lens_q`` and ``cu_seq_lens_k``, the bounds of documents
+                in the ``B T`` columns, ``max_length_q`` and ``max_length_k``, at least the longest
+                one's tokens, and ``seq_idx [B, T]``, the number of each token's document.
 
         Returns:
             ``logits [B, T, vocab_size]``, ``past_key_values`` if a cache is used, and
@@ -319,6 +326,8 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
                 limit, a cache is of another model, or meets packed documents or checkpointing.
             NotImplementedError: If ``output_attentions`` is set.
         """
+        # the trainer of transformers has no loss to evaluate without all arguments named labels
+        shift_labels = part_inputs.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
         if output_losses is None:
             output_losses = self.training or has_labels
@@ -348,7 +357,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
             if given is not None and given.shape != last_hidden.shape[:2]:
                 must(name, f"have shape {list(last_hidden.shape[:2])}", list(given.shape))
         if labels is not None and shift_labels is None and outputs.order is not None:
-            whole = labels.new_full(outputs.order.index.shape, -100)
+            whole = labels.new_full(outputs.order.present.shape, -100)
             whole[:, kept] = labels
             shift_labels = outputs.order.next_labels(whole)[:, kept].contiguous()
         weight = None

@@ -1,6 +1,6 @@
 """What ``generate`` of transformers does otherwise for the decoder: its cache, and its masks."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from memattn.checks import must
 from memattn.models.cache import MemAttnCache
 from memattn.models.config import MemAttnConfig
+from memattn.parts.packing import refuse_continuous_batching
 from memattn.parts.together import for_all_samples
 
 
@@ -70,6 +71,13 @@ class MemAttnGenerationMixin(GenerationMixin):
             return mask.long().cumsum(-1) - 1
         parent: Any = super()
         return parent._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise NotImplementedError: a paged cache has no states of parts.
+
+        ``generate_batch`` and the manager of continuous batching begin with it.
+        """
+        refuse_continuous_batching(self)
 
     def _prepare_cache_for_generation(
         self,

@@ -1,11 +1,14 @@
 """The decoder with an output layer for classes instead of tokens."""
 
+from typing import Any
+
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
 
 from memattn.models.pretrained import MemAttnPreTrainedModel
+from memattn.models.signatures import add_arguments
 
 
 class MemAttnForSequenceClassification(GenericForSequenceClassification, MemAttnPreTrainedModel):
@@ -14,7 +17,7 @@ class MemAttnForSequenceClassification(GenericForSequenceClassification, MemAttn
     The last token that is not padding is read: with ``input_ids``, the last that is not
     ``config.pad_token_id``, which batches need. ``config.num_labels`` counts the classes, and
     ``config.problem_type`` chooses the loss, as in transformers, whose class computes all this.
-    Losses of parts are not among it.
+    Losses of parts are not among it. A row of several documents is refused.
 
     Args:
         config: Sizes and parts of the model.
@@ -27,6 +30,13 @@ class MemAttnForSequenceClassification(GenericForSequenceClassification, MemAttn
     """
 
     base_model_prefix = "model"
+    accepts_loss_kwargs = False  # their loss is a mean, which the trainer of transformers divides
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers, of rows that are one document each."""
+        return super().forward(*args, may_pack=False, **kwargs)
+
+    add_arguments(forward, GenericForSequenceClassification.forward)
 
 
 class MemAttnForTokenClassification(GenericForTokenClassification, MemAttnPreTrainedModel):
@@ -46,3 +56,4 @@ class MemAttnForTokenClassification(GenericForTokenClassification, MemAttnPreTra
     """
 
     base_model_prefix = "model"
+    accepts_loss_kwargs = False  # as that of sequences

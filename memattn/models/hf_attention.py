@@ -39,6 +39,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from memattn.checks import check_int
 from memattn.models.hf_choice import FIELDS, NAME, register_choice
+from memattn.models.hf_packing import documents_of_call, guard_continuous_batching
 from memattn.ops import segmented_attention
 from memattn.parts.padding import check_mask, read_mask
 from memattn.parts.token_order import TokenOrder, take_columns
@@ -52,6 +53,7 @@ def register_hf_attention() -> None:
     AttentionInterface.register(NAME, hf_segmented_attention)
     AttentionMaskInterface.register(NAME, hf_sequence_bounds)
     register_choice()
+    guard_continuous_batching(NAME)
 
 
 def hf_sequence_bounds(
@@ -162,9 +164,10 @@ def hf_segmented_attention(
             _lacks(name, "be None")
     if is_causal is False or not getattr(module, "is_causal", True):
         _lacks("is_causal", "be True")
-    seq_start = seq_end = cu_seqlens = rows = None
+    seq_start = seq_end = rows = None
     if attention_mask is not None and attention_mask.shape[2:] == (1, 1):
         attention_mask = attention_mask[..., 0, 0]  # as where layers share keys
+    cu_seqlens = documents_of_call(attention_mask, kwargs, query, key)
     if (
         attention_mask is not None
         and attention_mask.dtype == torch.bool
@@ -179,12 +182,8 @@ def hf_segmented_attention(
         if attention_mask.dtype != torch.int32 or attention_mask.dim() > 2:
             got = f"got {attention_mask.dtype} {list(attention_mask.shape)}"
             _lacks("attention_mask", "be a padding mask [B, S]", got)
-        if attention_mask.dim() == 1:
-            cu_seqlens = attention_mask
-        else:
+        if attention_mask.dim() == 2:
             seq_start, seq_end = _split_bounds(attention_mask)
-    elif kwargs.get("cu_seq_lens_q") is not None:
-        cu_seqlens = _checked_bounds(kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k"))
     B = query.shape[0]
     if cu_seqlens is not None and B > 1:
         query, key, value = map(_one_row, (query, key, value))
@@ -304,20 +303,6 @@ def _packed_bounds(
         return None
     begins = torch.cat([torch.ones_like(begins[:, :1]), begins], 1).flatten()
     return torch.cat([begins.nonzero()[:, 0], begins.new_full((1,), B * T, dtype=torch.long)]).int()
-
-
-_same_bounds = WeakTensorKeyDictionary()
-
-
-def _checked_bounds(queries: Tensor, keys: Tensor | None) -> Tensor:
-    """Bounds of documents, once checked to be the same for keys."""
-    if keys is None or keys is queries or torch.compiler.is_compiling():
-        return queries
-    if queries not in _same_bounds:
-        if not torch.equal(queries, keys):
-            _lacks("cu_seq_lens_k", "be cu_seq_lens_q")
-        _same_bounds[queries] = True
-    return queries
 
 
 def _one_row(x: Tensor) -> Tensor:

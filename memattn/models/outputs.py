@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from memattn.parts.losses import NamedLosses
+from memattn.parts.packing import PackedRows
 from memattn.parts.token_order import TokenOrder
 
 
@@ -18,12 +19,12 @@ class MemAttnModelOutput(NamedLosses, BaseModelOutputWithPast):
         losses: Means of the losses that parts return, by name, without their coefficients, scalars
             of float32, where they were wanted. Each is an attribute as well.
         loss_counts: What each of them is the mean of; 0 where there was nothing, and the mean is 0.
-        order: Of the tokens of rows with holes; no field.
+        order: Of the tokens of rows with holes or of several documents; no field.
     """
 
     losses: dict[str, Tensor] | None = None
     loss_counts: dict[str, Tensor] | None = None
-    order: ClassVar[TokenOrder | None] = None
+    order: ClassVar[TokenOrder | PackedRows | None] = None
 
 
 @dataclass

@@ -41,7 +41,7 @@ def cpp_is_built() -> bool:
 
 def multiplies_bfloat16() -> bool:
     """Whether the C++ extension has products of bfloat16 on this processor."""
-    return _CPP_IS_BUILT and torch.ops.memattn_cpp.cpu_capability() == "avx512_bf16"
+    return _CPP_IS_BUILT and torch.ops.memattn_cpp.cpu_capability().endswith("_bf16")
 
 
 def _has_kernels(operator: str | None) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from memattn.nn import RotaryEmbedding
 from memattn.parts.chapters import Chapters, OpenChapter
+from memattn.parts.packing import PackedRows
 from memattn.parts.state import PartState, SequenceBounds
 from memattn.parts.token_order import TokenOrder
 
@@ -40,7 +41,8 @@ class PartContext:
             a part that stands beside attention; else None.
         base: The module of attention itself, for such a part; else None.
         inputs: What the caller of the model gave to parts, by the names of ``PartConfig.inputs``.
-        order: The order in which columns of the caller stand here, where rows have holes.
+        order: The order in which columns of the caller stand here, where rows have holes or
+            hold several documents.
         newest_only: Whether the caller wants logits of the newest tokens alone, as generation does.
         newest: Tokens, counted from the last, whose output of this layer anyone looks at; None is
             all. Only a layer without further parts is told, and no part is.
@@ -65,7 +67,7 @@ class PartContext:
     attended: Tensor | None = None
     base: nn.Module | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    order: TokenOrder | None = None
+    order: TokenOrder | PackedRows | None = None
     newest_only: bool = False
     newest: int | None = None
 

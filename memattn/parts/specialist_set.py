@@ -282,4 +282,6 @@ def call_with_gates(
         output = forward(*args, **{**kwargs, "return_dict": True})
     if not record.means:
         must("return_gates", "be None or False where no specialists run", return_gates)
+    if record.means[0].shape[0] != output.logits.shape[0]:
+        must("return_gates", "be None or False with packed documents in several rows", return_gates)
     return output.logits, record.tokens if return_gates == "token" else record.means

@@ -47,6 +47,14 @@ class TokenOrder:
         """``[B or 1, T, ...]`` in this order, ``[B, T, ...]``."""
         return _take(x, self.index)
 
+    def put_keys(self, x: Tensor) -> Tensor:
+        """``put`` for ``[B or 1, H, T, D]``."""
+        return take_columns(x, self.index)
+
+    def put_input(self, name: str, x: Tensor) -> Tensor:
+        """What a caller gave to parts, in this order; what is not of single tokens stays."""
+        return self.put(x) if x.dim() >= 2 and x.shape[:2] == self.index.shape else x
+
     def columns(self, x: Tensor) -> Tensor:
         """The reverse of ``put``; 0 where a row with holes has no token."""
         x, column = _take(x, self.place), torch.arange(x.shape[1], device=x.device)
@@ -80,11 +88,6 @@ def repeat_last(x: Tensor, present: Tensor) -> Tensor:
     column = torch.arange(present.shape[1], device=present.device)
     newest = torch.where(present, column, -1).cummax(1).values
     return torch.where((newest >= 0)[..., None], _take(x, newest.clamp(min=0)), 0)
-
-
-def reorder_input(order: TokenOrder, x: Tensor) -> Tensor:
-    """What a caller gave to parts, in this order; what is not of single tokens stays."""
-    return order.put(x) if x.dim() >= 2 and x.shape[:2] == order.index.shape else x
 
 
 def take_columns(x: Tensor, index: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from memattn.evaluate.batch_loss import mean_loss
 from memattn.files import replacing, write_text
-from memattn.study.shiftable_measures import Specialty, held_out_batches, mean_loss
+from memattn.study.shiftable_measures import Specialty, held_out_batches
 from memattn.train.attached import load_base
 from memattn.train.config import ModelConfig, TrainConfig
 from memattn.train.metrics import MetricsLog
