@@ -6,7 +6,7 @@ OUT ?= runs/gpu
 PLAN ?=
 GPU_SECONDS ?= 480
 
-.PHONY: demo test test-transformers lint bench gpu gpu-dry clean
+.PHONY: demo test test-transformers transformers-families lint bench gpu gpu-dry clean
 
 demo: $(VENV)/ready
 	$(BIN)/memattn demo
@@ -19,6 +19,10 @@ test-transformers: $(VENV)/ready
 	$(BIN)/python tests/transformers_suite.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --all-of-transformers \
 		tests/test_transformers_suite.py
+
+# every family of transformers under memattn_segmented against eager attention; goes on where it was
+transformers-families: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/transformers_families.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

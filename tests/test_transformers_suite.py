@@ -31,7 +31,8 @@ MODELS = {
     **SYSTEMS,
     "shiftable": (MemAttnConfig.shiftable, dict(num_specialists=2)),
 }
-QUICK = ("vanilla", "titans-mac")  # those of an ordinary run
+QUICK = ("vanilla", "titans-mac")  # those of an ordinary run, but for what takes a minute
+LONG = {"titans-mac": ("test_training_overfit",)}
 ENDING = ("future", "learned", "titans-lmm", "titans-mal")  # systems with a longest sequence
 # their tests that ask what our models do not have: of which systems, if not of all, and why
 LONGER = "it has sequences beyond the longest that the weights are made for, which are refused"
@@ -49,7 +50,10 @@ DESELECTED: dict[str, tuple[tuple[str, ...] | None, str]] = {
     ),
 }
 # their tests that leave out models which return no weights of attention, and do not need them
-UNLOCKED = ("test_left_padding_compatibility",)
+UNLOCKED = (
+    "test_left_padding_compatibility",
+    "test_eager_padding_matches_padding_free_with_position_ids",
+)
 # rows that end ever earlier, one with holes: their tests turn it round for padding on the left
 MASK = [
     [1, 1, 1, 1, 1, 0, 0],
@@ -83,7 +87,7 @@ class Tester:
 
     def get_config(self) -> MemAttnConfig:
         preset, options = MODELS[self.system]
-        return preset(**SIZES, **options)
+        return preset(**SIZES, **{"max_position_embeddings": 160} | options)
 
     def prepare_config_and_inputs_for_common(self):
         shape = [self.batch_size, self.seq_length]
@@ -101,6 +105,16 @@ def unlock(test: Any) -> Any:
             test(self)
 
     return unlocked
+
+
+def only_with_all(test: Any) -> Any:
+    """A test that runs with ``--all-of-transformers``."""
+
+    @wraps(test)
+    def longer(self: Any) -> None:
+        test(self)
+
+    return pytest.mark.all_of_transformers(longer)
 
 
 def make_suite(system: str) -> type:
@@ -137,6 +151,8 @@ def make_suite(system: str) -> type:
             setattr(made, name, None)
     for name in filter(partial(hasattr, made), UNLOCKED):
         setattr(made, name, unlock(getattr(made, name)))
+    for name in filter(partial(hasattr, made), LONG.get(system, ())):
+        setattr(made, name, only_with_all(getattr(made, name)))
     marks = [] if system in QUICK else [pytest.mark.all_of_transformers]
     made.pytestmark = marks  # pyright: ignore[reportAttributeAccessIssue]
     return made

@@ -82,6 +82,13 @@ FAMILY: dict[str, dict[str, Any]] = {
     "hrm_text": dict(num_layers_per_stack=None, H_cycles=1, L_cycles=1),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "mamba2": dict(num_heads=8),
+    "minimax_m3_vl_text": dict(
+        num_hidden_layers=2,
+        layer_types=["full_attention", "minimax_m3_sparse"],
+        mlp_layer_types=["dense", "sparse"],
+        index_block_size=4,
+        index_topk_blocks=2,
+    ),
     "qwen4_exp_text": dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8,
                            indexer_budget=8, indexer_compress_ratio=4),
     "recurrent_gemma": dict(num_hidden_layers=3),
