@@ -157,6 +157,7 @@ def test_other_ways_to_replace_forward_are_refused():
         attach_memory(empty, ScaledConfig())
 
 
+@pytest.mark.usefixtures("new_programs")
 def test_compiles_as_one_graph():
     model = make_base(dtype=torch.float32, num_hidden_layers=1).train()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

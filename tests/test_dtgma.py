@@ -57,6 +57,7 @@ def test_the_published_function():
     torch.testing.assert_close(model(x, 5), logits)
 
 
+@pytest.mark.usefixtures("new_programs")
 def test_compiles():
     model, x = make_model(n_layers=1, reads={0: (), 1: ()}), make_x(4)
     tasks = [1, 0, 1, 0]

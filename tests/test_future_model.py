@@ -189,6 +189,7 @@ def test_gradient_checkpointing_gives_equal_gradients(use_reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.usefixtures("new_programs")
 def test_compiles_as_one_graph():
     model = make_model("computed", dtype=torch.float32, num_hidden_layers=1).train()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -333,6 +333,7 @@ def test_packed_documents_equal_separate_ones(name):
         torch.testing.assert_close(row[None], alone, **EXACT)
 
 
+@pytest.mark.usefixtures("new_programs")
 @torch.no_grad()
 def test_compiles():
     model = make_model("llama", torch.float32, memattn_segment_len=6)

@@ -278,6 +278,7 @@ def test_bfloat16_and_autocast():
     assert model.model.layers[0].attention.persistent_key.grad.any()
 
 
+@pytest.mark.usefixtures("new_programs")
 def test_compiles_as_one_graph():
     model = make_model(dtype=torch.float32).train()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

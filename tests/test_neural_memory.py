@@ -344,6 +344,7 @@ def test_half_precision_is_summed_in_float32(dtype):
         assert torch.equal(call(wide, chunk_size=4).out, found.out)
 
 
+@pytest.mark.usefixtures("new_programs")
 def test_second_derivatives_and_compilation():
     inputs = make_inputs(B=1, H=1, T=3, hidden=(3,))
     compiled = torch.compile(call, fullgraph=True, backend="eager")

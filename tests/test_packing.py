@@ -214,6 +214,7 @@ def test_other_keywords_are_refused_by_name():
         make_model()(make_tokens(1, T), cu_seq_lens=BOUNDS)
 
 
+@pytest.mark.usefixtures("new_programs")
 def test_compiled_and_exported_programs_take_bounds_and_refuse_restarts():
     model = make_model("both", torch.float32, num_hidden_layers=1)
     tokens = make_tokens(2, T)

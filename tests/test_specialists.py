@@ -189,6 +189,7 @@ def test_packed_documents_are_apart():
         torch.testing.assert_close(packed[:, a:b], logits_of(model, tokens[:, a:b]), **EXACT)
 
 
+@pytest.mark.usefixtures("new_programs")
 def test_checkpointing_and_compiling_change_nothing():
     tokens, mask = pad_left([make_tokens()[0], make_tokens()[1, :9]], 23)
     labels, found = torch.tensor([[1], [0]]), []

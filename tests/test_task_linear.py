@@ -236,6 +236,7 @@ def test_x_has_the_dtype_of_the_weights():
         assert layer(x.bfloat16(), TASKS).dtype == layer(x, TASKS).dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("new_programs")
 def test_compiles():
     layer, x = make_layer(**SIZES["aligned"]), make_input(16)
     whole = torch.compile(layer, fullgraph=True, backend="eager")

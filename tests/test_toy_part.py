@@ -182,6 +182,7 @@ def test_losses_of_all_parts_are_in_the_loss():
         output.toys_loss  # noqa: B018
 
 
+@pytest.mark.usefixtures("new_programs")
 def test_compiles_as_one_graph():
     model = make_model(dtype=torch.float32).train()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -53,6 +53,7 @@ def losses_of(config: TrainConfig) -> list[tuple]:
     return columns(read_metrics(run(config).output_dir / "metrics.csv"), "loss", "eval_loss")
 
 
+@pytest.mark.usefixtures("new_programs")
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_a_compiled_run_is_the_run_without(tmp_path, monkeypatch, packed):
     config = tiny_config(tmp_path, data={"packed": packed}, max_steps=2, save_steps=None)
