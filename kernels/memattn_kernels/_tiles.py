@@ -2,9 +2,8 @@
 
 Weights of the backward are ``exp(score - lse)``, where ``lse`` and the scores' ``scale`` have
 ``exponent_factor`` in them and ``lse`` is infinite for a row without keys. With a ``cap_scale``
-scores are the ``cap_products``, and ``scale`` is a ``score_scale``. A *target* adds the gradient
-through a second softmax over the same keys, whose own part of the output is not asked for: its
-weights times minus ``delta_target``.
+scores are the ``cap_products``, and ``scale`` is a ``score_scale``. A *target* is a second softmax
+over the same keys that has a gradient of its own. It adds minus its weights times ``delta_target``.
 """
 
 import triton
