@@ -165,6 +165,7 @@ def _recall(config: DemoConfig, preset: str, options: dict[str, Any]) -> float:
             config.training(f"recall/{preset}", Stage(RECALL_STEPS, RECALL_STEPS, evaluate=False)),
             batch_size=RECALL_BATCH,
             base_model_lr=6e-3,
+            memory_lr=None,
             weight_decay=0.0,
         ),
     )
