@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 import transformers
+from model_factories import SIZES as BASE_SIZES
 from model_factories import VOCAB, perturb
 from torch import nn
 from toy_part import RunningMean, ToyConfig
@@ -12,19 +13,7 @@ from toy_part import RunningMean, ToyConfig
 from memattn.adapters import attach_memory
 from memattn.parts import Role, register_part
 
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    intermediate_size=40,
-    max_position_embeddings=128,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+SIZES = BASE_SIZES | dict(head_dim=8, max_position_embeddings=128)
 GPT2 = dict(
     vocab_size=VOCAB,
     n_embd=32,

@@ -1,20 +1,9 @@
 """Small pretrained decoders of transformers under memattn_segmented, for tests."""
 
 import torch
-from model_factories import VOCAB, make_tokens, perturb
+from model_factories import SIZES, make_tokens, perturb
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=40,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
 MIXED = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
 CONFIGS = {
     "qwen2": lambda: Qwen2Config(**SIZES),

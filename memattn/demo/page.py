@@ -129,13 +129,17 @@ def _table(report: dict[str, Any]) -> str:
 
 
 def _html_table(
-    names: Sequence[str], rows: Sequence[Sequence[str]], is_good: Callable[[str], bool]
+    names: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    is_good: Callable[[str], bool] | None = None,
 ) -> str:
-    """Rows of text; the last cell of each is a verdict."""
+    """Rows of text; with ``is_good`` the last cell of each is a verdict, or empty."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     body = []
     for cells in rows:
-        kind = "" if not cells[-1] else "good" if is_good(cells[-1]) else "bad"
+        kind = ""
+        if is_good is not None and cells[-1]:
+            kind = "good" if is_good(cells[-1]) else "bad"
         plain = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells[:-1])
         body.append(f'<tr>{plain}<td class="{kind}">{html.escape(cells[-1])}</td></tr>')
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
@@ -143,7 +147,7 @@ def _html_table(
 
 def _ideas(report: dict[str, Any]) -> list[str]:
     """One small task for each system, of the kind that its idea is for."""
-    table = _html_table((*IDEA_HEADS, ""), [(*row, "") for row in idea_rows(report["ideas"])], bool)
+    table = _html_table(IDEA_HEADS, idea_rows(report["ideas"]))
     return [
         "<h2>What each idea is for</h2>",
         "<p>One small task for each system, beside the same model without the idea.</p>",

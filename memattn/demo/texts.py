@@ -37,8 +37,6 @@ def held_out_bits(
         model=model,
         tokenizer=found.tokenizer,
         shuffle=False,
-        rank=0,
-        world_size=1,
     )
     loss = mean_loss(model, batches.one_epoch(), more)
     return bits_per_byte(loss, len(tokens.ids), tokens.num_bytes)

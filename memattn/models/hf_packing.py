@@ -12,7 +12,9 @@ from transformers import ContinuousMixin
 from memattn.checks import must
 from memattn.parts.packing import (
     document_bounds,
+    document_marks,
     find_keywords,
+    places_of_change,
     refuse_continuous_batching,
 )
 
@@ -64,24 +66,18 @@ def _check_agreement(
         return
     B, T = shape
     begins = torch.arange(B * T, device=given.device).view(B, T) % max(T, 1) == 0
-    marked = [begins if b is None else _marked(b, begins) for b in (bounds, packed)]
+    marked = [
+        begins if b is None else document_marks(b, B * T)[:-1].view(B, T) for b in (bounds, packed)
+    ]
     if given.dim() == 2:  # seq_idx
         if given.shape != begins.shape:
             must("seq_idx", f"have shape [B={B}, T={T}]", list(given.shape))
-        changes = begins.clone()
-        changes[:, 1:] = given.diff(dim=1) != 0
-        if not torch.equal(changes, marked[0]):
+        if not torch.equal(places_of_change(given), marked[0]):
             allowed = "change where position_ids or cu_seq_lens_q begin documents"
             must("seq_idx", allowed, "others")
     elif packed is not None and not torch.equal(*marked):
         must("cu_seq_lens_q", "begin documents where position_ids do", given.tolist())
     _agreed[given] = (bounds, packed)
-
-
-def _marked(bounds: Tensor, like: Tensor) -> Tensor:
-    """bool ``[B, T]``, where documents with these bounds begin."""
-    marks = torch.zeros(like.numel() + 1, dtype=torch.bool, device=like.device)
-    return marks.index_fill(0, bounds.long(), True)[:-1].view(like.shape)
 
 
 def guard_continuous_batching(name: str) -> None:

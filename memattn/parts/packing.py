@@ -62,7 +62,7 @@ class PackedRows:
     def next_labels(self, labels: Tensor, ignored: int = -100) -> Tensor:
         """What each column is to predict, ``[B, T]``: the next token of its document."""
         packed = self.put(labels)
-        begins = _marks(self.cu_seqlens, packed.shape[1])
+        begins = document_marks(self.cu_seqlens, packed.shape[1])
         ahead = torch.where(begins[1:], ignored, packed.roll(-1, 1))
         return torch.where(self.present, self.columns(ahead), ignored)
 
@@ -132,13 +132,13 @@ def read_rows(
         if bounds is None and traced:
             must("cu_seq_lens_q", "be given with seq_idx in a compiled program", "None")
         if bounds is not None:
-            begins = _marks(bounds, B * T)[:-1].view(B, T)
+            begins = document_marks(bounds, B * T)[:-1].view(B, T)
         else:
             assert seq_idx is not None
-            begins = _changes(seq_idx)
+            begins = places_of_change(seq_idx)
         name = "seq_idx" if bounds is None else "cu_seq_lens_q"
         if seq_idx is not None and bounds is not None:
-            same = (_changes(seq_idx) == begins) | ~present
+            same = (places_of_change(seq_idx) == begins) | ~present
             _agree("seq_idx", f"change where {name} begins documents", same, traced)
         if position_ids is not None:
             same = (position_ids == _places(begins, present)) | ~present
@@ -170,15 +170,15 @@ def rows_where_positions_jump(
             must("position_ids", f"be given with {next(iter(keywords))}, [B, T]", "none")
         return None
     position_ids = position_ids.expand(shape)
-    begins = _changes(position_ids, by=1)
+    begins = places_of_change(position_ids, by=1)
     traced = is_traced(position_ids)
     if traced:
         _agree("position_ids", "rise by 1 in each row", begins[:, 1:].logical_not(), traced)
         return None
-    bounds = document_bounds(keywords, shape)
+    bounds, seq_idx = document_bounds(keywords, shape), keywords.get("seq_idx")
     for name, other in (
-        ("cu_seq_lens_q", None if bounds is None else _marks(bounds, begins.numel())[:-1]),
-        ("seq_idx", None if keywords.get("seq_idx") is None else _changes(keywords["seq_idx"])),
+        ("cu_seq_lens_q", None if bounds is None else document_marks(bounds, begins.numel())[:-1]),
+        ("seq_idx", None if seq_idx is None else places_of_change(seq_idx)),
     ):
         if other is not None:
             same = begins == other.view(shape)
@@ -256,13 +256,13 @@ def _places(begins: Tensor, present: Tensor) -> Tensor:
     return torch.where(before < 0, -1, count - 1 - before)
 
 
-def _marks(bounds: Tensor, size: int) -> Tensor:
+def document_marks(bounds: Tensor, size: int) -> Tensor:
     """bool ``[size + 1]``, True at the bounds."""
     marks = torch.zeros(size + 1, dtype=torch.bool, device=bounds.device)
     return marks.index_fill(0, bounds.long(), True)
 
 
-def _changes(table: Tensor, by: int = 0) -> Tensor:
+def places_of_change(table: Tensor, by: int = 0) -> Tensor:
     """Where ``[B, T]`` is not what it is in the column before, plus ``by``."""
     first = torch.ones_like(table[:, :1], dtype=torch.bool)
     return torch.cat([first, table.diff(dim=1) != by], 1)

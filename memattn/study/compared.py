@@ -128,8 +128,6 @@ def _peak_of_step(model: Any, config: TrainConfig, corpus: Any) -> int | None:
         model=model,
         tokenizer=corpus.tokenizer,
         shuffle=True,
-        rank=0,
-        world_size=1,
     )
     inputs = {name: value.to(model.device) for name, value in next(batches).items()}
     model.train()

@@ -112,8 +112,6 @@ def _batches(study: Specialty, data: DataConfig, model: Any, *, held_out: bool) 
         model=model,
         tokenizer=corpus.tokenizer,
         shuffle=not held_out,
-        rank=0,
-        world_size=1,
     )
     return batches.one_epoch()
 

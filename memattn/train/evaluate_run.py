@@ -39,8 +39,6 @@ def answer_losses(
         model=model,
         tokenizer=tokenizer,
         shuffle=False,
-        rank=0,
-        world_size=1,
     )
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     return held_out_losses(accelerator, model, batches)

@@ -234,8 +234,8 @@ def make_batches(
     model: Any,
     tokenizer: Any,
     shuffle: bool,
-    rank: int,
-    world_size: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Batches:
     """Packed or padded batches of a configuration.
 

@@ -95,8 +95,6 @@ def _see(
         model=model,
         tokenizer=corpus.tokenizer,
         shuffle=True,
-        rank=0,
-        world_size=1,
     )
     number = -(-min(config.training.gate_rows, batches.num_rows) // size)
     numbers = sum(known.gate.hidden_size for known in gates.values())
