@@ -14,6 +14,7 @@ from memattn.demo import continual as demo_continual
 from memattn.demo import ideas as demo_ideas
 from memattn.demo import run as demo_run
 from memattn.demo.plan import MAX_EPOCHS, STAGES, WARMUP_STEPS, Plan
+from memattn.demo.workers import Workers
 from memattn.models import PRESETS, MemAttnConfig
 from memattn.train.attached import load_model_folder
 from memattn.train.metrics import read_metrics
@@ -44,6 +45,7 @@ def config(tmp_path, corpus):
         vocab_size=280,
         sizes=sizes,
         cache_dir=str(tmp_path / "cache"),
+        processes=1,
     )
 
 
@@ -136,7 +138,7 @@ def test_goes_on_after_an_interruption_and_trains_nothing_twice(config, console,
         trained.append((run.model.preset, stop_step))
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return train(run, stop_step=stop_step, progress=False, **options)
+        return train(run, stop_step=stop_step, **options | {"progress": False})
 
     # what is measured is the other test's part
     monkeypatch.setattr(demo_run, "measure_model", lambda folder, seed: dict(MEASURED))
@@ -149,9 +151,11 @@ def test_goes_on_after_an_interruption_and_trains_nothing_twice(config, console,
     assert trained.pop(1) == ()
     # there was no time after the warm-up
     stops = [WARMUP_STEPS, WARMUP_STEPS + 2]
-    assert trained == [
-        (preset, stop) for stop in stops for preset in PRESETS if preset != "shiftable"
-    ] + [(None, None)]
+    begun = [preset for preset in PRESETS if preset != "shiftable"]
+    assert trained[: len(begun)] == [(preset, stops[0]) for preset in begun]
+    # the slowest first, and then the one that begins with another's weights
+    assert sorted(trained[len(begun) : -1]) == sorted((preset, stops[1]) for preset in begun)
+    assert trained[-1] == (None, None)
     done = len(trained)
     # a system that lands later gets the same tokens
     monkeypatch.setitem(PRESETS, "late", MemAttnConfig.vanilla)
@@ -193,7 +197,7 @@ class Machine:
         monkeypatch.setattr(demo_run, "read_metrics", lambda file: self.rows[file.parent.name])
         monkeypatch.setattr(demo_run.time, "perf_counter", lambda: self.now)
 
-    def train(self, run, *, stop_step, resume):
+    def train(self, run, *, stop_step, resume, progress):
         preset, options = run.model.preset, run.training
         rows, tokens = self.rows[preset], options.batch_size * run.data.seq_len
         assert resume and len(rows) < stop_step <= options.max_steps
@@ -228,7 +232,7 @@ def test_keeps_its_time_with_equal_tokens(
     machine = Machine(monkeypatch, speeds, load)
     config = DemoConfig(out=str(tmp_path), minutes=3.0, batch_size=1, seq_len=512)
     plan = Plan({}, 512, 472_000, HELD_OUT, 1, "none")
-    demo_run._train(config, plan, console)
+    demo_run._train(config, plan, Workers(1, console), console)
     assert least < machine.now < most
     assert {len(rows) for rows in machine.rows.values()} == {plan.steps}
     assert plan.is_complete and plan.stages[-1].evaluate and len(plan.stages) <= STAGES + 1
@@ -244,7 +248,7 @@ def test_a_small_text_is_not_learned_by_heart(monkeypatch, tmp_path, console):
     Machine(monkeypatch, {"vanilla": 1 / 3000}, lambda now: 1.0)
     plan = Plan({}, 512, 30_000, 1000, 1, "none")
     config = DemoConfig(out=str(tmp_path), minutes=3.0, batch_size=1, seq_len=512)
-    demo_run._train(config, plan, console)
+    demo_run._train(config, plan, Workers(1, console), console)
     assert plan.tokens <= MAX_EPOCHS * 30_000 < plan.tokens + 512
     assert sum(stage.evaluate for stage in plan.stages) == 4
 

@@ -8,6 +8,7 @@ def demo(
     specialty: str = "moby-dick",
     seed: int = 0,
     cache_dir: str = "~/.cache/memattn",
+    processes: int | None = None,
     fresh: bool = False,
 ) -> int:
     """Train every preset on real text at equal tokens and parameters, audit each, and compare them.
@@ -24,6 +25,7 @@ def demo(
         specialty: The same, another text: what the specialists of a trained model learn.
         seed: The one seed of weights and order.
         cache_dir: Folder for fetched corpora, tokenizers and tokens.
+        processes: How many presets train at a time; one for each CPU core where it is not given.
         fresh: Delete an earlier demo in the folder first.
     """
     from memattn.demo import DemoConfig, run_demo
@@ -35,6 +37,7 @@ def demo(
         specialty=specialty,
         seed=seed,
         cache_dir=cache_dir,
+        processes=processes,
     )
     run_demo(config, fresh=fresh)
     return 0

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from memattn.checks import check_int
 from memattn.demo.plan import WARMUP_STEPS, Stage
 from memattn.models import PRESETS
 from memattn.models.factory import count_parameters, nearest_width
@@ -47,6 +48,8 @@ class DemoConfig:
         sizes: Sizes of every model, keywords of the presets. Widths of MLPs are changed so that all
             have the parameters of the plain decoder.
         cache_dir: Folder for fetched corpora, tokenizers and tokens.
+        processes: How many presets train and are measured at a time, each with its share of the
+            threads; None means one for each CPU core, and one on a GPU.
     """
 
     out: str = "runs/demo"
@@ -59,8 +62,11 @@ class DemoConfig:
     vocab_size: int = 2048
     sizes: dict[str, Any] = field(default_factory=lambda: dict(SIZES))
     cache_dir: str = "~/.cache/memattn"
+    processes: int | None = None
 
     def __post_init__(self) -> None:
+        if self.processes is not None:
+            check_int("processes", self.processes, 1)
         if not 0.0 < self.minutes < float("inf"):
             raise ValueError(f"minutes must be positive and finite, got {self.minutes}")
 

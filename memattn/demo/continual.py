@@ -6,35 +6,33 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from memattn.continual import Stream, digits_stream
 from memattn.continual.run import run_strategy
 from memattn.continual.strategies import Budget, Strategy, make_strategy
-from memattn.files import write_text
+from memattn.files import write_json
 
+CONTINUAL = "continual.json"
 STRATEGIES = ("dtgma", "finetuning")
 BUDGET = Budget(epochs=15)
 HEADS = ("strategy", "accuracy", "forgetting", "parameters", "seconds", "earlier tasks' logits")
 
 
-def measure_continual(folder: Path, seed: int, console: Console) -> list[dict[str, Any]]:
-    """Train both on the same stream, unless that was done. Empty where scikit-learn is missing."""
-    if find_spec("sklearn") is None:
-        console.print("dtgma: not run, scikit-learn is not installed (memattn\\[digits])")
-        return []
-    file = folder / "continual.json"
+def has_digits() -> bool:
+    """Whether scikit-learn is here, whose digits these are."""
+    return find_spec("sklearn") is not None
+
+
+def measure_continual(folder: Path, seed: int) -> list[dict[str, Any]]:
+    """Train both on the same stream, unless that was done."""
+    file = folder / CONTINUAL
     if file.is_file():
-        console.print("dtgma: kept from before", highlight=False)
         return json.loads(file.read_text(encoding="utf-8"))
     stream = digits_stream(seed=seed)
-    results = []
-    for name in STRATEGIES:
-        with console.status(f"{name} on {stream.name}, {len(stream)} tasks"):
-            results.append(_run(make_strategy(name, stream, BUDGET, seed), stream))
-    write_text(file, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    results = [_run(make_strategy(name, stream, BUDGET, seed), stream) for name in STRATEGIES]
+    write_json(file, results)
     return results
 
 

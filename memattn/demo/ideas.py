@@ -4,11 +4,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -16,6 +16,7 @@ from memattn.demo.config import STARTS, DemoConfig
 from memattn.demo.plan import Stage
 from memattn.demo.rows import format_bytes
 from memattn.demo.texts import held_out_bits, held_out_ids
+from memattn.demo.workers import Workers
 from memattn.evaluate import recall
 from memattn.evaluate.batch_loss import base_alone
 from memattn.files import write_json
@@ -46,27 +47,28 @@ Row = dict[str, str]
 
 
 def measure_ideas(
-    config: DemoConfig, results: Sequence[Mapping[str, Any]], console: Console
+    config: DemoConfig, results: Sequence[Mapping[str, Any]], workers: Workers
 ) -> list[Row]:
     """Measure every preset that has such a task, unless that was done.
 
     Args:
         config: The demo, whose models are trained.
         results: What the demo measured of each preset.
-        console: Where to say what was kept.
+        workers: Who measures.
     """
     file = Path(config.out) / "ideas.json"
-    rows: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    known = {row["system"] for row in rows}
+    rows: dict[str, Row] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     states = {result["preset"]: result["state_bytes"][-1] for result in results}
-    for preset, measure in _MEASURES.items():
-        if preset not in PRESETS or preset in known:
-            continue
-        with console.status(f"{preset}: what its idea is for"):
-            task, found, without = measure(config, states)
-        rows.append(dict(zip(IDEA_KEYS, (preset, task, found, without), strict=True)))
+    jobs = {
+        preset: partial(measure, config, states)
+        # the longest first: these have to train
+        for preset, measure in reversed(_MEASURES.items())
+        if preset in PRESETS and preset not in rows
+    }
+    for preset, cells in workers.run(jobs, "what each idea is for:"):
+        rows[preset] = dict(zip(IDEA_KEYS, (preset, *cells), strict=True))
         write_json(file, rows)
-    return rows
+    return [rows[preset] for preset in _MEASURES if preset in rows]
 
 
 IDEA_KEYS = ("system", "task", "found", "without")
@@ -169,7 +171,7 @@ def _recall(config: DemoConfig, preset: str, options: dict[str, Any]) -> float:
             weight_decay=0.0,
         ),
     )
-    result = train(run, resume=True)
+    result = train(run, resume=True, progress=False)
     assert run.data.task is not None
     found = recall(
         load_model_folder(result.output_dir / "model"),

@@ -1,15 +1,16 @@
 """How many steps every preset of the demo gets: planned, measured and planned again.
 
-The presets train in turns, one stage at a time. The first stage is the warm-up of the learning
-rate, which is the same for every number of steps: it measures each preset at its real work, and
-nothing is decided before it. Then the number of steps is what fits into the time, and at the end of
-each stage it is cut to what fits still, should the machine have become slower. All presets go
-through the same stages, so that tokens and learning rates are equal at every step.
+Training goes stage by stage: the next one begins when all presets have done the last one. The first
+stage is the warm-up of the learning rate, which is the same for every number of steps: it measures
+each preset at its real work, and nothing is decided before it. Then the number of steps is what
+fits into the time, and at the end of each stage it is cut to what fits still, should the machine
+have become slower. All presets go through the same stages, so that tokens and learning rates are
+equal at every step.
 """
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Plan:
         held_out_tokens: Tokens held out.
         held_out_bytes: Bytes of their text.
         device: Where it runs.
+        processes: How many presets train at a time.
         evaluations: Held-out evaluations in every run, decided after the warm-up.
         stages: The warm-up, and what was planned since.
     """
@@ -73,6 +75,7 @@ class Plan:
     held_out_tokens: int
     held_out_bytes: int
     device: str
+    processes: int = 1
     evaluations: int = EVALUATIONS
     stages: list[Stage] = field(
         default_factory=lambda: [Stage(WARMUP_STEPS, 2 * WARMUP_STEPS, evaluate=False)]
@@ -102,10 +105,12 @@ class Plan:
         """
         last, number = self.stages[-1], len(self.stages)
         left = STAGES - number + 1
-        spent = sum(taken.seconds for stage in self.stages for taken in stage.times.values())
+        spent = sum(
+            self._together(taken.seconds for taken in stage.times.values()) for stage in self.stages
+        )
         # of all presets together, each at its own speed
-        seconds_per_token = sum(last.times[preset].seconds_per_token for preset in presets)
-        overhead = sum(self._overhead(self.stages[0].times[preset]) for preset in presets)
+        seconds_per_token = self._together(last.times[p].seconds_per_token for p in presets)
+        overhead = self._together(self._overhead(self.stages[0].times[p]) for p in presets)
         tokens = (seconds - spent - left * overhead) / seconds_per_token
         evaluation = self.held_out_tokens / 3  # a forward pass is a third of a step's work
         if number == 1:
@@ -123,6 +128,20 @@ class Plan:
         steps = max(least, min(most, last.stop + int(tokens / self.step_tokens)))
         stop = steps if steps == least else last.stop + math.ceil((steps - last.stop) / left)
         self.stages.append(Stage(stop, steps, stop == steps or self._evaluates(number)))
+
+    def longest_first(self, presets: Iterable[str]) -> list[str]:
+        """The presets in the order in which processes that share them are done soonest."""
+        times = self.stages[0].times
+        cost = lambda preset: times[preset].seconds_per_token if preset in times else 0.0
+        return sorted(presets, key=cost, reverse=True)
+
+    def _together(self, seconds: Iterable[float]) -> float:
+        """Time of several pieces of work, given to the processes with the longest first."""
+        busy = [0.0] * self.processes
+        for piece in sorted(seconds, reverse=True):
+            busy.sort()
+            busy[0] += piece
+        return max(busy)
 
     def _overhead(self, time: StageTime) -> float:
         """Seconds of a warm-up that are no training: building the model, the checkpoint."""

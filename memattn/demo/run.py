@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -17,23 +18,24 @@ from rich.console import Console
 from rich.table import Table
 
 from memattn.demo.config import ADDED_STEPS, STARTS, DemoConfig
-from memattn.demo.continual import continual_table, measure_continual
+from memattn.demo.continual import CONTINUAL, continual_table, has_digits, measure_continual
 from memattn.demo.ideas import idea_table, measure_ideas
 from memattn.demo.measure import measure_model
 from memattn.demo.page import write_page
 from memattn.demo.plan import Plan, Stage, StageTime
 from memattn.demo.rows import columns, table_rows, yardstick_rows
 from memattn.demo.texts import held_out_bits
+from memattn.demo.workers import Workers, default_processes
 from memattn.demo.yardsticks import measure_yardsticks
 from memattn.evaluate import bits_per_byte
-from memattn.files import write_text
+from memattn.files import write_json
 from memattn.models import PRESETS
-from memattn.train import train
+from memattn.train import TrainConfig, train
 from memattn.train.attached import load_model_folder
 from memattn.train.metrics import read_metrics
 from memattn.train.setup import prepare_data
 
-PLAN = "plan.json"
+PLAN, RESULT = "plan.json", "result.json"
 
 
 def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None = None) -> Path:
@@ -64,13 +66,10 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
     began = time.perf_counter()
     plan = _plan(config, out, console)
     yardsticks = measure_yardsticks(config, console)
-    _train(config, plan, console)
-    for preset in filter(STARTS.get, PRESETS):
-        if not (out / preset / "model").is_dir():
-            train(config.added_config(preset, _added_steps(plan)), resume=True)
-    results = [_result(config, plan, preset, console) for preset in PRESETS]
-    ideas = measure_ideas(config, results, console)
-    continual = measure_continual(out, config.seed, console)
+    with Workers(plan.processes, console) as workers:
+        _train(config, plan, workers, console)
+        results, continual = _measure(config, plan, workers, console)
+        ideas = measure_ideas(config, results, workers)
     report = {
         "config": asdict(config),
         **asdict(plan),
@@ -83,7 +82,7 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
         "ideas": ideas,
         "continual": continual,
     }
-    write_text(out / "results.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_json(out / "results.json", report)
     curves = {r["preset"]: read_metrics(out / r["preset"] / "metrics.csv") for r in results}
     page = write_page(out, report, curves)
     console.print(_table(report))
@@ -135,19 +134,27 @@ def _plan(config: DemoConfig, out: Path, console: Console) -> Plan:
         held_out_tokens=len(held_out.ids),
         held_out_bytes=held_out.num_bytes,
         device=_device(),
+        processes=config.processes or default_processes(len(_from_nothing())),
     )
     plan.save(file)
     return plan
 
 
-def _train(config: DemoConfig, plan: Plan, console: Console) -> None:
-    """Train all presets in turns, stage by stage, until the plan is complete."""
+def _train(config: DemoConfig, plan: Plan, workers: Workers, console: Console) -> None:
+    """Train all presets, stage by stage, until the plan is complete."""
     for number in itertools.count():
         stage = plan.stages[number]
-        for preset in _from_nothing():
-            if preset not in stage.times:
-                stage.times[preset] = _train_stage(config, plan, number, preset)
-                plan.save(Path(config.out) / PLAN)
+        first = plan.stages[number - 1].stop if number else 0
+        jobs = {
+            preset: partial(
+                train_stage, config.train_config(preset, stage), stage.stop, first, workers.alone
+            )
+            for preset in plan.longest_first(_from_nothing())
+            if preset not in stage.times
+        }
+        for preset, time_taken in workers.run(jobs, None if workers.alone else "training"):
+            stage.times[preset] = time_taken
+            plan.save(Path(config.out) / PLAN)
         if number == len(plan.stages) - 1:
             if plan.is_complete:
                 return
@@ -172,38 +179,70 @@ def _added_steps(plan: Plan) -> int:
     return max(1, round(ADDED_STEPS * plan.steps))
 
 
-def _train_stage(config: DemoConfig, plan: Plan, number: int, preset: str) -> StageTime:
-    """Train one preset for one stage."""
-    stage = plan.stages[number]
+def train_stage(run: TrainConfig, stop: int, first: int, progress: bool) -> StageTime:
+    """Train one preset for one stage.
+
+    Args:
+        run: The whole run.
+        stop: Step at which the stage ends.
+        first: Step at which it begins.
+        progress: Whether to show a progress bar.
+    """
     began = time.perf_counter()
-    try:
-        train(config.train_config(preset, stage), resume=True, stop_step=stage.stop)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"in {preset}; the same command goes on from there") from stop
+    train(run, resume=True, stop_step=stop, progress=progress)
     seconds = time.perf_counter() - began
-    first = plan.stages[number - 1].stop if number else 0
-    rows = read_metrics(Path(config.out) / preset / "metrics.csv")
+    rows = read_metrics(Path(run.training.output_dir) / "metrics.csv")
     speeds = [r["tokens_per_second"] for r in rows if r["tokens_per_second"] and r["step"] > first]
     return StageTime(seconds, sum(1.0 / speed for speed in speeds) / len(speeds))
 
 
-def _result(config: DemoConfig, plan: Plan, preset: str, console: Console) -> dict[str, Any]:
-    """Measure one trained preset, unless that was done."""
+def _measure(
+    config: DemoConfig, plan: Plan, workers: Workers, console: Console
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What each preset and DTG-MA have come to, unless that was measured."""
+    out = Path(config.out)
+    jobs: dict[str, Any] = {
+        preset: partial(measure_preset, config, plan, preset)
+        # the longest first: these have to train
+        for preset in sorted(PRESETS, key=lambda name: name not in STARTS)
+    }
+    kept = {preset for preset in jobs if (out / preset / RESULT).is_file()}
+    continual: list[dict[str, Any]] = []
+    if has_digits():
+        jobs = {"dtgma": partial(measure_continual, out, config.seed), **jobs}
+        kept |= {"dtgma"} if (out / CONTINUAL).is_file() else set()
+    else:
+        console.print("dtgma: not run, scikit-learn is not installed (memattn\\[digits])")
+    results = {}
+    for name, found in workers.run(jobs, "measuring"):
+        if name == "dtgma":
+            continual, said = found, "measured"
+        else:
+            results[name] = found
+            verdict = found["audit"]["verdict"]
+            said = f"{found['bits_per_byte']:.3f} bits per byte, audit {verdict}"
+        console.print(f"{name}: {'kept from before' if name in kept else said}", highlight=False)
+    return [results[preset] for preset in PRESETS], continual
+
+
+def measure_preset(config: DemoConfig, plan: Plan, preset: str) -> dict[str, Any]:
+    """Measure one trained preset, unless that was done.
+
+    A preset that begins with the weights of another is trained first.
+    """
     folder = Path(config.out) / preset
-    file = folder / "result.json"
+    file = folder / RESULT
     if file.is_file():
-        console.print(f"{preset}: kept from before", highlight=False)
         return json.loads(file.read_text(encoding="utf-8"))
-    with console.status(f"auditing {preset}"):
-        measured = measure_model(folder / "model", seed=config.seed)
+    if preset in STARTS and not (folder / "model").is_dir():
+        train(config.added_config(preset, _added_steps(plan)), resume=True, progress=False)
+    measured = measure_model(folder / "model", seed=config.seed)
     rows = read_metrics(folder / "metrics.csv")
     trained = [row for row in rows if row["loss"] is not None]
     if preset in STARTS:  # it was trained on another text
         bits = held_out_bits(config, load_model_folder(folder / "model"))
     else:
         bits = bits_per_byte(rows[-1]["eval_loss"], plan.held_out_tokens, plan.held_out_bytes)
-    audit = measured["audit"]
-    console.print(f"{preset}: {bits:.3f} bits per byte, audit {audit['verdict']}")
     result = {
         "preset": preset,
         "start": STARTS.get(preset),
@@ -215,7 +254,7 @@ def _result(config: DemoConfig, plan: Plan, preset: str, console: Console) -> di
         "seconds": rows[-1]["seconds"],
         **measured,
     }
-    write_text(file, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_json(file, result)
     return result
 
 
