@@ -41,7 +41,7 @@ def test_nothing_of_a_wrong_operator_is_printed_or_written(monkeypatch, capsys, 
     assert __main__.main([*arguments, "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "wrong result, nothing is printed: segmented_attention, window T=24" in printed.err
+    assert "wrong result, so no times are printed: segmented_attention, window T=24" in printed.err
     assert not (tmp_path / "out").exists()
 
 
@@ -246,7 +246,7 @@ def test_gpu_bars_without_a_gpu_are_not_measured(capsys):
     assert "TFLOP/s" not in re.sub(r"[<>]= [\d.]+ TFLOP/s", "", capsys.readouterr().out)
 
 
-# front doors
+# command line
 
 
 def in_new_process(command: list[str]) -> subprocess.CompletedProcess:

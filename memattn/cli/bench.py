@@ -45,7 +45,7 @@ def bench(
         backend: Backend of our operators.
         seed: Seed of the inputs.
     """
-    from memattn.bench.front import command
+    from memattn.bench.cli_entry import command
 
     return command(
         operators,

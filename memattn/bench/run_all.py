@@ -1,9 +1,9 @@
-"""``memattn bench --all``: the suite of the device at hand, as records, plots and pages.
+"""``memattn bench --all``: measure every operator on one device; write records, plots and pages.
 
-In a folder stand ``bench.md``, where machines are beside each other, and for each of them
-``bench-<machine>.md`` with all rows and ``machines/<machine>/<operator>.json`` and ``.png``. Pages
-hold nothing but what the records say, and are written anew after each operator, so that a run that
-is cut off leaves what it measured.
+The output folder holds ``bench.md``, which compares all machines, and for each machine
+``bench-<machine>.md`` with all its rows and ``machines/<machine>/<operator>.json`` and ``.png``. All
+numbers on the pages come from the records. The pages are rewritten after each operator, so an
+interrupted run keeps what it measured.
 """
 
 import json
@@ -42,15 +42,15 @@ def run_all(
     """Measure the bars of one device, operator by operator, and write pages of all records.
 
     Args:
-        names: Operators; None for all. Records of the others stay as they are.
+        names: Operators; None for all. Records of other operators are left unchanged.
         out: The folder of pages and records.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``: CUDA where there is one.
         backend: Backend of our operators.
         seed: Seed of the inputs.
-        effort: How long to measure; None means as a suite does.
+        effort: How long to measure; None for the times of a suite.
 
     Returns:
-        The name under which the machine stands.
+        The machine's name in files and pages.
 
     Raises:
         WrongResultError: If one of our operators is wrong. What was measured before is kept.
@@ -89,7 +89,7 @@ def run_all(
 
 
 def machine_name(machine: Mapping[str, Any], device: str) -> str:
-    """A name for files: of the card, or of the processor with its threads and vectors."""
+    """The machine's name in files: the GPU, or the processor with vector set and threads."""
     cpu = machine["cpu"]
     text = machine["gpu"] if device == "cuda" else None
     text = text or f"{cpu['name']} {cpu['capability']} {cpu['threads']} threads"
