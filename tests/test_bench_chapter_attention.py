@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memattn.bench import chapter_attention as bench
-from memattn.bench.bars import Found, PeakBar
+from memattn.bench.bars import BarInputs, PeakBar
 from memattn.bench.chapter_attention import BankBytesBar, ChapterCase
 from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
 from memattn.ops import chapter_attention
@@ -95,9 +95,9 @@ def test_bars_ask_for_peers_that_there_are():
 def test_bars_of_memory():
     base, case = small(), small(K=4)
     bar = PeakBar(case=case, base=base, direction="forward", target=1.1)
-    assert bar.reached(Found()) is None
-    assert bar.reached(Found(peaks={bar.memory: [100, 105]})) == 1.05
+    assert bar.reached(BarInputs()) is None
+    assert bar.reached(BarInputs(peaks={bar.memory: [100, 105]})) == 1.05
     assert bar.holds(1.05, bar.target)
     assert "K=4" in bar.name
     bar = BankBytesBar(case=small("int8"), base=base, direction="forward", target=0.3)
-    assert bar.reached(Found()) == (8 + 4) / (4 * 8)
+    assert bar.reached(BarInputs()) == (8 + 4) / (4 * 8)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memattn.bench.bars import Found, PeerPeakBar
+from memattn.bench.bars import BarInputs, PeerPeakBar
 from memattn.bench.chapter_router import COMPOSITION, RouterCase
 from memattn.bench.engine import OURS, Row
 from memattn.bench.gate import Oracle, check_peer, check_subject
@@ -36,8 +36,8 @@ def test_bars_of_speed_and_of_memory():
         assert set(bar.peers) <= bar.case.peers().keys()
     bar = PeerPeakBar(case=CASE, direction="forward+backward", target=0.25, against=COMPOSITION)
     assert sum(isinstance(other, PeerPeakBar) for other in bars) == 2
-    assert bar.reached(Found()) is None
-    found = Found(
+    assert bar.reached(BarInputs()) is None
+    found = BarInputs(
         rows={
             key: Row(*key, peak_bytes=n)
             for key, n in zip(

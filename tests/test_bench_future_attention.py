@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memattn.bench.bars import CostBar, Found
+from memattn.bench.bars import CostBar, BarInputs
 from memattn.bench.engine import Row
 from memattn.bench.future_attention import OUR_PAST, FutureCase
 from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
@@ -77,8 +77,8 @@ def test_cost_is_per_pair_of_the_yardstick():
         against=OUR_PAST,
         priced=replace(case, kind="future"),
     )
-    assert bar.reached(Found()) is None
-    found = Found()
+    assert bar.reached(BarInputs()) is None
+    found = BarInputs()
     row = Row(case, "forward", OUR_PAST, Timing((1.0,)), speedup=Timing((0.5,)))
     found.rows[case, "forward", OUR_PAST] = row
     past, band = case.pairs()

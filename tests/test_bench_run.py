@@ -16,7 +16,7 @@ from memattn.bench.bars import (
     BackwardBar,
     FasterBar,
     FlatTimeBar,
-    Found,
+    BarInputs,
     LinearMemoryBar,
     RateBar,
     RoofBar,
@@ -177,7 +177,7 @@ def test_suite_measures_its_bars(monkeypatch, capsys, tmp_path):
 def test_bars_by_hand():
     case = small("window", T=32)
     speed, rate, roof, backward, flat, memory = bars_of_one_case()
-    found = Found(roofs={("cpu", torch.float32): Roofs(1e9, 1e15, 1e15)})
+    found = BarInputs(roofs={("cpu", torch.float32): Roofs(1e9, 1e15, 1e15)})
     forward = Timing((0.5,))
     found.rows[case, "forward", OURS] = Row(case, "forward", OURS, forward)
     found.rows[case, "backward", OURS] = Row(case, "backward", OURS, Timing((1.0,)))
@@ -196,7 +196,7 @@ def test_bars_by_hand():
     assert not flat.holds(1.6, 1.5)
     assert not speed.holds(1.4, 1.5)
     # nothing to compare with: no number
-    assert flat.reached(Found()) is memory.reached(Found()) is speed.reached(Found()) is None
+    assert flat.reached(BarInputs()) is memory.reached(BarInputs()) is speed.reached(BarInputs()) is None
 
 
 def test_bars_ask_for_what_is_required():
@@ -234,7 +234,7 @@ def test_bfloat16_has_bars_where_the_processor_multiplies_it(has_products, monke
     assert found[f"{name}, backward: speed over dense T=2048 D=64"] == 1.6
     faster = next(bar for bar in bars if isinstance(bar, FasterBar))
     slow, fast = (Timing((seconds,) * 3) for seconds in (0.3, 0.1))
-    assert faster.reached(Found(times={faster.times: [slow, fast]})) == pytest.approx(3.0)
+    assert faster.reached(BarInputs(times={faster.times: [slow, fast]})) == pytest.approx(3.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests what is said without CUDA")

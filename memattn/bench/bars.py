@@ -22,8 +22,8 @@ Sweep = tuple[tuple[Case, ...], str]  # cases to compare with each other, and th
 
 
 @dataclass
-class Found:
-    """What a suite has measured."""
+class BarInputs:
+    """The measurements that the bars of a suite are computed from."""
 
     rows: dict[tuple[Case, str, str], Row] = field(default_factory=dict)
     roofs: dict[tuple[str, torch.dtype], Roofs] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Bar(ABC):
         return (self.direction,)
 
     @abstractmethod
-    def reached(self, found: Found) -> float | None:
+    def reached(self, measured: BarInputs) -> float | None:
         """The number, or None where something it needs could not be measured."""
 
     def holds(self, value: float, limit: float) -> bool:
@@ -98,8 +98,8 @@ class SpeedBar(Bar):
     def peers(self) -> tuple[str, ...]:
         return self.against
 
-    def reached(self, found: Found) -> float | None:
-        rows = [found.rows.get((self.case, self.direction, name)) for name in self.against]
+    def reached(self, measured: BarInputs) -> float | None:
+        rows = [measured.rows.get((self.case, self.direction, name)) for name in self.against]
         ratios = [row.speedup.median for row in rows if row is not None and row.speedup]
         return min(ratios, default=None)
 
@@ -125,8 +125,8 @@ class CostBar(Bar):
     def peers(self) -> tuple[str, ...]:
         return (self.against,)
 
-    def reached(self, found: Found) -> float | None:
-        row = found.rows.get((self.case, self.direction, self.against))
+    def reached(self, measured: BarInputs) -> float | None:
+        row = measured.rows.get((self.case, self.direction, self.against))
         yardstick = self.case.peers()[self.against].yardstick
         if row is None or row.speedup is None or yardstick is None:
             return None
@@ -147,8 +147,8 @@ class RateBar(Bar):
     def name(self) -> str:
         return f"{super().name}: useful rate"
 
-    def reached(self, found: Found) -> float | None:
-        timing = found.ours(self.case, self.direction).timing
+    def reached(self, measured: BarInputs) -> float | None:
+        timing = measured.ours(self.case, self.direction).timing
         if timing is None:
             return None
         return work_of(self.case.work(), self.direction).flops / timing.median / 1e12
@@ -165,8 +165,8 @@ class TimeBar(Bar):
     def name(self) -> str:
         return f"{super().name}: time"
 
-    def reached(self, found: Found) -> float | None:
-        timing = found.ours(self.case, self.direction).timing
+    def reached(self, measured: BarInputs) -> float | None:
+        timing = measured.ours(self.case, self.direction).timing
         return None if timing is None else 1e3 * timing.median
 
 
@@ -180,11 +180,11 @@ class RoofBar(Bar):
     def name(self) -> str:
         return f"{super().name}: share of the roof"
 
-    def reached(self, found: Found) -> float | None:
-        timing = found.ours(self.case, self.direction).timing
+    def reached(self, measured: BarInputs) -> float | None:
+        timing = measured.ours(self.case, self.direction).timing
         if timing is None:
             return None
-        roofs = found.roofs[roof_key(self.case)]
+        roofs = measured.roofs[roof_key(self.case)]
         return 100 * roofs.seconds(work_of(self.case.work(), self.direction)) / timing.median
 
 
@@ -205,8 +205,8 @@ class BackwardBar(Bar):
     def directions(self) -> tuple[str, ...]:
         return ("forward", "backward")
 
-    def reached(self, found: Found) -> float | None:
-        forward, backward = (found.ours(self.case, d).timing for d in self.directions)
+    def reached(self, measured: BarInputs) -> float | None:
+        forward, backward = (measured.ours(self.case, d).timing for d in self.directions)
         if forward is None or backward is None:
             return None
         return backward.median / forward.median
@@ -232,8 +232,8 @@ class FasterBar(Bar):
     def directions(self) -> tuple[str, ...]:
         return ()
 
-    def reached(self, found: Found) -> float | None:
-        timings = found.times.get(self.times)
+    def reached(self, measured: BarInputs) -> float | None:
+        timings = measured.times.get(self.times)
         return None if timings is None else timings[0].median / timings[1].median
 
 
@@ -270,8 +270,8 @@ class FlatTimeBar(SweepBar):
     def times(self) -> Sweep:
         return self.sweep
 
-    def reached(self, found: Found) -> float | None:
-        timings = found.times.get(self.sweep)
+    def reached(self, measured: BarInputs) -> float | None:
+        timings = measured.times.get(self.sweep)
         if timings is None:
             return None
         cases, _ = self.sweep
@@ -291,8 +291,8 @@ class LinearMemoryBar(SweepBar):
     def memory(self) -> Sweep:
         return self.sweep
 
-    def reached(self, found: Found) -> float | None:
-        peaks = found.peaks.get(self.sweep)
+    def reached(self, measured: BarInputs) -> float | None:
+        peaks = measured.peaks.get(self.sweep)
         if peaks is None or not peaks[0] or peaks[-1] is None:
             return None
         cases, _ = self.sweep
@@ -328,8 +328,8 @@ class PeakBar(BytesBar):
     def memory(self) -> Sweep:
         return (self.base, self.case), self.direction
 
-    def reached(self, found: Found) -> float | None:
-        peaks = found.peaks.get(self.memory)
+    def reached(self, measured: BarInputs) -> float | None:
+        peaks = measured.peaks.get(self.memory)
         if peaks is None or not peaks[0] or peaks[1] is None:
             return None
         return peaks[1] / peaks[0]
@@ -357,9 +357,9 @@ class PeerPeakBar(Bar):
         """The rows whose peak has to be measured."""
         return {(self.case, self.direction, name) for name in (OURS, self.against)}
 
-    def reached(self, found: Found) -> float | None:
+    def reached(self, measured: BarInputs) -> float | None:
         ours, its = (
-            found.rows.get((self.case, self.direction, name)) for name in (OURS, self.against)
+            measured.rows.get((self.case, self.direction, name)) for name in (OURS, self.against)
         )
         if ours is None or its is None or ours.peak_bytes is None or not its.peak_bytes:
             return None

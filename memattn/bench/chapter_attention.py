@@ -14,7 +14,7 @@ from memattn.bench.bars import (
     Bar,
     BytesBar,
     CostBar,
-    Found,
+    BarInputs,
     PeakBar,
     RateBar,
     SpeedBar,
@@ -361,7 +361,7 @@ class BankBytesBar(BytesBar):
 
     what: ClassVar[str] = "memory of the bank"
 
-    def reached(self, found: Found) -> float:
+    def reached(self, measured: BarInputs) -> float:
         ours, its = (sum(x.nbytes for x in c.bank().values()) for c in (self.case, self.base))
         return ours / its
 

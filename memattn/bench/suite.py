@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from memattn.bench import report
-from memattn.bench.bars import Bar, Found, PeerPeakBar, Sweep
+from memattn.bench.bars import Bar, BarInputs, PeerPeakBar, Sweep
 from memattn.bench.case import Case
 from memattn.bench.engine import (
     OURS,
@@ -40,7 +40,7 @@ def run_suite(
         for case in sweep:
             checks.setdefault(case, []).append(direction)
 
-    found, turns = Found(), roof_turns(effort)
+    measured, turns = BarInputs(), roof_turns(effort)
     rows: list[Row] = []
     with report.progress(len(checks) + len(cases) + 1 + len(times) + len(memory)) as step:
         check_all(checks, backend, effort, step)
@@ -54,29 +54,29 @@ def run_suite(
                 peers=peers[case],
                 effort=effort,
             )
-        found.rows = {(row.case, row.direction, row.competitor): row for row in rows}
+        measured.rows = {(row.case, row.direction, row.competitor): row for row in rows}
         peaks = set[Any]().union(*(bar.peaks for bar in bars if isinstance(bar, PeerPeakBar)))
         step("memory beside peers")
-        add_cpu_memory([row for key, row in found.rows.items() if key in peaks], backend)
+        add_cpu_memory([row for key, row in measured.rows.items() if key in peaks], backend)
         for sweep, direction in times:
             step(f"{len(sweep)} cases of {sweep[0].kind}, {direction}")
             if _possible(sweep, backend, effort):
-                found.times[sweep, direction] = measure_together(
+                measured.times[sweep, direction] = measure_together(
                     sweep, backend=backend, direction=direction, effort=effort
                 )
         for sweep, direction in memory:
             step(f"{sweep[0].kind} at {len(sweep)} lengths, {direction}, memory")
             if _possible(sweep, backend, effort):
-                found.peaks[sweep, direction] = _peaks(sweep, direction, backend)
-    found.roofs = turns.best()
+                measured.peaks[sweep, direction] = _peaks(sweep, direction, backend)
+    measured.roofs = turns.best()
     record = {
         "machine": report.machine(seed),
         "backend": backend,
         "suite": suite,
         "roofs": turns.records(),
         "rows": report.row_records(rows, turns),
-        "sweeps": _sweep_records(found),
-        "bars": [bar_record(bar, found, backend, effort) for bar in bars],
+        "sweeps": _sweep_records(measured),
+        "bars": [bar_record(bar, measured, backend, effort) for bar in bars],
     }
     report.print_rows(suite, record["rows"])
     _print_bars(record["bars"])
@@ -96,13 +96,13 @@ def _peaks(sweep: Sequence[Case], direction: str, backend: str) -> list[int | No
     ]
 
 
-def _sweep_records(found: Found) -> list[dict[str, Any]]:
+def _sweep_records(measured: BarInputs) -> list[dict[str, Any]]:
     """Times and peaks over the lengths, for JSON."""
-    sweeps: dict[Sweep, None] = dict.fromkeys([*found.times, *found.peaks])
+    sweeps: dict[Sweep, None] = dict.fromkeys([*measured.times, *measured.peaks])
     records = []
     for sweep in sweeps:
         cases, direction = sweep
-        timings, peaks = found.times.get(sweep), found.peaks.get(sweep)
+        timings, peaks = measured.times.get(sweep), measured.peaks.get(sweep)
         for index, case in enumerate(cases):
             records.append(
                 {
@@ -118,9 +118,9 @@ def _sweep_records(found: Found) -> list[dict[str, Any]]:
     return records
 
 
-def bar_record(bar: Bar, found: Found, backend: str, effort: Effort) -> dict[str, Any]:
+def bar_record(bar: Bar, measured: BarInputs, backend: str, effort: Effort) -> dict[str, Any]:
     """What a bar requires and what was reached, for JSON."""
-    reached = bar.reached(found)
+    reached = bar.reached(measured)
     record: dict[str, Any] = {
         "bar": bar.name,
         "operator": bar.case.operator,
@@ -136,13 +136,13 @@ def bar_record(bar: Bar, found: Found, backend: str, effort: Effort) -> dict[str
         "reason": None,
     }
     if reached is None:
-        record["reason"] = _reason(bar, found, backend, effort)
+        record["reason"] = _reason(bar, measured, backend, effort)
     elif bar.must is not None:
         record["met_must"] = bar.holds(reached, bar.must)
     return record
 
 
-def _reason(bar: Bar, found: Found, backend: str, effort: Effort) -> str:
+def _reason(bar: Bar, measured: BarInputs, backend: str, effort: Effort) -> str:
     """Why a bar could not be measured."""
     needed = [*(bar.times or ((), ""))[0], *(bar.memory or ((), ""))[0], bar.case]
     for case in needed:
@@ -150,7 +150,7 @@ def _reason(bar: Bar, found: Found, backend: str, effort: Effort) -> str:
         if reason is not None:
             return reason
     names = [OURS, *bar.peers]
-    rows = [found.rows.get((bar.case, bar.direction, name)) for name in names]
+    rows = [measured.rows.get((bar.case, bar.direction, name)) for name in names]
     return "; ".join(f"{r.competitor}: {r.reason}" for r in rows if r and r.reason) or (
         "not measured: this system does not tell the memory of a process"
     )

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from memattn.bench import report
-from memattn.bench.bars import Bar, Found, Sweep
+from memattn.bench.bars import Bar, BarInputs, Sweep
 from memattn.bench.case import Case, operators
 from memattn.bench.engine import OURS, Effort, Row, measure_between_roofs, measure_together
 from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
@@ -191,7 +191,7 @@ def speed_jobs(names: tuple[str, ...], *, dry: bool, wrong: Iterable[str]) -> li
     return jobs
 
 
-_FOUND = Found()  # what this process has measured
+_BAR_INPUTS = BarInputs()  # what this process has measured
 _TURNS = RoofTurns(seconds=0.03)  # and the roofs beside it
 
 
@@ -211,20 +211,20 @@ def measure(job: Job) -> Result:
             effort=EFFORT,
             check_peers=False,
         )
-        _FOUND.roofs = _TURNS.best()
-    _FOUND.rows |= {(row.case, row.direction, row.competitor): row for row in rows}
+        _BAR_INPUTS.roofs = _TURNS.best()
+    _BAR_INPUTS.rows |= {(row.case, row.direction, row.competitor): row for row in rows}
     torch.cuda.empty_cache()
     return {
         "status": "ok",
         "rows": report.row_records(rows, _TURNS),
         "roofs": _TURNS.records(),
-        "bars": [bar_record(bar, _FOUND, "triton", EFFORT) for bar in _told(chosen, case)],
+        "bars": [bar_record(bar, _BAR_INPUTS, "triton", EFFORT) for bar in _told(chosen, case)],
     }
 
 
 def _told(chosen: Plan, case: Case) -> list[Bar]:
     """Bars of the case for which everything is measured."""
-    rows = _FOUND.rows
+    rows = _BAR_INPUTS.rows
     return [
         bar
         for bar in chosen.bars
@@ -243,7 +243,7 @@ def measure_sweep(job: Job) -> Result:
         for case in sweep:
             call_of(case, case.subject("triton"), direction)()
         return {"status": "ok", "rows": [], "bars": []}
-    _FOUND.times[sweep, direction] = measure_together(
+    _BAR_INPUTS.times[sweep, direction] = measure_together(
         sweep, backend="triton", direction=direction, effort=EFFORT
     )
     torch.cuda.empty_cache()
@@ -251,7 +251,7 @@ def measure_sweep(job: Job) -> Result:
     return {
         "status": "ok",
         "rows": [],
-        "bars": [bar_record(bar, _FOUND, "triton", EFFORT) for bar in bars],
+        "bars": [bar_record(bar, _BAR_INPUTS, "triton", EFFORT) for bar in bars],
     }
 
 
