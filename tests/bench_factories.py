@@ -3,11 +3,11 @@
 import torch
 
 from memattn.bench import gate
-from memattn.bench.engine import Effort
+from memattn.bench.engine import TimingBudget
 from memattn.bench.segmented_attention import SegmentedCase
 from memattn.ops import segmented_attention
 
-QUICK = Effort(seconds=0.0, min_rounds=3, compiled=False)
+QUICK = TimingBudget(seconds=0.0, min_rounds=3, compiled=False)
 SMALL = {"B": 2, "H": 4, "Hkv": 2, "D": 16, "window_size": 9, "segment_len": 16, "P": 3, "M": 5}
 
 

@@ -157,7 +157,12 @@ def test_roofs_are_the_best_of_turns_around_the_cases():
     turns, rows, key = RoofTurns(0.5, measure), [], ("cpu", torch.float32)
     for kind in ("causal", "window", "segment", "dense"):
         rows += measure_between_roofs(
-            small(kind), turns, backend="reference", directions=["forward"], peers=[], effort=QUICK
+            small(kind),
+            turns,
+            backend="reference",
+            directions=["forward"],
+            peers=[],
+            budget=QUICK,
         )
     assert asked == [(*key, 0.5)] * 5  # one before the first, one after each
     assert turns.best() == {key: Roofs(100.0, 1e9, 8.0)}
@@ -247,7 +252,7 @@ def test_flex_computes_the_same_forward_and_says_why_it_has_no_backward():
         backend="reference",
         directions=["forward", "backward"],
         peers=["flex"],
-        effort=replace(QUICK, compiled=True),
+        budget=replace(QUICK, compiled=True),
     )
     forward, backward = (row for row in rows if row.competitor == "flex")
     assert forward.timing is not None
@@ -262,7 +267,7 @@ def test_a_wrong_peer_is_not_timed(monkeypatch):
     peers["sdpa math"] = replace(peers["sdpa math"], build=peers["naive"].build)
     peers["sdpa flash"] = replace(peers["sdpa flash"], build=lambda: lambda x: 1.01 * x["query"])
     monkeypatch.setattr(SegmentedCase, "peers", lambda self: peers)
-    rows = measure_case(case, backend="reference", directions=["forward"], effort=QUICK)
+    rows = measure_case(case, backend="reference", directions=["forward"], budget=QUICK)
     by_name = {row.competitor: row for row in rows}
     assert by_name["sdpa flash"].timing is None
     assert "error of out is" in by_name["sdpa flash"].reason
@@ -272,8 +277,8 @@ def test_a_wrong_peer_is_not_timed(monkeypatch):
 
 
 def test_what_would_store_too_much_is_not_run():
-    case, effort = small("window"), replace(QUICK, max_score_bytes=1000)
-    rows = measure_case(case, backend="reference", directions=["forward"], effort=effort)
+    case, budget = small("window"), replace(QUICK, max_score_bytes=1000)
+    rows = measure_case(case, backend="reference", directions=["forward"], budget=budget)
     assert [row.competitor for row in rows] == [OURS]
     assert re.fullmatch(r"not run: would store .* GiB of scores or masks", rows[0].reason)
 

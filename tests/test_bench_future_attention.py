@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memattn.bench.bars import CostBar, BarInputs
+from memattn.bench.bars import BarInputs, CostBar
 from memattn.bench.engine import Row
 from memattn.bench.future_attention import OUR_PAST, FutureCase
 from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject

@@ -14,9 +14,9 @@ from bench_factories import longer_window, plant, small
 from memattn.bench import __main__, report, run
 from memattn.bench.bars import (
     BackwardBar,
+    BarInputs,
     FasterBar,
     FlatTimeBar,
-    BarInputs,
     LinearMemoryBar,
     RateBar,
     RoofBar,
@@ -196,7 +196,12 @@ def test_bars_by_hand():
     assert not flat.holds(1.6, 1.5)
     assert not speed.holds(1.4, 1.5)
     # nothing to compare with: no number
-    assert flat.reached(BarInputs()) is memory.reached(BarInputs()) is speed.reached(BarInputs()) is None
+    assert (
+        flat.reached(BarInputs())
+        is memory.reached(BarInputs())
+        is speed.reached(BarInputs())
+        is None
+    )
 
 
 def test_bars_ask_for_what_is_required():

@@ -31,7 +31,7 @@ def quick(monkeypatch):
     for cls in operators().values():
         own = bars if cls is SegmentedCase else lambda cls, suite: []
         monkeypatch.setattr(cls, "bars", classmethod(own))
-    monkeypatch.setattr(run_all, "suite_effort", lambda effort: QUICK)
+    monkeypatch.setattr(run_all, "suite_timing_budget", lambda budget: QUICK)
 
 
 def test_a_second_machine_stands_beside_the_first(quick, tmp_path, capsys, monkeypatch):
@@ -60,7 +60,7 @@ def test_a_second_machine_stands_beside_the_first(quick, tmp_path, capsys, monke
 
     # the same on another processor: what the first measured stays, letter by letter
     monkeypatch.setattr("memattn.bench.report._cpu_name", lambda: "Another CPU (R) 9")
-    name = run_all.run_all(["segmented_attention"], device="cpu", out=tmp_path, effort=QUICK)
+    name = run_all.run_all(["segmented_attention"], device="cpu", out=tmp_path, budget=QUICK)
     assert name.startswith("another-cpu-r-9-")
     both = (tmp_path / "bench.md").read_text()
     heads = [line for line in both.splitlines() if line.startswith("| bar |")]

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from memattn.bench.bars import (
     Bar,
+    BarInputs,
     BytesBar,
     CostBar,
-    BarInputs,
     PeakBar,
     RateBar,
     SpeedBar,

@@ -34,7 +34,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Effort:
+class TimingBudget:
     """How long to measure, and what is too large for a competitor."""
 
     seconds: float = 0.5  # for each competitor and direction
@@ -53,18 +53,18 @@ class Competitor:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def refusal(case: Case, backend: str, effort: Effort) -> str | None:
+def refusal(case: Case, backend: str, budget: TimingBudget) -> str | None:
     """Why our operator cannot be measured here, if so: no device, or a reference too large."""
     if "cuda" in case.device and not torch.cuda.is_available():
         return "not measured: no CUDA device"
     query = torch.empty(0, dtype=case.dtype, device=case.device)
     if resolve_backend(backend, query) != "reference":
         return None
-    return _too_large(case.peers()["naive"], effort)
+    return _too_large(case.peers()["naive"], budget)
 
 
-def _too_large(peer: Peer, effort: Effort) -> str | None:
-    if peer.score_bytes <= effort.max_score_bytes:
+def _too_large(peer: Peer, budget: TimingBudget) -> str | None:
+    if peer.score_bytes <= budget.max_score_bytes:
         return None
     return f"not run: would store {peer.score_bytes / 2**30:.1f} GiB of scores or masks"
 
@@ -72,7 +72,7 @@ def _too_large(peer: Peer, effort: Effort) -> str | None:
 def check_all(
     cases: Mapping[Case, Iterable[str]],
     backend: str,
-    effort: Effort,
+    budget: TimingBudget,
     step: Callable[[str], None],
 ) -> None:
     """Check our operator on all cases, in their directions, before anything is timed.
@@ -82,7 +82,7 @@ def check_all(
     """
     for case, directions in cases.items():
         step(f"checking {case.label()}")
-        if refusal(case, backend, effort) is None:
+        if refusal(case, backend, budget) is None:
             check_subject(case, backend, gradients=any(d != "forward" for d in directions))
 
 
@@ -92,7 +92,7 @@ def measure_case(
     backend: str,
     directions: Sequence[str] = DIRECTIONS,
     peers: Sequence[str] | None = None,
-    effort: Effort,
+    budget: TimingBudget,
     check_peers: bool = True,
 ) -> list[Row]:
     """Time our operator and its peers on one case. Our operator must have passed ``check_all``.
@@ -102,13 +102,13 @@ def measure_case(
         backend: Backend of our operator.
         directions: From ``DIRECTIONS``.
         peers: Names of peers, or None for all that the case has.
-        effort: How long to measure.
+        budget: How long to measure.
         check_peers: Whether to compare the peers' results first; False where that was done.
 
     Returns:
         One row for each direction and competitor, ours first.
     """
-    reason = refusal(case, backend, effort)
+    reason = refusal(case, backend, budget)
     if reason is not None:
         return [Row(case, direction, OURS, reason=reason) for direction in directions]
     competitors = [Competitor(OURS, case.subject(backend))]
@@ -116,11 +116,11 @@ def measure_case(
     if wanted:
         oracle = _oracle(case, directions) if check_peers else None
         for name, peer in wanted.items():
-            competitors.append(_admit(case, oracle, name, peer, directions, effort))
+            competitors.append(_admit(case, oracle, name, peer, directions, budget))
         del oracle
     rows = []
     for direction in directions:
-        rows += _time_direction(case, direction, competitors, effort)
+        rows += _time_direction(case, direction, competitors, budget)
     return rows
 
 
@@ -133,7 +133,7 @@ def _oracle(case: Case, directions: Sequence[str]) -> Oracle:
 
 
 def measure_together(
-    cases: Sequence[Case], *, backend: str, direction: str, effort: Effort
+    cases: Sequence[Case], *, backend: str, direction: str, budget: TimingBudget
 ) -> list[Timing]:
     """Time our operator on several cases in turn, so that their times can be compared.
 
@@ -144,18 +144,18 @@ def measure_together(
         str(index): call_of(case, case.subject(backend), direction)
         for index, case in enumerate(cases)
     }
-    return list(_interleave(calls, cases[0].device, effort).values())
+    return list(_interleave(calls, cases[0].device, budget).values())
 
 
 def _interleave(
-    calls: Mapping[str, Callable[[], object]], device: str, effort: Effort
+    calls: Mapping[str, Callable[[], object]], device: str, budget: TimingBudget
 ) -> dict[str, Timing]:
     return interleave(
         calls,
         device=device,
-        seconds=effort.seconds,
-        min_rounds=effort.min_rounds,
-        min_sample=effort.min_sample,
+        seconds=budget.seconds,
+        min_rounds=budget.min_rounds,
+        min_sample=budget.min_sample,
     )
 
 
@@ -165,15 +165,15 @@ def _admit(
     name: str,
     peer: Peer,
     directions: Sequence[str],
-    effort: Effort,
+    budget: TimingBudget,
 ) -> Competitor:
     """Build a peer and check its results where there is an oracle; say why where that fails."""
     competitor = Competitor(name)
     reason = None
-    if peer.compiled and not effort.compiled:
+    if peer.compiled and not budget.compiled:
         reason = "not run: takes long to compile"
     else:
-        reason = _too_large(peer, effort)
+        reason = _too_large(peer, budget)
     if reason is None:
         needs = {direction: direction != "forward" for direction in directions}
         for gradients in sorted(set(needs.values()), reverse=True):
@@ -211,7 +211,7 @@ def _try_peer(
 
 
 def _time_direction(
-    case: Case, direction: str, competitors: Sequence[Competitor], effort: Effort
+    case: Case, direction: str, competitors: Sequence[Competitor], budget: TimingBudget
 ) -> list[Row]:
     """Time ours in turn with the peers; slow ones and those that store all scores have their own.
 
@@ -233,7 +233,7 @@ def _time_direction(
         timings = _interleave(
             {name: calls[name] for name in group},
             case.device,
-            replace(effort, seconds=0.0, min_rounds=min(effort.min_rounds, 3)) if few else effort,
+            replace(budget, seconds=0.0, min_rounds=min(budget.min_rounds, 3)) if few else budget,
         )
         for name, timing in timings.items():
             rows[name].timing = rows[name].timing or timing
@@ -271,19 +271,19 @@ def roof_key(case: Case) -> tuple[str, torch.dtype]:
     return case.device, case.dtype
 
 
-def roof_turns(effort: Effort) -> RoofTurns:
-    """Turns of the roofs beside cases that are measured with this effort."""
-    return RoofTurns(effort.seconds / 10)
+def roof_turns(budget: TimingBudget) -> RoofTurns:
+    """Turns of the roofs beside cases that are measured with this budget."""
+    return RoofTurns(budget.seconds / 10)
 
 
 def measure_between_roofs(
-    case: Case, turns: RoofTurns, *, backend: str, effort: Effort, **options: Any
+    case: Case, turns: RoofTurns, *, backend: str, budget: TimingBudget, **options: Any
 ) -> list[Row]:
     """``measure_case`` between two turns of the roofs that hold for the case."""
-    if refusal(case, backend, effort) is not None:
-        return measure_case(case, backend=backend, effort=effort, **options)
+    if refusal(case, backend, budget) is not None:
+        return measure_case(case, backend=backend, budget=budget, **options)
     turns.begin(roof_key(case))
-    rows = measure_case(case, backend=backend, effort=effort, **options)
+    rows = measure_case(case, backend=backend, budget=budget, **options)
     turn = turns.turn(roof_key(case))
     for row in rows:
         row.turn = turn

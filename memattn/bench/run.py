@@ -12,8 +12,8 @@ from memattn.bench import report
 from memattn.bench.case import Case, check_choice, operators
 from memattn.bench.engine import (
     DIRECTIONS,
-    Effort,
     Row,
+    TimingBudget,
     add_cpu_memory,
     check_all,
     measure_between_roofs,
@@ -94,36 +94,36 @@ def run(
         "directions": directions,
         "peers": peers,
     }
-    effort = usual_effort(quick)
+    budget = default_timing_budget(quick)
     if suite is not None:
         check_choice("suite", suite, tuple(SUITES))
         for name, value in {**chosen, "quick": quick or None}.items():
             if value is not None:
                 must(name, "be left out with suite", value)
         keep_freed_memory()
-        effort = suite_effort(effort)
-        record = run_suite(suite, classes, backend, seed, effort)
+        budget = suite_timing_budget(budget)
+        record = run_suite(suite, classes, backend, seed, budget)
     else:
         for direction in directions or ():
             check_choice("directions", direction, DIRECTIONS)
         default = ("forward", "backward") if quick else DIRECTIONS
         keep_freed_memory()
         cases = _cases(classes, kinds, seq_lens, shape or {}, device, dtype, quick, seed)
-        record = _run_cases(cases, directions or default, peers, backend, seed, effort)
+        record = _run_cases(cases, directions or default, peers, backend, seed, budget)
     if out is not None:
         save(record, Path(out))
     return record
 
 
-def usual_effort(quick: bool = False) -> Effort:
+def default_timing_budget(quick: bool = False) -> TimingBudget:
     """How long to measure, and what is too large here."""
-    effort = Effort(seconds=0.1, min_rounds=3, compiled=False) if quick else Effort()
-    return replace(effort, max_score_bytes=8 << 30) if torch.cuda.is_available() else effort
+    budget = TimingBudget(seconds=0.1, min_rounds=3, compiled=False) if quick else TimingBudget()
+    return replace(budget, max_score_bytes=8 << 30) if torch.cuda.is_available() else budget
 
 
-def suite_effort(effort: Effort) -> Effort:
+def suite_timing_budget(budget: TimingBudget) -> TimingBudget:
     """How long a suite measures."""
-    return replace(effort, seconds=SUITE_SECONDS, min_sample=SUITE_SAMPLE)
+    return replace(budget, seconds=SUITE_SECONDS, min_sample=SUITE_SAMPLE)
 
 
 def save(record: Mapping[str, Any], folder: Path) -> None:
@@ -230,21 +230,21 @@ def _run_cases(
     peers: Sequence[str] | None,
     backend: str,
     seed: int,
-    effort: Effort,
+    budget: TimingBudget,
 ) -> dict[str, Any]:
     """Measure operator by operator; print each once all of it is measured."""
     if peers is not None:
         known = dict.fromkeys(name for case in cases for name in case.peers())
         for peer in peers:
             check_choice("peers", peer, tuple(known))
-    turns = roof_turns(effort)
+    turns = roof_turns(budget)
     kept: dict[str, list[Row]] = {}
     for operator in dict.fromkeys(case.operator for case in cases):
         own = [case for case in cases if case.operator == operator]
         rows: list[Row] = []
         with report.progress(2 * len(own) + 1) as step:
             had = {case: [d for d in directions if case.has(d)] for case in own}
-            check_all(had, backend, effort, step)
+            check_all(had, backend, budget, step)
             for case, own_directions in had.items():
                 step(case.label())
                 rows += measure_between_roofs(
@@ -253,7 +253,7 @@ def _run_cases(
                     backend=backend,
                     directions=own_directions,
                     peers=peers,
-                    effort=effort,
+                    budget=budget,
                 )
             step("memory")
             add_cpu_memory(rows, backend)

@@ -1,9 +1,9 @@
 """``memattn bench --all``: measure every operator on one device; write records, plots and pages.
 
 The output folder holds ``bench.md``, which compares all machines, and for each machine
-``bench-<machine>.md`` with all its rows and ``machines/<machine>/<operator>.json`` and ``.png``. All
-numbers on the pages come from the records. The pages are rewritten after each operator, so an
-interrupted run keeps what it measured.
+``bench-<machine>.md`` with all its rows and ``machines/<machine>/<operator>.json`` and ``.png``.
+All numbers on the pages come from the records. The pages are rewritten after each operator, so
+an interrupted run keeps what it measured.
 """
 
 import json
@@ -17,9 +17,9 @@ import torch
 
 from memattn.bench import pages, report
 from memattn.bench.case import check_choice, operators
-from memattn.bench.engine import Effort
+from memattn.bench.engine import TimingBudget
 from memattn.bench.memory import keep_freed_memory
-from memattn.bench.run import DEVICES, suite_effort, usual_effort
+from memattn.bench.run import DEVICES, default_timing_budget, suite_timing_budget
 from memattn.bench.suite import run_suite
 from memattn.checks import check_int, must
 from memattn.files import check_writable
@@ -37,7 +37,7 @@ def run_all(
     device: str = "auto",
     backend: str = "auto",
     seed: int = 0,
-    effort: Effort | None = None,
+    budget: TimingBudget | None = None,
 ) -> str:
     """Measure the bars of one device, operator by operator, and write pages of all records.
 
@@ -47,7 +47,7 @@ def run_all(
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``: CUDA where there is one.
         backend: Backend of our operators.
         seed: Seed of the inputs.
-        effort: How long to measure; None for the times of a suite.
+        budget: How long to measure; None for the times of a suite.
 
     Returns:
         The machine's name in files and pages.
@@ -70,10 +70,10 @@ def run_all(
     check_writable("out", out)
     records = read_records(out)
     keep_freed_memory()
-    effort = suite_effort(usual_effort()) if effort is None else effort
+    budget = suite_timing_budget(default_timing_budget()) if budget is None else budget
     machine = machine_name(report.machine(seed), device)
     for name in names or known:
-        record = run_suite(SUITE_OF[device], [known[name]], backend, seed, effort)
+        record = run_suite(SUITE_OF[device], [known[name]], backend, seed, budget)
         if not record["bars"]:
             continue
         record = {"format": FORMAT, "operator": name, **record}

@@ -8,8 +8,8 @@ from memattn.bench.bars import Bar, BarInputs, PeerPeakBar, Sweep
 from memattn.bench.case import Case
 from memattn.bench.engine import (
     OURS,
-    Effort,
     Row,
+    TimingBudget,
     add_cpu_memory,
     check_all,
     measure_between_roofs,
@@ -23,7 +23,7 @@ SUITES = ("cpu-bars", "gpu-bars")
 
 
 def run_suite(
-    suite: str, classes: Sequence[type[Case]], backend: str, seed: int, effort: Effort
+    suite: str, classes: Sequence[type[Case]], backend: str, seed: int, budget: TimingBudget
 ) -> dict[str, Any]:
     """Measure, print and return the record of a suite; see ``memattn.bench.run``."""
     bars = [bar for cls in classes for bar in cls.bars(suite)]
@@ -40,10 +40,10 @@ def run_suite(
         for case in sweep:
             checks.setdefault(case, []).append(direction)
 
-    measured, turns = BarInputs(), roof_turns(effort)
+    measured, turns = BarInputs(), roof_turns(budget)
     rows: list[Row] = []
     with report.progress(len(checks) + len(cases) + 1 + len(times) + len(memory)) as step:
-        check_all(checks, backend, effort, step)
+        check_all(checks, backend, budget, step)
         for case, directions in cases.items():
             step(case.label())
             rows += measure_between_roofs(
@@ -52,7 +52,7 @@ def run_suite(
                 backend=backend,
                 directions=directions,
                 peers=peers[case],
-                effort=effort,
+                budget=budget,
             )
         measured.rows = {(row.case, row.direction, row.competitor): row for row in rows}
         peaks = set[Any]().union(*(bar.peaks for bar in bars if isinstance(bar, PeerPeakBar)))
@@ -60,13 +60,13 @@ def run_suite(
         add_cpu_memory([row for key, row in measured.rows.items() if key in peaks], backend)
         for sweep, direction in times:
             step(f"{len(sweep)} cases of {sweep[0].kind}, {direction}")
-            if _possible(sweep, backend, effort):
+            if _possible(sweep, backend, budget):
                 measured.times[sweep, direction] = measure_together(
-                    sweep, backend=backend, direction=direction, effort=effort
+                    sweep, backend=backend, direction=direction, budget=budget
                 )
         for sweep, direction in memory:
             step(f"{sweep[0].kind} at {len(sweep)} lengths, {direction}, memory")
-            if _possible(sweep, backend, effort):
+            if _possible(sweep, backend, budget):
                 measured.peaks[sweep, direction] = _peaks(sweep, direction, backend)
     measured.roofs = turns.best()
     record = {
@@ -76,7 +76,7 @@ def run_suite(
         "roofs": turns.records(),
         "rows": report.row_records(rows, turns),
         "sweeps": _sweep_records(measured),
-        "bars": [bar_record(bar, measured, backend, effort) for bar in bars],
+        "bars": [bar_record(bar, measured, backend, budget) for bar in bars],
     }
     report.print_rows(suite, record["rows"])
     _print_bars(record["bars"])
@@ -84,8 +84,8 @@ def run_suite(
     return record
 
 
-def _possible(sweep: Sequence[Case], backend: str, effort: Effort) -> bool:
-    return all(refusal(case, backend, effort) is None for case in sweep)
+def _possible(sweep: Sequence[Case], backend: str, budget: TimingBudget) -> bool:
+    return all(refusal(case, backend, budget) is None for case in sweep)
 
 
 def _peaks(sweep: Sequence[Case], direction: str, backend: str) -> list[int | None]:
@@ -118,7 +118,7 @@ def _sweep_records(measured: BarInputs) -> list[dict[str, Any]]:
     return records
 
 
-def bar_record(bar: Bar, measured: BarInputs, backend: str, effort: Effort) -> dict[str, Any]:
+def bar_record(bar: Bar, measured: BarInputs, backend: str, budget: TimingBudget) -> dict[str, Any]:
     """What a bar requires and what was reached, for JSON."""
     reached = bar.reached(measured)
     record: dict[str, Any] = {
@@ -136,17 +136,17 @@ def bar_record(bar: Bar, measured: BarInputs, backend: str, effort: Effort) -> d
         "reason": None,
     }
     if reached is None:
-        record["reason"] = _reason(bar, measured, backend, effort)
+        record["reason"] = _reason(bar, measured, backend, budget)
     elif bar.must is not None:
         record["met_must"] = bar.holds(reached, bar.must)
     return record
 
 
-def _reason(bar: Bar, measured: BarInputs, backend: str, effort: Effort) -> str:
+def _reason(bar: Bar, measured: BarInputs, backend: str, budget: TimingBudget) -> str:
     """Why a bar could not be measured."""
     needed = [*(bar.times or ((), ""))[0], *(bar.memory or ((), ""))[0], bar.case]
     for case in needed:
-        reason = refusal(case, backend, effort)
+        reason = refusal(case, backend, budget)
         if reason is not None:
             return reason
     names = [OURS, *bar.peers]

@@ -15,7 +15,7 @@ import torch
 from memattn.bench.case import Case
 from memattn.bench.gate import check_subject
 from memattn.bench.gpu.pool import Job, Result
-from memattn.bench.gpu.speed import EFFORT, dry_case
+from memattn.bench.gpu.speed import TIMING_BUDGET, dry_case
 from memattn.bench.memory import call_of
 from memattn.bench.retune import table_name
 from memattn.bench.roofline import work_of
@@ -186,7 +186,7 @@ def _rates(case: Case, direction: str, calls: dict[str, Callable], dry: bool) ->
             call()
             yield name, None
         return
-    timings = interleave(calls, device=case.device, seconds=EFFORT.seconds)
+    timings = interleave(calls, device=case.device, seconds=TIMING_BUDGET.seconds)
     for name, timing in timings.items():
         yield name, flops / timing.median
 

@@ -15,14 +15,14 @@ import torch
 from memattn.bench import report
 from memattn.bench.bars import Bar, BarInputs, Sweep
 from memattn.bench.case import Case, operators
-from memattn.bench.engine import OURS, Effort, Row, measure_between_roofs, measure_together
+from memattn.bench.engine import OURS, Row, TimingBudget, measure_between_roofs, measure_together
 from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
 from memattn.bench.gpu.pool import Job, Result
 from memattn.bench.memory import call_of
 from memattn.bench.roof_turns import RoofTurns
 from memattn.bench.suite import bar_record
 
-EFFORT = Effort(seconds=0.12, min_rounds=5, max_score_bytes=8 << 30)
+TIMING_BUDGET = TimingBudget(seconds=0.12, min_rounds=5, max_score_bytes=8 << 30)
 # beside what the bars compare with
 ALWAYS = ("sdpa cudnn", "sdpa flash")
 BOTH = ("forward", "backward")
@@ -208,7 +208,7 @@ def measure(job: Job) -> Result:
             backend="triton",
             directions=job["directions"],
             peers=peers,
-            effort=EFFORT,
+            budget=TIMING_BUDGET,
             check_peers=False,
         )
         _BAR_INPUTS.roofs = _TURNS.best()
@@ -218,7 +218,9 @@ def measure(job: Job) -> Result:
         "status": "ok",
         "rows": report.row_records(rows, _TURNS),
         "roofs": _TURNS.records(),
-        "bars": [bar_record(bar, _BAR_INPUTS, "triton", EFFORT) for bar in _told(chosen, case)],
+        "bars": [
+            bar_record(bar, _BAR_INPUTS, "triton", TIMING_BUDGET) for bar in _told(chosen, case)
+        ],
     }
 
 
@@ -244,14 +246,14 @@ def measure_sweep(job: Job) -> Result:
             call_of(case, case.subject("triton"), direction)()
         return {"status": "ok", "rows": [], "bars": []}
     _BAR_INPUTS.times[sweep, direction] = measure_together(
-        sweep, backend="triton", direction=direction, effort=EFFORT
+        sweep, backend="triton", direction=direction, budget=TIMING_BUDGET
     )
     torch.cuda.empty_cache()
     bars = [bar for bar in chosen.bars if bar.times == (sweep, direction)]
     return {
         "status": "ok",
         "rows": [],
-        "bars": [bar_record(bar, _BAR_INPUTS, "triton", EFFORT) for bar in bars],
+        "bars": [bar_record(bar, _BAR_INPUTS, "triton", TIMING_BUDGET) for bar in bars],
     }
 
 
