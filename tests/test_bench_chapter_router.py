@@ -5,7 +5,7 @@ import torch
 
 from memattn.bench.bars import BarInputs, PeerPeakBar
 from memattn.bench.chapter_router import COMPOSITION, RouterCase
-from memattn.bench.engine import OURS, Row
+from memattn.bench.engine import OURS, Measurement
 from memattn.bench.gate import Oracle, check_peer, check_subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +39,7 @@ def test_bars_of_speed_and_of_memory():
     assert bar.reached(BarInputs()) is None
     found = BarInputs(
         rows={
-            key: Row(*key, peak_bytes=n)
+            key: Measurement(*key, peak_bytes=n)
             for key, n in zip(
                 sorted(bar.peaks, key=lambda key: key[2] != OURS), (10, 50), strict=True
             )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memattn.bench.bars import BarInputs, CostBar
-from memattn.bench.engine import Row
+from memattn.bench.engine import Measurement
 from memattn.bench.future_attention import OUR_PAST, FutureCase
 from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
 from memattn.bench.run import run
@@ -79,7 +79,7 @@ def test_cost_is_per_pair_of_the_yardstick():
     )
     assert bar.reached(BarInputs()) is None
     found = BarInputs()
-    row = Row(case, "forward", OUR_PAST, Timing((1.0,)), speedup=Timing((0.5,)))
+    row = Measurement(case, "forward", OUR_PAST, Timing((1.0,)), speedup=Timing((0.5,)))
     found.rows[case, "forward", OUR_PAST] = row
     past, band = case.pairs()
     # ours takes twice the time for (past + band) / past of the work

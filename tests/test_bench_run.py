@@ -23,7 +23,7 @@ from memattn.bench.bars import (
     SpeedBar,
 )
 from memattn.bench.case import operators
-from memattn.bench.engine import OURS, Row
+from memattn.bench.engine import OURS, Measurement
 from memattn.bench.roofline import Roofs
 from memattn.bench.segmented_attention import SegmentedCase
 from memattn.bench.timing import Timing
@@ -78,7 +78,7 @@ def test_run_writes_records_and_plots(capsys, tmp_path):
 
 def test_cells_of_a_row():
     timing = Timing((0.002,) * 3)
-    row = Row(small("causal"), "forward", "sdpa flash", timing, speedup=Timing((1.5,) * 3))
+    row = Measurement(small("causal"), "forward", "sdpa flash", timing, speedup=Timing((1.5,) * 3))
     row.peak_bytes = 3 << 20
     cells = report.row_cells(report.row_record(row, Roofs(1e9, 1e9, 1e12)))
     flops = small("causal").work()["forward"].flops
@@ -179,10 +179,10 @@ def test_bars_by_hand():
     speed, rate, roof, backward, flat, memory = bars_of_one_case()
     found = BarInputs(roofs={("cpu", torch.float32): Roofs(1e9, 1e15, 1e15)})
     forward = Timing((0.5,))
-    found.rows[case, "forward", OURS] = Row(case, "forward", OURS, forward)
-    found.rows[case, "backward", OURS] = Row(case, "backward", OURS, Timing((1.0,)))
+    found.rows[case, "forward", OURS] = Measurement(case, "forward", OURS, forward)
+    found.rows[case, "backward", OURS] = Measurement(case, "backward", OURS, Timing((1.0,)))
     for name, ratio in (("sdpa flash", 3.0), ("naive", 2.0)):
-        row = Row(case, "forward", name, forward, speedup=Timing((ratio,)))
+        row = Measurement(case, "forward", name, forward, speedup=Timing((ratio,)))
         found.rows[case, "forward", name] = row
     found.times[flat.sweep] = [Timing((1.0,)), Timing((3.0,))]
     found.peaks[memory.sweep] = [100, 300]

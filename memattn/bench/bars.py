@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from memattn.bench.case import Case
-from memattn.bench.engine import OURS, Row, roof_key
+from memattn.bench.engine import OURS, Measurement, roof_key
 from memattn.bench.roofline import Roofs, work_of
 from memattn.bench.timing import Timing
 from memattn.ops._dispatch import multiplies_bfloat16
@@ -25,12 +25,12 @@ Sweep = tuple[tuple[Case, ...], str]  # cases to compare with each other, and th
 class BarInputs:
     """The measurements that the bars of a suite are computed from."""
 
-    rows: dict[tuple[Case, str, str], Row] = field(default_factory=dict)
+    rows: dict[tuple[Case, str, str], Measurement] = field(default_factory=dict)
     roofs: dict[tuple[str, torch.dtype], Roofs] = field(default_factory=dict)
     times: dict[Sweep, list[Timing]] = field(default_factory=dict)
     peaks: dict[Sweep, list[int | None]] = field(default_factory=dict)
 
-    def ours(self, case: Case, direction: str) -> Row:
+    def ours(self, case: Case, direction: str) -> Measurement:
         return self.rows[case, direction, OURS]
 
 

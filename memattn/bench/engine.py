@@ -20,8 +20,8 @@ OURS = "memattn"
 
 
 @dataclass
-class Row:
-    """One competitor on one case in one direction."""
+class Measurement:
+    """What was measured of one competitor on one case in one direction."""
 
     case: Case
     direction: str
@@ -94,7 +94,7 @@ def measure_case(
     peers: Sequence[str] | None = None,
     budget: TimingBudget,
     check_peers: bool = True,
-) -> list[Row]:
+) -> list[Measurement]:
     """Time our operator and its peers on one case. Our operator must have passed ``check_all``.
 
     Args:
@@ -110,7 +110,7 @@ def measure_case(
     """
     reason = refusal(case, backend, budget)
     if reason is not None:
-        return [Row(case, direction, OURS, reason=reason) for direction in directions]
+        return [Measurement(case, direction, OURS, reason=reason) for direction in directions]
     competitors = [Competitor(OURS, case.subject(backend))]
     wanted = {n: peer for n, peer in case.peers().items() if peers is None or n in peers}
     if wanted:
@@ -212,12 +212,12 @@ def _try_peer(
 
 def _time_direction(
     case: Case, direction: str, competitors: Sequence[Competitor], budget: TimingBudget
-) -> list[Row]:
+) -> list[Measurement]:
     """Time ours in turn with the peers; slow ones and those that store all scores have their own.
 
     After such a peer everyone runs with cold caches and scattered memory.
     """
-    rows = {c.name: Row(case, direction, c.name) for c in competitors}
+    rows = {c.name: Measurement(case, direction, c.name) for c in competitors}
     peers = case.peers()
     calls = {}
     for competitor in competitors:
@@ -247,13 +247,13 @@ def _time_direction(
     return list(rows.values())
 
 
-def add_cpu_memory(rows: Sequence[Row], backend: str) -> None:
+def add_cpu_memory(rows: Sequence[Measurement], backend: str) -> None:
     """Fill in the peaks of the rows that ran on the CPU, all in one fresh process.
 
     Backward alone has none: what it needs is kept by the forward. A compiled peer has none
     either: it would be compiled again.
     """
-    jobs: list[tuple[Row, MemoryJob]] = []
+    jobs: list[tuple[Measurement, MemoryJob]] = []
     for row in rows:
         if row.timing is None or row.direction == "backward" or row.case.device != "cpu":
             continue
@@ -278,7 +278,7 @@ def roof_turns(budget: TimingBudget) -> RoofTurns:
 
 def measure_between_roofs(
     case: Case, turns: RoofTurns, *, backend: str, budget: TimingBudget, **options: Any
-) -> list[Row]:
+) -> list[Measurement]:
     """``measure_case`` between two turns of the roofs that hold for the case."""
     if refusal(case, backend, budget) is not None:
         return measure_case(case, backend=backend, budget=budget, **options)

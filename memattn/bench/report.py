@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from memattn.bench.engine import Row, roof_key
+from memattn.bench.engine import Measurement, roof_key
 from memattn.bench.roof_turns import DISTURBED, RATES, RoofTurns
 from memattn.bench.roofline import Roofs, work_of
 from memattn.bench.timing import Timing
@@ -56,7 +56,7 @@ def timing_record(timing: Timing) -> dict[str, float]:
     }
 
 
-def row_records(rows: Sequence[Row], turns: RoofTurns) -> list[dict[str, Any]]:
+def row_records(rows: Sequence[Measurement], turns: RoofTurns) -> list[dict[str, Any]]:
     """Rows for JSON, held against the best of the turns so far."""
     best = turns.best()
     records = []
@@ -70,7 +70,7 @@ def row_records(rows: Sequence[Row], turns: RoofTurns) -> list[dict[str, Any]]:
     return records
 
 
-def row_record(row: Row, roofs: Roofs | None) -> dict[str, Any]:
+def row_record(row: Measurement, roofs: Roofs | None) -> dict[str, Any]:
     """One row for JSON: seconds, rates of useful work, share of the roof, peak memory."""
     case = row.case
     record: dict[str, Any] = {

@@ -12,7 +12,7 @@ from memattn.bench import report
 from memattn.bench.case import Case, check_choice, operators
 from memattn.bench.engine import (
     DIRECTIONS,
-    Row,
+    Measurement,
     TimingBudget,
     add_cpu_memory,
     check_all,
@@ -238,10 +238,10 @@ def _run_cases(
         for peer in peers:
             check_choice("peers", peer, tuple(known))
     turns = roof_turns(budget)
-    kept: dict[str, list[Row]] = {}
+    kept: dict[str, list[Measurement]] = {}
     for operator in dict.fromkeys(case.operator for case in cases):
         own = [case for case in cases if case.operator == operator]
-        rows: list[Row] = []
+        rows: list[Measurement] = []
         with report.progress(2 * len(own) + 1) as step:
             had = {case: [d for d in directions if case.has(d)] for case in own}
             check_all(had, backend, budget, step)

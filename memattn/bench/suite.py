@@ -8,7 +8,7 @@ from memattn.bench.bars import Bar, BarInputs, PeerPeakBar, Sweep
 from memattn.bench.case import Case
 from memattn.bench.engine import (
     OURS,
-    Row,
+    Measurement,
     TimingBudget,
     add_cpu_memory,
     check_all,
@@ -41,7 +41,7 @@ def run_suite(
             checks.setdefault(case, []).append(direction)
 
     measured, turns = BarInputs(), roof_turns(budget)
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     with report.progress(len(checks) + len(cases) + 1 + len(times) + len(memory)) as step:
         check_all(checks, backend, budget, step)
         for case, directions in cases.items():

@@ -15,7 +15,13 @@ import torch
 from memattn.bench import report
 from memattn.bench.bars import Bar, BarInputs, Sweep
 from memattn.bench.case import Case, operators
-from memattn.bench.engine import OURS, Row, TimingBudget, measure_between_roofs, measure_together
+from memattn.bench.engine import (
+    OURS,
+    Measurement,
+    TimingBudget,
+    measure_between_roofs,
+    measure_together,
+)
 from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
 from memattn.bench.gpu.pool import Job, Result
 from memattn.bench.memory import call_of
@@ -257,7 +263,7 @@ def measure_sweep(job: Job) -> Result:
     }
 
 
-def _run_once(case: Case, peers: Iterable[str], directions: Iterable[str]) -> list[Row]:
+def _run_once(case: Case, peers: Iterable[str], directions: Iterable[str]) -> list[Measurement]:
     """Run ours and the peers once, without a clock."""
     rows = []
     known = case.peers()
@@ -271,5 +277,5 @@ def _run_once(case: Case, peers: Iterable[str], directions: Iterable[str]) -> li
                 if name == OURS:
                     raise
                 reason = f"not available: {error}".splitlines()[0]
-            rows.append(Row(case, direction, name, reason=reason))
+            rows.append(Measurement(case, direction, name, reason=reason))
     return rows
