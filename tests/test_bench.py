@@ -22,7 +22,7 @@ from memattn.bench.engine import OURS, measure_between_roofs, measure_case
 from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
 from memattn.bench.inputs import make_segmented_inputs
 from memattn.bench.memory import MemoryJob, cpu_peaks
-from memattn.bench.roof_turns import RoofTurns
+from memattn.bench.roof_samples import RoofSamples
 from memattn.bench.roofline import Roofs, Work, attention_work, measure_roofs, work_of
 from memattn.bench.segmented_attention import SegmentedCase, segmented_pairs
 from memattn.bench.timing import Timing, interleave, speedup
@@ -154,30 +154,30 @@ def test_roofs_are_the_best_of_turns_around_the_cases():
         asked.append((device, dtype, seconds))
         return Roofs(matmul_flops=next(products), exps=1e9, copy_bytes=next(copies))
 
-    turns, rows, key = RoofTurns(0.5, measure), [], ("cpu", torch.float32)
+    samples, rows, key = RoofSamples(0.5, measure), [], ("cpu", torch.float32)
     for kind in ("causal", "window", "segment", "dense"):
         rows += measure_between_roofs(
             small(kind),
-            turns,
+            samples,
             backend="reference",
             directions=["forward"],
             peers=[],
             budget=QUICK,
         )
     assert asked == [(*key, 0.5)] * 5  # one before the first, one after each
-    assert turns.best() == {key: Roofs(100.0, 1e9, 8.0)}
+    assert samples.best() == {key: Roofs(100.0, 1e9, 8.0)}
     compute, memory = Work(flops=1000, exps=0, bytes=1), Work(flops=1, exps=0, bytes=1000)
-    beside = [turns.beside(key, row.turn, compute) for row in rows]
+    beside = [samples.share_of_best(key, row.roof_sample, compute) for row in rows]
     assert beside == [0.96, 0.3, 0.3, 0.4]
-    assert turns.beside(key, rows[-1].turn, memory) == 0.25  # its own rate rules
+    assert samples.share_of_best(key, rows[-1].roof_sample, memory) == 0.25  # its own rate rules
 
     records = [{"machine_share": share} for share in beside]
     line = report.disturbed_line(records)
     assert line is not None and "beside 3 of 4 rows" in line and "at 30 % at worst" in line
     assert report.disturbed_line(records[:1]) is None
-    assert "best of 5 turns" in report.roof_line(turns.records()[0])
-    assert "product 1e-07 GFLOP/s (30 %)" in report.roof_line(turns.records()[0])
-    shares = [record["roof_share"] for record in report.row_records(rows, turns)]
+    assert "best of 5 samples" in report.roof_line(samples.records()[0])
+    assert "product 1e-07 GFLOP/s (30 %)" in report.roof_line(samples.records()[0])
+    shares = [record["roof_share"] for record in report.row_records(rows, samples)]
     work = work_of(rows[0].case.work(), "forward")
     assert shares[0] == Roofs(100.0, 1e9, 8.0).seconds(work) / rows[0].timing.median
 
@@ -189,8 +189,8 @@ def test_functions_take_turns():
     order = []
     functions = {name: lambda name=name: order.append(name) for name in "abc"}
     timings = interleave(functions, device="cpu", seconds=0.0, min_rounds=4)
-    turns = re.sub(r"(.)\1+", r"\1", "".join(order))
-    assert turns == "abc" * (len(turns) // 3)
+    order_of_rounds = re.sub(r"(.)\1+", r"\1", "".join(order))
+    assert order_of_rounds == "abc" * (len(order_of_rounds) // 3)
     assert [len(timing.samples) for timing in timings.values()] == [4, 4, 4]
 
 

@@ -56,7 +56,7 @@ def test_a_second_machine_stands_beside_the_first(quick, tmp_path, capsys, monke
     assert f"{1e3 * ours['median']:.3g} ms ({1e3 * ours['q20']:.3g}-" in first
     own = (tmp_path / f"bench-{folder.name}.md").read_text()
     assert f"machines/{folder.name}/segmented_attention.png" in own
-    assert record["machine"]["date"] in own and "the best of 2 turns" in own
+    assert record["machine"]["date"] in own and "the best of 2 samples" in own
 
     # the same on another processor: what the first measured stays, letter by letter
     monkeypatch.setattr("memattn.bench.report._cpu_name", lambda: "Another CPU (R) 9")
@@ -114,7 +114,7 @@ def test_nothing_is_written_of_a_wrong_operator(quick, monkeypatch, tmp_path, ca
     [
         (["attention"], "operators must be one of"),
         (["--out", "{}/file"], "out must be a folder that can be written to, got {}/file"),
-        (["--out", "{}/old"], "out must hold records of format 1, got {}/old/machines/m/op.json"),
+        (["--out", "{}/old"], "out must hold records of format 2, got {}/old/machines/m/op.json"),
         (["--out", "{}/broken"], "out must hold records that can be read, got {}/broken"),
         (["--quick"], "quick must be left out with all, got True"),
         (["--suite", "cpu-bars"], "suite must be left out with all, got cpu-bars"),

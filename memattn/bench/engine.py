@@ -11,7 +11,7 @@ import torch
 from memattn.bench.case import Case, Forward, Peer
 from memattn.bench.gate import SMALL_T, Oracle, check_peer, check_subject
 from memattn.bench.memory import MemoryJob, call_of, cpu_peaks, cuda_peak
-from memattn.bench.roof_turns import RoofTurns
+from memattn.bench.roof_samples import RoofSamples
 from memattn.bench.timing import MIN_SAMPLE, Timing, interleave, speedup
 from memattn.ops._dispatch import resolve_backend
 
@@ -30,7 +30,7 @@ class Measurement:
     reason: str | None = None  # why there is no timing
     speedup: Timing | None = None  # of ours over this one, round by round
     peak_bytes: int | None = None
-    turn: int | None = None  # of the roofs, the one straight after
+    roof_sample: int | None = None  # index of the roof sample taken straight after
 
 
 @dataclass(frozen=True)
@@ -271,20 +271,20 @@ def roof_key(case: Case) -> tuple[str, torch.dtype]:
     return case.device, case.dtype
 
 
-def roof_turns(budget: TimingBudget) -> RoofTurns:
-    """Turns of the roofs beside cases that are measured with this budget."""
-    return RoofTurns(budget.seconds / 10)
+def make_roof_samples(budget: TimingBudget) -> RoofSamples:
+    """Roof samples that take a tenth of the budget."""
+    return RoofSamples(budget.seconds / 10)
 
 
 def measure_between_roofs(
-    case: Case, turns: RoofTurns, *, backend: str, budget: TimingBudget, **options: Any
+    case: Case, roof_samples: RoofSamples, *, backend: str, budget: TimingBudget, **options: Any
 ) -> list[Measurement]:
-    """``measure_case`` between two turns of the roofs that hold for the case."""
+    """``measure_case`` between two samples of the roofs."""
     if refusal(case, backend, budget) is not None:
         return measure_case(case, backend=backend, budget=budget, **options)
-    turns.begin(roof_key(case))
+    roof_samples.sample_once(roof_key(case))
     rows = measure_case(case, backend=backend, budget=budget, **options)
-    turn = turns.turn(roof_key(case))
+    index = roof_samples.sample(roof_key(case))
     for row in rows:
-        row.turn = turn
+        row.roof_sample = index
     return rows

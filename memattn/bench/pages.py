@@ -80,7 +80,7 @@ def _machines(records: Records) -> Iterator[str]:
     rows = []
     for name, own in records.items():
         groups: dict[str, list[str]] = {}
-        for operator, record in own.items():
+        for operator, record in sorted(own.items()):
             groups.setdefault(_of(record).split("; ", 1)[1], []).append(operator)
         dates = sorted(record["machine"]["date"] for record in own.values())
         span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from memattn.bench.engine import Measurement, roof_key
-from memattn.bench.roof_turns import DISTURBED, RATES, RoofTurns
+from memattn.bench.roof_samples import DISTURBED, RATES, RoofSamples
 from memattn.bench.roofline import Roofs, work_of
 from memattn.bench.timing import Timing
 from memattn.files import replacing_file, write_text
@@ -56,16 +56,16 @@ def timing_record(timing: Timing) -> dict[str, float]:
     }
 
 
-def row_records(rows: Sequence[Measurement], turns: RoofTurns) -> list[dict[str, Any]]:
-    """Rows for JSON, held against the best of the turns so far."""
-    best = turns.best()
+def row_records(rows: Sequence[Measurement], roof_samples: RoofSamples) -> list[dict[str, Any]]:
+    """Measurements for JSON, with shares of the best roofs sampled so far."""
+    best = roof_samples.best()
     records = []
     for row in rows:
         key = roof_key(row.case)
         record = row_record(row, best.get(key))
-        if row.timing is not None and row.turn is not None:
+        if row.timing is not None and row.roof_sample is not None:
             work = work_of(row.case.work(), row.direction)
-            record["machine_share"] = turns.beside(key, row.turn, work)
+            record["machine_share"] = roof_samples.share_of_best(key, row.roof_sample, work)
         records.append(record)
     return records
 
@@ -129,7 +129,7 @@ def row_cells(record: Mapping[str, Any]) -> list[str]:
 
 
 def is_disturbed(record: Mapping[str, Any]) -> bool:
-    """Whether the machine was slow beside a row: see ``memattn.bench.roof_turns``."""
+    """Whether the machine was slow beside a row: see ``memattn.bench.roof_samples``."""
     return record.get("machine_share", 1.0) < DISTURBED
 
 
@@ -145,7 +145,7 @@ def disturbed_line(records: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def roof_line(roof: Mapping[str, Any]) -> str:
-    """The roofs of a device, and how far the slowest turn lies below the best."""
+    """The roofs of a device, and the slowest sample as a percentage of the best."""
     units = {
         "matmul_flops": ("product", 1e9, ".4g", "GFLOP/s"),
         "exps": ("exp", 1e9, ".3g", "G/s"),
@@ -154,11 +154,11 @@ def roof_line(roof: Mapping[str, Any]) -> str:
     told = []
     for rate in RATES:
         name, scale, form, unit = units[rate]
-        slowest = min(turn[rate] for turn in roof["turns"]) / roof[rate]
+        slowest = min(sample[rate] for sample in roof["samples"]) / roof[rate]
         told.append(f"{name} {roof[rate] / scale:{form}} {unit} ({100 * slowest:.0f} %)")
     return (
-        f"roofs on {roof['device']}, {roof['dtype']}, the best of {len(roof['turns'])} turns with "
-        f"the cases (and the slowest): {', '.join(told)}"
+        f"roofs on {roof['device']}, {roof['dtype']}, the best of {len(roof['samples'])} samples "
+        f"taken between the cases (the slowest in brackets): {', '.join(told)}"
     )
 
 

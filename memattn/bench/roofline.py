@@ -3,7 +3,7 @@
     T_min = max(flops / matmul rate, exps / exp rate, bytes / copy rate)
 
 Work counts allowed (query, key) pairs only; what a kernel computes beside them is its own loss.
-The roofs are measured in the same run, with PyTorch, never looked up; see ``roof_turns``.
+The roofs are measured in the same run, with PyTorch, never looked up; see ``roof_samples``.
 """
 
 from collections.abc import Callable
@@ -42,8 +42,8 @@ class Roofs:
             work.flops / self.matmul_flops, work.exps / self.exps, work.bytes / self.copy_bytes
         )
 
-    def ruling(self, work: Work) -> str:
-        """The name of the rate that decides ``seconds``."""
+    def limiting_rate(self, work: Work) -> str:
+        """The name of the rate that ``seconds`` comes from."""
         shares = {
             "matmul_flops": work.flops / self.matmul_flops,
             "exps": work.exps / self.exps,

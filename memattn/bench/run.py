@@ -16,8 +16,8 @@ from memattn.bench.engine import (
     TimingBudget,
     add_cpu_memory,
     check_all,
+    make_roof_samples,
     measure_between_roofs,
-    roof_turns,
 )
 from memattn.bench.memory import keep_freed_memory
 from memattn.bench.suite import SUITES, run_suite
@@ -237,7 +237,7 @@ def _run_cases(
         known = dict.fromkeys(name for case in cases for name in case.peers())
         for peer in peers:
             check_choice("peers", peer, tuple(known))
-    turns = roof_turns(budget)
+    roof_samples = make_roof_samples(budget)
     kept: dict[str, list[Measurement]] = {}
     for operator in dict.fromkeys(case.operator for case in cases):
         own = [case for case in cases if case.operator == operator]
@@ -249,7 +249,7 @@ def _run_cases(
                 step(case.label())
                 rows += measure_between_roofs(
                     case,
-                    turns,
+                    roof_samples,
                     backend=backend,
                     directions=own_directions,
                     peers=peers,
@@ -257,14 +257,16 @@ def _run_cases(
                 )
             step("memory")
             add_cpu_memory(rows, backend)
-        # the roofs of later turns may be higher: the record at the end has the last word
-        report.print_rows(operator, report.row_records(rows, turns))
+        # later samples may raise the roofs: the shares in the final record are the valid ones
+        report.print_rows(operator, report.row_records(rows, roof_samples))
         kept[operator] = rows
     record = {
         "machine": report.machine(seed),
         "backend": backend,
-        "roofs": turns.records(),
-        "rows": [record for rows in kept.values() for record in report.row_records(rows, turns)],
+        "roofs": roof_samples.records(),
+        "rows": [
+            record for rows in kept.values() for record in report.row_records(rows, roof_samples)
+        ],
     }
     report.print_machine(record)
     return record

@@ -12,10 +12,10 @@ from memattn.bench.engine import (
     TimingBudget,
     add_cpu_memory,
     check_all,
+    make_roof_samples,
     measure_between_roofs,
     measure_together,
     refusal,
-    roof_turns,
 )
 from memattn.bench.memory import MemoryJob, call_of, cpu_peaks, cuda_peak
 
@@ -40,7 +40,7 @@ def run_suite(
         for case in sweep:
             checks.setdefault(case, []).append(direction)
 
-    measured, turns = BarInputs(), roof_turns(budget)
+    measured, roof_samples = BarInputs(), make_roof_samples(budget)
     rows: list[Measurement] = []
     with report.progress(len(checks) + len(cases) + 1 + len(times) + len(memory)) as step:
         check_all(checks, backend, budget, step)
@@ -48,7 +48,7 @@ def run_suite(
             step(case.label())
             rows += measure_between_roofs(
                 case,
-                turns,
+                roof_samples,
                 backend=backend,
                 directions=directions,
                 peers=peers[case],
@@ -68,13 +68,13 @@ def run_suite(
             step(f"{sweep[0].kind} at {len(sweep)} lengths, {direction}, memory")
             if _possible(sweep, backend, budget):
                 measured.peaks[sweep, direction] = _peaks(sweep, direction, backend)
-    measured.roofs = turns.best()
+    measured.roofs = roof_samples.best()
     record = {
         "machine": report.machine(seed),
         "backend": backend,
         "suite": suite,
-        "roofs": turns.records(),
-        "rows": report.row_records(rows, turns),
+        "roofs": roof_samples.records(),
+        "rows": report.row_records(rows, roof_samples),
         "sweeps": _sweep_records(measured),
         "bars": [bar_record(bar, measured, backend, budget) for bar in bars],
     }

@@ -25,7 +25,7 @@ from memattn.bench.engine import (
 from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
 from memattn.bench.gpu.pool import Job, Result
 from memattn.bench.memory import call_of
-from memattn.bench.roof_turns import RoofTurns
+from memattn.bench.roof_samples import RoofSamples
 from memattn.bench.suite import bar_record
 
 TIMING_BUDGET = TimingBudget(seconds=0.12, min_rounds=5, max_score_bytes=8 << 30)
@@ -198,7 +198,7 @@ def speed_jobs(names: tuple[str, ...], *, dry: bool, wrong: Iterable[str]) -> li
 
 
 _BAR_INPUTS = BarInputs()  # what this process has measured
-_TURNS = RoofTurns(seconds=0.03)  # and the roofs beside it
+_ROOF_SAMPLES = RoofSamples(seconds=0.03)  # and the roofs beside it
 
 
 def measure(job: Job) -> Result:
@@ -210,20 +210,20 @@ def measure(job: Job) -> Result:
     else:
         rows = measure_between_roofs(
             case,
-            _TURNS,
+            _ROOF_SAMPLES,
             backend="triton",
             directions=job["directions"],
             peers=peers,
             budget=TIMING_BUDGET,
             check_peers=False,
         )
-        _BAR_INPUTS.roofs = _TURNS.best()
+        _BAR_INPUTS.roofs = _ROOF_SAMPLES.best()
     _BAR_INPUTS.rows |= {(row.case, row.direction, row.competitor): row for row in rows}
     torch.cuda.empty_cache()
     return {
         "status": "ok",
-        "rows": report.row_records(rows, _TURNS),
-        "roofs": _TURNS.records(),
+        "rows": report.row_records(rows, _ROOF_SAMPLES),
+        "roofs": _ROOF_SAMPLES.records(),
         "bars": [
             bar_record(bar, _BAR_INPUTS, "triton", TIMING_BUDGET) for bar in _told(chosen, case)
         ],
