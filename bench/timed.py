@@ -7,10 +7,10 @@ import torch
 
 from memattn.bench.case import Case
 from memattn.bench.engine import OURS
-from memattn.bench.gate import Oracle, check_peer, check_subject
 from memattn.bench.memory import call_of
 from memattn.bench.peers import sdpa_backends
 from memattn.bench.report import machine
+from memattn.bench.result_check import ExpectedResults, check_peer, check_subject
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -29,8 +29,8 @@ def make_case(cls: type[Case], kind: str) -> Case:
 
 
 @cache
-def _oracle_of(case: Case) -> Oracle:
-    return Oracle(case, gradients=case.rows_are_independent())
+def _expected_of(case: Case) -> ExpectedResults:
+    return ExpectedResults(case, gradients=case.rows_are_independent())
 
 
 def time_competitor(benchmark, case: Case, competitor: str, direction: str) -> None:
@@ -44,7 +44,7 @@ def time_competitor(benchmark, case: Case, competitor: str, direction: str) -> N
         forward = peer.build()
         try:
             if peer.yardstick is None:
-                check_peer(_oracle_of(case), forward, gradients=gradients)
+                check_peer(_expected_of(case), forward, gradients=gradients)
             else:
                 call_of(case, forward, "forward+backward")()
         except RuntimeError as error:

@@ -19,9 +19,9 @@ from bench_factories import (
 
 from memattn.bench import gate, report, roofline, timing
 from memattn.bench.engine import OURS, measure_between_roofs, measure_case
-from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
 from memattn.bench.inputs import make_segmented_inputs
 from memattn.bench.memory import MemoryJob, cpu_peaks
+from memattn.bench.result_check import ExpectedResults, WrongResultError, check_peer, check_subject
 from memattn.bench.roof_samples import RoofSamples
 from memattn.bench.roofline import Roofs, Work, attention_work, measure_roofs, work_of
 from memattn.bench.segmented_attention import SegmentedCase, segmented_pairs
@@ -235,11 +235,11 @@ def test_sampled_rows_hold_the_first_and_the_last_and_do_not_overlap(T):
 @pytest.mark.parametrize("kind", SegmentedCase.kinds)
 def test_peers_compute_the_same(kind):
     case = small(kind)
-    oracle = Oracle(case, gradients=True)
+    expected = ExpectedResults(case, gradients=True)
     names = []
     for name, peer in case.peers().items():
         if not peer.compiled:
-            check_peer(oracle, peer.build(), gradients=True)
+            check_peer(expected, peer.build(), gradients=True)
             names.append(name)
     assert {"sdpa flash", "sdpa math", "naive"} <= set(names)
     assert ("sdpa flash, folded" in names) == (kind in ("segment", "blocks"))

@@ -8,7 +8,7 @@ import torch
 from memattn.bench import chapter_attention as bench
 from memattn.bench.bars import BarInputs, PeakBar
 from memattn.bench.chapter_attention import BankBytesBar, ChapterCase
-from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
+from memattn.bench.result_check import ExpectedResults, WrongResultError, check_peer, check_subject
 from memattn.ops import chapter_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,12 +52,12 @@ def test_the_gate_passes_what_is_right(kind, monkeypatch):
     monkeypatch.setattr(bench, "GATHERED_BYTES", 30_000)
     case = small(kind)
     check_subject(case, "auto", gradients=True)
-    oracle = Oracle(case, gradients=True)
+    expected = ExpectedResults(case, gradients=True)
     peers = case.peers().values()
     compared = [peer for peer in peers if peer.yardstick is None and not peer.compiled]
     assert len(compared) == (1 if kind in ("int8", "independent") else 3)
     for peer in compared:
-        check_peer(oracle, peer.build(), gradients=True)
+        check_peer(expected, peer.build(), gradients=True)
 
 
 def test_the_gate_finds_another_chapter(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from memattn.bench.bars import BarInputs, CostBar
 from memattn.bench.engine import Measurement
 from memattn.bench.future_attention import OUR_PAST, FutureCase
-from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
+from memattn.bench.result_check import ExpectedResults, WrongResultError, check_peer, check_subject
 from memattn.bench.run import run
 from memattn.bench.timing import Timing
 from memattn.ops import future_attention
@@ -40,7 +40,9 @@ def test_the_definition_of_some_rows_is_that_of_all(kind):
 def test_the_gate_passes_what_is_right(kind):
     case = small(kind, T=200)
     check_subject(case, "auto", gradients=True)
-    check_peer(Oracle(case, gradients=False), case.peers()["naive"].build(), gradients=True)
+    check_peer(
+        ExpectedResults(case, gradients=False), case.peers()["naive"].build(), gradients=True
+    )
 
 
 @pytest.mark.parametrize("kind", FutureCase.kinds)

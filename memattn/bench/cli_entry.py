@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from memattn.bench.gate import WrongResultError
 from memattn.bench.report import say
+from memattn.bench.result_check import WrongResultError
 from memattn.bench.run import parse_shape, run
 from memattn.checks import must
 from memattn.files import check_writable

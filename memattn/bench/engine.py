@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from memattn.bench.case import Case, Forward, Peer
-from memattn.bench.gate import SMALL_T, Oracle, check_peer, check_subject
 from memattn.bench.memory import MemoryJob, call_of, cpu_peaks, cuda_peak
+from memattn.bench.result_check import SMALL_T, ExpectedResults, check_peer, check_subject
 from memattn.bench.roof_samples import RoofSamples
 from memattn.bench.timing import MIN_SAMPLE, Timing, interleave, speedup
 from memattn.ops._dispatch import resolve_backend
@@ -114,22 +114,24 @@ def measure_case(
     competitors = [Competitor(OURS, case.subject(backend))]
     wanted = {n: peer for n, peer in case.peers().items() if peers is None or n in peers}
     if wanted:
-        oracle = _oracle(case, directions) if check_peers else None
+        expected = _expected_results(case, directions) if check_peers else None
         for name, peer in wanted.items():
-            competitors.append(_admit(case, oracle, name, peer, directions, budget))
-        del oracle
+            competitors.append(_admit(case, expected, name, peer, directions, budget))
+        del expected
     rows = []
     for direction in directions:
         rows += _time_direction(case, direction, competitors, budget)
     return rows
 
 
-def _oracle(case: Case, directions: Sequence[str]) -> Oracle:
+def _expected_results(case: Case, directions: Sequence[str]) -> ExpectedResults:
     """What peers must give: at the case's own length, unless it says that a small one is enough."""
     small = case.resized(min(case.T, SMALL_T))
     part = small if case.is_checked_short() else case
     gradients = any(direction != "forward" for direction in directions)
-    return Oracle(part, gradients=gradients and (part == small or part.rows_are_independent()))
+    return ExpectedResults(
+        part, gradients=gradients and (part == small or part.rows_are_independent())
+    )
 
 
 def measure_together(
@@ -161,13 +163,13 @@ def _interleave(
 
 def _admit(
     case: Case,
-    oracle: Oracle | None,
+    expected: ExpectedResults | None,
     name: str,
     peer: Peer,
     directions: Sequence[str],
     budget: TimingBudget,
 ) -> Competitor:
-    """Build a peer and check its results where there is an oracle; say why where that fails."""
+    """Build a peer and check its results where expected ones are given; say why where that fails."""
     competitor = Competitor(name)
     reason = None
     if peer.compiled and not budget.compiled:
@@ -177,7 +179,7 @@ def _admit(
     if reason is None:
         needs = {direction: direction != "forward" for direction in directions}
         for gradients in sorted(set(needs.values()), reverse=True):
-            problem = _try_peer(case, oracle, competitor, peer, gradients)
+            problem = _try_peer(case, expected, competitor, peer, gradients)
             if problem is not None:
                 competitor.reasons |= {d: problem for d in needs if needs[d] >= gradients}
                 # built anew for what is left: after a compilation that failed, PyTorch would run
@@ -189,7 +191,11 @@ def _admit(
 
 
 def _try_peer(
-    case: Case, oracle: Oracle | None, competitor: Competitor, peer: Peer, gradients: bool
+    case: Case,
+    expected: ExpectedResults | None,
+    competitor: Competitor,
+    peer: Peer,
+    gradients: bool,
 ) -> str | None:
     """Check a peer, and return what is wrong with it, if anything."""
     with warnings.catch_warnings(record=True) as caught:
@@ -198,8 +204,8 @@ def _try_peer(
         try:
             if competitor.forward is None:
                 competitor.forward = peer.build()
-            if oracle is not None and peer.yardstick is None:
-                check_peer(oracle, competitor.forward, gradients=gradients)
+            if expected is not None and peer.yardstick is None:
+                check_peer(expected, competitor.forward, gradients=gradients)
             else:
                 direction = "forward+backward" if gradients else "forward"
                 call_of(case, competitor.forward, direction)()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from memattn.bench.case import Case, Forward
-from memattn.bench.gate import leaves_of
+from memattn.bench.result_check import leaves_of
 
 _MALLOC_OPTIONS = {"M_TRIM_THRESHOLD": -1, "M_MMAP_THRESHOLD": -3, "M_MMAP_MAX": -4}
 _CALLS = 3  # the median counts: the system's counters lag by up to 128 KiB for each core

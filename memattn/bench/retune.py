@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from memattn.bench.retune_work import work
+from memattn.bench.retune_workloads import workload
 from memattn.files import write_text
 
 Config = dict[str, int]
@@ -367,7 +367,7 @@ def _use(trial: Trial) -> tuple[Callable, Callable, list[dict[str, Any]]]:
     table.update(json.loads(_first_table(table_name())))
     table[trial.kernel][str(trial.head_dim)][trial.kind] = trial.config
     recording.forget()
-    operator, make_inputs, passes = work(trial.kernel)
+    operator, make_inputs, passes = workload(trial.kernel)
     dtype = getattr(torch, DTYPES[trial.kind])
     return operator, partial(make_inputs, D=trial.head_dim, device=device, dtype=dtype), passes
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from memattn.bench.case import Case
-from memattn.bench.gate import check_subject
 from memattn.bench.gpu.pool import Job, Result
 from memattn.bench.gpu.speed import TIMING_BUDGET, dry_case
 from memattn.bench.memory import call_of
+from memattn.bench.result_check import check_subject
 from memattn.bench.retune import table_name
 from memattn.bench.roofline import work_of
 from memattn.bench.segmented_attention import SegmentedCase

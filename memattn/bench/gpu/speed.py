@@ -22,9 +22,9 @@ from memattn.bench.engine import (
     measure_between_roofs,
     measure_together,
 )
-from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
 from memattn.bench.gpu.pool import Job, Result
 from memattn.bench.memory import call_of
+from memattn.bench.result_check import ExpectedResults, WrongResultError, check_peer, check_subject
 from memattn.bench.roof_samples import RoofSamples
 from memattn.bench.suite import bar_record
 
@@ -135,7 +135,7 @@ def prepare(job: Job) -> Result:
             return {"status": "ok"}
         gradients = gradients and case.rows_are_independent()
         forward = small.peers()[job["peer"]].build()
-        check_peer(Oracle(small, gradients=gradients), forward, gradients=gradients)
+        check_peer(ExpectedResults(small, gradients=gradients), forward, gradients=gradients)
     except WrongResultError as error:
         return {"status": "wrong", "reason": str(error)}
     torch.cuda.empty_cache()

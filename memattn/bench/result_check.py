@@ -22,7 +22,7 @@ def leaves_of(inputs: dict[str, Tensor], *, gradients: bool) -> dict[str, Tensor
     }
 
 
-class Oracle:
+class ExpectedResults:
     """What a case must give: sampled rows of the output, gradients if asked.
 
     All rows of a short case; of a long one slices, with a cotangent that is zero elsewhere, so
@@ -38,7 +38,7 @@ class Oracle:
             {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
         )
 
-    def results(self, forward: Forward, *, gradients: bool) -> dict[str, Tensor]:
+    def results_of(self, forward: Forward, *, gradients: bool) -> dict[str, Tensor]:
         """The same of some other function."""
 
         def rows(leaves: dict[str, Tensor]) -> Tensor:
@@ -76,27 +76,27 @@ def check_subject(case: Case, backend: str, *, gradients: bool) -> None:
     small = case.resized(min(case.T, SMALL_T))
     for part in (small,) if small == case or case.is_checked_short() else (small, case):
         told = gradients and (part == small or part.rows_are_independent())
-        oracle = Oracle(part, gradients=told)
-        actual = oracle.results(part.checked(backend), gradients=told)
-        for name, high in oracle.high.items():
+        expected = ExpectedResults(part, gradients=told)
+        actual = expected.results_of(part.checked(backend), gradients=told)
+        for name, high in expected.high.items():
             where = f"{case.operator}, {part.label()}: {name}"
             try:
-                assert_within_budget(where, actual[name], oracle.low[name], high)
+                assert_within_budget(where, actual[name], expected.low[name], high)
             except AssertionError as error:
                 raise WrongResultError(str(error)) from error
 
 
-def check_peer(oracle: Oracle, forward: Forward, *, gradients: bool) -> None:
+def check_peer(expected: ExpectedResults, forward: Forward, *, gradients: bool) -> None:
     """Raise WrongResultError unless a peer computes the same thing, with its own precision.
 
     Peers may approximate exponentials, so the bound only tells another mask from rounding.
     """
-    loose = 1e-4 if oracle.case.dtype == torch.float32 else 2e-2
-    gradients = gradients and oracle.gradients
-    for name, result in oracle.results(forward, gradients=gradients).items():
-        high = oracle.high[name]
+    loose = 1e-4 if expected.case.dtype == torch.float32 else 2e-2
+    gradients = gradients and expected.gradients
+    for name, result in expected.results_of(forward, gradients=gradients).items():
+        high = expected.high[name]
         error, rounding = (
-            (x.double() - high).abs().max().item() for x in (result, oracle.low[name])
+            (x.double() - high).abs().max().item() for x in (result, expected.low[name])
         )
         bound = max(loose * high.abs().max().item(), 8 * rounding)
         if not error <= bound:  # NaN fails

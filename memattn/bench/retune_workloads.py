@@ -19,7 +19,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
+def workload(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
     """What a kernel is timed with: the operator, what makes its inputs, and options of each pass.
 
     Segmented attention runs causal, then segmented, with persistent keys; without these where the
