@@ -1,4 +1,4 @@
-"""One competitor on one case under pytest-benchmark: checked, then timed."""
+"""Check one competitor on one case, then time it with pytest-benchmark."""
 
 from functools import cache
 
@@ -17,7 +17,7 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SDPA = tuple(f"sdpa {name}" for name in sdpa_backends(DEVICE))
 CANNOT_RUN = ("No available kernel", "FlexAttention does not support backward on CPU")
 
-# how long pytest-benchmark spends on each
+# time that pytest-benchmark spends on each test
 quick = pytest.mark.benchmark(max_time=0.5, min_rounds=3, warmup=True, warmup_iterations=1)
 
 

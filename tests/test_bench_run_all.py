@@ -87,7 +87,7 @@ def test_a_page_says_where_the_machine_was_disturbed_and_what_was_not_measured()
     }
     text = pages.page("c", {"op": record})
     assert "90 %*" in text
-    assert "- disturbed: beside 1 of 1 rows" in text
+    assert "- disturbed: around 1 of 1 rows" in text
     assert "- memattn: not run: too large" in text
     assert "90 %* of the roof" in pages.overview({"c": {"op": record}})
 

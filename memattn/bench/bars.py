@@ -1,4 +1,4 @@
-"""Bars: what an operator must reach, each measured and compared in one run."""
+"""Bars: performance targets of the operators, each measured and compared in one run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from memattn.bench.timing import Timing
 from memattn.ops._dispatch import multiplies_bfloat16
 
 NEAR_THE_ROOF = (
-    "what it computes is mostly products, and these already run near the measured roof of the "
-    "machine (see the share in the table below); the goal would need a rate above it."
+    "most of its work is matrix products, which already run near the measured roof of the "
+    "machine (see the share in the table below); the goal would need a rate above the roof."
 )
 
 Sweep = tuple[tuple[Case, ...], str]  # cases to compare with each other, and the direction
@@ -36,9 +36,9 @@ class BarInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar(ABC):
-    """A requirement on one number. ``target`` is the goal; ``must``, where given, the least.
+    """A requirement on one number: ``target`` is the goal, ``must`` (if given) the minimum.
 
-    ``limited_by`` says what stands against the goal where a machine misses it.
+    ``limited_by`` explains what prevents the goal on machines that miss it.
     """
 
     case: Case
@@ -76,7 +76,7 @@ class Bar(ABC):
 
     @abstractmethod
     def reached(self, measured: BarInputs) -> float | None:
-        """The number, or None where something it needs could not be measured."""
+        """The number, or None if a measurement that it needs is missing."""
 
     def holds(self, value: float, limit: float) -> bool:
         return value <= limit if self.at_most else value >= limit
@@ -84,7 +84,7 @@ class Bar(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedBar(Bar):
-    """At least so many times faster than the fastest of some peers."""
+    """At least ``target`` times as fast as the fastest of the peers ``against``."""
 
     against: tuple[str, ...]
 
@@ -106,9 +106,9 @@ class SpeedBar(Bar):
 
 @dataclass(frozen=True, kw_only=True)
 class CostBar(Bar):
-    """At most so many times the time that the work takes at the rate of a yardstick.
+    """At most ``target`` times the time that the same work takes at the rate of a yardstick.
 
-    ``priced`` is the case whose work counts, where it is not that of ``case`` itself.
+    ``priced`` is the case whose work counts, if it is not ``case`` itself.
     """
 
     against: str
@@ -139,7 +139,7 @@ class CostBar(Bar):
 
 @dataclass(frozen=True, kw_only=True)
 class RateBar(Bar):
-    """At least so many useful TFLOP/s."""
+    """At least ``target`` useful TFLOP/s."""
 
     unit: ClassVar[str] = " TFLOP/s"
 
@@ -156,7 +156,7 @@ class RateBar(Bar):
 
 @dataclass(frozen=True, kw_only=True)
 class TimeBar(Bar):
-    """At most so many milliseconds."""
+    """At most ``target`` milliseconds."""
 
     unit: ClassVar[str] = " ms"
     at_most: ClassVar[bool] = True
@@ -172,7 +172,7 @@ class TimeBar(Bar):
 
 @dataclass(frozen=True, kw_only=True)
 class RoofBar(Bar):
-    """At least so many percent of the measured roof, whichever rules."""
+    """At least ``target`` percent of the measured roof that limits the work."""
 
     unit: ClassVar[str] = " %"
 
@@ -190,7 +190,7 @@ class RoofBar(Bar):
 
 @dataclass(frozen=True, kw_only=True)
 class BackwardBar(Bar):
-    """The backward takes at most so many times as long as the forward."""
+    """The backward takes at most ``target`` times as long as the forward."""
 
     direction: str = "backward"
 
@@ -214,7 +214,7 @@ class BackwardBar(Bar):
 
 @dataclass(frozen=True, kw_only=True)
 class FasterBar(Bar):
-    """At least so many times faster than another case of ours; both are timed in turn."""
+    """At least ``target`` times as fast as our operator on case ``base``, in the same rounds."""
 
     base: Case
 
@@ -281,7 +281,7 @@ class FlatTimeBar(SweepBar):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearMemoryBar(SweepBar):
-    """Peak bytes per token of the longest over those of the shortest."""
+    """Peak bytes per token at the longest length over those at the shortest."""
 
     @property
     def name(self) -> str:
@@ -301,7 +301,7 @@ class LinearMemoryBar(SweepBar):
 
 @dataclass(frozen=True, kw_only=True)
 class BytesBar(Bar):
-    """Bytes of a case over those of another; nothing is timed."""
+    """Bytes of a case over those of case ``base``; nothing is timed."""
 
     base: Case
 
@@ -320,7 +320,7 @@ class BytesBar(Bar):
 
 @dataclass(frozen=True, kw_only=True)
 class PeakBar(BytesBar):
-    """Peak bytes of a case over those of another."""
+    """Peak bytes of a case over those of case ``base``."""
 
     what: ClassVar[str] = "peak memory"
 
@@ -337,7 +337,7 @@ class PeakBar(BytesBar):
 
 @dataclass(frozen=True, kw_only=True)
 class PeerPeakBar(Bar):
-    """Peak bytes of ours over those of a peer on the same case; a direction with a forward."""
+    """Peak bytes of our operator over those of a peer; for directions with a forward."""
 
     against: str
 
@@ -371,12 +371,12 @@ def bfloat16_bars(
     against: str | None = None,
     directions: Sequence[str] = ("forward", "backward"),
 ) -> list[Bar]:
-    """In bfloat16, on processors that have its products: beside ``base``, the call in float32.
+    """Speed in bfloat16 over float32, for processors with bfloat16 products.
 
     Args:
         base: The case in float32.
-        against: A peer that computes the same; it is to be left behind as well.
-        directions: Those whose products are of bfloat16.
+        against: A peer that computes the same; adds a bar on the speed over it.
+        directions: Directions in which the kernels use bfloat16 products.
     """
     if not multiplies_bfloat16():
         return []

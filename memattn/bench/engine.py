@@ -1,4 +1,4 @@
-"""Measure one case: peers are checked, then all competitors are timed in turn."""
+"""Measure one case: check the peers, then time all competitors round by round."""
 
 import gc
 import warnings
@@ -27,26 +27,26 @@ class Measurement:
     direction: str
     competitor: str
     timing: Timing | None = None
-    reason: str | None = None  # why there is no timing
-    speedup: Timing | None = None  # of ours over this one, round by round
+    reason: str | None = None  # why it was not timed
+    speedup: Timing | None = None  # of our operator over this one, round by round
     peak_bytes: int | None = None
     roof_sample: int | None = None  # index of the roof sample taken straight after
 
 
 @dataclass(frozen=True)
 class TimingBudget:
-    """How long to measure, and what is too large for a competitor."""
+    """How long to time each competitor, and from what size on one is left out."""
 
     seconds: float = 0.5  # for each competitor and direction
     min_rounds: int = 5
     min_sample: float = MIN_SAMPLE  # seconds of one sample on the CPU
     max_score_bytes: int = 1 << 30
-    compiled: bool = True  # whether to build what must be compiled
+    compiled: bool = True  # whether to measure peers that must be compiled
 
 
 @dataclass
 class Competitor:
-    """A function, or the reasons why there is none, by direction."""
+    """A function to time, or by direction the reasons why it cannot be."""
 
     name: str
     forward: Forward | None = None
@@ -54,7 +54,7 @@ class Competitor:
 
 
 def refusal(case: Case, backend: str, budget: TimingBudget) -> str | None:
-    """Why our operator cannot be measured here, if so: no device, or a reference too large."""
+    """Why our operator cannot be measured on this machine; None if it can."""
     if "cuda" in case.device and not torch.cuda.is_available():
         return "not measured: no CUDA device"
     query = torch.empty(0, dtype=case.dtype, device=case.device)
@@ -75,10 +75,10 @@ def check_all(
     budget: TimingBudget,
     step: Callable[[str], None],
 ) -> None:
-    """Check our operator on all cases, in their directions, before anything is timed.
+    """Check our operator on all cases and directions before anything is timed.
 
     Raises:
-        WrongResultError: If it does not keep the error budget.
+        WrongResultError: If a result exceeds the error budget.
     """
     for case, directions in cases.items():
         step(f"checking {case.label()}")
@@ -103,7 +103,7 @@ def measure_case(
         directions: From ``DIRECTIONS``.
         peers: Names of peers, or None for all that the case has.
         budget: How long to measure.
-        check_peers: Whether to compare the peers' results first; False where that was done.
+        check_peers: Whether to compare the peers' results first; False if they have been compared.
 
     Returns:
         One row for each direction and competitor, ours first.
@@ -125,7 +125,7 @@ def measure_case(
 
 
 def _expected_results(case: Case, directions: Sequence[str]) -> ExpectedResults:
-    """What peers must give: at the case's own length, unless it says that a small one is enough."""
+    """Expected results for peers, at a small length if ``case.is_checked_short()``."""
     small = case.resized(min(case.T, SMALL_T))
     part = small if case.is_checked_short() else case
     gradients = any(direction != "forward" for direction in directions)
@@ -137,10 +137,10 @@ def _expected_results(case: Case, directions: Sequence[str]) -> ExpectedResults:
 def measure_together(
     cases: Sequence[Case], *, backend: str, direction: str, budget: TimingBudget
 ) -> list[Timing]:
-    """Time our operator on several cases in turn, so that their times can be compared.
+    """Time our operator on several cases round by round, so that their times are comparable.
 
-    Short calls are repeated within a sample: alone each would pay for what the long ones have
-    thrown out of the caches.
+    Short calls are repeated within a sample; a single short call would run with cold caches after
+    the long ones.
     """
     calls = {
         str(index): call_of(case, case.subject(backend), direction)
@@ -169,7 +169,7 @@ def _admit(
     directions: Sequence[str],
     budget: TimingBudget,
 ) -> Competitor:
-    """Build a peer and check its results where expected ones are given; say why where that fails."""
+    """Build a peer and check it against ``expected``, if given; on failure record the reason."""
     competitor = Competitor(name)
     reason = None
     if peer.compiled and not budget.compiled:
@@ -182,8 +182,8 @@ def _admit(
             problem = _try_peer(case, expected, competitor, peer, gradients)
             if problem is not None:
                 competitor.reasons |= {d: problem for d in needs if needs[d] >= gradients}
-                # built anew for what is left: after a compilation that failed, PyTorch would run
-                # the same function without compiling it
+                # rebuild for the other directions: after a failed compilation PyTorch would run
+                # the same function uncompiled
                 competitor.forward = None
     else:
         competitor.reasons = dict.fromkeys(directions, reason)
@@ -197,9 +197,9 @@ def _try_peer(
     peer: Peer,
     gradients: bool,
 ) -> str | None:
-    """Check a peer, and return what is wrong with it, if anything."""
+    """Check a peer; returns why it cannot be used, or None."""
     with warnings.catch_warnings(record=True) as caught:
-        # PyTorch tells by warnings why a backend refuses
+        # PyTorch reports in warnings why a backend cannot run
         warnings.simplefilter("always")
         try:
             if competitor.forward is None:
@@ -209,7 +209,7 @@ def _try_peer(
             else:
                 direction = "forward+backward" if gradients else "forward"
                 call_of(case, competitor.forward, direction)()
-        except Exception as error:  # a peer may fail in any way; the row says how
+        except Exception as error:  # a peer may fail in any way; the row gives the reason
             texts = [str(error), *(str(warning.message) for warning in caught)]
             lines = [text.strip().splitlines()[0] for text in texts if text.strip()]
             return "not available: " + "; ".join(dict.fromkeys(lines))[:300]
@@ -219,9 +219,10 @@ def _try_peer(
 def _time_direction(
     case: Case, direction: str, competitors: Sequence[Competitor], budget: TimingBudget
 ) -> list[Measurement]:
-    """Time ours in turn with the peers; slow ones and those that store all scores have their own.
+    """Time our operator and the peers round by round, in one group.
 
-    After such a peer everyone runs with cold caches and scattered memory.
+    Slow peers and peers that store all scores are each timed apart, together with our operator
+    only: after them the next call runs with cold caches and fragmented memory.
     """
     rows = {c.name: Measurement(case, direction, c.name) for c in competitors}
     peers = case.peers()
@@ -254,10 +255,10 @@ def _time_direction(
 
 
 def add_cpu_memory(rows: Sequence[Measurement], backend: str) -> None:
-    """Fill in the peaks of the rows that ran on the CPU, all in one fresh process.
+    """Measure the peak memory of all rows that ran on the CPU, in one fresh process.
 
-    Backward alone has none: what it needs is kept by the forward. A compiled peer has none
-    either: it would be compiled again.
+    The backward alone has no peak: the forward keeps its tensors. A compiled peer has none either,
+    because it would have to be compiled again.
     """
     jobs: list[tuple[Measurement, MemoryJob]] = []
     for row in rows:
@@ -273,7 +274,7 @@ def add_cpu_memory(rows: Sequence[Measurement], backend: str) -> None:
 
 
 def roof_key(case: Case) -> tuple[str, torch.dtype]:
-    """What decides the roofs of a case."""
+    """Device and dtype, for which the roofs of a case are measured."""
     return case.device, case.dtype
 
 

@@ -1,4 +1,4 @@
-"""Suites: measure what the bars of all operators need, once, and say what was reached."""
+"""Run a suite: measure what the bars of the operators need, and report each bar."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -152,7 +152,7 @@ def _reason(bar: Bar, measured: BarInputs, backend: str, budget: TimingBudget) -
     names = [OURS, *bar.peers]
     rows = [measured.rows.get((bar.case, bar.direction, name)) for name in names]
     return "; ".join(f"{r.competitor}: {r.reason}" for r in rows if r and r.reason) or (
-        "not measured: this system does not tell the memory of a process"
+        "not measured: this system does not report the memory of a process"
     )
 
 
@@ -168,6 +168,6 @@ def _print_bars(bars: Sequence[dict[str, Any]]) -> None:
             continue
         verdict = "met" if bar["met"] else "MISSED"
         if bar["met_must"] and not bar["met"]:
-            verdict = "missed, the least is met"
+            verdict = "missed, but the minimum is met"
         rows.append([bar["bar"], limit, f"{bar['reached']:.3g} {unit}", verdict])
     report.table("bars", ("bar", "required", "reached", ""), rows)

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import IO
 
-BLOCK = 1 << 16  # characters that are read at a time
-LONGEST_LINE = 16 * BLOCK
+READ_CHARACTERS = 1 << 16  # characters that are read at a time
+LONGEST_LINE = 16 * READ_CHARACTERS
 
 
 def memorize(
@@ -99,7 +99,7 @@ def memorize(
 def text_blocks(file: IO[str]) -> Iterator[str]:
     """A text in blocks that end with a line, unless a line is very long."""
     rest = ""
-    while chunk := file.read(BLOCK):
+    while chunk := file.read(READ_CHARACTERS):
         rest += chunk
         cut = rest.rfind("\n") + 1
         if not cut and len(rest) >= LONGEST_LINE:
