@@ -17,7 +17,7 @@ from bench_factories import (
     wrong_tail,
 )
 
-from memattn.bench import gate, report, roofline, timing
+from memattn.bench import report, result_check, roofline, timing
 from memattn.bench.engine import OURS, measure_between_roofs, measure_case
 from memattn.bench.inputs import make_segmented_inputs
 from memattn.bench.memory import MemoryJob, cpu_peaks
@@ -207,7 +207,7 @@ def test_spread_and_speedup_round_by_round():
     assert speedup(ours, theirs).samples == (2.0,) * 5
 
 
-# the gate
+# checks of results
 
 
 @pytest.mark.parametrize("wrong", [longer_window, wrong_gradient, wrong_tail, not_a_number])
@@ -226,10 +226,10 @@ def test_a_wrong_gradient_is_not_looked_for_in_a_forward(monkeypatch):
 
 @pytest.mark.parametrize("T", [1, 5, 160, 161, 200, 5000])
 def test_sampled_rows_hold_the_first_and_the_last_and_do_not_overlap(T):
-    rows = [row for part in gate.sampled_rows(T, 3) for row in range(T)[part]]
+    rows = [row for part in result_check.sampled_rows(T, 3) for row in range(T)[part]]
     assert rows[0] == 0
     assert rows[-1] == T - 1
-    assert len(set(rows)) == len(rows) == (T if T <= gate.SMALL_T else len(rows))
+    assert len(set(rows)) == len(rows) == (T if T <= result_check.SMALL_T else len(rows))
 
 
 @pytest.mark.parametrize("kind", SegmentedCase.kinds)

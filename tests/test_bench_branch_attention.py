@@ -1,4 +1,4 @@
-"""Cases of branch attention for the benchmark: work, definition, gate and peers."""
+"""Cases of branch attention for the benchmark: work, definition, checks and peers."""
 
 import pytest
 import torch

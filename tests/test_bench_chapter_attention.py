@@ -1,4 +1,4 @@
-"""Cases of chapter attention for the benchmark: work, definition, gate, peers and bars."""
+"""Cases of chapter attention for the benchmark: work, definition, checks, peers and bars."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Cases of future attention for the benchmark: work, definition, gate and bars."""
+"""Cases of future attention for the benchmark: work, definition, checks and bars."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Cases of the neural memory for the benchmark: work, gate, peers that compute the same, bars."""
+"""Cases of the neural memory for the benchmark: work, checks, peers that compute the same, bars."""
 
 from dataclasses import replace
 

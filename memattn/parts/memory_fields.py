@@ -44,7 +44,7 @@ class MemoryFields(PartConfig):
         use_low_rank_projections: Whether the four projections are products of two matrices.
         projection_rank: Features between these.
         memory_block_variant: ``"A"``, memory after attention, or ``"B"``, memory after the MLP and
-            one more MLP behind it.
+            one more MLP after it.
         use_chapters: Whether a router selects chapters; otherwise every token sees the whole bank.
         num_chapters: Chapters of a bank.
         tokens_per_chapter: None, or ``num_memory_tokens / num_chapters``, to be checked.

@@ -54,7 +54,7 @@ class MemoryWatch:
         relevance: ``[B, n]`` of each call.
         pairs: Keys and values of each call, where they are kept.
         start: Weights before the first token that was seen.
-        end: Weights behind the last one.
+        end: Weights after the last one.
     """
 
     def __init__(self, name: str, layer: MemoryLayer, keep_pairs: bool) -> None:

@@ -149,7 +149,7 @@ def call_bounds(context: PartContext) -> dict[str, Tensor | None]:
 
 
 def _end(present: Tensor) -> Tensor:
-    """Column behind the last token of each row, int64 ``[B]``, 0 where there is none."""
+    """Column after the last token of each row, int64 ``[B]``, 0 where there is none."""
     column = torch.arange(1, present.shape[1] + 1, device=present.device)
     return torch.where(present, column, 0).amax(1)
 

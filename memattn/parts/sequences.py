@@ -31,7 +31,7 @@ class SequenceStates:
     """The states of all parts of all layers, and where each row's sequence begins and ends.
 
     Rows may have no token in any column. What is kept of a row is contiguous all the same: a row
-    that goes on behind columns without tokens is moved to the newest column first, alone.
+    that goes on after columns without tokens is moved to the newest column first, alone.
 
     Args:
         layers: Of each layer, the empty states of its parts by name.
@@ -270,7 +270,7 @@ class SequenceStates:
             layer.position = self.position
 
     def reset(self, mask: Tensor | None = None) -> None:
-        """Let sequences begin anew.
+        """Let sequences restart.
 
         Args:
             mask: bool ``[B]``, True for the rows that restart with the next token; the other rows

@@ -67,7 +67,7 @@ class SpecialistSet:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The specialists in the order of their gates, behind that of the base."""
+        """The specialists in the order of their gates, after that of the base."""
         return self.modules[0].gate.specialists
 
     def priors(self, name: str) -> list[float]:
@@ -236,7 +236,7 @@ def recording_gates(model: nn.Module) -> Iterator[GateRecord]:
     """Note the gates of all layers of a model, a decoder or one with attached parts.
 
     Each call of the model inside adds its layers. What checkpointing runs again is not noted, as
-    the backward comes behind.
+    the backward comes after.
     """
     record = GateRecord()
 

@@ -22,7 +22,7 @@ class SequenceBounds(NamedTuple):
 
 
 class Room(NamedTuple):
-    """A token tensor that is the last part of a longer one, which has room behind it."""
+    """A token tensor that is the last part of a longer one, which has room after it."""
 
     buffer: Tensor
     view: Tensor
@@ -35,7 +35,7 @@ class PartState:
     A *token* tensor has one entry per token on its last axis but one (keys ``[B, H, S, D]``,
     inputs ``[B, S, E]``). ``append`` extends it; what no later token can see, given the segment and
     the window, is dropped. A *row* tensor has one entry per sequence (a recurrent memory). ``read``
-    gives it, with the initial value in rows that begin anew, and ``write`` replaces it. A crop cuts
+    gives it, with the initial value in rows that restart, and ``write`` replaces it. A crop cuts
     token tensors; a row tensor is restored from the history that ``write`` was given since
     recording began, and without one a crop is refused. A part that needs more derives a class.
 
@@ -101,7 +101,7 @@ class PartState:
 
     @property
     def nbytes(self) -> int:
-        """Size of everything that is kept in bytes, with the room behind it."""
+        """Size of everything that is kept in bytes, with the room after it."""
         rooms = (self._room.get(name) for name in self.tokens)
         held = [
             tensor if room is None or room.view is not tensor else room.buffer
@@ -116,11 +116,11 @@ class PartState:
         return next((t.shape[-2] for t in self.tokens.values()), 0)
 
     def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values ``[B, Hkv, T, D]``, and return them behind those kept."""
+        """Append keys and values ``[B, Hkv, T, D]``, and return them after those kept."""
         return self.append("key", key_states), self.append("value", value_states)
 
     def append(self, name: str, states: Tensor) -> Tensor:
-        """Append ``[B, ..., T, F]`` to a token tensor, and return it behind what was kept."""
+        """Append ``[B, ..., T, F]`` to a token tensor, and return it after what was kept."""
         if name in self.tokens:
             past = self.tokens[name]
             self._check(name, past[..., :0, :], states[..., :0, :])
@@ -150,7 +150,7 @@ class PartState:
         """
         past = self.tokens[name] if empty is None else self.tokens.get(name, empty)
         room = self._room.get(name)
-        # kept by identity: whatever else replaced the tensor has no room behind it
+        # kept by identity: whatever else replaced the tensor has no room after it
         if room is not None and not torch.is_inference_mode_enabled():
             room = None if room.buffer.is_inference() else room
         if room is None or room.view is not past or room.end + n > room.buffer.shape[-2]:
@@ -219,7 +219,7 @@ class PartState:
         self._restarting, self.restart = self.restart, None
 
     def reset(self, mask: Tensor) -> None:
-        """Let rows begin anew with the next call, ``mask`` bool ``[B]``."""
+        """Let rows restart with the next call, ``mask`` bool ``[B]``."""
         if self.rows:
             self.restart = mask if self.restart is None else self.restart | mask
 
@@ -352,7 +352,7 @@ def _moved(x: Tensor, by: Tensor, dim: int) -> Tensor:
 
 
 def _may_write(past: Tensor, states: Tensor) -> bool:
-    """Whether new entries may be written behind those kept, instead of copying both."""
+    """Whether new entries may be written after those kept, instead of copying both."""
     # with gradients on, what was returned earlier may be saved for a backward
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False

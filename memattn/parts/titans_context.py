@@ -176,7 +176,7 @@ class MemoryAsContext(ContextLayer):
         )
         starts = SegmentStarts(cache, cut.phase) if self.memory.chunk_size < L else None
         attended, remembered, memory_keys, memory_values, fronts = [], [], [], [], []
-        left = hidden_states.shape[1]  # tokens of the call behind a piece
+        left = hidden_states.shape[1]  # tokens of the call after a piece
         for piece, (q, k, v, asked, gates, taught, turned) in zip(cut.pieces, tensors, strict=True):
             if piece.rows < rows:  # documents that have ended
                 rows = piece.rows

@@ -81,7 +81,7 @@ class TitansState(PartState):
 
     @property
     def memory(self) -> NeuralMemoryState | None:
-        """The neural memory behind the last token; None before the first call."""
+        """The neural memory after the last token; None before the first call."""
         return None if self._memory is None else self._memory.memory
 
     def recall(self, layer: NeuralMemory) -> None:

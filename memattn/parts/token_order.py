@@ -24,7 +24,7 @@ class TokenOrder:
     def of(cls, present: Tensor, begun: Tensor | None = None) -> "TokenOrder":
         """The order of columns of which some hold a token, bool ``[B, T]``.
 
-        Absent columns go behind a row's tokens, those before its first token stay before it. In a
+        Absent columns go after a row's tokens, those before its first token stay before it. In a
         row that has ``begun``, bool ``[B]``, there is nothing before the first token. What is one
         block stays as it is.
         """
