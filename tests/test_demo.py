@@ -100,6 +100,7 @@ def test_trains_audits_and_reports_every_preset(config, console):
     assert states["segmented"][-1] < states["vanilla"][-1] / 30
     yardsticks = [(found["name"], found["vocab_size"]) for found in report["yardsticks"]]
     assert yardsticks == [("unigram", 280), ("bigram", 280), ("unigram", 560), ("bigram", 560)]
+    assert report["yardsticks"][1]["tokens"] == report["tokens"] < report["train_tokens"]
     counted = [found["bits_per_byte"] for found in report["yardsticks"]]
     assert 0.0 < counted[1] < counted[0]  # rows of these words repeat themselves
     assert [row["system"] for row in report["ideas"]] == [

@@ -3,7 +3,7 @@
 
 def demo(
     out: str = "runs/demo",
-    minutes: float = 6.0,
+    minutes: float = 7.0,
     corpus: str = "wiki",
     specialty: str = "moby-dick",
     seed: int = 0,

@@ -53,7 +53,7 @@ class DemoConfig:
     """
 
     out: str = "runs/demo"
-    minutes: float = 6.0
+    minutes: float = 7.0
     corpus: str = "wiki"
     specialty: str = "moby-dick"
     seed: int = 0
@@ -113,6 +113,7 @@ class DemoConfig:
             base_model_lr=1.5e-2,
             memory_lr=8e-3,
             weight_decay=0.01,
+            lr_scheduler="linear",
             warmup_steps=WARMUP_STEPS,
             eval_steps=stage.stop if stage.evaluate else None,
             save_steps=None,

@@ -173,13 +173,17 @@ def _continual(report: dict[str, Any]) -> list[str]:
 
 def _reading(report: dict[str, Any]) -> str:
     epochs = report["tokens"] / report["train_tokens"]
+    counted = min(report["tokens"], report["train_tokens"])
+    processes = report["processes"]
+    beside = f", of one of {processes} models that train at a time" if processes > 1 else ""
     return (
         "<p><b>How to read it.</b> Bits per byte of documents that no model was trained on: lower "
         "is better, and a smaller vocabulary wins nothing. The last rows are counted, not learned: "
-        f"how often each token, and each pair of tokens, comes in all {report['train_tokens']:,} "
-        "tokens to train on. A model that does not pass the pairs has learned hardly more than "
+        f"how often each token, and each pair of tokens, comes in {counted:,} of the "
+        f"{report['train_tokens']:,} tokens to train on, no more than the models were trained on. "
+        "A model that does not pass the pairs has learned hardly more than "
         "they say. Tokens per second is the training speed, the median of all "
-        "steps. The audit compares runs of each model in float64 and in its own dtype: &ldquo;all "
+        f"steps{beside}. The audit compares runs of each model in float64 and in its own dtype: &ldquo;all "
         "0&rdquo; means that later tokens, other rows and padding change nothing at all, and that "
         "decoding token by token gives what one pass gives.</p>"
         f"<p><b>What it does not show.</b> One seed ({report['config']['seed']}), "

@@ -46,6 +46,9 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
     ``curves.png`` and ``index.html``. An interrupted demo goes on where it stopped, and a preset
     that is registered later is trained on as many tokens as the others were.
 
+    Several presets train at a time, in processes that import the main module of the caller: a
+    script calls this under ``if __name__ == "__main__":``, or with one process.
+
     Args:
         config: What to do.
         fresh: Delete an earlier demo in the folder first.
@@ -65,11 +68,11 @@ def run_demo(config: DemoConfig, *, fresh: bool = False, console: Console | None
         shutil.rmtree(out)
     began = time.perf_counter()
     plan = _plan(config, out, console)
-    yardsticks = measure_yardsticks(config, console)
     with Workers(plan.processes, console) as workers:
         _train(config, plan, workers, console)
         results, continual = _measure(config, plan, workers, console)
         ideas = measure_ideas(config, results, workers)
+    yardsticks = measure_yardsticks(config, plan.tokens, console)
     report = {
         "config": asdict(config),
         **asdict(plan),

@@ -10,11 +10,18 @@ from memattn.train import ModelConfig, TrainConfig
 from memattn.train.setup import prepare_data
 
 
-def measure_yardsticks(config: DemoConfig, console: Console) -> list[dict[str, Any]]:
+def measure_yardsticks(
+    config: DemoConfig, num_tokens: int, console: Console
+) -> list[dict[str, Any]]:
     """Bits per byte of the unigram and the bigram, and of those of a vocabulary twice as large.
 
-    All tokens to train on are counted, also those that no model has time for.
+    Args:
+        config: The demo.
+        num_tokens: Tokens that each model is trained on. As many are counted, or all that there
+            are; of the larger vocabulary, the same share of the text.
+        console: Where to show what is counted.
     """
+    share = 1.0
     found = []
     for vocab_size in (config.vocab_size, 2 * config.vocab_size):
         with console.status(f"counting pairs of {vocab_size:,} tokens"):
@@ -24,8 +31,13 @@ def measure_yardsticks(config: DemoConfig, console: Console) -> list[dict[str, A
             held_out = corpus.held_out
             assert held_out is not None
             size = max(vocab_size, len(corpus.tokenizer))
-            losses = ngram_losses(corpus.train.ids, held_out.ids, size)
+            ids = corpus.train.ids
+            if vocab_size == config.vocab_size:
+                share = min(1.0, num_tokens / len(ids))
+            counted = ids[: round(share * len(ids))]
+            losses = ngram_losses(counted, held_out.ids, size)
         for name, loss in losses._asdict().items():
             bits = bits_per_byte(loss, len(held_out.ids), held_out.num_bytes)
-            found.append({"name": name, "vocab_size": vocab_size, "bits_per_byte": bits})
+            values = {"vocab_size": vocab_size, "tokens": len(counted), "bits_per_byte": bits}
+            found.append({"name": name, **values})
     return found
