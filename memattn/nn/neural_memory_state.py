@@ -52,7 +52,7 @@ class NeuralMemoryLayerState:
         return cls(NeuralMemoryState.merge([state.memory for state in states]), **named)
 
     def reset(self, mask: Tensor, begin: "NeuralMemoryLayerState") -> "NeuralMemoryLayerState":
-        """Restart rows where ``mask`` (bool ``[R]``) is True from the state ``begin``, 1 or R rows."""
+        """Restart rows where ``mask`` (bool ``[R]``) is True from ``begin`` (one row or R)."""
         R = mask.shape[0]
         begin = begin.expand(R) if begin.memory.count.shape[0] != R else begin
 
