@@ -152,7 +152,7 @@ def attach_memory(
 ) -> MemoryAdapter:
     """Put parts, such as a chapter memory, into the layers of a pretrained model, in place.
 
-    A part stands where its ``stands`` says: between attention and the MLP (after the norm of
+    Where a part runs is decided by its ``resolved_place``: between attention and the MLP (after the norm of
     attention's output, where there is one), after the MLP, or before attention; each after a
     norm of its own and around the residual. The modules of the model stay the same objects with
     the same names, its ``forward`` stays as it is. A part whose output starts at zero leaves the

@@ -57,11 +57,11 @@ class MemAttnBlock(GradientCheckpointingLayer):
         self.attention = build("attention")
         self.mlp_norm = norm()
         self.mlp = make_mlp(config.mlp, config.hidden_size, config.intermediate_size)
-        own_norm = [n for n in added if self.part_configs[n].stands != "beside_attention"]
+        own_norm = [n for n in added if self.part_configs[n].resolved_place != "beside_attention"]
         self.part_norms = nn.ModuleDict({name: norm() for name in own_norm})
         self.parts = nn.ModuleDict({name: build(name) for name in added})
         configs = self.part_configs.values()
-        self.has_beside = any(part.stands == "beside_attention" for part in configs)
+        self.has_beside = any(part.resolved_place == "beside_attention" for part in configs)
         self.loss_names = tuple(dict.fromkeys(name for part in configs for name in part.losses))
         self.carry_names = tuple(dict.fromkeys(name for part in configs for name in part.carries))
 
@@ -146,7 +146,7 @@ class MemAttnBlock(GradientCheckpointingLayer):
 
     def _standing(self, place: str) -> list[str]:
         """The parts that stand in a place."""
-        return [name for name, part in self.part_configs.items() if part.stands == place]
+        return [name for name, part in self.part_configs.items() if part.resolved_place == place]
 
     def _run(
         self,

@@ -48,7 +48,7 @@ class MemAttnPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, MemAttnBlock):
                 for name, part in module.part_configs.items():
-                    if part.stands == "beside_attention":
+                    if part.resolved_place == "beside_attention":
                         part.begin(module.parts[name], module.attention)
 
     def parameter_roles(self) -> dict[str, Role]:
