@@ -18,7 +18,8 @@ def check_together(parts: Sequence[PartConfig], sizes: Sizes) -> None:
         if number > 1 and not part.repeatable:
             must("parts", f"have {part.kind} at most once", f"it {number} times")
         if part.resolved_place not in PLACES:
-            must(f"{part.path}.resolved_place", f"be one of {', '.join(PLACES)}", repr(part.resolved_place))
+            place = repr(part.resolved_place)
+            must(f"{part.path}.resolved_place", f"be one of {', '.join(PLACES)}", place)
         if (part.resolved_place == "attention") != (part.place == "attention"):
             side = "be" if part.place == "attention" else "not be"
             must(f"{part.path}.resolved_place", f"{side} attention", repr(part.resolved_place))
