@@ -59,8 +59,8 @@ class FutureAttention(MultiHeadAttention):
         >>> hidden_states.shape, loss.shape
         (torch.Size([2, 50, 64]), torch.Size([]))
         >>> rotary = RotaryEmbedding(attention.head_dim)
-        >>> turns = rotary(sequence_positions(x)), rotary(attention.future_positions(x))
-        >>> attention(x, rotary=turns[0], future_rotary=turns[1]).hidden_states.shape
+        >>> angles = rotary(sequence_positions(x)), rotary(attention.future_positions(x))
+        >>> attention(x, rotary=angles[0], future_rotary=angles[1]).hidden_states.shape
         torch.Size([2, 50, 64])
     """
 

@@ -67,8 +67,8 @@ class NeuralMemory(nn.Module):
         >>> out, state, surprise = memory(x)
         >>> out.shape, surprise.shape
         (torch.Size([2, 50, 64]), torch.Size([2, 2, 50]))
-        >>> memory(x[:, :1], state=state).out.shape  # continues from the state torch.Size([2, 1,
-        64])
+        >>> memory(x[:, :1], state=state).out.shape  # continues from the state
+        torch.Size([2, 1, 64])
 
     Note:
         Source: Behrouz et al., Titans, https://arxiv.org/abs/2501.00663, sections 3.1 and 4.4.
