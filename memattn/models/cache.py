@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
 from memattn.parts import PartState, SequenceBounds, SequenceStates
 from memattn.parts.state import OPEN_END
+
+if TYPE_CHECKING:
+    from memattn.models.plain_operands import DecoderOperands
 
 
 class MemAttnCache(SequenceStates, Cache):
@@ -51,6 +54,7 @@ class MemAttnCache(SequenceStates, Cache):
         Cache.__init__(self, layers=[MemAttnCacheLayer(parts) for parts in layers])
         self._empty()
         self._config: MemAttnConfig | None = None  # of a model that this cache is known to fit
+        self.operands: DecoderOperands | None = None  # of the model that uses this cache
 
     def _like(self) -> "MemAttnCache":
         other = super()._like()

@@ -72,13 +72,13 @@ class StepSources(NamedTuple):
     future_dim: int = 0  # rows of the table that it sees
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_bare(module: nn.Module) -> bool:
     """Whether a call of the module only runs the ``forward`` of its class, without hooks."""
     own = module.__dict__
-    return "forward" not in own and not any(own[hooks] for hooks in _HOOKS)
+    return "forward" not in own and not any(own[hooks] for hooks in HOOKS)
 
 
 class View(NamedTuple):
