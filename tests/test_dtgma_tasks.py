@@ -161,7 +161,7 @@ def test_a_model_without_tasks_comes_back(tmp_path):
 def test_only_whole_files_are_read(tmp_path):
     model = make_model(reads={0: ()})
     (path,) = saved(model, tmp_path, 0)
-    with pytest.raises(FileNotFoundError, match="path must be a file that DTGMAModel.save_task wrote"):
+    with pytest.raises(FileNotFoundError, match="a file that DTGMAModel.save_task wrote"):
         model.load_task(tmp_path / "none")
     broken = tmp_path / "broken"
     broken.write_bytes(path.read_bytes()[:-100])

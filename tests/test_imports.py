@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"demo", "study"},
+    {"demo", "gallery", "study"},
     {"train", "continual", "viz", "bench"},
     {"evaluate"},
     {"chapters"},

@@ -12,7 +12,7 @@ from typing import Any
 
 COMMANDS = (
     *("doctor", "data", "train", "evaluate", "generate", "audit", "bench", "estimate", "plot"),
-    *("gates", "memorize", "chapters", "demo", "study", "compare", "continual"),
+    *("gates", "memorize", "chapters", "demo", "gallery", "study", "compare", "continual"),
 )
 # what a user can put right; anything else is a fault of the program and shows its traceback
 USER_ERRORS = (

@@ -12,7 +12,7 @@ def plot(
     x: Literal["tokens", "seconds", "step"] = "tokens",
     text: str | None = None,
     texts: tuple[str, ...] = (),
-    tokens: int = 4096,
+    tokens: int | None = None,
 ) -> int:
     """Draw the loss curves of runs into one picture, or what a model does with a text.
 
@@ -50,7 +50,8 @@ def plot(
         x: What the horizontal axis of loss curves counts.
         text: Text that the model reads; - for the standard input.
         texts: For gates: corpora, files or folders to compare.
-        tokens: For gates: tokens of each of them, at most.
+        tokens: For gates: tokens of each of them, at most; 4096 by default. For influence: tokens
+            of the text that are read; 384 by default.
     """
     from pathlib import Path
 
@@ -80,7 +81,13 @@ def plot(
         if view == "gates":
             from memattn.cli.gates import gates
 
-            return gates(runs[1], text, texts, tokens, out or "gates.png")
+            return gates(
+                runs[1], text, texts, 4096 if tokens is None else tokens, out or "gates.png"
+            )
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {tokens}")
+        if tokens is not None and view != "influence":
+            raise ValueError(f"tokens must be left out but for gates and influence, got {tokens}")
         if texts:
             raise ValueError(f"texts must be left out but for gates, got {', '.join(texts)}")
         is_file = view == "state" and Path(runs[1]).expanduser().is_file()
@@ -94,7 +101,7 @@ def plot(
         if text is None and not is_file:
             raise ValueError(f"text must be given to plot {view}, got None")
         out = out or f"{view}.png"
-        _plot_view(view, runs[1], out, text)
+        _plot_view(view, runs[1], out, text, 384 if tokens is None else tokens)
     else:
         if text is not None:
             others = ", ".join(("page", *names))
@@ -156,7 +163,7 @@ def _write_page(runs: list[str], out: str, x: str, text: str) -> None:
     write_figures(figures, out, title=", ".join(metrics))
 
 
-def _plot_view(view: str, name: str, out: str, text: str | None) -> None:
+def _plot_view(view: str, name: str, out: str, text: str | None, tokens: int) -> None:
     from pathlib import Path
 
     from memattn.evaluate import influence
@@ -176,6 +183,7 @@ def _plot_view(view: str, name: str, out: str, text: str | None) -> None:
         visualize_model_state(kept, out, title=title)
         return
     model, ids = _read(name, text)
+    ids = ids[:, :tokens] if view == "influence" else ids
     title = f"{name}, {ids.numel():,} tokens"
     if view == "attention":
         plot_attention_mass(attention_mass(model, ids), out, title=title)

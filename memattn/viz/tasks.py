@@ -23,7 +23,7 @@ def plot_tasks(
 
     A row of the picture is a task. In each panel queries run down, the tokens of the task's own
     column, and keys run right: the own column, then those of the tasks that it reads. Attention is
-    the mean over heads and inputs.
+    the mean over heads and inputs, as a share of the highest of the task.
 
     Args:
         model: The model.
@@ -58,17 +58,14 @@ def tasks_figure(model: DTGMAModel, *, x: Tensor | None = None, title: str = "")
         row[0].set_title(f"{task}: what it may see", fontsize=9)
         layers = [] if attention.weights is None else attention.weights.mean(1).cpu().numpy()
         for number, (axes, weights) in enumerate(zip(row[1:], layers, strict=False), 1):
-            top = max(
-                float(a.weights.mean(1).max()) for a in found.values() if a.weights is not None
-            )
-            image = axes.imshow(weights, vmin=0.0, vmax=top, interpolation="nearest")
+            image = axes.imshow(weights / layers.max(), vmin=0.0, vmax=1.0, interpolation="nearest")
             axes.set_title(f"{task}: attention, layer {number}", fontsize=9)
         for axes in row[1 + len(layers) :]:
             axes.set_axis_off()
         for axes in row[: 1 + len(layers)]:
             _mark_columns(axes, attention)
     if image is not None:
-        figure.colorbar(image, ax=grid, label="share of attention", shrink=0.6)
+        figure.colorbar(image, ax=grid, label="attention, of the task's highest", shrink=0.6)
     figure.suptitle(title)
     return figure
 
