@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import logging
 
 from memattn.checks import check_int
 from memattn.continual import digits_stream, train_continual
@@ -77,6 +78,7 @@ def draw_gallery(
     """
     check_int("steps", steps, 1)
     check_int("epochs", epochs, 1)
+    logging.disable_progress_bar()
     pictures = []
     shown = load_documents(text, cache_dir=cache_dir)[0].text
     for preset, picture in PICTURES.items():

@@ -41,7 +41,10 @@ def test_neighbours_of_a_patch():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--steps", "0"], "steps must be at least 1, got 0"), ([], "source must be a file or folder")],
+    [
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        ([], "source must be a file or folder"),
+    ],
 )
 def test_bad_arguments_are_told(options, message, tmp_path, capsys):
     assert main(["gallery", str(tmp_path / "none.txt"), "--out", str(tmp_path), *options]) == 2

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from memattn.cli import main
-from memattn.continual.embeddings import ENCODERS
 from memattn.data import LABELLED, LabelledText, corpora, load_labelled, split_labelled
 from memattn.data._labelled_readers import (
     read_eras,
@@ -23,6 +22,7 @@ from memattn.data._labelled_readers import (
     read_rated_snippets,
     thread_of,
 )
+from memattn.data.embeddings import ENCODERS
 from memattn.data.labelled import without_duplicates, words_of
 from memattn.files import sha256_of
 

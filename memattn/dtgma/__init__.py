@@ -2,6 +2,15 @@
 
 from memattn.dtgma.attention import TaskAttention
 from memattn.dtgma.layers import TaskName
+from memattn.dtgma.metrics import continual_metrics
 from memattn.dtgma.model import INFERENCE, DTGMAModel
+from memattn.dtgma.train import train_continual
 
-__all__ = ["INFERENCE", "DTGMAModel", "TaskAttention", "TaskName"]
+__all__ = [
+    "INFERENCE",
+    "DTGMAModel",
+    "TaskAttention",
+    "TaskName",
+    "continual_metrics",
+    "train_continual",
+]
