@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from memattn.parts.chapter_memory import ChapterMemoryConfig
     from memattn.parts.future import FutureConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionConfig",

@@ -144,7 +144,7 @@ def test_importing_the_package_needs_torch_only():
 
 def test_dtgma_learns_with_torch_alone():
     result = run(
-        BLOCK + "import torch\n"
+        BLOCK_OPTIONAL_IMPORTS + "import torch\n"
         "from memattn.dtgma import DTGMAModel, train_continual\n"
         "x, y = torch.randn(2, 8, 12), torch.arange(8) % 2\n"
         "model = DTGMAModel(12, 8, 2, n_heads=2, n_tokens=4)\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from memattn.cli import main
-from memattn.data import LABELLED, LabelledText, corpora, load_labelled, split_labelled
+from memattn.data import LABELLED, LabelledText, corpora, load_labelled, packages, split_labelled
 from memattn.data._labelled_readers import (
     read_eras,
     read_film_reviews,
