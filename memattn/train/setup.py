@@ -75,6 +75,9 @@ def prepare_data(config: TrainConfig) -> Corpus:
         for side in (split.train, split.held_out)
     )
     assert train is not None
+    if data.packed and len(train.ids) < data.seq_len:
+        wanted = f"have a text of at least data.seq_len={data.seq_len} tokens to train on"
+        must("data.dataset_name", f"{wanted}: a longer text or a smaller seq_len", len(train.ids))
     if data.mix_in is not None:
         train = mix_tokens(train, data, tokenizer)
     return Corpus(tokenizer, train, held_out)

@@ -13,7 +13,8 @@ from memattn.checks import must
 from memattn.models import KeptMemory
 from memattn.ops import NeuralMemoryState
 from memattn.parts import PartState
-from memattn.parts.memory_picture import LABELS, draw_measure, finish, short_name
+from memattn.parts.memory_picture import LABELS, draw_measure, finish
+from memattn.parts.views import short_name
 from memattn.reference.neural_memory import pack, unpack
 from memattn.viz.curves import save_figure
 
