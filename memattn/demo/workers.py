@@ -5,7 +5,6 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -31,7 +30,7 @@ class _Worker:
     """A process, the way to it, and the name of the job that it does."""
 
     process: BaseProcess
-    connection: Connection
+    connection: Any  # its type has another name on Windows
     job: str | None = None
 
 
@@ -98,7 +97,7 @@ class Workers:
                     if stop.received:
                         raise _interrupted(names)
                     for worker in done:
-                        yield _take(worker)
+                        yield self._take(worker)
         finally:
             self._end()
 
@@ -126,6 +125,20 @@ class Workers:
         ready = wait_for_any([worker.connection for worker in self._busy], _POLL_SECONDS)
         return [worker for worker in self._busy if worker.connection in ready]
 
+    def _take(self, worker: _Worker) -> tuple[str, Any]:
+        """The result of a job that is done, by its name."""
+        name, worker.job = str(worker.job), None
+        try:
+            result, error = worker.connection.recv()
+        except EOFError as lost:
+            self._workers.remove(worker)
+            worker.process.join()
+            code = worker.process.exitcode
+            raise RuntimeError(f"the process of {name} ended with exit code {code}") from lost
+        if error is not None:
+            raise error
+        return name, result
+
     def _end(self) -> None:
         """Tell the jobs that run to end, which training does behind a checkpoint."""
         for worker in self._busy:
@@ -152,21 +165,7 @@ def _start(threads: int) -> _Worker:
     return _Worker(process, here)
 
 
-def _take(worker: _Worker) -> tuple[str, Any]:
-    """The result of a job that is done, by its name."""
-    name, worker.job = str(worker.job), None
-    try:
-        result, error = worker.connection.recv()
-    except EOFError as lost:
-        worker.process.join()
-        code = worker.process.exitcode
-        raise RuntimeError(f"the process of {name} ended with exit code {code}") from lost
-    if error is not None:
-        raise error
-    return name, result
-
-
-def _work(connection: Connection, threads: int) -> None:
+def _work(connection: Any, threads: int) -> None:
     """Do jobs until there are no more. SIGTERM ends the process, Ctrl-C is the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
