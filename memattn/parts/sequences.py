@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memattn.checks import check_shape, check_tensor, must
+from memattn.parts.exported_states import FlatStates, append_in_program
 from memattn.parts.padding import check_longest, check_mask, read_mask
 from memattn.parts.state import OPEN_END, PartState, SequenceBounds
 from memattn.parts.token_order import TokenOrder
@@ -65,6 +66,8 @@ class SequenceStates:
         self.columns: Tensor | None = None
         self.has_padding = self.ends_early = False
         self.order: TokenOrder | None = None
+        self.in_program = False
+        self.flat: FlatStates | None = None
 
     def _like(self) -> "Self":
         """An empty one with the same layers."""
@@ -76,6 +79,13 @@ class SequenceStates:
         """The states of all parts of all layers."""
         for layer in self.layers:
             yield from layer.parts.values()
+
+    def begin_at(self, device: torch.device) -> Tensor | None:
+        """Where rows begin, in columns since the first call; None where all do in the first."""
+        start = self.seq_start
+        if start is None or not (self.in_program or start.any()):
+            return None
+        return start.to(device)
 
     @property
     def batch_size(self) -> int:
@@ -123,7 +133,10 @@ class SequenceStates:
                 a sequence becomes too long.
         """
         B, T, p = batch_size, num_columns, self.position
-        self.order = None
+        self.order = self.flat = None
+        if torch.compiler.is_exporting():
+            append_in_program(self, B, T, attention_mask, device)
+            return
         if self._goes_on(B, T, attention_mask, max_length):
             self.position += T
             self.has_padding = self.ends_early = False

@@ -115,6 +115,13 @@ class PartState:
         """Tokens that are kept."""
         return next((t.shape[-2] for t in self.tokens.values()), 0)
 
+    @property
+    def most_kept(self) -> int | None:
+        """The most tokens of a sequence that goes on which later ones can see; None means all."""
+        if self.segment_len is None and self.window_size is None:
+            return None
+        return max(self.segment_len or 1, self.window_size or 1) - 1
+
     def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values ``[B, Hkv, T, D]``, and return them behind those kept."""
         return self.append("key", key_states), self.append("value", value_states)
@@ -132,9 +139,7 @@ class PartState:
                 return found
             states = torch.cat([past, states], dim=-2)
         self.tokens[name] = states
-        self._room.pop(name, None)
-        if not self.record_past:
-            self._trim(name)
+        self._drop_unseen(name)
         return states
 
     def extend(self, name: str, n: int, empty: Tensor | None = None) -> Tensor:
@@ -166,6 +171,17 @@ class PartState:
         self.tokens[name] = view = room.buffer[..., first:end, :]
         self._room[name] = Room(room.buffer, view, end)
         return found
+
+    def _drop_unseen(self, name: str) -> None:
+        """Drop of a token tensor that was replaced what no later token can see."""
+        self._room.pop(name, None)
+        n = self.most_kept
+        if torch.compiler.is_exporting():
+            if n is not None:  # whatever the lengths are
+                longer = F.pad(self.tokens[name], (0, 0, n, 0))
+                self.tokens[name] = longer[..., longer.shape[-2] - n :, :]
+        elif not self.record_past:
+            self._trim(name)
 
     def compact(self, name: str) -> None:
         """Give back the memory of entries that no later token sees, where it is most of it."""
