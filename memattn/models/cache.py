@@ -15,7 +15,7 @@ from memattn.models.cache_file import SavedCache, read_cache, write_cache
 from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
 from memattn.parts import PartState, SequenceBounds, SequenceStates
-from memattn.parts.exported_states import flatten_states, layers_of, unflatten_states
+from memattn.parts.exported_states import axes_of, flatten_states, layers_of, unflatten_states
 from memattn.parts.state import OPEN_END
 
 
@@ -84,6 +84,19 @@ class MemAttnCache(SequenceStates, Cache):
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values to a layer, after ``append_columns``."""
         return self.layers[layer_idx].update(key_states, value_states)
+
+    def dynamic_shapes(self, rows: Any, columns: Any) -> list[dict[int, Any]]:
+        """What ``torch.export`` is told of this cache, an argument of a program for any sizes.
+
+        Args:
+            rows: The ``torch.export.Dim`` of the batch.
+            columns: That of the columns that a cache has seen before a call, at least 2.
+
+        Example:
+            >>> rows, seen = torch.export.Dim("rows", min=2), torch.export.Dim("seen", min=2)
+            >>> shapes = ({0: rows}, cache.dynamic_shapes(rows, seen))  # of input_ids and cache
+        """
+        return axes_of(self, rows, columns)
 
     def detach(self) -> "MemAttnCache":
         """The same state without its autograd graph; it shares memory with this cache."""
@@ -199,7 +212,7 @@ def _unflatten(tensors: Iterable[Any], facts: str) -> MemAttnCache:
     return cache
 
 
-def _flatten_with_keys(cache: MemAttnCache) -> tuple[list[tuple[SequenceKey, Any]], str]:
+def _flatten_with_keys(cache: MemAttnCache) -> tuple[list[tuple[Any, Any]], str]:
     tensors, facts = _flatten(cache)
     return [(SequenceKey(i), tensor) for i, tensor in enumerate(tensors)], facts
 

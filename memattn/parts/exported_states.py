@@ -5,11 +5,13 @@ that follow from the batch and the number of columns so far. Outside of it token
 sees are dropped; here attention with segments or a window has a fixed number of tokens, zeros in
 front where there are fewer, and other attention has all columns. ``columns`` bool ``[B, position]``
 says which columns held tokens: these stand behind each other at the end, in every row.
+
+``states`` is a ``SequenceStates`` everywhere here.
 """
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,16 +23,13 @@ from memattn.parts.base import part_type
 from memattn.parts.padding import check_mask, read_mask
 from memattn.parts.state import OPEN_END, PartState, SequenceBounds
 
-if TYPE_CHECKING:
-    from memattn.parts.sequences import SequenceStates
-
 
 class FlatStates(NamedTuple):
     """The tensors of states, and what they are.
 
     Attributes:
-        tensors: ``columns``, where there have been calls; ``seq_end`` int64 ``[B]``, where a
-            program took a mask; then token and row tensors of each part of each layer.
+        tensors: ``columns``, where there have been calls; then token and row tensors of each part
+            of each layer.
         facts: What the states are made of again, as JSON.
         source: Tensors of states that these were made of; None where that was something else.
     """
@@ -39,7 +38,7 @@ class FlatStates(NamedTuple):
     facts: str
     source: tuple[Any, ...] | None = None
 
-    def is_of(self, states: "SequenceStates") -> bool:
+    def is_of(self, states: Any) -> bool:
         """Whether the states are still those that these were made of."""
         if self.source is None:
             return True
@@ -49,7 +48,7 @@ class FlatStates(NamedTuple):
 
 
 def append_in_program(
-    states: "SequenceStates", B: int, T: int, attention_mask: Tensor | None, device: torch.device
+    states: Any, B: int, T: int, attention_mask: Tensor | None, device: torch.device
 ) -> None:
     """``SequenceStates.append_columns`` where a program is made, which checks no values."""
     p = states.position
@@ -91,25 +90,23 @@ def append_in_program(
         layer.position = states.position
 
 
-def flatten_states(states: "SequenceStates") -> FlatStates:
+def flatten_states(states: Any) -> FlatStates:
     """What ``unflatten_states`` makes the same states of; rows that have ended are moved first."""
     if states.in_program:
-        return _flatten(states, states.columns, states.seq_end)
+        return _flatten(states, states.columns)
     if states.flat is not None and states.flat.is_of(states):
         return states.flat
     _check_takeable(states)
     with _disable_current_modes():  # values are read, also while a program is being made
         states._close_gaps()
-        found = _flatten(states, states.present if states.position else None, None)
+        found = _flatten(states, states.present if states.position else None)
     # export knows a tensor by its identity
     states.flat = found._replace(source=_sources(states))
     return states.flat
 
 
-def _flatten(
-    states: "SequenceStates", columns: Tensor | None, seq_end: Tensor | None
-) -> FlatStates:
-    tensors: list[Any] = [x for x in (columns, seq_end) if x is not None]
+def _flatten(states: Any, columns: Tensor | None) -> FlatStates:
+    tensors: list[Any] = [] if columns is None else [columns]
     layers = []
     for layer in states.layers:
         facts = {}
@@ -120,24 +117,33 @@ def _flatten(
             tensors += [*tokens.values(), *state.rows.values()]
             facts[name] = [state.describe(), list(tokens), list(state.rows)]
         layers.append(facts)
-    named = {"begun": columns is not None, "ended": seq_end is not None, "layers": layers}
-    return FlatStates(tensors, json.dumps(named))
+    return FlatStates(tensors, json.dumps({"begun": columns is not None, "layers": layers}))
 
 
-def _sources(states: "SequenceStates") -> tuple[Any, ...]:
+def axes_of(states: Any, rows: Any, columns: Any) -> list[dict[int, Any]]:
+    """Which axes of the flat tensors are the batch, and which are the columns so far."""
+    axes = [{0: rows, 1: columns}] if states.position else []
+    for state in states._states():
+        for tensor in state.tokens.values():
+            grows = {tensor.dim() - 2: columns} if state.most_kept is None else {}
+            axes.append({0: rows, **grows})
+        axes += [{0: rows} for _ in state.rows]
+    return axes
+
+
+def _sources(states: Any) -> tuple[Any, ...]:
     """What is replaced wherever states change."""
     bounds = (states.seq_start, states.seq_end, states.columns)
     return (*bounds, *(each for state in states._states() for each in state.tensors()))
 
 
-def unflatten_states(states: "SequenceStates", tensors: Sequence[Any], facts: str) -> None:
+def unflatten_states(states: Any, tensors: Sequence[Any], facts: str) -> None:
     """Fill empty states, made by ``layers_of``, with what ``flatten_states`` gave."""
     if not all(isinstance(x, Tensor) for x in tensors):  # a tree of something else
         states.flat = FlatStates(list(tensors), facts)
         return
     named, rest = json.loads(facts), iter(tensors)
     columns = next(rest) if named["begun"] else None
-    end = next(rest) if named["ended"] else None
     for layer, parts in zip(states.layers, named["layers"], strict=True):
         for name, (_, tokens, rows) in parts.items():
             state = layer.parts[name]
@@ -149,11 +155,10 @@ def unflatten_states(states: "SequenceStates", tensors: Sequence[Any], facts: st
     for layer in states.layers:
         layer.position = states.position
     if torch.compiler.is_exporting() or is_traced(columns):
-        states.columns, states.seq_end, states.in_program = columns, end, True
+        states.columns, states.in_program = columns, True
         return
     columns = columns.cpu()
-    end = torch.full((len(columns),), OPEN_END) if end is None else end.cpu()
-    start = end.clamp(max=states.position) - columns.sum(1)
+    start, end = states.position - columns.sum(1), torch.full((len(columns),), OPEN_END)
     states.seq_start, states.seq_end = start, end
     if not torch.equal(columns, states.present):
         states.columns = columns
@@ -180,7 +185,7 @@ def _filled(tokens: Tensor, state: PartState, position: int) -> Tensor:
     return F.pad(tokens, (0, 0, missing, 0))
 
 
-def _check_takeable(states: "SequenceStates") -> None:
+def _check_takeable(states: Any) -> None:
     """Raise where a program could not go on with the states."""
     if any(state.record_past or state.history for state in states._states()):
         must("past_key_values", "not record its past in an exported program", "one that does")

@@ -8,24 +8,13 @@ from torch import Tensor
 
 from memattn.checks import check_shape, check_tensor, must
 from memattn.parts.exported_states import FlatStates, append_in_program
+from memattn.parts.layer_states import LayerStates, same_parts
 from memattn.parts.padding import check_longest, check_mask, read_mask
 from memattn.parts.state import OPEN_END, PartState, SequenceBounds
 from memattn.parts.token_order import TokenOrder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class LayerStates:
-    """The states of the parts of one layer, by name.
-
-    Args:
-        parts: State of each part.
-    """
-
-    def __init__(self, parts: Mapping[str, PartState]) -> None:
-        self.parts = dict(parts)
-        self.position = 0  # columns seen so far, set by SequenceStates
 
 
 class SequenceStates:
@@ -95,7 +84,7 @@ class SequenceStates:
     def has_layers(self, wanted: Sequence[Mapping[str, PartState]]) -> bool:
         """Whether the layers are of these parts."""
         return len(wanted) == len(self.layers) and all(
-            _fit(layer.parts, parts) for layer, parts in zip(self.layers, wanted, strict=True)
+            same_parts(layer.parts, parts) for layer, parts in zip(self.layers, wanted, strict=True)
         )
 
     def check_layers(self, wanted: Sequence[Mapping[str, PartState]]) -> None:
@@ -103,7 +92,7 @@ class SequenceStates:
         if len(wanted) != len(self.layers):
             must("past_key_values", f"have {len(wanted)} layers", len(self.layers))
         for i, (layer, parts) in enumerate(zip(self.layers, wanted, strict=True)):
-            if not _fit(layer.parts, parts):
+            if not same_parts(layer.parts, parts):
                 expected = ", ".join(map(str, parts.values()))
                 got = ", ".join(map(str, layer.parts.values()))
                 must("past_key_values", f"be of {expected} in layer {i}", got)
@@ -404,8 +393,3 @@ class SequenceStates:
             state.crop(removed, counts)
             if by.any():
                 state.realign(start, position)
-
-
-def _fit(own: Mapping[str, PartState], wanted: Mapping[str, PartState]) -> bool:
-    """Whether states are of the same parts."""
-    return own.keys() == wanted.keys() and all(own[name].fits(wanted[name]) for name in own)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memattn.parts.state import PartState
+from memattn.parts.state import PartState, take_tokens
 
 SINK = "sink_"  # before the name of a token tensor: its first tokens, as a row tensor
 
@@ -72,7 +72,7 @@ class SinkState(PartState):
         past = self.tokens[name]
         self._check(name, past[..., :0, :], states[..., :0, :])
         if self._moved is not None:
-            first = _gather(first, self._moved)
+            first = take_tokens(first, self._moved)
         whole = torch.cat([first, past, states], dim=-2)
         self.tokens[name] = whole[..., self.lead :, :]
         self._drop_unseen(name)
@@ -87,7 +87,7 @@ class SinkState(PartState):
         if self._new is not None and T:
             is_new = (self._new >= 0) & (self._new < T)
             shape = (is_new.shape[0], *[1] * (states.dim() - 3), n, 1)
-            taken = _gather(states, self._new.clamp(0, T - 1))
+            taken = take_tokens(states, self._new.clamp(0, T - 1))
             first = torch.where(is_new.view(shape).to(states.device), taken, first)
         self.rows[SINK + name] = first
         return first
@@ -100,15 +100,8 @@ class SinkState(PartState):
             return
         for name, states in self.tokens.items():
             shape = (len(is_first), *[1] * (states.dim() - 3), kept, 1)
-            taken = _gather(self.rows[SINK + name], number.clamp(0, n - 1))
+            taken = take_tokens(self.rows[SINK + name], number.clamp(0, n - 1))
             self.tokens[name] = torch.where(is_first.view(shape).to(states.device), taken, states)
 
     def _restored(self) -> Iterable[str]:
         return ()  # its rows are first tokens
-
-
-def _gather(tokens: Tensor, places: Tensor) -> Tensor:
-    """Tokens ``[B, ..., S, F]`` at the places ``[B, n]`` of each row."""
-    shape = (places.shape[0], *[1] * (tokens.dim() - 3), places.shape[1], 1)
-    index = places.view(shape).to(tokens.device)
-    return tokens.gather(-2, index.expand(*tokens.shape[:-2], -1, tokens.shape[-1]))

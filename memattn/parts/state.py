@@ -175,13 +175,22 @@ class PartState:
     def _drop_unseen(self, name: str) -> None:
         """Drop of a token tensor that was replaced what no later token can see."""
         self._room.pop(name, None)
-        n = self.most_kept
         if torch.compiler.is_exporting():
-            if n is not None:  # whatever the lengths are
-                longer = F.pad(self.tokens[name], (0, 0, n, 0))
-                self.tokens[name] = longer[..., longer.shape[-2] - n :, :]
+            self.tokens[name] = self._kept_in_program(self.tokens[name])
         elif not self.record_past:
             self._trim(name)
+
+    def _kept_in_program(self, tokens: Tensor) -> Tensor:
+        """What a program of ``torch.export`` keeps, as many whatever the lengths are.
+
+        Rows that end before the newest column are moved there.
+        """
+        n, S, end = self.most_kept, tokens.shape[-2], self.bounds.seq_end
+        if end is not None:
+            n = S if n is None else n
+            column = torch.arange(n, device=end.device) - n + (end - self.lead)[:, None]
+            return take_tokens(tokens, column.clamp(min=0).long())
+        return tokens if n is None else F.pad(tokens, (0, 0, n, 0))[..., S:, :]
 
     def compact(self, name: str) -> None:
         """Give back the memory of entries that no later token sees, where it is most of it."""
@@ -356,6 +365,13 @@ class PartState:
         if self.window_size is not None:
             near.append(begins - self.window_size + 1)
         return torch.stack(near).amin(0).maximum(start)
+
+
+def take_tokens(tokens: Tensor, places: Tensor) -> Tensor:
+    """Tokens ``[B, ..., S, F]`` at the places int64 ``[B, n]`` of each row."""
+    shape = (places.shape[0], *[1] * (tokens.dim() - 3), places.shape[1], 1)
+    index = places.view(shape).to(tokens.device)
+    return tokens.gather(-2, index.expand(*tokens.shape[:-2], -1, tokens.shape[-1]))
 
 
 def _moved(x: Tensor, by: Tensor, dim: int) -> Tensor:
