@@ -1,8 +1,8 @@
-"""Lets transformers' auto classes know the models of this package without loading either.
+"""Register the models with transformers' auto classes, without importing transformers.
 
-``import memattn`` loads neither transformers nor the models. Whichever of the two packages comes
-first: the first call of ``AutoConfig``, by which every auto class finds out what a folder holds,
-loads ``memattn.models``, which registers all there is.
+``import memattn`` loads neither transformers nor the models. The first call of ``AutoConfig``,
+which every auto class uses to find the type of a folder, loads ``memattn.models``, and that
+registers the models. This works whichever package is imported first.
 """
 
 import functools
@@ -15,11 +15,11 @@ from types import ModuleType
 from typing import Any
 
 HOME = "transformers.models.auto.configuration_auto"
-ASKED = ("from_pretrained", "for_model")  # methods of AutoConfig that look for a model's type
+ASKED = ("from_pretrained", "for_model")  # methods of AutoConfig that look up a model type
 
 
 def register_when_asked() -> None:
-    """Register the models at the first call of ``AutoConfig``, once that is there."""
+    """Register the models at the first call of ``AutoConfig``, now or after a later import."""
     module = sys.modules.get(HOME)
     if hasattr(module, "AutoConfig"):
         _watch(module)
@@ -28,7 +28,7 @@ def register_when_asked() -> None:
 
 
 def _watch(module: Any) -> None:
-    """Put methods that load the models in place of those of ``AutoConfig``, for one call."""
+    """Replace methods of ``AutoConfig`` until their first call, which loads the models."""
     auto: Any = module.AutoConfig
     own = {name: vars(auto)[name] for name in ASKED}
 
@@ -37,7 +37,9 @@ def _watch(module: Any) -> None:
         def method(cls: Any, *args: Any, **kwargs: Any) -> Any:
             import_module("memattn.models")
             for other, mine in put.items():
-                if vars(auto)[other] is mine:  # not what somebody put there since, or a thread did
+                if (
+                    vars(auto)[other] is mine
+                ):  # not if someone else, or another thread, has replaced it since
                     setattr(auto, other, own[other])
             return own[name].__get__(None, cls)(*args, **kwargs)
 
@@ -49,7 +51,7 @@ def _watch(module: Any) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module as everybody does, and has a look at it when it has run."""
+    """Import hook for one module: finds it normally and calls a function after it was executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -66,7 +68,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Loads a module by its own loader, which it then has again."""
+    """Loads a module with its own loader, and restores that loader afterwards."""
 
     def __init__(self, finder: _Finder, loader: Loader) -> None:
         self.finder, self.loader = finder, loader

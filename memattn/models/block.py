@@ -36,7 +36,7 @@ class BlockCall(NamedTuple):
 
 
 class MemAttnBlock(GradientCheckpointingLayer):
-    """Attention, MLP and further parts, each behind a norm and around a residual.
+    """Attention, MLP and further parts, each after a norm and around a residual.
 
     Parts beside attention share its norm and its residual.
 

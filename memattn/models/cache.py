@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,16 @@ from memattn.parts import PartState, SequenceBounds, SequenceStates
 from memattn.parts.exported_states import axes_of, flatten_states, layers_of, unflatten_states
 from memattn.parts.state import OPEN_END
 
+if TYPE_CHECKING:
+    from memattn.models.plain_operands import DecoderOperands
+
 
 class MemAttnCache(SequenceStates, Cache):
     """Everything that a batch of sequences carries from one call to the next.
 
     Each layer holds what each of its parts keeps: of attention, the keys that later tokens can see,
     all or at most ``max(segment_len, window_size)``. Rows may have no token in any
-    column, and go on behind such columns. It works with ``generate()``, beam search included.
+    column, and go on after such columns. It works with ``generate()``, beam search included.
 
     Args:
         config: Configuration of the model that fills it.
@@ -53,6 +56,7 @@ class MemAttnCache(SequenceStates, Cache):
         Cache.__init__(self, layers=[MemAttnCacheLayer(parts) for parts in layers])
         self._empty()
         self._config: MemAttnConfig | None = None  # of a model that it is known to fit
+        self.operands: DecoderOperands | None = None  # of the model that it goes through
 
     def _like(self) -> "MemAttnCache":
         other = super()._like()
