@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from model_factories import SIZES, SYSTEMS, make_model, make_tokens, perturb
+from model_factories import SIZES, SYSTEMS, make_config, make_model, make_tokens, perturb
 from test_export import make_mask
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -50,7 +51,8 @@ def make_step(system: str, dtype: torch.dtype = torch.float32) -> Step:
         config = MemAttnConfig.segmented(**sizes)
     else:
         config = MemAttnConfig.shiftable(**sizes, num_specialists=2)
-    return Step(perturb(MemAttnForCausalLM(config).to(dtype).eval()))
+    model: Any = MemAttnForCausalLM(config)
+    return Step(perturb(model.to(dtype).eval()))
 
 
 def export_step(step: Step, masked: bool) -> nn.Module:
@@ -141,7 +143,7 @@ def test_what_a_program_cannot_take_is_refused():
     cache.reset(torch.tensor([True, False, False]))
     with pytest.raises(ValueError, match="past_key_values must have no rows that begin anew"):
         _pytree.tree_flatten(cache)
-    cache = MemAttnCache(step.model.config)
+    cache = MemAttnCache(make_config())
     cache.activate_past_recording()
     with pytest.raises(ValueError, match="past_key_values must not record its past"):
         _pytree.tree_flatten(cache)
