@@ -106,12 +106,20 @@ def resolve_backend(
     return chosen
 
 
+def _is_for_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+# Dynamo takes torch's own function to be False; what is marked so it calls
+_is_for_onnx._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def untaken_transform() -> str | None:
     """A transform around the call that custom operators do not follow; tangents would be zeros."""
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation, as by torch.func.jvp"
     if torch.compiler.is_compiling():  # which cannot look at the other levels, nor trace through
-        return None
+        return "torch.onnx.export" if _is_for_onnx() else None
     level = peek_interpreter_stack()
     if level is not None and level.key() == TransformType.Grad:
         return "torch.func.grad, vjp and what is built on them"
