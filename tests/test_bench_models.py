@@ -23,6 +23,7 @@ def test_models_run_beside_llama(capsys):
     assert "segmented B=1 T=9" in printed and "generate-future B=1 T=9 +3" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("new_programs")
 def test_a_compiled_model_gives_the_gradients_of_the_model():
     record = run.run(
