@@ -25,7 +25,7 @@ LAYERS = [
     {"testing"},
     {"ops"},
     {"reference", "cpp"},
-    {"checks", "files", "yaml_text", "_tables", "_auto_classes"},
+    {"checks", "files", "yaml_text", "_tables", "_auto_classes", "_when_imported"},
 ]
 
 
