@@ -1,11 +1,11 @@
-"""branch_attention under pytest-benchmark: numbers of branches, by token and sample, and peers."""
+"""branch_attention under pytest-benchmark: number of branches, by token or sample, peers."""
 
 from dataclasses import replace
 
 import pytest
 from timed import make_case, quick, time_competitor
 
-from memattn.bench.branch_attention import AS_MANY, CALLS, BranchCase
+from memattn.bench.branch_attention import CALL_PER_BRANCH, K_BRANCHES, BranchCase
 from memattn.bench.engine import OURS
 
 DIRECTIONS = ["forward", "backward"]
@@ -31,7 +31,7 @@ def test_layer(benchmark, kind, direction):
 
 
 @quick
-@pytest.mark.parametrize("competitor", [AS_MANY, CALLS])
+@pytest.mark.parametrize("competitor", [K_BRANCHES, CALL_PER_BRANCH])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_peers(benchmark, direction, competitor):
     case = replace(make_case(BranchCase, "token"), F=4)

@@ -1,4 +1,4 @@
-"""chapter_attention under pytest-benchmark: who selects, how many, an int8 bank, peers."""
+"""chapter_attention under pytest-benchmark: routing, number of chapters, int8 bank, peers."""
 
 from dataclasses import replace
 

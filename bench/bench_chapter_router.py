@@ -1,4 +1,4 @@
-"""chapter_router under pytest-benchmark, beside the same made of PyTorch's operators."""
+"""chapter_router under pytest-benchmark, and its composition of PyTorch's operators."""
 
 from dataclasses import replace
 

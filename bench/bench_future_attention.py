@@ -1,4 +1,4 @@
-"""future_attention under pytest-benchmark, beside causal attention and the naive module."""
+"""future_attention under pytest-benchmark, causal attention and the naive module."""
 
 import pytest
 from timed import SDPA, make_case, quick, time_competitor

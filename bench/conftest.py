@@ -1,4 +1,4 @@
-"""Collects ``bench_*.py``, so that ``pytest bench/`` runs them and ``pytest`` alone does not."""
+"""Collect ``bench_*.py`` in ``pytest bench/``; plain ``pytest`` does not run them."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     named = file_path.name.startswith("bench_") and file_path.suffix == ".py"
-    # a file named on the command line is collected by pytest itself
+    # pytest itself collects files named on the command line
     if named and not parent.session.isinitpath(file_path):
         return pytest.Module.from_parent(parent, path=file_path)
     return None

@@ -1,4 +1,4 @@
-"""One competitor on one case under pytest-benchmark: checked, then timed."""
+"""Check one competitor on one case, then time it with pytest-benchmark."""
 
 from functools import cache
 
@@ -7,17 +7,17 @@ import torch
 
 from memattn.bench.case import Case
 from memattn.bench.engine import OURS
-from memattn.bench.gate import Oracle, check_peer, check_subject
 from memattn.bench.memory import call_of
 from memattn.bench.peers import sdpa_backends
 from memattn.bench.report import machine
+from memattn.bench.result_check import ExpectedResults, check_peer, check_subject
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SDPA = tuple(f"sdpa {name}" for name in sdpa_backends(DEVICE))
 CANNOT_RUN = ("No available kernel", "FlexAttention does not support backward on CPU")
 
-# how long pytest-benchmark spends on each
+# time that pytest-benchmark spends on each test
 quick = pytest.mark.benchmark(max_time=0.5, min_rounds=3, warmup=True, warmup_iterations=1)
 
 
@@ -29,8 +29,8 @@ def make_case(cls: type[Case], kind: str) -> Case:
 
 
 @cache
-def _oracle_of(case: Case) -> Oracle:
-    return Oracle(case, gradients=case.rows_are_independent())
+def _expected_of(case: Case) -> ExpectedResults:
+    return ExpectedResults(case, gradients=case.rows_are_independent())
 
 
 def time_competitor(benchmark, case: Case, competitor: str, direction: str) -> None:
@@ -44,7 +44,7 @@ def time_competitor(benchmark, case: Case, competitor: str, direction: str) -> N
         forward = peer.build()
         try:
             if peer.yardstick is None:
-                check_peer(_oracle_of(case), forward, gradients=gradients)
+                check_peer(_expected_of(case), forward, gradients=gradients)
             else:
                 call_of(case, forward, "forward+backward")()
         except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""Attention with tasks, foresight, segments and memory.
+"""Attention with segments, memory, future keys and tasks.
 
-Importing ``memattn`` loads nothing: torch loads on the first use of an operator or a module, and
-Triton, transformers and the command line on the first use of theirs. The auto classes of
-transformers know the models nevertheless, whichever of the two packages is imported first.
+Importing ``memattn`` loads no other package. torch is loaded when an operator or a module is first
+used; Triton and transformers when first needed. transformers' auto classes find the models in any
+order of imports.
 """
 
 from importlib import import_module
@@ -175,7 +175,7 @@ register_when_asked()
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is asked for, so that ``memattn --help`` answers at once."""
+    """Load a public name on first use, so that ``memattn --help`` is fast."""
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(home), name)

@@ -1,8 +1,8 @@
-"""Lets transformers' auto classes know the models of this package without loading either.
+"""Register the models with transformers' auto classes, without importing transformers.
 
-``import memattn`` loads neither transformers nor the models. Whichever of the two packages comes
-first: the first call of ``AutoConfig``, by which every auto class finds out what a folder holds,
-loads ``memattn.models``, which registers all there is.
+``import memattn`` loads neither transformers nor the models. The first call of ``AutoConfig``,
+which every auto class uses to find the type of a folder, loads ``memattn.models``, and that
+registers the models. This works whichever package is imported first.
 """
 
 import functools
@@ -12,16 +12,16 @@ from typing import Any
 from memattn._when_imported import when_imported
 
 HOME = "transformers.models.auto.configuration_auto"
-ASKED = ("from_pretrained", "for_model")  # methods of AutoConfig that look for a model's type
+ASKED = ("from_pretrained", "for_model")  # methods of AutoConfig that look up a model type
 
 
 def register_when_asked() -> None:
-    """Register the models at the first call of ``AutoConfig``, once that is there."""
+    """Register the models at the first call of ``AutoConfig``, now or after a later import."""
     when_imported(HOME, "AutoConfig", _watch)
 
 
 def _watch(module: Any) -> None:
-    """Put methods that load the models in place of those of ``AutoConfig``, for one call."""
+    """Replace methods of ``AutoConfig`` until their first call, which loads the models."""
     auto: Any = module.AutoConfig
     own = {name: vars(auto)[name] for name in ASKED}
 
@@ -30,7 +30,9 @@ def _watch(module: Any) -> None:
         def method(cls: Any, *args: Any, **kwargs: Any) -> Any:
             import_module("memattn.models")
             for other, mine in put.items():
-                if vars(auto)[other] is mine:  # not what somebody put there since, or a thread did
+                if (
+                    vars(auto)[other] is mine
+                ):  # not if someone else, or another thread, has replaced it since
                     setattr(auto, other, own[other])
             return own[name].__get__(None, cls)(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Spreads over seeds, and tables for the terminal and as Markdown."""
+"""Mean and spread over seeds; tables for the terminal and Markdown."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation (None for one value) of so many values."""
+    """Mean, standard deviation (None for one value) and number of some values."""
 
     mean: float
     sd: float | None
@@ -30,7 +30,7 @@ class Spread:
     def interval(self) -> tuple[float, float] | None:
         """The 95 % t interval of the mean; None for one value.
 
-        More than ten values are treated as ten are, which makes it a little too wide.
+        For more than ten values the quantile for ten is used, so the interval is slightly too wide.
         """
         if self.sd is None:
             return None
@@ -53,7 +53,7 @@ class Table(NamedTuple):
 
     @classmethod
     def of_markdown(cls, text: str) -> "Table":
-        """The first table of a text that ``to_markdown`` wrote."""
+        """Read the first table of a text that ``to_markdown`` wrote."""
         lines = text.splitlines()
         start = next(i for i, line in enumerate(lines) if line.startswith("| "))
         rows = []

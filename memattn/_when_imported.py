@@ -1,4 +1,4 @@
-"""Does something to a module of another package once that has run, without importing it."""
+"""Import hook: changes a module of another package after it was executed, without importing it."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def when_imported(name: str, needs: str, change: Callable[[Any], None]) -> None:
-    """Call ``change`` with a module: now where it is there, and else when it has been imported.
+    """Call ``change`` with a module, now if it is imported already, or after a later import.
 
     Args:
-        name: The module's, in full.
-        needs: Something in it that is there once it has run.
-        change: What to do to it, once.
+        name: Full name of the module.
+        needs: An attribute that the module has once it was executed.
+        change: Function of the module, called once.
     """
     module = sys.modules.get(name)
     if hasattr(module, needs):
@@ -24,7 +24,7 @@ def when_imported(name: str, needs: str, change: Callable[[Any], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module as everybody does, and has a look at it when it has run."""
+    """Import hook for one module: finds it normally and calls a function after it was executed."""
 
     def __init__(self, name: str, change: Callable[[Any], None]) -> None:
         self.name, self.change = name, change
@@ -44,7 +44,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Loads a module by its own loader, which it then has again."""
+    """Loads a module with its own loader, and restores that loader afterwards."""
 
     def __init__(self, finder: _Finder, loader: Loader) -> None:
         self.finder, self.loader = finder, loader

@@ -1,7 +1,7 @@
-"""Chapters of texts in a model: make them, look at them, open and close them, delete them.
+"""Chapters in a model, each made from a text: create, list, open, close and delete them.
 
-A model whose parts keep chapters reads a text once. What its layers saw becomes a chapter beside
-the learned memory; when it is open, every token of every sequence attends to it.
+The model reads a text once. The hidden states of its layers become a chapter in addition to the
+learned memory. Every token of every sequence attends to an open chapter.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from memattn.checks import check_int, check_rank, must
 from memattn.files import sha256_of_text
 from memattn.parts.chapters import Chapter, Chapters
 
-SAMPLES = 16  # numbers of a weight that count in the checksum of all
-LONGEST = 1024  # tokens that a model reads at once, where nothing else is said
+SAMPLES = 16  # elements of each weight that enter the checksum
+LONGEST = 1024  # default number of tokens that a model reads at once, at most
 
 
 def chapters_of(model: nn.Module) -> Chapters:
-    """The chapters of a model, or of the adapter that runs in it: a collection by name.
+    """The chapters of a model, or of its active adapter: a collection by name.
 
-    ``for chapter in chapters`` gives what is known of each; ``open``, ``close``, ``delete``,
+    ``for chapter in chapters`` gives the description of each; ``open``, ``close``, ``delete``,
     ``save`` and ``load`` change it.
 
     Args:
@@ -34,8 +34,8 @@ def chapters_of(model: nn.Module) -> Chapters:
             PEFT's, ``torch.compile`` or ``DistributedDataParallel``.
 
     Raises:
-        ValueError: If no part of the model keeps chapters, or several adapters run (then
-            ``MemoryAdapter.chapters`` is that of one).
+        ValueError: If no part of the model keeps chapters, or several adapters are active (then use
+            ``MemoryAdapter.chapters`` of one).
     """
     return _find(model)[1]
 
@@ -49,28 +49,28 @@ def chapter_from_text(
     source: str = "",
     context_len: int | None = None,
 ) -> Chapter:
-    """Make a chapter of a text, closed: the logits stay as they are, bit for bit, until it is open.
+    """Make a chapter from a text. It starts closed: logits are unchanged until it is opened.
 
-    The model reads the text in evaluation mode, with every chapter closed, in pieces of
-    ``context_len`` tokens, each behind the tokenizer's begin-of-text token. A chapter memory keeps
-    the hidden states that it sees in each layer; in an open chapter these are memory tokens, of
-    which the layer's own projections make keys and values. Nothing is learned, and no gradient goes
-    into what is kept, but training goes on with open chapters in place.
+    The model reads the text in evaluation mode with all chapters closed, in pieces of
+    ``context_len`` tokens, each after the tokenizer's begin-of-text token. A chapter memory keeps
+    the hidden states of each layer. In an open chapter they are memory tokens, which the layer's
+    own projections turn into keys and values. Nothing is trained, and the kept states get no
+    gradient; a model can be trained with open chapters.
 
     Args:
         model: As ``chapters_of`` takes it.
         text: A text, or its tokens, int64 ``[n]``, at least one.
-        name: Of the chapter; None means ``chapter-1`` and on.
-        tokenizer: For a text; None means the one that was saved with the model.
+        name: Name of the chapter; None means ``chapter-1``, ``chapter-2`` and so on.
+        tokenizer: Tokenizer for a text; None means the one saved with the model.
         source: Where the text comes from, in the user's words.
         context_len: Tokens that are read at once; None means the model's
             ``max_position_embeddings``, at most 1024.
 
     Returns:
-        What is known of the chapter. ``chapters_of(model).open(name)`` opens it.
+        The description of the chapter. ``chapters_of(model).open(name)`` opens it.
 
     Raises:
-        TypeError: If the text is neither a text nor a tensor.
+        TypeError: If ``text`` is neither a string nor a tensor.
         ValueError: If the model takes no chapters, the name is taken, the text has no token, or
             there is no tokenizer.
     """
@@ -116,7 +116,7 @@ def chapter_from_text(
 
 
 def refresh_chapters(model: nn.Module, *names: str) -> None:
-    """Let the model read the texts of chapters again, after its weights have changed.
+    """Make chapters again from their texts, after the model's weights have changed.
 
     Args:
         model: As ``chapters_of`` takes it.
@@ -134,29 +134,29 @@ def refresh_chapters(model: nn.Module, *names: str) -> None:
 
 
 def load_chapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Take in the chapters of a file that ``chapters_of(model).save(path)`` wrote.
+    """Load the chapters of a file that ``chapters_of(model).save(path)`` wrote.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, other weights have made its chapters, or a name is taken; none
-            is taken in then.
+        ValueError: If the file is damaged, its chapters were made with other weights, or a name is
+            taken; then no chapter is loaded.
     """
     chapters_of(model).load(path, weights=weights_checksum(model))
 
 
 def stale_chapters(model: nn.Module) -> list[str]:
-    """Names of the chapters that the model has made with other weights than it has now.
+    """Names of the chapters that were made before the model's weights changed.
 
-    They work, but ``refresh_chapters`` would make others.
+    They still work, but ``refresh_chapters`` would give other hidden states.
     """
     weights = weights_checksum(model)
     return [chapter.name for chapter in chapters_of(model) if chapter.weights != weights]
 
 
 def weights_checksum(model: nn.Module) -> str:
-    """A checksum of some numbers of each weight, in hexadecimal: other weights have another one.
+    """A hexadecimal checksum over some elements of each weight; it changes with the weights.
 
-    Those of adapters that do not run are left out.
+    Weights of inactive adapters are left out.
     """
     base, chapters = _find(model)
     own = {id(p) for adapter in _other_adapters(base, chapters) for p in adapter.parameters()}
@@ -173,12 +173,12 @@ def weights_checksum(model: nn.Module) -> str:
 
 @torch.no_grad()
 def _read(base: Any, chapters: Chapters, chapter: Chapter, tokens: Tensor) -> dict[str, Tensor]:
-    """What the parts of a model keep of tokens ``[n]``."""
+    """The states that the parts of a model keep for tokens ``[n]``."""
     prefix, was_training = torch.tensor(chapter.prefix, dtype=torch.long), base.training
     few = {"logits_to_keep": 1} if "logits_to_keep" in signature(base.forward).parameters else {}
     base.eval()
     try:
-        # no inference mode: what is kept takes part in training
+        # no inference mode: the kept states are used in training
         with (
             torch.inference_mode(False),
             torch.compiler.set_stance("force_eager"),
@@ -196,7 +196,7 @@ def _read(base: Any, chapters: Chapters, chapter: Chapter, tokens: Tensor) -> di
 
 
 def _find(model: Any) -> tuple[Any, Chapters]:
-    """The model inside wrappers, and its chapters."""
+    """The model without wrappers, and its chapters."""
     base = model
     while (inner := _inside(base)) is not None:
         base = inner
@@ -210,7 +210,7 @@ def _find(model: Any) -> tuple[Any, Chapters]:
 
 
 def _inside(model: Any) -> Any:
-    """What a wrapper of torch.compile, PEFT or DistributedDataParallel holds, or None."""
+    """The model inside a wrapper (torch.compile, PEFT, DistributedDataParallel), or None."""
     if hasattr(model, "_orig_mod"):
         return model._orig_mod
     if hasattr(model, "get_base_model"):
@@ -219,7 +219,7 @@ def _inside(model: Any) -> Any:
 
 
 def _other_adapters(base: Any, chapters: Chapters) -> Iterator[Any]:
-    """Adapters of a model that did not make these chapters."""
+    """Adapters of a model other than the one that made these chapters."""
     attachment = getattr(base, "_memattn", None)
     for adapter in () if attachment is None else attachment.adapters.values():
         if adapter.chapters is not chapters:
@@ -227,7 +227,7 @@ def _other_adapters(base: Any, chapters: Chapters) -> Iterator[Any]:
 
 
 def _own_tokenizer(base: Any) -> Any:
-    """The tokenizer in the folder that a model comes from."""
+    """The tokenizer in the folder that the model was loaded from."""
     from memattn.data import load_tokenizer
 
     folder = getattr(base.config, "_name_or_path", "")

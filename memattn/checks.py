@@ -72,7 +72,7 @@ def check_scale(scale: Any, head_dim: int) -> float:
 
 
 def check_positive(name: str, value: Any) -> float:
-    """Return ``value`` as a float, of an argument that may be None too: a positive number."""
+    """Return a positive number as a float; the message says that None is allowed too."""
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
         must(name, "be a number or None", type(value).__name__, TypeError)
     if not 0.0 < value < float("inf"):
@@ -95,13 +95,13 @@ def check_heads(query: Tensor, name: str, tensor: Tensor, dim: int = 1) -> None:
 
 
 def check_on_device_of_query(name: str, tensor: Tensor, query: Tensor) -> None:
-    """Raise unless ``tensor`` is where the query is."""
+    """Raise unless ``tensor`` is on the device of the query."""
     if tensor.device != query.device:
         must(name, f"be on the device of query, {query.device}", tensor.device)
 
 
 def check_factor(name: str, tensor: Tensor, query: Tensor) -> None:
-    """Raise unless ``tensor`` is float32, or float64 with a float64 query, and where this is."""
+    """Raise unless float32 (or float64 with a float64 query), on the device of the query."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     if tensor.dtype not in (torch.float32, wide):
         must(name, "have dtype torch.float32", tensor.dtype)
@@ -109,14 +109,14 @@ def check_factor(name: str, tensor: Tensor, query: Tensor) -> None:
 
 
 def check_indices(name: str, indices: Tensor, query: Tensor) -> None:
-    """Raise unless ``indices`` are int32 or int64 and where the query is."""
+    """Raise unless ``indices`` are int32 or int64 on the device of the query."""
     if indices.dtype not in (torch.int32, torch.int64):
         must(name, "have dtype torch.int32 or torch.int64", indices.dtype)
     check_on_device_of_query(name, indices, query)
 
 
 def check_index_range(name: str, indices: Tensor, dim: str, size: int) -> None:
-    """Raise for an index that is neither -1 nor below ``size``, where values are readable."""
+    """Raise for an index that is not from -1 to ``size - 1``, if the values are readable."""
     if not is_readable(indices) or not indices.numel():
         return
     lowest, highest = (int(x) for x in indices.aminmax())
@@ -135,12 +135,12 @@ def check_int32_vector(name: str, value: Any, like: Tensor) -> None:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether ``tensor`` stands in a graph that is being made, and has no values."""
+    """Whether ``tensor`` belongs to a graph that is being traced, so that it has no values."""
     return torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a device."""
+    """Whether the values can be read without waiting for a device."""
     return not (is_traced(tensor) or tensor.is_cuda)
 
 
@@ -149,10 +149,10 @@ _checked_values = WeakTensorKeyDictionary()
 
 
 def values_to_check(tensor: Tensor, *context: Any) -> list[int] | None:
-    """The values of a small index tensor, or None where they cannot or need not be read.
+    """The values of a small index tensor; None if they cannot or need not be read.
 
-    Reading a CUDA tensor waits for the device, so each tensor is read once for each ``context``
-    (and again after it was written to), and never while a graph is captured or traced.
+    Reading a CUDA tensor waits for the device. So each tensor is read once per ``context`` (again
+    after it was written to), and never while a graph is captured or traced.
     """
     if is_traced(tensor):
         return None

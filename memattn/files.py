@@ -1,4 +1,4 @@
-"""Files that are whole or absent: checksums, atomic writes, tensors."""
+"""Atomic file writes (a file is complete or absent), checksums, tensor files."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ def sha256_of_text(text: str) -> str:
 
 
 def describe_failure(done: subprocess.CompletedProcess) -> str:
-    """The last line in which a failed client says why, or its exit code."""
+    """The last line of a failed program's error output, or its exit code."""
     lines = [line.strip() for line in (done.stderr or done.stdout or "").splitlines()]
     telling = [line for line in lines if line.lower().startswith(("error", "e:", "npm error"))]
     return (telling or [line for line in lines if line] or [f"exit code {done.returncode}"])[-1]
@@ -40,14 +40,14 @@ def describe_failure(done: subprocess.CompletedProcess) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside ``path`` that becomes ``path`` on success.
 
-    The folder's files are flushed to the disk before the rename, so that after a power cut, too,
-    ``path`` is either what it was or complete. On an error the temporary folder is removed.
+    The folder's files are flushed to the disk before the rename, so that even after a power cut
+    ``path`` is either unchanged or complete. On an error the temporary folder is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     old = temporary.with_suffix(".old")
     try:
-        # mkdtemp makes it private, but results are for everyone who may read the parent
+        # mkdtemp makes the folder private; give it the permissions of its parent
         temporary.chmod(path.parent.stat().st_mode & 0o777)
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
@@ -87,9 +87,9 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def check_writable(name: str, folder: Path) -> None:
-    """Raise ValueError unless files can be written to a folder, which need not exist yet.
+    """Raise ValueError unless files can be written to a folder; it need not exist yet.
 
-    Tries it, since permissions alone do not tell, and leaves nothing behind.
+    Tests by writing, since permissions alone do not decide it, and removes the test file.
 
     Args:
         name: Name of the argument.
@@ -106,7 +106,7 @@ def check_writable(name: str, folder: Path) -> None:
         ) from None
     finally:
         for path in missing:
-            with suppress(OSError):  # it was never made, or another process uses it by now
+            with suppress(OSError):  # it was not created, or another process uses it by now
                 path.rmdir()
 
 
@@ -125,7 +125,7 @@ def write_json(path: str | Path, values: Any) -> None:
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, "Tensor"], metadata: dict[str, str]
 ) -> None:
-    """Write a safetensors file, which appears once it is whole.
+    """Write a safetensors file atomically.
 
     Raises:
         OSError: If it cannot be written.
@@ -141,20 +141,21 @@ def write_tensors(
     try:
         with replacing_file(target) as temporary:
             save_file(own, temporary, metadata)
-            # safetensors makes it private, but it is for everyone who may read the folder
+            # safetensors makes the file private; give it the permissions of its folder
             temporary.chmod(0o600 | target.parent.stat().st_mode & 0o044)
-    except SafetensorError as error:  # of writing: what is written is sound
+    except SafetensorError as error:  # an error of writing: the tensors themselves are valid
         raise OSError(f"path must be a file that can be written, got {path}: {error}") from error
 
 
 def read_tensors(
     path: str | os.PathLike[str], writer: str, device: Any = "cpu"
 ) -> tuple[dict[str, "Tensor"], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; ``writer`` is what writes such files.
+    """Tensors and metadata of a safetensors file; ``writer`` names the function that writes such
+    files.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds something else.
+        ValueError: If it is not a complete file of this kind.
     """
     with _opened_tensors(path, writer, device) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -162,14 +163,14 @@ def read_tensors(
 
 
 def read_metadata(path: str | os.PathLike[str], writer: str) -> dict[str, str]:
-    """Metadata alone of a safetensors file; errors as of ``read_tensors``."""
+    """Only the metadata of a safetensors file; raises as ``read_tensors``."""
     with _opened_tensors(path, writer, "cpu") as file:
         return file.metadata() or {}
 
 
 @contextmanager
 def _opened_tensors(path: str | os.PathLike[str], writer: str, device: Any) -> Iterator[Any]:
-    """A safetensors file that is open."""
+    """Open a safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():

@@ -1,4 +1,4 @@
-"""The error rule, and results with their gradients, for tests and benchmarks alike."""
+"""The error rule of tests and benchmarks, and a helper that runs an operator with its gradients."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def error_and_budget(name: str, actual: Tensor, low: Tensor, high: Tensor) -> tuple[float, float]:
-    """The largest error of ``actual``, and the largest that it may have.
+    """The largest error of ``actual``, and the largest error that is allowed.
 
     Args:
         name: What is compared, for messages.
@@ -18,7 +18,7 @@ def error_and_budget(name: str, actual: Tensor, low: Tensor, high: Tensor) -> tu
             rounding step of the output's dtype at the largest value.
 
     Raises:
-        AssertionError: If shape or dtype differ, for NaN, and where infinities do not match.
+        AssertionError: If shape or dtype differ, for NaN, or if infinities do not match.
     """
     assert actual.shape == high.shape, f"{name}: shape {actual.shape}, not {high.shape}"
     assert actual.dtype == low.dtype, f"{name}: dtype {actual.dtype}, not {low.dtype}"
@@ -35,7 +35,7 @@ def error_and_budget(name: str, actual: Tensor, low: Tensor, high: Tensor) -> tu
 
 
 def assert_within_budget(name: str, actual: Tensor, low: Tensor, high: Tensor) -> None:
-    """Assert that ``actual`` errs at most twice as much as plain PyTorch in the same dtype.
+    """Assert that the error of ``actual`` is at most twice that of plain PyTorch in the same dtype.
 
     The arguments are those of ``error_and_budget``.
     """
@@ -51,7 +51,7 @@ def run_with_gradients(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Outputs of ``function(**tensors, **options)`` and the gradients of its floating inputs.
+    """Outputs of ``function(**tensors, **options)`` and gradients of its floating-point inputs.
 
     The cotangents are random but fixed by ``seed``, the same for every dtype and device. A row
     whose log-sum-exp is -inf gets a zero cotangent for it.

@@ -1,9 +1,9 @@
-"""YAML in which text stays text: what is read once is not parsed again.
+"""YAML configuration files whose quoted strings stay strings.
 
-jsonargparse parses each string of a configuration file a second time, for the type of its field,
-so that the text ``"---"`` of an optional field becomes None, and ``"1"`` in a dict a number. A
-parser with the mode of ``text_mode`` marks strings where text is allowed, and leaves them alone.
-On the command line the word ``null`` alone still means None.
+jsonargparse parses each string of a configuration file a second time, for the type of its field.
+The text ``"---"`` of an optional field would become None, and ``"1"`` in a dict a number. A parser
+with the mode of ``text_mode`` marks strings where text is allowed and does not parse them again. On
+the command line, ``null`` still means None.
 """
 
 import re
@@ -14,12 +14,12 @@ from functools import lru_cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 _FLOAT = "tag:yaml.org,2002:float"
-# YAML 1.2's floats: those of YAML 1.1, which PyYAML reads, must have a point and a signed exponent
+# floats of YAML 1.2; PyYAML's YAML 1.1 floats must have a point and a signed exponent
 _EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+")
 
 
 class YamlText(str):
-    """Text that was read from YAML; jsonargparse parses exact strings only."""
+    """A string read from YAML; jsonargparse parses only plain ``str`` values again."""
 
 
 def text_mode(
@@ -28,13 +28,13 @@ def text_mode(
 ) -> str:
     """A ``parser_mode`` of jsonargparse for the arguments of a function or a dataclass.
 
-    ``upgrade`` turns the values of a whole file into those of the arguments.
+    ``upgrade`` converts the values of a whole file into those of the arguments.
     """
     import yaml
     from jsonargparse import set_dumper, set_loader
     from jsonargparse.typing import register_type
 
-    # so that --print_config writes it where the type of its place is Any; the dumper makes it plain
+    # lets --print_config write it into fields of type Any; the dumper writes a plain string
     register_type(YamlText, lambda text: text, YamlText, fail_already_registered=False)
     hints = get_type_hints(kind)
 
@@ -46,7 +46,7 @@ def text_mode(
             value = upgrade(value)
         if isinstance(value, dict) and value.keys() <= hints.keys():
             return {name: _mark(hints[name], item) for name, item in value.items()}
-        return _map_text(value, YamlText)  # that of one option
+        return _map_text(value, YamlText)  # the value of one option
 
     mode = f"yaml text of {kind.__qualname__}"
     set_loader(mode, load, exceptions=(yaml.YAMLError,))
@@ -62,7 +62,7 @@ def load_yaml(text: str) -> Any:
 
 
 def dump_yaml(values: Any) -> str:
-    """Plain values as YAML, which ``load_yaml`` reads as the same values."""
+    """Plain values as YAML that ``load_yaml`` reads back unchanged."""
     import yaml
 
     return yaml.dump(plain_text(values), Dumper=_dumper(), sort_keys=False)
@@ -74,7 +74,7 @@ def plain_text(value: Any) -> Any:
 
 
 def _mark(hint: Any, value: Any) -> Any:
-    """The value with strings as ``YamlText`` wherever the type of their place allows text."""
+    """The value with strings as ``YamlText`` wherever the type hint allows text."""
     origin, args = get_origin(hint) or hint, get_args(hint)
     if origin in (Union, types.UnionType):
         wanted = dict if isinstance(value, dict) else type(value)
@@ -93,7 +93,7 @@ def _mark(hint: Any, value: Any) -> Any:
 
 
 def _map_text(value: Any, kind: type[str]) -> Any:
-    """The value with every string in it made a ``kind``; keys of dicts are plain strings."""
+    """The value with every string converted to ``kind``, except dict keys."""
     if isinstance(value, str):
         return kind(value)
     if isinstance(value, dict):
@@ -111,7 +111,7 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Numbers as in YAML 1.2, and no dates."""
+        """Reads numbers as in YAML 1.2, and no dates."""
 
     _use_numbers(Loader)
     return Loader
@@ -122,17 +122,17 @@ def _dumper() -> Any:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Quotes what the loader would read as something else than text."""
+        """Quotes strings that the loader would not read as strings."""
 
         def ignore_aliases(self, data: Any) -> bool:
-            return True  # a value that stands twice is written twice
+            return True  # no YAML aliases: a value that occurs twice is written twice
 
     _use_numbers(Dumper)
     return Dumper
 
 
 def _use_numbers(kind: Any) -> None:
-    """Let a loader or dumper know floats such as 3e-4 and 1.0e5, and no dates."""
+    """Make a loader or dumper accept floats such as 3e-4 and 1.0e5, and no dates."""
     kind.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
         for first, known in kind.yaml_implicit_resolvers.items()

@@ -2,12 +2,12 @@
 
 import torch
 
-from memattn.bench import gate
-from memattn.bench.engine import Effort
+from memattn.bench import result_check
+from memattn.bench.engine import TimingBudget
 from memattn.bench.segmented_attention import SegmentedCase
 from memattn.ops import segmented_attention
 
-QUICK = Effort(seconds=0.0, min_rounds=3, compiled=False)
+QUICK = TimingBudget(seconds=0.0, min_rounds=3, compiled=False)
 SMALL = {"B": 2, "H": 4, "Hkv": 2, "D": 16, "window_size": 9, "segment_len": 16, "P": 3, "M": 5}
 
 
@@ -38,7 +38,7 @@ def wrong_gradient(case, inputs, out):
 
 def wrong_tail(case, inputs, out):
     last = torch.zeros(out.shape[2]).index_fill(0, torch.tensor(out.shape[2] - 1), 1.0)
-    return out * (1 + last[:, None] * (case.T > gate.SMALL_T))
+    return out * (1 + last[:, None] * (case.T > result_check.SMALL_T))
 
 
 def not_a_number(case, inputs, out):

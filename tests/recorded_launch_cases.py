@@ -110,7 +110,7 @@ def like(tensor):
 
 
 def attention(T=37, D=40, dtype=torch.float16, skip=0, is_grad=False, **sizes):
-    """Query, key and value, ``skip`` elements behind an aligned address."""
+    """Query, key and value, ``skip`` elements after an aligned address."""
     B, H, Hkv, S = (sizes.get(name, n) for name, n in dict(B=2, H=4, Hkv=2, S=T).items())
     shapes = [(B, H, T, D), (B, Hkv, S, D), (B, Hkv, S, D)]
     whole = [torch.zeros(skip + torch.Size(shape).numel(), dtype=dtype) for shape in shapes]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from memattn import chapter_attention
 from memattn.reference.chapter_quantization import quantize_rows
 
-BLOCK = 4  # tokens of a routing block
+ROUTING_BLOCK_LEN = 4  # tokens of a routing block
 
 
 def chapter_inputs(
@@ -27,10 +27,10 @@ def chapter_inputs(
     ``N`` rows instead of as many as ``T`` tokens have; only the first ``chosen`` chapters are
     selected; a bank of ``bits`` is an option, as it has no gradient.
     """
-    rows = {"token": T, "block": -(-T // BLOCK), "sequence": None}[form]
+    rows = {"token": T, "block": -(-T // ROUTING_BLOCK_LEN), "sequence": None}[form]
     tensors, options = make_chapter_inputs(T=T, N=rows if N is None else N, **sizes)
     if form == "block":
-        options["routing_block"] = BLOCK
+        options["routing_block"] = ROUTING_BLOCK_LEN
     if chosen is not None:
         indices = options["chapter_indices"]
         options["chapter_indices"] = torch.where(indices < 0, indices, indices % chosen)
@@ -63,7 +63,7 @@ def slots_of_document(tensors, options, d, first, last) -> Arguments:
         return tensors, options
     if "routing_block" in options:
         bounds = zip(DOCUMENTS, DOCUMENTS[1:], strict=False)
-        blocks = [-(-(b - a) // BLOCK) for a, b in bounds]
+        blocks = [-(-(b - a) // ROUTING_BLOCK_LEN) for a, b in bounds]
         first, last = sum(blocks[:d]), sum(blocks[: d + 1])
     return change_slots(tensors, options, lambda t: t[:, first:last])
 

@@ -92,7 +92,7 @@ def inputs_of(model, modules, tokens):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("architecture", SERIAL)
 def test_stands_where_it_says(architecture, place):
-    """A constant is added to the residual: the modules behind that place see it, bit for bit."""
+    """A constant is added to the residual: the modules after that place see it, bit for bit."""
     model, tokens = make_base(architecture), make_tokens(T=7)
     adapter = attach_memory(model, ScaledConfig(at=place, layers=[1]))
     layer = adapter.model.get_decoder().layers[1] if architecture != "gpt2" else None

@@ -54,7 +54,7 @@ def make_gpt2():
 
 
 class Planted(nn.Module):
-    """A leak behind a gate that starts at zero, around a module that keeps shapes."""
+    """A leak after a gate that starts at zero, around a module that keeps shapes."""
 
     def __init__(self, inner, leak):
         super().__init__()

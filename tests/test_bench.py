@@ -17,12 +17,12 @@ from bench_factories import (
     wrong_tail,
 )
 
-from memattn.bench import gate, report, roofline, timing
+from memattn.bench import report, result_check, roofline, timing
 from memattn.bench.engine import OURS, measure_between_roofs, measure_case
-from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
 from memattn.bench.inputs import make_segmented_inputs
 from memattn.bench.memory import MemoryJob, cpu_peaks
-from memattn.bench.roof_turns import RoofTurns
+from memattn.bench.result_check import ExpectedResults, WrongResultError, check_peer, check_subject
+from memattn.bench.roof_samples import RoofSamples
 from memattn.bench.roofline import Roofs, Work, attention_work, measure_roofs, work_of
 from memattn.bench.segmented_attention import SegmentedCase, segmented_pairs
 from memattn.bench.timing import Timing, interleave, speedup
@@ -154,25 +154,30 @@ def test_roofs_are_the_best_of_turns_around_the_cases():
         asked.append((device, dtype, seconds))
         return Roofs(matmul_flops=next(products), exps=1e9, copy_bytes=next(copies))
 
-    turns, rows, key = RoofTurns(0.5, measure), [], ("cpu", torch.float32)
+    samples, rows, key = RoofSamples(0.5, measure), [], ("cpu", torch.float32)
     for kind in ("causal", "window", "segment", "dense"):
         rows += measure_between_roofs(
-            small(kind), turns, backend="reference", directions=["forward"], peers=[], effort=QUICK
+            small(kind),
+            samples,
+            backend="reference",
+            directions=["forward"],
+            peers=[],
+            budget=QUICK,
         )
     assert asked == [(*key, 0.5)] * 5  # one before the first, one after each
-    assert turns.best() == {key: Roofs(100.0, 1e9, 8.0)}
+    assert samples.best() == {key: Roofs(100.0, 1e9, 8.0)}
     compute, memory = Work(flops=1000, exps=0, bytes=1), Work(flops=1, exps=0, bytes=1000)
-    beside = [turns.beside(key, row.turn, compute) for row in rows]
+    beside = [samples.share_of_best(key, row.roof_sample, compute) for row in rows]
     assert beside == [0.96, 0.3, 0.3, 0.4]
-    assert turns.beside(key, rows[-1].turn, memory) == 0.25  # its own rate rules
+    assert samples.share_of_best(key, rows[-1].roof_sample, memory) == 0.25  # its own rate rules
 
     records = [{"machine_share": share} for share in beside]
     line = report.disturbed_line(records)
     assert line is not None and "beside 3 of 4 rows" in line and "at 30 % at worst" in line
     assert report.disturbed_line(records[:1]) is None
-    assert "best of 5 turns" in report.roof_line(turns.records()[0])
-    assert "product 1e-07 GFLOP/s (30 %)" in report.roof_line(turns.records()[0])
-    shares = [record["roof_share"] for record in report.row_records(rows, turns)]
+    assert "best of 5 samples" in report.roof_line(samples.records()[0])
+    assert "product 1e-07 GFLOP/s (30 %)" in report.roof_line(samples.records()[0])
+    shares = [record["roof_share"] for record in report.row_records(rows, samples)]
     work = work_of(rows[0].case.work(), "forward")
     assert shares[0] == Roofs(100.0, 1e9, 8.0).seconds(work) / rows[0].timing.median
 
@@ -184,8 +189,8 @@ def test_functions_take_turns():
     order = []
     functions = {name: lambda name=name: order.append(name) for name in "abc"}
     timings = interleave(functions, device="cpu", seconds=0.0, min_rounds=4)
-    turns = re.sub(r"(.)\1+", r"\1", "".join(order))
-    assert turns == "abc" * (len(turns) // 3)
+    order_of_rounds = re.sub(r"(.)\1+", r"\1", "".join(order))
+    assert order_of_rounds == "abc" * (len(order_of_rounds) // 3)
     assert [len(timing.samples) for timing in timings.values()] == [4, 4, 4]
 
 
@@ -202,7 +207,7 @@ def test_spread_and_speedup_round_by_round():
     assert speedup(ours, theirs).samples == (2.0,) * 5
 
 
-# the gate
+# checks of results
 
 
 @pytest.mark.parametrize("wrong", [longer_window, wrong_gradient, wrong_tail, not_a_number])
@@ -221,20 +226,20 @@ def test_a_wrong_gradient_is_not_looked_for_in_a_forward(monkeypatch):
 
 @pytest.mark.parametrize("T", [1, 5, 160, 161, 200, 5000])
 def test_sampled_rows_hold_the_first_and_the_last_and_do_not_overlap(T):
-    rows = [row for part in gate.sampled_rows(T, 3) for row in range(T)[part]]
+    rows = [row for part in result_check.sampled_rows(T, 3) for row in range(T)[part]]
     assert rows[0] == 0
     assert rows[-1] == T - 1
-    assert len(set(rows)) == len(rows) == (T if T <= gate.SMALL_T else len(rows))
+    assert len(set(rows)) == len(rows) == (T if T <= result_check.SMALL_T else len(rows))
 
 
 @pytest.mark.parametrize("kind", SegmentedCase.kinds)
 def test_peers_compute_the_same(kind):
     case = small(kind)
-    oracle = Oracle(case, gradients=True)
+    expected = ExpectedResults(case, gradients=True)
     names = []
     for name, peer in case.peers().items():
         if not peer.compiled:
-            check_peer(oracle, peer.build(), gradients=True)
+            check_peer(expected, peer.build(), gradients=True)
             names.append(name)
     assert {"sdpa flash", "sdpa math", "naive"} <= set(names)
     assert ("sdpa flash, folded" in names) == (kind in ("segment", "blocks"))
@@ -247,7 +252,7 @@ def test_flex_computes_the_same_forward_and_says_why_it_has_no_backward():
         backend="reference",
         directions=["forward", "backward"],
         peers=["flex"],
-        effort=replace(QUICK, compiled=True),
+        budget=replace(QUICK, compiled=True),
     )
     forward, backward = (row for row in rows if row.competitor == "flex")
     assert forward.timing is not None
@@ -262,7 +267,7 @@ def test_a_wrong_peer_is_not_timed(monkeypatch):
     peers["sdpa math"] = replace(peers["sdpa math"], build=peers["naive"].build)
     peers["sdpa flash"] = replace(peers["sdpa flash"], build=lambda: lambda x: 1.01 * x["query"])
     monkeypatch.setattr(SegmentedCase, "peers", lambda self: peers)
-    rows = measure_case(case, backend="reference", directions=["forward"], effort=QUICK)
+    rows = measure_case(case, backend="reference", directions=["forward"], budget=QUICK)
     by_name = {row.competitor: row for row in rows}
     assert by_name["sdpa flash"].timing is None
     assert "error of out is" in by_name["sdpa flash"].reason
@@ -272,8 +277,8 @@ def test_a_wrong_peer_is_not_timed(monkeypatch):
 
 
 def test_what_would_store_too_much_is_not_run():
-    case, effort = small("window"), replace(QUICK, max_score_bytes=1000)
-    rows = measure_case(case, backend="reference", directions=["forward"], effort=effort)
+    case, budget = small("window"), replace(QUICK, max_score_bytes=1000)
+    rows = measure_case(case, backend="reference", directions=["forward"], budget=budget)
     assert [row.competitor for row in rows] == [OURS]
     assert re.fullmatch(r"not run: would store .* GiB of scores or masks", rows[0].reason)
 

@@ -1,10 +1,10 @@
-"""Cases of branch attention for the benchmark: work, definition, gate and peers."""
+"""Cases of branch attention for the benchmark: work, definition, checks and peers."""
 
 import pytest
 import torch
 
-from memattn.bench.branch_attention import AS_MANY, CALLS, BranchCase
-from memattn.bench.gate import Oracle, check_peer, check_subject
+from memattn.bench.branch_attention import CALL_PER_BRANCH, K_BRANCHES, BranchCase
+from memattn.bench.result_check import ExpectedResults, check_peer, check_subject
 from memattn.ops import branch_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +33,7 @@ def test_the_gate_passes_what_is_right(kind):
     part = case.definition(slice(7, 20))(case.inputs())
     torch.testing.assert_close(part, whole[:, :, 7:20])
     check_subject(case, "auto", gradients=True)
-    oracle = Oracle(case, gradients=True)
-    check_peer(oracle, case.peers()[CALLS].build(), gradients=True)
-    assert case.peers()[AS_MANY].build()(case.inputs()).shape == whole.shape
+    expected = ExpectedResults(case, gradients=True)
+    check_peer(expected, case.peers()[CALL_PER_BRANCH].build(), gradients=True)
+    assert case.peers()[K_BRANCHES].build()(case.inputs()).shape == whole.shape
     assert all(bar.case.operator == "branch_attention" for bar in case.bars("cpu-bars"))

@@ -1,4 +1,4 @@
-"""Cases of chapter attention for the benchmark: work, definition, gate, peers and bars."""
+"""Cases of chapter attention for the benchmark: work, definition, checks, peers and bars."""
 
 from dataclasses import replace
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from memattn.bench import chapter_attention as bench
-from memattn.bench.bars import Found, PeakBar
+from memattn.bench.bars import BarInputs, PeakBar
 from memattn.bench.chapter_attention import BankBytesBar, ChapterCase
-from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
+from memattn.bench.result_check import ExpectedResults, WrongResultError, check_peer, check_subject
 from memattn.ops import chapter_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,12 +52,12 @@ def test_the_gate_passes_what_is_right(kind, monkeypatch):
     monkeypatch.setattr(bench, "GATHERED_BYTES", 30_000)
     case = small(kind)
     check_subject(case, "auto", gradients=True)
-    oracle = Oracle(case, gradients=True)
+    expected = ExpectedResults(case, gradients=True)
     peers = case.peers().values()
     compared = [peer for peer in peers if peer.yardstick is None and not peer.compiled]
     assert len(compared) == (1 if kind in ("int8", "independent") else 3)
     for peer in compared:
-        check_peer(oracle, peer.build(), gradients=True)
+        check_peer(expected, peer.build(), gradients=True)
 
 
 def test_the_gate_finds_another_chapter(monkeypatch):
@@ -95,9 +95,9 @@ def test_bars_ask_for_peers_that_there_are():
 def test_bars_of_memory():
     base, case = small(), small(K=4)
     bar = PeakBar(case=case, base=base, direction="forward", target=1.1)
-    assert bar.reached(Found()) is None
-    assert bar.reached(Found(peaks={bar.memory: [100, 105]})) == 1.05
+    assert bar.reached(BarInputs()) is None
+    assert bar.reached(BarInputs(peaks={bar.memory: [100, 105]})) == 1.05
     assert bar.holds(1.05, bar.target)
     assert "K=4" in bar.name
     bar = BankBytesBar(case=small("int8"), base=base, direction="forward", target=0.3)
-    assert bar.reached(Found()) == (8 + 4) / (4 * 8)
+    assert bar.reached(BarInputs()) == (8 + 4) / (4 * 8)

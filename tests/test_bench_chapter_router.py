@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from memattn.bench.bars import Found, PeerPeakBar
+from memattn.bench.bars import BarInputs, PeerPeakBar
 from memattn.bench.chapter_router import COMPOSITION, RouterCase
-from memattn.bench.engine import OURS, Row
-from memattn.bench.gate import Oracle, check_peer, check_subject
+from memattn.bench.engine import OURS, Measurement
+from memattn.bench.result_check import ExpectedResults, check_peer, check_subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -15,8 +15,8 @@ CASE = RouterCase(kind="router", T=40, B=2, E=8, C=20, K=3)
 
 def test_the_composition_computes_the_same():
     check_subject(CASE, "auto", gradients=True)
-    oracle = Oracle(CASE, gradients=True)
-    check_peer(oracle, CASE.peers()[COMPOSITION].build(), gradients=True)
+    expected = ExpectedResults(CASE, gradients=True)
+    check_peer(expected, CASE.peers()[COMPOSITION].build(), gradients=True)
 
 
 def test_every_result_has_a_cotangent_of_its_own():
@@ -36,10 +36,10 @@ def test_bars_of_speed_and_of_memory():
         assert set(bar.peers) <= bar.case.peers().keys()
     bar = PeerPeakBar(case=CASE, direction="forward+backward", target=0.25, against=COMPOSITION)
     assert sum(isinstance(other, PeerPeakBar) for other in bars) == 2
-    assert bar.reached(Found()) is None
-    found = Found(
+    assert bar.reached(BarInputs()) is None
+    found = BarInputs(
         rows={
-            key: Row(*key, peak_bytes=n)
+            key: Measurement(*key, peak_bytes=n)
             for key, n in zip(
                 sorted(bar.peaks, key=lambda key: key[2] != OURS), (10, 50), strict=True
             )

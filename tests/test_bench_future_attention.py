@@ -1,14 +1,14 @@
-"""Cases of future attention for the benchmark: work, definition, gate and bars."""
+"""Cases of future attention for the benchmark: work, definition, checks and bars."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from memattn.bench.bars import CostBar, Found
-from memattn.bench.engine import Row
+from memattn.bench.bars import BarInputs, CostBar
+from memattn.bench.engine import Measurement
 from memattn.bench.future_attention import OUR_PAST, FutureCase
-from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
+from memattn.bench.result_check import ExpectedResults, WrongResultError, check_peer, check_subject
 from memattn.bench.run import run
 from memattn.bench.timing import Timing
 from memattn.ops import future_attention
@@ -40,7 +40,9 @@ def test_the_definition_of_some_rows_is_that_of_all(kind):
 def test_the_gate_passes_what_is_right(kind):
     case = small(kind, T=200)
     check_subject(case, "auto", gradients=True)
-    check_peer(Oracle(case, gradients=False), case.peers()["naive"].build(), gradients=True)
+    check_peer(
+        ExpectedResults(case, gradients=False), case.peers()["naive"].build(), gradients=True
+    )
 
 
 @pytest.mark.parametrize("kind", FutureCase.kinds)
@@ -77,9 +79,9 @@ def test_cost_is_per_pair_of_the_yardstick():
         against=OUR_PAST,
         priced=replace(case, kind="future"),
     )
-    assert bar.reached(Found()) is None
-    found = Found()
-    row = Row(case, "forward", OUR_PAST, Timing((1.0,)), speedup=Timing((0.5,)))
+    assert bar.reached(BarInputs()) is None
+    found = BarInputs()
+    row = Measurement(case, "forward", OUR_PAST, Timing((1.0,)), speedup=Timing((0.5,)))
     found.rows[case, "forward", OUR_PAST] = row
     past, band = case.pairs()
     # ours takes twice the time for (past + band) / past of the work

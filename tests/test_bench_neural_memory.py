@@ -1,11 +1,10 @@
-"""Cases of the neural memory for the benchmark: work, gate, peers that compute the same, bars."""
+"""Cases of the neural memory for the benchmark: work, checks, peers that compute the same, bars."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
 from memattn.bench.neural_memory import (
     LOOP,
     PER_SAMPLE,
@@ -14,6 +13,7 @@ from memattn.bench.neural_memory import (
     TITANS_DEFAULT,
     MemoryCase,
 )
+from memattn.bench.result_check import ExpectedResults, WrongResultError, check_peer, check_subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,12 +36,12 @@ def test_the_gate_passes_what_is_right(kind):
 
 def test_peers_compute_the_same():
     case = small(depth=3, expansion=2)
-    oracle = Oracle(case, gradients=True)
+    expected = ExpectedResults(case, gradients=True)
     for name in (PER_SAMPLE, LOOP, "naive"):
-        check_peer(oracle, case.peers()[name].build(), gradients=True)
+        check_peer(expected, case.peers()[name].build(), gradients=True)
     other = replace(case, chunk_size=5).peers()[PER_SAMPLE].build()
     with pytest.raises(WrongResultError, match="error of out"):
-        check_peer(oracle, other, gradients=True)
+        check_peer(expected, other, gradients=True)
     for name in (TITANS, TITANS_DEFAULT):  # another rule within a chunk
         assert case.peers()[name].yardstick == case.work()
 

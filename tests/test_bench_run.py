@@ -14,16 +14,16 @@ from bench_factories import longer_window, plant, small
 from memattn.bench import __main__, report, run
 from memattn.bench.bars import (
     BackwardBar,
+    BarInputs,
     FasterBar,
     FlatTimeBar,
-    Found,
     LinearMemoryBar,
     RateBar,
     RoofBar,
     SpeedBar,
 )
 from memattn.bench.case import operators
-from memattn.bench.engine import OURS, Row
+from memattn.bench.engine import OURS, Measurement
 from memattn.bench.roofline import Roofs
 from memattn.bench.segmented_attention import SegmentedCase
 from memattn.bench.timing import Timing
@@ -41,7 +41,7 @@ def test_nothing_of_a_wrong_operator_is_printed_or_written(monkeypatch, capsys, 
     assert __main__.main([*arguments, "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "wrong result, nothing is printed: segmented_attention, window T=24" in printed.err
+    assert "wrong result, so no times are printed: segmented_attention, window T=24" in printed.err
     assert not (tmp_path / "out").exists()
 
 
@@ -78,7 +78,7 @@ def test_run_writes_records_and_plots(capsys, tmp_path):
 
 def test_cells_of_a_row():
     timing = Timing((0.002,) * 3)
-    row = Row(small("causal"), "forward", "sdpa flash", timing, speedup=Timing((1.5,) * 3))
+    row = Measurement(small("causal"), "forward", "sdpa flash", timing, speedup=Timing((1.5,) * 3))
     row.peak_bytes = 3 << 20
     cells = report.row_cells(report.row_record(row, Roofs(1e9, 1e9, 1e12)))
     flops = small("causal").work()["forward"].flops
@@ -177,12 +177,12 @@ def test_suite_measures_its_bars(monkeypatch, capsys, tmp_path):
 def test_bars_by_hand():
     case = small("window", T=32)
     speed, rate, roof, backward, flat, memory = bars_of_one_case()
-    found = Found(roofs={("cpu", torch.float32): Roofs(1e9, 1e15, 1e15)})
+    found = BarInputs(roofs={("cpu", torch.float32): Roofs(1e9, 1e15, 1e15)})
     forward = Timing((0.5,))
-    found.rows[case, "forward", OURS] = Row(case, "forward", OURS, forward)
-    found.rows[case, "backward", OURS] = Row(case, "backward", OURS, Timing((1.0,)))
+    found.rows[case, "forward", OURS] = Measurement(case, "forward", OURS, forward)
+    found.rows[case, "backward", OURS] = Measurement(case, "backward", OURS, Timing((1.0,)))
     for name, ratio in (("sdpa flash", 3.0), ("naive", 2.0)):
-        row = Row(case, "forward", name, forward, speedup=Timing((ratio,)))
+        row = Measurement(case, "forward", name, forward, speedup=Timing((ratio,)))
         found.rows[case, "forward", name] = row
     found.times[flat.sweep] = [Timing((1.0,)), Timing((3.0,))]
     found.peaks[memory.sweep] = [100, 300]
@@ -196,7 +196,12 @@ def test_bars_by_hand():
     assert not flat.holds(1.6, 1.5)
     assert not speed.holds(1.4, 1.5)
     # nothing to compare with: no number
-    assert flat.reached(Found()) is memory.reached(Found()) is speed.reached(Found()) is None
+    assert (
+        flat.reached(BarInputs())
+        is memory.reached(BarInputs())
+        is speed.reached(BarInputs())
+        is None
+    )
 
 
 def test_bars_ask_for_what_is_required():
@@ -234,7 +239,7 @@ def test_bfloat16_has_bars_where_the_processor_multiplies_it(has_products, monke
     assert found[f"{name}, backward: speed over dense T=2048 D=64"] == 1.6
     faster = next(bar for bar in bars if isinstance(bar, FasterBar))
     slow, fast = (Timing((seconds,) * 3) for seconds in (0.3, 0.1))
-    assert faster.reached(Found(times={faster.times: [slow, fast]})) == pytest.approx(3.0)
+    assert faster.reached(BarInputs(times={faster.times: [slow, fast]})) == pytest.approx(3.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests what is said without CUDA")
@@ -246,7 +251,7 @@ def test_gpu_bars_without_a_gpu_are_not_measured(capsys):
     assert "TFLOP/s" not in re.sub(r"[<>]= [\d.]+ TFLOP/s", "", capsys.readouterr().out)
 
 
-# front doors
+# command line
 
 
 def in_new_process(command: list[str]) -> subprocess.CompletedProcess:

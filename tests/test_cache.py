@@ -76,7 +76,7 @@ def test_state_is_bounded_by_segment_and_window():
     row = 2 * 2 * 2 * 8 * 8  # B, Hkv, key and value, D, bytes
     # two layers, at most 6 keys, and room for one more and for those to come
     assert max(sizes) <= 2 * row * (6 + 1 + ROOM)
-    # a long prefill leaves no more behind
+    # a long prefill leaves no more after
     _, cache = run_pieces(model, make_tokens(T=200), [200])
     assert cache.nbytes == 2 * row * max(200 % 7, 3)
     assert cache.layers[0].keys.untyped_storage().nbytes() == row // 2 * max(200 % 7, 3)

@@ -139,7 +139,7 @@ def test_keeps_to_the_budget(name):
         handle.remove()
     one = SMALL.steps(24)
     assert one == 12
-    # joint begins anew at each task, with as many steps as the others have taken
+    # joint restarts at each task, with as many steps as the others have taken
     assert steps["n"] == (6 if name == "joint" else 3) * one
 
 

@@ -89,7 +89,7 @@ def test_a_specialist_owns_its_row(activation):
     assert torch.equal(after.gates[..., :4], before) and not after.gates[..., 4].any()
     gate.remove_specialist("specialist_1")
     assert torch.equal(gate(x).gates[..., :3], before[..., [0, 1, 3]])
-    assert gate.add_specialist() == "specialist_1"  # behind the others
+    assert gate.add_specialist() == "specialist_1"  # after the others
     gate.remove_specialist("specialist_1")
 
     kept = {n: p.clone() for n, p in gate.state_dict().items()}

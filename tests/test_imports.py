@@ -118,7 +118,7 @@ def test_kernels_do_not_import_the_package():
         assert "memattn" not in {name.split(".")[0] for name in imported_names(path)}, path
 
 
-BLOCK = """
+BLOCK_OPTIONAL_IMPORTS = """
 import sys
 for name in ("triton", "transformers", "accelerate", "matplotlib", "rich", "jsonargparse"):
     sys.modules[name] = None
@@ -134,7 +134,7 @@ def run(code: str) -> subprocess.CompletedProcess:
 
 def test_importing_the_package_needs_torch_only():
     result = run(
-        BLOCK + "import memattn, memattn.ops, torch\n"
+        BLOCK_OPTIONAL_IMPORTS + "import memattn, memattn.ops, torch\n"
         "q = torch.zeros(1, 1, 3, 8)\n"
         "print(memattn.segmented_attention(q, q, q).out.sum().item())"
     )

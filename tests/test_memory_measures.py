@@ -24,7 +24,7 @@ def titans(variant, dtype=torch.float64):
 
 
 def operator_calls(model, input_ids, monkeypatch):
-    """Arguments of the operator, all tokens of all calls behind each other, persistent first."""
+    """Arguments of the operator, all tokens of all calls after each other, persistent first."""
     calls, operator = [], layer_module.neural_memory
 
     def recorded(*args, **options):
@@ -49,7 +49,7 @@ def answer(layers, x):
 
 
 def recurrence(tokens, weights, chunk_size):
-    """Norms of gradients ``[B, H]`` of each token, and weights before it and behind the last."""
+    """Norms of gradients ``[B, H]`` of each token, and weights before it and after the last."""
     _, key, value, lr, momentum, decay = tokens
     W = [layer.expand(B, *layer.shape) for layer in weights]
     S, seen, norms = [torch.zeros_like(layer) for layer in W], [W], []

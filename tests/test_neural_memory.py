@@ -60,7 +60,7 @@ def assert_same_state(actual, expected, **near):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("hidden", HIDDEN, ids=lambda h: f"depth{len(h) + 1}")
 def test_chunked_form_is_the_double_loop(monkeypatch, hidden, option):
-    """Values and every gradient, behind a state with tokens in its open chunk."""
+    """Values and every gradient, after a state with tokens in its open chunk."""
     kinds = {1: {}, 2: {"momentum": False}, 3: {}, 64: {"decay": False}}
     for b in (3, *{0: (1, 2), 1: (1, 64), 2: (2,), 3: (64,)}[len(hidden)]):
         inputs = make_inputs(B=1, H=1, T=7, hidden=hidden, **kinds[b])

@@ -82,7 +82,7 @@ def test_decoding_is_prefill(case):
     rows = torch.arange(after.chunk_size - 1) < after.count[:, None, None]
     for name, low, high in zip(("out", *floating(after)), *results, strict=True):
         actual = torch.cat(outs, 2) if name == "out" else getattr(after, name)
-        if name.startswith("pending"):  # what stands behind the count may be anything
+        if name.startswith("pending"):  # what stands after the count may be anything
             actual = torch.where(rows[..., None] if actual.dim() == 4 else rows, actual, 0.0)
         assert_within_budget(name, actual, low, high)
 

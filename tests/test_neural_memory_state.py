@@ -89,7 +89,7 @@ def test_rows_behind_the_count_may_be_anything():
 
 
 def steps(inputs, state, first, last, **options):
-    """Outputs of steps beside each other, and the states behind each."""
+    """Outputs of steps beside each other, and the states after each."""
     outs, states = [], [state]
     for t in range(first, last):
         found = call(cut(inputs, t, t + 1), state=states[-1], **options)
@@ -180,7 +180,7 @@ def test_a_state_that_records_goes_back_into_the_last_chunk(chunk_size):
         kept = chunk_size - n
         again = call(cut(inputs, 5 + kept, 16), state=back, **options)
         torch.testing.assert_close(again.out, rest[:, :, kept:], **EQUAL)
-    # twice in a row, behind a call longer than a chunk, and with absent tokens between
+    # twice in a row, after a call longer than a chunk, and with absent tokens between
     bounds = dict(seq_start=int32(0, 1), seq_end=int32(11, 0 + 11))
     longer = call(cut(inputs, 5, 16), state=state, **bounds, **options).state
     once = longer.crop(1)

@@ -23,7 +23,7 @@ def loss_sum(logits, ids):
 
 
 def spread(x):
-    """``[2, T]`` with columns of 0 before, between and behind those of the documents."""
+    """``[2, T]`` with columns of 0 before, between and after those of the documents."""
     column = torch.arange(T) + torch.tensor([[0], [3]]) * (torch.arange(T) > 5)
     return torch.zeros(2, T + 6, dtype=torch.long).scatter(1, column + 3, x)
 

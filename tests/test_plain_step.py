@@ -126,7 +126,7 @@ def run_pieces(model: MemAttnForCausalLM, ids: Tensor, mask: Tensor, pieces: lis
 @pytest.mark.parametrize("preset", MODELS)
 @pytest.mark.parametrize("rows", [3, 12])
 def test_many_tokens_are_what_modules_compute(monkeypatch, preset, rows):
-    """A prefill, a piece behind it, single tokens, and the two tokens that are looked at."""
+    """A prefill, a piece after it, single tokens, and the two tokens that are looked at."""
     model = make_model(preset, **MODELS[preset])
     ids = make_tokens().repeat(rows // 3, 1)
     mask = torch.ones_like(ids)

@@ -51,7 +51,7 @@ def check_triton(tensors: dict[str, torch.Tensor], **options) -> None:
     [
         (2 * BLOCK_M, 5 * BLOCK_N, {"is_causal": False}),
         (2 * BLOCK_M, 2 * BLOCK_M, {}),
-        # the last tile of keys is cut, and no query sees the keys behind it
+        # the last tile of keys is cut, and no query sees the keys after it
         (BLOCK_M, 60, {"query_offset": 23}),
     ],
 )

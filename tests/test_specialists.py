@@ -172,7 +172,7 @@ def test_a_state_has_the_specialists_that_were_open_when_it_began():
     with pytest.raises(ValueError, match=wanted):
         feed(model, tokens[:, 9:], cache)
     cache = MemAttnCache(model.config)
-    for prior in (0.0, 1.0):  # all rows begin anew: others may be open now
+    for prior in (0.0, 1.0):  # all rows restart: others may be open now
         for module in modules_of(model):
             module.gate.set_prior("specialist_1", prior)
         begun = feed(model, tokens, cache)

@@ -162,7 +162,7 @@ def test_a_task_of_words_has_a_tokenizer_of_its_own(tmp_path):
     corpus = prepare_data(config)
     assert 259 < len(corpus.tokenizer) <= 600
     assert corpus.train.trained is not None
-    # a word that is asked for is one token, behind all others
+    # a word that is asked for is one token, after all others
     assert corpus.train.trained.view(9, 40).sum(0).tolist() == [0] * 39 + [9]
     assert len(run_tokenizer(config)) == len(corpus.tokenizer)
 

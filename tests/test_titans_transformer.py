@@ -45,7 +45,7 @@ def test_a_call_with_a_state_goes_on(model, tokens, tmp_path):
             outputs = model(tokens[:, cut], state=given)
             close(outputs.logits, whole.logits[:, cut])
         assert outputs.state.cache is given.cache and given.cache.position == 20
-    # rows in another order, and a row that begins anew
+    # rows in another order, and a row that restarts
     state.reorder(torch.tensor([2, 0, 0]))
     state.reset(torch.tensor([False, True, False]))
     logits = model(tokens[[2, 1, 0], :3], state=state).logits

@@ -112,7 +112,7 @@ def test_its_state_is_cut_saved_reset_and_split_by_row(model, tmp_path):
     assert state.rows["count"].tolist() == [[20.0], [20.0]]
 
     cache.reset(torch.tensor([False, True]))
-    cache.save(tmp_path / "state.safetensors")  # also what is still to begin anew
+    cache.save(tmp_path / "state.safetensors")  # also what is still to restart
     cache = MemAttnCache.load(tmp_path / "state.safetensors")
     expected = torch.cat([whole[:1, 20:], logits_of(model, tokens[1:, 20:])])
     first, second = cache.split(1)

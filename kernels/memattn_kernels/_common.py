@@ -158,7 +158,7 @@ def cap_products(products, cap_scale, dtype: tl.constexpr):
 
     With None as ``cap_scale`` the products as they are. Near 0 it is a polynomial, since a large
     cap multiplies the error of ``1 - 2 / (1 + exp(2 x))`` there; in half precision one that is
-    short enough to hide behind the powers and divisions of other scores.
+    short enough to hide after the powers and divisions of other scores.
     """
     if cap_scale is None:
         return products

@@ -18,7 +18,7 @@ TENSOR_PRODUCT = re.compile(r"^(HGMMA|HMMA|UTC\w*MMA|v_mfma)")
 SCALAR_PRODUCT = re.compile(r"^(FFMA|v_(pk_)?fma)")
 SPILL = re.compile(r"^(LDL|STL|scratch_)")
 WAIT = re.compile(r"^WARPGROUP\.DEPBAR")
-# behind the end of the program stand waits that were moved out of its way
+# after the end of the program stand waits that were moved out of its way
 END = re.compile(r"^(EXIT|s_endpgm)")
 SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]+?)\s*;")
 SASS_BRANCH = re.compile(r"^BRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)")

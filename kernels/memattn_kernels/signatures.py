@@ -95,7 +95,7 @@ class ChapterAttentionArgs(NamedTuple):
     key_scale: Tensor | None  # float32 [C, Hkv, M] of quantised keys
     value_scale: Tensor | None  # float32 [C, Hkv, M] of quantised values
     row_start: Tensor  # int32 [B, N], first query of each routing row
-    row_end: Tensor  # int32 [B, N], the query behind its last; rows rise and do not overlap
+    row_end: Tensor  # int32 [B, N], the query after its last; rows rise and do not overlap
     row_len: int  # no routing row has more queries
     value_dim: int  # Dv
     is_joint: bool
@@ -161,10 +161,10 @@ class NeuralMemoryArgs(NamedTuple):
     pending_delta: Tensor | None  # [R, H, chunk_size - 1, PD]
     pending_decay: Tensor | None  # [R, H, chunk_size - 1]
     pending_momentum: Tensor | None  # [R, H, chunk_size - 1]; not read without momentum
-    count: Tensor | None  # int32 [R], pending tokens; what stands behind them may be anything
+    count: Tensor | None  # int32 [R], pending tokens; what stands after them may be anything
     skipped: Tensor | None  # int64 [R]
     row_start: Tensor | None  # int32 [R], first token of each row, from 0 to T; None: 0
-    row_end: Tensor | None  # int32 [R], the token behind its last; None: T
+    row_end: Tensor | None  # int32 [R], the token after its last; None: T
     width_1: int  # d_1 ... d_3 as far as they are hidden, else 0
     width_2: int
     width_3: int

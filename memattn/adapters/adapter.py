@@ -152,8 +152,8 @@ def attach_memory(
 ) -> MemoryAdapter:
     """Put parts, such as a chapter memory, into the layers of a pretrained model, in place.
 
-    A part stands where its ``stands`` says: between attention and the MLP (behind the norm of
-    attention's output, where there is one), behind the MLP, or before attention; each behind a
+    A part stands where its ``stands`` says: between attention and the MLP (after the norm of
+    attention's output, where there is one), after the MLP, or before attention; each after a
     norm of its own and around the residual. The modules of the model stay the same objects with
     the same names, its ``forward`` stays as it is. A part whose output starts at zero leaves the
     logits as they are, bit for bit.
@@ -208,7 +208,7 @@ def adapters_of(model: nn.Module) -> dict[str, MemoryAdapter]:
 
 
 def set_adapter(model: nn.Module, *names: str) -> None:
-    """Choose which adapters run, one behind the other in each place, and learn; others do neither.
+    """Choose which adapters run, one after the other in each place, and learn; others do neither.
 
     Args:
         model: A model with attached parts.

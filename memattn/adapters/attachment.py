@@ -112,7 +112,7 @@ class Attachment:
             must("name", f"be one of {', '.join(self.adapters)}", repr(name))
 
     def activate(self, names: Sequence[str]) -> None:
-        """Let these adapters run, one behind the other, and learn; the others do neither.
+        """Let these adapters run, one after the other, and learn; the others do neither.
 
         Raises:
             ValueError: If one is unknown or twice there, or they disagree about a coefficient.

@@ -257,7 +257,7 @@ def _moved(context: PartContext, device: torch.device) -> PartContext:
 
 
 class AdapterLayer(nn.Module):
-    """The parts of one adapter in one layer, each behind a norm of its own or beside attention.
+    """The parts of one adapter in one layer, each after a norm of its own or beside attention.
 
     Args:
         configs: The parts by name.

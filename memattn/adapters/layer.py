@@ -13,7 +13,7 @@ from memattn.checks import must
 
 
 class AttachedLayer(Swapped):
-    """Methods of a layer: parts run before it, at the end of its attention, and behind it."""
+    """Methods of a layer: parts run before it, at the end of its attention, and after it."""
 
     _memattn: Attachment
     _memattn_index: int
@@ -59,7 +59,7 @@ class AttachedLayer(Swapped):
         return output
 
     def _children_at_work(self: Any, run: LayerRun) -> dict[str, Any]:
-        """The children behind which parts run in this call; each is told where it stands."""
+        """The children after which parts run in this call; each is told where it stands."""
         children = {}
         for place, name in self._memattn.stations[self._memattn_index].items():
             if run.has_parts(place):

@@ -15,7 +15,7 @@ class Structure(NamedTuple):
     """What a look at a model has shown."""
 
     layers: list[nn.Module]
-    stations: list[dict[str, str]]  # of each layer, by place: the child behind which parts run
+    stations: list[dict[str, str]]  # of each layer, by place: the child after which parts run
     output_type: type  # of the model's forward
     sizes: Sizes
 
@@ -84,7 +84,7 @@ def look_at(model: Any) -> Structure:
 
     In that call each child of a layer has noise added to its output. Attention ends with the child
     whose output, with its noise, and the input of the layer add up bit for bit to the input of a
-    later child, the norm before the MLP. That is the attention module itself, or a norm behind it,
+    later child, the norm before the MLP. That is the attention module itself, or a norm after it,
     which gets what attention gave.
 
     Raises:

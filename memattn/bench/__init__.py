@@ -1,1 +1,1 @@
-"""Benchmarks: operators beside their peers, held against the roofs of the machine."""
+"""Benchmarks: speed and memory of the operators, compared with peers and the roofline."""

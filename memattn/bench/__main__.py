@@ -1,11 +1,11 @@
-"""``python -m memattn.bench``: the benchmarks where only PyTorch is installed."""
+"""``python -m memattn.bench``: ``memattn bench`` without jsonargparse; needs PyTorch only."""
 
 import argparse
 import sys
 from typing import Any
 
 from memattn.bench.case import operators
-from memattn.bench.front import EXAMPLES, command
+from memattn.bench.cli_entry import EXAMPLES, command
 from memattn.bench.run import DEVICES, DIRECTIONS, DTYPES
 from memattn.bench.suite import SUITES
 from memattn.ops._dispatch import BACKENDS

@@ -1,4 +1,4 @@
-"""Bars: what an operator must reach, each measured and compared in one run."""
+"""Bars: performance targets of the operators, each measured and compared in one run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,37 +8,37 @@ from typing import ClassVar
 import torch
 
 from memattn.bench.case import Case
-from memattn.bench.engine import OURS, Row, roof_key
+from memattn.bench.engine import OURS, Measurement, roof_key
 from memattn.bench.roofline import Roofs, work_of
 from memattn.bench.timing import Timing
 from memattn.ops._dispatch import multiplies_bfloat16
 
 NEAR_THE_ROOF = (
-    "what it computes is mostly products, and these already run near the measured roof of the "
-    "machine (see the share in the table below); the goal would need a rate above it."
+    "most of its work is matrix products, which already run near the measured roof of the "
+    "machine (see the share in the table below); the goal would need a rate above the roof."
 )
 
 Sweep = tuple[tuple[Case, ...], str]  # cases to compare with each other, and the direction
 
 
 @dataclass
-class Found:
-    """What a suite has measured."""
+class BarInputs:
+    """The measurements that the bars of a suite are computed from."""
 
-    rows: dict[tuple[Case, str, str], Row] = field(default_factory=dict)
+    rows: dict[tuple[Case, str, str], Measurement] = field(default_factory=dict)
     roofs: dict[tuple[str, torch.dtype], Roofs] = field(default_factory=dict)
     times: dict[Sweep, list[Timing]] = field(default_factory=dict)
     peaks: dict[Sweep, list[int | None]] = field(default_factory=dict)
 
-    def ours(self, case: Case, direction: str) -> Row:
+    def ours(self, case: Case, direction: str) -> Measurement:
         return self.rows[case, direction, OURS]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bar(ABC):
-    """A requirement on one number. ``target`` is the goal; ``must``, where given, the least.
+    """A requirement on one number: ``target`` is the goal, ``must`` (if given) the minimum.
 
-    ``limited_by`` says what stands against the goal where a machine misses it.
+    ``limited_by`` explains what prevents the goal on machines that miss it.
     """
 
     case: Case
@@ -75,8 +75,8 @@ class Bar(ABC):
         return (self.direction,)
 
     @abstractmethod
-    def reached(self, found: Found) -> float | None:
-        """The number, or None where something it needs could not be measured."""
+    def reached(self, measured: BarInputs) -> float | None:
+        """The number, or None if a measurement that it needs is missing."""
 
     def holds(self, value: float, limit: float) -> bool:
         return value <= limit if self.at_most else value >= limit
@@ -84,7 +84,7 @@ class Bar(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedBar(Bar):
-    """At least so many times faster than the fastest of some peers."""
+    """At least ``target`` times as fast as the fastest of the peers ``against``."""
 
     against: tuple[str, ...]
 
@@ -98,17 +98,17 @@ class SpeedBar(Bar):
     def peers(self) -> tuple[str, ...]:
         return self.against
 
-    def reached(self, found: Found) -> float | None:
-        rows = [found.rows.get((self.case, self.direction, name)) for name in self.against]
+    def reached(self, measured: BarInputs) -> float | None:
+        rows = [measured.rows.get((self.case, self.direction, name)) for name in self.against]
         ratios = [row.speedup.median for row in rows if row is not None and row.speedup]
         return min(ratios, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostBar(Bar):
-    """At most so many times the time that the work takes at the rate of a yardstick.
+    """At most ``target`` times the time that the same work takes at the rate of a yardstick.
 
-    ``priced`` is the case whose work counts, where it is not that of ``case`` itself.
+    ``priced`` is the case whose work counts, if it is not ``case`` itself.
     """
 
     against: str
@@ -125,8 +125,8 @@ class CostBar(Bar):
     def peers(self) -> tuple[str, ...]:
         return (self.against,)
 
-    def reached(self, found: Found) -> float | None:
-        row = found.rows.get((self.case, self.direction, self.against))
+    def reached(self, measured: BarInputs) -> float | None:
+        row = measured.rows.get((self.case, self.direction, self.against))
         yardstick = self.case.peers()[self.against].yardstick
         if row is None or row.speedup is None or yardstick is None:
             return None
@@ -139,7 +139,7 @@ class CostBar(Bar):
 
 @dataclass(frozen=True, kw_only=True)
 class RateBar(Bar):
-    """At least so many useful TFLOP/s."""
+    """At least ``target`` useful TFLOP/s."""
 
     unit: ClassVar[str] = " TFLOP/s"
 
@@ -147,8 +147,8 @@ class RateBar(Bar):
     def name(self) -> str:
         return f"{super().name}: useful rate"
 
-    def reached(self, found: Found) -> float | None:
-        timing = found.ours(self.case, self.direction).timing
+    def reached(self, measured: BarInputs) -> float | None:
+        timing = measured.ours(self.case, self.direction).timing
         if timing is None:
             return None
         return work_of(self.case.work(), self.direction).flops / timing.median / 1e12
@@ -156,7 +156,7 @@ class RateBar(Bar):
 
 @dataclass(frozen=True, kw_only=True)
 class TimeBar(Bar):
-    """At most so many milliseconds."""
+    """At most ``target`` milliseconds."""
 
     unit: ClassVar[str] = " ms"
     at_most: ClassVar[bool] = True
@@ -165,14 +165,14 @@ class TimeBar(Bar):
     def name(self) -> str:
         return f"{super().name}: time"
 
-    def reached(self, found: Found) -> float | None:
-        timing = found.ours(self.case, self.direction).timing
+    def reached(self, measured: BarInputs) -> float | None:
+        timing = measured.ours(self.case, self.direction).timing
         return None if timing is None else 1e3 * timing.median
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoofBar(Bar):
-    """At least so many percent of the measured roof, whichever rules."""
+    """At least ``target`` percent of the measured roof that limits the work."""
 
     unit: ClassVar[str] = " %"
 
@@ -180,17 +180,17 @@ class RoofBar(Bar):
     def name(self) -> str:
         return f"{super().name}: share of the roof"
 
-    def reached(self, found: Found) -> float | None:
-        timing = found.ours(self.case, self.direction).timing
+    def reached(self, measured: BarInputs) -> float | None:
+        timing = measured.ours(self.case, self.direction).timing
         if timing is None:
             return None
-        roofs = found.roofs[roof_key(self.case)]
+        roofs = measured.roofs[roof_key(self.case)]
         return 100 * roofs.seconds(work_of(self.case.work(), self.direction)) / timing.median
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackwardBar(Bar):
-    """The backward takes at most so many times as long as the forward."""
+    """The backward takes at most ``target`` times as long as the forward."""
 
     direction: str = "backward"
 
@@ -205,8 +205,8 @@ class BackwardBar(Bar):
     def directions(self) -> tuple[str, ...]:
         return ("forward", "backward")
 
-    def reached(self, found: Found) -> float | None:
-        forward, backward = (found.ours(self.case, d).timing for d in self.directions)
+    def reached(self, measured: BarInputs) -> float | None:
+        forward, backward = (measured.ours(self.case, d).timing for d in self.directions)
         if forward is None or backward is None:
             return None
         return backward.median / forward.median
@@ -214,7 +214,7 @@ class BackwardBar(Bar):
 
 @dataclass(frozen=True, kw_only=True)
 class FasterBar(Bar):
-    """At least so many times faster than another case of ours; both are timed in turn."""
+    """At least ``target`` times as fast as our operator on case ``base``, in the same rounds."""
 
     base: Case
 
@@ -232,8 +232,8 @@ class FasterBar(Bar):
     def directions(self) -> tuple[str, ...]:
         return ()
 
-    def reached(self, found: Found) -> float | None:
-        timings = found.times.get(self.times)
+    def reached(self, measured: BarInputs) -> float | None:
+        timings = measured.times.get(self.times)
         return None if timings is None else timings[0].median / timings[1].median
 
 
@@ -270,8 +270,8 @@ class FlatTimeBar(SweepBar):
     def times(self) -> Sweep:
         return self.sweep
 
-    def reached(self, found: Found) -> float | None:
-        timings = found.times.get(self.sweep)
+    def reached(self, measured: BarInputs) -> float | None:
+        timings = measured.times.get(self.sweep)
         if timings is None:
             return None
         cases, _ = self.sweep
@@ -281,7 +281,7 @@ class FlatTimeBar(SweepBar):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearMemoryBar(SweepBar):
-    """Peak bytes per token of the longest over those of the shortest."""
+    """Peak bytes per token at the longest length over those at the shortest."""
 
     @property
     def name(self) -> str:
@@ -291,8 +291,8 @@ class LinearMemoryBar(SweepBar):
     def memory(self) -> Sweep:
         return self.sweep
 
-    def reached(self, found: Found) -> float | None:
-        peaks = found.peaks.get(self.sweep)
+    def reached(self, measured: BarInputs) -> float | None:
+        peaks = measured.peaks.get(self.sweep)
         if peaks is None or not peaks[0] or peaks[-1] is None:
             return None
         cases, _ = self.sweep
@@ -301,7 +301,7 @@ class LinearMemoryBar(SweepBar):
 
 @dataclass(frozen=True, kw_only=True)
 class BytesBar(Bar):
-    """Bytes of a case over those of another; nothing is timed."""
+    """Bytes of a case over those of case ``base``; nothing is timed."""
 
     base: Case
 
@@ -320,7 +320,7 @@ class BytesBar(Bar):
 
 @dataclass(frozen=True, kw_only=True)
 class PeakBar(BytesBar):
-    """Peak bytes of a case over those of another."""
+    """Peak bytes of a case over those of case ``base``."""
 
     what: ClassVar[str] = "peak memory"
 
@@ -328,8 +328,8 @@ class PeakBar(BytesBar):
     def memory(self) -> Sweep:
         return (self.base, self.case), self.direction
 
-    def reached(self, found: Found) -> float | None:
-        peaks = found.peaks.get(self.memory)
+    def reached(self, measured: BarInputs) -> float | None:
+        peaks = measured.peaks.get(self.memory)
         if peaks is None or not peaks[0] or peaks[1] is None:
             return None
         return peaks[1] / peaks[0]
@@ -337,7 +337,7 @@ class PeakBar(BytesBar):
 
 @dataclass(frozen=True, kw_only=True)
 class PeerPeakBar(Bar):
-    """Peak bytes of ours over those of a peer on the same case; a direction with a forward."""
+    """Peak bytes of our operator over those of a peer; for directions with a forward."""
 
     against: str
 
@@ -357,9 +357,9 @@ class PeerPeakBar(Bar):
         """The rows whose peak has to be measured."""
         return {(self.case, self.direction, name) for name in (OURS, self.against)}
 
-    def reached(self, found: Found) -> float | None:
+    def reached(self, measured: BarInputs) -> float | None:
         ours, its = (
-            found.rows.get((self.case, self.direction, name)) for name in (OURS, self.against)
+            measured.rows.get((self.case, self.direction, name)) for name in (OURS, self.against)
         )
         if ours is None or its is None or ours.peak_bytes is None or not its.peak_bytes:
             return None
@@ -371,12 +371,12 @@ def bfloat16_bars(
     against: str | None = None,
     directions: Sequence[str] = ("forward", "backward"),
 ) -> list[Bar]:
-    """In bfloat16, on processors that have its products: beside ``base``, the call in float32.
+    """Speed in bfloat16 over float32, for processors with bfloat16 products.
 
     Args:
         base: The case in float32.
-        against: A peer that computes the same; it is to be left behind as well.
-        directions: Those whose products are of bfloat16.
+        against: A peer that computes the same; adds a bar on the speed over it.
+        directions: Directions in which the kernels use bfloat16 products.
     """
     if not multiplies_bfloat16():
         return []

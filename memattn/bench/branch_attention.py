@@ -1,4 +1,4 @@
-"""Cases of branch attention: branches by token and by sample, alone and in a layer, and peers."""
+"""Cases of branch attention: branches chosen by token or sample, operator or layer, peers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,25 +16,25 @@ from memattn.bench.roofline import Work
 from memattn.nn import ShiftableMultiheadAttention
 from memattn.ops import branch_attention
 
-AS_MANY = "memattn, as many branches"  # K branches in all, which every token is in
-CALLS = "a call of sdpa for each branch"
+K_BRANCHES = "memattn, as many branches"  # K branches in all; every token is in all of them
+CALL_PER_BRANCH = "a call of sdpa for each branch"
 TRAINING = "forward+backward"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BranchCase(TokenCase):
-    """One shape of causal attention in branches, of which a token is in K.
+    """One shape of causal branch attention with F branches; each token is in K of them.
 
-    In a layer the base is one branch more, which every token is in, queries, keys, values and
-    outputs are projected, and the specialists' weights have gradients.
+    The layer kinds add projections of queries, keys, values and outputs, and the base as one more
+    branch that every token is in. Only the specialists' weights have gradients.
     """
 
     operator: ClassVar[str] = "branch_attention"
     kinds: ClassVar[dict[str, str]] = {
         "token": "every token chooses branches",
-        "sample": "a sequence does",
-        "layer-token": "a layer with a base, whose tokens choose specialists",
-        "layer-sample": "a layer with a base, whose sequences do",
+        "sample": "every sequence chooses branches",
+        "layer-token": "a layer with a base; every token chooses specialists",
+        "layer-sample": "a layer with a base; every sequence chooses specialists",
     }
     quick_kinds: ClassVar[tuple[str, ...]] = ("token", "sample")
     cuda_sizes: ClassVar[dict[str, int]] = {"H": 16}
@@ -62,7 +62,7 @@ class BranchCase(TokenCase):
         return drawn.argsort(-1)[..., : self.K].int().expand(self.B, self.T, self.K)
 
     def gates(self) -> Tensor:
-        """Half for the base of a layer, and what is left for its specialists; sums are 1."""
+        """Gates of a layer: half for the base, half shared by the chosen specialists."""
         shares = torch.zeros(self.B, self.T, 1 + self.F, device=self.device)
         shares[..., 0] = 0.5
         return shares.scatter(2, 1 + self.chosen().long(), 0.5 / self.K)
@@ -130,7 +130,7 @@ class BranchCase(TokenCase):
             return self._branch_by_branch(rows)
 
         def forward(inputs: dict[str, Tensor]) -> Tensor:
-            # the definition scores all branches: one after the other
+            # the definition scores all branches, so it is called for one branch at a time
             found = [
                 branch_attention(
                     inputs["query"][:, :, :, rows],
@@ -148,10 +148,10 @@ class BranchCase(TokenCase):
         return forward
 
     def _branch_by_branch(self, rows: slice | None = None) -> Forward:
-        """A layer as a call of PyTorch's attention for every branch, used or not."""
+        """A layer as one call of PyTorch's attention per branch, also for unused branches."""
         gates, base = self.gates(), self.base(self.dtype)
         at = slice(0, self.T) if rows is None else rows
-        # what is timed knows of the triangle; the definition computes what is used alone
+        # the timed peer uses is_causal; the definition (rows given) skips unused branches
         mask, branches = None, range(1 + self.F)
         if rows is not None:
             mask = torch.ones(at.stop, at.stop, dtype=torch.bool, device=self.device).tril()[at]
@@ -181,8 +181,8 @@ class BranchCase(TokenCase):
 
         return forward
 
-    def _calls(self) -> Forward:
-        """All branches for all tokens, one after the other."""
+    def _call_per_branch(self) -> Forward:
+        """All branches for all tokens, one call per branch."""
         if self.is_layer:
             return self._branch_by_branch()
         grouped = self.key_heads != self.H
@@ -205,10 +205,10 @@ class BranchCase(TokenCase):
 
         return forward
 
-    def _as_many(self) -> Forward:
-        """K branches, which every token is in."""
+    def _k_branches(self) -> Forward:
+        """Only K branches; every token is in all of them."""
         if not self.is_layer:
-            # of its own, with gradients of their size
+            # its own keys and values, so that their gradients have this size
             few = [replace(self, F=self.K).inputs()[n].requires_grad_() for n in ("key", "value")]
             return lambda inputs: branch_attention(
                 inputs["query"], *few, gates=inputs["gates"]
@@ -216,7 +216,7 @@ class BranchCase(TokenCase):
         return self._layer(self.K, replace(self, F=self.K).gates(), "auto")
 
     def rows_are_independent(self) -> bool:
-        """They are, but gradients of all branches in float64 would take minutes for a long case."""
+        """False: float64 gradients of all branches would take minutes for a long case."""
         return False
 
     def label(self, T: str | None = None) -> str:
@@ -231,7 +231,7 @@ class BranchCase(TokenCase):
         work = self.softmax_work(pairs, keys, slots * self.T)
         if not self.is_layer:
             return work
-        # projections: of queries and outputs for slots, of keys for branches
+        # projections: queries and outputs per slot, keys and values per branch
         tokens = self.B * self.T * (2 * (self.K + 1) + 2 * (used + 1))
         products = 2 * tokens * self.width**2
         size = self.dtype.itemsize * 4 * (1 + self.F) * self.width**2
@@ -243,8 +243,8 @@ class BranchCase(TokenCase):
     def peers(self) -> dict[str, Peer]:
         scores = self.score_bytes(self.T * self.K * self.F)
         return {
-            CALLS: Peer(self._calls, slow=self.F > 8),
-            AS_MANY: Peer(self._as_many, yardstick=self.work()),
+            CALL_PER_BRANCH: Peer(self._call_per_branch, slow=self.F > 8),
+            K_BRANCHES: Peer(self._k_branches, yardstick=self.work()),
             "naive": Peer(partial(self.subject, "reference"), scores),
         }
 
@@ -257,12 +257,12 @@ def _cpu_bars() -> list[Bar]:
     layer = BranchCase(kind="layer-sample", T=1024)
     token = replace(layer, kind="token")
     return [
-        CostBar(case=layer, direction=TRAINING, target=1.3, against=AS_MANY),
-        SpeedBar(case=layer, direction=TRAINING, target=8.0, against=(CALLS,)),
-        CostBar(case=token, direction=TRAINING, target=2.0, against=AS_MANY),
+        CostBar(case=layer, direction=TRAINING, target=1.3, against=K_BRANCHES),
+        SpeedBar(case=layer, direction=TRAINING, target=8.0, against=(CALL_PER_BRANCH,)),
+        CostBar(case=token, direction=TRAINING, target=2.0, against=K_BRANCHES),
         PeakBar(case=layer, base=replace(layer, F=layer.K), direction=TRAINING, target=1.5),
         *bfloat16_bars(token),
-        # without branches that nobody is in, whose gradients are zeros to write
+        # few branches, so that none is unused: gradients of unused branches are zeros to write
         *bfloat16_bars(replace(token, kind="sample", F=8)),
     ]
 
@@ -271,8 +271,8 @@ def _gpu_bars() -> list[Bar]:
     case = BranchCase(kind="sample", T=2048, H=16, device="cuda", dtype=torch.bfloat16)
     token = replace(case, kind="token")
     return [
-        SpeedBar(case=case, direction=TRAINING, target=8.0, against=(CALLS,)),
-        CostBar(case=token, direction=TRAINING, target=2.0, against=AS_MANY),
+        SpeedBar(case=case, direction=TRAINING, target=8.0, against=(CALL_PER_BRANCH,)),
+        CostBar(case=token, direction=TRAINING, target=2.0, against=K_BRANCHES),
     ]
 
 

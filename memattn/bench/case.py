@@ -1,8 +1,8 @@
-"""What the benchmark engine needs to know of an operator.
+"""Base classes of benchmark cases: how an operator is run, checked and counted.
 
-An operator joins by one file, ``memattn/bench/<operator>.py``, named as its file in
-``memattn.ops``; ``models`` are whole models. The file defines a subclass of ``Case`` and ends with
-``CASE = <that class>``.
+Each operator has one file, ``memattn/bench/<operator>.py``, with the name of its file in
+``memattn.ops``; ``models.py`` benchmarks whole models. The file defines a subclass of ``Case`` and
+ends with ``CASE = <that class>``.
 """
 
 import importlib
@@ -27,14 +27,14 @@ Forward = Callable[[dict[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """Another way to compute a case: how to build it, and what it stores that grows as T^2."""
+    """Another implementation of a case: how to build it, and its bytes that grow as T^2."""
 
     build: Callable[[], Forward]  # called once, outside the timing: masks, compilation
     score_bytes: int = 0
     compiled: bool = False  # takes seconds to build; left out of quick runs
-    slow: bool = False  # takes seconds a call: timed in turns of its own, which are few
-    # its own work by direction, where it computes less than the case: a measure of time, whose
-    # results are not compared
+    slow: bool = False  # takes seconds per call: timed apart from the other peers, in few rounds
+    # set for a peer that computes something else than the case: its own work by direction. Only
+    # its time is used; its results are not compared
     yardstick: dict[str, Work] | None = None
 
 
@@ -42,14 +42,14 @@ class Peer:
 class Case(ABC):
     """One shape of one operator.
 
-    Fields of type int, but for ``T`` and ``seed``, are the sizes that a user may set
+    The fields of type int, except ``T`` and ``seed``, are the sizes that a user may set
     (``shape={"H": 8}``).
     """
 
     operator: ClassVar[str]
-    kinds: ClassVar[dict[str, str]]  # name: one line that says what it is
-    quick_kinds: ClassVar[tuple[str, ...]]  # those of a quick run
-    cuda_sizes: ClassVar[dict[str, int]]  # what differs from the fields' defaults on CUDA
+    kinds: ClassVar[dict[str, str]]  # name: description in one line
+    quick_kinds: ClassVar[tuple[str, ...]]  # kinds of a quick run
+    cuda_sizes: ClassVar[dict[str, int]]  # defaults on CUDA that differ from the fields
 
     kind: str
     T: int
@@ -59,34 +59,34 @@ class Case(ABC):
 
     @abstractmethod
     def inputs(self) -> dict[str, Tensor]:
-        """Random inputs. Floating ones get gradients."""
+        """Random inputs by name. Floating-point inputs get gradients."""
 
     @abstractmethod
     def subject(self, backend: str) -> Forward:
         """Our operator with this backend."""
 
     def checked(self, backend: str) -> Forward:
-        """What is compared with ``definition``: the subject, unless that cannot be told."""
+        """The function that is compared with ``definition``; by default the subject."""
         return self.subject(backend)
 
     @abstractmethod
     def definition(self, rows: slice) -> Forward:
-        """The reference, for these query rows only: ``[B, H, rows, Dv]``."""
+        """The reference for these query rows only; its output is ``[B, H, rows, Dv]``."""
 
     @abstractmethod
     def peers(self) -> dict[str, Peer]:
-        """Others that compute the same from the same inputs, and yardsticks."""
+        """Implementations to compare with, by name: same results, or a yardstick for time."""
 
     @abstractmethod
     def work(self) -> dict[str, Work]:
         """Useful work, by ``"forward"`` and ``"backward"``."""
 
     def rows_are_independent(self) -> bool:
-        """Whether sampled rows of the output tell the gradients; a mean over all rows does not."""
+        """Whether sampled rows suffice to check gradients; they do not for a mean over all rows."""
         return True
 
     def is_checked_short(self) -> bool:
-        """Whether a check at a small length says enough: a whole model takes minutes at a long."""
+        """Whether the case is checked at a small length only, because a long one takes minutes."""
         return False
 
     def has(self, direction: str) -> bool:
@@ -95,11 +95,11 @@ class Case(ABC):
 
     @abstractmethod
     def label(self, T: str | None = None) -> str:
-        """Short text for tables: the kind and the sizes that matter; ``T`` replaces the length."""
+        """Short text for tables: the kind and the main sizes; ``T`` replaces the length."""
 
     @property
     def dtype_label(self) -> str:
-        """What a label ends with: the dtype on the CPU, where it is not float32."""
+        """End of a label: the dtype, if the case runs on the CPU and not in float32."""
         if self.device != "cpu" or self.dtype == torch.float32:
             return ""
         return f" {self.dtype}".replace("torch.", "")
@@ -118,7 +118,7 @@ class Case(ABC):
 
     @classmethod
     def bars(cls, suite: str) -> Sequence[Any]:
-        """What this operator must reach in a suite of bars: each a ``Bar``, made of cases."""
+        """This operator's performance targets in a suite, as a sequence of ``Bar``."""
         return ()
 
     @classmethod
@@ -182,11 +182,11 @@ class TokenCase(Case):
         )
 
     def score_bytes(self, n_keys: int) -> int:
-        """Bytes of scores with so many keys, where they are stored."""
+        """Bytes of a stored score matrix with ``n_keys`` keys."""
         return self.batch * self.H * self.T * n_keys * self.dtype.itemsize
 
     def softmax_work(self, pairs: int, keys: int, rows: int | None = None) -> dict[str, Work]:
-        """Useful work of a softmax over so many pairs and keys; see ``attention_work``."""
+        """Useful work of softmax attention; see ``attention_work``."""
         return attention_work(
             pairs=pairs,
             rows=self.batch * self.H * self.T if rows is None else rows,
@@ -198,7 +198,7 @@ class TokenCase(Case):
 
 
 def operators() -> dict[str, type[Case]]:
-    """The operators that can be measured, by name, and ``models`` where transformers is there."""
+    """The operators that can be measured, by name; ``models`` if transformers is installed."""
     here, ops = (
         {module.name for module in pkgutil.iter_modules(package.__path__)}
         for package in (memattn.bench, memattn.ops)

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from memattn.bench.bars import (
     Bar,
+    BarInputs,
     BytesBar,
     CostBar,
-    Found,
     PeakBar,
     RateBar,
     SpeedBar,
@@ -27,14 +27,14 @@ from memattn.bench.roofline import Work, attention_work
 from memattn.ops import chapter_attention, segmented_attention
 from memattn.reference.chapter_quantization import quantize_rows
 
-BLOCK = 64  # tokens of a routing block
+ROUTING_BLOCK_LEN = 64  # tokens of a routing block
 WHOLE_BANK = "memattn, whole bank"
-SAME_KEYS = "memattn, as many keys"  # the first K chapters for every sequence: no selection
+SAME_KEYS = "memattn, as many keys"  # every sequence uses the first K chapters: no selection
 JOINT = "memattn, joint"
 FLASH = "sdpa flash, whole bank"
 FLOAT_BANK = "memattn, float bank"
-GATHERED = "gather + sdpa"  # the backward gathers again: kept, the keys would fill gigabytes
-GATHERED_BYTES = 1 << 27  # keys and values that are gathered at a time
+GATHERED = "gather + sdpa"  # the backward gathers again; gathered keys would take gigabytes
+GATHERED_BYTES = 1 << 27  # bytes of keys and values gathered at a time
 GATHERED_BYTES_ON_CUDA = 1 << 32
 
 
@@ -45,8 +45,8 @@ class ChapterCase(Case):
     operator: ClassVar[str] = "chapter_attention"
     kinds: ClassVar[dict[str, str]] = {
         "token": "every token selects chapters",
-        "block": f"blocks of {BLOCK} tokens do",
-        "sequence": "a sequence does",
+        "block": f"every block of {ROUTING_BLOCK_LEN} tokens selects chapters",
+        "sequence": "every sequence selects chapters",
         "int8": "every token selects chapters of an int8 bank",
         "independent": "every token selects chapters, each with a softmax of its own",
     }
@@ -68,7 +68,7 @@ class ChapterCase(Case):
     @property
     def block(self) -> int:
         """Tokens that share a routing row."""
-        return {"block": BLOCK, "sequence": self.T}.get(self.kind, 1)
+        return {"block": ROUTING_BLOCK_LEN, "sequence": self.T}.get(self.kind, 1)
 
     @property
     def n_rows(self) -> int:
@@ -93,7 +93,7 @@ class ChapterCase(Case):
         return {name: self._normal(generator, *shape) for name in names}
 
     def bank(self) -> dict[str, Tensor]:
-        """Keys and values as the operator takes them: with scales where they are int8."""
+        """Keys and values in the operator's form, with scales for an int8 bank."""
         bank = self.float_bank()
         if self.kind != "int8":
             return bank
@@ -107,7 +107,7 @@ class ChapterCase(Case):
         }
 
     def inputs(self) -> dict[str, Tensor]:
-        """Query, weights and, unless it is int8 and has no gradient, the bank."""
+        """Query, weights and the bank; an int8 bank has no gradient and is left out."""
         generator = self._draw(1)
         query = self._normal(generator, self.B, self.H, self.T, self.D)
         rows = (self.B, self.n_rows, self.K)
@@ -163,7 +163,7 @@ class ChapterCase(Case):
         rows, size = self.B * self.H * self.T, self.dtype.itemsize
         keys = {"forward": self.C * self.key_heads * self.M}
         keys["backward"] = keys["forward"]
-        if self.kind == "int8":  # codes and a scale for each row, and no gradient of them
+        if self.kind == "int8":  # codes and one scale per row; they have no gradient
             keys["forward"] = keys["forward"] * (self.D + 4) // (self.D * size)
             keys["backward"] = keys["forward"] // 2
         return {
@@ -210,7 +210,7 @@ class ChapterCase(Case):
         return lambda inputs: forward(inputs | bank)
 
     def _whole(self, attention: Any, chapters: int | None = None) -> Forward:
-        """Attention of every query to all chapters, or to the first so many."""
+        """Attention of every query to all chapters, or to the first ``chapters``."""
 
         def forward(inputs: dict[str, Tensor]) -> Tensor:
             return attention(inputs["query"], *self._flat(inputs, chapters))
@@ -225,7 +225,7 @@ class ChapterCase(Case):
         return flat(inputs["chapter_key"]), flat(inputs["chapter_value"])
 
     def _flex(self) -> Forward:
-        """FlexAttention to the bank under a mask of tokens and chapters; weights change scores."""
+        """FlexAttention to the bank with a block mask of the selection; weights as a score_mod."""
         indices, block, M = self.indices().long(), self.block, self.M
         none = torch.zeros(*indices.shape[:2], self.C, device=self.device)
         is_selected = none.bool().scatter(2, indices, True)
@@ -245,7 +245,7 @@ class ChapterCase(Case):
         return forward
 
     def _masked(self) -> Forward:
-        """PyTorch's attention to the bank with the logarithms of the weights as its mask."""
+        """PyTorch's attention to the bank with the logarithms of the weights as the mask."""
         indices = self.indices().long()
         row_of = torch.arange(self.T, device=self.device) // self.block
 
@@ -259,7 +259,7 @@ class ChapterCase(Case):
         return forward
 
     def _gathered(self) -> Forward:
-        """The keys of each routing row side by side, some rows at a time."""
+        """PyTorch's attention to the gathered keys of each routing row, a few rows at a time."""
         indices, block = self.indices().long(), self.block
         row_bytes = 2 * self.B * self.key_heads * self.K * self.M * self.D * self.dtype.itemsize
         step = max(1, self._gathered_bytes // row_bytes)
@@ -278,7 +278,7 @@ class ChapterCase(Case):
         def forward(inputs: dict[str, Tensor]) -> Tensor:
             names = ("query", "chapter_key", "chapter_value", "chapter_weights")
             query, key, value, weights = (inputs[name] for name in names)
-            if step >= self.n_rows:  # it fits: nothing is gathered twice
+            if step >= self.n_rows:  # all rows fit: nothing is gathered twice
                 return part(query, key, value, weights, 0)
             parts: list[Any] = [
                 checkpoint(
@@ -328,7 +328,7 @@ def _gpu_bars() -> list[Bar]:
     token = on(kind="token", T=8192, B=32, C=512, M=128)
     grouped = replace(token, H=16, Hkv=1)
     long = on(kind="token", T=65536, H=64, Hkv=4, D=128, C=1024, K=16)
-    # goal and least: milliseconds of shapes that others have published, and TFLOP/s of the last
+    # goal and minimum: milliseconds for published shapes, TFLOP/s for the long shape
     times = {(token, "forward"): (5.0, 10.0), (token, "backward"): (12.0, 22.0)}
     times |= {(grouped, "forward"): (6.0, 9.0), (grouped, "backward"): (14.0, 22.0)}
     rates = {"forward": (200.0, 110.0), "backward": (250.0, 180.0)}
@@ -354,14 +354,14 @@ def _gpu_bars() -> list[Bar]:
 
 @dataclass(frozen=True, kw_only=True)
 class BankBytesBar(BytesBar):
-    """Bytes of the bank over those of another case's."""
+    """Bytes of the bank over those of the bank of case ``base``."""
 
     case: ChapterCase
     base: ChapterCase
 
     what: ClassVar[str] = "memory of the bank"
 
-    def reached(self, found: Found) -> float:
+    def reached(self, measured: BarInputs) -> float:
         ours, its = (sum(x.nbytes for x in c.bank().values()) for c in (self.case, self.base))
         return ours / its
 

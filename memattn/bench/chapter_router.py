@@ -1,4 +1,4 @@
-"""Cases of the router of chapters, beside the same made of PyTorch's own operators."""
+"""Cases of the chapter router; the peer is composed of PyTorch's operators."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class RouterCase(Case):
         }
 
     def _composition(self, inputs: dict[str, Tensor]) -> Tensor:
-        """What one writes with PyTorch: it promises nothing on ties."""
+        """The router in plain PyTorch; the order of tied logits is not defined."""
         hidden, weight, bias = (inputs[name] for name in ("hidden", "weight", "bias"))
         wide = torch.promote_types(torch.float32, hidden.dtype)
         logits = torch.nn.functional.linear(hidden.to(wide), weight.to(wide), bias.to(wide))
@@ -93,7 +93,7 @@ class RouterCase(Case):
         return _in_columns(values.softmax(-1), balance, auxiliary, z)
 
     def work(self) -> dict[str, Work]:
-        """One product forward, three backward; inputs and results are read and written once."""
+        """One product in the forward, three in the backward; inputs and results move once."""
         rows, size = self.B * self.T, torch.empty(0, dtype=self.dtype).element_size()
         inputs = size * (rows * self.E + self.C * self.E)
         pairs = rows * self.C
@@ -117,7 +117,7 @@ class RouterCase(Case):
 
 
 def _in_columns(weights: Tensor, *losses: Tensor) -> Tensor:
-    """Weights and losses side by side, ``[B, 1, T, K + 3]``: each has a cotangent of its own."""
+    """Weights and losses as columns, ``[B, 1, T, K + 3]``, so that each has its own cotangent."""
     columns = torch.stack(losses).to(weights.dtype).expand(*weights.shape[:2], -1)
     return torch.cat([weights, columns], -1)[:, None]
 
@@ -139,7 +139,7 @@ def _cpu_bars() -> list[Bar]:
             PeerPeakBar(case=case, direction="forward+backward", target=0.25, against=COMPOSITION)
             for case in (small, wide)
         ),
-        # logits alone are products of bfloat16: gradients are computed in float32
+        # only the logits are bfloat16 products; gradients are computed in float32
         *(bar for case in (small, wide) for bar in bfloat16_bars(case, directions=("forward",))),
     ]
 

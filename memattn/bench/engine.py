@@ -1,4 +1,4 @@
-"""Measure one case: peers are checked, then all competitors are timed in turn."""
+"""Measure one case: check the peers, then time all competitors round by round."""
 
 import gc
 import warnings
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from memattn.bench.case import Case, Forward, Peer
-from memattn.bench.gate import SMALL_T, Oracle, check_peer, check_subject
 from memattn.bench.memory import MemoryJob, call_of, cpu_peaks, cuda_peak
-from memattn.bench.roof_turns import RoofTurns
+from memattn.bench.result_check import SMALL_T, ExpectedResults, check_peer, check_subject
+from memattn.bench.roof_samples import RoofSamples
 from memattn.bench.timing import MIN_SAMPLE, Timing, interleave, speedup
 from memattn.ops._dispatch import resolve_backend
 
@@ -20,51 +20,51 @@ OURS = "memattn"
 
 
 @dataclass
-class Row:
-    """One competitor on one case in one direction."""
+class Measurement:
+    """What was measured of one competitor on one case in one direction."""
 
     case: Case
     direction: str
     competitor: str
     timing: Timing | None = None
-    reason: str | None = None  # why there is no timing
-    speedup: Timing | None = None  # of ours over this one, round by round
+    reason: str | None = None  # why it was not timed
+    speedup: Timing | None = None  # of our operator over this one, round by round
     peak_bytes: int | None = None
-    turn: int | None = None  # of the roofs, the one straight after
+    roof_sample: int | None = None  # index of the roof sample taken straight after
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How long to measure, and what is too large for a competitor."""
+class TimingBudget:
+    """How long to time each competitor, and from what size on one is left out."""
 
     seconds: float = 0.5  # for each competitor and direction
     min_rounds: int = 5
     min_sample: float = MIN_SAMPLE  # seconds of one sample on the CPU
     max_score_bytes: int = 1 << 30
-    compiled: bool = True  # whether to build what must be compiled
+    compiled: bool = True  # whether to measure peers that must be compiled
 
 
 @dataclass
 class Competitor:
-    """A function, or the reasons why there is none, by direction."""
+    """A function to time, or by direction the reasons why it cannot be."""
 
     name: str
     forward: Forward | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def refusal(case: Case, backend: str, effort: Effort) -> str | None:
-    """Why our operator cannot be measured here, if so: no device, or a reference too large."""
+def refusal(case: Case, backend: str, budget: TimingBudget) -> str | None:
+    """Why our operator cannot be measured on this machine; None if it can."""
     if "cuda" in case.device and not torch.cuda.is_available():
         return "not measured: no CUDA device"
     query = torch.empty(0, dtype=case.dtype, device=case.device)
     if resolve_backend(backend, query) != "reference":
         return None
-    return _too_large(case.peers()["naive"], effort)
+    return _too_large(case.peers()["naive"], budget)
 
 
-def _too_large(peer: Peer, effort: Effort) -> str | None:
-    if peer.score_bytes <= effort.max_score_bytes:
+def _too_large(peer: Peer, budget: TimingBudget) -> str | None:
+    if peer.score_bytes <= budget.max_score_bytes:
         return None
     return f"not run: would store {peer.score_bytes / 2**30:.1f} GiB of scores or masks"
 
@@ -72,17 +72,17 @@ def _too_large(peer: Peer, effort: Effort) -> str | None:
 def check_all(
     cases: Mapping[Case, Iterable[str]],
     backend: str,
-    effort: Effort,
+    budget: TimingBudget,
     step: Callable[[str], None],
 ) -> None:
-    """Check our operator on all cases, in their directions, before anything is timed.
+    """Check our operator on all cases and directions before anything is timed.
 
     Raises:
-        WrongResultError: If it does not keep the error budget.
+        WrongResultError: If a result exceeds the error budget.
     """
     for case, directions in cases.items():
         step(f"checking {case.label()}")
-        if refusal(case, backend, effort) is None:
+        if refusal(case, backend, budget) is None:
             check_subject(case, backend, gradients=any(d != "forward" for d in directions))
 
 
@@ -92,9 +92,9 @@ def measure_case(
     backend: str,
     directions: Sequence[str] = DIRECTIONS,
     peers: Sequence[str] | None = None,
-    effort: Effort,
+    budget: TimingBudget,
     check_peers: bool = True,
-) -> list[Row]:
+) -> list[Measurement]:
     """Time our operator and its peers on one case. Our operator must have passed ``check_all``.
 
     Args:
@@ -102,86 +102,88 @@ def measure_case(
         backend: Backend of our operator.
         directions: From ``DIRECTIONS``.
         peers: Names of peers, or None for all that the case has.
-        effort: How long to measure.
-        check_peers: Whether to compare the peers' results first; False where that was done.
+        budget: How long to measure.
+        check_peers: Whether to compare the peers' results first; False if they have been compared.
 
     Returns:
         One row for each direction and competitor, ours first.
     """
-    reason = refusal(case, backend, effort)
+    reason = refusal(case, backend, budget)
     if reason is not None:
-        return [Row(case, direction, OURS, reason=reason) for direction in directions]
+        return [Measurement(case, direction, OURS, reason=reason) for direction in directions]
     competitors = [Competitor(OURS, case.subject(backend))]
     wanted = {n: peer for n, peer in case.peers().items() if peers is None or n in peers}
     if wanted:
-        oracle = _oracle(case, directions) if check_peers else None
+        expected = _expected_results(case, directions) if check_peers else None
         for name, peer in wanted.items():
-            competitors.append(_admit(case, oracle, name, peer, directions, effort))
-        del oracle
+            competitors.append(_admit(case, expected, name, peer, directions, budget))
+        del expected
     rows = []
     for direction in directions:
-        rows += _time_direction(case, direction, competitors, effort)
+        rows += _time_direction(case, direction, competitors, budget)
     return rows
 
 
-def _oracle(case: Case, directions: Sequence[str]) -> Oracle:
-    """What peers must give: at the case's own length, unless it says that a small one is enough."""
+def _expected_results(case: Case, directions: Sequence[str]) -> ExpectedResults:
+    """Expected results for peers, at a small length if ``case.is_checked_short()``."""
     small = case.resized(min(case.T, SMALL_T))
     part = small if case.is_checked_short() else case
     gradients = any(direction != "forward" for direction in directions)
-    return Oracle(part, gradients=gradients and (part == small or part.rows_are_independent()))
+    return ExpectedResults(
+        part, gradients=gradients and (part == small or part.rows_are_independent())
+    )
 
 
 def measure_together(
-    cases: Sequence[Case], *, backend: str, direction: str, effort: Effort
+    cases: Sequence[Case], *, backend: str, direction: str, budget: TimingBudget
 ) -> list[Timing]:
-    """Time our operator on several cases in turn, so that their times can be compared.
+    """Time our operator on several cases round by round, so that their times are comparable.
 
-    Short calls are repeated within a sample: alone each would pay for what the long ones have
-    thrown out of the caches.
+    Short calls are repeated within a sample; a single short call would run with cold caches after
+    the long ones.
     """
     calls = {
         str(index): call_of(case, case.subject(backend), direction)
         for index, case in enumerate(cases)
     }
-    return list(_interleave(calls, cases[0].device, effort).values())
+    return list(_interleave(calls, cases[0].device, budget).values())
 
 
 def _interleave(
-    calls: Mapping[str, Callable[[], object]], device: str, effort: Effort
+    calls: Mapping[str, Callable[[], object]], device: str, budget: TimingBudget
 ) -> dict[str, Timing]:
     return interleave(
         calls,
         device=device,
-        seconds=effort.seconds,
-        min_rounds=effort.min_rounds,
-        min_sample=effort.min_sample,
+        seconds=budget.seconds,
+        min_rounds=budget.min_rounds,
+        min_sample=budget.min_sample,
     )
 
 
 def _admit(
     case: Case,
-    oracle: Oracle | None,
+    expected: ExpectedResults | None,
     name: str,
     peer: Peer,
     directions: Sequence[str],
-    effort: Effort,
+    budget: TimingBudget,
 ) -> Competitor:
-    """Build a peer and check its results where there is an oracle; say why where that fails."""
+    """Build a peer and check it against ``expected``, if given; on failure record the reason."""
     competitor = Competitor(name)
     reason = None
-    if peer.compiled and not effort.compiled:
+    if peer.compiled and not budget.compiled:
         reason = "not run: takes long to compile"
     else:
-        reason = _too_large(peer, effort)
+        reason = _too_large(peer, budget)
     if reason is None:
         needs = {direction: direction != "forward" for direction in directions}
         for gradients in sorted(set(needs.values()), reverse=True):
-            problem = _try_peer(case, oracle, competitor, peer, gradients)
+            problem = _try_peer(case, expected, competitor, peer, gradients)
             if problem is not None:
                 competitor.reasons |= {d: problem for d in needs if needs[d] >= gradients}
-                # built anew for what is left: after a compilation that failed, PyTorch would run
-                # the same function without compiling it
+                # rebuild for the other directions: after a failed compilation PyTorch would run
+                # the same function uncompiled
                 competitor.forward = None
     else:
         competitor.reasons = dict.fromkeys(directions, reason)
@@ -189,21 +191,25 @@ def _admit(
 
 
 def _try_peer(
-    case: Case, oracle: Oracle | None, competitor: Competitor, peer: Peer, gradients: bool
+    case: Case,
+    expected: ExpectedResults | None,
+    competitor: Competitor,
+    peer: Peer,
+    gradients: bool,
 ) -> str | None:
-    """Check a peer, and return what is wrong with it, if anything."""
+    """Check a peer; returns why it cannot be used, or None."""
     with warnings.catch_warnings(record=True) as caught:
-        # PyTorch tells by warnings why a backend refuses
+        # PyTorch reports in warnings why a backend cannot run
         warnings.simplefilter("always")
         try:
             if competitor.forward is None:
                 competitor.forward = peer.build()
-            if oracle is not None and peer.yardstick is None:
-                check_peer(oracle, competitor.forward, gradients=gradients)
+            if expected is not None and peer.yardstick is None:
+                check_peer(expected, competitor.forward, gradients=gradients)
             else:
                 direction = "forward+backward" if gradients else "forward"
                 call_of(case, competitor.forward, direction)()
-        except Exception as error:  # a peer may fail in any way; the row says how
+        except Exception as error:  # a peer may fail in any way; the row gives the reason
             texts = [str(error), *(str(warning.message) for warning in caught)]
             lines = [text.strip().splitlines()[0] for text in texts if text.strip()]
             return "not available: " + "; ".join(dict.fromkeys(lines))[:300]
@@ -211,13 +217,14 @@ def _try_peer(
 
 
 def _time_direction(
-    case: Case, direction: str, competitors: Sequence[Competitor], effort: Effort
-) -> list[Row]:
-    """Time ours in turn with the peers; slow ones and those that store all scores have their own.
+    case: Case, direction: str, competitors: Sequence[Competitor], budget: TimingBudget
+) -> list[Measurement]:
+    """Time our operator and the peers round by round, in one group.
 
-    After such a peer everyone runs with cold caches and scattered memory.
+    Slow peers and peers that store all scores are each timed apart, together with our operator
+    only: after them the next call runs with cold caches and fragmented memory.
     """
-    rows = {c.name: Row(case, direction, c.name) for c in competitors}
+    rows = {c.name: Measurement(case, direction, c.name) for c in competitors}
     peers = case.peers()
     calls = {}
     for competitor in competitors:
@@ -233,7 +240,7 @@ def _time_direction(
         timings = _interleave(
             {name: calls[name] for name in group},
             case.device,
-            replace(effort, seconds=0.0, min_rounds=min(effort.min_rounds, 3)) if few else effort,
+            replace(budget, seconds=0.0, min_rounds=min(budget.min_rounds, 3)) if few else budget,
         )
         for name, timing in timings.items():
             rows[name].timing = rows[name].timing or timing
@@ -247,13 +254,13 @@ def _time_direction(
     return list(rows.values())
 
 
-def add_cpu_memory(rows: Sequence[Row], backend: str) -> None:
-    """Fill in the peaks of the rows that ran on the CPU, all in one fresh process.
+def add_cpu_memory(rows: Sequence[Measurement], backend: str) -> None:
+    """Measure the peak memory of all rows that ran on the CPU, in one fresh process.
 
-    Backward alone has none: what it needs is kept by the forward. A compiled peer has none
-    either: it would be compiled again.
+    The backward alone has no peak: the forward keeps its tensors. A compiled peer has none either,
+    because it would have to be compiled again.
     """
-    jobs: list[tuple[Row, MemoryJob]] = []
+    jobs: list[tuple[Measurement, MemoryJob]] = []
     for row in rows:
         if row.timing is None or row.direction == "backward" or row.case.device != "cpu":
             continue
@@ -267,24 +274,24 @@ def add_cpu_memory(rows: Sequence[Row], backend: str) -> None:
 
 
 def roof_key(case: Case) -> tuple[str, torch.dtype]:
-    """What decides the roofs of a case."""
+    """Device and dtype, for which the roofs of a case are measured."""
     return case.device, case.dtype
 
 
-def roof_turns(effort: Effort) -> RoofTurns:
-    """Turns of the roofs beside cases that are measured with this effort."""
-    return RoofTurns(effort.seconds / 10)
+def make_roof_samples(budget: TimingBudget) -> RoofSamples:
+    """Roof samples that take a tenth of the budget."""
+    return RoofSamples(budget.seconds / 10)
 
 
 def measure_between_roofs(
-    case: Case, turns: RoofTurns, *, backend: str, effort: Effort, **options: Any
-) -> list[Row]:
-    """``measure_case`` between two turns of the roofs that hold for the case."""
-    if refusal(case, backend, effort) is not None:
-        return measure_case(case, backend=backend, effort=effort, **options)
-    turns.begin(roof_key(case))
-    rows = measure_case(case, backend=backend, effort=effort, **options)
-    turn = turns.turn(roof_key(case))
+    case: Case, roof_samples: RoofSamples, *, backend: str, budget: TimingBudget, **options: Any
+) -> list[Measurement]:
+    """``measure_case`` between two samples of the roofs."""
+    if refusal(case, backend, budget) is not None:
+        return measure_case(case, backend=backend, budget=budget, **options)
+    roof_samples.sample_once(roof_key(case))
+    rows = measure_case(case, backend=backend, budget=budget, **options)
+    index = roof_samples.sample(roof_key(case))
     for row in rows:
-        row.turn = turn
+        row.roof_sample = index
     return rows

@@ -1,4 +1,4 @@
-"""A kernel of exponentials only, for the third roof of attention on CUDA."""
+"""A kernel that computes exponentials only: it measures the rate of exponentials on CUDA."""
 
 import torch
 import triton

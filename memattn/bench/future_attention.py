@@ -1,4 +1,4 @@
-"""Cases of future attention: past and band, with and without the fused loss, and its peers."""
+"""Cases of future attention: past and future band, with and without the fused loss; peers."""
 
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -20,23 +20,23 @@ _LOSSES: dict[str, dict[str, Any]] = {
     "cosine": {"loss_type": "cosine"},
     "through": {"loss_type": "mse", "detach_target": False},
 }
-_CHUNK = 256  # rows of the definition at once
-_LONGEST_LOSS = 4096  # beyond it the definition of the loss, which needs all rows, takes minutes
+_CHUNK = 256  # rows that the definition computes at once
+_LONGEST_LOSS = 4096  # above it the definition of the loss takes minutes, because it needs all rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class FutureCase(TokenCase):
-    """One shape of future attention, with a table shared by the batch.
+    """One shape of future attention; the whole batch shares one future table.
 
-    With a loss, the output is ``out + loss``, so that one cotangent reaches both.
+    For kinds with a loss, the output is ``out + loss``, so that one cotangent reaches both.
     """
 
     operator: ClassVar[str] = "future_attention"
     kinds: ClassVar[dict[str, str]] = {
-        "future": "past and band, without a loss",
+        "future": "past and future band, without a loss",
         "mse": "with the mean squared error",
         "cosine": "with the cosine loss",
-        "through": "with the mean squared error, whose gradient also passes through the target",
+        "through": "with the mean squared error; the gradient also flows through the target",
     }
     quick_kinds: ClassVar[tuple[str, ...]] = ("future", "mse")
     cuda_sizes: ClassVar[dict[str, int]] = {"B": 4, "H": 32, "D": 128}
@@ -45,7 +45,7 @@ class FutureCase(TokenCase):
 
     @property
     def rows(self) -> int:
-        """Rows of the table."""
+        """Rows of the future table."""
         return max(self.T - 1, self.future_dim)
 
     def options(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class FutureCase(TokenCase):
         return forward
 
     def checked(self, backend: str) -> Forward:
-        """The subject; of a loss over a very long sequence the output alone."""
+        """The subject; for a very long sequence with a loss, its output without the loss."""
         if self._loss_is_checked():
             return self.subject(backend)
         options = self.options()
@@ -98,7 +98,7 @@ class FutureCase(TokenCase):
         return f"{self.kind} {length} F={self.future_dim} D={self.D}{self.dtype_label}"
 
     def pairs(self) -> tuple[int, int]:
-        """Pairs of the past and of the band, of all query heads and sequences."""
+        """Pairs of the past and of the future band, over all query heads and sequences."""
         i = torch.arange(self.T)
         band = (self.rows - i).clamp(0, self.future_dim).sum()
         heads = self.B * self.H
@@ -106,7 +106,7 @@ class FutureCase(TokenCase):
 
     def work(self) -> dict[str, Work]:
         past, band = self.pairs()
-        # the target of the loss is one more band of scores, and of gradients where they pass it
+        # the target of the loss is a second band of scores; its gradient, if any, a second band too
         forward = past + band * (1 if self.kind == "future" else 2)
         backward = past + band * (2 if self.kind == "through" else 1)
         keys = self.B * self.key_heads * self.T + self.H * self.rows
@@ -148,7 +148,7 @@ class FutureCase(TokenCase):
         )
 
     def _flex(self) -> Forward:
-        """Tokens and rows of the table in a row, as FlexAttention's users must write it."""
+        """FlexAttention over the concatenation of keys and future table."""
         T, F = self.T, self.future_dim
 
         def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -180,14 +180,14 @@ class FutureCase(TokenCase):
 @cache
 @torch.no_grad()
 def _loss(case: FutureCase, dtype: torch.dtype) -> Tensor:
-    """The loss of all rows by the definition in ``dtype``, in parts whose matrices fit."""
+    """The loss of all rows by the definition in ``dtype``, computed in chunks of rows."""
     inputs = {name: x.to(dtype) for name, x in case.inputs().items()}
     options: dict[str, Any] = case.options() | {"backend": "reference"}
     total, count = inputs["query"].new_zeros((), dtype=torch.float64), 0
     whole = min(case.T - 1, case.rows) if case.rows < case.T else 0  # rows that count
     for start in range(0, whole, _CHUNK):
         stop = min(start + _CHUNK, whole)
-        # keys and rows of the table beyond the band are seen by no query of the part
+        # no query of this chunk sees keys or table rows beyond its band
         part = {name: x[..., : stop + case.future_dim, :] for name, x in inputs.items()}
         part["query"] = part["query"][:, :, start:stop]
         loss = future_attention_loss(**part, **options, query_offset=start).loss
@@ -196,7 +196,7 @@ def _loss(case: FutureCase, dtype: torch.dtype) -> Tensor:
 
 
 def _cost_bars(case: FutureCase) -> list[Bar]:
-    """What the operator may cost beside causal attention, per pair of past and band."""
+    """Limits on the time per pair, relative to our causal attention."""
     return [
         CostBar(
             case=replace(case, kind=kind),
@@ -210,7 +210,7 @@ def _cost_bars(case: FutureCase) -> list[Bar]:
 
 
 def _naive_bars(case: FutureCase) -> list[Bar]:
-    """How far the naive module, with its matrices, is left behind."""
+    """Speed over the naive module, which stores score matrices."""
     both = "forward+backward"
     return [
         SpeedBar(case=replace(case, kind=kind), direction=both, target=5.0, against=("naive",))

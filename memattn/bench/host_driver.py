@@ -1,9 +1,9 @@
-"""A stand-in for a GPU and its driver: launches end where the driver would begin.
+"""A fake GPU driver for Triton: measures the host time of calls on a machine without a GPU.
 
-With it the host's part of a call can be timed, and compared launch by launch, on a machine without
-a GPU. Tensors are on the CPU, kernels are neither compiled nor run, and results are uninitialised.
-Triton must not be interpreted. ``python -m memattn.bench.host_driver`` prints times of small calls,
-without what the driver and Triton's launcher in C would take.
+Tensors are on the CPU, kernels are neither compiled nor run, and results are uninitialised.
+Launches are recorded, so that two versions can be compared launch by launch. Triton's interpreter
+must be off. ``python -m memattn.bench.host_driver`` prints host times of small calls; they do not
+include the driver and Triton's C launcher.
 """
 
 import sys
@@ -25,11 +25,11 @@ Launch = tuple[Any, ...]
 
 
 class _Kernel(CompiledKernel):
-    """What Triton holds of a compiled kernel, without machine code."""
+    """A compiled kernel as Triton represents it, without machine code."""
 
     def __init__(self, src: Any, options: dict, send: Callable[[Launch], None]) -> None:
         self.src, self.name, self.packed_metadata = src, src.fn.__name__, (4, 1, 0)
-        # what another specialisation or option changes
+        # differs between specialisations and options
         self.identity = (self.name, src.signature, src.constants, src.attrs, options)
         self.module = self.function = id(self)
         launcher = object.__new__(CudaLauncher)
@@ -41,10 +41,10 @@ class _Kernel(CompiledKernel):
 
 
 class HostDriver:
-    """The active driver of Triton while it is installed; ``launches`` holds what was launched.
+    """Triton's active driver while installed; ``launches`` records the launches if ``keeps``.
 
-    A launch is the kernel and what Triton's launcher is called with: grid, stream, function, two
-    flags, two kinds of scratch, metadata, two hooks, and the kernel's arguments.
+    A launch is the kernel followed by the arguments of Triton's launcher: grid, stream, function,
+    two flags, two scratch buffers, metadata, two hooks, and the kernel's arguments.
     """
 
     def __init__(self, keeps: bool = False) -> None:
@@ -62,18 +62,18 @@ class HostDriver:
         return self.streams.get(device, 0)
 
     def get_current_target(self) -> GPUTarget:
-        """What kernels would be compiled for."""
+        """The target that kernels would be compiled for."""
         return GPUTarget("cuda", ARCHITECTURE, 32)
 
     def install(self) -> "HostDriver":
-        """Take the place of the driver, of Triton's compiler and of the device's architecture."""
+        """Replace Triton's driver and compiler and the architecture of the device."""
         from memattn.ops import _dispatch
 
         driver.set_active(self)  # type: ignore[arg-type]
         compiler: Any = triton.compiler
         compiler.compile = lambda src, target, options: _Kernel(src, options, self._send)
         configs.architecture = lambda device: f"sm_{ARCHITECTURE}"
-        _dispatch.triton_is_interpreted = lambda: True  # CPU tensors are taken
+        _dispatch.triton_is_interpreted = lambda: True  # lets the operators accept CPU tensors
         return self
 
 
@@ -102,7 +102,7 @@ def main() -> int:
 
 
 def _microseconds(call: Callable[[], object]) -> float:
-    """Those of the fastest of several rounds."""
+    """Microseconds per call in the fastest of several rounds."""
     samples = []
     for _ in range(N_ROUNDS + 1):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Random inputs of the operators over tokens, for benchmarks and tests alike."""
+"""Random inputs of the attention operators, for benchmarks and tests."""
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ def make_segmented_inputs(
 ) -> dict[str, Tensor]:
     """Random inputs of ``segmented_attention``; values are exact in bfloat16.
 
-    ``P`` persistent and ``M`` memory keys are left out where 0. ``n_segments`` defaults to what
-    ``segment_len`` needs for ``S`` keys. Values drawn on another ``seed_device`` differ.
+    No persistent keys if ``P`` is 0, no memory keys if ``M`` is 0. ``n_segments`` defaults to the
+    segments of ``segment_len`` in ``S`` keys. Values depend on ``seed_device``.
     """
     generator = torch.Generator(seed_device).manual_seed(seed)
 
@@ -71,8 +71,8 @@ def make_future_inputs(
 ) -> dict[str, Tensor]:
     """Random inputs of ``future_attention``; values are exact in bfloat16.
 
-    ``Hf`` heads of the table default to ``H``, its ``rows`` to ``S - 1``. With ``tables`` there are
-    so many tables, one for each sequence or document, instead of a shared one.
+    The future table has ``Hf`` heads (default ``H``) and ``rows`` rows (default ``S - 1``).
+    ``tables`` makes that many tables, one per sequence or document, instead of one shared table.
     """
     S, Dv = T if S is None else S, D if Dv is None else Dv
     tensors = make_segmented_inputs(

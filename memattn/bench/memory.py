@@ -1,8 +1,9 @@
 """Peak memory of one call, above its inputs.
 
-On CUDA the allocator counts. On the CPU the process counts: the peak of its resident set, which
-includes what an extension or a library allocates behind PyTorch's back. A fresh process is used,
-told to give freed memory back at once, so that no call hides in memory that another one left.
+On CUDA, PyTorch's allocator counts the bytes. On the CPU, the peak of the process's resident set
+is read, which includes memory that extensions and libraries allocate without PyTorch. This is done
+in a fresh process that returns freed memory to the system at once, so that no call reuses memory
+that an earlier call left.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from memattn.bench.case import Case, Forward
-from memattn.bench.gate import leaves_of
+from memattn.bench.result_check import leaves_of
 
 _MALLOC_OPTIONS = {"M_TRIM_THRESHOLD": -1, "M_MMAP_THRESHOLD": -3, "M_MMAP_MAX": -4}
 _CALLS = 3  # the median counts: the system's counters lag by up to 128 KiB for each core
@@ -26,7 +27,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class MemoryJob:
-    """A case, the direction, and who computes it: a backend of ours or the name of a peer."""
+    """A case, a direction, and what computes it: a backend of our operator or a peer."""
 
     case: Case
     direction: str  # "forward" or "forward+backward"
@@ -42,7 +43,7 @@ class MemoryJob:
 
 
 def call_of(case: Case, forward: Forward, direction: str) -> Callable[[], object]:
-    """A call of one direction, inputs and cotangent made."""
+    """A function without arguments that runs one direction; inputs and cotangent are made here."""
     gradients = direction != "forward"
     leaves = leaves_of(case.inputs(), gradients=gradients)
     wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
@@ -63,7 +64,7 @@ def call_of(case: Case, forward: Forward, direction: str) -> Callable[[], object
 
 
 def cuda_peak(call: Callable[[], object], device: str) -> int:
-    """Bytes at the peak of the call above those before it."""
+    """Peak bytes during the call minus the bytes allocated before it."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -73,10 +74,10 @@ def cuda_peak(call: Callable[[], object], device: str) -> int:
 
 
 def cpu_peaks(jobs: Sequence[MemoryJob]) -> list[int | None]:
-    """Peaks of the jobs, measured one after another in a fresh process; None where not Linux.
+    """Peak bytes of the jobs, measured in a fresh process; None on systems other than Linux.
 
     Raises:
-        RuntimeError: If that process fails, with the end of what it wrote.
+        RuntimeError: If that process fails; the message ends with its error output.
     """
     if not jobs or not _CLEAR.exists():
         return [None] * len(jobs)
@@ -91,11 +92,11 @@ def cpu_peaks(jobs: Sequence[MemoryJob]) -> list[int | None]:
 
 
 def step_peak(call: Callable[[], object], device: str) -> int | None:
-    """Bytes at the peak of a call above those before it, in this process; None where unknown.
+    """Peak bytes of a call above those before it, in this process; None if unknown.
 
-    On the CPU the process gives back what it has freed first, and the first call, in which
-    libraries load and threads start, is not counted. What else the process does at the same time
-    counts, so this is for calls of many mebibytes, such as a training step.
+    On the CPU, freed memory is returned to the system first, and a first call, in which libraries
+    load and threads start, is not counted. Other threads of the process are counted too, so this
+    is meant for calls of many MiB, such as a training step.
     """
     if device.startswith("cuda"):
         call()
@@ -114,16 +115,16 @@ def step_peak(call: Callable[[], object], device: str) -> int | None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees on the CPU, as PyTorch does on CUDA.
+    """Make this process keep freed CPU memory, as PyTorch does on CUDA.
 
     Otherwise the C library returns blocks above 32 MiB to the system, which maps and clears them
-    anew at each call: that is no work of an operator, and differs from length to length.
+    again in each call. That time does not belong to an operator and varies with the length.
     """
     _set_malloc(M_MMAP_MAX=0, M_TRIM_THRESHOLD=(1 << 31) - 1)
 
 
 def _set_malloc(**options: int) -> None:
-    """Options of the GNU C library's malloc; other libraries have none."""
+    """Set options of the GNU C library's malloc; does nothing with other C libraries."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         for name, value in options.items():
@@ -131,8 +132,8 @@ def _set_malloc(**options: int) -> None:
 
 
 def _serve() -> None:
-    """The fresh process: jobs on stdin, peaks on stdout."""
-    _set_malloc(M_MMAP_THRESHOLD=1 << 16, M_TRIM_THRESHOLD=1 << 16)  # return what is freed
+    """Main function of the fresh process: reads jobs from stdin, writes peaks to stdout."""
+    _set_malloc(M_MMAP_THRESHOLD=1 << 16, M_TRIM_THRESHOLD=1 << 16)  # return freed memory at once
     threads, jobs = pickle.load(sys.stdin.buffer)
     torch.set_num_threads(threads)
     sys.stdout.buffer.write(pickle.dumps([_peak(job) for job in jobs]))
@@ -146,7 +147,7 @@ def _peak(job: MemoryJob) -> int:
     gc.collect()
     peaks = []
     for _ in range(_CALLS):
-        _CLEAR.write_text("5")  # the peak starts again from here
+        _CLEAR.write_text("5")  # resets the peak
         before = _status("VmRSS")
         call()
         peaks.append(max(_status("VmHWM") - before, 0))

@@ -1,4 +1,4 @@
-"""Whole models beside Llama of transformers, which gets the same weights: training, generation."""
+"""Training and generation of whole models, compared with transformers' Llama (same weights)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from memattn.bench.roofline import Work
 LLAMA = "llama, sdpa"
 TRAINING = "forward+backward"
 WINDOW = 128  # the segment of the segmented model too
-AHEAD = 64
+FUTURE_DIM = 64
 SAME_PRODUCTS = (
-    "both spend most of a step in the same matrix products, which run at the library's rate on "
-    "either side; what is ours to shrink is the rest."
+    "both models spend most of a step in the same matrix products of the same library; only the "
+    "rest of the step can become faster."
 )
 SAME_PROMPT = (
-    "both read the prompt first, by the same matrix products; only what follows is ours to shrink."
+    "both models read the prompt by the same matrix products; only decoding can become faster."
 )
 
 
@@ -30,16 +30,16 @@ SAME_PROMPT = (
 class ModelCase(Case):
     """One decoder: rotary positions, RMS norms, SwiGLU, tied embeddings.
 
-    Trained, ``B`` rows of ``T`` tokens give a loss, and all weights gradients. Generating, ``new``
-    tokens follow a prompt of ``T``, each the likeliest; prefill is timed with them.
+    Training: the loss of ``B`` rows of ``T`` tokens and the gradients of all weights. Generation:
+    ``new`` greedy tokens after a prompt of ``T`` tokens; the time includes prefill.
     """
 
     operator: ClassVar[str] = "models"
     kinds: ClassVar[dict[str, str]] = {
-        "causal": "training, all earlier tokens",
-        "segmented": "training, segments and a window; Llama sees all earlier tokens",
-        "generate": "greedy generation, all earlier tokens",
-        "generate-future": "the same with future attention; Llama has none",
+        "causal": "training with causal attention",
+        "segmented": "training with segments and a window; Llama attends causally",
+        "generate": "greedy generation with causal attention",
+        "generate-future": "greedy generation with future attention; Llama attends causally",
     }
     quick_kinds: ClassVar[tuple[str, ...]] = ("generate",)
     cuda_sizes: ClassVar[dict[str, int]] = {}
@@ -61,7 +61,7 @@ class ModelCase(Case):
         return self.kind in ("segmented", "generate-future")
 
     def model(self, backend: str) -> Any:
-        """Ours, with weights that the seed decides."""
+        """Our model with random weights of the case's seed."""
         from memattn.models import MemAttnConfig, MemAttnForCausalLM
 
         sizes: dict[str, Any] = dict(
@@ -69,21 +69,23 @@ class ModelCase(Case):
             hidden_size=self.hidden,
             num_hidden_layers=self.layers,
             num_attention_heads=self.H,
-            max_position_embeddings=self.T + self.new + AHEAD,
+            max_position_embeddings=self.T + self.new + FUTURE_DIM,
             backend=backend,
         )
         if self.kind == "segmented":
             spans = dict(segment_len=WINDOW, window_size=WINDOW)
             config = MemAttnConfig.segmented(**sizes, **spans, num_persistent_tokens=0)
         elif self.kind == "generate-future":
-            config = MemAttnConfig.future(**sizes, future_dim=AHEAD, loss_type=None)
+            config = MemAttnConfig.future(**sizes, future_dim=FUTURE_DIM, loss_type=None)
         else:
             config = MemAttnConfig.vanilla(**sizes)
         return self._drawn(MemAttnForCausalLM(config))
 
     def _drawn(self, model: nn.Module) -> nn.Module:
         generator = torch.Generator().manual_seed(self.seed)
-        for parameter in model.parameters():  # 0.02 would leave all logits alike
+        for (
+            parameter
+        ) in model.parameters():  # the usual scale 0.02 would make all logits nearly equal
             drawn = torch.randn(parameter.shape, generator=generator)
             scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
             # exact in every dtype
@@ -92,7 +94,7 @@ class ModelCase(Case):
         return model.train(not self.generates)
 
     def llama(self) -> Any:
-        """Llama of the same sizes with the weights of ours."""
+        """Llama of the same sizes with the weights of our model."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         ours = self.model("auto")
@@ -102,7 +104,7 @@ class ModelCase(Case):
             intermediate_size=ours.config.intermediate_size,
             num_hidden_layers=self.layers,
             num_attention_heads=self.H,
-            max_position_embeddings=self.T + self.new + AHEAD,
+            max_position_embeddings=self.T + self.new + FUTURE_DIM,
             rms_norm_eps=ours.config.rms_norm_eps,
             tie_word_embeddings=True,
             bos_token_id=None,
@@ -117,7 +119,7 @@ class ModelCase(Case):
         return model
 
     def inputs(self) -> dict[str, Tensor]:
-        """Tokens, and the weights by our names; a model that generates has its own, the same."""
+        """Token ids, and the weights by our names (generation uses equal weights of its own)."""
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self.B, self.T)
         ids = torch.randint(self.vocabulary, shape, generator=generator).to(self.device)
@@ -129,7 +131,7 @@ class ModelCase(Case):
         return self._generate(model) if self.generates else self._trained(model, _same_name)
 
     def checked(self, backend: str) -> Forward:
-        """The loss, or the logits of half the prompt, decoded behind the other."""
+        """The loss; for generation, prompt logits with the second half decoded token by token."""
         if not self.generates:
             return self.subject(backend)
         model = self.model(backend)
@@ -152,14 +154,14 @@ class ModelCase(Case):
         return lambda inputs: _logits(module, _same_name, inputs)[:, None, rows]
 
     def rows_are_independent(self) -> bool:
-        """One loss is the mean over all rows."""
+        """The loss of training is a mean over all rows."""
         return self.generates
 
     def is_checked_short(self) -> bool:
         return True
 
     def _trained(self, model: Any, name_of: Any, *, plain: bool = False) -> Forward:
-        """The one loss, as rows that the gate can cut."""
+        """The loss, expanded to rows as ``result_check`` slices them."""
 
         def loss(inputs: dict[str, Tensor]) -> Tensor:
             ids = inputs["input_ids"]
@@ -175,7 +177,9 @@ class ModelCase(Case):
         return direction == ("forward" if self.generates else TRAINING)
 
     def peers(self) -> dict[str, Peer]:
-        tokens = self.work() if self.generates else None  # not compared: decoded logits are
+        tokens = (
+            self.work() if self.generates else None
+        )  # tokens are not compared; ``checked`` compares decoded logits
         llama = self.work() if self.is_yardstick else tokens
         return {
             LLAMA: Peer(self._peer, yardstick=llama),
@@ -195,13 +199,13 @@ class ModelCase(Case):
         )
 
     def _score_bytes(self) -> int:
-        """Scores of a layer, which training keeps of all of them."""
+        """Bytes of scores: of one layer in generation, of all layers in training."""
         kept = 1 if self.generates else 2 * self.layers
         return kept * self.B * self.H * self.T**2 * self.dtype.itemsize
 
     def work(self) -> dict[str, Work]:
-        """Products with the weights, and the pairs of all earlier tokens."""
-        sizes = self.hidden * (4 * self.hidden + 3 * _wide(self.hidden))
+        """Products with the weights, and attention to the allowed pairs."""
+        sizes = self.hidden * (4 * self.hidden + 3 * _mlp_width(self.hidden))
         head = self.hidden * self.vocabulary
         weights = self.layers * sizes + head
         tokens = self.B * (self.T + self.new if self.generates else self.T)
@@ -242,7 +246,7 @@ class ModelCase(Case):
 
 
 def _logits(model: nn.Module, name_of: Any, inputs: dict[str, Tensor], **options: Any) -> Any:
-    """What a model with the weights among the inputs returns, logits or with labels the loss."""
+    """The loss (with labels) or the logits of a model with the weights in ``inputs``."""
     weights = {n: inputs[name_of(n)] for n, _ in model.named_parameters()}
     options |= {"input_ids": inputs["input_ids"], "use_cache": False}
     found = functional_call(model, weights, (), options)
@@ -252,9 +256,9 @@ def _logits(model: nn.Module, name_of: Any, inputs: dict[str, Tensor], **options
 def _loss(
     model: nn.Module, name_of: Any, inputs: dict[str, Tensor], *, plain: bool = False
 ) -> Tensor:
-    """The cross-entropy of the next tokens, of ours as it is trained: without logits.
+    """Next-token cross-entropy, for our model without materialised logits, as in training.
 
-    ``plain``: of logits, by PyTorch's own function.
+    ``plain``: PyTorch's cross-entropy of the logits.
     """
     from memattn.models import MemAttnForCausalLM
 
@@ -281,7 +285,7 @@ def _our_name(name: str) -> str:
     return name
 
 
-def _wide(hidden: int) -> int:
+def _mlp_width(hidden: int) -> int:
     """Features inside the MLP."""
     return -(-8 * hidden // (3 * 64)) * 64
 

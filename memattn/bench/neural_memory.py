@@ -1,4 +1,4 @@
-"""Cases of the neural memory: reads by token and by chunk, decoding, and the peers of each."""
+"""Cases of the neural memory: reads by token and by chunk, decoding; peers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ class MemoryCase(Case):
 
     operator: ClassVar[str] = "neural_memory"
     kinds: ClassVar[dict[str, str]] = {
-        "token": "a token reads the weights behind it",
+        "token": "a token reads the weights updated by it",
         "chunk": "a token reads the weights before its chunk",
-        "step": "decoding, one token in a call",
+        "step": "decoding, one token per call",
     }
     quick_kinds: ClassVar[tuple[str, ...]] = ("token", "step")
     cuda_sizes: ClassVar[dict[str, int]] = {"B": 4, "H": 16}
@@ -96,15 +96,15 @@ class MemoryCase(Case):
     def definition(self, rows: slice) -> Forward:
         read = "chunk" if self.kind == "chunk" else "token"
         call = partial(_call, chunk_size=self.chunk_size, read=read, backend="reference")
-        # what comes later is not seen
+        # later tokens are not seen
         return lambda inputs: call(_cut(inputs, 0, rows.stop)).out[:, :, rows.start :]
 
     def has(self, direction: str) -> bool:
-        """Nobody decodes with gradients."""
+        """Decoding is measured without gradients."""
         return direction == "forward" or self.kind != "step"
 
     def rows_are_independent(self) -> bool:
-        """They are, but gradients by the definition would take minutes for a long case."""
+        """False: gradients by the definition would take minutes for a long case."""
         return False
 
     def peers(self) -> dict[str, Peer]:
@@ -117,7 +117,7 @@ class MemoryCase(Case):
         peers = {"naive": naive}
         if self.kind == "chunk":
             return peers
-        # heavy, so that each has turns of its own with ours
+        # with score_bytes set, each is timed apart with our operator
         for name, every_chunk in ((TITANS, True), (TITANS_DEFAULT, False)):
             build = partial(titans_pytorch, self, every_chunk=every_chunk)
             peers[name] = Peer(build, 8 * chunks * memories, yardstick=yardstick)
@@ -127,19 +127,19 @@ class MemoryCase(Case):
         return peers
 
     def _read_state(self) -> Forward:
-        """For each token, all weights and momenta are read once."""
+        """Read all weights and momenta once per token."""
         shape = (2, self.B, self.H, self.weight_count)
         state = torch.zeros(shape, device=self.device)
         return lambda inputs: torch.stack([state.sum() for _ in range(self.T)])
 
     def work(self) -> dict[str, Work]:
-        """Products of the chunked form; the backward is two and a half forwards, and one again."""
+        """Products of the chunked form; the backward is 2.5 forwards plus a recomputed one."""
         tokens, P = self.B * self.H * self.T, self.weight_count
         sums = sum(m + n for m, n in zip(self.widths[1:], self.widths, strict=False))
         inner = sum(self.widths[1:-1])
         element = torch.empty(0, dtype=self.dtype).element_size()
         moved = tokens * (4 * self.D * element + 16)
-        if self.kind == "step":  # the state is read for each token; pairs: half a chunk
+        if self.kind == "step":  # the state is read for each token; pairs of half a chunk
             flops = 2 * P + 2 * (P - self.widths[0] * self.widths[1]) + 4 * P
             read = self.T * self.B * self.H * P * 8
             flops += (self.chunk_size - 1) * sums + 4 * P
@@ -166,14 +166,14 @@ class MemoryCase(Case):
 
 
 def _call(inputs: dict[str, Tensor], **options: Any) -> Any:
-    """The operator with its layers by name."""
+    """The operator on inputs that hold its weights by name."""
     layers = [x for name, x in inputs.items() if name.startswith("weights_")]
     named = {name: x for name, x in inputs.items() if not name.startswith("weights_")}
     return neural_memory(**named, weights=layers, **options)
 
 
 def _cut(inputs: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
-    """Some of the tokens."""
+    """The inputs of tokens ``first`` to ``last - 1``."""
     return {n: x if n.startswith("weights_") else x[:, :, first:last] for n, x in inputs.items()}
 
 

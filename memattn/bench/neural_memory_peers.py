@@ -1,4 +1,4 @@
-"""Other ways to compute the neural memory: per-sample gradients, a loop, ``titans-pytorch``."""
+"""Peers of the neural memory: per-sample gradients, a loop over tokens, ``titans-pytorch``."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ TOKENS = ("query", "key", "value", "lr", "momentum", "decay")
 
 
 class MemorySizes(Protocol):
-    """What a memory of this package and of its peers is made of."""
+    """Sizes that this package's memory and its peers share."""
 
     @property
     def H(self) -> int: ...
@@ -32,9 +32,9 @@ class MemorySizes(Protocol):
 
 
 class _Recomputed(torch.autograd.Function):
-    """A chunk of which only the inputs are saved: else its weights of each token would be.
+    """Checkpointing of a chunk: saves its inputs instead of the weights of each token.
 
-    ``torch.utils.checkpoint`` has no gradients inside the chunk that it recomputes.
+    ``torch.utils.checkpoint`` cannot be used, as the chunk computes gradients inside.
     """
 
     @staticmethod
@@ -66,7 +66,7 @@ def inner_loss(layers: Sequence[Tensor], key: Tensor, value: Tensor) -> Tensor:
 
 
 def by_chunks(chunk_size: int) -> Forward:
-    """Gradients of a chunk's tokens by ``vmap(grad)``, then a scan over these tokens."""
+    """Gradients of all tokens of a chunk by ``vmap(grad)``, then a scan over the tokens."""
     of_tokens = torch.func.vmap(torch.func.grad(inner_loss), in_dims=(None, 0, 0))
     of_heads = torch.func.vmap(torch.func.vmap(of_tokens))
 
@@ -90,7 +90,7 @@ def by_chunks(chunk_size: int) -> Forward:
 
 
 def by_tokens(chunk_size: int) -> Forward:
-    """One token after the other, each with its gradient by autograd."""
+    """A loop over tokens; autograd computes the gradient of each."""
 
     def chunk(n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         layers, moved = list(tensors[:n]), list(tensors[n : 2 * n])
@@ -113,7 +113,7 @@ def by_tokens(chunk_size: int) -> Forward:
 
 
 def _over_chunks(chunk: Chunk, chunk_size: int) -> Forward:
-    """The whole sequence, chunk after chunk, each recomputed in the backward."""
+    """Run the chunks of a sequence one after another; the backward recomputes each chunk."""
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
         names = [name for name in inputs if name.startswith("weights_")]
@@ -134,7 +134,7 @@ def _over_chunks(chunk: Chunk, chunk_size: int) -> Forward:
 
 
 class _Columns(nn.Module):
-    """Some features of what it is called with, arranged by ``change``."""
+    """Selects features ``first`` to ``last - 1`` of its input and applies ``change``."""
 
     def __init__(self, first: int, last: int, change: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -145,17 +145,17 @@ class _Columns(nn.Module):
 
 
 def titans_pytorch(case: MemorySizes, *, every_chunk: bool) -> Forward:
-    """``NeuralMemory`` of the package titans-pytorch with queries, keys, values and rates as given.
+    """``NeuralMemory`` of titans-pytorch with given queries, keys, values and rates.
 
-    Its norms, residual, gate and projections are off. Momentum and decay are the chunk's means of
-    ours before the sigmoid, as it has one of each for a chunk; the mean over ``D`` in its loss is
-    made up for by the learning rate. It reads the weights before the chunk, for the chunk's last
-    token those behind it.
+    Its norms, residual, gate and projections are off. It has one momentum and one decay per chunk:
+    the means over the chunk of ours, before the sigmoid. Its loss is a mean over ``D``, which a
+    scaled learning rate compensates. A token reads the weights before its chunk, the last token of
+    a chunk those after it.
 
     Args:
         case: Sizes.
-        every_chunk: Whether gradients are taken at the start of each chunk (its ``batch_size`` is
-            the chunk size); else all of them are at the first weights, its default.
+        every_chunk: Take gradients at the weights of each chunk's start (its ``batch_size`` is the
+            chunk size). Otherwise all gradients are at the first weights, which is its default.
 
     Raises:
         ImportError: If the package is not installed.
@@ -176,7 +176,7 @@ def titans_pytorch(case: MemorySizes, *, every_chunk: bool) -> Forward:
         mem_model_norm_add_residual=False,
         adaptive_step_transform=lambda step: step,
     ).to(case.device)
-    # rates stand behind the keys, as features of the token
+    # the rates are appended to the keys, as features of the token
     same: Callable[[Tensor], Tensor] = lambda x: x
     to_heads = lambda x: x.mT.flatten(0, 1)
     model.to_queries = model.to_keys = model.to_values = _Columns(0, inner, same)

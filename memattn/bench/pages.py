@@ -1,4 +1,4 @@
-"""Pages of the records of ``memattn bench --all``: machines beside each other, and each in full."""
+"""Pages from the records of ``memattn bench --all``: one overview, and one page per machine."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,15 +11,15 @@ Records = Mapping[str, Mapping[str, Mapping[str, Any]]]  # by machine and operat
 
 HEAD = """# Benchmarks of the operators
 
-Written by `memattn bench --all` from the records in `machines/`; every number is one of them. A
-machine that runs the command adds its column. Times are medians with the 20 and 80 % quantiles; a
-speed-up is ours over the other's, round by round in one run. A share of the roof with a star is one
-of a time when the machine did something else as well.
+Written by `memattn bench --all` from the records in `machines/`. Running the command on another
+machine adds a column. Times are medians, with the 20 and 80 % quantiles in brackets. A speed-up is
+the peer's time over ours, round by round in one run. A star marks a share of the roof measured
+while the machine was disturbed.
 """
 
 
 def write(records: Records, folder: Path) -> list[Path]:
-    """Write all pages, machines by name; returns their paths."""
+    """Write all pages; returns their paths."""
     records = dict(sorted(records.items()))
     texts = {"bench.md": overview(records)}
     texts |= {f"bench-{name}.md": page(name, own) for name, own in records.items()}
@@ -29,7 +29,7 @@ def write(records: Records, folder: Path) -> list[Path]:
 
 
 def overview(records: Records) -> str:
-    """The page on which machines stand beside each other."""
+    """The page that compares all machines."""
     parts = [HEAD, *_machines(records)]
     operators = dict.fromkeys(name for own in records.values() for name in own)
     for operator in sorted(operators):
@@ -41,7 +41,7 @@ def overview(records: Records) -> str:
 def page(machine: str, records: Mapping[str, Mapping[str, Any]]) -> str:
     """All rows of one machine."""
     parts = [f"# {_device(next(iter(records.values())))}\n"]
-    parts.append("Written by `memattn bench --all`; [beside other machines](bench.md).\n")
+    parts.append("Written by `memattn bench --all`; [all machines](bench.md).\n")
     for operator, record in sorted(records.items()):
         timed = [row for row in record["rows"] if row["seconds"] is not None]
         parts += [f"## {operator}\n", f"{_of(record)}.\n"]
@@ -59,7 +59,7 @@ def page(machine: str, records: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _device(record: Mapping[str, Any]) -> str:
-    """What a record was measured on."""
+    """The device of a record."""
     machine = record["machine"]
     cpu = machine["cpu"]
     if machine["gpu"] and record["suite"].startswith("gpu"):
@@ -68,7 +68,7 @@ def _device(record: Mapping[str, Any]) -> str:
 
 
 def _of(record: Mapping[str, Any]) -> str:
-    """When, with what and of which code a record was measured."""
+    """Date, versions and commit of a record."""
     machine = record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     commit = f"; commit {machine['commit']}" if machine["commit"] else ""
@@ -80,7 +80,7 @@ def _machines(records: Records) -> Iterator[str]:
     rows = []
     for name, own in records.items():
         groups: dict[str, list[str]] = {}
-        for operator, record in own.items():
+        for operator, record in sorted(own.items()):
             groups.setdefault(_of(record).split("; ", 1)[1], []).append(operator)
         dates = sorted(record["machine"]["date"] for record in own.values())
         span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"

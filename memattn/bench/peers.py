@@ -1,7 +1,7 @@
-"""The other ways to compute attention that ours is measured beside.
+"""PyTorch's attention functions, which our operators are compared with.
 
-Each takes query, key, value and a mask as PyTorch wants it. A backend that cannot run a case
-raises when it is first called, and the engine reports that reason.
+Each takes query, key, value and a mask in PyTorch's form. A backend that cannot run a case raises
+when it is first called, and the engine reports the reason.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def sdpa(backend: SDPBackend, *, mask: Tensor | None = None, is_causal: bool = F
     Args:
         backend: The only backend allowed; the call raises where it cannot run.
         mask: Boolean ``[T, S]``, True where attention is allowed.
-        is_causal: Let the backend know of the triangle instead.
+        is_causal: Use the backend's own causal mask instead of ``mask``.
     """
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -59,18 +59,17 @@ def flex(
 ) -> Callable[..., Tensor]:
     """Compiled FlexAttention under a block mask made from ``mask_mod(b, h, q_idx, kv_idx)``.
 
-    ``batch`` is None where the mask is the same for every sequence. What is called with further
-    tensors behind query, key and value gives them to ``score_mod(score, b, h, q_idx, kv_idx,
-    *tensors)``.
+    ``batch`` is None if the mask is the same for every sequence. Tensors after query, key and value
+    are passed on to ``score_mod(score, b, h, q_idx, kv_idx, *tensors)``.
     """
     from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # one case after another: without this the third shape falls back to a slower, general kernel
+    # without a reset the third shape would get a slower kernel with dynamic shapes
     torch.compiler.reset()
     block_mask = None
     if mask_mod is not None:
-        # compiled on CUDA, where masks are long: else it stores T x S integers on the way
+        # compiled on CUDA, where masks are long: uncompiled, it stores T x S integers
         create = torch.compile(create_block_mask) if "cuda" in device else create_block_mask
         block_mask = create(mask_mod, batch, None, T, S, device=device)
 
@@ -89,7 +88,7 @@ def flex(
     compiled = torch.compile(attend, dynamic=False)
 
     def attention(*tensors: Tensor) -> Tensor:
-        # the backward is timed many times over one graph, so its buffers must stay
+        # the backward runs many times on one graph, so its buffers must not be donated
         with config.patch(donated_buffer=False):
             return compiled(*tensors)
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: records for JSON, tables, a plot over T."""
+"""Output of a benchmark run: JSON records, printed tables, plots over T."""
 
 import json
 import platform
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from memattn.bench.engine import Row, roof_key
-from memattn.bench.roof_turns import DISTURBED, RATES, RoofTurns
+from memattn.bench.engine import Measurement, roof_key
+from memattn.bench.roof_samples import DISTURBED, RATES, RoofSamples
 from memattn.bench.roofline import Roofs, work_of
 from memattn.bench.timing import Timing
 from memattn.files import replacing_file, write_text
@@ -24,7 +24,7 @@ COLUMNS = (*COLUMNS, "GB/s", "speed-up", "peak memory")
 
 
 def machine(seed: int) -> dict[str, Any]:
-    """The device, the versions and the state that the numbers belong to."""
+    """Date, device, versions and commit of a run."""
     cuda = torch.cuda.is_available()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if cuda:
@@ -56,22 +56,22 @@ def timing_record(timing: Timing) -> dict[str, float]:
     }
 
 
-def row_records(rows: Sequence[Row], turns: RoofTurns) -> list[dict[str, Any]]:
-    """Rows for JSON, held against the best of the turns so far."""
-    best = turns.best()
+def row_records(rows: Sequence[Measurement], roof_samples: RoofSamples) -> list[dict[str, Any]]:
+    """Measurements for JSON, with shares of the best roofs sampled so far."""
+    best = roof_samples.best()
     records = []
     for row in rows:
         key = roof_key(row.case)
         record = row_record(row, best.get(key))
-        if row.timing is not None and row.turn is not None:
+        if row.timing is not None and row.roof_sample is not None:
             work = work_of(row.case.work(), row.direction)
-            record["machine_share"] = turns.beside(key, row.turn, work)
+            record["machine_share"] = roof_samples.share_of_best(key, row.roof_sample, work)
         records.append(record)
     return records
 
 
-def row_record(row: Row, roofs: Roofs | None) -> dict[str, Any]:
-    """One row for JSON: seconds, rates of useful work, share of the roof, peak memory."""
+def row_record(row: Measurement, roofs: Roofs | None) -> dict[str, Any]:
+    """One measurement for JSON: seconds, useful rates, share of the roof, peak memory."""
     case = row.case
     record: dict[str, Any] = {
         "operator": case.operator,
@@ -107,7 +107,7 @@ def row_record(row: Row, roofs: Roofs | None) -> dict[str, Any]:
 
 
 def row_cells(record: Mapping[str, Any]) -> list[str]:
-    """The row of the table for one record."""
+    """The cells of one record in the table."""
     cells = [record["label"], record["direction"], record["competitor"]]
     seconds = record["seconds"]
     if seconds is None:
@@ -129,23 +129,23 @@ def row_cells(record: Mapping[str, Any]) -> list[str]:
 
 
 def is_disturbed(record: Mapping[str, Any]) -> bool:
-    """Whether the machine was slow beside a row: see ``memattn.bench.roof_turns``."""
+    """Whether the machine was slow around a measurement; see ``memattn.bench.roof_samples``."""
     return record.get("machine_share", 1.0) < DISTURBED
 
 
 def disturbed_line(records: Sequence[Mapping[str, Any]]) -> str | None:
-    """What the mark beside a share of the roof says, where there is one."""
+    """The explanation of the star beside a share of the roof; None without a star."""
     shares = [record["machine_share"] for record in records if is_disturbed(record)]
     if not shares:
         return None
     return (
-        f"* disturbed: beside {len(shares)} of {len(records)} rows the machine ran below "
-        f"{100 * DISTURBED:.0f} % of its best rate, at {100 * min(shares):.0f} % at worst"
+        f"* disturbed: around {len(shares)} of {len(records)} rows the machine ran below "
+        f"{100 * DISTURBED:.0f} % of its best rate; the lowest was {100 * min(shares):.0f} %"
     )
 
 
 def roof_line(roof: Mapping[str, Any]) -> str:
-    """The roofs of a device, and how far the slowest turn lies below the best."""
+    """The roofs of a device, and the slowest sample as a percentage of the best."""
     units = {
         "matmul_flops": ("product", 1e9, ".4g", "GFLOP/s"),
         "exps": ("exp", 1e9, ".3g", "G/s"),
@@ -154,16 +154,16 @@ def roof_line(roof: Mapping[str, Any]) -> str:
     told = []
     for rate in RATES:
         name, scale, form, unit = units[rate]
-        slowest = min(turn[rate] for turn in roof["turns"]) / roof[rate]
+        slowest = min(sample[rate] for sample in roof["samples"]) / roof[rate]
         told.append(f"{name} {roof[rate] / scale:{form}} {unit} ({100 * slowest:.0f} %)")
     return (
-        f"roofs on {roof['device']}, {roof['dtype']}, the best of {len(roof['turns'])} turns with "
-        f"the cases (and the slowest): {', '.join(told)}"
+        f"roofs on {roof['device']}, {roof['dtype']}, the best of {len(roof['samples'])} samples "
+        f"taken between the cases (the slowest in brackets): {', '.join(told)}"
     )
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: by rich where it is installed, else in plain columns."""
+    """Print a table: with rich if it is installed, else in plain columns."""
     rows = [[*row, *[""] * (len(columns) - len(row))] for row in rows]
     try:
         from rich.console import Console
@@ -182,7 +182,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         grid.add_column(name, no_wrap=True)
     for row in rows:
         grid.add_row(*row)
-    # cells cut to the width of a narrow terminal or a pipe would lose numbers
+    # rich would cut cells, and so numbers, to the width of a narrow terminal or a pipe
     console = Console()
     console.width = max(console.width, 160)
     console.print(grid, crop=False)
@@ -195,7 +195,7 @@ def say(text: str) -> None:
 
 
 def print_rows(title: str, records: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table of measured rows, and below it what was not measured and why."""
+    """Print the table of timed rows, then each competitor that was not timed and why."""
     timed = [record for record in records if record["seconds"] is not None]
     if timed:
         table(title, COLUMNS, [row_cells(record) for record in timed])
@@ -212,7 +212,7 @@ def print_rows(title: str, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_machine(record: Mapping[str, Any]) -> None:
-    """Print what the numbers belong to: roofs, devices, versions."""
+    """Print roofs, devices and versions."""
     for roof in record["roofs"]:
         say(roof_line(roof))
     machine = record["machine"]
@@ -227,7 +227,7 @@ def print_machine(record: Mapping[str, Any]) -> None:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Show how far a run is, on a terminal only; yields a function that begins the next step."""
+    """Show progress on a terminal; yields a function that names the next step."""
     if not sys.stderr.isatty() or find_spec("rich") is None:
         yield lambda text: None
         return
@@ -242,7 +242,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def save_json(record: Mapping[str, Any], path: Path) -> None:
-    """Write the record; the file is complete or not there."""
+    """Write the record atomically."""
     write_text(path, json.dumps(record, indent=1) + "\n")
 
 
@@ -303,7 +303,7 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
 
 
 def plot_sweeps(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw what a suite measured over lengths: time and peak memory for each token.
+    """Draw time and peak memory per token over T, one line for each sweep of a suite.
 
     Args:
         records: Sweeps of a suite's record.
@@ -343,16 +343,16 @@ def plot_sweeps(records: Sequence[Mapping[str, Any]], path: Path, title: str) ->
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Write a picture; it is whole or absent."""
+    """Write a picture atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that is measured, and whether its code differs from it.
+    """The commit of the measured checkout, with a note if its code was changed since.
 
-    None where the package is not in a checkout.
+    None if the package is not in a checkout.
     """
     root = Path(__file__).parents[2]
 

@@ -1,8 +1,9 @@
-"""Time Triton's tile configurations on the GPU at hand and write the best as a table.
+"""Time Triton's tile configurations on the current GPU and write the fastest as a table.
 
-The table has the form of those in ``memattn_kernels.configs``, whose ``load`` reads it. Every
-candidate is compiled and timed in a process of its own, as one that the compiler cannot take may
-abort it. A candidate counts only if outputs and gradients are within the error budget.
+The table has the format of those in ``memattn_kernels.configs``, whose ``load`` reads it. Each
+candidate is compiled and timed in its own process, because a configuration that the compiler cannot
+handle may abort the process. Candidates whose outputs or gradients exceed the error budget are
+rejected.
 """
 
 import json
@@ -16,12 +17,12 @@ from typing import Any, cast
 
 import torch
 
-from memattn.bench.retune_work import work
+from memattn.bench.retune_workloads import workload
 from memattn.files import write_text
 
 Config = dict[str, int]
 DTYPES = {"half": "bfloat16", "float": "float32"}
-# a candidate that takes longer, with its compilation, is no candidate
+# a candidate whose compilation and timing take longer is rejected
 TIMEOUT_SECONDS = 300
 # BLOCK_M, BLOCK_N, num_warps, num_stages and perhaps a cap on registers; by the part of a kernel's
 # name that operators share
@@ -87,7 +88,7 @@ _CAPPED_CANDIDATES = {
 }
 
 
-# kernels with the candidates of another
+# kernels that share the candidates of another kernel
 _RELATIVES: dict[str, str] = {
     "fwd_loss": "fwd",
     "fwd_dense": "fwd",
@@ -167,11 +168,11 @@ def retune(
     """Time the candidates, and write a complete table of the best.
 
     Args:
-        path: The JSON file to write; it appears only when the whole table is there.
+        path: The JSON file to write; it is written only when the table is complete.
         kernels: Names of the kernels to tune; all others keep their present configuration.
         head_dims: Padded head dimensions to tune, of 64, 128 and 256.
         kinds: Dtype classes to tune, of ``"half"`` and ``"float"``.
-        on_trial: Called with each trial and its milliseconds, or why it is out.
+        on_trial: Called with each trial and its milliseconds, or with the reason it was rejected.
 
     Returns:
         What was written: ``architecture``, ``device``, versions, ``kernels`` (the table) and
@@ -212,7 +213,7 @@ def retune(
 def write_table(
     path: str | Path, table: dict[str, Any], milliseconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Write a measured table of configurations, whole or not at all; returns what it holds."""
+    """Write a measured table of configurations atomically; returns its content."""
     import triton
 
     from memattn_kernels import configs
@@ -249,7 +250,7 @@ def trials(kernel: str, head_dim: int, kind: str, present: Config) -> Iterator[T
 
 
 def _more_candidates(kernel: str, head_dim: int, kind: str) -> Sequence[Config]:
-    """Configurations with tensor descriptors, on cards that have a copy engine, and with parts."""
+    """Candidates with tensor descriptors (GPUs with a copy engine) and with key splits."""
     from memattn_kernels import configs
     from memattn_kernels.segmented_attention import decode_parts, plain
 
@@ -265,7 +266,7 @@ def choose(
     measure: Callable[[Trial], float | str],
     on_trial: Callable[[Trial, float | str], None],
 ) -> tuple[Trial, float] | None:
-    """The fastest trial and its milliseconds, or None if none could be timed."""
+    """The fastest trial and its milliseconds; None if no trial could be timed."""
     best = None
     for trial in candidates:
         result = measure(trial)
@@ -297,7 +298,7 @@ def run_trial(trial: Trial) -> float:
 
 
 def check_trial(trial: Trial, *, length: int = 700) -> None:
-    """Compile a candidate and check its results; it stays in this process's table.
+    """Compile a candidate and check its results; this process's table keeps the candidate.
 
     Raises:
         AssertionError: If results or gradients leave the error budget.
@@ -328,7 +329,8 @@ def check_trial(trial: Trial, *, length: int = 700) -> None:
 def time_trial(trial: Trial) -> float:
     """Milliseconds of a candidate that ``check_trial`` has passed.
 
-    A backward kernel is timed with its neighbours, whose configurations stay the same.
+    A backward kernel is timed together with the operator's other backward kernels, whose
+    configurations do not change.
     """
     from triton.testing import do_bench
 
@@ -358,16 +360,16 @@ def key_heads(kernel: str) -> int:
 
 
 def _use(trial: Trial) -> tuple[Callable, Callable, list[dict[str, Any]]]:
-    """Put a candidate into this process's table; the ``work`` that it does, on this device."""
+    """Put a candidate into this process's table; returns its workload, made for this device."""
     from memattn_kernels import configs, recording
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     table = configs.table(table_name())
-    # its neighbours keep the configurations that the process began with
+    # the other kernels keep the configurations that the process started with
     table.update(json.loads(_first_table(table_name())))
     table[trial.kernel][str(trial.head_dim)][trial.kind] = trial.config
     recording.forget()
-    operator, make_inputs, passes = work(trial.kernel)
+    operator, make_inputs, passes = workload(trial.kernel)
     dtype = getattr(torch, DTYPES[trial.kind])
     return operator, partial(make_inputs, D=trial.head_dim, device=device, dtype=dtype), passes
 

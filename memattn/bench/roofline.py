@@ -1,9 +1,9 @@
-"""Useful work of an operator, and the roofs of the machine it is held against.
+"""Roofline model: useful work of an operator, and the machine's peak rates (roofs).
 
     T_min = max(flops / matmul rate, exps / exp rate, bytes / copy rate)
 
-Work counts allowed (query, key) pairs only; what a kernel computes beside them is its own loss.
-The roofs are measured in the same run, with PyTorch, never looked up; see ``roof_turns``.
+Only allowed (query, key) pairs count as work; masked pairs that a kernel computes do not. The
+roofs are measured in the same run with PyTorch, not taken from data sheets; see ``roof_samples``.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from memattn.ops._dispatch import multiplies_bfloat16
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations, exponentials and bytes that a computation cannot avoid."""
+    """Least floating-point operations, exponentials and bytes of a computation."""
 
     flops: int
     exps: int
@@ -37,13 +37,13 @@ class Roofs:
     copy_bytes: float  # read and written
 
     def seconds(self, work: Work) -> float:
-        """The shortest time for ``work``, everything overlapped."""
+        """The shortest time for ``work`` if products, exponentials and copies overlap fully."""
         return max(
             work.flops / self.matmul_flops, work.exps / self.exps, work.bytes / self.copy_bytes
         )
 
-    def ruling(self, work: Work) -> str:
-        """The name of the rate that decides ``seconds``."""
+    def limiting_rate(self, work: Work) -> str:
+        """The name of the rate that ``seconds`` comes from."""
         shares = {
             "matmul_flops": work.flops / self.matmul_flops,
             "exps": work.exps / self.exps,
@@ -52,7 +52,7 @@ class Roofs:
         return max(shares, key=shares.__getitem__)
 
     def seconds_without_overlap(self, work: Work) -> float:
-        """The same where exponentials do not run beside the products."""
+        """The same if exponentials and products do not overlap."""
         compute = work.flops / self.matmul_flops + work.exps / self.exps
         return max(compute, work.bytes / self.copy_bytes)
 
@@ -104,15 +104,17 @@ def attention_work(
 def measure_roofs(device: str, dtype: torch.dtype, *, seconds: float = 1.0) -> Roofs:
     """Measure the roofs that hold for inputs of ``dtype`` on ``device``.
 
-    The product is PyTorch's of square matrices: in ``dtype`` on CUDA, and on the CPU for bfloat16
-    where the processor multiplies it (the faster of two sizes), else in float32, in which our
-    kernels compute every other dtype. The copy is of a buffer far larger than the caches. The
-    exponential is PyTorch's on a block that stays in the cache, on CUDA a kernel of nothing else.
+    - Product: PyTorch's product of square matrices. In ``dtype`` on CUDA, and on the CPU for
+      bfloat16 if the processor has bfloat16 products (the faster of two sizes); else in float32, in
+      which our kernels compute the other dtypes.
+    - Copy: a buffer far larger than the caches.
+    - Exponential: ``torch.exp`` of a block that stays in the cache; on CUDA a kernel that computes
+      exponentials only.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
         dtype: Dtype of the inputs.
-        seconds: Time to spend, roughly, on each roof.
+        seconds: Approximate time for each roof.
     """
     on_cuda = torch.device(device).type == "cuda"
     generator = torch.Generator(device).manual_seed(0)
@@ -150,5 +152,5 @@ def _exp_rate(device: str, block: Tensor, seconds: float) -> float:
 
 
 def _seconds(function: Callable[[], object], device: str, seconds: float) -> float:
-    """Seconds of a call, one of the faster: a disturbed roof would flatter what stands below."""
+    """Seconds of a call, the 20 % quantile: a disturbed roof would raise all shares of it."""
     return interleave({"": function}, device=device, seconds=seconds)[""].q20

@@ -1,4 +1,4 @@
-"""Run benchmarks: check, measure, print, save. Everything printed was measured by this run."""
+"""Run benchmarks: check, measure, print, save. Every printed number was measured in this run."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,12 +12,12 @@ from memattn.bench import report
 from memattn.bench.case import Case, check_choice, operators
 from memattn.bench.engine import (
     DIRECTIONS,
-    Effort,
-    Row,
+    Measurement,
+    TimingBudget,
     add_cpu_memory,
     check_all,
+    make_roof_samples,
     measure_between_roofs,
-    roof_turns,
 )
 from memattn.bench.memory import keep_freed_memory
 from memattn.bench.suite import SUITES, run_suite
@@ -52,13 +52,13 @@ def run(
     """Measure operators beside their peers, print tables, and save JSON and plots.
 
     Each operator is first checked against its definition in float64, on every case that will be
-    measured; if one is wrong nothing of that operator is printed. Peers are checked too, and a
-    peer that is wrong or cannot run says so in its row. From here on the process keeps the memory
-    that it frees, see ``memattn.bench.memory.keep_freed_memory``.
+    measured; if a case is wrong, nothing is printed for that operator. Peers are checked too; the
+    row of a peer that is wrong or cannot run gives the reason. The process keeps freed memory from
+    here on; see ``memattn.bench.memory.keep_freed_memory``.
 
     Args:
         names: Operators; None for all.
-        kinds: Kinds of cases, such as ``"causal"``; None for all, or for a few where ``quick``.
+        kinds: Kinds of cases, such as ``"causal"``; None for all, or for a few if ``quick``.
         seq_lens: Lengths T to measure at.
         shape: Sizes that differ from the defaults, such as ``{"H": 16, "window_size": 512}``.
         directions: From ``forward``, ``backward``, ``forward+backward``.
@@ -67,18 +67,18 @@ def run(
         dtype: ``"float32"``, ``"float16"``, ``"bfloat16"``, or ``"auto"``: float32 on the CPU,
             bfloat16 on CUDA.
         backend: Backend of our operators.
-        quick: Small sizes, fewer samples, nothing that must be compiled: under a minute.
-        suite: ``"cpu-bars"`` or ``"gpu-bars"``: measure what those bars need and print for each
-            what was reached. Excludes the choice of kinds, lengths, shape, directions and peers.
+        quick: Small sizes, fewer samples, no compiled peers: under a minute.
+        suite: ``"cpu-bars"`` or ``"gpu-bars"``: measure these performance targets and print what
+            was reached. Kinds, lengths, shape, directions and peers cannot be given with it.
         seed: Seed of the inputs.
         out: Folder for ``bench.json`` and the plots; None writes nothing.
 
     Returns:
-        The record that ``bench.json`` holds.
+        The content of ``bench.json``.
 
     Raises:
         WrongResultError: If one of our operators is wrong.
-        ValueError: If an argument is not one of the above, or does not fit the operator.
+        ValueError: If an argument is unknown or does not fit the operator.
     """
     classes = _choose(names, kinds or (), shape or {})
     check_choice("device", device, DEVICES)
@@ -94,40 +94,40 @@ def run(
         "directions": directions,
         "peers": peers,
     }
-    effort = usual_effort(quick)
+    budget = default_timing_budget(quick)
     if suite is not None:
         check_choice("suite", suite, tuple(SUITES))
         for name, value in {**chosen, "quick": quick or None}.items():
             if value is not None:
                 must(name, "be left out with suite", value)
         keep_freed_memory()
-        effort = suite_effort(effort)
-        record = run_suite(suite, classes, backend, seed, effort)
+        budget = suite_timing_budget(budget)
+        record = run_suite(suite, classes, backend, seed, budget)
     else:
         for direction in directions or ():
             check_choice("directions", direction, DIRECTIONS)
         default = ("forward", "backward") if quick else DIRECTIONS
         keep_freed_memory()
         cases = _cases(classes, kinds, seq_lens, shape or {}, device, dtype, quick, seed)
-        record = _run_cases(cases, directions or default, peers, backend, seed, effort)
+        record = _run_cases(cases, directions or default, peers, backend, seed, budget)
     if out is not None:
         save(record, Path(out))
     return record
 
 
-def usual_effort(quick: bool = False) -> Effort:
-    """How long to measure, and what is too large here."""
-    effort = Effort(seconds=0.1, min_rounds=3, compiled=False) if quick else Effort()
-    return replace(effort, max_score_bytes=8 << 30) if torch.cuda.is_available() else effort
+def default_timing_budget(quick: bool = False) -> TimingBudget:
+    """Timing budget outside suites; quick runs have less."""
+    budget = TimingBudget(seconds=0.1, min_rounds=3, compiled=False) if quick else TimingBudget()
+    return replace(budget, max_score_bytes=8 << 30) if torch.cuda.is_available() else budget
 
 
-def suite_effort(effort: Effort) -> Effort:
-    """How long a suite measures."""
-    return replace(effort, seconds=SUITE_SECONDS, min_sample=SUITE_SAMPLE)
+def suite_timing_budget(budget: TimingBudget) -> TimingBudget:
+    """The budget with the times of a suite."""
+    return replace(budget, seconds=SUITE_SECONDS, min_sample=SUITE_SAMPLE)
 
 
 def save(record: Mapping[str, Any], folder: Path) -> None:
-    """Write ``bench.json``, and plots of the cases that were measured at several lengths."""
+    """Write ``bench.json``, and plots of the cases measured at several lengths."""
     report.save_json(record, folder / "bench.json")
     report.say(f"wrote {folder / 'bench.json'}")
     groups: dict[tuple[str, str, str], list[Any]] = {}
@@ -168,7 +168,7 @@ def parse_shape(entries: Iterable[str]) -> dict[str, int]:
 def _choose(
     names: Sequence[str] | None, kinds: Sequence[str], shape: Mapping[str, int]
 ) -> list[type[Case]]:
-    """The operators named; else those that have all these kinds and sizes, or simply all."""
+    """The named operators; without names those with all these kinds and sizes, else all."""
     known = operators()
     if names:
         for name in names:
@@ -192,7 +192,7 @@ def _cases(
     quick: bool,
     seed: int,
 ) -> list[Case]:
-    """The cases asked for; those of a device that is not there come too, and will say so."""
+    """The chosen cases, also those of a missing device: their rows give that as the reason."""
     for T in seq_lens or ():
         check_int("seq_lens", T, 1)
     devices = (
@@ -230,41 +230,43 @@ def _run_cases(
     peers: Sequence[str] | None,
     backend: str,
     seed: int,
-    effort: Effort,
+    budget: TimingBudget,
 ) -> dict[str, Any]:
-    """Measure operator by operator; print each once all of it is measured."""
+    """Measure operator by operator, and print each operator when it is complete."""
     if peers is not None:
         known = dict.fromkeys(name for case in cases for name in case.peers())
         for peer in peers:
             check_choice("peers", peer, tuple(known))
-    turns = roof_turns(effort)
-    kept: dict[str, list[Row]] = {}
+    roof_samples = make_roof_samples(budget)
+    kept: dict[str, list[Measurement]] = {}
     for operator in dict.fromkeys(case.operator for case in cases):
         own = [case for case in cases if case.operator == operator]
-        rows: list[Row] = []
+        rows: list[Measurement] = []
         with report.progress(2 * len(own) + 1) as step:
             had = {case: [d for d in directions if case.has(d)] for case in own}
-            check_all(had, backend, effort, step)
+            check_all(had, backend, budget, step)
             for case, own_directions in had.items():
                 step(case.label())
                 rows += measure_between_roofs(
                     case,
-                    turns,
+                    roof_samples,
                     backend=backend,
                     directions=own_directions,
                     peers=peers,
-                    effort=effort,
+                    budget=budget,
                 )
             step("memory")
             add_cpu_memory(rows, backend)
-        # the roofs of later turns may be higher: the record at the end has the last word
-        report.print_rows(operator, report.row_records(rows, turns))
+        # later samples may raise the roofs: the shares in the final record are the valid ones
+        report.print_rows(operator, report.row_records(rows, roof_samples))
         kept[operator] = rows
     record = {
         "machine": report.machine(seed),
         "backend": backend,
-        "roofs": turns.records(),
-        "rows": [record for rows in kept.values() for record in report.row_records(rows, turns)],
+        "roofs": roof_samples.records(),
+        "rows": [
+            record for rows in kept.values() for record in report.row_records(rows, roof_samples)
+        ],
     }
     report.print_machine(record)
     return record

@@ -1,4 +1,4 @@
-"""Cases of segmented attention: its useful pairs, its peers with the same mask."""
+"""Cases of segmented attention: useful pairs, and peers with the same mask."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,17 +40,17 @@ def segmented_pairs(
     memory_is_causal: bool = False,
     query_offset: int = 0,
 ) -> int:
-    """Allowed (query, key) pairs of one head of one sequence, exactly, in O(T).
+    """Exact number of allowed (query, key) pairs of one head and sequence, in O(T).
 
     Args:
-        T: Queries, at the positions ``query_offset`` and on.
-        S: Token keys; ``query_offset + T`` by default.
-        segment_len: As in ``memattn.ops.segmented_attention``, like the rest.
+        T: Number of queries; the first is at position ``query_offset``.
+        S: Number of token keys; ``query_offset + T`` by default.
+        segment_len: Tokens of a segment; it and the rest as in ``ops.segmented_attention``.
         window_size: Keys in the window.
         is_causal: Whether later keys are hidden.
         num_persistent: Persistent keys.
         num_memory: Memory keys of a segment.
-        memory_is_causal: Whether a query sees memory rows up to its place in the segment only.
+        memory_is_causal: Whether a query sees memory rows only up to its index in the segment.
         query_offset: Position of the first query.
     """
     S = query_offset + T if S is None else S
@@ -125,7 +125,7 @@ class SegmentedCase(TokenCase):
         return [b - a for a, b in zip([0, *bounds], bounds, strict=False)]
 
     def mask_options(self) -> dict[str, Any]:
-        """Arguments of the operator that say who sees whom."""
+        """Arguments of the operator that define the mask."""
         return {
             "is_causal": self.kind not in ("dense", "blocks"),
             "segment_len": self.segment_len if self.kind in _SEGMENTED else None,
@@ -153,7 +153,7 @@ class SegmentedCase(TokenCase):
         def forward(inputs: dict[str, Tensor]) -> Tensor:
             parts = {"query": inputs["query"][:, :, rows]}
             if options["is_causal"] and "cu_seqlens" not in options:
-                # later keys do not count; a long case has many
+                # drop later keys, which no row sees
                 parts |= {name: inputs[name][:, :, : rows.stop] for name in ("key", "value")}
             return segmented_attention(**(inputs | parts), **options).out
 
@@ -227,7 +227,7 @@ class SegmentedCase(TokenCase):
         return self._joined(flex(mask_mod, self.T, self.num_keys(), self.device))
 
     def _folded(self, attention: Any) -> Forward:
-        """Segments as rows of the batch: what one may do by hand where they are all there is."""
+        """Segments as rows of the batch; possible if the mask has nothing but segments."""
         inner: Attention = attention()
 
         def fold(x: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ class SegmentedCase(TokenCase):
         return forward
 
     def _joined(self, attention: Attention) -> Forward:
-        """One attention call over the keys of all sources in a row, as its users must write it."""
+        """One attention call over the concatenated keys of all sources."""
 
         def forward(inputs: dict[str, Tensor]) -> Tensor:
             key, value = inputs["key"], inputs["value"]
@@ -263,7 +263,7 @@ class SegmentedCase(TokenCase):
         return forward
 
     def mask_mod(self) -> MaskMod:
-        """Which key a query sees, over the keys of all sources in a row, by index."""
+        """The mask over the concatenated keys of all sources, as a FlexAttention ``mask_mod``."""
         options = self.mask_options()
         L, W, is_causal = options["segment_len"], options["window_size"], options["is_causal"]
         lengths = torch.tensor(self.lengths(), device=self.device)
@@ -298,24 +298,24 @@ def _cpu_bars() -> list[Bar]:
     bars: list[Bar] = []
     window = SegmentedCase(kind="window", T=4096, window_size=256)
     for direction in ("forward", "backward"):
-        # wider registers help ours more than the other
+        # AVX512 helps our kernels more than PyTorch's
         wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
         for kind, target in (("causal", 1.5), ("dense", 1.3 if wide else 1.2)):
             case = SegmentedCase(kind=kind, T=2048)
             on: Any = dict(case=case, direction=direction, against=("sdpa flash",))
             bars.append(SpeedBar(**on, target=target, must=1.2, limited_by=NEAR_THE_ROOF))
-        # which here gets a dense mask; the math backend is slower still
+        # PyTorch's flash gets a dense mask here; its math backend is slower still
         dense = ("sdpa flash",)
         bars.append(SpeedBar(case=window, direction=direction, target=10.0, against=dense))
     on = dict(case=window, direction="forward", against=("flex",))
     bars.append(SpeedBar(**on, target=4.0, must=2.0, limited_by=NEAR_THE_ROOF))
     lengths = (2048, 4096, 8192, 16384, 32768)
     for direction in ("forward", "backward"):
-        # rows before the window is full see less: at T=2048 alone that is 6 %
+        # the first rows see less than a full window: 6 % less work at T=2048
         bars.append(FlatTimeBar(case=window, direction=direction, target=1.15, lengths=lengths))
     many = replace(window, B=4)
     for direction in ("forward", "forward+backward"):
-        # four sequences: the system counts a process's memory in steps that one would notice
+        # four sequences: with one, the granularity of the system's counter would show
         bars.append(LinearMemoryBar(case=many, direction=direction, target=1.1, lengths=lengths))
     for kind in ("dense", "causal"):
         bars += bfloat16_bars(SegmentedCase(kind=kind, T=2048), against="sdpa flash")

@@ -1,21 +1,21 @@
-"""Suites: measure what the bars of all operators need, once, and say what was reached."""
+"""Run a suite: measure what the bars of the operators need, and report each bar."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from memattn.bench import report
-from memattn.bench.bars import Bar, Found, PeerPeakBar, Sweep
+from memattn.bench.bars import Bar, BarInputs, PeerPeakBar, Sweep
 from memattn.bench.case import Case
 from memattn.bench.engine import (
     OURS,
-    Effort,
-    Row,
+    Measurement,
+    TimingBudget,
     add_cpu_memory,
     check_all,
+    make_roof_samples,
     measure_between_roofs,
     measure_together,
     refusal,
-    roof_turns,
 )
 from memattn.bench.memory import MemoryJob, call_of, cpu_peaks, cuda_peak
 
@@ -23,7 +23,7 @@ SUITES = ("cpu-bars", "gpu-bars")
 
 
 def run_suite(
-    suite: str, classes: Sequence[type[Case]], backend: str, seed: int, effort: Effort
+    suite: str, classes: Sequence[type[Case]], backend: str, seed: int, budget: TimingBudget
 ) -> dict[str, Any]:
     """Measure, print and return the record of a suite; see ``memattn.bench.run``."""
     bars = [bar for cls in classes for bar in cls.bars(suite)]
@@ -40,43 +40,43 @@ def run_suite(
         for case in sweep:
             checks.setdefault(case, []).append(direction)
 
-    found, turns = Found(), roof_turns(effort)
-    rows: list[Row] = []
+    measured, roof_samples = BarInputs(), make_roof_samples(budget)
+    rows: list[Measurement] = []
     with report.progress(len(checks) + len(cases) + 1 + len(times) + len(memory)) as step:
-        check_all(checks, backend, effort, step)
+        check_all(checks, backend, budget, step)
         for case, directions in cases.items():
             step(case.label())
             rows += measure_between_roofs(
                 case,
-                turns,
+                roof_samples,
                 backend=backend,
                 directions=directions,
                 peers=peers[case],
-                effort=effort,
+                budget=budget,
             )
-        found.rows = {(row.case, row.direction, row.competitor): row for row in rows}
+        measured.rows = {(row.case, row.direction, row.competitor): row for row in rows}
         peaks = set[Any]().union(*(bar.peaks for bar in bars if isinstance(bar, PeerPeakBar)))
         step("memory beside peers")
-        add_cpu_memory([row for key, row in found.rows.items() if key in peaks], backend)
+        add_cpu_memory([row for key, row in measured.rows.items() if key in peaks], backend)
         for sweep, direction in times:
             step(f"{len(sweep)} cases of {sweep[0].kind}, {direction}")
-            if _possible(sweep, backend, effort):
-                found.times[sweep, direction] = measure_together(
-                    sweep, backend=backend, direction=direction, effort=effort
+            if _possible(sweep, backend, budget):
+                measured.times[sweep, direction] = measure_together(
+                    sweep, backend=backend, direction=direction, budget=budget
                 )
         for sweep, direction in memory:
             step(f"{sweep[0].kind} at {len(sweep)} lengths, {direction}, memory")
-            if _possible(sweep, backend, effort):
-                found.peaks[sweep, direction] = _peaks(sweep, direction, backend)
-    found.roofs = turns.best()
+            if _possible(sweep, backend, budget):
+                measured.peaks[sweep, direction] = _peaks(sweep, direction, backend)
+    measured.roofs = roof_samples.best()
     record = {
         "machine": report.machine(seed),
         "backend": backend,
         "suite": suite,
-        "roofs": turns.records(),
-        "rows": report.row_records(rows, turns),
-        "sweeps": _sweep_records(found),
-        "bars": [bar_record(bar, found, backend, effort) for bar in bars],
+        "roofs": roof_samples.records(),
+        "rows": report.row_records(rows, roof_samples),
+        "sweeps": _sweep_records(measured),
+        "bars": [bar_record(bar, measured, backend, budget) for bar in bars],
     }
     report.print_rows(suite, record["rows"])
     _print_bars(record["bars"])
@@ -84,8 +84,8 @@ def run_suite(
     return record
 
 
-def _possible(sweep: Sequence[Case], backend: str, effort: Effort) -> bool:
-    return all(refusal(case, backend, effort) is None for case in sweep)
+def _possible(sweep: Sequence[Case], backend: str, budget: TimingBudget) -> bool:
+    return all(refusal(case, backend, budget) is None for case in sweep)
 
 
 def _peaks(sweep: Sequence[Case], direction: str, backend: str) -> list[int | None]:
@@ -96,13 +96,13 @@ def _peaks(sweep: Sequence[Case], direction: str, backend: str) -> list[int | No
     ]
 
 
-def _sweep_records(found: Found) -> list[dict[str, Any]]:
+def _sweep_records(measured: BarInputs) -> list[dict[str, Any]]:
     """Times and peaks over the lengths, for JSON."""
-    sweeps: dict[Sweep, None] = dict.fromkeys([*found.times, *found.peaks])
+    sweeps: dict[Sweep, None] = dict.fromkeys([*measured.times, *measured.peaks])
     records = []
     for sweep in sweeps:
         cases, direction = sweep
-        timings, peaks = found.times.get(sweep), found.peaks.get(sweep)
+        timings, peaks = measured.times.get(sweep), measured.peaks.get(sweep)
         for index, case in enumerate(cases):
             records.append(
                 {
@@ -118,9 +118,9 @@ def _sweep_records(found: Found) -> list[dict[str, Any]]:
     return records
 
 
-def bar_record(bar: Bar, found: Found, backend: str, effort: Effort) -> dict[str, Any]:
+def bar_record(bar: Bar, measured: BarInputs, backend: str, budget: TimingBudget) -> dict[str, Any]:
     """What a bar requires and what was reached, for JSON."""
-    reached = bar.reached(found)
+    reached = bar.reached(measured)
     record: dict[str, Any] = {
         "bar": bar.name,
         "operator": bar.case.operator,
@@ -136,23 +136,23 @@ def bar_record(bar: Bar, found: Found, backend: str, effort: Effort) -> dict[str
         "reason": None,
     }
     if reached is None:
-        record["reason"] = _reason(bar, found, backend, effort)
+        record["reason"] = _reason(bar, measured, backend, budget)
     elif bar.must is not None:
         record["met_must"] = bar.holds(reached, bar.must)
     return record
 
 
-def _reason(bar: Bar, found: Found, backend: str, effort: Effort) -> str:
+def _reason(bar: Bar, measured: BarInputs, backend: str, budget: TimingBudget) -> str:
     """Why a bar could not be measured."""
     needed = [*(bar.times or ((), ""))[0], *(bar.memory or ((), ""))[0], bar.case]
     for case in needed:
-        reason = refusal(case, backend, effort)
+        reason = refusal(case, backend, budget)
         if reason is not None:
             return reason
     names = [OURS, *bar.peers]
-    rows = [found.rows.get((bar.case, bar.direction, name)) for name in names]
+    rows = [measured.rows.get((bar.case, bar.direction, name)) for name in names]
     return "; ".join(f"{r.competitor}: {r.reason}" for r in rows if r and r.reason) or (
-        "not measured: this system does not tell the memory of a process"
+        "not measured: this system does not report the memory of a process"
     )
 
 
@@ -168,6 +168,6 @@ def _print_bars(bars: Sequence[dict[str, Any]]) -> None:
             continue
         verdict = "met" if bar["met"] else "MISSED"
         if bar["met_must"] and not bar["met"]:
-            verdict = "missed, the least is met"
+            verdict = "missed, but the minimum is met"
         rows.append([bar["bar"], limit, f"{bar['reached']:.3g} {unit}", verdict])
     report.table("bars", ("bar", "required", "reached", ""), rows)

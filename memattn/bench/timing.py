@@ -1,4 +1,4 @@
-"""Times of several functions, taken in turn, so that drift of the machine hits all alike."""
+"""Time several functions round by round, so that drift of the machine affects all equally."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ MIN_SAMPLE = 2e-3  # seconds on the CPU
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call, one sample a round."""
+    """Seconds of one call; one sample per round."""
 
     samples: tuple[float, ...]
 
@@ -39,7 +39,7 @@ def quantile(values: tuple[float, ...], q: float) -> float:
 
 
 def speedup(subject: Timing, peer: Timing) -> Timing:
-    """How many times faster ``subject`` is, round by round, from samples taken in turn."""
+    """How many times faster ``subject`` is than ``peer`` in each round."""
     pairs = zip(subject.samples, peer.samples, strict=True)
     return Timing(tuple(theirs / ours for ours, theirs in pairs))
 
@@ -53,18 +53,18 @@ def interleave(
     min_rounds: int = 5,
     min_sample: float = MIN_SAMPLE,
 ) -> dict[str, Timing]:
-    """Time each function in turn, A B C A B C and so on.
+    """Time the functions round by round: A B C, A B C and so on.
 
     On CUDA a call is timed by events on the stream, after a write over a buffer larger than the
-    L2 cache; the write also lets the host run ahead, so that launch costs hide as in real use.
+    L2 cache. The write also lets the host run ahead, which hides launch costs as in real use.
     On the CPU the wall clock is read; a sample of a short call is the mean of several.
 
     Args:
-        functions: What to time, by name. Results are dropped.
+        functions: Functions to time, by name. Their results are discarded.
         device: Where they run.
         seconds: Time to spend on each function, roughly.
-        warmup: Rounds that are not counted, at least 1.
-        min_rounds: Rounds that are counted, at least.
+        warmup: Rounds before the counted ones, at least 1.
+        min_rounds: Least number of counted rounds.
         min_sample: Seconds of one sample on the CPU: shorter calls are repeated within it.
 
     Returns:

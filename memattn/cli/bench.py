@@ -20,32 +20,32 @@ def bench(
     backend: Literal["auto", "triton", "cpp", "reference"] = "auto",
     seed: int = 0,
 ) -> int:
-    """Measure the operators beside PyTorch's own attention.
+    """Measure the operators and compare them with PyTorch's attention.
 
-    Checks every operator against its definition first: one that is wrong is not printed, and the
-    exit code is 1. Then times it in turn with its peers and prints useful rates, the share of the
-    machine's measured roof and peak memory.
+    Each operator is first checked against its definition; for a wrong result no times are printed
+    and the exit code is 1. Then the operator and its peers are timed round by round. The tables
+    show times, useful rates, the share of the machine's measured peak rate, and peak memory.
 
     Args:
         operators: Operators to measure; by default all.
-        suite: Measure what the bars of a suite need, and print for each what was reached.
+        suite: Measure the performance targets (bars) of a suite and print what was reached.
         out: Folder for bench.json and plots over T; by default nothing is written.
-        quick: Small sizes and few samples, nothing that must be compiled: under a minute.
-        retune: Renew the table of Triton tile sizes for the card at hand instead.
-        all: Measure the bars of the device at hand, operator by operator, and write records, plots
-            and pages to --out, by default docs/results. Records of other machines stay, and stand
-            beside those of this one.
+        quick: Small sizes, few samples, no compiled peers: under a minute.
+        retune: Instead of measuring, tune the Triton tile sizes for the current GPU.
+        all: Measure the bars of the current device, operator by operator, and write records, plots
+            and pages to --out (default docs/results). Records of other machines are kept and appear
+            on the same pages.
         kinds: Kinds of cases, such as causal, window, mac; by default all.
         seq_lens: Lengths T.
         shape: Sizes as NAME=INTEGER, such as B=4 H=32 Hkv=8 D=128 window_size=512.
         directions: From forward, backward, forward+backward.
-        peers: Peers such as "sdpa flash" or flex; "none" for none, by default all.
-        device: Where to run; auto is CUDA where there is one.
+        peers: Peers such as "sdpa flash" or flex; "none" for no peers; by default all.
+        device: Device; auto is CUDA if there is one.
         dtype: Type of the inputs; auto is float32 on the CPU and bfloat16 on CUDA.
         backend: Backend of our operators.
         seed: Seed of the inputs.
     """
-    from memattn.bench.front import command
+    from memattn.bench.cli_entry import command
 
     return command(
         operators,

@@ -28,7 +28,7 @@ def generate(
             it has not, what it would start from.
         base_model: Folder of the pretrained model, in place of that of the configuration.
         prompt: The text to continue; by default the standard input.
-        memory: A file that memattn memorize wrote for this model: the text goes on behind what was
+        memory: A file that memattn memorize wrote for this model: the text goes on after what was
             read there.
         max_new_tokens: Tokens to add at most.
         temperature: Sharpness of the draw: 0 always takes the likeliest token.

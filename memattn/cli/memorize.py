@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import IO
 
-BLOCK = 1 << 16  # characters that are read at a time
-LONGEST_LINE = 16 * BLOCK
+READ_CHARACTERS = 1 << 16  # characters that are read at a time
+LONGEST_LINE = 16 * READ_CHARACTERS
 
 
 def memorize(
@@ -18,7 +18,7 @@ def memorize(
 ) -> int:
     """Read a text of any length into the memory of a model, and keep it as a file.
 
-    memattn generate MODEL --memory FILE goes on behind the text without reading it again. The model
+    memattn generate MODEL --memory FILE goes on after the text without reading it again. The model
     has a neural memory (the preset titans). The text is tokenized in blocks that end with a line,
     and read in pieces: what this takes does not grow with the text. The file appears once the
     whole text is read.
@@ -28,7 +28,7 @@ def memorize(
         model: A folder with a saved model and its tokenizer, a run folder, or a name on the
             Hugging Face hub.
         out: File to write.
-        memory: A file that this command wrote for the same model, to go on behind its text.
+        memory: A file that this command wrote for the same model, to go on after its text.
         piece: Tokens in one forward pass.
         measure: Whether to measure what happens on the way, for memattn plot state: each memory
             then writes every token twice.
@@ -99,7 +99,7 @@ def memorize(
 def text_blocks(file: IO[str]) -> Iterator[str]:
     """A text in blocks that end with a line, unless a line is very long."""
     rest = ""
-    while chunk := file.read(BLOCK):
+    while chunk := file.read(READ_CHARACTERS):
         rest += chunk
         cut = rest.rfind("\n") + 1
         if not cut and len(rest) >= LONGEST_LINE:

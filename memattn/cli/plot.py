@@ -22,7 +22,7 @@ def plot(
     layer and head of the model puts on each source of keys while it reads the text: tokens of the
     segment, those of the window beside them, persistent keys, and those that a part adds.
 
-    memattn plot state MODEL --text TEXT draws what the model's state is behind the text: how its
+    memattn plot state MODEL --text TEXT draws what the model's state is after the text: how its
     memories have changed, the norms of the keys it keeps, and update magnitude, surprise and
     relevance over the tokens. memattn plot state FILE draws that of a file of memattn memorize.
 

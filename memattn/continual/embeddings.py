@@ -187,7 +187,7 @@ def embed_texts(
     What was computed before is read from ``cache_dir/embeddings``: safetensors files that are
     written whole, under a name made from the encoder's identity, the pooling and ``max_length``. A
     row is found by the hash of its text, so that other splits of the same texts find theirs, and an
-    interrupted run goes on where it was. A damaged file is computed anew, with a warning.
+    interrupted run goes on where it was. A damaged file is recomputed, with a warning.
 
     Args:
         texts: Texts.

@@ -15,7 +15,7 @@ def extend_by_edge(
 ) -> tuple[Tensor, Tensor]:
     """Put the edge before the keys and values of this process.
 
-    Point to point: each process sends what those behind it need and nothing else. All processes of
+    Point to point: each process sends what those after it need and nothing else. All processes of
     the group call it, and all run the backward pass, in the same order.
 
     Args:

@@ -114,7 +114,7 @@ class Edges:
             pieces = [piece for piece in self.received(target) if piece.source == rank]
             yield from pieces
             if not pieces and self.shards.bounds(target)[0] - end >= self.reach:
-                return  # those behind see even less of this one
+                return  # those after see even less of this one
 
     @property
     def reach(self) -> int:

@@ -60,7 +60,7 @@ class TaskColumn(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     def with_nodes(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[n, L, E]`` with the node tokens behind them."""
+        """Tokens ``[n, L, E]`` with the node tokens after them."""
         if self.nodes is None:
             return tokens
         return torch.cat([tokens, self.nodes.expand(tokens.shape[0], -1, -1)], 1)
@@ -89,7 +89,7 @@ class TaskFeedForward(nn.Module):
 
 
 class DTGMALayer(nn.Module):
-    """Task-graph attention and feed-forward, each behind a shared norm and around a residual."""
+    """Task-graph attention and feed-forward, each after a shared norm and around a residual."""
 
     def __init__(
         self, hidden_dim: int, n_heads: int, dropout: float, rank: int | None, backend: str

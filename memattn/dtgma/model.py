@@ -258,7 +258,7 @@ class DTGMAModel(StoredTaskModel):
         return zip(columns, x.split(list(groups.sizes)), strict=True)
 
     def _with_nodes(self, tokens: Tensor, groups: TaskGroups) -> Tensor:
-        """Columns ``[n, L, E]``: tokens with the node tokens of their task behind them."""
+        """Columns ``[n, L, E]``: tokens with the node tokens of their task after them."""
         if not self.n_nodes:
             return tokens
         return torch.cat([column.with_nodes(part) for column, part in self._parts(tokens, groups)])

@@ -171,7 +171,7 @@ class TaskModel(nn.Module):
         Args:
             task: A task that is not frozen.
             mask: bool ``[L, L]``, or ``[n_heads, L, L]`` for a mask of each head; True is allowed.
-                ``L`` counts the tokens of the input and, behind them, the node tokens. A token that
+                ``L`` counts the tokens of the input and, after them, the node tokens. A token that
                 sees nothing adds only the bias of the output projection. None allows everything.
 
         Raises:

@@ -65,7 +65,7 @@ class AuditReport:
         """``"all 0"`` or ``"failed: <checks>"``, for a cell of a table.
 
         ``"all 0"`` says that every exact check gave exactly 0.0 and every other one is in bound;
-        checks that did not apply are named behind it.
+        checks that did not apply are named after it.
         """
         if not self.passed:
             return f"failed: {', '.join(self.failed)}"

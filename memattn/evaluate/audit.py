@@ -40,7 +40,7 @@ def audit(
     - split vs whole: prefill in random pieces with the cache, against one pass (1e-10);
     - packed documents, where ``forward`` takes ``cu_seqlens``: the other documents are changed
       (exactly 0.0), and each document is compared with itself alone (1e-10), also in rows whose
-      ``position_ids`` begin anew.
+      ``position_ids`` restart.
 
     Then future leak and batch coupling again in the model's own dtype on its own backend, where
     two runs of the same shape must agree bit for bit. Bounds of 1e-10 are relative to the largest

@@ -160,7 +160,7 @@ class _Measure:
         check_int("context_len", piece, 2)
         if 2 * piece > longest:
             must("context_len", f"be at most half of the model's {longest} positions", piece)
-        self.piece_len = piece - 1  # behind one token that is not predicted
+        self.piece_len = piece - 1  # after one token that is not predicted
         first = tokenizer.bos_token_id
         self.first = tokenizer.eos_token_id if first is None else first
 

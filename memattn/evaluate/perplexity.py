@@ -79,7 +79,7 @@ def perplexity(
     The sums run over tokens, never over batches or documents, so short ones do not weigh more.
     Logits are taken to float32 before the softmax, and the sums are kept in float64.
 
-    With a tokenizer, each document is predicted from its first token on, behind the tokenizer's
+    With a tokenizer, each document is predicted from its first token on, after the tokenizer's
     begin-of-text token (end-of-text where it has none). Where a document is longer than
     ``context_len``, windows move over it by ``stride`` tokens and each token is predicted once, in
     the first window that reaches it; a smaller stride gives more context and costs more.
@@ -202,7 +202,7 @@ def check_window(model: nn.Module, context_len: int | None, stride: int | None) 
 
 
 def tokenize(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
-    """The ids of each text behind one special token, which is context and not predicted."""
+    """The ids of each text after one special token, which is context and not predicted."""
     first = tokenizer.bos_token_id
     first = tokenizer.eos_token_id if first is None else first
     if not isinstance(first, int):

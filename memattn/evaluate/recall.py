@@ -23,7 +23,7 @@ class RecallCell:
         length: Tokens of a sample.
         depth: Where the fact stood, from 0 to 1; None where it was drawn.
         num_samples: Samples.
-        accuracy: Share of the answers that are right, each behind the right ones before it.
+        accuracy: Share of the answers that are right, each after the right ones before it.
         exact: Share of the samples of which every answer is right.
         chance: Share of the answers that one would guess.
         loss: Mean negative log-likelihood of a token of the answers, nats.
@@ -109,7 +109,7 @@ def recall(
 ) -> RecallReport:
     """Measure how many answers of a task a causal language model gives, by length and depth.
 
-    An answer is right where each of its tokens is the most likely one behind the right text before
+    An answer is right where each of its tokens is the most likely one after the right text before
     it: with one answer a sample that is what greedy decoding writes, without the cost of decoding.
     Samples of a length have exactly that length, so nothing is padded.
 

@@ -36,7 +36,7 @@ class BlockCall(NamedTuple):
 
 
 class MemAttnBlock(GradientCheckpointingLayer):
-    """Attention, MLP and further parts, each behind a norm and around a residual.
+    """Attention, MLP and further parts, each after a norm and around a residual.
 
     Parts beside attention share its norm and its residual.
 
@@ -55,7 +55,6 @@ class MemAttnBlock(GradientCheckpointingLayer):
         added = [name for name in self.part_configs if name != "attention"]
         self.attention_norm = norm()
         self.attention = build("attention")
-        self.attention.layer_idx = layer_idx  # by which a server finds the layer's cache
         self.mlp_norm = norm()
         self.mlp = make_mlp(config.mlp, config.hidden_size, config.intermediate_size)
         own_norm = [n for n in added if self.part_configs[n].stands != "beside_attention"]

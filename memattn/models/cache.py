@@ -22,7 +22,7 @@ class MemAttnCache(SequenceStates, Cache):
 
     Each layer holds what each of its parts keeps: of attention, the keys that later tokens can see,
     all or at most ``max(segment_len, window_size)``. Rows may have no token in any
-    column, and go on behind such columns. It works with ``generate()``, beam search included.
+    column, and go on after such columns. It works with ``generate()``, beam search included.
 
     Args:
         config: Configuration of the model that fills it.

@@ -1,7 +1,7 @@
 """Caches as safetensors files: the tensors of each part of each layer, and what they belong to.
 
 A tensor is named ``layers.<i>.<part>.<kind>.<name>``; its kind is ``tokens`` or ``rows``, or
-``restart`` for the rows that are to begin anew. What begins with ``extra.`` belongs to no layer.
+``restart`` for the rows that are to restart. What begins with ``extra.`` belongs to no layer.
 """
 
 import json

@@ -52,7 +52,7 @@ class MemAttnCacheLayer(CacheLayerMixin):
         return self.parts["attention"].kept
 
     def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values, and return them behind those kept."""
+        """Append keys and values, and return them after those kept."""
         return self.parts["attention"].update(key_states, value_states)
 
     def describe(self) -> dict[str, Any]:

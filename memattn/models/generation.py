@@ -62,7 +62,7 @@ class MemAttnGenerationMixin(GenerationMixin):
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: Any
     ) -> Tensor:
-        """As of transformers, but for columns behind a row's tokens, which have its last position.
+        """As of transformers, but for columns after a row's tokens, which have its last position.
 
         There transformers has 0, and counts the tokens that it generates from that.
         """

@@ -11,10 +11,10 @@ from transformers import ContinuousMixin
 
 from memattn.checks import must
 from memattn.parts.packing import (
+    columns_that_change,
     document_bounds,
     document_marks,
     find_keywords,
-    places_of_change,
     refuse_continuous_batching,
 )
 
@@ -72,7 +72,7 @@ def _check_agreement(
     if given.dim() == 2:  # seq_idx
         if given.shape != begins.shape:
             must("seq_idx", f"have shape [B={B}, T={T}]", list(given.shape))
-        if not torch.equal(places_of_change(given), marked[0]):
+        if not torch.equal(columns_that_change(given), marked[0]):
             allowed = "change where position_ids or cu_seq_lens_q begin documents"
             must("seq_idx", allowed, "others")
     elif packed is not None and not torch.equal(*marked):

@@ -21,7 +21,7 @@ MEASURES = ("tokens", "update", "surprise", "relevance")
 
 @dataclass
 class KeptMemory:
-    """The state of a model with a neural memory behind a text, and what happened on the way.
+    """The state of a model with a neural memory after a text, and what happened on the way.
 
     Its size does not grow with the text, but for three numbers a chunk and layer.
 
@@ -102,7 +102,7 @@ class KeptMemory:
                 at = stop
 
     def _add(self, watch: MemoryWatch) -> None:
-        """Put the chunks that a layer has seen behind those before; one may have been open."""
+        """Put the chunks that a layer has seen after those before; one may have been open."""
         sizes = watch.chunk_tokens
         surprise = torch.cat(watch.surprise, 2).mean((0, 1)).split(sizes)
         relevance = torch.cat(watch.relevance, 1).mean(0).split(sizes)

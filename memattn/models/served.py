@@ -62,7 +62,7 @@ def served_call(
             must(argument, allowed, type(value).__name__)
     if (input_ids is None) == (inputs_embeds is None):
         must("input_ids", "be given, or inputs_embeds, but not both", "both or neither")
-    if inputs_embeds is None:
+    if input_ids is not None:
         check_rank("input_ids", input_ids, "B T")
         inputs_embeds = model.embed_tokens(input_ids)
     hidden_states: Any = inputs_embeds
@@ -73,8 +73,9 @@ def served_call(
     check_table("position_ids", position_ids, (B, 1), T)
     angles = model.rotary(position_ids, hidden_states.dtype)
     attend = AttentionInterface()[name]
-    for layer in model.layers:
-        if not isinstance(layer, nn.Identity):  # which stands for one that another process has
+    for i, layer in enumerate(model.layers):
+        if not isinstance(layer, nn.Identity):  # placeholder of a layer of another process
+            layer.attention.layer_idx = i  # the key of ``attention_instances``
             hidden_states = _layer(layer, hidden_states, angles, attend, keywords)
     hidden_states = model.norm(hidden_states)
     return MemAttnModelOutput(last_hidden_state=hidden_states[:, -hidden_to_keep:])

@@ -94,7 +94,7 @@ class TransformerState:
         return TransformerState(self.cache.detach())
 
     def reset(self, mask: Tensor | None = None) -> None:
-        """Let rows begin anew with the next call, ``mask`` bool ``[B]``; None empties all."""
+        """Let rows restart with the next call, ``mask`` bool ``[B]``; None empties all."""
         self.cache.reset(mask)
 
     def reorder(self, beam_idx: Tensor) -> None:
@@ -144,7 +144,7 @@ class TitansOutput(MemAttnCausalLMOutput):
 
     @property
     def state(self) -> TransformerState | None:
-        """The state behind the last token; None where none was wanted."""
+        """The state after the last token; None where none was wanted."""
         cache = self.past_key_values
         return TransformerState(cache) if isinstance(cache, MemAttnCache) else None
 

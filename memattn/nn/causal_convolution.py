@@ -82,7 +82,7 @@ def continued_convolution(
     bounds: PresentTokens | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Filter tokens ``[B, T, F]`` behind those before, and what is to be kept for later ones.
+    """Filter tokens ``[B, T, F]`` after those before, and what is to be kept for later ones.
 
     Args:
         x: ``[B, T, F]``.

@@ -339,7 +339,7 @@ class ChapterMemory(nn.Module):
         attention: Attends to them.
         bank_index: Which of the model's banks it reads.
         mlp_norm: Norm before the MLP, together with it.
-        mlp: MLP behind the memory; its output projection should start at zero, as the attention's.
+        mlp: MLP after the memory; its output projection should start at zero, as the attention's.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 A source is a module with ``future_index``, the option of the operator that says what a row stands
 for, and three methods: ``num_rows`` (how many rows a call needs), ``latent`` (what a token leaves
-behind for later rows; the cache keeps it) and ``forward`` (the rows).
+after for later rows; the cache keeps it) and ``forward`` (the rows).
 """
 
 from typing import NamedTuple

@@ -153,7 +153,7 @@ class NeuralMemory(nn.Module):
             nn.init.normal_(self.persistent_tokens, std=0.02)
 
     def start(self) -> NeuralMemoryLayerState:
-        """The state of a sequence before its first token, one row: behind the persistent tokens."""
+        """The state of a sequence before its first token, one row: after the persistent tokens."""
         none = self.o_proj.weight.new_zeros(1, 0, self.o_proj.weight.shape[0])
         tokens = none if self.persistent_tokens is None else self.persistent_tokens[None]
         return self._write(tokens, tokens, None).state
@@ -175,7 +175,7 @@ class NeuralMemory(nn.Module):
             kv_states: ``[B, T, E]``, what keys and values are made of; None means the same.
             state: What an earlier call returned; None begins.
             seq_start: int32 ``[B]``, first token of each sequence in this call.
-            seq_end: int32 ``[B]``, the token behind its last.
+            seq_end: int32 ``[B]``, the token after its last.
             cu_seqlens: int32 ``[n+1]``, bounds of packed documents, with ``B = 1``; without a
                 state.
         """

@@ -44,7 +44,7 @@ class NeuralMemoryLayerState:
 
     @classmethod
     def merge(cls, states: "Sequence[NeuralMemoryLayerState]") -> "NeuralMemoryLayerState":
-        """The rows of several states of one layer behind each other."""
+        """The rows of several states of one layer after each other."""
         named = {}
         for name in OWN:
             parts = [getattr(state, name) for state in states]

@@ -18,7 +18,7 @@ Step = Callable[[NeuralMemoryStepArgs], tuple[Tensor, ...]]
 
 
 def is_step(args: NeuralMemoryArgs) -> bool:
-    """Whether this is one token behind a state, in all rows, without gradients or a trace."""
+    """Whether this is one token after a state, in all rows, without gradients or a trace."""
     if args.count is None or args.query.shape[2] != 1 or args.row_start is not None:
         return False
     if is_traced(args.query):

@@ -27,7 +27,7 @@ def routing_rows(
         query_offset: Position of the first query.
         cu_seqlens: int32 ``[n + 1]``, bounds of packed documents, or None.
         seq_start: int32 ``[B]``, first position of each sequence, or None.
-        seq_end: int32 ``[B]``, position behind its last, or None.
+        seq_end: int32 ``[B]``, position after its last, or None.
 
     Raises:
         ValueError: If there are too few or too many rows for the tokens.

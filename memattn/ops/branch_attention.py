@@ -42,7 +42,7 @@ def branch_attention(
 
     Every token has A slots. Slot ``a`` of token ``t`` is in branch ``f = branch_indices[b, t, a]``
     and gets ``gates[b, t, a] * softmax(scale q k_f^T) v_f`` over the keys of this branch that the
-    token sees: those of its sequence or document, and if causal none behind it. ``lse`` is that of
+    token sees: those of its sequence or document, and if causal none after it. ``lse`` is that of
     these scores; the gate does not enter.
 
     A slot is inactive where its index is -1 or its gate is exactly 0, and where its token lies

@@ -117,7 +117,7 @@ def neural_memory(
         skip_nonfinite: Whether a gradient whose norm is not finite counts as 0. The state counts
             them.
         seq_start: int32 ``[B]``, first token of each sequence.
-        seq_end: int32 ``[B]``, the token behind its last.
+        seq_end: int32 ``[B]``, the token after its last.
         cu_seqlens: int32 ``[n + 1]``, bounds of packed documents, with ``B = 1``. The state has a
             row for each document then.
         return_state: Whether to return the state.
@@ -140,7 +140,7 @@ def neural_memory(
         the inner loss; once in Triton and C++. Source: Behrouz et al., Titans,
         https://arxiv.org/abs/2501.00663, equations 11 to 18. Differs: the inner loss has a factor
         of 1/2; the learning rate, momentum and decay belong to a token, not to a chunk; the read of
-        a token uses the weights behind that token.
+        a token uses the weights after that token.
     """
     tokens = (query, key, value, lr, momentum, decay)
     choices = (chunk_size, read, activation, residual, loss, huber_delta, max_norm, clamp)
@@ -328,7 +328,7 @@ def _token_by_token(
 def _rows(
     query: Tensor, seq_start: Tensor | None, seq_end: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """First token of each row and the one behind its last, or None where rows are all tokens."""
+    """First token of each row and the one after its last, or None where rows are all tokens."""
     B, _, T, _ = query.shape
     if cu_seqlens is not None:
         return cu_seqlens[:-1], cu_seqlens[1:]

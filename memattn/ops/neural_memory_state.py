@@ -33,7 +33,7 @@ class NeuralMemoryState:
     not depend on how many tokens there are. Floating tensors are float32 (float64 for float64
     inputs). What stands in a pending row from ``count`` on means nothing.
 
-    Layers are kept packed, one behind the other in one axis; ``weights`` and ``momentum`` are views
+    Layers are kept packed, one after the other in one axis; ``weights`` and ``momentum`` are views
     ``[R, H, d_n, d_{n-1}]`` of them.
     """
 
@@ -78,7 +78,7 @@ class NeuralMemoryState:
         return self.pending_h.shape[2] + 1
 
     def current(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-        """Weights and momentum behind the last token, each layer ``[R, H, d_n, d_{n-1}]``."""
+        """Weights and momentum after the last token, each layer ``[R, H, d_n, d_{n-1}]``."""
         b = self.chunk_size
         weights, momentum = self.weights, self.momentum
         if b == 1:
@@ -122,7 +122,7 @@ class NeuralMemoryState:
 
     @classmethod
     def merge(cls, states: "Sequence[NeuralMemoryState]") -> "NeuralMemoryState":
-        """The rows of several states of one memory behind each other; a past is not kept."""
+        """The rows of several states of one memory after each other; a past is not kept."""
         first = states[0]
         for state in states[1:]:
             if (state.sizes, state.chunk_size) != (first.sizes, first.chunk_size):
@@ -133,7 +133,7 @@ class NeuralMemoryState:
         return cls(**merged, sizes=first.sizes)  # pyright: ignore[reportArgumentType]
 
     def record_past(self) -> "NeuralMemoryState":
-        """The same state, which from now on remembers what ``crop`` needs behind its last chunk.
+        """The same state, which from now on remembers what ``crop`` needs after its last chunk.
 
         Calls with a state that records go token by token for the last ``chunk_size`` tokens.
         """
@@ -188,7 +188,7 @@ class NeuralMemoryState:
         return dataclasses.replace(self, records=True, past=past)
 
     def writable(self) -> "tuple[list[Tensor], Writer]":
-        """The four pending tensors, to write behind the newest token, and who may go on there.
+        """The four pending tensors, to write after the newest token, and who may go on there.
 
         Copies, unless this is the state that was made by the last write: so no state ever changes.
         """

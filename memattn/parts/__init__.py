@@ -1,6 +1,6 @@
-"""What a decoder layer can be made of: one file a part, behind one protocol."""
+"""Parts of a decoder layer: one file for each, all with the interface of ``PartConfig``."""
 
-# each makes itself known by its kind
+# each module registers its part
 from memattn.parts import (
     attention_layer,
     causal,

@@ -1,4 +1,4 @@
-"""A part that stands instead of attention elsewhere, as a layer of its own beside a model's."""
+"""Adds an attention part, such as Titans, to a layer that keeps its own attention."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -26,12 +26,12 @@ from memattn.parts.state import PartState
 
 
 class ScaledAttention(nn.Module):
-    """An attention and the scale of its output, which starts at zero.
+    """An attention module and a scale of its output, which starts at zero.
 
     Args:
         attention: Module of the part.
         hidden_size: Features of its output.
-        rotary: Makes the angles where the model hands on none, or None.
+        rotary: Makes rotary angles if the model passes none; None means no rotation then.
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class ScaledAttention(nn.Module):
 @register_part
 @dataclass(frozen=True, kw_only=True)
 class AttentionLayerConfig(AddedPart):
-    """Any part that stands instead of attention, such as Titans', as a further layer.
+    """An attention part, such as Titans, added to layers that keep their own attention.
 
-    Its output is scaled by a vector that starts at zero, so that it starts as nothing.
+    Its output is scaled by a vector that starts at zero, so at first the model is unchanged.
 
     Attributes:
         attention: The part, or its kind and fields: ``{"kind": "titans", "variant": "mac"}``.
-        at: Where it stands, any place but those of attention.
-        rope_theta: Base of the angles that turn its queries and keys where the model hands on none,
-            as a pretrained one; None turns by none.
+        at: Its place in the layer; any but those of attention.
+        rope_theta: Base of the rotary angles of its queries and keys if the model passes none, as
+            pretrained models do; None means no rotation.
         rope_parameters: Scaled frequencies of these angles, as ``MemAttnConfig`` has them, such as
             ``{"rope_type": "linear", "factor": 4.0}``; their base is ``rope_theta``.
-        layers: Numbers of its layers, from 0; None means all.
+        layers: Indices of its layers, from 0; None means all.
     """
 
     kind: ClassVar[str] = "attention_layer"
@@ -86,7 +86,7 @@ class AttentionLayerConfig(AddedPart):
 
     @property
     def part(self) -> PartConfig:
-        """The part that it is made of."""
+        """The attention part."""
         assert isinstance(self.attention, PartConfig)
         return self.attention
 

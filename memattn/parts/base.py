@@ -1,7 +1,7 @@
-"""What a part of a decoder layer says about itself, so that no model has to know it by name.
+"""Base class of the parts of a decoder layer; the decoder itself knows no part by name.
 
 A part is a frozen dataclass: its fields are its configuration, its methods build its module, run
-it, and describe its losses, state, parameters, views and cost. ``register_part`` makes it known; a
+it, and describe its losses, state, parameters, views and cost. ``register_part`` registers it; a
 configuration then names it by ``kind``. ``docs/architecture.md`` shows a whole part.
 """
 
@@ -25,7 +25,7 @@ Part = TypeVar("Part", bound="type[PartConfig]")
 
 
 class Sizes(NamedTuple):
-    """Sizes of the model that a part stands in."""
+    """Sizes of the model that a part belongs to."""
 
     hidden_size: int
     num_heads: int
@@ -33,17 +33,17 @@ class Sizes(NamedTuple):
     head_dim: int
     num_layers: int
     max_positions: int
-    intermediate_size: int | None = None  # of the MLP, None where it is unknown
+    intermediate_size: int | None = None  # of the MLP; None if unknown
     mlp: str = "swiglu"
     norm: str = "rms"
     norm_eps: float = 1e-6
 
 
 class Role(NamedTuple):
-    """What a parameter is, from which its learning rate and weight decay follow.
+    """The role of a parameter, which decides its learning rate and weight decay.
 
     ``kind`` is one of ``ROLES``: only a ``"weight"`` decays, and ``"memory"`` has the rate
-    ``memory_lr``. ``learning_rate`` is a rate of its own instead.
+    ``memory_lr``. ``learning_rate`` overrides the rate.
     """
 
     kind: str
@@ -53,13 +53,15 @@ class Role(NamedTuple):
 class PartOutput(NamedTuple):
     """What a part returns for hidden states ``[B, T, E]``."""
 
-    hidden_states: Tensor  # [B, T, E], added to the residual; "beside_attention" the new attended
+    hidden_states: (
+        Tensor  # [B, T, E], added to the residual; for "beside_attention" it replaces attended
+    )
     losses: Mapping[str, tuple[Tensor, Tensor]] = {}  # by name: sum and count
-    carry: Mapping[str, Tensor] = {}  # by name: what the next layer gets
+    carry: Mapping[str, Tensor] = {}  # by name: tensors for the next layer
 
 
 class StepSources(NamedTuple):
-    """Which keys a new token sees: earlier ones, persistent ones, and rows by position."""
+    """Keys that a new token sees: earlier tokens, persistent keys, rows of a table by position."""
 
     segment_len: int | None = None
     window_size: int | None = None
@@ -74,33 +76,36 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether calling the module is calling the ``forward`` of its class, and no hook sees it."""
+    """Whether a call of the module only runs the ``forward`` of its class, without hooks."""
     own = module.__dict__
     return "forward" not in own and not any(own[hooks] for hooks in _HOOKS)
 
 
 class View(NamedTuple):
-    """A picture of what a part does with a text: ``memattn plot <view> MODEL --text TEXT``."""
+    """A picture of a part on a text: ``memattn plot <view> MODEL --text TEXT``."""
 
     measure: Callable[[nn.Module, Tensor], Any]  # of a model and tokens [B, T]
-    draw: Callable[["Figure", Any], None]  # what was measured, into an empty figure
+    draw: Callable[["Figure", Any], None]  # draws what ``measure`` returned into an empty figure
 
 
 class Cost(NamedTuple):
-    """Parameters of a part in one layer, and floating-point operations of one forward pass."""
+    """Parameters and forward FLOPs of a part in one layer."""
 
     parameters: int
     flops: int
 
 
 class Exchange(NamedTuple):
-    """What a process needs of the others in one layer, where they share a sequence's tokens."""
+    """What a process must receive in one layer if processes share the tokens of a sequence."""
 
-    features: int = 0  # numbers of each token that it needs: its keys and values
-    spans: tuple[int | None, int | None] = (None, None)  # segment and window; none is all earlier
-    first: int = 0  # first tokens of the sequence beside these
-    ahead: int = 0  # tokens behind its own
-    state: int = 0  # numbers in float32 of a state that goes from process to process
+    features: int = 0  # numbers per token: its keys and values
+    spans: tuple[int | None, int | None] = (
+        None,
+        None,
+    )  # segment and window; both None: all earlier tokens
+    first: int = 0  # first tokens of the sequence, in addition
+    ahead: int = 0  # tokens after its own tokens
+    state: int = 0  # float32 numbers of a state passed from process to process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,19 +114,19 @@ class PartConfig:
 
     Class attributes:
         kind: Its name in a configuration, an identifier.
-        place: Where it stands in a layer, one of ``PLACES``. ``"attention"`` stands instead of
-            attention. ``"beside_attention"`` gets the same normed hidden states as attention, whose
-            output is ``context.attended`` and whose module is ``context.base``; its own output
-            stands instead of that. The others get hidden states behind a norm of their own, and
-            their output is added to the residual. A part whose fields decide between places other
-            than attention's overrides ``stands``.
-        repeatable: Whether it may stand more than once in ``MemAttnConfig.parts``.
-        reports: Names of the losses that it may return.
-        inputs: Names of the tensors that a caller of the model may give it, such as weights of
-            samples; ``run`` finds those that were given in ``context.inputs``. One of a single
-            dimension is for all samples, others have the batch first.
+        place: Its place in a layer, one of ``PLACES``. A part at ``"attention"`` replaces
+            attention. A part at ``"beside_attention"`` gets the normed hidden states that attention
+            gets, attention's output in ``context.attended`` and its module in ``context.base``; its
+            own output replaces that output. All other parts get hidden states after their own norm,
+            and their output is added to the residual. A part whose fields decide between places
+            other than attention's overrides ``stands``.
+        repeatable: Whether ``MemAttnConfig.parts`` may contain it more than once.
+        reports: Names of the losses and measures that it may return.
+        inputs: Names of extra tensors that a caller of the model may pass, such as sample weights;
+            ``run`` finds them in ``context.inputs``. A tensor of one dimension is for all samples;
+            others have the batch first.
         views: Its pictures by name.
-        state_type: Class of what a sequence keeps of it.
+        state_type: Class of its state in the cache.
         limits_length: Whether it has parameters for ``max_position_embeddings`` positions only.
     """
 
@@ -135,12 +140,12 @@ class PartConfig:
 
     @property
     def path(self) -> str:
-        """What messages call it."""
+        """Its name in error messages."""
         return "attention" if self.place == "attention" else f"parts.{self.kind}"
 
     @property
     def stands(self) -> str:
-        """Where it stands with these fields, one of ``PLACES``."""
+        """Its place with these fields, one of ``PLACES``."""
         return self.place
 
     @property
@@ -149,32 +154,32 @@ class PartConfig:
 
     @property
     def carries(self) -> tuple[str, ...]:
-        """Names of what it may hand to the next layer."""
+        """Names of the tensors that it may pass to the next layer."""
         return ()
 
     @property
     def needs_state(self) -> bool:
-        """Whether ``run`` is wrong for tokens behind others that a cache holds, without its state.
+        """Whether ``run`` needs its state to be right for tokens after cached ones.
 
-        Where not, a state may still save work.
+        If False, a state may still save work.
         """
         return True
 
     @property
     def reach(self) -> int:
-        """Tokens in its longest window or segment; 0 where there is none. The audit crosses it."""
+        """Tokens in its longest window or segment; 0 without one. The audit uses longer texts."""
         return 0
 
     @property
     def losses(self) -> dict[str, float]:
-        """Losses that it returns where they are measured, with their coefficients in training."""
+        """Losses that it returns if they are measured, with their coefficients in training."""
         return {}
 
     def check(self, sizes: Sizes, others: "list[PartConfig]") -> None:
-        """Raise ValueError unless it fits the model, and the other parts of it."""
+        """Raise ValueError unless it fits the model and the model's other parts."""
 
     def in_layer(self, layer: int, sizes: Sizes) -> "PartConfig | None":
-        """The part that stands in a layer: this one, another one instead, or none."""
+        """The part for a layer: this one, a replacement, or None."""
         return self
 
     def build(self, sizes: Sizes, layer: int) -> nn.Module:
@@ -182,9 +187,9 @@ class PartConfig:
         raise NotImplementedError(f"{type(self).__name__} must define build")
 
     def build_shared(self, sizes: Sizes) -> nn.Module | None:
-        """A module that its layers share, or None.
+        """A module that all its layers share, or None.
 
-        The model keeps it once, as ``shared_parts.<name>``, and ``run`` finds it in
+        The model holds it once, as ``shared_parts.<name>``; ``run`` finds it in
         ``context.shared_module``.
         """
         return None
@@ -194,15 +199,15 @@ class PartConfig:
         return module(hidden_states, context)
 
     def chapter_layout(self, sizes: Sizes) -> Mapping[str, int]:
-        """What it keeps in a layer of each token of a text that becomes a chapter.
+        """The tensors that it keeps per token, in one layer, of a text that becomes a chapter.
 
-        Numbers of features by the names of the tensors; none if it takes no chapters. ``run`` finds
-        those of open chapters in ``context.chapters``, each with a weight that is 1 by default.
+        Number of features by tensor name; empty if it takes no chapters. ``run`` finds the tensors
+        of open chapters in ``context.chapters``, each with a weight (1 by default).
         """
         return {}
 
     def chapter_tensors(self, hidden_states: Tensor) -> Mapping[str, Tensor]:
-        """The tensors ``[n, features]`` of a text whose normed hidden states ``[n, E]`` are."""
+        """The tensors ``[n, features]`` of a text with these normed hidden states ``[n, E]``."""
         return {}
 
     def new_state(self) -> PartState:
@@ -210,45 +215,45 @@ class PartConfig:
         return self.state_type(self.kind)
 
     def step_sources(self, module: nn.Module) -> StepSources | None:
-        """What a new token sees beside earlier ones, for a part that stands instead of attention.
+        """The keys that a new token sees, for a part that replaces attention.
 
-        None where one call of an operator cannot compute it (see ``memattn.models.plain_step``).
+        None if one operator call cannot compute its attention (see ``memattn.models.plain_step``).
         """
         return None
 
     def attend_rows(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, context: PartContext
     ) -> Tensor:
-        """Output of heads ``[B, H, T, D]`` for the newest queries, where ``step_sources`` is given.
+        """Head outputs ``[B, H, T, D]`` for the newest queries, if ``step_sources`` is not None.
 
-        Queries and keys are rotated, and keys and values are those of the cache, new ones behind.
+        Queries and keys are rotated; keys and values are the cached ones followed by the new ones.
         """
         raise NotImplementedError(f"{type(self).__name__} must define attend_rows")
 
     @staticmethod
     def init_weights(module: nn.Module, std: float) -> None:
-        """Give new weights to one module of the model, where it is one of this part's own.
+        """Initialise one module of the model, if its class belongs to this part.
 
         Called for every module of the model after transformers' own rules, which know layers of
         torch; use functions of ``torch.nn.init``.
         """
 
     def begin(self, module: nn.Module, base: nn.Module) -> None:
-        """Give its new module what begins as attention's, for a part that stands beside that.
+        """Copy weights of attention into its new module, for a part beside attention.
 
-        Called after ``init_weights`` with the module of attention; weights that transformers has
-        loaded, with ``_is_hf_initialized``, stay.
+        Called after ``init_weights`` with the attention module. Weights that transformers has
+        loaded (``_is_hf_initialized``) are kept.
         """
 
     def role(self, name: str, parameter: Tensor) -> Role | None:
-        """What a parameter of its module, or of the one its layers share, is.
+        """The role of a parameter of its module or of its shared module.
 
-        None decides by its shape and its module.
+        None lets shape and module decide.
         """
         return None
 
     def operator_flops(self, sizes: Sizes, length: int) -> int:
-        """Operations of its operator for a sequence, without products with weight matrices."""
+        """FLOPs of its operator for one sequence, without products with weight matrices."""
         return 0
 
     def cost(self, sizes: Sizes, length: int, layer: int = 0) -> Cost:
@@ -264,27 +269,27 @@ class PartConfig:
         return Cost(sum(p.numel() for p in parameters.values()), flops)
 
     def shared_cost(self, sizes: Sizes, length: int) -> Cost:
-        """What ``build_shared`` adds once to the costs of all layers."""
+        """The cost of the shared module, counted once for all layers."""
         with torch.device("meta"):
             shared = self.build_shared(sizes)
         return Cost(0 if shared is None else sum(p.numel() for p in shared.parameters()), 0)
 
     def exchange(self, sizes: Sizes) -> Exchange:
-        """What a process that holds some tokens of a sequence needs of the others."""
+        """What a process that holds some tokens of a sequence must receive from the others."""
         return Exchange()
 
     def to_dict(self) -> dict[str, Any]:
-        """Kind and fields as plain values that JSON can hold."""
+        """Kind and fields as values that JSON can hold."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {"kind": self.kind, **values}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AddedPart(PartConfig):
-    """Base of parts that stand beside attention, in all layers or in some.
+    """Base of parts in addition to attention, in all or some layers.
 
     Attributes:
-        layers: Numbers of its layers, from 0; None means all.
+        layers: Indices of its layers, from 0; None means all.
     """
 
     layers: tuple[int, ...] | None = None
@@ -293,7 +298,9 @@ class AddedPart(PartConfig):
         if self.layers is not None:
             for layer in self.layers:
                 check_int(f"{self.path}.layers", layer, 0)
-            object.__setattr__(self, "layers", tuple(self.layers))  # frozen; JSON has lists
+            object.__setattr__(
+                self, "layers", tuple(self.layers)
+            )  # the dataclass is frozen; JSON gives lists
 
     def check(self, sizes: Sizes, others: list[PartConfig]) -> None:
         if self.layers is not None and (not self.layers or max(self.layers) >= sizes.num_layers):
@@ -308,12 +315,12 @@ PARTS: dict[str, type[PartConfig]] = {}
 
 
 def register_part(part: Part) -> Part:
-    """Make a part known by its kind, so that configurations and saved files may name it.
+    """Register a part under its kind, so that configurations and saved files can name it.
 
     Used as a decorator of a ``PartConfig`` subclass, in the package or outside.
 
     Raises:
-        ValueError: If another part has the kind, or ``kind`` or ``place`` is no possible one.
+        ValueError: If another part has the kind, or ``kind`` or ``place`` is invalid.
     """
     taken = PARTS.get(part.kind)
     if taken is not None and taken.__qualname__ != part.__qualname__:
@@ -327,7 +334,7 @@ def register_part(part: Part) -> Part:
 
 
 def part_type(kind: Any, name: str, *, attention: bool | None = None) -> type[PartConfig]:
-    """The registered part of a kind, which stands instead of attention, or beside it."""
+    """The registered part of a kind; ``attention`` says whether it must replace attention."""
     known = [
         known
         for known, part in PARTS.items()
@@ -342,7 +349,7 @@ def make_part(value: Any, name: str, *, attention: bool) -> PartConfig:
     """A part from its configuration, or from the values of ``PartConfig.to_dict``.
 
     Raises:
-        TypeError: If it is neither.
+        TypeError: If ``value`` is neither.
         ValueError: If there is no such part for that place, or a field is unknown or wrong.
     """
     if isinstance(value, PartConfig):

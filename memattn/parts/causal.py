@@ -1,4 +1,4 @@
-"""Causal attention: all earlier tokens, and persistent ones."""
+"""Causal attention: a token sees all earlier tokens and persistent keys."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,7 +29,7 @@ STEP_BACKENDS = ("auto", "cpp")
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPart(PartConfig):
-    """Base of parts that stand instead of attention and run one of the operators.
+    """Base of parts that replace attention and run one of the operators.
 
     Attributes:
         backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
@@ -45,7 +45,7 @@ class AttentionPart(PartConfig):
             must("attention.backend", f"be one of {', '.join(self.backends)}", repr(self.backend))
 
     def heads(self, sizes: Sizes) -> dict[str, Any]:
-        """Keywords of ``MultiHeadAttention`` and the backend."""
+        """Arguments for ``MultiHeadAttention``, and the backend."""
         return dict(
             hidden_size=sizes.hidden_size,
             num_heads=sizes.num_heads,
@@ -88,12 +88,12 @@ class CausalConfig(AttentionPart):
 
     @property
     def spans(self) -> tuple[int | None, int | None]:
-        """Segment length and window, None where there is none."""
+        """Segment length and window; None if there is none."""
         return None, None
 
     @property
     def sinks(self) -> int:
-        """First tokens of a sequence that all its tokens see beside segment and window."""
+        """Sink tokens: first tokens that all later ones see, besides segment and window."""
         return 0
 
     def visible(self, position: int, sizes: Sizes) -> int:
@@ -152,7 +152,7 @@ def _sources(
     change_value: Any = None,
     **bounds: Any,
 ) -> dict[str, Tensor]:
-    """Masses ``[B, H, T]`` of tokens and persistent keys, whatever the values are."""
+    """Attention mass ``[B, H, T]`` on tokens and on persistent keys."""
     query, key, value = layer.split_heads(hidden_states)
     if rotary is not None:
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)

@@ -150,12 +150,12 @@ class ChapterMemoryConfig(MemoryFields):
         projected, opened = None, {}
         state = context.state if isinstance(context.state, RoutingState) else None
         if state is not None and not torch.is_grad_enabled():
-            # a generation projects the bank once
+            # in generation the bank is projected once
             if state.projected is None:
                 state.projected = module.attention.project(bank)
             projected = state.projected
         if state is not None and not context.chapters:
-            state.open_chapters = None  # closed or deleted since
+            state.open_chapters = None  # they were closed or deleted
         if context.chapters:
             opened = dict(
                 open_chapters=_project_open(module.attention, context, state),
@@ -171,7 +171,7 @@ class ChapterMemoryConfig(MemoryFields):
 
     @property
     def _rules(self) -> dict[bool, RoutingRule]:
-        """How chapters are selected in training mode, True, and in evaluation."""
+        """The routing rules of training (key True) and evaluation."""
         return {
             training: RoutingRule(
                 strategy=strategy, block=self.routing_block_size, window=self.routing_window_size
@@ -183,7 +183,7 @@ class ChapterMemoryConfig(MemoryFields):
         }
 
     def chapter_layout(self, sizes: Sizes) -> Mapping[str, int]:
-        """Hidden states become memory tokens, so it takes chapters where those are as wide."""
+        """Hidden states become memory tokens, so both must have the same width to take chapters."""
         return {"states": sizes.hidden_size} if self.width(sizes) == sizes.hidden_size else {}
 
     def chapter_tensors(self, hidden_states: Tensor) -> Mapping[str, Tensor]:
@@ -204,13 +204,13 @@ class ChapterMemoryConfig(MemoryFields):
             module.reset_parameters()
 
     def cost(self, sizes: Sizes, length: int, layer: int = 0) -> Cost:
-        """Its cost for one sequence: keys and values are projected once for all that it selects."""
+        """Its cost for one sequence; selected chapters are projected once for all its tokens."""
         with torch.device("meta"):
             module = self.build(sizes, layer)
         attention, M = module.attention, self.num_memory_tokens
         count = lambda part: sum(p.numel() for p in part.parameters())
         flops = 2 * length * (count(attention.q_proj) + count(attention.o_proj))
-        tokens = seen = M  # memory tokens that are projected, and that a token sees
+        tokens = seen = M  # memory tokens projected, and seen by a token
         if module.router is not None:
             rows = length
             if self.routing_strategy_train != "token":
@@ -221,7 +221,8 @@ class ChapterMemoryConfig(MemoryFields):
             flops += 2 * rows * module.router.weight.numel()
         flops += 2 * tokens * (count(attention.k_proj) + count(attention.v_proj))
         if self.use_low_rank_memory and not self.is_reduced:
-            # the basis goes into the first matrix of each projection, which then has fewer columns
+            # the basis is multiplied into the first matrix of each projection, which gets fewer
+            # columns
             outputs = [
                 proj.down.out_features if isinstance(proj, LowRankLinear) else proj.out_features
                 for proj in (attention.k_proj, attention.v_proj)
@@ -234,7 +235,7 @@ class ChapterMemoryConfig(MemoryFields):
         return Cost(count(module), flops)
 
     def shared_cost(self, sizes: Sizes, length: int) -> Cost:
-        """Numbers that the banks hold, in whatever format."""
+        """Parameters of the banks, whatever their storage format."""
         with torch.device("meta"):
             banks = self.build_shared(sizes)
         if not isinstance(banks, MemoryBanks):
@@ -251,7 +252,7 @@ class ChapterMemoryConfig(MemoryFields):
 def _project_open(
     attention: MemoryCrossAttention, context: PartContext, state: RoutingState | None
 ) -> list[tuple[ProjectedChapters, float]]:
-    """Keys, values and weights of the open chapters, projected once in a generation."""
+    """Keys, values and weights of the open chapters, projected once per generation."""
     if torch.is_grad_enabled():
         state = None
     if state is not None and state.open_chapters is not None:

@@ -1,4 +1,4 @@
-"""How chapters are used: what a step reports, and a picture of it."""
+"""How chapters are used: measures of a training step, and a picture."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,13 +13,13 @@ from memattn.parts.views import visit_layers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# reported beside the losses, but not trained on: the entropy of a row's probabilities, and the
-# share of the routed chapters that no row of the batch selected
+# reported with the losses but not trained on: the entropy of a row's probabilities, and the share
+# of routed chapters that no row of the batch selected
 MEASURES = ("router_entropy", "dead_chapters")
 
 
 class ChapterUsage(NamedTuple):
-    """What ``measure_usage`` returns, one row for each layer with a router."""
+    """Result of ``measure_usage``; one row for each layer with a router."""
 
     layers: list[str]  # names of the routers
     load: Tensor  # [layers, C'], share of the routing rows that selected each routed chapter
@@ -35,11 +35,11 @@ def measures(output: RouterOutput) -> dict[str, Tensor]:
 
 
 def measure_usage(model: nn.Module, input_ids: Tensor) -> ChapterUsage:
-    """Load of the chapters, entropy of the choice, and chapters that are never chosen.
+    """Load of the chapters, entropy of the routing, and chapters that are never selected.
 
     Args:
         model: A model with ``ChapterRouter`` layers, called with ``input_ids`` and
-            ``use_cache=False``. It is put into its evaluation mode meanwhile.
+            ``use_cache=False``. It is in evaluation mode during the call.
         input_ids: ``[B, T]``, without padding.
 
     Raises:
@@ -52,7 +52,9 @@ def measure_usage(model: nn.Module, input_ids: Tensor) -> ChapterUsage:
     found: dict[nn.Module, RouterOutput] = {}
 
     def measure(router: Any, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-        found[router] = router.forward(*args, **options)  # a call would come back here
+        found[router] = router.forward(
+            *args, **options
+        )  # calling the module would run this wrapper again
 
     visit_layers(model, input_ids, routers.values(), measure)
     outputs = [found[router] for router in routers.values()]
@@ -62,7 +64,7 @@ def measure_usage(model: nn.Module, input_ids: Tensor) -> ChapterUsage:
 
 
 def draw_usage(figure: "Figure", usage: ChapterUsage) -> None:
-    """Draw the load of each layer, in falling order, with its entropy and its dead chapters."""
+    """Draw the load of each layer in descending order, with its entropy and unused chapters."""
     figure.set_size_inches(9.0, 1.2 + 1.6 * len(usage.layers))
     rows = figure.subplots(len(usage.layers), 1, squeeze=False, sharex=True)
     chapters = usage.load.shape[1]

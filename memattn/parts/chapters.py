@@ -1,8 +1,8 @@
-"""Chapters that users make of texts: what parts keep of them, which are open, their file.
+"""Chapters made from texts: their tensors, which of them are open, and their file.
 
-A part says by ``PartConfig.chapter_layout`` what it keeps of each token of a text in a layer. While
-a model reads a text in ``Chapters.recording``, that is collected; ``Chapters.opened`` then gives it
-to the part in every call of the model, as long as the chapter is open.
+``PartConfig.chapter_layout`` names the tensors that a part keeps per token and layer. They are
+collected while the model reads a text in ``Chapters.recording``. As long as the chapter is open,
+``Chapters.opened`` gives them to the part in every call of the model.
 """
 
 import json
@@ -20,11 +20,11 @@ from memattn.checks import must
 from memattn.files import read_metadata, read_tensors, write_tensors
 
 FILE, FORMAT = "chapters.safetensors", "memattn-chapters-1"
-TOKENS = "tokens"  # of the text, beside what parts keep
+TOKENS = "tokens"  # name of the text's tokens in the file
 
 
 class OpenChapter(NamedTuple):
-    """What one part has in one layer of a chapter that is open."""
+    """The tensors of an open chapter for one part in one layer."""
 
     tensors: Mapping[str, Tensor]  # by name, one row for each token
     weight: float
@@ -32,20 +32,20 @@ class OpenChapter(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Chapter:
-    """Where a chapter comes from, and whether it is open.
+    """Description of a chapter: its origin and whether it is open.
 
     Attributes:
         name: Its name.
-        source: What the user calls its text, such as a file.
+        source: The user's name for the text, such as a file name.
         num_tokens: Tokens of the text.
-        sha256: Checksum of the text, or of its tokens where those were given.
+        sha256: Checksum of the text, or of its tokens if tokens were given.
         made_at: When it was made, UTC, ISO 8601.
         model: The model that read the text.
-        weights: Checksum of numbers taken from all weights that the model had then.
-        context_len: Tokens that the model read at once.
-        prefix: Tokens in front of each of these pieces, which are not kept.
+        weights: Checksum of the model's weights at that time.
+        context_len: Tokens that the model read at a time.
+        prefix: Tokens before each piece; their states are not kept.
         is_open: Whether every token attends to it.
-        weight: How much it counts then: 1 is as much as one chapter of the part's own.
+        weight: Its weight when open; 1 is the weight of one learned chapter.
     """
 
     name: str
@@ -64,12 +64,11 @@ class Chapter:
 class Chapters:
     """The chapters of one model, by name, in the order in which they were made.
 
-    None of them is a parameter: they are neither trained nor in a ``state_dict``. A chapter that is
-    closed takes no part in anything.
+    Chapters are not parameters: they are neither trained nor in a ``state_dict``. A closed chapter
+    has no effect.
 
     Args:
-        layout: What the model's parts keep of a token: number of features by
-            ``layers.<i>.<part>.<tensor>``.
+        layout: Features that the model's parts keep per token, by ``layers.<i>.<part>.<tensor>``.
         model: Type and sizes of the model.
     """
 
@@ -106,12 +105,12 @@ class Chapters:
         return self._tensors[name][TOKENS].long()
 
     def add(self, chapter: Chapter, tokens: Tensor, kept: Mapping[str, Tensor]) -> None:
-        """Take in a chapter, or a new version of one of that name.
+        """Add a chapter, or replace the one of that name.
 
         Args:
-            chapter: What is known of it.
-            tokens: Of its text, ``[n]``.
-            kept: Tensors ``[n, features]`` by the names of the layout.
+            chapter: Its description.
+            tokens: Tokens of its text, ``[n]``.
+            kept: Tensors ``[n, features]`` by their names in the layout.
 
         Raises:
             ValueError: If the tensors do not fit the model.
@@ -134,12 +133,12 @@ class Chapters:
                 must(argument, allowed, list(tensors[name].shape))
 
     def open(self, *names: str, weight: float | None = None) -> None:
-        """Let every token of every sequence attend to these chapters from now on.
+        """Open chapters: from now on every token of every sequence attends to them.
 
         Args:
             names: At least one name.
-            weight: How much they count: 1 is as much as one chapter of the part's own. None
-                leaves their weight, which is 1 at first.
+            weight: Their weight; 1 is the weight of one learned chapter. None keeps the present
+                weight, initially 1.
 
         Raises:
             ValueError: If a name is unknown, or the weight is not positive and finite.
@@ -157,14 +156,14 @@ class Chapters:
         self._update()
 
     def close(self, *names: str) -> None:
-        """Let these chapters, or all where none is named, take no part any more."""
+        """Close these chapters; without names, all."""
         self._check_known(*names)
         for name in names or tuple(self._chapters):
             self._chapters[name] = replace(self._chapters[name], is_open=False)
         self._update()
 
     def delete(self, *names: str) -> None:
-        """Forget these chapters. Nothing is left of them in the model."""
+        """Delete these chapters from the model."""
         if not names:
             must("names", "have at least one name", "none")
         self._check_known(*names)
@@ -174,7 +173,7 @@ class Chapters:
 
     @contextmanager
     def only(self, *names: str, weight: float | None = None) -> Iterator[None]:
-        """Open these chapters and no others for a while."""
+        """Context in which only these chapters are open."""
         before = dict(self._chapters)
         self.close()
         try:
@@ -191,7 +190,7 @@ class Chapters:
             self._update()
 
     def _update(self) -> None:
-        """Sort what is open by layer and part."""
+        """Group the open chapters by layer and part."""
         opened: dict[str, list[OpenChapter]] = {}
         for chapter in self:
             places: dict[str, dict[str, Tensor]] = {}
@@ -203,9 +202,9 @@ class Chapters:
         self._opened = {place: tuple(chapters) for place, chapters in opened.items()}
 
     def opened(self, layer: int, part: str, device: torch.device) -> tuple[OpenChapter, ...]:
-        """What a part has in a layer of the open chapters; the same object until that changes."""
+        """The open chapters of a part in a layer; the same object until they change."""
         if self._recorded is not None:
-            return ()  # what a chapter holds does not depend on others
+            return ()  # a chapter is recorded without other chapters
         chapters = self._opened.get(f"layers.{layer}.{part}", ())
         if any(tensor.device != device for c in chapters for tensor in c.tensors.values()):
             prefix = f"layers.{layer}.{part}."
@@ -218,12 +217,12 @@ class Chapters:
 
     @property
     def is_recording(self) -> bool:
-        """Whether what parts keep is collected."""
+        """Whether tensors are being recorded."""
         return self._recorded is not None
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, list[Tensor]]]:
-        """Collect what parts keep of one sequence in each call; no chapter is open meanwhile."""
+        """Record the tensors of one sequence in each call; all chapters are closed meanwhile."""
         self._recorded = {}
         try:
             yield self._recorded
@@ -231,14 +230,14 @@ class Chapters:
             self._recorded = None
 
     def record(self, layer: int, part: str, kept: Mapping[str, Tensor]) -> None:
-        """Collect ``[n, features]`` of a part in a layer."""
+        """Record ``[n, features]`` of a part in a layer."""
         assert self._recorded is not None
         for name, tensor in kept.items():
             key = f"layers.{layer}.{part}.{name}"
             self._recorded.setdefault(key, []).append(tensor.detach().clone())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all chapters to a safetensors file, whole or not at all."""
+        """Write all chapters to a safetensors file, atomically."""
         about = {"model": self.model, "chapters": [asdict(chapter) for chapter in self]}
         tensors = {
             f"{number}.{name}": tensor
@@ -248,16 +247,16 @@ class Chapters:
         write_tensors(path, tensors, {"format": FORMAT, "about": json.dumps(about)})
 
     def load(self, path: str | os.PathLike[str], *, weights: str | None = None) -> None:
-        """Take in the chapters of a file that ``save`` wrote, open those that were.
+        """Load the chapters of a file that ``save`` wrote; those that were open are opened.
 
         Args:
             path: The file.
-            weights: Checksum that the weights must have had; None takes any.
+            weights: Required checksum of the weights; None accepts any.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is damaged, of another model, or has a name that is taken; nothing
-                is taken in then.
+            ValueError: If the file is damaged, of another model, or has a name that is taken; then
+                no chapter is loaded.
         """
         tensors, metadata = read_tensors(path, "Chapters.save")
         model, chapters = _described(path, metadata)
@@ -300,7 +299,7 @@ class Chapters:
         return chapters
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Save all chapters or, where there are none, see to it that there is no file."""
+        """Save all chapters; if there are none, delete the file."""
         if len(self):
             self.save(path)
         elif os.path.exists(path):
@@ -308,7 +307,7 @@ class Chapters:
 
 
 def list_chapters(path: str | os.PathLike[str]) -> list[Chapter]:
-    """What is known of the chapters of a file; their tensors are not read.
+    """Descriptions of the chapters of a file; their tensors are not read.
 
     Raises:
         FileNotFoundError, ValueError: As ``Chapters.load`` does.
@@ -319,7 +318,7 @@ def list_chapters(path: str | os.PathLike[str]) -> list[Chapter]:
 def _described(
     path: str | os.PathLike[str], metadata: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[Chapter]]:
-    """The model and the chapters that the metadata of a file describe."""
+    """The model and the chapters described by the metadata of a file."""
     if metadata.get("format") != FORMAT:
         must("path", f"be a file of format {FORMAT}", f"{path} of {metadata.get('format')}")
     try:

@@ -1,4 +1,4 @@
-"""What a part is told about the tokens that it gets."""
+"""The context of a call that a part receives with its hidden states."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,34 +18,35 @@ Angles = tuple[Tensor, Tensor]
 
 @dataclass
 class PartContext:
-    """Everything about one call of the model, seen from one part in one layer.
+    """One call of the model, as one part in one layer needs to know it.
 
     Attributes:
         positions: int64 ``[B, T]`` or ``[1, T]``, each token's place in its own sequence.
-        present: bool ``[B, T]``, False for padding; None where every token is there.
-        bounds: The same as bounds, in columns of the keys that the state keeps, new ones behind.
+        present: bool ``[B, T]``, False for padding; None without padding.
+        bounds: First and last column of each sequence among the kept keys and the new ones.
         cu_seqlens: int32 ``[n+1]``, bounds of packed documents, or None.
-        offset: Columns before the first one here: those that the cache has seen.
-        rotary: Cosines and sines of ``positions``, or None where positions are not rotary.
-        rotary_embedding: What makes such of other positions.
+        offset: Columns that the cache has seen before this call.
+        rotary: Cosines and sines of ``positions``; None if positions are not rotary.
+        rotary_embedding: Module that computes them for other positions.
         measure_losses: Whether the part is to return its losses.
-        residual: The hidden states ``[B, T, E]`` before the norm, which the output is added to.
+        residual: The hidden states ``[B, T, E]`` before the norm; the output is added to them.
         shared_module: The module that the part's layers share, or None.
-        state: What the sequences keep of this part in this layer, or None without a cache.
-        carry: What the layers before handed on, by name.
+        state: The cached state of this part in this layer; None without a cache.
+        carry: Tensors passed on by the layers before, by name.
         library: The chapters of texts that the model keeps, or None.
-        chapters: What the part keeps in this layer of those that are open.
-        shared: What ``once`` remembers in this call of the model.
-        handed: What a module of the part hands on to the next layer, for ``PartOutput.carry``.
-        attended: Output ``[B, T, E]`` of attention and of the parts beside it that ran before, for
-            a part that stands beside attention; else None.
-        base: The module of attention itself, for such a part; else None.
-        inputs: What the caller of the model gave to parts, by the names of ``PartConfig.inputs``.
-        order: The order in which columns of the caller stand here, where rows have holes or
-            hold several documents.
-        newest_only: Whether the caller wants logits of the newest tokens alone, as generation does.
-        newest: Tokens, counted from the last, whose output of this layer anyone looks at; None is
-            all. Only a layer without further parts is told, and no part is.
+        chapters: The open chapters of this part in this layer.
+        shared: Results that ``once`` caches in this call of the model.
+        handed: Tensors that the part's module passes to the next layer, for ``PartOutput.carry``.
+        attended: For a part beside attention: the output ``[B, T, E]`` of attention and of such
+            parts that ran before; else None.
+        base: For a part beside attention: the attention module; else None.
+        inputs: Extra tensors from the caller of the model, by the names of ``PartConfig.inputs``.
+        order: The order of the caller's columns in this call, if rows have holes or hold several
+            documents.
+        newest_only: Whether the caller needs only the logits of the newest tokens, as in
+            generation.
+        newest: Number of last tokens whose output of this layer is needed; None means all. Set only
+            for layers without further parts.
     """
 
     positions: Tensor
@@ -81,7 +82,7 @@ class PartContext:
         attended: Tensor | None = None,
         base: nn.Module | None = None,
     ) -> "PartContext":
-        """The same for one part, with what is its own."""
+        """This context for one part, with the part's own fields."""
         return PartContext(
             positions=self.positions,
             present=self.present,
@@ -105,11 +106,11 @@ class PartContext:
         )
 
     def attention_inputs(self) -> dict[str, Any]:
-        """Keywords that every attention module of ``memattn.nn`` takes."""
+        """Arguments that every attention module of ``memattn.nn`` takes."""
         return dict(rotary=self.rotary, cache=self.state, **self.sequence_bounds())
 
     def sequence_bounds(self) -> dict[str, Tensor | None]:
-        """Keywords of operators that say where sequences and documents begin and end."""
+        """Arguments of operators that give the bounds of sequences and documents."""
         return dict(
             cu_seqlens=self.cu_seqlens,
             seq_start=self.bounds.seq_start,
@@ -117,13 +118,13 @@ class PartContext:
         )
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` returns, computed by the first layer that asks in this call."""
+        """The result of ``compute``, computed once in this call of the model."""
         if key not in self.shared:
             self.shared[key] = compute()
         return self.shared[key]
 
     def lengths(self) -> Tensor:
-        """Tokens so far of each token's own sequence, int64 ``[B or 1, 1 or T]``."""
+        """Tokens so far in each token's sequence, int64 ``[B or 1, 1 or T]``."""
         if self.cu_seqlens is not None:
             bounds = self.cu_seqlens.long()
             columns = torch.arange(self.positions.shape[1], device=bounds.device)

@@ -1,4 +1,4 @@
-"""Keys of tokens and of what a memory gave for them, laid out for attention within segments."""
+"""Keys of tokens and of memory outputs, arranged for attention within segments."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from memattn.parts.context import PartContext
 
 
 class ContextKeys(NamedTuple):
-    """Keys and values of tokens and of what the memory gave for them, ``[B, Hkv, S, D]`` each."""
+    """Keys and values of tokens and of memory outputs, ``[B, Hkv, S, D]`` each."""
 
     key: Tensor
     value: Tensor
@@ -21,9 +21,10 @@ class ContextKeys(NamedTuple):
 def behind(
     front: ContextKeys | None, keys: ContextKeys, start: Tensor | None = None
 ) -> ContextKeys:
-    """Keys with ``M`` others in front of their first one, or of the segment at ``start [B]``.
+    """Keys with the ``M`` keys ``front`` before the first one, or before the segment at ``start
+    [B]``.
 
-    All columns move by ``M``; what stood before the segment there is overwritten.
+    All columns move by ``M``; columns before the segment are overwritten.
     """
     if front is None:
         return keys
@@ -43,7 +44,7 @@ def behind(
 def by_segments(keys: ContextKeys, L: int, index: Tensor | None = None) -> ContextKeys:
     """The memory's keys ``[B, Hkv, S, D]`` as ``[B, Hkv, n_segments, L, D]``.
 
-    ``index`` int64 ``[B, n_segments * L]`` are their columns; None: they begin at the first one.
+    ``index`` int64 ``[B, n_segments * L]`` gives their columns; None: from the first column on.
     """
 
     def cut(x: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def by_segments(keys: ContextKeys, L: int, index: Tensor | None = None) -> Conte
 
 
 def columns_from(start: Tensor, n: int, S: int) -> Tensor:
-    """The ``n`` columns from ``start [B]`` on, int64 ``[B, n]``, moved to those that there are."""
+    """The ``n`` columns from ``start [B]`` on, int64 ``[B, n]``, clamped to existing columns."""
     columns = start.long()[:, None] + torch.arange(n, device=start.device)
     return columns.clamp(0, max(S - 1, 0))
 
@@ -77,10 +78,10 @@ def segment_columns(
     if start is None:
         if not torch.compiler.is_exporting():
             return None, None
-        # one program for any number of segments takes their columns
+        # with columns as an index, one compiled program serves any number of segments
         start = context.positions.new_zeros(B, dtype=torch.int32)
-    # whole segments in front of the first column hold nothing that is seen
+    # whole segments before the first column are not seen
     start = torch.where(start < 0, -(-start % L), start)
-    # never one segment alone in an exported program, where that would be another program
+    # at least two segments in an exported program: one would need another program
     more = (L - 1) * (context.state is not None) + L * torch.compiler.is_exporting()
     return start, columns_from(start, (S + more + L - 1) // L * L, S)

@@ -1,4 +1,4 @@
-"""Future attention: all earlier tokens, and learned keys for the positions ahead."""
+"""Future attention: a token sees all earlier tokens and learned keys for the positions ahead."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -38,7 +38,7 @@ LOSS = "future_loss"
 
 
 class FutureMeasures(NamedTuple):
-    """What ``measure_future`` returns, float64, one row for each layer with future keys."""
+    """Result of ``measure_future``, float64; one row for each layer with future keys."""
 
     layers: list[int]  # their numbers among all attention layers
     mass: Tensor  # [layers, H], share of attention on future keys, averaged over the positions
@@ -46,16 +46,16 @@ class FutureMeasures(NamedTuple):
 
 
 def measure_future(model: nn.Module, input_ids: Tensor) -> FutureMeasures:
-    """Mass on future keys, and the cosine between predicted and true future output.
+    """Attention mass on future keys, and cosine of predicted and true future output.
 
-    The mass is exact: one minus ``exp(lse of the past - lse of both)``. The predicted output is
-    ``out_future`` of the operator; the true one is what the operator gives when the real keys and
-    values of the next positions stand in the table, which is the target of its loss. Positions
-    that the loss leaves out, since their band leaves the sequence, have no cosine.
+    The mass is exact: ``1 - exp(lse of the past - lse of both)``. The predicted output is
+    ``out_future`` of the operator. The true output is the target of its loss: the same with the
+    real keys and values of the next positions. Positions whose band leaves the sequence are not in
+    the loss and have no cosine.
 
     Args:
         model: A model with ``FutureAttention`` layers, called with ``input_ids`` and
-            ``use_cache=False``. It is put into its evaluation mode meanwhile.
+            ``use_cache=False``. It is in evaluation mode during the call.
         input_ids: ``[B, T]``, without padding, with at least one whole band.
 
     Returns:
@@ -87,7 +87,7 @@ def measure_future(model: nn.Module, input_ids: Tensor) -> FutureMeasures:
 
 
 def draw_future(figure: "Figure", measures: FutureMeasures) -> None:
-    """Draw mass and cosine, a heat map each."""
+    """Draw mass and cosine as two heat maps."""
     layers, mass, cosine = measures
     figure.set_size_inches(12.0, 1.8 + 0.3 * max(8, len(mass)))
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
@@ -119,12 +119,12 @@ class FutureConfig(AttentionPart):
         start_layer: The first layer with future keys, counted from 0.
         end_layer: The layer after the last one with future keys; None means all from
             ``start_layer`` on. The other layers are plain causal attention.
-        loss_type: ``"mse"`` or ``"cosine"``, how the future part of each layer's output is
-            compared with what the real keys would give, or None for no such loss.
-        loss_coefficient: What the mean of the layers' losses is multiplied by before it is added
-            to the loss in training mode. 0 measures it without training on it.
-        detach_target: Whether the loss leaves the real keys, values and queries of its target
-            alone.
+        loss_type: ``"mse"`` or ``"cosine"``: the loss between the future part of each layer's
+            output and the output of the real future keys. None means no such loss.
+        loss_coefficient: Factor of the mean over layers when it is added to the training loss. 0
+            measures the loss without training on it.
+        detach_target: Whether the loss gives no gradient to the real keys, values and queries of
+            its target.
         backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
     """
 
@@ -212,7 +212,8 @@ class FutureConfig(AttentionPart):
         if rotary is not None:
             rows = layer.future_positions(hidden_states, offset=context.offset)
             angles = lambda: rotary(rows, hidden_states.dtype)
-            # by what decides the rows, and not by their number, which compilation would fix
+            # keyed by what decides the rows, not by their number, which compilation would make a
+            # constant
             turns = context.once((self.kind, self.source, self.future_dim), angles)
         out, loss = layer(
             hidden_states,
@@ -249,7 +250,7 @@ class FutureConfig(AttentionPart):
         return layer.attend(query, key, value, future_rotary=turns, **bounds)
 
     def _count(self, layer: FutureAttention, context: PartContext, B: int) -> Tensor:
-        """Positions of which the loss is the mean: their whole band is in the sequence."""
+        """Number of positions in the loss: those whose whole band is in the sequence."""
         positions = context.positions
         last = (positions + self.future_dim).clamp(max=_last_row(layer))
         counted = (last > positions) & (last < context.lengths()) & (positions >= 0)
@@ -275,7 +276,7 @@ class FutureConfig(AttentionPart):
 def _sources(
     layer: FutureAttention, hidden_states: Tensor, *, output_loss: bool | None = None, **tokens: Any
 ) -> dict[str, Tensor]:
-    """Masses ``[B, H, T]`` of tokens and future keys."""
+    """Attention mass ``[B, H, T]`` on tokens and on future keys."""
     inputs, options = layer.operands(hidden_states, **tokens)
     shared = ("cu_seqlens", "seq_start", "seq_end", "query_offset", "backend")
     past = segmented_attention(*inputs[:3], **{name: options[name] for name in shared}).lse
@@ -287,7 +288,7 @@ def _sources(
 def _cosine(
     layer: FutureAttention, hidden_states: Tensor, *, output_loss: bool | None = None, **tokens: Any
 ) -> Tensor:
-    """Cosine ``[B, H, T]`` of predicted and true future output, NaN without a whole band."""
+    """Cosine ``[B, H, T]`` of predicted and true future output; NaN without a whole band."""
     inputs, options = layer.operands(hidden_states, **tokens)
     query, key, value = inputs[:3]
     T = query.shape[2]

@@ -1,4 +1,4 @@
-"""How much of the base and of each specialist the tokens of a text get, layer by layer."""
+"""Gates of the base and of each specialist for the tokens of a text, layer by layer."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,7 +35,7 @@ def measure_gates(model: nn.Module, input_ids: Tensor, **inputs: Any) -> list[La
     Args:
         model: A model with specialists, in its layers or attached to them.
         input_ids: Tokens ``[B, T]``.
-        inputs: Further arguments of the model, such as ``attention_mask`` and ``domain_weights``.
+        inputs: More arguments of the model, such as ``attention_mask`` and ``domain_weights``.
 
     Raises:
         ValueError: If the model has no specialists.
@@ -74,7 +74,7 @@ def draw_gates(figure: "Figure", layers: Sequence[LayerGates]) -> None:
 
     Args:
         figure: An empty figure.
-        layers: What ``measure_gates`` returned.
+        layers: The result of ``measure_gates``.
     """
     names = list(dict.fromkeys(name for layer in layers for name in layer.names))
     tokens = layers[0].gates.shape[1]
@@ -103,5 +103,5 @@ def draw_gates(figure: "Figure", layers: Sequence[LayerGates]) -> None:
 
 
 def _number(name: str) -> int:
-    """The number of the layer that a module stands in."""
+    """The index of the layer that contains a module."""
     return next(int(word) for word in name.split(".") if word.isdigit())

@@ -1,4 +1,4 @@
-"""Losses of parts: their sums and counts over the layers of one call, and what outputs show."""
+"""Losses of parts: sums and counts over the layers of a call, and their place in model outputs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from memattn.parts.base import PARTS, PartConfig, PartOutput
 
 
 def check_output(part: PartConfig, output: PartOutput, *, measured: bool) -> None:
-    """Raise ValueError unless a part returned the losses and the carry that it said it would."""
+    """Raise ValueError unless a part returned exactly the losses and the carry that it declares."""
     wanted = part.losses.keys() if measured else set()
     if output.losses.keys() != wanted or output.carry.keys() - set(part.carries):
         raise ValueError(
@@ -20,7 +20,7 @@ def check_output(part: PartConfig, output: PartOutput, *, measured: bool) -> Non
 
 
 class LossSums:
-    """Sums and counts that layers add, and the means over all of them."""
+    """Sums and counts of losses over layers, and their means."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[Tensor]] = {}
@@ -33,7 +33,7 @@ class LossSums:
             self._counts.setdefault(name, []).append(count)
 
     def means(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Means and counts by name; a mean over nothing is 0."""
+        """Means and counts by name; a mean with count 0 is 0."""
         counts = {name: torch.stack(found).sum() for name, found in self._counts.items()}
         means = {
             name: torch.stack(found).sum() / counts[name].clamp(min=1.0)
@@ -43,9 +43,9 @@ class LossSums:
 
 
 class NamedLosses:
-    """Base of outputs with ``losses``: each loss of a part is an attribute too.
+    """Base of outputs with ``losses``: each loss is also an attribute.
 
-    It is None where it was not measured.
+    The attribute is None if the loss was not measured.
     """
 
     losses: dict[str, Tensor] | None

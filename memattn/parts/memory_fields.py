@@ -1,4 +1,4 @@
-"""Fields of chapter memory: what they mean, how they are checked, and what follows from them."""
+"""Configuration fields of chapter memory, their checks and derived values."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ PLACEMENTS = ("all", "first_k", "last_k", "every_n", "custom", "none")
 SHARING = ("shared", "per_layer", "every_k_layers")
 LOW_RANK_MODES = ("factorized", "reduced_dim")
 VARIANTS = {"A": "after_attention", "B": "after_mlp"}
-LOSSES = {  # the loss: its switch and its coefficient
+LOSSES = {  # loss name: its switch and its coefficient
     "load_balance_loss": ("use_load_balance_loss", "load_balance_coefficient"),
     "auxiliary_loss": ("use_auxiliary_loss", "auxiliary_loss_coefficient"),
     "z_loss": ("use_z_loss", "z_loss_coefficient"),
@@ -22,63 +22,63 @@ LOSSES = {  # the loss: its switch and its coefficient
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryFields(PartConfig):
-    """Cross-attention to a bank of learned memory tokens, all of them or routed chapters.
+    """Cross-attention to a bank of learned memory tokens: the whole bank, or routed chapters.
 
-    Field names and defaults are those of the Memory project where it has them.
+    Names and defaults follow the Memory project for the fields that it has.
 
     Attributes:
-        num_memory_tokens: Memory tokens of a bank.
-        memory_dim: Features of a memory token; None means those of the model.
-        memory_layer_placement: Which layers have it: ``"all"``, ``"first_k"``, ``"last_k"``,
+        num_memory_tokens: Memory tokens in a bank.
+        memory_dim: Features of a memory token; None means ``hidden_size``.
+        memory_layer_placement: Layers with memory: ``"all"``, ``"first_k"``, ``"last_k"``,
             ``"every_n"`` (layers 0, n, 2n, ...), ``"custom"`` or ``"none"``.
         memory_layer_k: Number of layers for ``"first_k"`` and ``"last_k"``, at most all.
-        memory_layer_n: Distance of layers for ``"every_n"``.
-        memory_layer_custom: Numbers of the layers, from 0, for ``"custom"``.
+        memory_layer_n: Distance between layers for ``"every_n"``.
+        memory_layer_custom: Indices of the layers, from 0, for ``"custom"``.
         memory_sharing: ``"shared"``, one bank for all layers; ``"per_layer"``, one for each;
-            ``"every_k_layers"``, one for so many memory layers after each other.
-        memory_sharing_k: Layers that share a bank, for ``"every_k_layers"``.
-        use_low_rank_memory: Whether a bank is stored in ``memory_rank`` features.
-        memory_rank: Those features.
-        low_rank_mode: ``"factorized"``, a product of two matrices, or ``"reduced_dim"``, where
-            attention runs in the reduced features.
+            ``"every_k_layers"``, one for every ``memory_sharing_k`` memory layers.
+        memory_sharing_k: Number of layers that share a bank, for ``"every_k_layers"``.
+        use_low_rank_memory: Whether a bank is stored with rank ``memory_rank``.
+        memory_rank: Rank of a low-rank bank.
+        low_rank_mode: ``"factorized"``, a product of two matrices, or ``"reduced_dim"``: attention
+            runs in ``memory_rank`` features.
         use_low_rank_projections: Whether the four projections are products of two matrices.
-        projection_rank: Features between these.
-        memory_block_variant: ``"A"``, memory after attention, or ``"B"``, memory after the MLP and
-            one more MLP behind it.
+        projection_rank: Rank of these products.
+        memory_block_variant: ``"A"``, memory after attention, or ``"B"``, memory after the MLP,
+            followed by a second MLP.
         use_chapters: Whether a router selects chapters; otherwise every token sees the whole bank.
         num_chapters: Chapters of a bank.
         tokens_per_chapter: None, or ``num_memory_tokens / num_chapters``, to be checked.
         top_k_chapters: Routed chapters that a token reads.
-        routing_strategy_train: ``"sequence"``, ``"rolling"``, ``"token"`` or ``"hybrid"``, by what
-            chapters are selected in training; all of them are causal, see
+        routing_strategy_train: ``"sequence"``, ``"rolling"``, ``"token"`` or ``"hybrid"``: the
+            tokens that chapters are selected by in training. All are causal, see
             ``memattn.nn.chapter_routing``.
         routing_strategy_inference: The same in evaluation mode.
-        routing_block_size: Tokens that are routed together, but for ``"token"``.
+        routing_block_size: Tokens that are routed together; unused for ``"token"``.
         routing_window_size: Tokens of the rolling window.
         router_temperature: Divisor of the router's logits.
-        num_shared_chapters: Chapters that every token reads besides, the first ones; the router
-            knows nothing of them.
+        num_shared_chapters: Number of first chapters that every token reads in addition; the router
+            does not route them.
         routed_scaling_factor: Factor of the weights of routed chapters.
-        combine: ``"joint"``, one softmax over all selected chapters, or ``"independent"``, one for
-            each, added with the router's weights.
+        combine: ``"joint"``: one softmax over all selected chapters. ``"independent"``: one softmax
+            for each chapter, summed with the router's weights.
         use_load_balance_loss: Whether training adds the load-balance loss.
         load_balance_coefficient: Its coefficient.
-        load_balance_normalisation: ``"mean"``, 1 at balance, or ``"sum"``, ``top_k_chapters``
-            there.
+        load_balance_normalisation: ``"mean"``: the loss is 1 at balance; ``"sum"``: it is
+            ``top_k_chapters`` at balance.
         use_auxiliary_loss: Whether training adds the auxiliary loss.
         auxiliary_loss_coefficient: Its coefficient.
         use_z_loss: Whether training adds the z-loss.
         z_loss_coefficient: Its coefficient.
         quantize_memory: Whether banks are stored in 8 or 4 bits.
         memory_quant_bits: 8 or 4.
-        memory_quant_training: Quantisation-aware training: banks stay float parameters, which the
-            forward pass sees quantised. Otherwise quantised banks do not learn.
-        memory_num_heads: Query heads of the memory; None means those of the model.
+        memory_quant_training: Quantisation-aware training: banks stay float parameters and the
+            forward pass quantises them. Otherwise quantised banks are not trained.
+        memory_num_heads: Query heads of the memory; None means as many as the model.
         memory_num_kv_heads: Its key and value heads; None means ``memory_num_heads``.
-        wo_init_zero: Whether the output projection starts at zero, so that the memory starts as
-            nothing.
+        wo_init_zero: Whether the output projection starts at zero, so that at first the memory has
+            no effect.
         memory_init_std: Standard deviation of new memory tokens.
-        vanilla_mode: No memory at all, for comparisons.
+        vanilla_mode: Remove the memory, for comparisons.
         backend: Backend of the operators, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
     """
 
@@ -203,7 +203,7 @@ class MemoryFields(PartConfig):
             must(self._path("top_k_chapters"), allowed, self.top_k_chapters)
 
     def layers(self, num_layers: int) -> list[int]:
-        """The layers with memory, of a model with so many."""
+        """The layers with memory in a model with ``num_layers``."""
         everything = list(range(num_layers))
         match "none" if self.vanilla_mode else self.memory_layer_placement:
             case "all":
@@ -220,7 +220,7 @@ class MemoryFields(PartConfig):
                 return []
 
     def bank_of(self, layer: int, num_layers: int) -> int:
-        """Which bank a layer reads."""
+        """The index of the bank that a layer reads."""
         number = self.layers(num_layers).index(layer)
         shared = {"shared": num_layers, "per_layer": 1, "every_k_layers": self.memory_sharing_k}
         return number // shared[self.memory_sharing]
@@ -247,11 +247,11 @@ class MemoryFields(PartConfig):
         return self.use_low_rank_memory and self.low_rank_mode == "reduced_dim"
 
     def width(self, sizes: Sizes) -> int:
-        """Features of a memory token, as layers see it."""
+        """Features of a memory token as the layers read it."""
         return self.memory_rank if self.is_reduced else self.memory_dim or sizes.hidden_size
 
     def _stored(self, sizes: Sizes) -> int:
-        """Features of a stored row."""
+        """Features of a memory token as it is stored."""
         return self.memory_rank if self.use_low_rank_memory else self.width(sizes)
 
     def heads(self, sizes: Sizes) -> tuple[int, int, int]:

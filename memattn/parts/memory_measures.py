@@ -1,4 +1,4 @@
-"""How a neural memory is used: surprise, updates, relevance, what it still knows."""
+"""Measures of a neural memory: surprise, updates, relevance, retrieval, utilisation."""
 
 import contextlib
 import copy
@@ -17,15 +17,15 @@ from memattn.parts.views import MASSES_BY_SOURCE
 
 
 class RetrievalBucket(NamedTuple):
-    """How well a memory at the end of a text knows tokens that are so far back."""
+    """How well a memory at the end of a text retrieves tokens at a distance."""
 
-    first: int  # fewest tokens from the token to the end, a power of two
+    first: int  # least distance from the end in tokens, a power of two
     last: int
-    quality: float  # 1 is perfect, 0 as before the text, below 0 worse; NaN: all was known
+    quality: float  # 1 is perfect, 0 as before the text, below 0 worse; NaN if nothing was to learn
 
 
 class LayerUse(NamedTuple):
-    """What one layer with a memory did with a text; all tensors are float64, on the CPU."""
+    """Measures of one layer with a memory on a text; all tensors are float64, on the CPU."""
 
     surprise: Tensor  # [B, H, T], norm of each token's gradient
     chunk_tokens: list[int]  # tokens of the text in each chunk
@@ -36,25 +36,25 @@ class LayerUse(NamedTuple):
 
 
 class MemoryUse(NamedTuple):
-    """What ``measure_memory`` returns."""
+    """Result of ``measure_memory``."""
 
     layers: list[str]  # names of the layers
     uses: list[LayerUse]
 
 
 class MemoryWatch:
-    """What is seen of one layer while ``watch_memory`` is on.
+    """What ``watch_memory`` records of one layer.
 
     Attributes:
         name: Name of the layer in the model.
         layer: The layer.
-        chunk_tokens: Tokens of the text in each chunk, from the last ``drain`` on.
+        chunk_tokens: Tokens of the text in each chunk since the last ``drain``.
         update: ``[B, H]`` of each chunk; the last one may still be open.
         surprise: ``[B, H, n]`` of each call.
         relevance: ``[B, n]`` of each call.
-        pairs: Keys and values of each call, where they are kept.
-        start: Weights before the first token that was seen.
-        end: Weights behind the last one.
+        pairs: Keys and values of each call, if they are kept.
+        start: Weights before the first token.
+        end: Weights after the last token.
     """
 
     def __init__(self, name: str, layer: MemoryLayer, keep_pairs: bool) -> None:
@@ -66,7 +66,7 @@ class MemoryWatch:
         self.drain()
 
     def drain(self) -> None:
-        """Forget the measures that were collected, but not the weights."""
+        """Clear the collected measures, but keep the weights."""
         self.chunk_tokens: list[int] = []
         self.update: list[Tensor] = []
         self.surprise: list[Tensor] = []
@@ -75,7 +75,7 @@ class MemoryWatch:
         self._norms: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def see_memory(self, memory: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Write the tokens of a call chunk by chunk, as the call itself is about to do."""
+        """Write the tokens of a call chunk by chunk, to measure each chunk before the call runs."""
         if self.paused:
             return
         options = dict(options)
@@ -112,24 +112,24 @@ class MemoryWatch:
             at = stop
 
     def see_memory_out(self, memory: Any, args: Any, output: Any) -> None:
-        """Keep how long the memory's outputs are."""
+        """Record the norms of the memory's outputs."""
         if not self.paused:
             self._norms = (output.out.detach().double().norm(dim=-1).cpu(), self._norms[1])
 
     def see_attention(self, attention: Any, args: Any, output: Any) -> None:
-        """Keep how long the attention's outputs are."""
+        """Record the norms of the attention's outputs."""
         if not self.paused and isinstance(output, Tensor):
             self._norms = (self._norms[0], output.detach().double().norm(dim=-1).cpu())
 
     def see_layer(self, layer: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Attention's mass on what the memory gave, for layers that attend to it."""
+        """Attention mass on the memory's outputs, for layers that attend to them."""
         if type(layer) not in MASSES_BY_SOURCE or self.paused:
             return
         hidden_states, context = args[0], args[1]
         aside = copy.copy(context)
         if context.state is not None:
             aside.state = _copy(context.state)
-            if context.offset % layer.attention.segment_len:  # keys before are not in these masses
+            if context.offset % layer.attention.segment_len:  # earlier keys are not in these masses
                 self.relevance.append(torch.full(hidden_states.shape[:2], math.nan).double())
                 return
         self.paused = True
@@ -140,7 +140,7 @@ class MemoryWatch:
         self.relevance.append(masses["memory"].double().mean(1).cpu())
 
     def see_layer_out(self, layer: Any, args: Any, output: Any) -> None:
-        """The memory's share of the lengths of the two outputs, for other layers."""
+        """The memory's share of the norms of both outputs, for the other layers."""
         if type(layer) in MASSES_BY_SOURCE or self.paused:
             return
         memory, attention = self._norms
@@ -153,7 +153,7 @@ def memory_layers(model: nn.Module) -> dict[str, MemoryLayer]:
     """The layers with a neural memory, by name.
 
     Raises:
-        TypeError: If there is none.
+        TypeError: If the model has none.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, MemoryLayer)}
     if not layers:
@@ -163,14 +163,14 @@ def memory_layers(model: nn.Module) -> dict[str, MemoryLayer]:
 
 @contextlib.contextmanager
 def watch_memory(model: nn.Module, *, keep_pairs: bool = False) -> Iterator[list[MemoryWatch]]:
-    """Watch every memory of a model while it reads, without changing what it gives.
+    """Context that measures every neural memory of a model; its outputs do not change.
 
-    Each memory writes every token twice meanwhile: for the model, and chunk by chunk for the
-    measures. Calls are without padding and without packed documents.
+    Each memory writes every token twice: for the model, and chunk by chunk for the measures.
+    Padding and packed documents are not allowed.
 
     Args:
         model: The model.
-        keep_pairs: Whether keys and values of all tokens are kept.
+        keep_pairs: Whether to keep keys and values of all tokens.
 
     Raises:
         TypeError: If the model has no neural memory.
@@ -197,20 +197,20 @@ def watch_memory(model: nn.Module, *, keep_pairs: bool = False) -> Iterator[list
 
 @torch.no_grad()
 def measure_memory(model: nn.Module, input_ids: Tensor) -> MemoryUse:
-    """How the memories of a model are used while it reads a text.
+    """Measure the neural memories of a model while it reads a text.
 
     - *surprise* of a token: the norm of the gradient of its inner loss;
-    - *update* of a chunk: the norm of the change of the weights, divided by their norm;
-    - *relevance* of a token: attention's mass on what the memory gave, for layers that attend to
-      it; else the norm of what the memory gives, divided by the sum of this and the attention's;
-    - *retrieval* by distance to the end of the text: 1 less the squared error of the memory's
-      answers to the tokens' keys at the end, divided by the same before the text;
-    - *utilisation* of a layer of the memory: of the singular values of its change, the exponential
-      of the entropy of their squares' shares, divided by how many there are.
+    - *update* of a chunk: the norm of the weight change, divided by the norm of the weights;
+    - *relevance* of a token: for layers that attend to memory outputs, the attention mass on them;
+    else the norm of the memory's output, divided by the sum of this and the attention's norm;
+    - *retrieval* by distance to the end of the text: 1 minus the memory's squared error on the
+    tokens' keys and values at the end, divided by the same error before the text;
+    - *utilisation* of a memory layer: the effective rank of its weight change (the exponential of
+    the entropy of the shares of its squared singular values), divided by the full rank.
 
     Args:
         model: A model with a neural memory, called with ``input_ids`` and ``use_cache=False``. It
-            is put into its evaluation mode meanwhile.
+            is in evaluation mode during the call.
         input_ids: ``[B, T]``, without padding.
 
     Raises:
@@ -245,7 +245,7 @@ def _use(watch: MemoryWatch) -> LayerUse:
 
 
 def _retrieval(watch: MemoryWatch, key: Tensor, value: Tensor) -> list[RetrievalBucket]:
-    """Quality of the answers to the tokens' keys, by their distance to the end of the text."""
+    """Retrieval quality of the tokens, by their distance to the end of the text."""
     assert watch.start is not None
     at_end, at_start = (
         (watch.layer.memory.recall(weights, key) - value).square().sum((0, 1, 3))
@@ -262,7 +262,7 @@ def _retrieval(watch: MemoryWatch, key: Tensor, value: Tensor) -> list[Retrieval
 
 
 def update_magnitude(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """Norm ``[B, H]`` of the change of layers ``[B, H, d_n, d_{n-1}]``, in units of their norm."""
+    """Norm ``[B, H]`` of the change of layers ``[B, H, d_n, d_{n-1}]``, relative to their norm."""
     norm = lambda layers: torch.stack([x.square().sum((-1, -2)) for x in layers]).sum(0).sqrt()
     size = norm(before)
     change = [y - x for x, y in zip(before, after, strict=True)]
@@ -270,7 +270,7 @@ def update_magnitude(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tenso
 
 
 def utilisation(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """Effective rank ``[B, H, N]`` of the change of each layer, in units of its smaller side."""
+    """Effective rank ``[B, H, N]`` of the change of each layer, relative to its smaller side."""
     found = []
     for x, y in zip(before, after, strict=True):
         square = torch.linalg.svdvals(y - x).square()
@@ -282,7 +282,7 @@ def utilisation(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
 
 
 def _copy(state: PartState) -> PartState:
-    """A state of the same tensors, to which a call can be made without an effect on this one."""
+    """A state with the same tensors; calls with it do not change this one."""
     other = copy.copy(state)
     for name in ("tokens", "rows", "history", "_before"):
         setattr(other, name, dict(getattr(state, name)))

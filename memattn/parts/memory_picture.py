@@ -1,4 +1,4 @@
-"""A picture of how neural memories are used."""
+"""Picture of the measures of neural memories."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -20,9 +20,9 @@ LABELS = {
 
 
 def by_chunk(use: MemoryUse) -> dict[str, dict[str, Tensor]]:
-    """Of each layer, by name, one number for each chunk, means over sequences and heads.
+    """One number per chunk for each measure and layer: means over sequences and heads.
 
-    ``tokens`` are the tokens up to the chunk's end; the others are keys of ``LABELS``.
+    ``tokens`` counts the tokens up to the chunk's end; the other names are keys of ``LABELS``.
     """
     found = {}
     for name, layer in zip(*use, strict=True):
@@ -40,8 +40,8 @@ def draw_measure(axes: "Axes", metrics: Mapping[str, Mapping[str, Tensor]], name
     """Draw one measure of each layer over the tokens.
 
     Args:
-        axes: Where to draw.
-        metrics: What ``by_chunk`` returned, or a ``KeptMemory`` has.
+        axes: Matplotlib axes to draw into.
+        metrics: The result of ``by_chunk``, or the metrics of a ``KeptMemory``.
         name: A key of ``LABELS``.
     """
     for layer, measures in metrics.items():
@@ -53,7 +53,7 @@ def draw_measure(axes: "Axes", metrics: Mapping[str, Mapping[str, Tensor]], name
 
 
 def draw_memory_use(figure: "Figure", use: MemoryUse) -> None:
-    """Draw the five measures, a line for each layer."""
+    """Draw the five measures, one line for each layer."""
     figure.set_size_inches(12.0, 7.0)
     axes = figure.subplots(2, 3).flatten()
     for ax, name in zip(axes, LABELS, strict=False):
@@ -80,13 +80,13 @@ def draw_memory_use(figure: "Figure", use: MemoryUse) -> None:
 
 
 def finish(axes: "Axes") -> None:
-    """Grid, frame and legend of lines."""
+    """Set grid, frame and legend."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
 
 
 def short_name(layer: str) -> str:
-    """``layer 3`` for the name of a module in layer 3 of a model."""
+    """Short name of a module: ``layer 3`` if it is in layer 3."""
     numbers: Sequence[str] = [part for part in layer.split(".") if part.isdigit()]
     return f"layer {numbers[0]}" if numbers else layer

@@ -1,4 +1,4 @@
-"""One call of chapter memory: chapters of blocks of tokens, with those that began earlier."""
+"""Routing of one call of chapter memory: blocks of tokens, also blocks begun in earlier calls."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ class RoutingRule:
 
     Attributes:
         strategy: One of ``memattn.nn.chapter_routing.STRATEGIES``.
-        block: Tokens that route together.
+        block: Tokens that are routed together.
         window: Tokens of the rolling window.
     """
 
@@ -41,8 +41,8 @@ class RoutedTokens:
     Attributes:
         indices: int32 ``[B, N, K]``.
         weights: ``[B, N, K]``.
-        options: Where the rows of the indices lie, as ``chapter_attention`` takes it.
-        output: What the router returned for the blocks that begin in this call.
+        options: Arguments of ``chapter_attention`` that place the rows of the indices.
+        output: The router's output for the blocks that begin in this call.
     """
 
     indices: Tensor
@@ -54,12 +54,12 @@ class RoutedTokens:
 def route_tokens(
     rule: RoutingRule, router: ChapterRouter, hidden_states: Tensor, context: PartContext
 ) -> RoutedTokens:
-    """Select chapters for ``hidden_states [B, T, E]``, and remember what later calls need."""
+    """Select chapters for ``hidden_states [B, T, E]``; store the state for later calls."""
     state = context.state
     assert state is None or isinstance(state, RoutingState)
     if rule.strategy == "token" or not hidden_states.shape[1]:
         output = router(hidden_states, context.present)
-        # absent tokens have no chapter, so that attention needs no bounds
+        # absent tokens get no chapter, so attention needs no bounds
         return RoutedTokens(
             indices=output.indices, weights=output.weights, options={}, output=output
         )
@@ -104,7 +104,7 @@ def route_tokens(
 
 
 def _continue(old: Slots, new: Slots, continues: Tensor) -> Slots:
-    """The blocks of a call, the first from the newest of earlier calls where that goes on."""
+    """The blocks of a call; the first continues an open block of earlier calls, if there is one."""
     first = continues[:, None, None]
     total, indices, weights = (
         torch.cat([torch.where(first, a[:, -1:], b[:, :1]), b[:, 1:]], 1)
@@ -116,7 +116,7 @@ def _continue(old: Slots, new: Slots, continues: Tensor) -> Slots:
 def _layout(
     position: Tensor, T: int, R: int, context: PartContext
 ) -> tuple[RoutingBlocks, dict[str, Any]]:
-    """The blocks of a call, and where they lie, as ``chapter_attention`` takes it."""
+    """The blocks of a call, and the arguments of ``chapter_attention`` that place them."""
     options: dict[str, Any] = dict(routing_block=R)
     if context.cu_seqlens is not None:
         return document_blocks(context.cu_seqlens, T, R), {
@@ -128,9 +128,9 @@ def _layout(
     blocks = sequence_blocks(position, T, R, with_past=with_past, padded=padded)
     start, end = context.bounds
     if with_past:
-        # positions count from R columns before this call, where the open block began or later
+        # positions count from R columns before this call; the open block began there or later
         start = (blocks.start[:, 0] + R).int()
-        end = None  # not before the start, also in a row without tokens
+        end = None  # at least the start, also in a row without tokens
         if context.present is not None:
             end = (_end(context.present) + R).int().maximum(start)
         options["query_offset"] = R
@@ -138,7 +138,7 @@ def _layout(
 
 
 def call_bounds(context: PartContext) -> dict[str, Tensor | None]:
-    """Bounds of the sequences in columns of this call, for what has no state of its own."""
+    """Bounds of the sequences in columns of this call, for parts without a state."""
     if context.cu_seqlens is not None or context.present is None:
         return {}
     if context.state is None:
@@ -149,13 +149,13 @@ def call_bounds(context: PartContext) -> dict[str, Tensor | None]:
 
 
 def _end(present: Tensor) -> Tensor:
-    """Column behind the last token of each row, int64 ``[B]``, 0 where there is none."""
+    """Column after the last token of each row, int64 ``[B]``; 0 for a row without tokens."""
     column = torch.arange(1, present.shape[1] + 1, device=present.device)
     return torch.where(present, column, 0).amax(1)
 
 
 def _begin_here(blocks: RoutingBlocks, T: int, context: PartContext) -> Tensor:
-    """bool ``[B, N]``, the blocks whose first token is in this call."""
+    """Which blocks have their first token in this call, bool ``[B, N]``."""
     begins = (blocks.start >= 0) & (blocks.start < T)
     if context.present is not None:
         begins = begins & context.present.gather(1, blocks.start.clamp(0, max(T - 1, 0)))
@@ -163,7 +163,7 @@ def _begin_here(blocks: RoutingBlocks, T: int, context: PartContext) -> Tensor:
 
 
 def check_mode(rules: dict[bool, RoutingRule], training: bool, context: PartContext) -> RoutingRule:
-    """The rule of training or evaluation; a cache holds what that of evaluation needs."""
+    """The routing rule of training or evaluation; a cache works with the evaluation rule only."""
     if training and context.state is not None and rules[True] != rules[False]:
         same = "routing_strategy_train is routing_strategy_inference"
         must("past_key_values", f"be None in training mode, unless {same}", "a cache")

@@ -1,8 +1,8 @@
-"""Configurations as they were written before each attention had fields of its own.
+"""Read configurations of the format in which all attention kinds shared one record of fields.
 
-There was one record with the fields of all kinds, in which those of the others were at rest, and
-what one kind had alone stood under its name: ``{"kind": "a", "window_size": None, "a": {...}}``.
-Saved models and files still say so; everything that reads them goes through here.
+The record had the fields of all kinds; fields of other kinds had their default. Fields of a single
+kind were under its name: ``{"kind": "a", "window_size": None, "a": {...}}``. Older saved models and
+files have this format, and everything that reads them calls this module.
 """
 
 from collections.abc import Mapping
@@ -15,18 +15,19 @@ from memattn.parts.base import PARTS, PartConfig, make_part, part_type
 AT_REST = {"segment_len": None, "window_size": None, "num_persistent_tokens": 0}
 
 
-def AttentionConfig(kind: str = "causal", **record: Any) -> PartConfig:  # noqa: N802 - was a class
-    """The attention of a kind, from its fields or from the record of all kinds.
+def AttentionConfig(kind: str = "causal", **record: Any) -> PartConfig:  # noqa: N802 - a class in earlier versions
+    """The attention of a kind, from its own fields or from the old record.
 
     Raises:
-        TypeError: If what stands under the kind's name is no configuration.
-        ValueError: If there is no such kind, or a field is unknown, wrong or another kind's.
+        TypeError: If the value under the kind's name is not a configuration.
+        ValueError: If there is no such kind, or a field is unknown, wrong or belongs to another
+            kind.
     """
     return make_part(upgrade_attention({"kind": kind, **record}), "attention", attention=True)
 
 
 def upgrade_attention(record: Any) -> Any:
-    """The fields of one kind, out of a record that may have those of all."""
+    """The fields of one kind, from a record that may have those of all kinds."""
     if not isinstance(record, Mapping):
         return record
     values = {"kind": "causal", **record}

@@ -1,4 +1,4 @@
-"""Packed rows: several documents in one row, as transformers and its collators describe them."""
+"""Packed rows: several documents in one row, in the formats of transformers and its collators."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from memattn.parts.token_order import repeat_last
 
 LENGTHS = ("max_length_q", "max_length_k")
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
-KEYWORDS = (*BOUNDS, *LENGTHS, "seq_idx")  # of collators without padding
+KEYWORDS = (*BOUNDS, *LENGTHS, "seq_idx")  # arguments that collators without padding give
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The documents of a call as one row of all their tokens, row by row.
+    """The documents of a call, as one row that holds the tokens of all rows.
 
     Attributes:
         cu_seqlens: int32 ``[n+1]``, bounds of the documents in that row of ``N`` tokens.
         present: bool ``[B, T]``, which columns of the call hold a token.
-        index: int64 ``[N]``, their places in ``[B * T]``; None means all.
+        index: int64 ``[N]``, the tokens' indices in ``[B * T]``; None means all.
     """
 
     cu_seqlens: Tensor
@@ -47,10 +47,10 @@ class PackedRows:
         return self.put(x.transpose(1, 2)).transpose(1, 2)
 
     def put_input(self, name: str, x: Tensor) -> Tensor:
-        """What a caller gave to parts; what is for all samples stays.
+        """An extra tensor from the caller; tensors for all samples are unchanged.
 
         Raises:
-            ValueError: If it is one for each row, and not for each token.
+            ValueError: If it has one entry per row instead of one per token.
         """
         (B, T), shape = self.present.shape, x.shape
         if x.dim() >= 2 and shape[0] == B and shape[1] in (1, T):
@@ -60,14 +60,14 @@ class PackedRows:
         return x
 
     def next_labels(self, labels: Tensor, ignored: int = -100) -> Tensor:
-        """What each column is to predict, ``[B, T]``: the next token of its document."""
+        """Label of each column, ``[B, T]``: the next token of its document."""
         packed = self.put(labels)
         begins = document_marks(self.cu_seqlens, packed.shape[1])
         ahead = torch.where(begins[1:], ignored, packed.roll(-1, 1))
         return torch.where(self.present, self.columns(ahead), ignored)
 
     def repeat_last(self, x: Tensor) -> Tensor:
-        """``[B, T, E]`` where a column without a token repeats the token before it."""
+        """``[B, T, E]`` in which a column without a token repeats the token before it."""
         return x if self.index is None else repeat_last(x, self.present)
 
     def to(self, device: torch.device) -> "PackedRows":
@@ -77,7 +77,7 @@ class PackedRows:
 
 
 def take_keywords(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Take out of ``arguments`` what collators without padding say of documents."""
+    """Remove and return the arguments by which collators without padding describe documents."""
     found = find_keywords(arguments)
     for name in KEYWORDS:
         arguments.pop(name, None)
@@ -85,7 +85,7 @@ def take_keywords(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_keywords(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What collators without padding say of documents in ``arguments``."""
+    """The arguments by which collators without padding describe documents."""
     return {name: arguments[name] for name in KEYWORDS if arguments.get(name) is not None}
 
 
@@ -96,20 +96,22 @@ def read_rows(
     keywords: Mapping[str, Any],
     device: torch.device,
 ) -> PackedRows | None:
-    """The documents of rows that begin here, or None where each row is one.
+    """The documents of rows that start in this call; None if each row is one document.
 
-    Positions are compared with those of whole rows, which waits for the device, and looked at no
-    further where they agree. While a graph is traced, documents are those of ``cu_seq_lens_q``.
+    Positions are first compared with those of unpacked rows, which waits for the device; if they
+    agree, nothing more is read. While a graph is traced, the documents are taken from
+    ``cu_seq_lens_q``.
 
     Args:
         shape: ``(B, T)``.
-        position_ids: ``[B or 1, T]``, which begin with 0 in each document, or None.
+        position_ids: ``[B or 1, T]``, starting at 0 in each document, or None.
         attention_mask: ``[B, T]``, 0 in columns without a token, or None.
-        keywords: What ``take_keywords`` found.
-        device: Of the tokens.
+        keywords: The result of ``take_keywords``.
+        device: Device of the tokens.
 
     Raises:
-        ValueError: If shapes do not fit, positions count otherwise, or descriptions differ.
+        ValueError: If shapes do not fit, positions count differently, or descriptions contradict
+            each other.
     """
     B, T = shape
     if position_ids is not None:
@@ -135,10 +137,10 @@ def read_rows(
             begins = document_marks(bounds, B * T)[:-1].view(B, T)
         else:
             assert seq_idx is not None
-            begins = places_of_change(seq_idx)
+            begins = columns_that_change(seq_idx)
         name = "seq_idx" if bounds is None else "cu_seq_lens_q"
         if seq_idx is not None and bounds is not None:
-            same = (places_of_change(seq_idx) == begins) | ~present
+            same = (columns_that_change(seq_idx) == begins) | ~present
             _agree("seq_idx", f"change where {name} begins documents", same, traced)
         if position_ids is not None:
             same = (position_ids == _places(begins, present)) | ~present
@@ -153,24 +155,24 @@ def read_rows(
 def rows_where_positions_jump(
     shape: tuple[int, int], position_ids: Tensor | None, keywords: Mapping[str, Any]
 ) -> PackedRows | None:
-    """The documents of rows as transformers sees them; None where each row is one.
+    """The documents of rows by transformers' rule; None if each row is one document.
 
-    One begins with each row and wherever positions do not rise by 1.
+    A document starts at each row, and wherever positions do not increase by 1.
 
     Args:
         shape: ``(B, T)``.
-        position_ids: ``[B or 1, T]``, None or of another form, which says nothing.
-        keywords: What ``take_keywords`` would find, which may only say the same.
+        position_ids: ``[B or 1, T]``; None or another shape is ignored.
+        keywords: The result of ``take_keywords``; it must describe the same documents.
 
     Raises:
-        ValueError: If they say something else.
+        ValueError: If ``keywords`` describe other documents.
     """
     if position_ids is None or position_ids.dim() != 2:
         if keywords:
             must("position_ids", f"be given with {next(iter(keywords))}, [B, T]", "none")
         return None
     position_ids = position_ids.expand(shape)
-    begins = places_of_change(position_ids, by=1)
+    begins = columns_that_change(position_ids, by=1)
     traced = is_traced(position_ids)
     if traced:
         _agree("position_ids", "rise by 1 in each row", begins[:, 1:].logical_not(), traced)
@@ -178,7 +180,7 @@ def rows_where_positions_jump(
     bounds, seq_idx = document_bounds(keywords, shape), keywords.get("seq_idx")
     for name, other in (
         ("cu_seq_lens_q", None if bounds is None else document_marks(bounds, begins.numel())[:-1]),
-        ("seq_idx", None if seq_idx is None else places_of_change(seq_idx)),
+        ("seq_idx", None if seq_idx is None else columns_that_change(seq_idx)),
     ):
         if other is not None:
             same = begins == other.view(shape)
@@ -189,7 +191,7 @@ def rows_where_positions_jump(
 
 
 def document_bounds(keywords: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
-    """``cu_seq_lens_q``, once checked to be bounds of documents in ``(B, T)`` columns, or None."""
+    """``cu_seq_lens_q`` after checking that it bounds documents in ``(B, T)`` columns, or None."""
     for name in (*BOUNDS[1:], *LENGTHS):
         if BOUNDS[0] not in keywords and name in keywords:
             must(BOUNDS[0], f"be given together with {name}", "None")
@@ -219,14 +221,14 @@ def document_bounds(keywords: Mapping[str, Any], shape: tuple[int, int]) -> Tens
 
 
 def check_table(name: str, table: Tensor, rows: tuple[int, ...], T: int) -> None:
-    """Raise unless it is ``[B, T]`` with one of the numbers of rows."""
+    """Raise unless the shape is ``[B, T]`` with B from ``rows``."""
     check_tensor(name, table)
     if table.dim() != 2 or table.shape[0] not in rows or table.shape[1] != T:
         must(name, f"have shape [B, T={T}]", list(table.shape))
 
 
 def _count_rows(position_ids: Tensor, present: Tensor, traced: bool) -> bool:
-    """Whether positions count the tokens of whole rows."""
+    """Whether positions count through whole rows, so that no row is packed."""
     same = (position_ids == present.cumsum(1) - 1) | ~present
     if traced:
         _agree(
@@ -240,7 +242,7 @@ def _count_rows(position_ids: Tensor, present: Tensor, traced: bool) -> bool:
 
 
 def _begins(position_ids: Tensor, present: Tensor) -> Tensor:
-    """Where documents begin, bool ``[B, T]``: at positions 0."""
+    """Where documents start, bool ``[B, T]``: at position 0."""
     begins = (position_ids == 0) & present
     wrong = (position_ids != _places(begins, present)) & present
     if wrong.any():
@@ -250,7 +252,7 @@ def _begins(position_ids: Tensor, present: Tensor) -> Tensor:
 
 
 def _places(begins: Tensor, present: Tensor) -> Tensor:
-    """How many tokens of its document stand before each, -1 where no document has begun."""
+    """Number of earlier tokens in each token's document; -1 before the first document."""
     count = present.cumsum(1)
     before = torch.where(begins, count - present.long(), -1).cummax(1).values
     return torch.where(before < 0, -1, count - 1 - before)
@@ -262,14 +264,14 @@ def document_marks(bounds: Tensor, size: int) -> Tensor:
     return marks.index_fill(0, bounds.long(), True)
 
 
-def places_of_change(table: Tensor, by: int = 0) -> Tensor:
-    """Where ``[B, T]`` is not what it is in the column before, plus ``by``."""
+def columns_that_change(table: Tensor, by: int = 0) -> Tensor:
+    """Where ``[B, T]`` differs from the previous column plus ``by``."""
     first = torch.ones_like(table[:, :1], dtype=torch.bool)
     return torch.cat([first, table.diff(dim=1) != by], 1)
 
 
 def _agree(name: str, requirement: str, same: Tensor, traced: bool) -> None:
-    """Raise unless all are the same; a traced graph does when it runs."""
+    """Raise unless all of ``same`` are True; a traced graph raises when it runs."""
     if traced:
         check = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
         check(same.all(), f"{name} must {requirement} in a compiled program")
@@ -279,9 +281,9 @@ def _agree(name: str, requirement: str, same: Tensor, traced: bool) -> None:
 
 
 def _gathered(begins: Tensor, present: Tensor) -> PackedRows | None:
-    """The tokens of documents without the other columns; None where there are none."""
+    """The documents without columns that hold no token; None if there are no documents."""
     index = present.flatten().nonzero()[:, 0]
-    # in columns without a token a document begins with its next one
+    # a document that starts in a column without a token starts with its next token
     document = (begins.flatten().cumsum(0) - 1)[index]
     sizes = torch.bincount(document, minlength=int(begins.sum()))
     sizes = sizes[sizes > 0]
@@ -292,7 +294,7 @@ def _gathered(begins: Tensor, present: Tensor) -> PackedRows | None:
 
 
 def refuse_continuous_batching(model: Any) -> NoReturn:
-    """Raise NotImplementedError for ``generate_batch`` and what else has a paged cache."""
+    """Raise NotImplementedError for ``generate_batch`` and other uses of a paged cache."""
     must(
         "model",
         "read a paged cache for continuous batching (generate takes a padded batch instead)",

@@ -1,4 +1,4 @@
-"""Where sequences begin and end: from attention masks to bounds."""
+"""Convert attention masks to the bounds of sequences."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from memattn.parts.token_order import TokenOrder
 
 
 class MaskBlocks(NamedTuple):
-    """Where each row has its tokens, and in which order of columns."""
+    """Bounds of each row's tokens, and the order of columns that they refer to."""
 
     start: Tensor  # int64 [B], column of the first token; the number of columns where there is none
     end: Tensor  # int64 [B], the column after the last token
@@ -21,16 +21,16 @@ class MaskBlocks(NamedTuple):
 def read_mask(
     attention_mask: Tensor, begun: Tensor | None = None, *, order_traced: bool = True
 ) -> MaskBlocks:
-    """Bounds of the tokens of each row, which get an order of their own where rows have holes.
+    """Bounds of each row's tokens; rows with holes get a new order of columns.
 
-    Values are checked on the way, which waits for the device. While a graph is traced they are
-    not, and there always is an order.
+    Values are checked, which waits for the device. While a graph is traced they are not checked,
+    and an order is always returned.
 
     Args:
         attention_mask: ``[B, T]``, 1 for tokens.
-        begun: bool ``[B]``, rows whose tokens go on with those of earlier calls, so that nothing
-            may stand before them; None means none of them.
-        order_traced: False for a traced graph that cannot have an order, and raises at holes.
+        begun: bool ``[B]``, rows that continue earlier calls, so that no padding may come before
+            their tokens; None means no row.
+        order_traced: False for a traced graph that cannot reorder columns; it raises for holes.
 
     Raises:
         ValueError: If a value is neither 0 nor 1.
@@ -59,7 +59,7 @@ def read_mask(
 def _bounds(ones: Tensor) -> tuple[Tensor, Tensor]:
     """First column of the ones of each row and the column after the last one, int64 ``[B]``.
 
-    A row without ones gives the number of columns twice.
+    Both are the number of columns for a row without ones.
     """
     S = ones.shape[1]
     columns = torch.arange(S, device=ones.device)
@@ -81,7 +81,7 @@ def check_mask(attention_mask: Tensor, batch_size: int, lengths: tuple[int, ...]
     """Raise unless the mask is ``[B, S]`` with one of the ``lengths``."""
     check_tensor("attention_mask", attention_mask)
     shape = list(attention_mask.shape)
-    # one by one: a traced "in" does not find a number among symbolic ones
+    # compared one by one: under tracing, "in" does not find a number among symbolic ones
     known = len(shape) == 2 and any(shape[1] == length for length in lengths)
     if not known or shape[0] != batch_size:
         allowed = " or ".join(f"[B={batch_size}, {length}]" for length in dict.fromkeys(lengths))
@@ -91,7 +91,7 @@ def check_mask(attention_mask: Tensor, batch_size: int, lengths: tuple[int, ...]
 def mask_bounds(
     attention_mask: Tensor | None, B: int, T: int, cu_seqlens: Tensor | None
 ) -> tuple[SequenceBounds, TokenOrder | None]:
-    """The bounds that a mask describes without a cache, and the order of columns they are in."""
+    """The bounds given by a mask without a cache, and the order of columns they refer to."""
     if attention_mask is None:
         return SequenceBounds(None, None), None
     if cu_seqlens is not None:
@@ -104,7 +104,7 @@ def mask_bounds(
 
 
 def check_positions(position_ids: Tensor, positions: Tensor, attention_mask: Tensor | None) -> None:
-    """Raise unless ``position_ids`` are the positions that the model counts, but for padding."""
+    """Raise unless ``position_ids`` equal the model's own positions, except for padding."""
     T = positions.shape[1]
     if position_ids.dim() != 2 or position_ids.shape[1] != T:
         must("position_ids", f"have shape [B, T={T}]", list(position_ids.shape))
@@ -122,7 +122,7 @@ def check_positions(position_ids: Tensor, positions: Tensor, attention_mask: Ten
 
 
 def check_lengths(positions: Tensor, attention_mask: Tensor | None, max_length: int | None) -> None:
-    """Raise if a token stands at a position that the model has no parameters for."""
+    """Raise if a token is at a position for which the model has no parameters."""
     T = positions.shape[1]
     if max_length is None or max_length >= T or torch.compiler.is_compiling():
         return
@@ -132,7 +132,7 @@ def check_lengths(positions: Tensor, attention_mask: Tensor | None, max_length: 
 
 
 def check_longest(lengths: Tensor, max_length: int) -> None:
-    """Raise if one of the lengths is above the model's longest."""
+    """Raise if one of the lengths exceeds the model's maximum."""
     longest = int(lengths.max())
     if longest > max_length:
         limit = f"max_position_embeddings={max_length}"

@@ -1,4 +1,4 @@
-"""A trained memory in 8 or 4 bits, for inference."""
+"""Quantise a trained memory to 8 or 4 bits, for inference."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,20 +19,20 @@ Change = Callable[[PartConfig], PartConfig]
 def quantize_memory(model: Model, bits: int = 8) -> Model:
     """Store the memory banks of a model in 8 or 4 bits, in place.
 
-    Keys and values of the memory are then read in as many bits. The rows do not learn any more.
-    ``save_pretrained``, of the model or of an attached memory, writes codes and scales.
+    Keys and values of the memory are then read in ``bits`` bits. The bank is no longer trained.
+    ``save_pretrained`` of the model or of an attached memory writes codes and scales.
 
     Args:
-        model: A model of this package with a ``ChapterMemoryConfig``, or one with an attached
-            memory; all of its adapters are quantised.
+        model: A model of this package with a ``ChapterMemoryConfig``, or a model with attached
+            memories, all of which are quantised.
         bits: 8 or 4.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If the model has no memory bank, or ``bits`` does not fit it; the model is then
-            as before.
+        ValueError: If the model has no memory bank, or ``bits`` does not fit it; the model is
+            unchanged then.
     """
     found = [module for module in model.modules() if isinstance(module, MemoryBanks)]
     if not found:

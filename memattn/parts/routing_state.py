@@ -1,4 +1,4 @@
-"""What a sequence keeps of chapter memory: chapters of its open block, and what later ones need."""
+"""Cached state of chapter memory: the chapters of the open block, and inputs for later blocks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,20 +12,21 @@ from memattn.nn import ProjectedChapters
 from memattn.parts.state import PartState
 
 Slots = tuple[Tensor, Tensor, Tensor]  # total [B, S, E], indices [B, S, K], weights [B, S, K]
-SLOTS = 2  # blocks of which chapters and sums are kept: the newest, and the one before
+SLOTS = 2  # blocks whose chapters and sums are kept: the newest and the one before
 
 
 class RoutingState(PartState):
-    """The last inputs, and for the last two blocks what they selected and the sum before them.
+    """The last inputs; for the last two blocks, their chapters and the sum of inputs before them.
 
-    A crop of up to ``routing_block`` tokens is exact; one farther back is refused, unless the past
-    is recorded. Rows of slots are aligned at the newest block.
+    A crop of up to ``routing_block`` tokens is exact. A longer crop is refused, unless the past is
+    recorded. Rows are aligned at the newest block.
 
     Args:
         kind: The part that it belongs to.
         segment_len: None.
-        window_size: One more than the inputs that are kept; None where none are needed.
-        routing_block: Tokens in a block; None where tokens are routed alone and nothing is kept.
+        window_size: One more than the number of kept inputs; None if none are needed.
+        routing_block: Tokens in a block; None if tokens are routed one by one, so that nothing is
+            kept.
         routing_window: Tokens of the rolling window.
     """
 
@@ -43,15 +44,15 @@ class RoutingState(PartState):
 
     @classmethod
     def for_blocks(cls, kind: str, routing_block: int, routing_window: int) -> "RoutingState":
-        """The empty state where blocks are routed together."""
+        """The empty state for routing by blocks."""
         needed = max(routing_block, routing_window - 1)
         return cls(kind, None, needed + routing_block + 1, routing_block, routing_window)
 
     def _clear(self) -> None:
         super()._clear()
-        # of the bank, not of a sequence, and derived from the weights: neither saved nor counted
+        # belongs to the bank, not to a sequence, and follows from the weights: not saved or counted
         self.projected: ProjectedChapters | None = None
-        # the open chapters that were projected, and keys, values and weights of them
+        # the open chapters that were projected, with their keys, values and weights
         self.open_chapters: tuple[Any, list[tuple[ProjectedChapters, float]]] | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -59,7 +60,7 @@ class RoutingState(PartState):
         return {**super().describe(), **own}
 
     def slots(self) -> Slots:
-        """Sums before the last blocks, and what they selected."""
+        """Sums of inputs before the last blocks, and the chapters of these blocks."""
         return self.rows["total"], self.rows["indices"], self.rows["weights"]
 
     def keep_blocks(
@@ -70,14 +71,15 @@ class RoutingState(PartState):
         continues: Tensor,
         began: Tensor,
     ) -> None:
-        """Remember the last blocks after a call.
+        """Store the last blocks after a call.
 
         Args:
-            blocks: Sums before the blocks of the call, and what they selected, ``[B, N, .]``.
-            newest: int64 ``[B]``, which of them holds the last token.
+            blocks: Sums before the blocks of the call, and their chapters, ``[B, N, .]``.
+            newest: int64 ``[B]``, the block that holds the last token.
             length: int64 ``[B]``, tokens of each row so far.
-            continues: bool ``[B]``, whether the first of them is the newest one before this call.
-            began: bool ``[B]``, whether the row had begun before this call.
+            continues: bool ``[B]``, whether the first block continues the newest one before this
+                call.
+            began: bool ``[B]``, whether the row had tokens before this call.
         """
         past = self.slots() if self.rows else None
         held = past[0].shape[1] if past else 0
@@ -131,7 +133,7 @@ class RoutingState(PartState):
         return merged
 
     def _cropped(self, removed: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Lengths after a crop, the blocks that it takes away, and those known then."""
+        """Lengths after a crop, the number of removed blocks, and which blocks are still known."""
         R, length = self.routing_block, self.rows["length"]
         assert R is not None
         after = (length - removed).clamp(min=0)
@@ -165,11 +167,11 @@ class RoutingState(PartState):
         super().crop(num_columns, counts)
 
     def _removed(self, num_columns: int, counts: Tensor | None) -> int | Tensor:
-        """Tokens that a crop takes from each row."""
+        """Number of tokens that a crop removes from each row."""
         return num_columns if counts is None else counts.to(self.rows["length"].device)
 
 
 def _take(x: Tensor, column: Tensor) -> Tensor:
-    """``x [B, N, F]`` at columns ``[B, S]``; those outside give something."""
+    """``x [B, N, F]`` at columns ``[B, S]``; results outside the range are arbitrary."""
     column = column.clamp(0, x.shape[1] - 1)[..., None]
     return x.gather(1, column.expand(-1, -1, x.shape[2]))

@@ -1,4 +1,4 @@
-"""The tokens of a call in pieces, each within one segment of every row that takes part."""
+"""Split the tokens of a call into pieces, each within one segment of every row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ from memattn.parts.context import Angles, PartContext
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Tokens that follow each other in one segment of each row.
+    """Consecutive tokens in one segment of each row.
 
     Attributes:
-        rows: Rows that take part: the first ones.
-        begin: First of its tokens in the order of ``SegmentPieces.flat``.
-        width: Tokens of each row, those that do not exist included; they come last.
-        count: int32 ``[rows]``, tokens that exist; None means all.
+        rows: Number of first rows that the piece covers.
+        begin: Index of its first token in the order of ``SegmentPieces.flat``.
+        width: Tokens of each row, including missing ones, which come last.
+        count: int32 ``[rows]``, existing tokens; None means all.
     """
 
     rows: int
@@ -30,18 +30,18 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentPieces:
-    """How a call ``[B, T]`` is cut at the ends of segments, which rows may reach at other tokens.
+    """A call ``[B, T]`` cut at segment ends, which may be at other tokens in each row.
 
-    The first piece goes on with the open segment of each row, every other one begins a segment.
-    Where all rows are alike, pieces are slices of the call. Else tokens are gathered, piece by
-    piece, and what is of documents becomes a row for each.
+    The first piece continues the open segment of each row; every later piece starts a segment. If
+    all rows are cut at the same tokens, pieces are slices of the call. Otherwise tokens are
+    gathered piece by piece, and each packed document becomes a row.
 
     Attributes:
         pieces: The pieces, at least one.
-        phase: Place of the first token in its segment; int64 ``[R]`` where rows differ.
-        index: int64 ``[G]``, where each token stands in the call ``[B * T]``; None for slices.
-        exists: bool ``[G]``.
-        back: int64 ``[B * T]``, where each token of the call stands in the order of pieces.
+        phase: Index of the first token in its segment; int64 ``[R]`` if rows differ.
+        index: int64 ``[G]``, index of each token in the call ``[B * T]``; None for slices.
+        exists: bool ``[G]``, whether the token exists.
+        back: int64 ``[B * T]``, index of each token of the call in the order of pieces.
         present: bool ``[B, T]``, tokens of the call that exist.
         positions: int64 ``[1, G]``.
     """
@@ -57,7 +57,7 @@ class SegmentPieces:
     def flat(self, x: Tensor) -> Tensor:
         """The tokens of ``[B, ..., T, F]`` in the order of pieces, ``[1, ..., G, F]``.
 
-        Where pieces are slices, as it is.
+        Unchanged if pieces are slices.
         """
         if self.index is None:
             return x
@@ -65,7 +65,7 @@ class SegmentPieces:
         return torch.where(self.exists[:, None], tokens, 0.0)[None]
 
     def angles(self, context: PartContext, dtype: torch.dtype) -> Angles | None:
-        """Cosines and sines for tokens in this order, or None where positions are not rotary."""
+        """Cosines and sines for tokens in this order; None if positions are not rotary."""
         if self.index is None or context.rotary_embedding is None:
             return context.rotary
         return context.rotary_embedding(self.positions, dtype)
@@ -94,7 +94,7 @@ class SegmentPieces:
         return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), -2)
 
     def columns(self, x: Tensor) -> Tensor:
-        """``[1, ..., G, F]`` as in the call, ``[B, ..., T, F]``; 0 where there is no token."""
+        """``[1, ..., G, F]`` in the order of the call, ``[B, ..., T, F]``; 0 for missing tokens."""
         if self.index is None:
             return x
         x = x[0].index_select(-2, self.back)
@@ -104,7 +104,7 @@ class SegmentPieces:
 
 
 def segment_pieces(context: PartContext, shape: tuple[int, int], L: int) -> SegmentPieces:
-    """Cut the call ``[B, T]`` that a context describes at the ends of segments of ``L`` tokens."""
+    """Cut the call ``[B, T]`` of a context at the ends of segments of ``L`` tokens."""
     B, T = shape
     if torch.compiler.is_exporting() and isinstance(T, torch.SymInt):
         where = 'an exported program with the variant "mac", which computes segment by segment'
@@ -126,11 +126,13 @@ def segment_pieces(context: PartContext, shape: tuple[int, int], L: int) -> Segm
         present = torch.ones(B, T, dtype=torch.bool, device=device)
     length, column = present.sum(1), torch.arange(T, device=device)
     first = length
-    if T:  # a row without tokens goes on where it is
+    if T:  # a row without tokens stays at its position
         first = torch.where(present, column, T).amin(1)
         first = torch.where(length > 0, first, 0)
     place = positions.gather(1, first[:, None])[:, 0] if T else length
-    if phase is None:  # it is in the positions: pieces for rows that begin anywhere in a segment
+    if (
+        phase is None
+    ):  # it is part of the positions: pieces for rows that start anywhere in a segment
         phase = place % L
         widths = [min(T, L), *(_widths(T - 1, L, 0) if T > 1 else [])]
     else:
@@ -140,7 +142,7 @@ def segment_pieces(context: PartContext, shape: tuple[int, int], L: int) -> Segm
 
 
 def _documents(cu_seqlens: Tensor, T: int, L: int) -> SegmentPieces:
-    """Documents as rows, the longest first, so that those that go on are the first ones."""
+    """Documents as rows, the longest first, so that each piece covers the first rows."""
     bounds = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
     order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
@@ -156,17 +158,17 @@ def _documents(cu_seqlens: Tensor, T: int, L: int) -> SegmentPieces:
 
 
 class _Rows(NamedTuple):
-    """Where rows lie in the tokens of a call, int64 ``[R]`` each."""
+    """Position of rows in the tokens of a call, int64 ``[R]`` each."""
 
     start: Tensor  # first token
     length: Tensor  # tokens
-    place: Tensor  # of the first one in its sequence
+    place: Tensor  # index of its first token in its sequence
 
 
 def _gathered(
     rows: _Rows, phase: int | Tensor, steps: list[tuple[int, int]], present: Tensor, L: int
 ) -> SegmentPieces:
-    """Pieces of so many rows and tokens each, left-aligned in every row."""
+    """Pieces with the given rows and tokens, left-aligned in every row."""
     device, n = present.device, present.numel()
     pieces, index, exists, positions = [], [], [], []
     begin, done = 0, torch.zeros_like(rows.length)
@@ -196,7 +198,7 @@ def _gathered(
 
 
 def _widths(T: int, L: int, phase: int) -> list[int]:
-    """Tokens of each piece of ``T`` tokens, the first of which stands at a place of its segment."""
+    """Lengths of the pieces of ``T`` tokens; the first token has index ``phase`` in its segment."""
     first = min(T, L - phase)
     whole, rest = (T - first) // L, (T - first) % L  # not divmod, which is not traced
     return [first, *[L] * whole, *[rest] * bool(rest)]

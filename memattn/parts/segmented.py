@@ -1,4 +1,4 @@
-"""Segmented attention: the tokens of the own segment and of a sliding window."""
+"""Segmented attention: a token sees its own segment and a sliding window."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,12 +13,12 @@ from memattn.parts.state import PartState
 @register_part
 @dataclass(frozen=True, kw_only=True)
 class SegmentedConfig(CausalConfig):
-    """A token sees those of its own segment and of the sliding window.
+    """A token sees the tokens of its own segment and of the sliding window.
 
     Attributes:
         segment_len: Tokens in a segment; None means no segments.
         window_size: Keys in the sliding window, the query's own included; None means no window.
-            One of the two is given.
+            At least one of segment and window is given.
         num_sink_tokens: First tokens of each sequence that all its tokens see.
         num_persistent_tokens: Learned keys and values that every token sees.
         backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"``, ``"reference"`` or

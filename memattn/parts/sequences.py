@@ -1,4 +1,4 @@
-"""What a batch of sequences carries from call to call: the states of parts, and positions."""
+"""Cached state of a batch between calls: the states of all parts, and positions."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ class LayerStates:
     """The states of the parts of one layer, by name.
 
     Args:
-        parts: State of each part.
+        parts: State of each part by name.
     """
 
     def __init__(self, parts: Mapping[str, PartState]) -> None:
@@ -28,28 +28,28 @@ class LayerStates:
 
 
 class SequenceStates:
-    """The states of all parts of all layers, and where each row's sequence begins and ends.
+    """The states of all parts of all layers, and the first and last column of each row's sequence.
 
-    Rows may have no token in any column. What is kept of a row is contiguous all the same: a row
-    that goes on behind columns without tokens is moved to the newest column first, alone.
+    A row may lack a token in any column, but its kept tokens are contiguous: a row that continues
+    after columns without tokens is first moved to the newest column.
 
     Args:
-        layers: Of each layer, the empty states of its parts by name.
+        layers: For each layer, the empty states of its parts by name.
 
     Attributes:
         layers: The layers, each with its ``parts``.
-        position: Columns seen so far, padding included; the column of the next token.
+        position: Columns seen so far, including padding; the column of the next token.
         seq_start: int64 ``[B]`` on the CPU, the column where each row's sequence begins, or None
             before the first call.
         seq_end: int64 ``[B]`` on the CPU, the column where it ended, if it has.
-        columns: bool ``[B, position]`` on the CPU, the columns that a caller gave tokens in; None
-            where these are those between ``seq_start`` and ``seq_end``. See ``present``.
-        has_padding: Whether a row has no token in some column of the last call.
-        ends_early: Whether the last token of a row stands before the last column of that call.
-        order: The order in which the columns of the last call go to the parts; None means theirs.
+        columns: bool ``[B, position]`` on the CPU, the columns in which the caller gave tokens;
+            None if these are the columns from ``seq_start`` to ``seq_end``. See ``present``.
+        has_padding: Whether some row lacks a token in some column of the last call.
+        ends_early: Whether some row's last token is before the last column of that call.
+        order: The order in which the parts get the columns of the last call; None means unchanged.
     """
 
-    layers: Any  # list of LayerStates, or of what has their attributes
+    layers: Any  # list of LayerStates, or of objects with the same attributes
 
     def __init__(self, layers: Sequence[Mapping[str, PartState]]) -> None:
         self._setup(layers)
@@ -67,7 +67,7 @@ class SequenceStates:
         self.order: TokenOrder | None = None
 
     def _like(self) -> "Self":
-        """An empty one with the same layers."""
+        """An empty cache with the same layers."""
         other = object.__new__(type(self))
         other._setup([{n: s.fresh() for n, s in layer.parts.items()} for layer in self.layers])
         return other
@@ -83,13 +83,13 @@ class SequenceStates:
         return -1 if self.seq_start is None else self.seq_start.shape[0]
 
     def has_layers(self, wanted: Sequence[Mapping[str, PartState]]) -> bool:
-        """Whether the layers are of these parts."""
+        """Whether the layers have exactly these parts."""
         return len(wanted) == len(self.layers) and all(
             _fit(layer.parts, parts) for layer, parts in zip(self.layers, wanted, strict=True)
         )
 
     def check_layers(self, wanted: Sequence[Mapping[str, PartState]]) -> None:
-        """Raise ValueError unless the layers are of these parts."""
+        """Raise ValueError unless the layers have exactly these parts."""
         if len(wanted) != len(self.layers):
             must("past_key_values", f"have {len(wanted)} layers", len(self.layers))
         for i, (layer, parts) in enumerate(zip(self.layers, wanted, strict=True)):
@@ -106,17 +106,17 @@ class SequenceStates:
         device: torch.device,
         max_length: int | None = None,
     ) -> None:
-        """Move on by ``num_columns`` tokens, and give the state of each part its bounds.
+        """Advance by ``num_columns`` tokens, and give the state of each part its bounds.
 
         Called once at the beginning of a forward pass; each part then appends to its state.
 
         Args:
             batch_size: Rows of the batch, the same at every call.
             num_columns: New tokens in each row.
-            attention_mask: ``[B, num_columns]``, or ``[B, position + num_columns]`` with all
-                columns so far; None means no padding.
+            attention_mask: ``[B, num_columns]``, or ``[B, position + num_columns]`` for all columns
+                so far; None means no padding.
             device: Where the bounds are needed.
-            max_length: Tokens that a sequence may have; None means any number.
+            max_length: Maximum tokens of a sequence; None means no limit.
 
         Raises:
             ValueError: If the batch size changed, the mask contradicts what the cache has seen, or
@@ -146,8 +146,8 @@ class SequenceStates:
             first, last = first.cpu(), last.cpu()
 
         started, empty = start < p, first == last
-        # a row without tokens begins later, or goes on later; one whose tokens stop before the last
-        # column ends there, until it goes on
+        # a row without tokens starts or continues later; a row whose tokens stop before the last
+        # column ends there until it continues
         start = torch.where(started, start, p + first)
         end = torch.where(started & empty, p, OPEN_END)
         end = torch.where(~empty & (last < T), p + last, end)
@@ -165,7 +165,7 @@ class SequenceStates:
         self._begin_states(T, device)
 
     def _goes_on(self, B: int, T: int, mask: Tensor | None, max_length: int | None) -> bool:
-        """Whether all rows began in the first column and go on without padding: most calls."""
+        """Whether all rows started in the first column and continue without padding, as usual."""
         p, start, end = self.position, self.seq_start, self.seq_end
         if not p or start is None or end is None or len(start) != B or start.any():
             return False
@@ -179,7 +179,7 @@ class SequenceStates:
         return bool((mask == 1).all())
 
     def _close_gaps(self) -> None:
-        """Move the rows that have ended to the newest column, where their next tokens come."""
+        """Move rows that have ended to the newest column, where their next tokens are added."""
         if self.seq_start is None or self.seq_end is None:
             return
         by = (self.position - self.seq_end).clamp(min=0)
@@ -192,7 +192,7 @@ class SequenceStates:
         self.seq_end = torch.full_like(by, OPEN_END)
 
     def _move(self, by: Tensor) -> None:
-        """Move what is kept of each row ``by`` int64 ``[B]`` columns to the right."""
+        """Move the kept tokens of each row to the right by ``by`` int64 ``[B]`` columns."""
         for state in self._states():
             floor = state.first_kept(self.position, len(by)) + by
             state.move(by)
@@ -200,7 +200,7 @@ class SequenceStates:
 
     @property
     def present(self) -> Tensor:
-        """bool ``[B, position]``, the columns that a caller gave tokens in."""
+        """bool ``[B, position]``, the columns in which the caller gave tokens."""
         if self.columns is not None:
             return self.columns
         assert self.seq_start is not None and self.seq_end is not None
@@ -208,10 +208,10 @@ class SequenceStates:
         return (column >= self.seq_start[:, None]) & (column < self.seq_end[:, None])
 
     def _follow_past(self, past_mask: Tensor) -> None:
-        """Forget the newest tokens of rows that a mask of earlier columns no longer has.
+        """Drop the newest tokens of rows that the mask of earlier columns no longer marks.
 
         Raises:
-            ValueError: If it differs from what was seen elsewhere, or what is needed again is gone.
+            ValueError: If the mask differs elsewhere, or tokens that are needed again were dropped.
         """
         given, kept = self.present, past_mask != 0
         if torch.equal(given, kept):
@@ -234,7 +234,7 @@ class SequenceStates:
         start = self.seq_start
         assert start is not None
         alike = int(start[0]) if len(start) and bool((start == start[0]).all()) else None
-        known: dict[tuple, SequenceBounds] = {}  # most layers are alike
+        known: dict[tuple, SequenceBounds] = {}  # most layers have the same bounds
         for state in self._states():
             state.place(start, self.position - T)
             kind = (state.kept, state.segment_len, state.window_size, state.lead)
@@ -245,7 +245,7 @@ class SequenceStates:
         self._mark_visible()
 
     def _bounds(self, state: PartState, T: int, device: torch.device) -> SequenceBounds:
-        """The rows' bounds in columns of the state's tokens, with the ``T`` new ones at the end."""
+        """The rows' bounds in columns of the state's tokens, ``T`` new ones at the end included."""
         assert self.seq_start is not None and self.seq_end is not None
         S = state.lead + state.kept + T
         first_column = self.position - S
@@ -257,7 +257,7 @@ class SequenceStates:
         )
 
     def _mark_visible(self) -> None:
-        """Tell each state how many of the newest tokens later ones can see."""
+        """Set in each state how many of its newest tokens later ones can see."""
         assert self.seq_start is not None and self.seq_end is not None
         first: dict[tuple, int] = {}
         for state in self._states():
@@ -270,11 +270,11 @@ class SequenceStates:
             layer.position = self.position
 
     def reset(self, mask: Tensor | None = None) -> None:
-        """Let sequences begin anew.
+        """Restart sequences.
 
         Args:
-            mask: bool ``[B]``, True for the rows that restart with the next token; the other rows
-                go on. None empties the cache, which then takes any batch size.
+            mask: bool ``[B]``, True for rows that restart with the next token; the other rows
+                continue. None empties the cache, which then takes any batch size.
         """
         if mask is None:
             self.__dict__.update(self._like().__dict__)
@@ -295,7 +295,7 @@ class SequenceStates:
         self._trim()
 
     def _trim(self) -> None:
-        """Drop what no later token can see, after rows changed."""
+        """Drop tokens that no later token can see, after rows changed."""
         if self.seq_start is not None:
             self._mark_visible()
             for state in self._states():
@@ -322,11 +322,11 @@ class SequenceStates:
         return other
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace the rows by those that ``beam_idx [B]`` names, in place."""
+        """Replace the rows by rows ``beam_idx [B]``, in place."""
         self.__dict__.update(self._select(beam_idx).__dict__)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only the rows that ``indices`` names, in place."""
+        """Keep only the rows ``indices``, in place."""
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -335,23 +335,24 @@ class SequenceStates:
 
     @property
     def records_past(self) -> bool:
-        """Whether the whole past is kept until ``crop``."""
+        """Whether all tokens are kept until ``crop``."""
         return any(state.record_past for state in self._states())
 
     def activate_past_recording(self) -> None:
-        """Keep the whole past from now on, until ``crop``: for decoding that guesses ahead."""
+        """Keep all tokens from now on until ``crop``: for speculative decoding."""
         for state in self._states():
             state.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest columns, and then what no later token can see.
+        """Remove the newest columns, then drop tokens that no later token can see.
 
         Args:
-            tokens_to_remove: The number of columns, as transformers counts: 0 or negative.
+            tokens_to_remove: The number of columns in transformers' convention: 0 or negative.
 
         Raises:
-            ValueError: If it is positive, more than there are, or a part has dropped what is needed
-                again; call ``activate_past_recording`` before the columns are added.
+            ValueError: If it is positive, exceeds the number of columns, or a part has dropped
+                tokens that are needed again; call ``activate_past_recording`` before adding the
+                columns.
         """
         position = self.position + tokens_to_remove
         if not 0 <= position <= self.position:
@@ -363,9 +364,9 @@ class SequenceStates:
         self._forget(removed, None if self.columns is None else self.columns[:, position:].sum(1))
 
     def _forget(self, removed: int, counts: Tensor | None) -> None:
-        """Forget the newest columns, or the newest ``counts`` int64 ``[B]`` tokens of each row.
+        """Remove the newest columns, or the newest ``counts`` int64 ``[B]`` tokens of each row.
 
-        The rows that are left with fewer or more tokens than columns are moved.
+        Rows whose tokens then do not end at the newest column are moved there.
         """
         start, position = self.seq_start, self.position - removed
         assert start is not None
@@ -377,7 +378,7 @@ class SequenceStates:
             start = start + by
         for state in self._states():
             needed = state.visible_from(position, start, end) - by
-            # a row that is left without tokens needs none
+            # a row without remaining tokens needs none
             needed = torch.where(start < position, needed, self.position)
             lacks = bool((needed < state.first_kept(self.position, len(by))).any())
             state.check_crop(removed, self.position, lacks, counts)
@@ -394,5 +395,5 @@ class SequenceStates:
 
 
 def _fit(own: Mapping[str, PartState], wanted: Mapping[str, PartState]) -> bool:
-    """Whether states are of the same parts."""
+    """Whether states belong to the same parts."""
     return own.keys() == wanted.keys() and all(own[name].fits(wanted[name]) for name in own)

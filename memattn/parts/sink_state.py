@@ -1,4 +1,4 @@
-"""What attention with sinks keeps of a sequence: its last tokens, and the first beside them."""
+"""Cached state of attention with sink tokens: the last tokens and the first tokens."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,21 +8,21 @@ from torch import Tensor
 
 from memattn.parts.state import PartState
 
-SINK = "sink_"  # before the name of a token tensor: its first tokens, as a row tensor
+SINK = "sink_"  # prefix of a token tensor's name: its first tokens, stored as a row tensor
 
 
 class SinkState(PartState):
-    """Tokens in reach of segment and window, and the first ``num_sink_tokens`` of each row.
+    """The tokens within segment and window, and the first ``num_sink_tokens`` of each row.
 
-    Where the first tokens of the batch have been dropped, what is returned begins with the row's
-    first tokens, in front of those that are kept. Its bounds count them: where a row's first token
-    has been dropped, ``num_sink_tokens`` keys stand for its beginning. A crop needs nothing:
-    what stands there of tokens that were forgotten is written again with the next ones.
+    If the first tokens of the batch were dropped, returned tensors start with each row's first
+    tokens, followed by the kept ones. Bounds count them: ``num_sink_tokens`` keys represent the
+    start of a row whose first token was dropped. A crop needs no extra work: first tokens that it
+    removes are overwritten by the next tokens.
 
     Args:
         kind: The part that it belongs to.
-        segment_len: Segment length that its tokens are seen in, or None.
-        window_size: Window that its tokens are seen in, or None.
+        segment_len: Segment length of the attention, or None.
+        window_size: Window of the attention, or None.
         num_sink_tokens: First tokens of each row that all its tokens see.
     """
 
@@ -39,7 +39,7 @@ class SinkState(PartState):
     def _clear(self) -> None:
         super()._clear()
         self._new: Tensor | None = None  # int64 [B, n], new columns that are first tokens
-        self._moved: Tensor | None = None  # int64 [B, n], which of them stands where
+        self._moved: Tensor | None = None  # int64 [B, n], their index among first tokens
 
     def describe(self) -> dict[str, Any]:
         own = {"num_sink_tokens": self.num_sink_tokens} if self.num_sink_tokens else {}
@@ -57,7 +57,7 @@ class SinkState(PartState):
             self._new = begin[:, None] + number
         if self.lead:
             dropped = (position - self.kept - seq_start).clamp(0, n)
-            if ((dropped > 0) & (dropped < n)).any():  # the last of them adjoin what is kept
+            if ((dropped > 0) & (dropped < n)).any():  # the last first tokens adjoin the kept ones
                 self._moved = (number - (n - dropped)[:, None]).clamp(min=0)
 
     def append(self, name: str, states: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class SinkState(PartState):
         return whole
 
     def _first_tokens(self, name: str, states: Tensor) -> Tensor:
-        """The first tokens ``[B, ..., n, F]`` of each row, as far as there are such."""
+        """The first tokens ``[B, ..., n, F]`` of each row, as far as they exist."""
         n, T = self.num_sink_tokens, states.shape[-2]
         first = self.rows.get(SINK + name)
         if first is None:

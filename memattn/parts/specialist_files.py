@@ -1,4 +1,4 @@
-"""One specialist as a folder: ``specialist.json`` says what it is of, beside its tensors."""
+"""Save one specialist as a folder: its tensors, and ``specialist.json`` with its description."""
 
 import hashlib
 import json
@@ -14,20 +14,20 @@ from memattn.checks import must
 from memattn.files import read_tensors, replacing, write_json, write_tensors
 
 ABOUT, WEIGHTS, FORMAT = "specialist.json", "specialist.safetensors", "memattn-specialist-1"
-SAMPLES = 64  # numbers of a weight that count in the fingerprint
+SAMPLES = 64  # elements of each weight that enter the fingerprint
 
 
 class SavedSpecialist(NamedTuple):
-    """What a folder holds."""
+    """Content of a folder."""
 
     name: str
-    model: dict[str, Any]  # what it is good for
-    base: str  # fingerprint of the weights that it stood beside
+    model: dict[str, Any]  # type and sizes of the model that it fits
+    base: str  # fingerprint of the base weights that it was trained with
     tensors: dict[str, Tensor]  # layers.<i>.…
 
 
 def fingerprint(weights: Iterable[Tensor]) -> str:
-    """A checksum of some numbers of each weight, the same in float32, float64 and bfloat16."""
+    """A checksum over some elements of each weight, equal in float32, float64 and bfloat16."""
     digest = hashlib.sha256()
     for weight in weights:
         values: Any = weight.detach()  # sharded or not
@@ -39,10 +39,10 @@ def fingerprint(weights: Iterable[Tensor]) -> str:
 
 
 def write_saved(folder: str | os.PathLike[str], saved: SavedSpecialist) -> None:
-    """Write a folder, whole or not at all.
+    """Write a folder atomically.
 
     Raises:
-        ValueError: If there is something else in the folder.
+        ValueError: If the folder contains anything else.
     """
     folder = Path(folder)
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -59,7 +59,7 @@ def read_saved(folder: str | os.PathLike[str]) -> SavedSpecialist:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged or something else.
+        ValueError: If a file is damaged or of another kind.
     """
     path = Path(folder) / ABOUT
     if not path.is_file():

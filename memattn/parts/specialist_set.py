@@ -1,4 +1,4 @@
-"""The specialists of a whole model, in all its layers: one is added, trained or saved by name."""
+"""The specialists of all layers of a model: add, train, save or remove one by name."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,29 +15,29 @@ from memattn.nn.causal_specialists import CausalSpecialists, SpecialistOutput
 from memattn.parts.specialist_files import SavedSpecialist, fingerprint, read_saved, write_saved
 
 Renamed = Callable[[tuple[str, ...]], None]
-RETURNS = (None, False, True, "token")  # what return_gates may be
+RETURNS = (None, False, True, "token")  # allowed values of return_gates
 
 
 class LayerSpecialists(NamedTuple):
-    """Specialists of one layer, and the attention that they stand beside."""
+    """Specialists of one layer, and the attention that they are added to."""
 
     module: CausalSpecialists
     attention: nn.Module
 
     @property
     def base(self) -> BaseAttention | None:
-        """What is known of the attention."""
+        """Description of the attention."""
         return base_attention(self.attention)
 
 
 class SpecialistSet:
-    """The specialists of a model; each has the same name in every layer that has such.
+    """The specialists of a model; a specialist has the same name in all layers.
 
     Args:
-        layers: Specialists by the number of their layer.
-        model: Type and sizes of the model, which a file of a specialist must be of.
-        renamed: Called with the names whenever they change, to keep them in a configuration.
-        learning: Called with the parameters that ``train_only`` lets learn, to keep them.
+        layers: Specialists by layer index.
+        model: Type and sizes of the model; a specialist's file must match them.
+        renamed: Called with the names when they change, to store them in the configuration.
+        learning: Called with the parameters that ``train_only`` makes trainable, to store them.
 
     Raises:
         ValueError: If no layer has specialists.
@@ -62,16 +62,16 @@ class SpecialistSet:
 
     @property
     def modules(self) -> tuple[CausalSpecialists, ...]:
-        """Their modules, layer by layer."""
+        """The modules of the specialists, layer by layer."""
         return tuple(layer.module for layer in self.layers.values())
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The specialists in the order of their gates, behind that of the base."""
+        """Names in the order of the gates, of which the base has the first."""
         return self.modules[0].gate.specialists
 
     def priors(self, name: str) -> list[float]:
-        """The priors of one specialist, layer by layer; it is closed where that is 0.
+        """The priors of one specialist, layer by layer; prior 0 means closed.
 
         Raises:
             ValueError: If there is no such specialist.
@@ -100,7 +100,7 @@ class SpecialistSet:
         return name
 
     def remove(self, name: str) -> None:
-        """Drop a specialist from all layers. Nothing is left of it.
+        """Remove a specialist from all layers.
 
         Raises:
             ValueError: If there is no such specialist.
@@ -110,7 +110,7 @@ class SpecialistSet:
         self._renamed(self.names)
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """What one specialist owns in all layers, its part of the gates included.
+        """The parameters of one specialist in all layers, including its part of the gates.
 
         Raises:
             ValueError: If there is no such specialist.
@@ -119,9 +119,10 @@ class SpecialistSet:
             yield from module.specialist_parameters(name)
 
     def train_only(self, *names: str) -> list[nn.Parameter]:
-        """Let these specialists learn and no others, and return their parameters.
+        """Make only these specialists trainable, and return their parameters.
 
-        The model's other parameters stay as they are; those of a frozen base are frozen.
+        Parameters of the other specialists are frozen. The model's other parameters keep their
+        setting; a frozen base stays frozen.
 
         Raises:
             ValueError: If there is no such specialist.
@@ -140,7 +141,7 @@ class SpecialistSet:
 
         Args:
             name: Its name.
-            folder: A new or empty folder, or one with a saved specialist, which is replaced.
+            folder: A new or empty folder; or a folder with a saved specialist, which is replaced.
 
         Raises:
             ValueError: If there is no such specialist, or the folder holds something else.
@@ -159,17 +160,17 @@ class SpecialistSet:
         name: str | None = None,
         any_base: bool = False,
     ) -> str:
-        """Add a specialist that ``export`` wrote, with the prior that it had, and return its name.
+        """Add a specialist that ``export`` wrote, with its prior, and return its name.
 
         Args:
-            folder: Where it is.
-            name: Its name here; None means the one that it had.
-            any_base: Whether it may come from a base with other weights, of equal sizes.
+            folder: The folder that ``export`` wrote.
+            name: Its new name; None keeps its name.
+            any_base: Whether to accept a specialist of a base with other weights and equal sizes.
 
         Raises:
             FileNotFoundError: If the folder holds no specialist.
-            ValueError: If the file is damaged or of another model, or the name is taken; nothing
-                is added then.
+            ValueError: If the file is damaged or of another model, or the name is taken; then
+                nothing is added.
         """
         saved = read_saved(folder)
         for fact, value in self._facts().items():
@@ -198,7 +199,7 @@ class SpecialistSet:
         return name
 
     def _facts(self) -> dict[str, Any]:
-        """What a specialist is good for."""
+        """Type and sizes of the model that a specialist fits."""
         module = self.modules[0]
         gate = module.gate
         own = dict(layers=list(self.layers), rank=module.rank, gate_size=gate.gate_size)
@@ -206,7 +207,7 @@ class SpecialistSet:
         return {**self._model, **own, **rule}
 
     def _fingerprint(self) -> str:
-        """A checksum of the weights of the attention that they stand beside."""
+        """A checksum of the weights of the base attention."""
         bases = [layer.base for layer in self.layers.values()]
         known = [base.weights for base in bases if base is not None]
         return fingerprint(getattr(weights, name) for weights in known for name in PROJECTIONS)
@@ -226,17 +227,17 @@ class GateRecord:
         self.means: list[Tensor] = []  # [B, 1 + N], over each row's tokens
 
     def add(self, gates: Tensor) -> None:
-        """Note the gates ``[B, T, 1 + N]`` of the next layer."""
+        """Record the gates ``[B, T, 1 + N]`` of the next layer."""
         self.tokens.append(gates)
         self.means.append(mean_gates(gates))
 
 
 @contextmanager
 def recording_gates(model: nn.Module) -> Iterator[GateRecord]:
-    """Note the gates of all layers of a model, a decoder or one with attached parts.
+    """Context that records the gates of all layers of a model (a decoder, or with attached parts).
 
-    Each call of the model inside adds its layers. What checkpointing runs again is not noted, as
-    the backward comes behind.
+    Each call of the model in the context adds its layers. Recomputation by checkpointing is not
+    recorded, because the backward runs after the context.
     """
     record = GateRecord()
 
@@ -262,17 +263,18 @@ def recording_gates(model: nn.Module) -> Iterator[GateRecord]:
 def call_with_gates(
     model: nn.Module, forward: Callable[..., Any], return_gates: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """What a forward of a model returns; with ``return_gates`` the logits, and gates by layer.
+    """The result of a model's forward; with ``return_gates``, the logits and the gates by layer.
 
     Args:
         model: The model.
-        forward: Its forward without that argument.
-        return_gates: True for means over each row's tokens, ``"token"`` for those of all tokens.
+        forward: Its forward without the argument ``return_gates``.
+        return_gates: True for means over each row's tokens, ``"token"`` for the gates of all
+            tokens.
         args: Arguments of ``forward``.
-        kwargs: Its keywords.
+        kwargs: Keyword arguments of ``forward``.
 
     Raises:
-        ValueError: If ``return_gates`` is another value, or no specialists run.
+        ValueError: If ``return_gates`` has another value, or no specialists are active.
     """
     if return_gates not in RETURNS:
         must("return_gates", 'be True, False or "token"', repr(return_gates))

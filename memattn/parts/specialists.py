@@ -1,4 +1,4 @@
-"""Specialists: attentions of their own beside that of a layer, weighted by a gate."""
+"""Specialists: attentions added to that of a layer and weighted by a gate."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,35 +32,36 @@ from memattn.parts.specialists_state import SpecialistsState
 
 LOSSES = ("gate_entropy", "gate_sparsity", "gate_domain")
 INPUTS = ("domain_prior", "domain_mask", "domain_weights")
-TAUGHT = ("domain_labels", "domain_label_weights")  # inputs that enter the loss alone
+TAUGHT = ("domain_labels", "domain_label_weights")  # inputs that only the loss uses
 SCOPES = ("token", "prefix")
 
 
 @register_part
 @dataclass(frozen=True, kw_only=True)
 class SpecialistsConfig(AddedPart):
-    """Causal attentions beside that of the layer, which begin as its copies, and their gate.
+    """Causal attentions in addition to that of the layer, initialised as its copies, and their
+    gate.
 
-    A new specialist is closed, and changes no bit, until it has a prior above 0.
+    A new specialist is closed and does not change the output until it has a prior above 0.
 
     Attributes:
-        num_specialists: How many; None means 1, or as many as there are names.
+        num_specialists: Number of specialists; None means 1, or the number of names.
         names: Their names; None means ``specialist_0``, ``specialist_1``, ...
-        prior: Prior of new ones; 1 weighs as much as the base, 0 closes.
-        rank: Rank of what they add to the base's weights; None means whole weights.
-        scope: What a token's gates depend on: ``"token"``, itself, or ``"prefix"``, the mean over
-            all tokens up to it.
+        prior: Prior of new specialists; 1 weighs as much as the base, 0 means closed.
+        rank: Rank of their low-rank change of the base's weights; None means full weights.
+        scope: Input of a token's gates: ``"token"``, the token itself, or ``"prefix"``, the mean
+            over all tokens up to it.
         activation: ``"softmax"`` or ``"sigmoid"``, of the gate.
         temperature: Divisor of the gate's logits.
-        top_k: Specialists that a token uses at most; None means all.
+        top_k: Largest number of specialists that a token uses; None means all.
         gate_size: Hidden features of each specialist's row in the gate.
-        entropy_coefficient: Of the loss ``gate_entropy`` in training.
-        sparsity_coefficient: Of the loss ``gate_sparsity``.
-        domain_coefficient: Of the loss ``gate_domain``, which teaches the gate whose text a token
-            is of, where a caller says so by ``domain_labels``.
-        gate_lr: Learning rate of the gate in training; None means that of other weights.
+        entropy_coefficient: Coefficient of the loss ``gate_entropy`` in training.
+        sparsity_coefficient: Coefficient of the loss ``gate_sparsity``.
+        domain_coefficient: Coefficient of the loss ``gate_domain``, which teaches the gate the
+            domain of a token if the caller passes ``domain_labels``.
+        gate_lr: Learning rate of the gate in training; None means the rate of other weights.
         backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
-        layers: Numbers of its layers, from 0; None means all.
+        layers: Indices of its layers, from 0; None means all.
     """
 
     kind: ClassVar[str] = "specialists"
@@ -113,7 +114,7 @@ class SpecialistsConfig(AddedPart):
                 must(f"{self.path}.{name}", "be finite and at least 0", getattr(self, name))
 
     def _name_specialists(self) -> None:
-        """Give all their names, and say how many there are."""
+        """Set names and number of the specialists."""
         n = self.num_specialists
         if n is not None:
             check_int(f"{self.path}.num_specialists", n, 0)
@@ -126,7 +127,9 @@ class SpecialistsConfig(AddedPart):
             must(f"{self.path}.num_specialists", f"be None or {len(names)}, the number of names", n)
         for i, name in enumerate(names):
             check_new_name(name, names[:i])
-        object.__setattr__(self, "names", tuple(names))  # frozen; whoever reads it gets the names
+        object.__setattr__(
+            self, "names", tuple(names)
+        )  # the dataclass is frozen; readers get the names
         object.__setattr__(self, "num_specialists", len(names))
 
     @property
@@ -200,7 +203,7 @@ class SpecialistsConfig(AddedPart):
             return PartOutput(out)
         if gates is not None:
             return PartOutput(out, gates.losses)
-        # the base alone: neither entropy nor anything shared, and nothing to choose
+        # only the base: no entropy, no shared work, nothing to select
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         zero = hidden_states.new_zeros((), dtype=wide)
         n = hidden_states.shape[0] * hidden_states.shape[1]
@@ -216,13 +219,13 @@ class SpecialistsConfig(AddedPart):
             module.reset_parameters()
 
     def slots(self) -> int:
-        """Specialists that a token uses at most."""
+        """Largest number of specialists that a token uses."""
         assert self.num_specialists is not None
         n = self.num_specialists
         return n if self.top_k is None else min(self.top_k, n)
 
     def exchange(self, sizes: Sizes) -> Exchange:
-        # a token may use any of them, so keys and values of all are there
+        # a token may use any specialist, so keys and values of all are computed
         assert self.num_specialists is not None
         return Exchange(features=2 * self.num_specialists * sizes.num_kv_heads * sizes.head_dim)
 
@@ -231,7 +234,7 @@ class SpecialistsConfig(AddedPart):
         return 4 * sizes.num_heads * sizes.head_dim * pairs * self.slots()
 
     def cost(self, sizes: Sizes, length: int, layer: int = 0) -> Cost:
-        """Its cost with all specialists open: queries and outputs of those that a token uses."""
+        """Its cost with all specialists open; queries and outputs only for those a token uses."""
         with torch.device("meta"):
             module = self.build(sizes, layer)
         assert self.num_specialists is not None
@@ -240,13 +243,13 @@ class SpecialistsConfig(AddedPart):
         gate = n * self.gate_size * (E + 1)
         token = 2 * inner * E * self.slots() + 2 * keys * E * n + gate
         flops = 2 * length * token + self.operator_flops(sizes, length)
-        if self.rank is not None:  # products of the two matrices of each
+        if self.rank is not None:  # products of the two low-rank matrices of each
             flops += 2 * n * self.rank * (2 * inner * E + 2 * keys * E)
         return Cost(sum(p.numel() for p in module.parameters()), flops)
 
 
 def with_names(part: PartConfig, names: tuple[str, ...]) -> PartConfig:
-    """The configuration with these specialists; that of another part as it is."""
+    """The configuration with these specialists; other parts are returned unchanged."""
     if not isinstance(part, SpecialistsConfig):
         return part
     return replace(part, names=names, num_specialists=None)

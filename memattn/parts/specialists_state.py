@@ -1,4 +1,4 @@
-"""What a sequence keeps of specialists: keys and values of open ones, and sums for the gate."""
+"""Cached state of specialists: keys and values of the open ones, and sums for the gate."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,7 +8,7 @@ from memattn.parts.state import PartState
 
 
 class SpecialistsState(PartState):
-    """Keys and values ``[B, F, Hkv, S, D]`` of F specialists, and the sums that a gate needs.
+    """Keys and values ``[B, F, Hkv, S, D]`` of F specialists, and the sums that the gate needs.
 
     Args:
         kind: The part that it belongs to.
@@ -31,7 +31,7 @@ class SpecialistsState(PartState):
         return {**super().describe(), "names": list(self.names)}
 
     def fits(self, other: PartState) -> bool:
-        """Whether this is a state of the same part, whatever specialists were open."""
+        """Whether this is a state of the same part, whichever specialists were open."""
         return self._facts(self) == self._facts(other)
 
     @staticmethod
@@ -39,7 +39,7 @@ class SpecialistsState(PartState):
         return {name: value for name, value in state.describe().items() if name != "names"}
 
     def choose(self, wanted: tuple[str, ...], begins: Callable[[], bool]) -> tuple[str, ...]:
-        """The specialists whose keys are kept, among them those that are ``wanted``.
+        """The specialists whose keys are kept, including those in ``wanted``.
 
         Raises:
             ValueError: If one is wanted whose keys of earlier tokens are missing.

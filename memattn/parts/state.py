@@ -1,4 +1,4 @@
-"""What a sequence keeps of one part in one layer, between calls of the model."""
+"""Cached state of one part in one layer, kept between calls of the model."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
@@ -11,38 +11,38 @@ from torch.nn import functional as F
 from memattn.checks import must
 
 OPEN_END = 1 << 62  # the end of a row that may still grow
-ROOM = 64  # entries, at least, that a token tensor is given room for
+ROOM = 64  # least number of entries by which a token tensor's buffer grows
 
 
 class SequenceBounds(NamedTuple):
-    """Where sequences begin and end, in columns of the keys of a layer; None means everywhere."""
+    """First and last column of sequences among the keys of a layer; None means all columns."""
 
     seq_start: Tensor | None  # int32 [B]
     seq_end: Tensor | None  # int32 [B]
 
 
 class Room(NamedTuple):
-    """A token tensor that is the last part of a longer one, which has room behind it."""
+    """The buffer of a token tensor, with free space after it."""
 
     buffer: Tensor
     view: Tensor
-    end: int  # entries of the buffer that are taken
+    end: int  # used entries of the buffer
 
 
 class PartState:
-    """Tensors by name, with the batch on axis 0 of each, of two kinds.
+    """Named tensors of two kinds, with the batch on axis 0.
 
-    A *token* tensor has one entry per token on its last axis but one (keys ``[B, H, S, D]``,
-    inputs ``[B, S, E]``). ``append`` extends it; what no later token can see, given the segment and
-    the window, is dropped. A *row* tensor has one entry per sequence (a recurrent memory). ``read``
-    gives it, with the initial value in rows that begin anew, and ``write`` replaces it. A crop cuts
-    token tensors; a row tensor is restored from the history that ``write`` was given since
-    recording began, and without one a crop is refused. A part that needs more derives a class.
+    A *token* tensor has one entry per token on its second-to-last axis (keys ``[B, H, S, D]``,
+    inputs ``[B, S, E]``). ``append`` extends it. Entries that no later token can see, given the
+    segment and the window, are dropped. A *row* tensor has one entry per sequence (a recurrent
+    memory). ``read`` returns it, with the initial value in rows that restart, and ``write``
+    replaces it. A crop cuts token tensors. It restores a row tensor from the history that ``write``
+    recorded; without a history a crop is refused. A part that needs more defines a subclass.
 
     Args:
         kind: The part that it belongs to.
-        segment_len: Segment length that its tokens are seen in, or None.
-        window_size: Window that its tokens are seen in, or None.
+        segment_len: Segment length of the attention, or None.
+        window_size: Window of the attention, or None.
     """
 
     def __init__(
@@ -51,33 +51,37 @@ class PartState:
         self.kind = kind
         self.segment_len = segment_len
         self.window_size = window_size
-        self.record_past = False  # keep also what no later token can see, until cropped
+        self.record_past = False  # also keep entries that no later token can see, until a crop
         self._clear()
 
     def _clear(self) -> None:
         self.tokens: dict[str, Tensor] = {}
         self._room: dict[str, Room] = {}
         self.rows: dict[str, Tensor] = {}
-        self.history: dict[str, Tensor] = {}  # [B, 1 + T, ...], values of rows at each column
-        self.restart: Tensor | None = None  # bool [B], rows that begin with the next call
-        self._restarting: Tensor | None = None  # those that begin with this call
+        self.history: dict[
+            str, Tensor
+        ] = {}  # [B, 1 + T, ...], value of a row tensor at each column
+        self.restart: Tensor | None = None  # bool [B], rows that start with the next call
+        self._restarting: Tensor | None = None  # rows that start with this call
         self._before: dict[str, Tensor] = {}
-        self.keep = 0  # newest tokens that later ones can see, set by the cache
-        # int64 [B], columns from which on the tokens kept are those of each row, once rows have
-        # moved; what stands before is padding. Set by the cache.
+        self.keep = 0  # number of newest tokens that later ones can see, set by the cache
+        # int64 [B], first column of each row's kept tokens, once rows have moved; earlier columns
+        # are padding. Set by the cache.
         self.floor: Tensor | None = None
         self.bounds = SequenceBounds(None, None)  # of this call, set by the cache
-        self.start: int | None = None  # column where all rows begin, if one, set by the cache
-        self.lead = 0  # entries that this call puts before those kept
+        self.start: int | None = (
+            None  # column in which all rows start, if they share one; set by the cache
+        )
+        self.lead = 0  # entries that this call puts before the kept ones
 
     def fresh(self) -> "PartState":
-        """An empty one of the same part."""
+        """An empty state of the same part."""
         other = copy.copy(self)
         other._clear()
         return other
 
     def describe(self) -> dict[str, Any]:
-        """Arguments that make an empty one, as plain values."""
+        """Arguments that create an empty state, as plain values."""
         return dict(kind=self.kind, segment_len=self.segment_len, window_size=self.window_size)
 
     def __str__(self) -> str:
@@ -87,21 +91,21 @@ class PartState:
         return f"{kind}({inside})" if inside else kind
 
     def fits(self, other: "PartState") -> bool:
-        """Whether this is a state of the same part; files of the first format name no part."""
+        """Whether this is a state of the same part; files of format 1 do not name the part."""
         own, theirs = self.describe(), other.describe()
         if not own["kind"]:
             own["kind"] = theirs["kind"]
         return own == theirs
 
     def tensors(self) -> Iterator[Tensor]:
-        """Everything that is kept."""
+        """All tensors of the state."""
         yield from self.tokens.values()
         yield from self.rows.values()
         yield from self.history.values()
 
     @property
     def nbytes(self) -> int:
-        """Size of everything that is kept in bytes, with the room behind it."""
+        """Bytes of all tensors, including free buffer space."""
         rooms = (self._room.get(name) for name in self.tokens)
         held = [
             tensor if room is None or room.view is not tensor else room.buffer
@@ -112,15 +116,15 @@ class PartState:
 
     @property
     def kept(self) -> int:
-        """Tokens that are kept."""
+        """Number of kept tokens."""
         return next((t.shape[-2] for t in self.tokens.values()), 0)
 
     def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values ``[B, Hkv, T, D]``, and return them behind those kept."""
+        """Append keys and values ``[B, Hkv, T, D]``; return all kept ones, including the new."""
         return self.append("key", key_states), self.append("value", value_states)
 
     def append(self, name: str, states: Tensor) -> Tensor:
-        """Append ``[B, ..., T, F]`` to a token tensor, and return it behind what was kept."""
+        """Append ``[B, ..., T, F]`` to a token tensor; return all kept entries and the new ones."""
         if name in self.tokens:
             past = self.tokens[name]
             self._check(name, past[..., :0, :], states[..., :0, :])
@@ -138,19 +142,19 @@ class PartState:
         return states
 
     def extend(self, name: str, n: int, empty: Tensor | None = None) -> Tensor:
-        """A token tensor that is kept with ``n`` more entries at its end, for the caller to write.
+        """Extend a token tensor by ``n`` entries at its end, which the caller then writes.
 
-        It has room for more, so that most calls copy nothing. What was returned earlier stays as it
-        was. Without gradients only. ``compact`` is called when they are written.
+        Its buffer has free space, so most calls copy nothing. Tensors returned earlier do not
+        change. Only without gradients. Call ``compact`` after writing the entries.
 
         Args:
             name: Its name.
             n: Number of entries.
-            empty: Stands for what is kept where nothing is, ``[B, ..., 0, F]``.
+            empty: ``[B, ..., 0, F]``, used if the state has no such tensor yet.
         """
         past = self.tokens[name] if empty is None else self.tokens.get(name, empty)
         room = self._room.get(name)
-        # kept by identity: whatever else replaced the tensor has no room behind it
+        # compared by identity: another tensor in its place has no free space after it
         if room is not None and not torch.is_inference_mode_enabled():
             room = None if room.buffer.is_inference() else room
         if room is None or room.view is not past or room.end + n > room.buffer.shape[-2]:
@@ -168,18 +172,18 @@ class PartState:
         return found
 
     def compact(self, name: str) -> None:
-        """Give back the memory of entries that no later token sees, where it is most of it."""
+        """Free the memory of entries that no later token sees, if they are most of the buffer."""
         room = self._room.get(name)
         if room is not None and room.buffer.shape[-2] > 2 * (room.view.shape[-2] + ROOM):
             self.tokens[name] = room.view.clone()
             del self._room[name]
 
     def read(self, name: str, initial: Tensor) -> Tensor:
-        """A row tensor ``[B, ...]`` as it was before this call.
+        """A row tensor ``[B, ...]`` before this call.
 
         Args:
             name: Its name.
-            initial: ``[B, ...]``, the values of rows that begin.
+            initial: ``[B, ...]``, the values of rows that start.
         """
         value = self.rows.get(name, initial)
         if value is not initial:
@@ -203,7 +207,7 @@ class PartState:
         if self.record_past and history is not None:
             first = self.history.get(name, before)
             self.history[name] = torch.cat([first, history], 1)
-        # a view, such as the last of all values, would keep the whole in memory
+        # a view, such as the last of several values, would keep all of them in memory
         self.rows[name] = value.clone() if value._is_view() else value
 
     def _check(self, name: str, past: Tensor, states: Tensor) -> None:
@@ -212,14 +216,14 @@ class PartState:
             must("past_key_values", f"{what} as in this model", list(past.shape))
 
     def place(self, seq_start: Tensor, position: int) -> None:
-        """A call begins: its first column is ``position``, rows begin at ``seq_start`` ``[B]``."""
+        """Start a call: its first column is ``position``; rows start at ``seq_start`` ``[B]``."""
 
     def begin(self) -> None:
-        """A call begins: rows that were reset get their initial values in it."""
+        """Start a call: rows that were reset get their initial values."""
         self._restarting, self.restart = self.restart, None
 
     def reset(self, mask: Tensor) -> None:
-        """Let rows begin anew with the next call, ``mask`` bool ``[B]``."""
+        """Restart the rows in ``mask`` (bool ``[B]``) with the next call."""
         if self.rows:
             self.restart = mask if self.restart is None else self.restart | mask
 
@@ -234,13 +238,13 @@ class PartState:
         return other
 
     def first_kept(self, position: int, batch_size: int) -> Tensor:
-        """First of ``position`` columns whose token is kept, int64 ``[B]``."""
+        """First column (of ``position``) whose token is kept, int64 ``[B]``."""
         oldest = torch.full((batch_size,), position - self.kept)
         return oldest if self.floor is None else self.floor.maximum(oldest)
 
     @classmethod
     def merge(cls, states: "list[PartState]") -> "PartState":
-        """The rows of several states of one part; tokens are aligned at the newest."""
+        """Concatenate the rows of several states of one part, aligned at the newest token."""
         merged = states[0].fresh()
         kept = max(state.kept for state in states)
         for name in states[0].tokens:
@@ -262,10 +266,10 @@ class PartState:
         return merged
 
     def realign(self, seq_start: Tensor, position: int) -> None:
-        """Rows were merged or moved, and begin at ``seq_start`` ``[B]`` of ``position`` columns."""
+        """Update after rows were merged or moved; they now start at ``seq_start`` ``[B]``."""
 
     def trim(self) -> None:
-        """Drop what belongs to tokens that no later token can see, and the memory it takes."""
+        """Drop entries of tokens that no later token can see, and free their memory."""
         for name in self.tokens:
             self._trim(name)
 
@@ -276,9 +280,9 @@ class PartState:
             self._room.pop(name, None)
 
     def move(self, by: Tensor) -> None:
-        """Move what belongs to the tokens of each row ``by`` int64 ``[B]`` columns to the right.
+        """Move the token entries of each row to the right by ``by`` int64 ``[B]`` columns.
 
-        What would leave on the right is dropped; what moves to the left is kept.
+        Entries that would move out on the right are dropped; negative moves keep all entries.
         """
         room = max(int(-by.min()), 0)
         for name, states in self.tokens.items():
@@ -290,13 +294,13 @@ class PartState:
     def check_crop(
         self, num_columns: int, position: int, lacks: bool, counts: Tensor | None = None
     ) -> None:
-        """Raise unless the newest columns can be forgotten.
+        """Raise unless the newest columns can be removed.
 
         Args:
-            num_columns: How many.
-            position: Columns that there are.
-            lacks: Whether a row will need a token that is not kept.
-            counts: int64 ``[B]``, how many of them hold tokens, where rows have holes.
+            num_columns: Number of columns to remove.
+            position: Number of columns so far.
+            lacks: Whether a row would need a token that is not kept.
+            counts: int64 ``[B]``, number of these columns that hold tokens, if rows have holes.
         """
         if self.tokens and lacks:
             why = "leave what later tokens see (see activate_past_recording)"
@@ -313,9 +317,9 @@ class PartState:
         return self.rows
 
     def crop(self, num_columns: int, counts: Tensor | None = None) -> None:
-        """Forget the newest columns, and then what no later token can see.
+        """Remove the newest columns, then drop entries that no later token can see.
 
-        With ``counts``, as in ``check_crop``, what remains has been moved to where it belongs.
+        With ``counts``, as in ``check_crop``, the remaining entries have been moved into place.
         """
         rest = self.kept - num_columns
         for name, states in self.tokens.items():
@@ -328,10 +332,10 @@ class PartState:
     def visible_from(self, position: int, start: Tensor, end: Tensor) -> Tensor:
         """First column that a token at column ``position`` or later can see, int64 ``[B]``.
 
-        In a row that has ended, one that follows its last token.
+        In a row that has ended, ``position`` is the column after its last token.
         """
         begins = end.clamp(max=position)
-        length = begins - start  # of the sequence of each row, in tokens
+        length = begins - start  # tokens in the sequence of each row
         if self.segment_len is None and self.window_size is None:
             return start
         near = [begins]
@@ -343,7 +347,7 @@ class PartState:
 
 
 def _moved(x: Tensor, by: Tensor, dim: int) -> Tensor:
-    """``x [B, ...]`` moved to the right in each row; what moves in repeats the edge."""
+    """``x [B, ...]`` moved to the right in each row; new entries repeat the edge."""
     x = x.movedim(dim, 1)
     place = torch.arange(x.shape[1], device=x.device) - by.to(x.device)[:, None]
     index = place.clamp(0, max(x.shape[1] - 1, 0))
@@ -352,8 +356,8 @@ def _moved(x: Tensor, by: Tensor, dim: int) -> Tensor:
 
 
 def _may_write(past: Tensor, states: Tensor) -> bool:
-    """Whether new entries may be written behind those kept, instead of copying both."""
-    # with gradients on, what was returned earlier may be saved for a backward
+    """Whether new entries can be written after the kept ones without copying."""
+    # with gradients on, tensors returned earlier may be saved for a backward
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return past.dtype == states.dtype and past.device == states.device

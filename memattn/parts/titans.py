@@ -1,4 +1,4 @@
-"""Titans: a neural memory instead of attention, or joined with attention near by."""
+"""Titans: a neural memory, alone or combined with local attention."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,38 +22,40 @@ from memattn.parts.titans_options import LongTermTokens, TitansOptions
 from memattn.parts.titans_state import TitansState
 
 VARIANTS = ("lmm", "mac", "mac_parallel", "mag", "mal")
-CHUNK = 64  # tokens of a chunk, unless others are asked for
+CHUNK = 64  # default tokens of a chunk
 
 
 @register_part
 @dataclass(frozen=True, kw_only=True)
 class TitansConfig(TitansOptions):
-    """A memory that learns while it reads, alone or with attention within a window.
+    """A memory that learns while it reads, alone or with attention in a window or segment.
 
-    All variants are strictly causal. The attention's persistent tokens are learned keys and values,
-    the memory's are learned hidden states that it reads before every sequence. Further fields are
-    those of ``memattn.parts.titans_options.TitansOptions``: sizes of the memory, residuals between
-    layers, long-term memory tokens.
+    All variants are causal. Persistent tokens of the attention are learned keys and values; those
+    of the memory are learned hidden states that it reads before every sequence.
+    ``memattn.parts.titans_options.TitansOptions`` documents the other fields: sizes of the memory,
+    residuals between layers, long-term memory tokens.
 
     Attributes:
-        variant: ``"lmm"``, the memory alone; ``"mag"``, attention gated by the memory; ``"mal"``,
-            attention over what the memory gives; ``"mac"``, attention over a segment and what the
-            memory knows of it, which then learns the result; ``"mac_parallel"``, another model:
-            the memory learns from the input instead.
+        variant: ``"lmm"``: the memory alone. ``"mag"``: attention gated by the memory. ``"mal"``:
+            attention over the memory's output. ``"mac"``: attention over a segment and the memory's
+            output for it; the memory then learns attention's output. ``"mac_parallel"``: as MAC,
+            but the memory learns from the layer's input, which is a different model.
         window_size: Keys in the window of the attention, the query's own included.
-        segment_len: Tokens in a segment, of ``"mac"`` and ``"mac_parallel"``, which have no window.
-        num_persistent_tokens: Persistent tokens of the memory, and keys of the attention. The
-            memory of ``"mac"`` learns from attention alone and has none.
-        memory_depth: Layers of a memory, 1 to 4.
-        memory_expansion: Width of its hidden layers, in units of its head size.
-        chunk_size: Tokens whose gradients are taken at the same weights; in ``"mac"`` it divides
-            the segment. None means 64, or there the segment where 64 does not divide it.
-        conv_size: Tokens that the convolutions of the memory see; 1 means none.
-        lr: Learning rate of a new memory; each token has its own.
-        momentum: Its momentum; None means none is kept.
-        decay: Its decay; None means none.
-        max_norm: Largest norm of a token's gradient; None means any, and a chunk of alike keys may
-            then overflow the memory in training.
+        segment_len: Tokens in a segment, for ``"mac"`` and ``"mac_parallel"``, which have no
+            window.
+        num_persistent_tokens: Number of persistent tokens of the memory and of persistent keys of
+            the attention. The memory of ``"mac"`` has none, as it learns only attention's output.
+        memory_depth: Layers of the memory's network, 1 to 4.
+        memory_expansion: Width of its hidden layers, as a multiple of its head size.
+        chunk_size: Tokens whose gradients are taken at the same weights. None means 64. In
+            ``"mac"`` it must divide ``segment_len``; None then means ``segment_len`` if 64 does not
+            divide it.
+        conv_size: Tokens that the memory's convolutions see; 1 means no convolution.
+        lr: Initial learning rate of the memory; a learned gate then sets it for each token.
+        momentum: Initial momentum; None means no momentum.
+        decay: Initial decay; None means no decay.
+        max_norm: Largest norm of a token's gradient. None means no limit; a chunk of similar keys
+            may then overflow the memory in training.
         backend: Backend of the operators, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``;
             or ``"flex"`` for the attention and ``"auto"`` for the memory.
     """
@@ -83,7 +85,7 @@ class TitansConfig(TitansOptions):
             check_int(f"attention.{name}", getattr(self, name), 1)
         if self.chunk_size is None:
             fits = self.variant != "mac" or self.segment_len % CHUNK == 0
-            # frozen; whoever reads the field gets the number
+            # the dataclass is frozen; readers of the field get the number
             object.__setattr__(self, "chunk_size", CHUNK if fits else self.segment_len)
         check_int("attention.chunk_size", self.chunk_size, 1)
         if self.variant == "mac" and self.segment_len % self._chunk:
@@ -106,12 +108,12 @@ class TitansConfig(TitansOptions):
 
     @property
     def attends(self) -> bool:
-        """Whether there is attention beside the memory."""
+        """Whether the variant has attention."""
         return self.variant != "lmm"
 
     @property
     def segments(self) -> bool:
-        """Whether attention is within segments, over what the memory gives too."""
+        """Whether attention is within segments and also sees the memory's output."""
         return self.variant in ("mac", "mac_parallel")
 
     @property
@@ -123,7 +125,7 @@ class TitansConfig(TitansOptions):
         return self.add_options(self._build(sizes), sizes, layer)
 
     def _build(self, sizes: Sizes) -> MemoryLayer:
-        """A layer without the options."""
+        """A layer without the fields of ``TitansOptions``."""
         heads, head_dim = self.memory_sizes(sizes)
         memory = NeuralMemory(
             sizes.hidden_size,
@@ -178,10 +180,11 @@ class TitansConfig(TitansOptions):
             nn.init.normal_(module.tokens, std=std)
         if isinstance(module, MemoryRates):
             nn.init.zeros_(module.weight)
-            # no function of torch.nn.init sets several numbers, so none spares a loaded bias
+            # torch.nn.init has no function that sets several values, so a loaded bias is checked
+            # here
             if not getattr(module.bias, "_is_hf_initialized", False):
                 module.reset_parameters()
-        # persistent keys of attention have the rule of the parts that own such a layer
+        # persistent keys of attention are initialised by the attention layer's own part
 
     def role(self, name: str, parameter: Tensor) -> Role | None:
         learned = ("memory.memory_weights", "memory.persistent_", "attention.persistent_")
@@ -190,13 +193,13 @@ class TitansConfig(TitansOptions):
     def visible(self, position: int, sizes: Sizes) -> int:
         if not self.attends:
             return 0
-        if self.segments:  # tokens, and what the memory gave for them
+        if self.segments:  # tokens and memory outputs
             own = position % self.segment_len + 1 + self.num_longterm_mem_tokens
             return 2 * own + self.num_persistent_tokens
         return min(position + 1, self.window_size) + self.num_persistent_tokens
 
     def _widths(self, head_dim: int) -> list[int]:
-        """Of the memory's layers, from its input to its output."""
+        """Widths of the memory's layers, from its input to its output."""
         return [head_dim, *[self.memory_expansion * head_dim] * (self.memory_depth - 1), head_dim]
 
     def exchange(self, sizes: Sizes) -> Exchange:
@@ -214,14 +217,14 @@ class TitansConfig(TitansOptions):
         widths = self._widths(D)
         pairs = list(zip(widths, widths[1:], strict=False))
         W, both = sum(a * b for a, b in pairs), sum(a + b for a, b in pairs)
-        kept = 1 if self.momentum is None else 2  # sums over the chunk: weights, momentum
+        kept = 1 if self.momentum is None else 2  # sums over the chunk: for weights and momentum
         # keys forward, backward, sums of updates, and the read at the chunk's start and within it
         token = 2 * W + 2 * (W - widths[0] * widths[1]) + kept * 4 * W
         token += (min(self._chunk, length) + 1) * both
-        again = 0  # products with matrices that are used for a second time
-        longterm = 0  # of the long-term memory tokens of all segments
+        again = 0  # products with matrices that are used twice
+        longterm = 0  # for the long-term memory tokens of all segments
         keys = 2 * sizes.hidden_size * sizes.num_kv_heads * sizes.head_dim  # and values
-        if self.segments:  # those of what the memory gave
+        if self.segments:  # keys of the memory's outputs
             again = keys
         if self.variant == "mac":  # the read at the segment's start: query, gate, output
             token += 2 * W

@@ -1,4 +1,4 @@
-"""Memory as context: attention within a segment, over what the memory gives for it too."""
+"""Memory as context: attention over the tokens of a segment and the memory's outputs for them."""
 
 import dataclasses
 from typing import NamedTuple
@@ -31,9 +31,9 @@ from memattn.parts.views import MASSES_BY_SOURCE
 
 
 class ContextAttention(PersistentAttention):
-    """Attention within segments over tokens, what the memory gave for them, and persistent keys.
+    """Attention within segments over tokens, the memory's outputs for them, and persistent keys.
 
-    Tokens and what the memory gives have the same projections.
+    Tokens and memory outputs share the projections.
 
     Args:
         hidden_size: As in ``MultiHeadAttention``, with the three that follow.
@@ -42,7 +42,7 @@ class ContextAttention(PersistentAttention):
         num_kv_heads: Key and value heads, ``Hkv``.
         head_dim: Features of a head, ``D``.
         num_persistent_tokens: Persistent keys, ``P``.
-        num_longterm_tokens: Tokens that stand before each segment, ``M``.
+        num_longterm_tokens: Long-term memory tokens before each segment, ``M``.
         backend: Backend of the operator.
     """
 
@@ -64,7 +64,7 @@ class ContextAttention(PersistentAttention):
         self.backend = backend
 
     def memory_heads(self, remembered: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, Hkv, T, D]`` of what the memory gave for tokens ``[B, T, E]``."""
+        """Keys and values ``[B, Hkv, T, D]`` of the memory's outputs ``[B, T, E]``."""
         key, value = (
             rearrange(proj(remembered), "b t (h d) -> b h t d", d=self.head_dim)
             for proj in (self.k_proj, self.v_proj)
@@ -111,7 +111,7 @@ class ContextAttention(PersistentAttention):
 
 
 class ContextLayer(MemoryLayer):
-    """A memory, attention over what it gives, and the gate that joins the two."""
+    """A memory, attention over its outputs, and the gate that combines both."""
 
     def __init__(
         self, memory: NeuralMemory, attention: ContextAttention, hidden_size: int, eps: float
@@ -122,20 +122,20 @@ class ContextLayer(MemoryLayer):
 
 
 class AttendedSegments(NamedTuple):
-    """What MAC computes for the tokens of a call, in the order of their pieces."""
+    """Results of MAC for the tokens of a call, in the order of the pieces."""
 
     query: Tensor  # [B or 1, H, G, D]
     keys: ContextKeys  # [B or 1, Hkv, G, D]
     attended: Tensor  # [B or 1, G, E]
-    remembered: Tensor  # [B or 1, G, E], read with queries of what attention gave
-    longterm: list[ContextKeys]  # of each piece, [rows, Hkv, M, D]; empty without such tokens
+    remembered: Tensor  # [B or 1, G, E], memory read with queries from attention's output
+    longterm: list[ContextKeys]  # one per piece, [rows, Hkv, M, D]; empty without such tokens
 
 
 class MemoryAsContext(ContextLayer):
-    """MAC: attention over a segment and what the memory knows of it, which then learns the result.
+    """MAC: attention over a segment and the memory's outputs; the memory learns the result.
 
-    The memory is read as it was before the segment, and learns what attention gives for it: so a
-    layer goes from segment to segment.
+    The memory is read with its weights before the segment, and then learns attention's output, so a
+    layer computes segment after segment.
     """
 
     def forward(self, hidden_states: Tensor, context: PartContext) -> Tensor:
@@ -147,7 +147,7 @@ class MemoryAsContext(ContextLayer):
     def run_segments(
         self, hidden_states: Tensor, context: PartContext, cut: SegmentPieces
     ) -> AttendedSegments:
-        """Go through the pieces of a call, and keep in the state what later calls need."""
+        """Process the pieces of a call, and store in the state what later calls need."""
         cache, L = context.state, self.attention.segment_len
         M = self.attention.num_longterm_tokens
         assert cache is None or isinstance(cache, TitansState)
@@ -165,7 +165,7 @@ class MemoryAsContext(ContextLayer):
         queries, state = self.memory.read_queries(
             hidden_states, state, cu_seqlens=context.cu_seqlens, **call_bounds(context)
         )
-        # all that does not wait for the memory, of all segments at once
+        # computed for all segments at once, as it does not depend on the memory
         split = lambda x: [None] * len(cut.pieces) if x is None else cut.split(x)
         before = self.remembered_before(context)
         tensors = zip(
@@ -176,9 +176,9 @@ class MemoryAsContext(ContextLayer):
         )
         starts = SegmentStarts(cache, cut.phase) if self.memory.chunk_size < L else None
         attended, remembered, memory_keys, memory_values, fronts = [], [], [], [], []
-        left = hidden_states.shape[1]  # tokens of the call behind a piece
+        left = hidden_states.shape[1]  # tokens of the call after a piece
         for piece, (q, k, v, asked, gates, taught, turned) in zip(cut.pieces, tensors, strict=True):
-            if piece.rows < rows:  # documents that have ended
+            if piece.rows < rows:  # some documents have ended
                 rows = piece.rows
                 state = state.select(torch.arange(rows, device=x.device))
             weights = state.memory.packed_weights
@@ -221,14 +221,15 @@ class MemoryAsContext(ContextLayer):
     def longterm_keys(
         self, state: NeuralMemoryLayerState, weights: Tensor | None, like: Tensor
     ) -> ContextKeys | None:
-        """Keys of the long-term memory tokens, and of what the memory knew before a segment.
+        """Keys of the long-term memory tokens, and of the memory's outputs for them before a
+        segment.
 
-        They carry no position. ``weights`` are those of ``NeuralMemory.read``.
+        They have no position. ``weights`` are those of ``NeuralMemory.read``.
         """
         if self.longterm is None:
             return None
         tokens = self.longterm.tokens.to(like.dtype).expand(len(state.memory.count), -1, -1)
-        apart = dataclasses.replace(state, read_inputs=None)  # no tokens stand before them
+        apart = dataclasses.replace(state, read_inputs=None)  # no tokens come before them
         read, _ = self.memory.read(tokens, apart, weights=weights)
         own, remembered = (self.attention.memory_heads(x, None) for x in (tokens, read))
         return ContextKeys(*own, *remembered)
@@ -241,7 +242,7 @@ class MemoryAsContext(ContextLayer):
         cache: TitansState,
         cut: SegmentPieces,
     ) -> Tensor:
-        """Attend in segments that earlier calls began, whose tokens stand in front of the new."""
+        """Attend in segments that earlier calls began; cached tokens come before the new ones."""
         L, phase, count = self.attention.segment_len, cut.phase, cut.pieces[0].count
         M = self.attention.num_longterm_tokens
         K = phase if isinstance(phase, int) else min(cache.kept, L - 1)
@@ -264,9 +265,9 @@ class MemoryAsContext(ContextLayer):
 
 
 def _recording(state: NeuralMemoryLayerState, is_near: bool) -> NeuralMemoryLayerState:
-    """The state, which records its past, if it does, near the end of a call only.
+    """The state; it records its past, if at all, only near the end of a call.
 
-    No crop goes farther back, and a call that records goes token by token.
+    No crop goes farther back, and a recording call computes token by token.
     """
     memory = state.memory
     if state.since is None or memory.records == is_near:
@@ -276,11 +277,11 @@ def _recording(state: NeuralMemoryLayerState, is_near: bool) -> NeuralMemoryLaye
 
 
 class SegmentStarts:
-    """The weights that each segment is read with, where a segment has several chunks.
+    """The memory weights for reading each segment, if a segment has several chunks.
 
     Args:
-        cache: What the sequences keep, or None.
-        phase: Places of the first tokens of the call in their segments.
+        cache: The cached state, or None.
+        phase: Indices of the call's first tokens in their segments.
     """
 
     def __init__(self, cache: TitansState | None, phase: int | Tensor) -> None:
@@ -289,7 +290,7 @@ class SegmentStarts:
         self.earlier = None if cache is None else cache.history.get(EARLIER)
 
     def of(self, piece: Piece, current: Tensor) -> Tensor:
-        """Those of a piece, ``[rows, H, P]``, before which the memory has the ``current`` ones."""
+        """Weights ``[rows, H, P]`` for reading a piece; ``current`` are those before the piece."""
         begins: bool | Tensor = True if piece.begin else self.phase == 0
         if self.cache is not None and piece.count is not None:
             begins = (piece.count > 0) & begins
@@ -304,16 +305,16 @@ class SegmentStarts:
         return self.start
 
     def keep(self, length: Tensor, L: int) -> None:
-        """Keep what later calls need, behind ``length`` int64 ``[B]`` tokens of each row."""
+        """Store what later calls need, after ``length`` int64 ``[B]`` tokens of each row."""
         assert self.cache is not None and self.start is not None
         earlier = self.start if self.earlier is None else self.earlier
         self.cache.keep_segments(self.start, earlier, (self.phase + length - 1) % L)
 
 
 class MemoryInParallel(ContextLayer):
-    """Attention within segments over tokens and what the memory gives at each, gated by that.
+    """Attention within segments over tokens and memory outputs, gated by the memory output.
 
-    The memory learns from the layer's input, so the whole sequence is one call of it.
+    The memory learns from the layer's input, so it processes the whole sequence in one call.
     """
 
     def forward(self, hidden_states: Tensor, context: PartContext) -> Tensor:
@@ -323,7 +324,7 @@ class MemoryInParallel(ContextLayer):
             named = keys._asdict().items()
             keys = ContextKeys(*(context.state.append(name, x) for name, x in named))
         B, S, L = hidden_states.shape[0], keys.key.shape[2], self.attention.segment_len
-        if torch.compiler.is_compiling():  # S is no number
+        if torch.compiler.is_compiling():  # S is symbolic
             start, index = segment_columns(context, B, S, L)
         else:
             start, index = context.once(
@@ -351,7 +352,7 @@ class MemoryInParallel(ContextLayer):
 
 
 def _sources(layer: ContextLayer, hidden_states: Tensor, context: PartContext) -> dict[str, Tensor]:
-    """Masses ``[B, H, T]`` of tokens, of what the memory gave, and of keys that all tokens see."""
+    """Attention mass ``[B, H, T]`` on tokens, memory outputs, and keys that all tokens see."""
     attention, longterm = layer.attention, None
     if isinstance(layer, MemoryAsContext):
         shape = (hidden_states.shape[0], hidden_states.shape[1])
@@ -382,7 +383,7 @@ def _sources(layer: ContextLayer, hidden_states: Tensor, context: PartContext) -
 
 
 def _front_lse(query: Tensor, front: ContextKeys) -> Tensor:
-    """Log-sum-exp ``[B, H, T, 1]`` of the scores of all keys in front of a segment."""
+    """Log-sum-exp ``[B, H, T, 1]`` of the scores of all keys before a segment."""
     key = torch.cat([front.key, front.memory_key], 2)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     return (query @ key.mT * query.shape[-1] ** -0.5).double().logsumexp(-1, keepdim=True)

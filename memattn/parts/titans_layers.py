@@ -1,4 +1,4 @@
-"""Layers of Titans: a neural memory alone, beside attention as a gate, or before it."""
+"""Titans layers: a neural memory alone, as a gate of attention, or before attention."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from memattn.parts.titans_state import TitansState
 
 
 class NormedGate(nn.Module):
-    """``RMSNorm(u) * sigmoid(RMSNorm(w))``, each norm with weights of its own."""
+    """``RMSNorm(u) * sigmoid(RMSNorm(w))``; each norm has its own weights."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class NormedGate(nn.Module):
 
     def forward(self, value: Tensor, gate: Tensor) -> Tensor:
         """Gate ``value [..., E]`` by ``gate [..., E]``."""
-        # autocast does not convert for norms
+        # autocast does not convert the inputs of norms
         value, gate = (x.to(self.value_norm.weight.dtype) for x in (value, gate))
         return self.value_norm(value) * self.gate_norm(gate).sigmoid()
 
@@ -36,7 +36,7 @@ class MemoryLayer(nn.Module):
     def __init__(self, memory: NeuralMemory) -> None:
         super().__init__()
         self.memory = memory
-        # what TitansOptions may add
+        # set by TitansOptions
         self.weight_residual = self.value_residual = False
         self.value_mix: ValueMix | None = None
         self.longterm: LongTermTokens | None = None
@@ -46,7 +46,7 @@ class MemoryLayer(nn.Module):
         return self.remember(hidden_states, context)
 
     def remember(self, hidden_states: Tensor, context: PartContext) -> Tensor:
-        """Write the tokens into the memory and read it at each, from the layer's state on."""
+        """Write the tokens into the memory and read it at each, starting from the layer's state."""
         B, T, _ = hidden_states.shape
         options: dict[str, Any] = dict(cu_seqlens=context.cu_seqlens, **call_bounds(context))
         before = self.remembered_before(context)
@@ -64,16 +64,17 @@ class MemoryLayer(nn.Module):
         return found.out
 
     def remembered_before(self, context: PartContext) -> Tensor | None:
-        """What the memory of the layer before gave, ``[B, T, E]``; None where it is not used."""
+        """Output ``[B, T, E]`` of the previous layer's memory; None if it is not used."""
         return context.carry.get(REMEMBERED) if self.weight_residual else None
 
     def change_value(
         self, hidden_states: Tensor, context: PartContext, cut: SegmentPieces | None = None
     ) -> Callable[[Tensor], Tensor] | None:
-        """What is done to the values of attention over ``hidden_states [B, T, E]``.
+        """A function that changes the values of attention over ``hidden_states [B, T, E]``, or
+        None.
 
-        The first layer hands them on, the others mix in what that had. With ``cut``, tokens are in
-        the order of its pieces.
+        The first layer passes its values on; the other layers mix them into theirs. With ``cut``,
+        tokens are in the order of its pieces.
         """
         if not self.value_residual:
             return None
@@ -106,7 +107,7 @@ class MemoryAsGate(MemoryLayer):
 
 
 class MemoryAsLayer(MemoryLayer):
-    """MAL: attention within a window over what the memory gives."""
+    """MAL: attention within a window over the memory's output."""
 
     def __init__(self, memory: NeuralMemory, attention: SegmentedAttention) -> None:
         super().__init__(memory)
@@ -119,7 +120,7 @@ class MemoryAsLayer(MemoryLayer):
 
 
 def all_present(hidden_states: Tensor, context: PartContext) -> Tensor:
-    """bool ``[B, T]``, which tokens of the call are there."""
+    """bool ``[B, T]``, which tokens of the call are present."""
     if context.present is not None:
         return context.present
     shape, device = hidden_states.shape[:2], hidden_states.device
@@ -127,7 +128,7 @@ def all_present(hidden_states: Tensor, context: PartContext) -> Tensor:
 
 
 def _attention_of(layer: MemoryLayer) -> BaseAttention | None:
-    """What specialists need to know of a layer's attention; a memory alone has none."""
+    """Description of a layer's attention for specialists; a memory alone has none."""
     attention = getattr(layer, "attention", None)
     return None if attention is None else base_attention(attention)
 

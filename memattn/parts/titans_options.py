@@ -1,4 +1,4 @@
-"""What a layer of Titans may have beyond a memory and attention: residuals, tokens, sizes."""
+"""Options of a Titans layer: residuals between layers, long-term tokens, sizes of the memory."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from memattn.parts.base import Sizes
 from memattn.parts.causal import AttentionPart
 
 VALUES = "value_residual"  # [B, T, Hkv D], values of the first layer
-REMEMBERED = "memory_output"  # [B, T, E], what the memory of the layer before gave
+REMEMBERED = "memory_output"  # [B, T, E], output of the previous layer's memory
 
 
 class ValueMix(nn.Module):
@@ -39,7 +39,7 @@ class ValueMix(nn.Module):
 
 
 class LongTermTokens(nn.Module):
-    """Learned tokens ``[M, E]``, in place of normed hidden states, that stand before a segment.
+    """Learned tokens ``[M, E]`` before each segment; they take the place of normed hidden states.
 
     Args:
         num_tokens: Tokens, ``M``.
@@ -54,20 +54,21 @@ class LongTermTokens(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class TitansOptions(AttentionPart):
-    """The fields of ``TitansConfig`` that are about these.
+    """The fields of ``TitansConfig`` for these options.
 
     Attributes:
-        memory_heads: Heads of the memory; None means as many as the attention has or, where these
-            do not divide ``memory_dim``, as many of the attention's head size as make it up.
-        memory_head_dim: Features of such a head; None means ``memory_dim / memory_heads``.
-        memory_dim: Features of all heads of the memory; None means ``hidden_size``, unless both
-            others are given.
-        value_residual: Whether values of the first layer's attention are mixed into those of the
-            others, by a learned share of each token and head.
-        neural_mem_weight_residual: Whether a memory's keys and values are made of its input plus
-            what the memory of the layer before gave for the token.
-        num_longterm_mem_tokens: Learned tokens before each segment of ``"mac"``: the memory is read
-            for them as for tokens, and all tokens of the segment attend to them and what it gave.
+        memory_heads: Heads of the memory. None means as many as the attention has; if these do not
+            divide ``memory_dim``, ``memory_dim`` divided by the attention's head size.
+        memory_head_dim: Features of a memory head; None means ``memory_dim / memory_heads``.
+        memory_dim: Features of all memory heads together; None means ``hidden_size``, or
+            ``memory_heads * memory_head_dim`` if both are given.
+        value_residual: Whether values of the first layer's attention are mixed into those of later
+            layers, with a learned share for each token and head.
+        neural_mem_weight_residual: Whether a memory's keys and values are computed from its input
+            plus the output of the previous layer's memory for the token.
+        num_longterm_mem_tokens: Learned tokens before each segment of ``"mac"``. The memory is read
+            for them as for tokens; all tokens of the segment attend to them and to these memory
+            outputs.
     """
 
     variant: str = "mac"
@@ -100,7 +101,7 @@ class TitansOptions(AttentionPart):
 
     @property
     def extras(self) -> dict[str, bool | int]:
-        """The residuals and tokens that there are, by the names of their fields."""
+        """The active residuals and tokens, by field name."""
         names = ("value_residual", "neural_mem_weight_residual", "num_longterm_mem_tokens")
         return {name: value for name in names if (value := getattr(self, name))}
 
@@ -108,10 +109,10 @@ class TitansOptions(AttentionPart):
         self.memory_sizes(sizes)
 
     def memory_sizes(self, sizes: Sizes) -> tuple[int, int]:
-        """Heads of the memory and their features.
+        """Number of memory heads, and features of each.
 
         Raises:
-            ValueError: If they do not make up ``memory_dim``.
+            ValueError: If they do not give ``memory_dim``.
         """
         heads, D, whole = self.memory_heads, self.memory_head_dim, self.memory_dim
         if D is not None and whole is None:
@@ -130,7 +131,7 @@ class TitansOptions(AttentionPart):
         return heads, whole // heads
 
     def add_options(self, module: Any, sizes: Sizes, layer: int) -> nn.Module:
-        """Give a layer of ``memattn.parts.titans_layers`` what these fields ask for."""
+        """Add the modules for these fields to a layer of ``memattn.parts.titans_layers``."""
         module.weight_residual = self.neural_mem_weight_residual
         module.value_residual = self.value_residual
         if self.value_residual and layer:

@@ -1,4 +1,4 @@
-"""What a sequence keeps of a Titans layer: keys of its attention, and the memory's state."""
+"""Cached state of a Titans layer: keys of its attention, and the memory's state."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -13,26 +13,25 @@ from memattn.nn import NeuralMemory, NeuralMemoryLayerState
 from memattn.ops import NeuralMemoryState
 from memattn.parts.state import PartState
 
-UNSAVED = ("memory.initial", "memory.sizes")  # of the layer, not of a sequence
-PRESENT = "present"  # bool [B, columns], which columns held a token since recording began
+UNSAVED = ("memory.initial", "memory.sizes")  # belong to the layer, not to a sequence
+PRESENT = "present"  # bool [B, columns], columns that held a token since recording began
 START = "segment_start"  # [B, H, P], weights before the segment of the newest token
-EARLIER = "segment_before"  # [B, H, P], weights before the segment before that
-PLACE = "segment_place"  # int64 [B], place of the newest token in its segment
+EARLIER = "segment_before"  # [B, H, P], weights before the previous segment
+PLACE = "segment_place"  # int64 [B], index of the newest token in its segment
 
 
 class TitansState(PartState):
     """Keys of the attention as token tensors, the state of the neural memory as row tensors.
 
-    A crop is exact as far back as the memory goes, which is a chunk or more, if the past is
-    recorded; else it is refused.
+    If the past is recorded, a crop is exact for at least one chunk back. Otherwise it is refused.
 
     Args:
         kind: The part that it belongs to.
         segment_len: Segment of the attention, or None.
         window_size: Window of the attention, or None.
-        variant: How attention and memory are joined.
-        options: Residuals and tokens of the layers beyond that, by name: states of models with and
-            without them have the same shapes.
+        variant: The variant of the layer.
+        options: Active residuals and tokens by name. States of models with and without them have
+            the same shapes, so the names are compared.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class TitansState(PartState):
             begin = layer.start().expand(B)
         if state is None and begin is not None:
             state = begin
-            if self.rows:  # from a file, or of merged rows
+            if self.rows:  # loaded from a file, or merged
                 initial = {name: begin.tensors()[name] for name in UNSAVED}
                 state = NeuralMemoryLayerState.from_tensors(self.rows | initial)
         assert state is not None
@@ -81,16 +80,16 @@ class TitansState(PartState):
 
     @property
     def memory(self) -> NeuralMemoryState | None:
-        """The neural memory behind the last token; None before the first call."""
+        """The neural memory's state after the last token; None before the first call."""
         return None if self._memory is None else self._memory.memory
 
     def recall(self, layer: NeuralMemory) -> None:
-        """Know the memory again whose tensors came from a file or from merged rows."""
+        """Rebuild the memory's state from tensors that came from a file or from merged rows."""
         if self._memory is None and self.rows:
             self._keep(self.read_memory(layer, len(next(iter(self.rows.values())))))
 
     def write_memory(self, state: NeuralMemoryLayerState, present: Tensor) -> None:
-        """Keep the memory's state after a call, whose tokens are ``present`` bool ``[B, T]``."""
+        """Store the memory's state after a call with tokens ``present`` (bool ``[B, T]``)."""
         self._keep(state)
         if self.record_past:
             earlier = [self.history[PRESENT]] if PRESENT in self.history else []
@@ -102,9 +101,9 @@ class TitansState(PartState):
         self.rows = {name: x for name, x in state.tensors().items() if name not in UNSAVED} | start
 
     def keep_segments(self, start: Tensor, earlier: Tensor, place: Tensor) -> None:
-        """Keep the weights ``[B, H, P]`` before the segment of the newest token, and before that.
+        """Store the weights ``[B, H, P]`` before the newest token's segment and the one before.
 
-        ``place`` int64 ``[B]`` is where the newest token stands in its segment.
+        ``place`` int64 ``[B]`` is the newest token's index in its segment.
         """
         self.rows[START] = start
         if self.record_past:
@@ -148,7 +147,7 @@ class TitansState(PartState):
         super().move(by)
         self.history = apart
         if seen is not None:
-            # there are no tokens where others were moved from
+            # columns that tokens were moved from hold no token
             width, by = seen.shape[1], by.to(seen.device)[:, None]
             column = torch.arange(width, device=seen.device) - by
             inside = (column >= 0) & (column < width)
@@ -204,13 +203,13 @@ class TitansState(PartState):
         counts = seen[:, left:].sum(1) if counts is None else counts.to(seen.device)
         if PLACE in self.history and self.segment_len is not None:
             place = self.history[PLACE] - counts
-            back = (place < 0)[:, None, None]  # in the segment before
+            back = (place < 0)[:, None, None]  # in the previous segment
             self.rows[START] = torch.where(back, self.history[EARLIER], self.rows[START])
             self.history[PLACE] = place % self.segment_len
 
 
 def _check_memory(state: NeuralMemoryLayerState, layer: NeuralMemory) -> None:
-    """Raise ValueError unless the state is one of such a layer."""
+    """Raise ValueError unless the state belongs to such a layer."""
     memory, weights = state.memory, layer.memory_weights
     sizes = (weights[0].shape[-1], *(x.shape[-2] for x in weights))
     own = (memory.packed_weights.shape[1], memory.sizes, memory.chunk_size)

@@ -1,4 +1,4 @@
-"""Several parts in one model: their names, and whether they fit each other."""
+"""Several parts in one model: their names, and checks that they fit together."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def check_together(parts: Sequence[PartConfig], sizes: Sizes) -> None:
 
 
 def name_parts(parts: Sequence[PartConfig]) -> dict[str, PartConfig]:
-    """Parts by the names that their modules and states have."""
+    """Parts by the names of their modules and states."""
     named: dict[str, PartConfig] = {}
     for part in parts:
         kind = "attention" if part.place == "attention" else part.kind
@@ -41,7 +41,7 @@ def name_parts(parts: Sequence[PartConfig]) -> dict[str, PartConfig]:
 def parts_of_layer(
     named: Mapping[str, PartConfig], layer: int, sizes: Sizes
 ) -> dict[str, PartConfig]:
-    """The parts that stand in one layer by name."""
+    """The parts in one layer, by name."""
     found = {name: part.in_layer(layer, sizes) for name, part in named.items()}
     return {name: part for name, part in found.items() if part is not None}
 
@@ -53,7 +53,7 @@ def build_shared_parts(named: Mapping[str, PartConfig], sizes: Sizes) -> dict[st
 
 
 def chapter_layout(named: Mapping[str, PartConfig], sizes: Sizes) -> dict[str, int]:
-    """What parts keep of a token of a text, by layer and part (see ``memattn.parts.chapters``)."""
+    """Features that parts keep per token of a text; see ``memattn.parts.chapters``."""
     return {
         f"layers.{layer}.{name}.{tensor}": features
         for layer in range(sizes.num_layers)
@@ -63,14 +63,14 @@ def chapter_layout(named: Mapping[str, PartConfig], sizes: Sizes) -> dict[str, i
 
 
 def losses_of(named: Mapping[str, PartConfig]) -> dict[str, float]:
-    """Losses that parts return beside the cross-entropy, with their coefficients."""
+    """Losses that parts add to the cross-entropy, with their coefficients."""
     return {name: value for part in named.values() for name, value in part.losses.items()}
 
 
 def check_inputs(
     named: Mapping[str, PartConfig], inputs: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor]:
-    """What a caller gave to parts, without None; TypeError for what none of them takes."""
+    """Extra inputs from the caller that are not None; TypeError for one that no part takes."""
     known = {name for part in named.values() for name in part.inputs}
     for name, value in inputs.items():
         if name not in known:
@@ -80,7 +80,7 @@ def check_inputs(
 
 
 def for_all_samples(parts: Iterable[PartConfig], arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Which arguments of a model parts take whole, whatever the batch: those of one dimension."""
+    """Names of extra inputs that are for all samples: those of one dimension."""
     known = {name for part in parts for name in part.inputs}
     return {
         name: value
@@ -90,7 +90,7 @@ def for_all_samples(parts: Iterable[PartConfig], arguments: Mapping[str, Any]) -
 
 
 def roles_of(placed: Iterable[tuple[str, PartConfig, nn.Module]]) -> dict[str, Role]:
-    """What the parameters are that parts say something about, by name.
+    """Roles of the parameters for which parts define one, by name.
 
     ``placed`` has the prefix of the names, the part and its module.
     """

@@ -1,4 +1,4 @@
-"""Masks with holes: the tokens of each row in one contiguous block, and back again."""
+"""Reorder the columns of masks with holes, so that each row's tokens are contiguous, and back."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """An order of the columns of a call in which each row's tokens follow each other.
+    """An order of the columns of a call in which each row's tokens are contiguous.
 
     Attributes:
-        index: int64 ``[B, T]``, the column that stands in each place.
-        place: int64 ``[B, T]``, where each column stands.
+        index: int64 ``[B, T]``, the original column at each new position.
+        place: int64 ``[B, T]``, the new position of each original column.
         present: bool ``[B, T]``, which columns hold a token.
     """
 
@@ -22,11 +22,11 @@ class TokenOrder:
 
     @classmethod
     def of(cls, present: Tensor, begun: Tensor | None = None) -> "TokenOrder":
-        """The order of columns of which some hold a token, bool ``[B, T]``.
+        """The order for columns that hold a token where ``present`` (bool ``[B, T]``) is True.
 
-        Absent columns go behind a row's tokens, those before its first token stay before it. In a
-        row that has ``begun``, bool ``[B]``, there is nothing before the first token. What is one
-        block stays as it is.
+        Columns before a row's first token stay in place; later columns without a token move after
+        its tokens. In a row that has ``begun`` (bool ``[B]``), nothing stays before the first
+        token. A contiguous row is unchanged.
         """
         leading = ~present.cumsum(1).bool()
         if begun is not None:
@@ -35,7 +35,7 @@ class TokenOrder:
 
     @classmethod
     def at_end(cls, present: Tensor) -> "TokenOrder":
-        """The order that ends with each row's tokens, from bool ``[B, T]``."""
+        """The order in which each row's tokens come last, from bool ``[B, T]``."""
         return cls._sorted(present.long(), present)
 
     @classmethod
@@ -52,7 +52,7 @@ class TokenOrder:
         return take_columns(x, self.index)
 
     def put_input(self, name: str, x: Tensor) -> Tensor:
-        """What a caller gave to parts, in this order; what is not of single tokens stays."""
+        """An extra input in this order; inputs without one entry per token are unchanged."""
         return self.put(x) if x.dim() >= 2 and x.shape[:2] == self.index.shape else x
 
     def columns(self, x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class TokenOrder:
         return torch.where(kept.view(*kept.shape, *[1] * (x.dim() - 2)), x, 0)
 
     def next_labels(self, labels: Tensor, ignored: int = -100) -> Tensor:
-        """What each column is to predict, ``[B, T]``, of labels of the columns.
+        """Label that each column predicts, ``[B, T]``, from labels of the columns.
 
         In a row with holes it is the label of the row's next token, and ``ignored`` without one or
         in a column without a token; in other rows it is that of the next column.
@@ -81,9 +81,9 @@ class TokenOrder:
 
 
 def repeat_last(x: Tensor, present: Tensor) -> Tensor:
-    """``x [B, T, E]`` where each column without a token repeats that of the token before it.
+    """``x [B, T, E]`` in which each column without a token repeats the token before it.
 
-    So the last column is that of each row's last token. 0 where none came before.
+    So the last column is each row's last token. Columns before the first token are 0.
     """
     column = torch.arange(present.shape[1], device=present.device)
     newest = torch.where(present, column, -1).cummax(1).values

@@ -1,4 +1,4 @@
-"""What pictures of parts share: running a model layer by layer, and heat maps."""
+"""Shared by the pictures of parts: visiting the layers of a model, and heat maps."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 Visit = Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]
-# kind of attention layer: its masses [B, H, T] by source of keys, from the arguments of its forward
+# kind of attention layer: function from its forward arguments to masses [B, H, T] by key source
 MASSES_BY_SOURCE: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {}
 
 
@@ -43,7 +43,7 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def draw_attention_mass(axes: "Axes", source: str, mass: Tensor) -> "AxesImage":
-    """Draw the mass ``[layers, heads]`` of one source into a pair of axes.
+    """Draw the mass ``[layers, heads]`` of one source.
 
     Returns:
         The image, for a colour bar; its colours run from 0 to 1.

@@ -20,7 +20,7 @@ class LoopResults(NamedTuple):
     surprise: Tensor
     chunk_weights: Tensor  # at the start of the open chunk
     chunk_momentum: Tensor
-    weights: Tensor  # behind the last token
+    weights: Tensor  # after the last token
     momentum: Tensor
     count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     skipped: Tensor

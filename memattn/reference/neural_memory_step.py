@@ -1,6 +1,6 @@
 """One token of the neural memory, for decoding: what ``neural_memory`` does, without gradients.
 
-The weights behind the token are read but not formed; they are formed where its chunk ends.
+The weights after the token are read but not formed; they are formed where its chunk ends.
 """
 
 import torch
@@ -45,13 +45,13 @@ def _step(args: NeuralMemoryStepArgs) -> tuple[Tensor, ...]:
     new_delta = torch.where(ok[..., None], factor * torch.cat(delta, -1), 0.0)
     (new_h,), (new_delta,), lost = without_lost([new_h], [new_delta])
 
-    # slots of the chunk: pending tokens, this one, and nothing behind it
+    # slots of the chunk: pending tokens, this one, and nothing after it
     slot = torch.arange(b, device=args.count.device)
     is_new = (slot == args.count[:, None])[:, None]  # [B, 1, b]
     present = (slot <= args.count[:, None])[:, None].expand(*args.lr.shape[:2], b)
 
     def behind(pending: Tensor, new: Tensor) -> Tensor:
-        """``[B, H, b, ...]`` with the new token in its slot and zeros behind it."""
+        """``[B, H, b, ...]`` with the new token in its slot and zeros after it."""
         new_slot, here = is_new, present
         if pending.dim() == 4:
             new_slot, here = is_new[..., None], present[..., None]

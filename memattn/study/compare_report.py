@@ -17,7 +17,7 @@ def write_pictures(study: CompareStudy) -> tuple[Path, Path]:
 
     Returns:
         ``comparison.png`` in its folder, and ``report.html``: the table, losses and measures, and
-        of each model where its attention goes and what its state is behind a held-out text.
+        of each model where its attention goes and what its state is after a held-out text.
     """
     out, seed = Path(study.out), study.seeds[0]
     report = json.loads((out / "results.json").read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ def train_xlora(study: Specialty, config: TrainConfig) -> None:
     """Train the classifier of X-LoRA, and write a run folder with its metrics and weights.
 
     The first LoRA is that of the cell ``lora`` with the same seed, which is trained before. A run
-    that is stopped begins anew: it takes as long as any other cell.
+    that is stopped restarts: it takes as long as any other cell.
     """
     options, folder = config.training, Path(config.training.output_dir)
     began = time.perf_counter()

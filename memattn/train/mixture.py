@@ -17,7 +17,7 @@ _PIECE = 500  # documents that are tokenized at once
 
 
 def mix_tokens(tokens: Tokens, data: DataConfig, tokenizer: Any) -> Tokens:
-    """The tokens with documents of ``data.mix_in`` behind them, ``data.mix_share`` of them all.
+    """The tokens with documents of ``data.mix_in`` after them, ``data.mix_share`` of them all.
 
     Documents are drawn by ``data.split_seed``; the last one is cut. None of them is one that a run
     on that text with the same ``held_out`` and ``split_seed`` would hold out. ``domains`` is 0 for

@@ -15,7 +15,7 @@ from memattn.viz.state import state_figure
 
 @torch.no_grad()
 def model_figures(name: str, model: Any, input_ids: Tensor) -> dict[str, Figure]:
-    """Where the attention of a model goes, and what its state is behind a text, by heading.
+    """Where the attention of a model goes, and what its state is after a text, by heading.
 
     What a model lacks is left out: attention of a known kind, and the state of decoders that are
     not of this package.

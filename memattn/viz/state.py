@@ -27,7 +27,7 @@ Metrics = Mapping[str, Mapping[str, Tensor]]
 class StateFacts(NamedTuple):
     """What is drawn of one sequence, by the names of layers."""
 
-    weights: dict[str, Layers]  # of the memories, behind the last token
+    weights: dict[str, Layers]  # of the memories, after the last token
     start: dict[str, Layers]  # before any text, where that is known
     keys: dict[str, Tensor]  # that attention keeps, [Hkv, S, D]
     metrics: Metrics
@@ -122,7 +122,7 @@ def _facts(state: Any, row: int) -> StateFacts:
 
 
 def _memory_of(part: PartState, start: Layers | None) -> NeuralMemoryState | None:
-    """The memory that a part keeps, if any; behind a file its sizes are those of ``start``."""
+    """The memory that a part keeps, if any; after a file its sizes are those of ``start``."""
     if (live := getattr(part, "memory", None)) is not None:
         return live
     prefix = "memory."

@@ -47,7 +47,7 @@ def _sequences(args: BranchAttentionArgs, positions: Tensor) -> tuple[Tensor, Te
 
 
 def keys_of_tokens(args: BranchAttentionArgs) -> tuple[Tensor, Tensor]:
-    """First key that each token sees and the one behind its last, int32 ``[B, T]`` each.
+    """First key that each token sees and the one after its last, int32 ``[B, T]`` each.
 
     A token outside of its sequence sees none: its last is 0.
     """
@@ -61,7 +61,7 @@ def keys_of_tokens(args: BranchAttentionArgs) -> tuple[Tensor, Tensor]:
 
 
 def tokens_of_keys(args: BranchAttentionArgs) -> tuple[Tensor, Tensor]:
-    """First token that sees each key and the one behind the last, int32 ``[B, S]`` each."""
+    """First token that sees each key and the one after the last, int32 ``[B, S]`` each."""
     B, T, S = args.query.shape[0], args.query.shape[3], args.key.shape[3]
     j = torch.arange(S, device=args.query.device, dtype=torch.int32)
     start, end = _sequences(args, j)

@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     place: Any  # among all active rows of the key head
     valid: Any  # whether it is no repetition
     key_start: Any  # first key of all
-    key_end: Any  # the one behind the last that a row sees
+    key_end: Any  # the one after the last that a row sees
 
 
 @triton.jit

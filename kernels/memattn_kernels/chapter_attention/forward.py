@@ -282,7 +282,7 @@ def row_config(
 ) -> dict[str, int]:
     """Tile lengths and launch options of a query-stationary kernel.
 
-    In the tables that by chapter has ``_by_chapter`` behind its name, that by row with a softmax
+    In the tables that by chapter has ``_by_chapter`` after its name, that by row with a softmax
     for each chapter ``_independent``, and that of a quantised bank ``_quantised``; a forward with
     few rows in a routing row is ``decode``.
     """

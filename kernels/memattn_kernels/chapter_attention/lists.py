@@ -1,6 +1,6 @@
 """What the key-stationary backward reads: numbers of rows in its own order, and parts of chapters.
 
-A *list* holds numbers of rows one behind the other as the backward walks them, so that a tile reads
+A *list* holds numbers of rows one after the other as the backward walks them, so that a tile reads
 them without an address for each. It begins each chapter, and each entry or routing row that fills
 tiles of its own, with a tile. Three are read together, ``[Hkv, n_list]`` each:
 

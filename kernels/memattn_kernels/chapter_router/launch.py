@@ -142,7 +142,7 @@ def launch_forward(args: ChapterRouterArgs, results: dict[str, Tensor]) -> None:
     n = count.clamp(min=1.0)
     n_routed = chunks.n_chapters
     importance /= n
-    # integers, whose sums have no order; rows that are not valid count in a place behind the last
+    # integers, whose sums have no order; rows that are not valid count in a place after the last
     chosen = results["indices"][..., args.num_shared :].reshape(-1).long() - args.num_shared
     chosen = torch.where(chosen < 0, n_routed, chosen)
     counts = chosen.new_zeros(n_routed + 1).scatter_add_(0, chosen, torch.ones_like(chosen))

@@ -74,7 +74,7 @@ class Gradients(NamedTuple):
 
 @triton.jit
 def chunk_backward(m, t, x, w, s, d_w, d_s, has_end, d, to):
-    """Gradients of a chunk, from ``d_w`` and ``d_s`` behind it to those before it."""
+    """Gradients of a chunk, from ``d_w`` and ``d_s`` after it to those before it."""
     HAS_READ: tl.constexpr = d.out.ptr is not None
     size = weights_before(m, m.depth)
     beta_end, sigma_end, mu_end = 0.0, 0.0, 0.0

@@ -200,7 +200,7 @@ def key_backward(m, t, x, w_ptr, to):
 
 @triton.jit
 def weights_backward(m, t, has_end, d_w_ptr, d_s_ptr, HAS_READ: tl.constexpr):
-    """The gradients of the weights at a chunk's start, from those behind it, in place."""
+    """The gradients of the weights at a chunk's start, from those after it, in place."""
     last, PD = t.n - 1, m.all_outputs
     for l in tl.range(m.depth, disable_licm=True):
         n_out, n_in, at = width(m, l + 1), width(m, l), weights_before(m, l)

@@ -71,7 +71,7 @@ def clear_chunk(m, t, x, d):
 
 @triton.jit
 def end_backward(m, t, d_w_ptr, d_s_ptr):
-    """Gradients of the factors and of the last coefficients from those of the weights behind."""
+    """Gradients of the factors and of the last coefficients from those of the weights after."""
     PH, PD = m.all_inputs, m.all_outputs
     last = t.n - 1
     for row in tl.range(0, t.n, m.BLOCK_M, disable_licm=True):

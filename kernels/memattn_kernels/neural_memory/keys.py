@@ -284,7 +284,7 @@ def coefficients(m, t):
 
 @triton.jit
 def end_of_chunk(m, t, w_ptr, s_ptr, to_w_ptr, to_s_ptr, BACKWARD: tl.constexpr):
-    """The weights behind a full chunk; where they go may be where they come from."""
+    """The weights after a full chunk; where they go may be where they come from."""
     last = t.n - 1
     beta = tl.load(lanes_at(m, BETA) + last)
     sigma = tl.load(lanes_at(m, SIGMA) + last)

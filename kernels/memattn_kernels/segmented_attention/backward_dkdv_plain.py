@@ -23,7 +23,7 @@ def segmented_attention_bwd_dkdv_plain_kernel(
 ):  # fmt: skip
     """Grid: (cdiv(S, BLOCK_N) * B * H,). One program owns BLOCK_N keys.
 
-    T is a multiple of BLOCK_M: behind it stand the numbers of another head.
+    T is a multiple of BLOCK_M: after it stand the numbers of another head.
     """
     n_tiles = tl.cdiv(S, BLOCK_N)
     pid = tl.program_id(0)

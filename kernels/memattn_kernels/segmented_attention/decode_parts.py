@@ -1,7 +1,7 @@
 """Few queries on many keys: programs share the keys of a row, and a second kernel adds them up.
 
 A part has a fixed number of keys, counted from the first that its queries see, and parts are added
-in their order: neither the batch nor room behind the keys changes a bit. The query heads of a key
+in their order: neither the batch nor room after the keys changes a bit. The query heads of a key
 head stand in one tile, so that keys are read once for all of them.
 """
 

@@ -79,7 +79,7 @@ def launch_forward_plain(inputs: dict, config: dict) -> None:
     """Launch it with the inputs of the other kernel and a ``descriptor_config``."""
     BLOCK_M, BLOCK_N = config["BLOCK_M"], config["BLOCK_N"]
     q, k, v = (inputs[name] for name in ("q_ptr", "k_ptr", "v_ptr"))
-    # keys behind those that the last query sees are zero: they may be NaN
+    # keys after those that the last query sees are zero: they may be NaN
     end = inputs["query_offset"] + inputs["T"] if inputs["IS_CAUSAL"] else None
     tiles = dict(
         q_desc=tile_descriptor(q, BLOCK_M, inputs["BLOCK_D"]),

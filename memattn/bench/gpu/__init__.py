@@ -1,6 +1,7 @@
-"""One command for a card that can be had for minutes: stages in order of worth, nothing lost.
+"""One command that checks and measures the kernels on a GPU that is available for minutes only.
 
 ``python -m memattn.bench.gpu --out DIR`` checks every operator against float64, measures the bars
-beside their peers, runs the CUDA tests and times other tile configurations, each stage within its
-own time. Every result is written as it comes. ``--dry`` runs the same script on a CPU.
+and their peers, runs the CUDA tests and times other tile configurations. The most useful stages
+come first, and each has its own time limit. Each result is written at once, so an interrupted run
+keeps what it has. ``--dry`` runs the same stages on a CPU.
 """

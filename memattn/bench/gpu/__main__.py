@@ -1,4 +1,4 @@
-"""``python -m memattn.bench.gpu``: the session on a card, or rehearsed on a CPU."""
+"""``python -m memattn.bench.gpu``: run the session on a GPU, or a dry run on a CPU."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from memattn.checks import must
 
 MIN_CAPABILITY = (8, 0)
-MIN_MEMORY = 30 << 30  # bytes: the largest case and the float64 check of others beside it
+MIN_MEMORY = 30 << 30  # bytes: the largest case while others are checked in float64
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,12 +16,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m memattn.bench.gpu", description="Check, measure, test and tune on a GPU."
     )
-    parser.add_argument("plan", nargs="*", help="stages and operators; all of both by default")
+    parser.add_argument("plan", nargs="*", help="stages and operators to run; default: all")
     parser.add_argument("--out", metavar="DIR", required=True)
-    parser.add_argument("--seconds", type=float, default=480.0, help="for all stages together")
+    parser.add_argument(
+        "--seconds", type=float, default=480.0, help="time limit of all stages together"
+    )
     parser.add_argument("--workers", type=int, default=max(2, (os.cpu_count() or 2) - 2))
-    parser.add_argument("--before", metavar="DIR", help="checkout of an earlier build to compare")
-    parser.add_argument("--dry", action="store_true", help="on a CPU, interpreted, not timed")
+    parser.add_argument(
+        "--before", metavar="DIR", help="checkout of an earlier build to compare with"
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="run on a CPU with interpreted kernels, without timing"
+    )
     given = parser.parse_args(argv)
     if given.dry:
         # read when a kernel is defined
@@ -70,10 +76,10 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def read_plan(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Stages, in their own order, and operators that a plan names; all where it names none.
+    """The stages (in their fixed order) and operators of a plan; all if it names none.
 
     Raises:
-        ValueError: If a word is neither.
+        ValueError: If a word is neither a stage nor an operator.
     """
     from memattn.bench.gpu.correctness import CASES
     from memattn.bench.gpu.session import STAGES
@@ -92,18 +98,18 @@ def read_plan(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _check_card() -> None:
-    """Raise unless there is a card that the session fits."""
+    """Raise unless there is a GPU that can run the session."""
     import torch
 
     if not torch.cuda.is_available():
-        raise RuntimeError("needs a CUDA device, and torch sees none; --dry rehearses on a CPU")
+        raise RuntimeError("needs a CUDA device, and torch sees none; --dry runs on a CPU")
     capability = torch.cuda.get_device_capability()
     if torch.version.hip is None and capability < MIN_CAPABILITY:
-        raise RuntimeError(f"needs a card of compute capability 8.0 or newer, got {capability}")
+        raise RuntimeError(f"needs a GPU of compute capability 8.0 or newer, got {capability}")
     memory = torch.cuda.get_device_properties(0).total_memory
     if memory < MIN_MEMORY:
         raise RuntimeError(
-            f"needs a card with {MIN_MEMORY >> 30} GiB of memory, got {memory / 2**30:.0f} GiB"
+            f"needs a GPU with {MIN_MEMORY >> 30} GiB of memory, got {memory / 2**30:.0f} GiB"
         )
 
 

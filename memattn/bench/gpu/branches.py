@@ -1,4 +1,4 @@
-"""Cases of the stage "correct" about attention in branches."""
+"""Branch attention cases of the stage "correct"."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from memattn import ops
 
-# sizes of the inputs, options; lengths that depend on T are functions of it
+# sizes of the inputs, and options as a function of T
 Options = Callable[[int], dict[str, Any]]
 GROUPED = {"B": 2, "H": 4, "Hkv": 2, "F": 12, "A": 2}
 PLAIN = {"B": 2, "H": 2, "Hkv": 2, "F": 3, "A": 2}
 BRANCHES: dict[str, tuple[dict, Options]] = {
     "token": (GROUPED, lambda T: {"form": "token", "seq_start": [0, T // 5]}),
-    # a branch with most of the rows beside some with few
+    # most rows are in the first branch
     "base": (PLAIN, lambda T: {"form": "base"}),
     "all": (PLAIN, lambda T: {"form": "all"}),
     "sequence": (GROUPED, lambda T: {"form": "sequence", "seq_end": [T, T - T // 5]}),
@@ -27,13 +27,13 @@ BRANCHES: dict[str, tuple[dict, Options]] = {
 }
 
 
-def few(sizes: dict[str, int]) -> dict[str, int]:
-    """The sizes for the interpreter: few heads and branches."""
+def shrink_for_interpreter(sizes: dict[str, int]) -> dict[str, int]:
+    """Sizes for the interpreter: fewer heads and branches."""
     return sizes | {"H": sizes["H"] // sizes["Hkv"], "Hkv": 1, "F": min(sizes["F"], 4)}
 
 
 def attend(*, gates: Tensor, query: Tensor, **given: Any) -> Any:
-    """``branch_attention`` with gates that were cast as the other inputs."""
+    """``branch_attention``; casts the gates back to at least float32."""
     gates = gates.to(torch.promote_types(query.dtype, torch.float32))
     return ops.branch_attention(query, gates=gates, **given)
 
@@ -47,7 +47,7 @@ def build(
     D: int,
     draw: Callable[..., Tensor],
 ) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]:
-    """Inputs by name and options of ``attend``; ``draw`` makes normal numbers of a shape."""
+    """``attend``, its inputs by name and its options; ``draw(*shape)`` gives normal numbers."""
     B, H, Hkv, F, A = (sizes[name] for name in ("B", "H", "Hkv", "F", "A"))
     form = options.pop("form")
     if form == "all":

@@ -1,7 +1,7 @@
-"""A plain attention forward, no mask and no sources: what Triton reaches with the bare loop.
+"""A minimal attention forward kernel without mask: the rate that Triton reaches at best.
 
-The loop of ``memattn_kernels`` cannot be much faster than this one, and the prediction of the
-machine model for it has a published figure, so it tells whether the model's clock is right.
+The kernels of ``memattn_kernels`` cannot be much faster. There is a published rate for this kernel,
+so comparing the predicted with the measured rate shows whether the performance model is right.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Cases of the stage "correct" about chapters: attention to them, and their router."""
+"""Chapter attention and chapter router cases of the stage "correct"."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,15 +9,15 @@ from torch import Tensor
 from memattn import ops
 from memattn.reference.chapter_quantization import quantize_rows
 
-BLOCK = 64  # tokens of a routing block
-# sizes of the inputs, options; lengths that depend on T are functions of it
+ROUTING_BLOCK_LEN = 64  # tokens of a routing block
+# sizes of the inputs, and options as a function of T
 Options = Callable[[int], dict[str, Any]]
 GROUPED = {"B": 2, "H": 4, "Hkv": 2, "C": 12, "M": 70, "K": 3}
 PLAIN = GROUPED | {"H": 2, "M": 128}
 ATTENTION: dict[str, tuple[dict, Options]] = {
     "token": (GROUPED, lambda T: {"form": "token"}),
     "token, independent": (PLAIN, lambda T: {"form": "token", "combine": "independent"}),
-    # two chapters that every token selects are cut into parts
+    # every token selects the first two chapters, whose rows are split into parts
     "shared": (PLAIN, lambda T: {"form": "shared"}),
     "shared, independent": (
         GROUPED | {"M": 150},
@@ -53,13 +53,13 @@ ROUTER: dict[str, tuple[dict, Options]] = {
 }
 
 
-def few(sizes: dict[str, int]) -> dict[str, int]:
-    """The sizes for the interpreter: few chapters, still of several tiles."""
+def shrink_for_interpreter(sizes: dict[str, int]) -> dict[str, int]:
+    """Sizes for the interpreter: fewer chapters, still of several tiles."""
     return sizes | ({"C": 5, "M": sizes["M"] // 4} if "M" in sizes else {"C": 9})
 
 
 class Routed(NamedTuple):
-    """What of the router's results has a gradient."""
+    """The router's differentiable results."""
 
     weights: Tensor
     load_balance_loss: Tensor
@@ -68,14 +68,14 @@ class Routed(NamedTuple):
 
 
 def attend(*, chapter_weights: Tensor | None = None, query: Tensor, **given: Any) -> Any:
-    """``chapter_attention`` with weights that were cast as the other inputs."""
+    """``chapter_attention``; casts the weights back to at least float32."""
     if chapter_weights is not None:
         chapter_weights = chapter_weights.to(torch.promote_types(query.dtype, torch.float32))
     return ops.chapter_attention(query, chapter_weights=chapter_weights, **given)
 
 
 def route(*, hidden: Tensor, weight: Tensor, bias: Tensor, **given: Any) -> Routed:
-    """``chapter_router``, of whose results those with a gradient."""
+    """``chapter_router``; returns its differentiable results."""
     found = ops.chapter_router(hidden, weight, bias, **given)._asdict()
     return Routed(*(found[name] for name in Routed._fields))
 
@@ -83,10 +83,10 @@ def route(*, hidden: Tensor, weight: Tensor, bias: Tensor, **given: Any) -> Rout
 def build_attention(
     sizes: dict[str, int], options: dict[str, Any], *, T: int, D: int, draw: Callable[..., Tensor]
 ) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]:
-    """Inputs by name and options of ``attend``; ``draw`` makes normal numbers of a shape."""
+    """``attend``, its inputs by name and its options; ``draw(*shape)`` gives normal numbers."""
     B, H, Hkv, C, M, K = (sizes[name] for name in ("B", "H", "Hkv", "C", "M", "K"))
     form, bits = options.pop("form"), options.pop("bits", None)
-    rows = {"sequence": (), "block": (-(-T // BLOCK),)}.get(form, (T,))
+    rows = {"sequence": (), "block": (-(-T // ROUTING_BLOCK_LEN),)}.get(form, (T,))
     tensors = {"query": draw(B, H, T, D)}
     bank = {"chapter_key": draw(C, Hkv, M, D), "chapter_value": draw(C, Hkv, M, D)}
     order = draw(B, *rows, C).float().argsort(-1).int()
@@ -97,7 +97,7 @@ def build_attention(
     # some slots are empty
     options["chapter_indices"] = indices.masked_fill(draw(*indices.shape) > 1.5, -1)
     if form == "block":
-        options["routing_block"] = BLOCK
+        options["routing_block"] = ROUTING_BLOCK_LEN
     if options.pop("weights", True):
         tensors["chapter_weights"] = draw(*indices.shape).abs() + 0.125
     if bits is None:
@@ -111,7 +111,7 @@ def build_attention(
 def build_router(
     sizes: dict[str, int], options: dict[str, Any], *, T: int, D: int, draw: Callable[..., Tensor]
 ) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]:
-    """Inputs by name, of logits of about 1, and options of ``route``."""
+    """``route``, its inputs by name (logits near 1) and its options."""
     B, C = sizes["B"], sizes["C"]
     weight = draw(C, D) * 2.0 ** -round(D.bit_length() / 2)
     if "num_shared" in options:

@@ -1,4 +1,4 @@
-"""Stage "before": this build beside an earlier one, in turn, on the same card."""
+"""Stage "before": time this build and an earlier one alternately on the same GPU."""
 
 import os
 import threading
@@ -8,12 +8,12 @@ from pathlib import Path
 from memattn.bench.gpu import compare_worker
 from memattn.bench.gpu.pool import Job, Pool, Result
 
-ROUNDS = 2  # each build is timed so often, in turn
+ROUNDS = 2  # times that each build is timed, alternately
 JOB_SECONDS = 60
 
 
 def pools(before: Path, n_workers: int, log: Path, environment: dict[str, str]) -> dict[str, Pool]:
-    """Workers of the earlier build and of this one."""
+    """Worker pools of the earlier build and of this one."""
     trees = {"before": before.resolve(), "now": Path(__file__).parents[3]}
     worker = [str(Path(compare_worker.__file__).resolve())]
     return {
@@ -36,7 +36,7 @@ def run(
     dry: bool,
     deadline: float,
 ) -> None:
-    """Compile both builds beside each other, then time them in turn, case by case."""
+    """Compile both builds in parallel, then time them alternately, case by case."""
     cases = [
         (name, direction)
         for name, case in compare_worker.CASES.items()
@@ -68,7 +68,7 @@ def run(
         jobs = [job(name, direction, build, True) for name, direction in cases]
         pool.run(jobs, compiled, deadline=deadline, job_seconds=JOB_SECONDS)
 
-    # both at once, each with half of the workers: one after the other took a whole stage
+    # both builds at once, each with half of the workers: in sequence they took a whole stage
     threads = [threading.Thread(target=compile_all, args=pair) for pair in builds.items()]
     for thread in threads:
         thread.start()
@@ -91,7 +91,7 @@ def run(
 
 
 def ratios(pairs: list[tuple[Job, Result]]) -> list[dict]:
-    """Times of both builds, and how many times faster this one is, from the fastest medians."""
+    """Times of both builds and the speed-up of this one, from the fastest medians."""
     times: dict[tuple[str, str], dict[str, list[float]]] = {}
     for job, result in pairs:
         if job["task"] == "before" and "milliseconds" in result:

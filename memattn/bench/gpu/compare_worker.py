@@ -1,7 +1,7 @@
-"""A worker that times one build of the operators; it runs in the checkout that it measures.
+"""A worker process that times one build of the operators.
 
-It is started by its path with another checkout first on the module path, so it imports nothing of
-``memattn`` but the operators, which older builds have too.
+It is started by path with the measured checkout first on the module path. It imports only the
+operators from ``memattn``, since older builds may lack everything else.
 """
 
 import json
@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def call_of(case: dict[str, Any], direction: str, *, T: int, device: str) -> Callable[[], object]:
-    """A call of one direction on random inputs."""
+    """A function without arguments that runs one direction on random inputs."""
     from memattn import ops
 
     B, H, D = case["B"], case["H"], case["D"]
@@ -80,7 +80,7 @@ def call_of(case: dict[str, Any], direction: str, *, T: int, device: str) -> Cal
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of a case, the median of some calls; without a clock where ``dry``."""
+    """Median milliseconds of a case; a dry or compile-only job runs once without timing."""
     dry = job["dry"]
     call = call_of(
         CASES[job["case"]],
@@ -116,7 +116,7 @@ def main() -> None:
         result: dict[str, Any]
         try:
             result = measure(json.loads(line))
-        except Exception as error:  # a build may fail in any way; the result says how
+        except Exception as error:  # a build may fail in any way; the result gives the reason
             result = {"status": "error", "reason": f"{type(error).__name__}: {error}"[:300]}
         result["took"] = round(time.monotonic() - start, 2)
         answers.write(json.dumps(result) + "\n")

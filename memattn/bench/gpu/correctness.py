@@ -1,4 +1,4 @@
-"""Stage "correct": every operator and direction in every dtype, on awkward shapes."""
+"""Stage "correct": check every operator, direction and dtype on irregular shapes."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,8 +18,8 @@ HEAD_DIMS, DRY_HEAD_DIMS = (128, 64, 80, 256), (16,)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PLAIN = {"B": 2, "H": 2, "Hkv": 2}  # multi-head attention, as benchmarks run it
 GROUPED = {"B": 2, "H": 4, "Hkv": 2}
-# operator: name: sizes of the inputs, options; lengths that depend on T are functions of it.
-# The first of each operator stands for it where time is short.
+# by operator and case name: sizes of the inputs, and options as a function of T. The first case of
+# each operator runs first, in case time is short.
 Options = Callable[[int], dict[str, Any]]
 SEGMENTED: dict[str, tuple[dict, Options]] = {
     "all sources": (
@@ -63,12 +63,12 @@ CASES = {
     "branch_attention": branches.BRANCHES,
     "neural_memory": memories.MEMORY,
 }
-# not timed or tuned before their results are known to be right
+# checked only; not yet timed or tuned
 CHECKED_ONLY = ("neural_memory",)
 
 
 def jobs(operators: tuple[str, ...], *, dry: bool) -> list[Job]:
-    """One job for each case, direction, dtype and head dimension, most telling first."""
+    """One job for each case, direction, dtype and head dimension, the most important first."""
 
     def make(operator: str, case: str, direction: str, dtype: str, D: int) -> Job:
         return {
@@ -101,7 +101,7 @@ def jobs(operators: tuple[str, ...], *, dry: bool) -> list[Job]:
 
 
 def run_job(job: Job) -> Result:
-    """Errors of one case against float64, and how much they may be."""
+    """Error of one case against float64, compared with its error budget."""
     function, tensors, options = build(job)
     dtype = DTYPES[job["dtype"]]
     backward = job["direction"] == "backward"
@@ -140,9 +140,9 @@ def run_job(job: Job) -> Result:
 
 
 def _over_seeds(job: Job, name: str) -> tuple[float, float]:
-    """Error and budget of a result of one number, as root mean squares over seeds.
+    """Error and budget of a scalar result, as root mean squares over seeds.
 
-    Plain PyTorch's error of a single number is now and then far smaller than usual, by luck.
+    For a single number and seed, plain PyTorch's error can be far smaller than usual by chance.
     """
     pairs = [_one_number(job | {"seed": seed}, name) for seed in range(SEEDS)]
     error, budget = (
@@ -183,17 +183,17 @@ def build(job: Job) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, An
             return values.to(device, common["dtype"])
 
         if operator == "neural_memory":
-            sizes = memories.few(sizes) if device == "cpu" else sizes
+            sizes = memories.shrink_for_interpreter(sizes) if device == "cpu" else sizes
             return memories.build(sizes, options, T=T, D=job["D"], draw=draw)
         if operator == "branch_attention":
-            sizes = branches.few(sizes) if device == "cpu" else sizes
+            sizes = branches.shrink_for_interpreter(sizes) if device == "cpu" else sizes
             return branches.build(sizes, options, **shape, draw=draw)
         if device == "cpu":
-            sizes = chapters.few(sizes)
+            sizes = chapters.shrink_for_interpreter(sizes)
         is_router = operator == "chapter_router"
         make = chapters.build_router if is_router else chapters.build_attention
         return make(sizes, options, T=shape["T"], D=job["D"], draw=draw)
-    if device == "cpu":  # a dry run: as many query heads to a key head, but fewer
+    if device == "cpu":  # a dry run: fewer heads, with the same group size
         sizes = sizes | {"H": sizes["H"] // 2, "Hkv": sizes["Hkv"] // 2}
     if operator == "future_attention":
         tensors = inputs.make_future_inputs(**sizes, **shape, **common)
@@ -211,7 +211,7 @@ def build(job: Job) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, An
 
 
 def task_mask(form: str, T: int) -> ops.TaskMask:
-    """Masks of two tasks: a graph whose nodes lie across tiles, random pairs, or everything."""
+    """Masks of two tasks: a graph whose nodes cross tiles, random pairs, or all pairs."""
     generator = torch.Generator().manual_seed(0)
     if form == "pairs":
         return ops.TaskMask.from_dense(torch.rand(2, T, T, generator=generator) < 0.3)

@@ -1,7 +1,7 @@
-"""Stage "host": what a small call costs, launched plainly and by recorded launches.
+"""Stage "host": host time of small calls, with plain and with recorded launches.
 
-A call of this size takes the card less time than the host, so its wall time is the host's. Beside
-it stands what the card alone takes, from the same calls in a CUDA graph.
+For calls of this size the GPU needs less time than the host, so the wall time is the host's. For
+comparison, the time of the GPU alone is measured with the same calls in a CUDA graph.
 """
 
 import time
@@ -14,7 +14,7 @@ from memattn.bench.gpu import correctness
 from memattn.bench.gpu.pool import Job, Result
 from memattn.bench.timing import quantile
 
-# at most so many microseconds of a call over what the card alone takes
+# goal: microseconds of a call above the time of the GPU alone
 AIM = 25
 T, D = 128, 64
 N_CALLS, N_ROUNDS = 50, 12
@@ -42,7 +42,7 @@ def jobs(operators: tuple[str, ...], *, dry: bool) -> list[Job]:
 
 
 def run_job(job: Job) -> Result:
-    """Microseconds of each part of a call, plain and recorded, and of the card alone."""
+    """Microseconds of each part of a call: plain, recorded, and on the GPU alone."""
     from memattn_kernels import recording
 
     rows: list[dict[str, Any]] = [{"part": part} for part in PARTS]
@@ -80,7 +80,7 @@ def calls(job: Job) -> list[Callable[[], Any]]:
 
 
 def _microseconds(call: Callable[[], Any]) -> float:
-    """Median of the rounds: wall time of a call, where one follows the other."""
+    """Wall time of a call in a loop of calls, the median of several rounds."""
     samples = []
     for _ in range(N_ROUNDS + 2):
         torch.cuda.synchronize()
@@ -89,12 +89,12 @@ def _microseconds(call: Callable[[], Any]) -> float:
             call()
         torch.cuda.synchronize()
         samples.append((time.perf_counter() - start) / N_CALLS * 1e6)
-    # the first ones compile and record
+    # the first two rounds compile and record
     return round(quantile(tuple(samples[2:]), 0.5), 1)
 
 
 def _microseconds_of_card(call: Callable[[], Any]) -> float | None:
-    """The same without the host, or None where a call cannot be in a CUDA graph."""
+    """Time of a call on the GPU alone; None if the call cannot be captured in a CUDA graph."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -122,7 +122,7 @@ def lines(results: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[str]:
     ]
 
 
-COLUMNS = ("operator", "part", "plain", "recorded", "the card alone", "recorded, over the card")
+COLUMNS = ("operator", "part", "plain", "recorded", "GPU alone", "recorded minus GPU")
 
 
 def table(results: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Cases of the stage "correct" about the neural memory."""
+"""Neural memory cases of the stage "correct"."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,11 +9,11 @@ from torch import Tensor
 from memattn import ops
 
 CHUNK, SHORT_CHUNK = 64, 16
-# sizes of the inputs, the inner layers in units of D; options; lengths depend on T
+# sizes of the inputs (inner layers in units of D), and options as a function of T
 Options = Callable[[int], dict[str, Any]]
 PLAIN: dict[str, Any] = {"B": 2, "H": 2, "hidden": (2,)}
 MEMORY: dict[str, tuple[dict[str, Any], Options]] = {
-    # a state with an open chunk comes in and goes out
+    # the second call starts from a state with an incomplete chunk
     "state": (PLAIN, lambda T: {"cut": T // 3, "max_norm": 0.5, "skip_nonfinite": True}),
     "plain": (PLAIN, lambda T: {}),
     "one layer": (PLAIN | {"hidden": ()}, lambda T: {"seq_start": [0, T // 5]}),
@@ -29,7 +29,7 @@ MEMORY: dict[str, tuple[dict[str, Any], Options]] = {
 
 
 class Learned(NamedTuple):
-    """What of the memory's results has a gradient."""
+    """The differentiable results of the memory."""
 
     out: Tensor
     packed_weights: Tensor
@@ -38,7 +38,7 @@ class Learned(NamedTuple):
 
 
 class LearnedWithMomentum(NamedTuple):
-    """The same, with the momentum."""
+    """The differentiable results of a memory with momentum."""
 
     out: Tensor
     packed_weights: Tensor
@@ -47,15 +47,15 @@ class LearnedWithMomentum(NamedTuple):
     packed_momentum: Tensor
 
 
-def few(sizes: dict[str, Any]) -> dict[str, Any]:
-    """The sizes for the interpreter: one head."""
+def shrink_for_interpreter(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Sizes for the interpreter: one sequence and one head."""
     return sizes | {"B": 1, "H": 1}
 
 
 def learn(*, cut: int = 0, **given: Any) -> Learned | LearnedWithMomentum:
-    """``neural_memory``, first of ``cut`` tokens and then of those behind them.
+    """``neural_memory`` in two calls, split after ``cut`` tokens (one call if 0).
 
-    Gates and weights were cast as the other inputs.
+    Casts gates and weights back to at least float32.
     """
     wide = torch.promote_types(given["query"].dtype, torch.float32)
     tokens = {name: given.pop(name) for name in ("query", "key", "value")}
@@ -80,9 +80,9 @@ def learn(*, cut: int = 0, **given: Any) -> Learned | LearnedWithMomentum:
 def build(
     sizes: dict[str, Any], options: dict[str, Any], *, T: int, D: int, draw: Callable[..., Tensor]
 ) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]:
-    """Inputs by name, at which learning converges, and options of ``learn``.
+    """``learn``, its inputs by name (scaled so that learning converges) and its options.
 
-    ``draw`` makes normal numbers of a shape.
+    ``draw(*shape)`` gives normal numbers.
     """
     B, H = sizes["B"], sizes["H"]
     unit = 2.0 ** -round(D.bit_length() / 2)

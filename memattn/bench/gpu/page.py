@@ -1,4 +1,4 @@
-"""Results of a session as a page: every number is read from ``results.jsonl``, none is typed.
+"""Make a page from the results of a session (``results.jsonl`` and ``session.json``).
 
 ``python -m memattn.bench.gpu.page FOLDER > docs/results/h100.md``
 """
@@ -13,8 +13,8 @@ from memattn.bench.gpu import compare, host
 
 HEAD = """# On an H100
 
-One run of `make gpu` with GPU_SECONDS={seconds:g}: every stage within its own time, cut off where
-it ended. {machine}.
+One run of `make gpu` with GPU_SECONDS={seconds:g}. Each stage has a time limit and stops there.
+{machine}.
 """
 
 
@@ -44,9 +44,9 @@ def _checks(pairs: Pairs) -> Iterator[str]:
             groups.setdefault(key, []).append(result)
     if groups:
         yield "## Against float64\n"
-        yield "Largest error over what is allowed (at most 1), over the cases that were reached.\n"
+        yield "Largest error over the error budget (at most 1 is right), over the cases that ran.\n"
         yield from _table(
-            ("operator", "direction", "dtype", "cases", "right", "error / allowed"),
+            ("operator", "direction", "dtype", "cases", "right", "error / budget"),
             (
                 [*key, str(len(own)), str(sum(r["status"] == "ok" for r in own)), _worst(own)]
                 for key, own in groups.items()
@@ -58,7 +58,7 @@ def _checks(pairs: Pairs) -> Iterator[str]:
             tests[result["status"]] = tests.get(result["status"], 0) + 1
     if tests:
         told = ", ".join(f"{n} {status}" for status, n in sorted(tests.items()))
-        yield f"CUDA tests that were reached: {told}.\n"
+        yield f"CUDA tests that ran: {told}.\n"
     bad = [
         f"- {job.get('label') or job['operator']}: {result.get('reason', result['status'])}"
         for job, result in pairs
@@ -76,7 +76,7 @@ def _predictions(pairs: Pairs) -> Iterator[str]:
     rows = [row for _, result in pairs for row in result.get("predictions", ())]
     if rows:
         yield "## Predictions from the machine code\n"
-        yield "TFLOP/s inside the tiles that are executed (of a window: useful ones).\n"
+        yield "TFLOP/s of all pairs in executed tiles (for a window: of allowed pairs).\n"
         yield from _table(
             ("what", "predicted", "measured"),
             (
@@ -94,16 +94,16 @@ def _host(pairs: Pairs) -> Iterator[str]:
     rows = host.table(pairs)
     if rows:
         yield "## Small calls\n"
-        yield "Wall time of a call that follows another one, launched plainly and by recorded\n"
-        yield f"launches, beside the card alone. The aim is {host.AIM} us over the card alone.\n"
+        yield "Wall time of a call in a loop, with plain and with recorded launches, and the time\n"
+        yield f"of the GPU alone. The goal is {host.AIM} us above the GPU alone.\n"
         yield from _table(host.COLUMNS, rows)
 
 
 def _before(pairs: Pairs) -> Iterator[str]:
     rows = compare.ratios(list(pairs))
     if rows:
-        yield "## Beside the build before\n"
-        yield "Both builds in turn, twice; T=8192, bfloat16, milliseconds.\n"
+        yield "## Compared with the earlier build\n"
+        yield "Both builds timed alternately, twice; T=8192, bfloat16, milliseconds.\n"
         yield from _table(
             ("case", "direction", "before", "now", "faster by"),
             (
@@ -148,8 +148,8 @@ def _rows(pairs: Pairs) -> Iterator[str]:
     ]
     if rows:
         yield "## Times\n"
-        yield "Medians, with the range of 20 to 80 % of the samples. A speed-up is ours over the\n"
-        yield "peer's, round by round in one run.\n"
+        yield "Medians, and the 20 and 80 % quantiles. A speed-up is the peer's time over ours,\n"
+        yield "round by round in one run.\n"
         yield from _table(
             ("case", "direction", "who", "ms", "20-80 %", "useful TFLOP/s", "ours is faster by"),
             (

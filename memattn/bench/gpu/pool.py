@@ -1,4 +1,4 @@
-"""Jobs in worker processes: one that crashes, hangs or aborts costs its own result only."""
+"""Run jobs in worker processes, so that a crash or hang loses only the result of its own job."""
 
 import json
 import os
@@ -17,14 +17,14 @@ Result = dict[str, Any]
 
 
 class Pool:
-    """Workers that take one job at a time, as a line of JSON, and answer with a line of JSON.
+    """Worker processes; each takes one job at a time as a line of JSON and answers with one.
 
     Args:
-        n_workers: Processes at a time.
-        log: File that the workers' error output is appended to.
-        environment: Variables of the workers beside those of this process.
-        worker: Arguments of Python that start one.
-        folder: Where workers run; here by default.
+        n_workers: Number of processes.
+        log: File to which the workers' error output is appended.
+        environment: Environment variables added to those of this process.
+        worker: Arguments of Python that start a worker.
+        folder: Working directory of the workers; the current one by default.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Pool:
         job_seconds: float,
         keep_workers: bool = False,
     ) -> int:
-        """Run jobs in their order until ``deadline``; returns how many of them ended.
+        """Run jobs in order until ``deadline``; returns the number of finished jobs.
 
         Args:
-            jobs: What the workers understand; see ``memattn.bench.gpu.worker``.
+            jobs: Jobs in the form of ``memattn.bench.gpu.worker``.
             on_result: Called with each job and its result, from one thread at a time.
             deadline: Value of ``time.monotonic()`` at which everything still running is killed.
-            job_seconds: Longest time of one job, its worker's start included.
-            keep_workers: Whether workers wait for the next call, until ``close``.
+            job_seconds: Time limit of one job, including the start of its worker.
+            keep_workers: Keep the workers running for the next call, until ``close``.
         """
         waiting = list(reversed(jobs))
         done = 0
@@ -78,7 +78,7 @@ class Pool:
                 if result is None and time.monotonic() >= deadline:
                     break
                 if result is None or result.pop("worker_is_lost", False):
-                    result = result or _obituary(process, time.monotonic() >= limit)
+                    result = result or _exit_reason(process, time.monotonic() >= limit)
                     self._end(process)
                     process = None
                 with self._lock:
@@ -100,7 +100,7 @@ class Pool:
         return done
 
     def close(self) -> None:
-        """Kill what runs."""
+        """Kill all workers."""
         self._closed = True
         for process in list(self._running):
             self._end(process)
@@ -115,13 +115,13 @@ class Pool:
                 text=True,
                 env=self.environment,
                 cwd=self.folder,
-                start_new_session=True,  # so that its compilers end with it
+                start_new_session=True,  # so that its child processes are killed with it
             )
         self._running.add(process)
         return process
 
     def _ask(self, process: subprocess.Popen, job: Job, limit: float) -> Result | None:
-        """The worker's answer, or None if it died or was killed at the limit."""
+        """The worker's answer; None if it died or was killed at the time limit."""
         assert process.stdin is not None and process.stdout is not None
         killer = threading.Timer(max(limit - time.monotonic(), 0.0), _kill, [process])
         killer.start()
@@ -129,7 +129,7 @@ class Pool:
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
             for line in process.stdout:
-                # libraries may print too
+                # libraries may print other lines
                 if line.startswith("{"):
                     return json.loads(line)
         except (OSError, ValueError):
@@ -143,22 +143,22 @@ class Pool:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                with suppress(OSError):  # what it was still to be told is lost with it
+                with suppress(OSError):  # unsent input is lost with the process
                     pipe.close()
         self._running.discard(process)
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Kill a worker and what it started."""
+    """Kill a worker and its child processes."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
 
 
-def _obituary(process: subprocess.Popen, in_time: bool) -> Result:
+def _exit_reason(process: subprocess.Popen, in_time: bool) -> Result:
     if in_time:
-        return {"status": "error", "reason": "took longer than its time"}
+        return {"status": "error", "reason": "exceeded its time limit"}
     try:
         code = process.wait(5)
     except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
-"""What the machine code was predicted to reach on an H100, beside what is measured.
+"""Compare rates predicted for an H100 with measured ones.
 
-The predictions were computed from the instructions of the compiled kernels; where one is far off,
-the model behind the next changes is wrong, and that is worth knowing first.
+The predictions were computed from the instructions of the compiled kernels. A prediction that is
+far off shows that the performance model behind planned changes is wrong.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from memattn.bench.case import Case
-from memattn.bench.gate import check_subject
 from memattn.bench.gpu.pool import Job, Result
-from memattn.bench.gpu.speed import EFFORT, dry_case
+from memattn.bench.gpu.speed import TIMING_BUDGET, dry_case
 from memattn.bench.memory import call_of
+from memattn.bench.result_check import check_subject
 from memattn.bench.retune import table_name
 from memattn.bench.roofline import work_of
 from memattn.bench.segmented_attention import SegmentedCase
@@ -24,7 +24,7 @@ from memattn.bench.task_masked_attention import TaskMaskedCase
 from memattn.bench.timing import interleave
 
 ON_GPU: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
-# name: (operator that it is about, one line)
+# name: (operator, description)
 PREDICTIONS: dict[str, tuple[str, str]] = {
     "calibration": ("segmented_attention", "a bare forward loop"),
     "dense": ("segmented_attention", "our forward and both backward kernels, dense"),
@@ -33,7 +33,7 @@ PREDICTIONS: dict[str, tuple[str, str]] = {
     "heads": ("task_masked_attention", "backward with one and with two query heads a key head"),
     "partial": ("task_masked_attention", "random masks: every tile is partial"),
 }
-# TFLOP/s of useful work inside executed tiles, from the machine model
+# predicted TFLOP/s of all pairs inside executed tiles (lowest, highest)
 EXPECTED = {
     "bare forward D=128": (470, 490),
     "bare forward D=64": (381, 397),
@@ -57,7 +57,7 @@ EXPECTED = {
 
 
 def jobs(operators: tuple[str, ...], *, dry: bool) -> list[Job]:
-    """One job a prediction."""
+    """One job for each prediction."""
     return [
         {"task": "predict", "name": name, "label": f"prediction: {text}", "dry": dry}
         for name, (operator, text) in PREDICTIONS.items()
@@ -66,7 +66,7 @@ def jobs(operators: tuple[str, ...], *, dry: bool) -> list[Job]:
 
 
 def run_job(job: Job) -> Result:
-    """Measure what a prediction is about."""
+    """Measure the rates that a prediction is about."""
     rows = [
         {
             "what": what,
@@ -132,7 +132,7 @@ def _heads(dry: bool) -> Rates:
         for groups in (1, 2):
             case = replace(_task_masked("blocks", D, dry), density=50)
             case = replace(case, Hkv=case.H // groups)
-            # a fresh group size is another kernel
+            # another group size is another kernel: check it
             check_subject(replace(case, B=1, T=min(case.T, 300)), "triton", gradients=True)
             for what, rate in _kernels(case, f"D={D} G={groups}", case.pairs() * case.H, dry):
                 if "dkdv" in what:
@@ -141,7 +141,7 @@ def _heads(dry: bool) -> Rates:
 
 def _partial(dry: bool) -> Rates:
     for D in _widths(dry):
-        # half of the pairs of every tile: the rate of executed tiles is twice the useful one
+        # half of the pairs of every tile are allowed: executed tiles run at twice the useful rate
         case = replace(_task_masked("tokens", D, dry), density=50, n_tasks=1)
         call = call_of(case, case.subject("triton"), "forward")
         rate = _rate(case, "forward", call, dry)
@@ -159,7 +159,7 @@ _MEASURES: dict[str, Callable[[bool], Rates]] = {
 
 
 def _widths(dry: bool) -> tuple[int, ...]:
-    """Head dimensions; a dry run has one size for all."""
+    """Head dimensions; one in a dry run."""
     return (64,) if dry else (64, 128)
 
 
@@ -174,25 +174,25 @@ def _task_masked(kind: str, D: int, dry: bool) -> TaskMaskedCase:
 
 
 def _rate(case: Case, direction: str, call: Callable[[], object], dry: bool) -> float | None:
-    """Useful FLOP/s of a call, None without a clock."""
+    """Useful FLOP/s of a call; None in a dry run."""
     return next(_rates(case, direction, {"": call}, dry))[1]
 
 
 def _rates(case: Case, direction: str, calls: dict[str, Callable], dry: bool) -> Rates:
-    """Useful FLOP/s of calls that are timed in turn."""
+    """Useful FLOP/s of calls that are timed round by round."""
     flops = work_of(case.work(), direction).flops
     if dry:
         for name, call in calls.items():
             call()
             yield name, None
         return
-    timings = interleave(calls, device=case.device, seconds=EFFORT.seconds)
+    timings = interleave(calls, device=case.device, seconds=TIMING_BUDGET.seconds)
     for name, timing in timings.items():
         yield name, flops / timing.median
 
 
 def _kernels(case: Any, label: str, pairs: int, dry: bool) -> Rates:
-    """FLOP/s of each of our kernels in forward and backward, by PyTorch's profiler."""
+    """FLOP/s of each of our forward and backward kernels, from PyTorch's profiler."""
     call = call_of(case, case.subject("triton"), "forward+backward")
     call()
     products = {"fwd": 2, "bwd_dq": 3, "bwd_dkdv": 4}
@@ -219,7 +219,7 @@ def _kernels(case: Any, label: str, pairs: int, dry: bool) -> Rates:
 
 @contextmanager
 def _capped(kernel: str, width: int, registers: int | None) -> Iterator[None]:
-    """Run a kernel with so many registers a thread at most, or without a limit."""
+    """Run a kernel with at most ``registers`` per thread, or without a limit."""
     from memattn_kernels import configs
 
     entry = configs.table(table_name())[kernel][str(width)]

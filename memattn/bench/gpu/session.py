@@ -1,4 +1,4 @@
-"""The session: stages with time boxes, results flushed as they come, a table printed last."""
+"""A session on a GPU: stages with time limits, results written at once, a summary at the end."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from memattn.bench.gpu import compare, correctness, host, predictions, speed, tu
 from memattn.bench.gpu.pool import Job, Pool, Result
 from memattn.files import write_json, write_text
 
-# seconds of a stage, in proportion; what one leaves over goes to the next
+# relative time of each stage; time that a stage leaves over goes to the next
 STAGES = {"correct": 110, "before": 90, "host": 15, "speed": 185, "tests": 110, "retune": 65}
-CHECK_SECONDS = 100  # of one job of the stages "correct" and "speed"
-PREPARE_SHARE = 0.45  # of the stage "speed", at most, for checks and compilations
+CHECK_SECONDS = 100  # time limit of one job of the stages "correct" and "speed"
+PREPARE_SHARE = 0.45  # largest share of the stage "speed" for checks and compilations
 FIRST_TESTS = "tests/test_cuda.py"
 OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) +(?:\[ *\d+%\] +)?(tests/\S.*)")
 
@@ -50,11 +50,11 @@ class Session:
         self._file = (self.folder / "results.jsonl").open("w")
         self._lock = threading.Lock()
         environment = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        # the workers are the parallelism
+        # the workers already use all cores
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         if self.dry:
             environment["TRITON_INTERPRET"] = "1"
-        # what the results belong to; with them, all that a page is made of
+        # a page is made from this file and the results
         session = {"seconds": self.seconds, "machine": machine_line()}
         write_json(self.folder / "session.json", session)
         log = self.folder / "workers.log"
@@ -76,7 +76,7 @@ class Session:
             report.say(f"\n== {stage}: until {used:.0f} s ==")
             try:
                 getattr(self, f"_run_{stage}")(start + used)
-            except Exception as error:  # a fault of this script must not cost the other stages
+            except Exception as error:  # an error of this script must not end the other stages
                 traceback.print_exc()
                 reason = f"{type(error).__name__}: {error}"
                 self.on_result(
@@ -88,7 +88,7 @@ class Session:
         return int(any(_is_bad(job, result) for job, result in self.results))
 
     def finish(self) -> None:
-        """End what runs, and print what was reached."""
+        """Stop all processes and print the summary."""
         for pool in (self.checkers, self.timer, *self.builds.values()):
             pool.close()
         if self._tests is not None and self._tests.poll() is None:
@@ -99,7 +99,7 @@ class Session:
         report.say(text)
 
     def on_result(self, job: Job, result: Result) -> None:
-        """Keep a result: in the file at once, and on the screen in a line."""
+        """Store a result, write it to the file at once and print it."""
         with self._lock:
             if self._file.closed:
                 return
@@ -119,7 +119,7 @@ class Session:
         self._check(jobs, self.on_result, deadline)
 
     def _check(self, jobs: Sequence[Job], on_result: OnResult, deadline: float) -> None:
-        """Run jobs beside each other; those that found the card's memory full, alone after it."""
+        """Run jobs in parallel; those that ran out of GPU memory are repeated alone afterwards."""
         crowded: list[Job] = []
 
         def keep(job: Job, result: Result) -> None:
@@ -166,7 +166,7 @@ class Session:
         self.timer.run(jobs, self.on_result, deadline=deadline, job_seconds=CHECK_SECONDS)
 
     def _run_tests(self, deadline: float) -> None:
-        """The tests of whole models and of long offsets first, then all that runs on CUDA."""
+        """Run the tests of whole models and long offsets first, then all other CUDA tests."""
         runs: list[tuple[list[str], str]] = [([FIRST_TESTS], "gpu")]
         if not self.dry:
             marked = re.compile(r"mark\.(gpu|operator)\b")
@@ -181,9 +181,9 @@ class Session:
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
         command += ["-m", marker, "--color=no", "-W", "default", *files]
         if not self.dry:
-            # one test at a time to each worker: in their order
+            # give each worker one test at a time, in order
             command += ["-n", str(min(self.n_workers, 10)), "--maxschedchunk", "1"]
-            command += ["-k", "not cpp"]  # not built where only the kernels are tried
+            command += ["-k", "not cpp"]  # the C++ extension is not built here
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
             command,
@@ -233,7 +233,7 @@ def _kill_group(process: subprocess.Popen) -> None:
 
 
 def read_outcome(line: str) -> tuple[str, str] | None:
-    """Name and status of a test from a line of ``pytest -v``, with and without workers."""
+    """Name and status of a test from a line of ``pytest -v``, with or without xdist."""
     found = OUTCOME.search(line)
     if found is not None and "::" in found[2]:
         return found[2].strip(), found[1].lower()
@@ -242,7 +242,7 @@ def read_outcome(line: str) -> tuple[str, str] | None:
 
 
 def _is_bad(job: Job, result: Result) -> bool:
-    """Whether a result speaks against us: a candidate or a peer that fails does not."""
+    """Whether a result makes the session fail; failing candidates and peers do not."""
     if job["task"].startswith("tune") or job.get("peer"):
         return False
     return result["status"] in ("wrong", "error", "failed")
@@ -257,7 +257,7 @@ def label_of(job: Job) -> str:
 
 
 def line_of(job: Job, result: Result) -> str:
-    """A result in a line; of a wrong one with case, seed, error and configuration."""
+    """A result in one line; a wrong one with its reason, seed and configurations."""
     took = f" ({result['took']} s)" if "took" in result else ""
     text = f"[{job['task']}] {label_of(job)}: {result['status']}{took}"
     if result["status"] in ("wrong", "error"):
@@ -283,9 +283,9 @@ def _prediction(row: Mapping[str, Any]) -> str:
 
 
 def summary(session: Session) -> str:
-    """Everything that was reached, as plain text."""
+    """Summary of all results, as plain text."""
     results = session.results
-    lines = ["", "what was reached", "----------------"]
+    lines = ["", "summary", "-------"]
     if session.dry:
         lines.append("dry run on a CPU: nothing was timed")
     for stage in session.stages:
@@ -305,11 +305,11 @@ def summary(session: Session) -> str:
         lines += ["", "predictions", "-----------", *(_prediction(row) for row in told)]
     calls = host.lines(results)
     if calls:
-        lines += ["", f"a small call; aim: {host.AIM} us over the card alone"]
+        lines += ["", f"small calls; goal: {host.AIM} us above the GPU alone"]
         lines += ["-" * len(lines[-1]), *calls]
     ratios = compare.ratios(results)
     if ratios:
-        lines += ["", "beside the build before", "-----------------------"]
+        lines += ["", "compared with the earlier build", "-------------------------------"]
         lines += [
             f"{row['case']}, {row['direction']}: {row['speedup']:.2f}x as fast "
             f"({min(row['before']):.3f} -> {min(row['now']):.3f} ms)"
@@ -346,10 +346,10 @@ def machine_line() -> str:
 
 
 def install_signal_handlers(session: Session) -> None:
-    """On a polite kill, end the workers and print what was reached."""
+    """On SIGTERM and SIGINT, stop the workers and print the summary."""
 
     def stop(number: int, frame: object) -> None:
-        report.say(f"\ncut off by signal {number}")
+        report.say(f"\nstopped by signal {number}")
         session.finish()
         os._exit(128 + number)
 

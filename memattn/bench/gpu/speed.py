@@ -1,8 +1,8 @@
-"""Stage "speed": the bars of a GPU beside their peers, ours first, each case flushed as it ends.
+"""Stage "speed": measure the bars of a GPU and their peers, our operators first.
 
-Checks and compilations run beside each other in several processes (``prepare``); everything is
-then timed in one process that has the card to itself (``measure``), where what was compiled is
-found in the compilers' caches.
+First, several processes check and compile the cases in parallel (``prepare``). Then one process
+that has the GPU to itself times them (``measure``); it finds the compiled kernels in the compilers'
+caches.
 """
 
 from collections.abc import Iterable
@@ -13,18 +13,24 @@ from typing import Any, TypeVar
 import torch
 
 from memattn.bench import report
-from memattn.bench.bars import Bar, Found, Sweep
+from memattn.bench.bars import Bar, BarInputs, Sweep
 from memattn.bench.case import Case, operators
-from memattn.bench.engine import OURS, Effort, Row, measure_between_roofs, measure_together
-from memattn.bench.gate import Oracle, WrongResultError, check_peer, check_subject
+from memattn.bench.engine import (
+    OURS,
+    Measurement,
+    TimingBudget,
+    measure_between_roofs,
+    measure_together,
+)
 from memattn.bench.gpu.pool import Job, Result
 from memattn.bench.memory import call_of
-from memattn.bench.roof_turns import RoofTurns
+from memattn.bench.result_check import ExpectedResults, WrongResultError, check_peer, check_subject
+from memattn.bench.roof_samples import RoofSamples
 from memattn.bench.suite import bar_record
 
-EFFORT = Effort(seconds=0.12, min_rounds=5, max_score_bytes=8 << 30)
-# beside what the bars compare with
-ALWAYS = ("sdpa cudnn", "sdpa flash")
+TIMING_BUDGET = TimingBudget(seconds=0.12, min_rounds=5, max_score_bytes=8 << 30)
+# peers that are measured even if no bar compares with them
+ALWAYS_COMPARED = ("sdpa cudnn", "sdpa flash")
 BOTH = ("forward", "backward")
 CaseT = TypeVar("CaseT", bound=Case)
 # sizes of a dry run, where a case has them
@@ -34,8 +40,8 @@ DRY |= {"device": "cpu", "dtype": torch.float32}
 
 
 @dataclass
-class Plan:
-    """What the bars of some operators need: cases and sweeps, in the order to measure them."""
+class MeasurementPlan:
+    """The cases and sweeps that the bars of some operators need, in the order to measure them."""
 
     bars: list[Bar]
     cases: list[Case] = field(default_factory=list)
@@ -49,13 +55,13 @@ class Plan:
 
 
 @cache
-def plan(names: tuple[str, ...], dry: bool) -> Plan:
-    """The plan for these operators; the same in every process."""
+def plan(names: tuple[str, ...], dry: bool) -> MeasurementPlan:
+    """The plan for these operators; it is the same in every process."""
     known = operators()
     own = [known[name].bars("gpu-bars") for name in names]
     bars = [_dry_bar(bar) if dry else bar for each in own for bar in each]
-    found = Plan(bars)
-    # operators take turns: what is cut off by the clock is the tail of each
+    found = MeasurementPlan(bars)
+    # operators alternate, so that a time limit cuts off the last bars of each, not one operator
     queues = {name: [bar for bar in bars if bar.case.operator == name] for name in names}
     for place in range(max(map(len, queues.values()), default=0)):
         for queue in queues.values():
@@ -64,16 +70,16 @@ def plan(names: tuple[str, ...], dry: bool) -> Plan:
     return found
 
 
-def _add(plan: Plan, bar: Bar) -> None:
+def _add(plan: MeasurementPlan, bar: Bar) -> None:
     if bar.directions and bar.case not in plan.directions:
         plan.cases.append(bar.case)
         plan.directions[bar.case] = []
         known = bar.case.peers()
-        plan.peers[bar.case] = [name for name in ALWAYS if name in known]
+        plan.peers[bar.case] = [name for name in ALWAYS_COMPARED if name in known]
     for name, values in (("directions", bar.directions), ("peers", bar.peers)):
         own = getattr(plan, name).get(bar.case)
         if own is not None:
-            # a dry run lacks the peers that only a card has
+            # a dry run lacks the peers that need a GPU
             known = values if name == "directions" else bar.case.peers()
             own += [value for value in values if value in known and value not in own]
     for sweep in (bar.times, bar.memory):
@@ -95,12 +101,12 @@ def dry_case(case: CaseT) -> CaseT:
     if "Hkv" in names:
         sizes["Hkv"] = None
     if case.operator == "chapter_attention":
-        sizes["M"] = 16  # of so many keys rows are grouped by chapter: few programs
+        sizes["M"] = 16  # few rows per chapter, so that the interpreter runs few programs
     return replace(case, **sizes)
 
 
 def prepare_jobs(names: tuple[str, ...], *, dry: bool) -> list[Job]:
-    """Check every case, and build every peer that must be compiled; the slowest first."""
+    """Jobs that check every case and build every compiled peer; the slowest first."""
     chosen = plan(names, dry)
     common = {"task": "prepare", "operators": names, "dry": dry}
     peers = [
@@ -122,28 +128,28 @@ def prepare(job: Job) -> Result:
     case = chosen.cases[job["index"]]
     directions = chosen.directions[case]
     gradients = any(direction != "forward" for direction in directions)
-    small = _few_heads(case)
+    small = _with_few_heads(case)
     try:
         if job["peer"] is None:
             check_subject(small, "triton", gradients=gradients)
             return {"status": "ok"}
         gradients = gradients and case.rows_are_independent()
         forward = small.peers()[job["peer"]].build()
-        check_peer(Oracle(small, gradients=gradients), forward, gradients=gradients)
+        check_peer(ExpectedResults(small, gradients=gradients), forward, gradients=gradients)
     except WrongResultError as error:
         return {"status": "wrong", "reason": str(error)}
     torch.cuda.empty_cache()
-    for direction in directions:  # for the compilers' caches
+    for direction in directions:  # fills the compilers' caches
         call_of(case, case.peers()[job["peer"]].build(), direction)()
     return {"status": "ok"}
 
 
-def _few_heads(case: Case) -> Case:
-    """The case with few heads, for checks of several processes at once: results add no heads."""
+def _with_few_heads(case: Case) -> Case:
+    """The case with fewer heads, so that several processes can check at once."""
     sizes = case.sizes()
     few: dict[str, int] = {"B": 1}
     if "H" in sizes:
-        most = 16 if case.T <= 8192 else 4  # 16 heads compile as 32 do
+        most = 16 if case.T <= 8192 else 4  # 16 heads use the same kernel as 32
         few["H"] = min(sizes["H"], most)
         if (
             sizes["Hkv"] is not None
@@ -154,12 +160,12 @@ def _few_heads(case: Case) -> Case:
 
 
 def speed_jobs(names: tuple[str, ...], *, dry: bool, wrong: Iterable[str]) -> list[Job]:
-    """What to time, in order of worth: ours, then beside peers, then compiled peers, sweeps.
+    """Timing jobs, the most important first: ours, with peers, with compiled peers, sweeps.
 
     Args:
         names: Operators.
         dry: Whether to run once without timing.
-        wrong: Labels of cases that failed their check: they are not timed.
+        wrong: Labels of cases that failed their check; they are not timed.
     """
     chosen, wrong = plan(names, dry), set(wrong)
     cases = [(i, case) for i, case in enumerate(chosen.cases) if case.label() not in wrong]
@@ -178,7 +184,7 @@ def speed_jobs(names: tuple[str, ...], *, dry: bool, wrong: Iterable[str]) -> li
             if compiled and (dry or not slow):
                 continue
             directions = chosen.directions[case]
-            label = f"{case.label()} beside {', '.join(peers) or 'nobody'}"
+            label = f"{case.label()} with {', '.join(peers) or 'no peers'}"
             jobs.append(
                 common | {"index": index, "peers": peers, "directions": directions, "label": label}
             )
@@ -191,12 +197,12 @@ def speed_jobs(names: tuple[str, ...], *, dry: bool, wrong: Iterable[str]) -> li
     return jobs
 
 
-_FOUND = Found()  # what this process has measured
-_TURNS = RoofTurns(seconds=0.03)  # and the roofs beside it
+_BAR_INPUTS = BarInputs()  # measurements of this process
+_ROOF_SAMPLES = RoofSamples(seconds=0.03)  # and the roofs sampled between them
 
 
 def measure(job: Job) -> Result:
-    """Time a case beside peers that ``prepare`` has checked."""
+    """Time a case and its peers, which ``prepare`` has checked."""
     chosen = plan(tuple(job["operators"]), job["dry"])
     case, peers = chosen.cases[job["index"]], job["peers"]
     if job["dry"]:
@@ -204,27 +210,30 @@ def measure(job: Job) -> Result:
     else:
         rows = measure_between_roofs(
             case,
-            _TURNS,
+            _ROOF_SAMPLES,
             backend="triton",
             directions=job["directions"],
             peers=peers,
-            effort=EFFORT,
+            budget=TIMING_BUDGET,
             check_peers=False,
         )
-        _FOUND.roofs = _TURNS.best()
-    _FOUND.rows |= {(row.case, row.direction, row.competitor): row for row in rows}
+        _BAR_INPUTS.roofs = _ROOF_SAMPLES.best()
+    _BAR_INPUTS.rows |= {(row.case, row.direction, row.competitor): row for row in rows}
     torch.cuda.empty_cache()
     return {
         "status": "ok",
-        "rows": report.row_records(rows, _TURNS),
-        "roofs": _TURNS.records(),
-        "bars": [bar_record(bar, _FOUND, "triton", EFFORT) for bar in _told(chosen, case)],
+        "rows": report.row_records(rows, _ROOF_SAMPLES),
+        "roofs": _ROOF_SAMPLES.records(),
+        "bars": [
+            bar_record(bar, _BAR_INPUTS, "triton", TIMING_BUDGET)
+            for bar in _complete_bars(chosen, case)
+        ],
     }
 
 
-def _told(chosen: Plan, case: Case) -> list[Bar]:
-    """Bars of the case for which everything is measured."""
-    rows = _FOUND.rows
+def _complete_bars(chosen: MeasurementPlan, case: Case) -> list[Bar]:
+    """Bars of the case whose measurements are complete."""
+    rows = _BAR_INPUTS.rows
     return [
         bar
         for bar in chosen.bars
@@ -243,20 +252,20 @@ def measure_sweep(job: Job) -> Result:
         for case in sweep:
             call_of(case, case.subject("triton"), direction)()
         return {"status": "ok", "rows": [], "bars": []}
-    _FOUND.times[sweep, direction] = measure_together(
-        sweep, backend="triton", direction=direction, effort=EFFORT
+    _BAR_INPUTS.times[sweep, direction] = measure_together(
+        sweep, backend="triton", direction=direction, budget=TIMING_BUDGET
     )
     torch.cuda.empty_cache()
     bars = [bar for bar in chosen.bars if bar.times == (sweep, direction)]
     return {
         "status": "ok",
         "rows": [],
-        "bars": [bar_record(bar, _FOUND, "triton", EFFORT) for bar in bars],
+        "bars": [bar_record(bar, _BAR_INPUTS, "triton", TIMING_BUDGET) for bar in bars],
     }
 
 
-def _run_once(case: Case, peers: Iterable[str], directions: Iterable[str]) -> list[Row]:
-    """Run ours and the peers once, without a clock."""
+def _run_once(case: Case, peers: Iterable[str], directions: Iterable[str]) -> list[Measurement]:
+    """Run our operator and the peers once, without timing."""
     rows = []
     known = case.peers()
     for name in (OURS, *peers):
@@ -269,5 +278,5 @@ def _run_once(case: Case, peers: Iterable[str], directions: Iterable[str]) -> li
                 if name == OURS:
                     raise
                 reason = f"not available: {error}".splitlines()[0]
-            rows.append(Row(case, direction, name, reason=reason))
+            rows.append(Measurement(case, direction, name, reason=reason))
     return rows

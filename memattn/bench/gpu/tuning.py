@@ -1,4 +1,4 @@
-"""Stage "retune": other tile configurations of the kernels that are furthest from their roof."""
+"""Stage "retune": time other tile configurations, kernels far from their roof first."""
 
 import json
 import time
@@ -10,18 +10,18 @@ from memattn.bench import retune
 from memattn.bench.gpu.pool import Job, Pool, Result
 
 DRY_LENGTH = 20
-DRY_HEAD_DIM = 64  # as in the tables; the interpreter takes its own tiles
+DRY_HEAD_DIM = 64  # a head dimension of the tables; the interpreter uses its own tiles
 CHECK_SECONDS, TIME_SECONDS = 90, 60
 PARTS = {"forward": ("fwd",), "backward": ("bwd_dkdv", "bwd_dq")}
 BY_CHAPTER = {"forward": ("fwd_by_chapter",), "backward": ("bwd_dkdv", "bwd_dq_by_chapter")}
 PRODUCTS = {"forward": ("logits",), "backward": ("d_weight", "d_hidden")}
-# of cases that have kernels of their own
+# kinds of cases with their own kernels
 KINDS = {"segmented_attention": ("dense", "causal", "window")}
-WIDEST = 256  # of the tables
+WIDEST = 256  # widest head dimension of the tables
 
 
 def targets(rows: Iterable[Mapping[str, Any]], operators: Iterable[str]) -> list[tuple[str, int]]:
-    """Kernels and head dimensions, the furthest from the roof first; all if nothing is known."""
+    """Kernels and head dimensions, the furthest from the roof first; all without ``rows``."""
     shares: dict[tuple[str, int], float] = {}
     for row in rows:
         sizes, share = row["sizes"], row.get("roof_share")
@@ -45,7 +45,7 @@ def targets(rows: Iterable[Mapping[str, Any]], operators: Iterable[str]) -> list
 
 
 def parts_of(operator: str, kind: str) -> dict[str, tuple[str, ...]]:
-    """The kernels of a case by direction, as the tables name them."""
+    """The kernels of a case by direction, by their names in the tables."""
     if operator == "chapter_router":
         return PRODUCTS
     if operator == "segmented_attention" and kind in ("dense", "causal"):
@@ -55,7 +55,7 @@ def parts_of(operator: str, kind: str) -> dict[str, tuple[str, ...]]:
 
 
 def jobs(kernel: str, head_dim: int, task: str, *, dry: bool) -> list[Job]:
-    """A job for each candidate, the shipped one first."""
+    """One job for each candidate, the shipped configuration first."""
     from memattn_kernels import configs
 
     present = configs.table(retune.table_name())[kernel][str(head_dim)]["half"]
@@ -96,7 +96,7 @@ def check(job: Job) -> Result:
 
 
 def measure(job: Job) -> Result:
-    """Time a candidate that was checked."""
+    """Time a checked candidate."""
     if job["dry"]:
         return {"status": "ok", "milliseconds": None}
     return {"status": "ok", "milliseconds": round(retune.time_trial(_trial(job)), 4)}
@@ -116,7 +116,7 @@ def run(
     dry: bool,
     deadline: float,
 ) -> None:
-    """Tune kernel after kernel until the deadline; after each the table of the best is written."""
+    """Tune one kernel after another until the deadline; write the table after each kernel."""
     from memattn_kernels import configs
 
     table = json.loads(json.dumps(configs.table(retune.table_name())))

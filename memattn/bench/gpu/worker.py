@@ -25,7 +25,7 @@ JOBS: dict[str, Callable[[Job], Result]] = {
 
 def main() -> int:
     """Answer jobs until stdin ends."""
-    # libraries that print must not break the protocol
+    # stdout carries the results only; what libraries print goes to stderr
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -33,7 +33,7 @@ def main() -> int:
         start = time.monotonic()
         try:
             result = JOBS[job["task"]](job)
-        except Exception as error:  # whatever a kernel or a peer raises belongs into the results
+        except Exception as error:  # an error of a kernel or a peer is a result
             result = _failure(error)
         result["took"] = round(time.monotonic() - start, 2)
         answers.write(json.dumps(result) + "\n")
@@ -50,7 +50,7 @@ def _failure(error: Exception) -> dict[str, Any]:
         "status": "error",
         "reason": f"{type(error).__name__}: {lines[0]}"[:300],
     }
-    # after a fault on the device nothing in this process can be trusted
+    # after an error on the device this process cannot be used any more
     if "CUDA error" in text or "device-side" in text or "AcceleratorError" in text:
         result["worker_is_lost"] = True
     return result

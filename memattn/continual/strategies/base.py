@@ -26,7 +26,7 @@ class Budget:
 
     Every strategy takes ``steps(n)`` gradient steps of Adam on a task with ``n`` train samples, on
     ``batch_size`` samples each, and has a backbone of the same sizes. What it keeps beside the
-    backbone is by nature its own, and counted. Adam begins anew at each task, and its learning rate
+    backbone is by nature its own, and counted. Adam restarts at each task, and its learning rate
     falls to 0 along a cosine.
 
     Attributes:

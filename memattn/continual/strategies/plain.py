@@ -21,7 +21,7 @@ class FineTuning(NetworkStrategy):
 class Joint(NetworkStrategy):
     """One network trained on the data of all tasks so far: an upper bound that keeps all data.
 
-    At each task it begins anew and takes as many steps, on as many samples each, as the others
+    At each task it restarts and takes as many steps, on as many samples each, as the others
     have taken up to there. So its last network has their budget, and its computation for the whole
     stream is more.
     """

@@ -1,4 +1,4 @@
-"""Synthetic tasks: texts with facts in them and a question behind, of any length."""
+"""Synthetic tasks: texts with facts in them and a question after, of any length."""
 
 from memattn.data.tasks.base import Sample, Task, draw_sample, task_tokens
 from memattn.data.tasks.facts import STORIES, Facts

@@ -71,7 +71,7 @@ class Haystack:
         generator: random.Random,
         task: str,
     ) -> Sample:
-        """Put facts between sentences, and the question and its answers behind.
+        """Put facts between sentences, and the question and its answers after.
 
         Args:
             length: Tokens of the sample.

@@ -136,7 +136,7 @@ class Needle:
         return f"What {verb} the special {what} for {names}? The special {what} for {names} {verb}"
 
     def _values(self, keys: list[str], generator: random.Random) -> list[str]:
-        """Distinct values, those of a key behind each other."""
+        """Distinct values, those of a key after each other."""
         n = self.num_keys * self.num_values
         if self.needle == "word":
             return generator.sample([word for word in KEYS if word not in keys], n)

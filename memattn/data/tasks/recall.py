@@ -13,7 +13,7 @@ class MultiQueryRecall:
     """Recall the value of each of several keys, in plain tokens.
 
     The task of Arora et al. 2023 (HazyResearch/zoology): the sequence begins with pairs of a key
-    and its value; every key comes once more, and the token behind it is to be its value. The
+    and its value; every key comes once more, and the token after it is to be its value. The
     vocabulary is cut into thirds, keys, values and the filler between, so that filler is never
     taken for a key; there, filler may be any token.
 

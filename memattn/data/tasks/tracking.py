@@ -22,7 +22,7 @@ class VariableTracking:
     Args:
         haystack: The text around.
         num_chains: Chains, each with a number of its own; one is asked for.
-        num_hops: Assignments of a chain behind its first one.
+        num_hops: Assignments of a chain after its first one.
 
     Raises:
         ValueError: If a number is out of range.

@@ -1,4 +1,4 @@
-"""What the kernels are timed with while their tiles are tuned."""
+"""Operator, inputs and options with which each kernel is timed during tile tuning."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 KEYS_OF_CHAPTER = 128
-BRANCHES = 2  # so many parts of the heads are those of a branch
-# kernels that also see rows of a chapter
+BRANCHES = 2  # the heads are divided among this many branches
+# kernels that also run on rows grouped by chapter
 LONG_LISTS = ("by_chapter", "bwd_dkdv")
-# and what some kernels are for
+# options of kernels for one special case
 SPECIAL: dict[str, dict[str, Any]] = {
     "_quantised": {"bits": 8},
     "_independent": {"combine": "independent"},
@@ -19,17 +19,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
-    """What a kernel is timed with: the operator, what makes its inputs, and options of each pass.
+def workload(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
+    """The operator that runs a kernel, a function that makes its inputs, and options of each pass.
 
-    Segmented attention runs causal, then segmented, with persistent keys; without these where the
-    kernel is for plain attention, dense or causal. Future attention
-    runs with a loss but for the forward without one; its gradient passes through the target for the
-    kernels that are there for it. Task-masked attention runs with full tiles, then with partial
-    ones. Chapter attention selects for each token or for each sequence, whichever the kernel is
-    for, or both; one softmax for each chapter where it is computed anew. The router has 4096
-    chapters where rows are many. Attention in branches has two slots for each token, one where it
-    decodes. The neural memory has two layers, the inner one four times as wide.
+    - Segmented attention: causal, then segmented, both with persistent keys; kernels for plain
+      attention run dense or causal without persistent keys.
+    - Future attention: with a loss, except for the forward kernel without one. Kernels for the
+      gradient of the target run with ``detach_target=False``.
+    - Task-masked attention: full tiles, then partial tiles.
+    - Chapter attention: chapters selected by token or by sequence, whichever the kernel is for.
+    - Chapter router: 4096 chapters for many rows, else 96.
+    - Branch attention: two slots for each token, one for decoding.
+    - Neural memory: two layers, the inner one four times as wide.
     """
     from memattn import ops
     from memattn.bench import inputs
@@ -65,7 +66,7 @@ def work(kernel: str) -> tuple[Callable, Callable, list[dict[str, Any]]]:
 
 
 def task_masked_attention(query: Tensor, key: Tensor, value: Tensor, *, shift: int, backend: str):
-    """The operator under a mask that is made for the shape of the inputs: see ``_task_mask``."""
+    """The operator with a mask made for the shape of the inputs; see ``_task_mask``."""
     from memattn import ops
 
     mask = _task_mask(query.shape[2], key.shape[2], shift, query.device)
@@ -74,7 +75,7 @@ def task_masked_attention(query: Tensor, key: Tensor, value: Tensor, *, shift: i
 
 @cache
 def _task_mask(T: int, S: int, shift: int, device: torch.device) -> Any:
-    """Each tile sees a quarter of the tiles; a ``shift`` puts their bounds inside tiles."""
+    """Each node sees a quarter of the nodes; ``shift`` moves node bounds into tiles."""
     from memattn.ops.task_mask import TILE, TaskMask
 
     query_node, key_node = ((torch.arange(length) + shift) // TILE for length in (T, S))
@@ -96,7 +97,7 @@ def chapter_attention(
     bits: int | None = None,
     query_offset: int = 0,
 ):
-    """The operator with chapters made of the first sequence's keys, and a selection at random."""
+    """The operator with chapters cut from the first sequence's keys and a random selection."""
     from memattn import ops
     from memattn.reference.chapter_quantization import quantize_rows
 
@@ -126,7 +127,7 @@ def chapter_attention(
 def branch_attention(
     query: Tensor, key: Tensor, value: Tensor, *, slots: int, backend: str, query_offset: int = 0
 ):
-    """The operator with heads as slots and as branches; every slot chooses one at random."""
+    """The operator with heads split into slots and branches; each slot uses a random branch."""
     from memattn import ops
 
     query, key, value = (x.unflatten(1, (BRANCHES, -1)) for x in (query, key, value))
@@ -138,7 +139,7 @@ def branch_attention(
 
 
 class Routed(NamedTuple):
-    """Weights, and the losses on each."""
+    """The router's weights with all losses added, as one output."""
 
     out: Tensor
 
@@ -152,7 +153,7 @@ def make_router_inputs(
     device: torch.device | str = "cpu",
     **others: int,
 ) -> dict[str, Tensor]:
-    """Hidden states ``[B, 4 T, E]`` and logits of about 1; E is D, or 768 where that is 256."""
+    """Hidden states ``[B, 4 T, E]``, and weights that give logits near 1; E = D, 768 for D=256."""
     E, C = (768 if D == 256 else D), (4096 if T >= 4096 else 96)
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)
@@ -160,7 +161,7 @@ def make_router_inputs(
 
 
 def chapter_router(hidden: Tensor, weight: Tensor, bias: Tensor, *, backend: str) -> Routed:
-    """The operator; its losses are added to the weights."""
+    """The operator with its losses added to the weights."""
     from memattn import ops
 
     found = ops.chapter_router(hidden, weight, bias, top_k=8, backend=backend)

@@ -1,4 +1,4 @@
-"""Nothing is timed before it is right: results against the definition in float64."""
+"""Check results against the definition in float64, before anything is timed."""
 
 import torch
 from torch import Tensor
@@ -7,26 +7,26 @@ from memattn.bench.case import Case, Forward
 from memattn.testing import assert_within_budget
 
 ROWS = 32  # rows in one slice of a long case
-SMALL_T = 160  # up to here, every row is checked
+SMALL_T = 160  # up to this length, every row is checked
 
 
 class WrongResultError(RuntimeError):
-    """Something computed another thing than the definition; its speed means nothing."""
+    """A result differs from the definition, so its time is not reported."""
 
 
 def leaves_of(inputs: dict[str, Tensor], *, gradients: bool) -> dict[str, Tensor]:
-    """The inputs detached, floating ones with gradients on if asked."""
+    """The inputs detached; floating-point ones require gradients if ``gradients``."""
     return {
         name: tensor.detach().requires_grad_(gradients and tensor.is_floating_point())
         for name, tensor in inputs.items()
     }
 
 
-class Oracle:
-    """What a case must give: sampled rows of the output, gradients if asked.
+class ExpectedResults:
+    """Output rows, and gradients if ``gradients``, that the definition gives for a case.
 
-    All rows of a short case; of a long one slices, with a cotangent that is zero elsewhere, so
-    that the definition never needs all of T x T.
+    A short case has all rows. A long case has some slices of rows, and a cotangent that is zero
+    in all other rows, so that the definition never computes the whole T x T scores.
     """
 
     def __init__(self, case: Case, *, gradients: bool) -> None:
@@ -38,8 +38,8 @@ class Oracle:
             {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
         )
 
-    def results(self, forward: Forward, *, gradients: bool) -> dict[str, Tensor]:
-        """The same of some other function."""
+    def results_of(self, forward: Forward, *, gradients: bool) -> dict[str, Tensor]:
+        """The same results computed by another function."""
 
         def rows(leaves: dict[str, Tensor]) -> Tensor:
             out = forward(leaves)
@@ -48,7 +48,7 @@ class Oracle:
         return _results(rows, self.case.inputs(), gradients, seed=0, slices=self.rows)
 
     def _definition(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        # slice by slice: the graphs of all at once would not fit beside a long case
+        # slice by slice: the autograd graphs of all slices at once would not fit in memory
         total: dict[str, Tensor] = {}
         for seed, part in enumerate(self.rows):
             results = _results(
@@ -65,38 +65,39 @@ class Oracle:
 def check_subject(case: Case, backend: str, *, gradients: bool) -> None:
     """Raise WrongResultError unless our operator keeps the error budget of the tests.
 
-    It is checked on every row at a small length, then, unless the case says that this is enough, on
-    sampled rows at its own length.
+    It is checked on all rows at a small length. Unless ``case.is_checked_short()``, it is then
+    checked on sampled rows at the case's own length.
 
     Args:
-        case: What is computed.
+        case: The case to check.
         backend: Backend of our operator.
         gradients: Whether to check the gradients too.
     """
     small = case.resized(min(case.T, SMALL_T))
     for part in (small,) if small == case or case.is_checked_short() else (small, case):
         told = gradients and (part == small or part.rows_are_independent())
-        oracle = Oracle(part, gradients=told)
-        actual = oracle.results(part.checked(backend), gradients=told)
-        for name, high in oracle.high.items():
+        expected = ExpectedResults(part, gradients=told)
+        actual = expected.results_of(part.checked(backend), gradients=told)
+        for name, high in expected.high.items():
             where = f"{case.operator}, {part.label()}: {name}"
             try:
-                assert_within_budget(where, actual[name], oracle.low[name], high)
+                assert_within_budget(where, actual[name], expected.low[name], high)
             except AssertionError as error:
                 raise WrongResultError(str(error)) from error
 
 
-def check_peer(oracle: Oracle, forward: Forward, *, gradients: bool) -> None:
-    """Raise WrongResultError unless a peer computes the same thing, with its own precision.
+def check_peer(expected: ExpectedResults, forward: Forward, *, gradients: bool) -> None:
+    """Raise WrongResultError unless a peer computes the same function, up to its own rounding.
 
-    Peers may approximate exponentials, so the bound only tells another mask from rounding.
+    Peers may approximate exponentials, so the bound is loose: it detects a wrong mask, not a loss
+    of precision.
     """
-    loose = 1e-4 if oracle.case.dtype == torch.float32 else 2e-2
-    gradients = gradients and oracle.gradients
-    for name, result in oracle.results(forward, gradients=gradients).items():
-        high = oracle.high[name]
+    loose = 1e-4 if expected.case.dtype == torch.float32 else 2e-2
+    gradients = gradients and expected.gradients
+    for name, result in expected.results_of(forward, gradients=gradients).items():
+        high = expected.high[name]
         error, rounding = (
-            (x.double() - high).abs().max().item() for x in (result, oracle.low[name])
+            (x.double() - high).abs().max().item() for x in (result, expected.low[name])
         )
         bound = max(loose * high.abs().max().item(), 8 * rounding)
         if not error <= bound:  # NaN fails
@@ -104,7 +105,7 @@ def check_peer(oracle: Oracle, forward: Forward, *, gradients: bool) -> None:
 
 
 def sampled_rows(T: int, seed: int) -> list[slice]:
-    """All rows where they are few, else the first, the last and a slice between."""
+    """All rows of a short case; else the first rows, the last rows and a slice between."""
     if T <= SMALL_T:
         return [slice(0, T)]
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +134,7 @@ def _results(
             parts.append(torch.randn(shape, generator=generator))
         # exact in every dtype
         d_out = torch.cat(parts, 2).to(torch.bfloat16).to(out)
-        # what a case does not use has gradient 0
+        # an input that the case does not use has gradient 0
         grads = torch.autograd.grad(out, list(wanted.values()), d_out, materialize_grads=True)
         results |= {f"d_{name}": grad for name, grad in zip(wanted, grads, strict=True)}
     return results

@@ -1,4 +1,4 @@
-"""The command, for both command lines: ``memattn bench`` and ``python -m memattn.bench``."""
+"""Entry point that ``memattn bench`` and ``python -m memattn.bench`` share."""
 
 import sys
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from memattn.bench.gate import WrongResultError
 from memattn.bench.report import say
+from memattn.bench.result_check import WrongResultError
 from memattn.bench.run import parse_shape, run
 from memattn.checks import must
 from memattn.files import check_writable
@@ -34,13 +34,14 @@ def command(
     out: str | None,
     **options: Any,
 ) -> int:
-    """Call ``memattn.bench.run`` with what a command line gives, where empty means not given.
+    """Run the benchmark that the command-line arguments describe; an empty argument is not given.
 
-    ``retune`` does that instead, and writes ``<architecture>.json`` into ``out``; so does ``all``,
-    which writes pages: see ``memattn.bench.everything``.
+    By default this calls ``memattn.bench.run``. With ``retune`` it tunes tile sizes and writes
+    ``<architecture>.json`` into ``out``. With ``all`` it measures every operator and writes pages:
+    see ``memattn.bench.run_all``.
 
     Returns:
-        The exit code: 1 where one of our operators is wrong, and nothing of it was printed.
+        The exit code: 1 if one of our operators gave a wrong result; its times are not printed.
     """
     chosen = {"kinds": kinds, "seq_lens": seq_lens, "shape": shape, "directions": directions}
     if retune:
@@ -53,7 +54,7 @@ def command(
         wanted: Sequence[str] | None = []
     else:
         wanted = peers or None
-    with _told() as told:
+    with _WrongResultExit() as outcome:
         run(
             operators or None,
             kinds=kinds or None,
@@ -64,37 +65,37 @@ def command(
             out=out,
             **options,
         )
-    return told.code
+    return outcome.code
 
 
-class _told(AbstractContextManager["_told"]):
-    """Says what is wrong with an operator, and keeps the exit code."""
+class _WrongResultExit(AbstractContextManager["_WrongResultExit"]):
+    """Turns a WrongResultError into a message and exit code 1."""
 
     code = 0
 
     def __exit__(self, kind: object, error: object, trace: object) -> bool:
         if not isinstance(error, WrongResultError):
             return False
-        sys.stderr.write(f"memattn bench: wrong result, nothing is printed: {error}\n")
+        sys.stderr.write(f"memattn bench: wrong result, so no times are printed: {error}\n")
         self.code = 1
         return True
 
 
 def _all(operators: Sequence[str], out: str | None, options: dict[str, Any]) -> int:
-    """Measure the suites of the device at hand, and write pages."""
-    from memattn.bench.everything import FOLDER, run_all
+    """Measure every operator on one device and write pages."""
+    from memattn.bench.run_all import FOLDER, run_all
 
     taken = {name: options.pop(name) for name in ("device", "backend", "seed")}
     for name, value in options.items():
         if value and value != "auto":
             must(name, "be left out with all", value)
-    with _told() as told:
+    with _WrongResultExit() as outcome:
         run_all(operators or None, out=Path(out or FOLDER), **taken)
-    return told.code
+    return outcome.code
 
 
 def _retune(folder: Path) -> int:
-    """Time tile sizes on the card at hand, and write the table of the best."""
+    """Time tile sizes on the current GPU and write the table of the fastest."""
     if not torch.cuda.is_available():
         must("retune", "have a CUDA device", "none")
     from memattn.bench.retune import retune

@@ -1,9 +1,9 @@
-"""``memattn bench --all``: the suite of the device at hand, as records, plots and pages.
+"""``memattn bench --all``: measure every operator on one device; write records, plots and pages.
 
-In a folder stand ``bench.md``, where machines are beside each other, and for each of them
-``bench-<machine>.md`` with all rows and ``machines/<machine>/<operator>.json`` and ``.png``. Pages
-hold nothing but what the records say, and are written anew after each operator, so that a run that
-is cut off leaves what it measured.
+The output folder holds ``bench.md``, which compares all machines, and for each machine
+``bench-<machine>.md`` with all its rows and ``machines/<machine>/<operator>.json`` and ``.png``.
+All numbers on the pages come from the records. The pages are rewritten after each operator, so
+an interrupted run keeps what it measured.
 """
 
 import json
@@ -17,16 +17,16 @@ import torch
 
 from memattn.bench import pages, report
 from memattn.bench.case import check_choice, operators
-from memattn.bench.engine import Effort
+from memattn.bench.engine import TimingBudget
 from memattn.bench.memory import keep_freed_memory
-from memattn.bench.run import DEVICES, suite_effort, usual_effort
+from memattn.bench.run import DEVICES, default_timing_budget, suite_timing_budget
 from memattn.bench.suite import run_suite
 from memattn.checks import check_int, must
 from memattn.files import check_writable
 from memattn.ops._dispatch import BACKENDS
 
 FOLDER = "docs/results"
-FORMAT = 1  # of a record; a change of what records hold raises it
+FORMAT = 2  # of a record; a change of what records hold raises it
 SUITE_OF = {"cpu": "cpu-bars", "cuda": "gpu-bars"}
 
 
@@ -37,20 +37,20 @@ def run_all(
     device: str = "auto",
     backend: str = "auto",
     seed: int = 0,
-    effort: Effort | None = None,
+    budget: TimingBudget | None = None,
 ) -> str:
     """Measure the bars of one device, operator by operator, and write pages of all records.
 
     Args:
-        names: Operators; None for all. Records of the others stay as they are.
+        names: Operators; None for all. Records of other operators are left unchanged.
         out: The folder of pages and records.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``: CUDA where there is one.
         backend: Backend of our operators.
         seed: Seed of the inputs.
-        effort: How long to measure; None means as a suite does.
+        budget: How long to measure; None for the times of a suite.
 
     Returns:
-        The name under which the machine stands.
+        The machine's name in files and pages.
 
     Raises:
         WrongResultError: If one of our operators is wrong. What was measured before is kept.
@@ -70,10 +70,10 @@ def run_all(
     check_writable("out", out)
     records = read_records(out)
     keep_freed_memory()
-    effort = suite_effort(usual_effort()) if effort is None else effort
+    budget = suite_timing_budget(default_timing_budget()) if budget is None else budget
     machine = machine_name(report.machine(seed), device)
     for name in names or known:
-        record = run_suite(SUITE_OF[device], [known[name]], backend, seed, effort)
+        record = run_suite(SUITE_OF[device], [known[name]], backend, seed, budget)
         if not record["bars"]:
             continue
         record = {"format": FORMAT, "operator": name, **record}
@@ -89,7 +89,7 @@ def run_all(
 
 
 def machine_name(machine: Mapping[str, Any], device: str) -> str:
-    """A name for files: of the card, or of the processor with its threads and vectors."""
+    """The machine's name in files: the GPU, or the processor with vector set and threads."""
     cpu = machine["cpu"]
     text = machine["gpu"] if device == "cuda" else None
     text = text or f"{cpu['name']} {cpu['capability']} {cpu['threads']} threads"

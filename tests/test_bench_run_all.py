@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench_factories import QUICK, longer_window, plant, small
 
-from memattn.bench import __main__, everything, pages
+from memattn.bench import __main__, pages, run_all
 from memattn.bench.bars import FlatTimeBar, RoofBar, SpeedBar
 from memattn.bench.case import operators
 from memattn.bench.segmented_attention import SegmentedCase
@@ -31,7 +31,7 @@ def quick(monkeypatch):
     for cls in operators().values():
         own = bars if cls is SegmentedCase else lambda cls, suite: []
         monkeypatch.setattr(cls, "bars", classmethod(own))
-    monkeypatch.setattr(everything, "suite_effort", lambda effort: QUICK)
+    monkeypatch.setattr(run_all, "suite_timing_budget", lambda budget: QUICK)
 
 
 def test_a_second_machine_stands_beside_the_first(quick, tmp_path, capsys, monkeypatch):
@@ -56,11 +56,11 @@ def test_a_second_machine_stands_beside_the_first(quick, tmp_path, capsys, monke
     assert f"{1e3 * ours['median']:.3g} ms ({1e3 * ours['q20']:.3g}-" in first
     own = (tmp_path / f"bench-{folder.name}.md").read_text()
     assert f"machines/{folder.name}/segmented_attention.png" in own
-    assert record["machine"]["date"] in own and "the best of 2 turns" in own
+    assert record["machine"]["date"] in own and "the best of 2 samples" in own
 
     # the same on another processor: what the first measured stays, letter by letter
     monkeypatch.setattr("memattn.bench.report._cpu_name", lambda: "Another CPU (R) 9")
-    name = everything.run_all(["segmented_attention"], device="cpu", out=tmp_path, effort=QUICK)
+    name = run_all.run_all(["segmented_attention"], device="cpu", out=tmp_path, budget=QUICK)
     assert name.startswith("another-cpu-r-9-")
     both = (tmp_path / "bench.md").read_text()
     heads = [line for line in both.splitlines() if line.startswith("| bar |")]
@@ -87,7 +87,7 @@ def test_a_page_says_where_the_machine_was_disturbed_and_what_was_not_measured()
     }
     text = pages.page("c", {"op": record})
     assert "90 %*" in text
-    assert "- disturbed: beside 1 of 1 rows" in text
+    assert "- disturbed: around 1 of 1 rows" in text
     assert "- memattn: not run: too large" in text
     assert "90 %* of the roof" in pages.overview({"c": {"op": record}})
 
@@ -105,7 +105,7 @@ def _row(roof, share, reason):
 def test_nothing_is_written_of_a_wrong_operator(quick, monkeypatch, tmp_path, capsys):
     plant(monkeypatch, longer_window)
     assert __main__.main(["--all", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert "wrong result, nothing is printed: segmented_attention" in capsys.readouterr().err
+    assert "wrong result, so no times are printed: segmented_attention" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -114,7 +114,7 @@ def test_nothing_is_written_of_a_wrong_operator(quick, monkeypatch, tmp_path, ca
     [
         (["attention"], "operators must be one of"),
         (["--out", "{}/file"], "out must be a folder that can be written to, got {}/file"),
-        (["--out", "{}/old"], "out must hold records of format 1, got {}/old/machines/m/op.json"),
+        (["--out", "{}/old"], "out must hold records of format 2, got {}/old/machines/m/op.json"),
         (["--out", "{}/broken"], "out must hold records that can be read, got {}/broken"),
         (["--quick"], "quick must be left out with all, got True"),
         (["--suite", "cpu-bars"], "suite must be left out with all, got cpu-bars"),
@@ -128,7 +128,7 @@ def test_nothing_is_written_of_a_wrong_operator(quick, monkeypatch, tmp_path, ca
 def test_refuses_before_anything_is_timed(words, message, tmp_path, capsys, monkeypatch):
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("tests what is said without CUDA")
-    monkeypatch.setattr(everything, "run_suite", None)  # calling it would fail otherwise
+    monkeypatch.setattr(run_all, "run_suite", None)  # calling it would fail otherwise
     (tmp_path / "file").touch()
     for name, text in (("old", '{"format": 0}'), ("broken", "{")):
         (tmp_path / name / "machines" / "m").mkdir(parents=True)
@@ -151,5 +151,5 @@ def test_other_runs_refuse_a_folder_before_anything_is_timed(tmp_path, capsys):
 def test_machines_have_names_for_files():
     cpu = {"name": "AMD EPYC", "capability": "AVX512", "threads": 2}
     machine = {"cpu": cpu, "gpu": "NVIDIA H100 80GB HBM3"}
-    assert everything.machine_name(machine, "cuda") == "nvidia-h100-80gb-hbm3"
-    assert everything.machine_name(machine, "cpu") == "amd-epyc-avx512-2-threads"
+    assert run_all.machine_name(machine, "cuda") == "nvidia-h100-80gb-hbm3"
+    assert run_all.machine_name(machine, "cpu") == "amd-epyc-avx512-2-threads"
