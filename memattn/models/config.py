@@ -53,7 +53,7 @@ def _preset(part: type[PartConfig], summary: str, **defaults: Any) -> Any:
     return classmethod(make)
 
 
-class MemAttnConfig(DevicePlans, PreTrainedConfig):
+class MemAttnConfig(DevicePlans, PreTrainedConfig):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Configuration of ``MemAttnModel`` and ``MemAttnForCausalLM``.
 
     Attributes:

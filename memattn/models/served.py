@@ -73,9 +73,8 @@ def served_call(
     check_table("position_ids", position_ids, (B, 1), T)
     angles = model.rotary(position_ids, hidden_states.dtype)
     attend = AttentionInterface()[name]
-    for i, layer in enumerate(model.layers):
+    for layer in model.layers:
         if not isinstance(layer, nn.Identity):  # placeholder of a layer of another process
-            layer.attention.layer_idx = i  # the key of ``attention_instances``
             hidden_states = _layer(layer, hidden_states, angles, attend, keywords)
     hidden_states = model.norm(hidden_states)
     return MemAttnModelOutput(last_hidden_state=hidden_states[:, -hidden_to_keep:])
