@@ -1,7 +1,7 @@
-"""How devices share a model: what transformers and servers read of its configuration.
+"""Tensor and pipeline parallelism: the plans that transformers and servers read from the config.
 
-Heads and the features inside of MLPs lie on several devices, as those of Llama do. Attention that
-more than its own heads work on, and what stands beside it, every device computes as a whole.
+Attention heads and the inner features of MLPs are split over the devices, as in Llama. Every device
+computes the whole of other kinds of attention, and of the parts beside attention.
 """
 
 from typing import Any
@@ -12,11 +12,11 @@ from memattn.parts.segmented import SegmentedConfig
 
 HEADS = ("num_attention_heads", "num_key_value_heads")
 LAYER = "layers.*"
-PLAIN = (CausalConfig, SegmentedConfig)  # attention that computes each head by itself
+PLAIN = (CausalConfig, SegmentedConfig)  # attention whose heads can be split over devices
 
 
 class DevicePlans:
-    """The part of ``MemAttnConfig`` that says how devices share a model."""
+    """Properties of ``MemAttnConfig`` for models on several devices and in servers."""
 
     attention: Any
     parts: Any
@@ -26,13 +26,13 @@ class DevicePlans:
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """Which weights of the decoder devices share, and how."""
+        """How each weight of the decoder is split over devices, by module name."""
         own, plan = f"{LAYER}.attention", {}
         if type(self.attention) in PLAIN and not self._attention_is_read:
             plan |= {f"{own}.{name}_proj": "colwise" for name in "qkv"}
             plan[f"{own}.o_proj"] = "rowwise"
             if self.attention.num_persistent_tokens:
-                # of one key head each; the style is that of a table whose rows are shared
+                # split along the first dimension, the key heads
                 for name in ("persistent_key", "persistent_value"):
                     plan[f"{own}.{name}"] = "embedding_rowwise"
                 plan[own] = "local_params"
@@ -42,7 +42,7 @@ class DevicePlans:
 
     @property
     def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]] | None:
-        """Which modules processes have one behind the other; None where servers cannot."""
+        """Modules of a pipeline in order, with inputs and outputs; None if no server can run it."""
         if self.lacks_for_servers is not None:
             return None
         states = ["hidden_states"]
@@ -54,7 +54,7 @@ class DevicePlans:
 
     @property
     def layer_types(self) -> list[str]:
-        """What servers call the attention of each layer; no attribute where they lack it."""
+        """Kind of attention of each layer, for servers; AttributeError if no server can run it."""
         if (lacked := self.lacks_for_servers) is not None:
             raise AttributeError(f"no server has the layers of a model with {lacked}")
         kind = "full_attention" if self.sliding_window is None else "sliding_attention"
@@ -62,12 +62,12 @@ class DevicePlans:
 
     @property
     def sliding_window(self) -> int | None:
-        """Keys in the window that servers keep, the query's own included; None is all."""
+        """Keys in the window, the query's own included, for servers; None means no window."""
         return None if self.lacks_for_servers else self.attention.spans[1]
 
     @property
     def lacks_for_servers(self) -> str | None:
-        """What a model has that attention and cache of a server do not compute, or None."""
+        """The first option of the model that a server's attention cannot compute, or None."""
         if self.parts:
             return f"the part {self.parts[0].kind!r}"
         if type(self.attention) not in PLAIN:
@@ -80,26 +80,24 @@ class DevicePlans:
 
     @property
     def _attention_is_read(self) -> bool:
-        """Whether a part looks at the weights of attention."""
+        """Whether a part reads the weights of attention."""
         return any(part.stands == "beside_attention" for part in self.parts)
 
 
 def check_devices(config: Any, plan: dict[str, str], tp_size: int, pp_size: int) -> None:
-    """Raise unless devices can share a model in this way.
+    """Raise unless the model can be split in this way.
 
     Args:
-        config: Of the model.
-        plan: How ``tp_size`` devices share the weights, by the names of modules.
-        tp_size: Devices that share the weights of a layer.
-        pp_size: Devices that have layers of their own, one behind the other.
+        config: Configuration of the model.
+        plan: How each weight is split over ``tp_size`` devices, by module name.
+        tp_size: Devices that split the weights of each layer.
+        pp_size: Devices that split the layers.
 
     Raises:
-        ValueError: If the heads of the plan are not shared evenly.
+        ValueError: If the plan splits heads whose number ``tp_size`` does not divide.
         NotImplementedError: If ``pp_size`` is not 1.
     """
-    if (
-        pp_size > 1
-    ):  # their call hands on hidden states alone, and keywords that are not the model's
+    if pp_size > 1:  # transformers' pipeline passes keywords that the decoder does not take
         must("pp_size", "be 1 (tp_size shares any model)", pp_size, NotImplementedError)
     if not any(n.endswith(".attention.k_proj") and plan[n] == "colwise" for n in plan):
         return

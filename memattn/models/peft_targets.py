@@ -1,8 +1,8 @@
-"""Where PEFT puts adapters into the models of this package, when it is not told.
+"""Default ``target_modules`` of PEFT for the models of this package.
 
-PEFT looks the type of a model up in tables of its own, one for each kind of adapter, and has no
-function by which others enter theirs. The entries are those of Llama, whose layers have the same
-names, but for norms.
+PEFT looks up ``config.model_type`` in one table for each kind of adapter, and has no function to
+register a model type. The entries added here are those of Llama: its layers have the same names,
+except for the norms.
 """
 
 from typing import Any
@@ -17,12 +17,12 @@ NAMES = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_n
 
 
 def register_peft_targets() -> None:
-    """Enter the models into the tables of PEFT, now or when it is imported."""
+    """Add the models to the tables of PEFT, now or after a later import of PEFT."""
     when_imported(HOME, TABLE, _enter)
 
 
 def _enter(module: Any) -> None:
-    """Add the models to each table of modules."""
+    """Add the models to each table that has lists of module names."""
     for name, table in vars(module).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table.get(LIKE), list):
             own = [NAMES.get(target, target) for target in table[LIKE]]

@@ -1,9 +1,9 @@
-"""A decoder whose attention and cache are those of a server, vLLM or SGLang.
+"""The forward pass of a decoder with the attention and the cache of a server, vLLM or SGLang.
 
-Their backends for models of transformers make the model with the name of their attention in
-``config._attn_implementation``, and call it with tokens of many sequences in one row, a position
-for each, and keywords that every layer hands to that attention. This package's own attention,
-cache and documents take no part in such a call.
+Their backends for models of transformers set ``config._attn_implementation`` to the name of their
+attention function before they make the model. A call has the tokens of many sequences in one row,
+``position_ids`` for each token, and keywords that every layer passes to the attention function.
+The attention, the cache and the packed documents of this package are not used in such a call.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,11 +19,11 @@ from memattn.models.outputs import MemAttnModelOutput
 from memattn.nn.rotary import apply_rotary
 from memattn.parts.packing import check_table
 
-OWN = (None, "eager")  # what configurations say where attention is that of this package
+OWN = (None, "eager")  # values of config._attn_implementation for the attention of this package
 
 
 def check_attention(config: MemAttnConfig) -> None:
-    """Raise NotImplementedError unless the attention that is chosen can compute the model."""
+    """Raise NotImplementedError if a server's attention is chosen and cannot compute the model."""
     name = config._attn_implementation
     lacked = None if name in OWN else config.lacks_for_servers
     if lacked is not None:
@@ -39,19 +39,19 @@ def served_call(
     options: dict[str, Any],
     keywords: Mapping[str, Any],
 ) -> MemAttnModelOutput:
-    """Hidden states ``[B, T, E]`` of a decoder by another's attention.
+    """Hidden states ``[B, T, E]`` of a decoder, computed with a server's attention function.
 
     Args:
         model: The decoder.
         input_ids: Tokens ``[B, T]``, or None with ``inputs_embeds``.
-        inputs_embeds: ``[B, T, E]``, or hidden states of layers that another process has.
-        position_ids: ``[B or 1, T]``, of each token in its own sequence; None counts columns.
-        options: ``hidden_to_keep``, and arguments of the model that its own attention reads.
-        keywords: What attention gets as it is.
+        inputs_embeds: ``[B, T, E]``, or the hidden states from the layers of another process.
+        position_ids: ``[B or 1, T]``, position of each token in its sequence; None counts columns.
+        options: ``hidden_to_keep``, and arguments of the model that only its own attention uses.
+        keywords: Passed to the attention function unchanged.
 
     Raises:
-        ValueError: If there is a mask, a cache, or something else that its own attention reads.
-        NotImplementedError: If the model has what only its own attention computes.
+        ValueError: If a mask, a cache or another argument of the model's own attention is given.
+        NotImplementedError: If the server's attention cannot compute the model.
     """
     name = model.config._attn_implementation
     check_attention(model.config)
