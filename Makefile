@@ -6,7 +6,7 @@ OUT ?= runs/gpu
 PLAN ?=
 GPU_SECONDS ?= 480
 
-.PHONY: demo test test-transformers transformers-families lint bench gpu gpu-dry clean
+.PHONY: demo test test-transformers transformers-families lint bench dist gpu gpu-dry clean
 
 demo: $(VENV)/ready
 	$(BIN)/memattn demo
@@ -31,6 +31,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+
+# wheel and source distribution in dist/, each installed and tried away from this folder
+dist: $(VENV)/ready
+	$(BIN)/python scripts/build_dist.py
 
 bench: $(VENV)/ready
 	$(BIN)/memattn bench

@@ -20,9 +20,9 @@ from rich.table import Table
 
 from memattn import DTGMAModel, train_continual
 from memattn.continual import Stream
-from memattn.continual.embeddings import find_encoder
-from memattn.continual.text import text_domains_stream
-from memattn.data.corpora import DEFAULT_CACHE_DIR
+from memattn.data.embeddings import find_encoder
+from memattn.data.packages import DEFAULT_CACHE_DIR
+from memattn.data.text_streams import text_domains_stream
 
 
 def main(argv: list[str] | None = None) -> int:

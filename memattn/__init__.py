@@ -19,8 +19,7 @@ if TYPE_CHECKING:
         detach_memory,
     )
     from memattn.chapters import chapter_from_text, chapters_of
-    from memattn.continual import train_continual
-    from memattn.dtgma import DTGMAModel
+    from memattn.dtgma import DTGMAModel, train_continual
     from memattn.models import (
         AttentionConfig,
         MemAttnCache,
@@ -64,7 +63,7 @@ if TYPE_CHECKING:
     from memattn.parts.chapter_memory import ChapterMemoryConfig
     from memattn.parts.future import FutureConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionConfig",
@@ -166,8 +165,7 @@ _HOMES = {
         "detach_memory",
     ),
     "memattn.chapters": ("chapter_from_text", "chapters_of"),
-    "memattn.dtgma": ("DTGMAModel",),
-    "memattn.continual": ("train_continual",),
+    "memattn.dtgma": ("DTGMAModel", "train_continual"),
 }
 
 

@@ -1,5 +1,6 @@
 """Argument checks: every message names the argument, what it must be and what it got."""
 
+import math
 from typing import Any, NoReturn
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SEED_BITS = 40  # the seed of a task is a product that torch's generators must still take
 
 
 def must(name: str, requirement: str, got: Any, error: type[Exception] = ValueError) -> NoReturn:
@@ -165,3 +167,25 @@ def values_to_check(tensor: Tensor, *context: Any) -> list[int] | None:
             return None
         _checked_values[tensor] = stamp
     return tensor.tolist()
+
+
+def check_seed(name: str, seed: Any) -> None:
+    """Raise unless ``seed`` is an integer from 0 to below 2**40."""
+    check_int(name, seed, 0)
+    if seed >= 2**_SEED_BITS:
+        must(name, f"be below 2**{_SEED_BITS}", seed)
+
+
+def check_device(name: str, device: torch.device | str) -> None:
+    """Raise ValueError unless tensors can be made on the device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise ValueError(f"{name} must be cpu, or a GPU that is here, got {device}") from error
+
+
+def check_loss(what: str, loss: float, epoch: int, lr: float) -> None:
+    """Raise FloatingPointError unless a loss is finite; ``epoch`` counts from 0."""
+    if not math.isfinite(loss):
+        where = f"in epoch {epoch + 1} with lr={lr}"
+        must(what, f"be finite {where}", loss, FloatingPointError)

@@ -3,7 +3,7 @@
 import torch
 
 from memattn.continual import Budget, Stream, Task
-from memattn.continual.streams import Scenario
+from memattn.data.streams import Scenario
 
 SMALL = Budget(epochs=4, batch_size=8, lr=2e-2, hidden_dim=12, n_layers=2, buffer_size=10)
 

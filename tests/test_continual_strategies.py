@@ -14,7 +14,7 @@ from memattn.continual.strategies import hat
 from memattn.continual.strategies.distillation import distillation_loss
 from memattn.continual.strategies.penalty import PathIntegral
 from memattn.continual.strategies.replay import Reservoir
-from memattn.continual.streams import SCENARIOS
+from memattn.data.streams import SCENARIOS
 
 KNOWN = [(name, s) for name, kind in STRATEGIES.items() for s in kind.scenarios]
 ISOLATED = ("separate", "packnet", "lora", "adapter", "dtgma")

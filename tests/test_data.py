@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memattn.data import (
+    Conversation,
     Document,
     PackedBatches,
     PaddedBatches,
@@ -136,9 +137,23 @@ def test_a_split_depends_on_texts_and_seed_alone():
     assert split_documents(DOCUMENTS, 0.0) == (DOCUMENTS, [])
 
 
+def test_of_one_document_the_end_is_held_out():
+    one = Document("tale", " ".join(f"word{i}" for i in range(100)))
+    split = split_documents([one, one], 0.1)
+    (train,), (held_out,) = split
+    assert f"{train.text} {held_out.text}" == one.text
+    assert 0.1 * len(one.text) <= len(held_out.text) <= 0.1 * len(one.text) + 6
+    assert split_documents([one], 0.0) == ([one], [])
+    (train,), (held_out,) = split_documents([Document("", "x" * 50)], 0.2)  # no word ends
+    assert (len(train.text), len(held_out.text)) == (40, 10)
+
+
 def test_refuses_a_split_with_an_empty_side():
+    with pytest.raises(ValueError, match="documents must have text enough to hold its end out"):
+        split_documents([Document("", "x")], 0.1)
+    said = Conversation("", [{"role": "user", "content": "a"}])
     with pytest.raises(ValueError, match="documents must be at least 2 different ones .* got 1"):
-        split_documents([DOCUMENTS[0], DOCUMENTS[0]], 0.1)
+        split_documents([said, said], 0.1)
     with pytest.raises(ValueError, match=r"held_out must be in \[0, 1\), got 1.0"):
         split_documents(DOCUMENTS, 1.0)
 

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "configs").glob("*.md"))
+RUN_PAGES = [page for page in PAGES if page.name != "start.md"]  # test_start.py runs that one
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -34,7 +35,7 @@ def ids(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=ids)
+@pytest.mark.parametrize("page", [p for p in RUN_PAGES if blocks(p, "python")], ids=ids)
 def test_python_blocks_run(page, tmp_path):
     """The blocks of a page run one after the other in one process."""
     script = tmp_path / "blocks.py"
@@ -50,7 +51,7 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=ids)
+@pytest.mark.parametrize("page", [p for p in RUN_PAGES if blocks(p, "bash")], ids=ids)
 def test_commands_run(page, tmp_path):
     """In a copy of configurations and texts, in order; what make would run is only looked up.
 

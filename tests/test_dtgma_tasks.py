@@ -154,14 +154,14 @@ def test_a_model_without_tasks_comes_back(tmp_path):
     assert other._options() == model._options()
     with pytest.raises(ValueError, match="path must hold what has format memattn.DTGMATask/1"):
         other.load_task(tmp_path / "model")
-    with pytest.raises(FileNotFoundError, match="path must be a file that save wrote"):
+    with pytest.raises(FileNotFoundError, match="path must be a file that DTGMAModel.save wrote"):
         DTGMAModel.load(tmp_path / "none")
 
 
 def test_only_whole_files_are_read(tmp_path):
     model = make_model(reads={0: ()})
     (path,) = saved(model, tmp_path, 0)
-    with pytest.raises(FileNotFoundError, match="path must be a file that save_task wrote"):
+    with pytest.raises(FileNotFoundError, match="a file that DTGMAModel.save_task wrote"):
         model.load_task(tmp_path / "none")
     broken = tmp_path / "broken"
     broken.write_bytes(path.read_bytes()[:-100])

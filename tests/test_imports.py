@@ -13,12 +13,13 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"demo", "study"},
+    {"demo", "gallery", "study"},
     {"train", "continual", "viz", "bench"},
     {"evaluate"},
+    {"dtgma"},
     {"chapters"},
     {"data"},
-    {"models", "adapters", "dtgma"},
+    {"models", "adapters"},
     {"parts"},
     {"nn"},
     {"distributed"},
@@ -137,6 +138,19 @@ def test_importing_the_package_needs_torch_only():
         BLOCK_OPTIONAL_IMPORTS + "import memattn, memattn.ops, torch\n"
         "q = torch.zeros(1, 1, 3, 8)\n"
         "print(memattn.segmented_attention(q, q, q).out.sum().item())"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "0.0"
+
+
+def test_dtgma_learns_with_torch_alone():
+    result = run(
+        BLOCK_OPTIONAL_IMPORTS + "import torch\n"
+        "from memattn.dtgma import DTGMAModel, train_continual\n"
+        "x, y = torch.randn(2, 8, 12), torch.arange(8) % 2\n"
+        "model = DTGMAModel(12, 8, 2, n_heads=2, n_tokens=4)\n"
+        "tasks = {t: (x[t], y, x[t], y) for t in range(2)}\n"
+        "print(train_continual(model, tasks, epochs=1)['avg_forgetting'])"
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "0.0"

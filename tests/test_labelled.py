@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from memattn.cli import main
-from memattn.continual.embeddings import ENCODERS
-from memattn.data import LABELLED, LabelledText, corpora, load_labelled, split_labelled
+from memattn.data import LABELLED, LabelledText, corpora, load_labelled, packages, split_labelled
 from memattn.data._labelled_readers import (
     read_eras,
     read_film_reviews,
@@ -23,6 +22,7 @@ from memattn.data._labelled_readers import (
     read_rated_snippets,
     thread_of,
 )
+from memattn.data.embeddings import ENCODERS
 from memattn.data.labelled import without_duplicates, words_of
 from memattn.files import sha256_of
 
@@ -254,7 +254,7 @@ def tweets(tmp_path, monkeypatch):
         assert what.endswith("texts tweets")
         (folder / package.filename).write_bytes(archive.read_bytes())
 
-    monkeypatch.setattr(corpora, "_download", download)
+    monkeypatch.setattr(packages, "_download", download)
 
 
 def test_fetches_and_loads(tmp_path, tweets):

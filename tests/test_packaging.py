@@ -1,6 +1,7 @@
 """The wheel: it builds, installs into an empty environment, and works there."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,20 @@ def install(wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     return python
+
+
+def test_a_release_has_one_version():
+    places = {
+        "pyproject.toml": r'^version = "(.*)"$',
+        "memattn/__init__.py": r'^__version__ = "(.*)"$',
+        "CITATION.cff": r"^version: (.*)$",
+        "CHANGELOG.md": r"^## (\d+\.\d+\.\d+)",
+    }
+    found = {
+        name: re.search(form, (ROOT / name).read_text(), re.M) for name, form in places.items()
+    }
+    assert all(found.values()), found
+    assert len({match.group(1) for match in found.values() if match}) == 1, found
 
 
 @pytest.mark.slow

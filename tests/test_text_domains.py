@@ -17,10 +17,17 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from memattn.continual import embeddings
-from memattn.continual.embeddings import ENCODERS, Encoder, embed_texts, find_encoder
-from memattn.continual.text import TEXT_DOMAINS, TextTask, text_domains_stream, text_stream
-from memattn.data import LABELLED, LabelledSplit, LabelledText, load_tokenizer, train_tokenizer
+from memattn.data import (
+    LABELLED,
+    LabelledSplit,
+    LabelledText,
+    embeddings,
+    load_tokenizer,
+    train_tokenizer,
+)
+from memattn.data.embeddings import ENCODERS, Encoder, embed_texts, find_encoder
+from memattn.data.text_streams import text_domains_stream, text_stream
+from memattn.data.text_tasks import TEXT_DOMAINS, TextTask
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["good", "bad", "fine", "film", "mail", "spam", "ham", "the", "a", "not"]
@@ -295,13 +302,13 @@ def domains(monkeypatch):
         classes = LABELLED[name].classes
         return [LabelledText(text, classes[i % len(classes)]) for i, text in enumerate(texts)]
 
-    monkeypatch.setattr("memattn.continual.text.load_labelled", load)
+    monkeypatch.setattr("memattn.data.text_tasks.load_labelled", load)
 
 
 def test_no_text_of_a_domain_is_in_an_earlier_one(tmp_path, domains, bert, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "memattn.continual.text.text_stream",
+        "memattn.data.text_streams.text_stream",
         lambda tasks, *args, **options: seen.append(tasks) or text_stream(tasks, *args, **options),
     )
     for seed in (0, 1):

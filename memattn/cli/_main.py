@@ -12,7 +12,7 @@ from typing import Any
 
 COMMANDS = (
     *("doctor", "data", "train", "evaluate", "generate", "audit", "bench", "estimate", "plot"),
-    *("gates", "memorize", "chapters", "demo", "study", "compare", "continual"),
+    *("gates", "memorize", "chapters", "demo", "gallery", "study", "compare", "continual"),
 )
 # errors that the user can fix; all others are bugs and show a traceback
 USER_ERRORS = (

@@ -99,7 +99,11 @@ def load_model_tokenizer(model: str) -> Any:
 
     folder = find_model(model)
     if folder is None or not (folder / "tokenizer_config.json").is_file():
-        raise FileNotFoundError(f"model must be a folder with a tokenizer, got {model}")
+        where = model if folder is None else folder
+        raise FileNotFoundError(
+            f"model must be a folder with a tokenizer, got {model}; put one into it with "
+            f"tokenizer.save_pretrained({str(where)!r})"
+        )
     return load_tokenizer(folder)
 
 

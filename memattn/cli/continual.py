@@ -146,10 +146,10 @@ def _stream_factory(
     """The stream of a seed. Data sets that do not depend on it are read once."""
     from functools import cache
 
-    from memattn.continual.embeddings import find_encoder
-    from memattn.continual.sources import huggingface_stream, mnist_stream
-    from memattn.continual.streams import digits_stream
-    from memattn.continual.text import text_domains_stream
+    from memattn.data.embeddings import find_encoder
+    from memattn.data.stream_sources import huggingface_stream, mnist_stream
+    from memattn.data.streams import digits_stream
+    from memattn.data.text_streams import text_domains_stream
 
     # asked for once: it may have to look whether the hub answers
     chosen = find_encoder(encoder, cache_dir=cache_dir) if benchmark == "text_domains" else encoder

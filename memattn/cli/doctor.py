@@ -43,7 +43,29 @@ def doctor() -> int:
     console.print(_devices())
     console.print(_backends())
     console.print(_choices())
+    console.print("what to do next", *_next_steps(), sep="\n", highlight=False, soft_wrap=True)
     return 0
+
+
+def _next_steps() -> list[str]:
+    """One line for each thing to do, the most urgent first."""
+    import torch
+
+    steps = [f"pip install {name}, which nothing goes without" for name in _missing()]
+    ready, remedy = _triton() if torch.cuda.is_available() else _cpp()
+    if not ready:
+        steps.append(f"the fast backend for this machine is not usable: {remedy}")
+    steps += [
+        "memattn demo: every system trained and measured on real text, in about ten minutes",
+        "docs/start.md: your own model, your own text, a memory, a task mask; a picture of each",
+    ]
+    return [f"{number}. {step}" for number, step in enumerate(steps, 1)]
+
+
+def _missing() -> list[str]:
+    """Required packages that are not installed."""
+    needed = [name for name in REQUIRED if name != "triton" or platform.system() == "Linux"]
+    return [name for name in needed if _version(name) is None]
 
 
 def _table(title: str, *columns: str) -> "Table":

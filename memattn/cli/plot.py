@@ -12,7 +12,7 @@ def plot(
     x: Literal["tokens", "seconds", "step"] = "tokens",
     text: str | None = None,
     texts: tuple[str, ...] = (),
-    tokens: int = 4096,
+    tokens: int | None = None,
 ) -> int:
     """Draw the loss curves of runs, or pictures of a model while it reads a text.
 
@@ -29,6 +29,12 @@ def plot(
     memattn plot gates MODEL --text TEXT prints and draws the gates of base and specialists; --texts
     general data-engineering compares texts. Same as memattn gates.
 
+    memattn plot tasks MODEL draws, for each task of a file that DTGMAModel.save wrote, which tokens
+    it may see and what it attends to, layer by layer.
+
+    memattn plot influence MODEL --text TEXT changes one token after the other, and draws which
+    positions of the output move, and how much: how far back the model looks.
+
     memattn plot page RUN ... --text TEXT writes one HTML page with the loss curves of the runs and
     the attention and state of each model. memattn compare writes such a page, too.
 
@@ -37,13 +43,15 @@ def plot(
 
     Args:
         runs: Run folders, as memattn train writes them; or a view, and one model, as memattn
-            generate takes it. A run folder of such a name is ./attention, for example.
+            generate takes it, for tasks a file. A run folder of such a name is ./attention, for
+            example.
         out: Picture to write: .png, .svg, .pdf or .html; by default curves.png, VIEW.png or
             page.html.
         x: What the horizontal axis of loss curves counts.
         text: Text that the model reads; - for the standard input.
         texts: For gates: corpora, files or folders to compare.
-        tokens: For gates: largest number of tokens of each text.
+        tokens: For gates: largest number of tokens of each text, 4096 by default. For influence:
+            number of tokens of the text, 384 by default.
     """
     from pathlib import Path
 
@@ -53,20 +61,33 @@ def plot(
     from memattn.parts.views import part_views
 
     assert models
-    view, names = runs[0], ("attention", "state", *part_views())
+    view, names = runs[0], ("attention", "state", "influence", *part_views())
     if view == "page":
         if text is None or len(runs) < 2:
             got = "none" if len(runs) < 2 else "no text"
             raise ValueError(f"runs must be page and one run at least, with a text, got {got}")
         out = out or "page.html"
         _write_page(runs[1:], out, x, text)
+    elif view == "tasks":
+        if len(runs) != 2:
+            raise ValueError(f"runs must be tasks and one file, got {len(runs) - 1} files")
+        if text is not None or texts:
+            raise ValueError("text must be left out to plot tasks, got a text")
+        out = out or "tasks.png"
+        _plot_tasks(runs[1], out)
     elif view in names:
         if len(runs) != 2:
             raise ValueError(f"runs must be {view} and one model, got {len(runs) - 1} models")
         if view == "gates":
             from memattn.cli.gates import gates
 
-            return gates(runs[1], text, texts, tokens, out or "gates.png")
+            return gates(
+                runs[1], text, texts, 4096 if tokens is None else tokens, out or "gates.png"
+            )
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {tokens}")
+        if tokens is not None and view != "influence":
+            raise ValueError(f"tokens must be left out but for gates and influence, got {tokens}")
         if texts:
             raise ValueError(f"texts must be left out but for gates, got {', '.join(texts)}")
         is_file = view == "state" and Path(runs[1]).expanduser().is_file()
@@ -80,10 +101,10 @@ def plot(
         if text is None and not is_file:
             raise ValueError(f"text must be given to plot {view}, got None")
         out = out or f"{view}.png"
-        _plot_view(view, runs[1], out, text)
+        _plot_view(view, runs[1], out, text, 384 if tokens is None else tokens)
     else:
         if text is not None:
-            others = " and ".join(("page", *names))
+            others = ", ".join(("page", *names))
             raise ValueError(f"text must be left out but for {others}, got a text")
         if texts:
             raise ValueError(f"texts must be left out but for gates, got {', '.join(texts)}")
@@ -114,6 +135,16 @@ def _read_metrics(runs: list[str]) -> "dict[str, list[dict[str, Any]]]":
     return metrics
 
 
+def _plot_tasks(name: str, out: str) -> None:
+    from pathlib import Path
+
+    from memattn.dtgma import DTGMAModel
+    from memattn.viz import plot_tasks
+
+    path = Path(name).expanduser()
+    plot_tasks(DTGMAModel.load(path), out, title=path.stem)
+
+
 def _write_page(runs: list[str], out: str, x: str, text: str) -> None:
     import sys
     from pathlib import Path
@@ -132,12 +163,19 @@ def _write_page(runs: list[str], out: str, x: str, text: str) -> None:
     write_figures(figures, out, title=", ".join(metrics))
 
 
-def _plot_view(view: str, name: str, out: str, text: str | None) -> None:
+def _plot_view(view: str, name: str, out: str, text: str | None, tokens: int) -> None:
     from pathlib import Path
 
+    from memattn.evaluate import influence
     from memattn.models import KeptMemory
     from memattn.parts.views import part_views
-    from memattn.viz import attention_mass, plot_attention_mass, plot_view, visualize_model_state
+    from memattn.viz import (
+        attention_mass,
+        plot_attention_mass,
+        plot_influence,
+        plot_view,
+        visualize_model_state,
+    )
 
     if text is None:
         kept = KeptMemory.load(Path(name).expanduser())
@@ -145,9 +183,12 @@ def _plot_view(view: str, name: str, out: str, text: str | None) -> None:
         visualize_model_state(kept, out, title=title)
         return
     model, ids = _read(name, text)
+    ids = ids[:, :tokens] if view == "influence" else ids
     title = f"{name}, {ids.numel():,} tokens"
     if view == "attention":
         plot_attention_mass(attention_mass(model, ids), out, title=title)
+    elif view == "influence":
+        plot_influence(influence(model, ids), out, title=title)
     elif view == "state":
         kept = KeptMemory.of(model)
         kept.read(model, ids)

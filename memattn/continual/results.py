@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memattn._tables import Spread, Table
 from memattn.checks import must
-from memattn.continual.metrics import continual_metrics
+from memattn.dtgma.metrics import continual_metrics
 from memattn.files import write_text
 
 # in the table; forgetting from first is backward transfer with the other sign

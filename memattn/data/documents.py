@@ -79,7 +79,8 @@ def split_documents(
 
     A document whose text or whose title (ignoring case and white space) came before is a
     duplicate and left out, so that none can stand on both sides. Which documents are held out
-    depends on their texts and the seed alone, not on their order.
+    depends on their texts and the seed alone, not on their order. Of a single document its end is
+    held out.
 
     Args:
         documents: Documents or conversations; a title ``""`` is no title.
@@ -95,12 +96,13 @@ def split_documents(
     if not 0.0 <= held_out < 1.0:
         must("held_out", "be in [0, 1)", held_out)
     documents = _without_duplicates(documents)
+    if len(documents) == 1 and held_out and isinstance(documents[0], Document):
+        return _cut_off_end(documents[0], held_out)
     count = max(1, round(held_out * len(documents))) if held_out else 0
     if len(documents) <= count:
         must(
             "documents",
-            f"be at least {count + 1} different ones to hold {count} out "
-            "(`separator` cuts one file into documents)",
+            f"be at least {count + 1} different ones to hold {count} out, or held_out be 0",
             len(documents),
         )
     keys = [sha256_of_text(f"{seed}\n{_normal(document.text)}") for document in documents]
@@ -109,6 +111,19 @@ def split_documents(
         [document for key, document in zip(keys, documents, strict=True) if key not in chosen],
         [document for key, document in zip(keys, documents, strict=True) if key in chosen],
     )
+
+
+def _cut_off_end(document: Document, held_out: float) -> Split:
+    """One document in two: the last ``held_out`` of its text is held out."""
+    text = document.text.strip()
+    at = round((1.0 - held_out) * len(text))
+    # between words where there are any
+    end = max(text.rfind("\n", 0, at), text.rfind(" ", 0, at))
+    end = at if end < at // 2 else end
+    begin, rest = text[:end].strip(), text[end:].strip()
+    if not begin or not rest:
+        must("documents", "have text enough to hold its end out, or held_out be 0", repr(text))
+    return Split([Document(document.title, begin)], [Document(f"{document.title} (end)", rest)])
 
 
 def _load(

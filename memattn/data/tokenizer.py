@@ -42,7 +42,8 @@ def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerBase":
         reason = str(error).splitlines()[0]
         raise OSError(
             f"tokenizer must be 'bytes', a folder with a tokenizer or a name on a hub that can "
-            f"be reached, got {name_or_path} ({reason})"
+            f"be reached, got {name_or_path} ({reason}); for a model without one, give the folder "
+            "of another as data.tokenizer"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

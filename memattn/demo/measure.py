@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from memattn.evaluate import audit
+from memattn.evaluate import audit, influence
 
 STATE_LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048)
 PROMPT = "The city is"
@@ -25,10 +24,16 @@ def measure_model(folder: Path, *, seed: int) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "audit": audit(model, seed=seed).to_dict(),
         "state_bytes": state_bytes(model),
-        "influence": influence(model, seed=seed),
+        "influence": influence(model, _random_ids(model, seed), stride=8),
         "prompt": PROMPT,
         "sample": sample(model, tokenizer, PROMPT, seed=seed),
     }
+
+
+def _random_ids(model: Any, seed: int) -> torch.Tensor:
+    """Random tokens, ``[1, 384]``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (1, 384), generator=generator)
 
 
 @torch.no_grad()
@@ -43,43 +48,6 @@ def state_bytes(model: Any) -> list[tuple[int, int]]:
         begin = end
         points.append((end, cache.nbytes))
     return points
-
-
-@torch.no_grad()
-def influence(
-    model: Any, *, seq_len: int = 384, stride: int = 8, seed: int = 0
-) -> dict[str, list[Any]]:
-    """How much a change of one token moves the logits at every position.
-
-    Every ``stride``-th token is changed alone, one in each row of a batch.
-
-    Returns:
-        ``changed`` ``[n]``, the positions changed, and ``log10`` ``[n, seq_len / stride]``, the
-        logarithm of the mean absolute change of the logits, averaged over blocks of ``stride``
-        positions; None where no logit changed at all.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    vocab_size = model.config.vocab_size
-    ids = torch.randint(vocab_size, (1, seq_len), generator=generator)
-    changed = list(range(0, seq_len, stride))
-    rows = ids.repeat(len(changed), 1)
-    for row, position in enumerate(changed):
-        rows[row, position] = (rows[row, position] + 1 + row) % vocab_size
-    # row by row, in the shape of the unchanged one, so that what is not reached is exactly 0
-    before = model(ids.to(model.device)).logits
-    changes = [
-        (model(row.to(model.device)).logits - before).abs().mean(-1)[0] for row in rows.split(1)
-    ]
-    blocks = torch.stack(changes).double().cpu().unflatten(1, (-1, stride)).mean(-1)
-    return {"changed": changed, "log10": _log10(blocks)}
-
-
-def _log10(values: Tensor) -> list[list[float | None]]:
-    """Logarithms, None for exactly 0."""
-    return [
-        [None if value == 0.0 else round(float(torch.tensor(value).log10()), 3) for value in row]
-        for row in values.tolist()
-    ]
 
 
 @torch.no_grad()

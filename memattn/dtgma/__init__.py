@@ -1,6 +1,16 @@
 """DTG-MA: a classifier that learns tasks one after the other, in columns of a task graph."""
 
+from memattn.dtgma.attention import TaskAttention
 from memattn.dtgma.layers import TaskName
+from memattn.dtgma.metrics import continual_metrics
 from memattn.dtgma.model import INFERENCE, DTGMAModel
+from memattn.dtgma.train import train_continual
 
-__all__ = ["INFERENCE", "DTGMAModel", "TaskName"]
+__all__ = [
+    "INFERENCE",
+    "DTGMAModel",
+    "TaskAttention",
+    "TaskName",
+    "continual_metrics",
+    "train_continual",
+]

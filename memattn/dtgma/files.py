@@ -47,7 +47,7 @@ class TaskFile:
             FileNotFoundError: If there is no such file.
             ValueError: If it holds something else.
         """
-        about, named = _load(path, _TASK, "save_task")
+        about, named = _load(path, _TASK, "DTGMAModel.save_task")
         kinds = dict(task=int | str, num_classes=int, reads=list, columns=list, config=dict)
         with refused(path):
             _check_about(about, kinds)
@@ -91,7 +91,7 @@ class ModelFile:
             FileNotFoundError: If there is no such file.
             ValueError: If it holds something else.
         """
-        about, named = _load(path, _MODEL, "save")
+        about, named = _load(path, _MODEL, "DTGMAModel.save")
         kinds = dict(task=int | str, num_classes=int, reads=list, frozen=bool)
         with refused(path):
             _check_about(about, dict(options=dict, tasks=list, shared_frozen=bool))

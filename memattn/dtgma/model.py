@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memattn.checks import check_bool, check_int, check_tensor, must
+from memattn.dtgma.attention import TaskAttention, recorded_weights
 from memattn.dtgma.inference import class_means, lowest_entropy, nearest_prototype
 from memattn.dtgma.layers import DTGMALayer, TaskColumn, TaskName
 from memattn.dtgma.storage import StoredTaskModel
 from memattn.dtgma.tasks import ParameterReport, listed
+from memattn.nn.task_attention import ColumnLayout
 from memattn.nn.task_linear import TaskGroups, group_by_task
 from memattn.nn.task_tokens import TokenProjection
 
@@ -159,12 +161,15 @@ class DTGMAModel(StoredTaskModel):
         """
         check_tensor("x", x)
         groups = self._groups(task_id, x)
-        own = groups.sort(self.tokens(x))
+        return self._classify(self.tokens(x), groups)
+
+    def _classify(self, tokens: Tensor, groups: TaskGroups) -> Tensor:
+        """Logits ``[B, classes]`` of tokens ``[B, L, E]``, whose tasks ``groups`` says."""
+        own = groups.sort(tokens)
         if not groups.tasks:  # an empty batch, of which nobody said the task
             return F.linear(own.mean(1), own.new_zeros(self.num_classes, own.shape[-1]))
         groups, order = groups._replace(order=None), groups
-        length = own.shape[1] + self.n_nodes
-        layout = self._graph.layout(groups, length, lambda n: self._mask(n, length), own.device)
+        layout = self._layout(groups, own.shape[1] + self.n_nodes, own.device)
         read = None
         if layout.read is not None:
             with torch.no_grad():
@@ -176,6 +181,58 @@ class DTGMAModel(StoredTaskModel):
         width = max(part.shape[1] for part in logits)
         padded = [F.pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in logits]
         return order.unsort(torch.cat(padded))
+
+    def _layout(self, groups: TaskGroups, length: int, device: torch.device) -> ColumnLayout:
+        """How the columns of a batch, each of ``length`` tokens, stand in its sequences."""
+        return self._graph.layout(groups, length, lambda n: self._mask(n, length), device)
+
+    @torch.no_grad()
+    def attention(self, task: TaskName, x: Tensor | None = None) -> TaskAttention:
+        """The mask of a task, and what its column attends to.
+
+        Args:
+            task: A registered task.
+            x: Inputs, ``[B, ...]``, over which the weights are averaged. None means the mean input
+                of each class of the task, which the model keeps as prototypes; then ``weights`` is
+                None where the task has no prototypes or its inputs are sequences.
+
+        Raises:
+            ValueError: If there is no such task, a shape does not fit, or ``x`` is missing for a
+                task of which neither a mask, prototypes nor ``input_dim`` says how many tokens it
+                has.
+        """
+        number = self._number("task", task)
+        tokens = self._class_tokens(number) if x is None else self.tokens(x)
+        groups = group_by_task(number, 1 if tokens is None else tokens.shape[0])
+        columns = tuple(self._column(n).name for n in self._graph.columns(number))
+        length = self._length(number) if tokens is None else tokens.shape[1] + self.n_nodes
+        mask = self._layout(groups, length, self.tokens.projection.weight.device).mask.dense(0)
+        mask = mask[:, :length]
+        weights = None
+        if tokens is not None:
+            with recorded_weights(self, mask) as layers:
+                self._classify(tokens, groups)
+            weights = torch.stack(layers)
+        return TaskAttention(columns, self.n_nodes, mask, weights)
+
+    def _class_tokens(self, number: int) -> Tensor | None:
+        """Tokens ``[classes, L, E]`` of the mean input of each class; None where none are kept."""
+        prototypes = self._column(number).prototypes
+        if prototypes is None:
+            return None
+        tokens = prototypes[~prototypes.isnan().any(1)]
+        tokens = tokens.unflatten(1, (-1, self.tokens.projection.out_features))
+        if self.tokens.image is None and self.tokens.n_tokens > 1 and tokens.shape[1] == 1:
+            return None  # of sequences the mean over their tokens is kept
+        return tokens
+
+    def _length(self, number: int) -> int:
+        """Tokens of a task's column, where no input says it."""
+        mask, n_tokens = self._column(number).mask, self.tokens.n_image_tokens
+        if mask is None and n_tokens is None:
+            task = repr(self._column(number).name)
+            must("x", f"be given for task {task}, which has neither a mask nor prototypes", None)
+        return mask.shape[-1] if mask is not None else (n_tokens or 0) + self.n_nodes
 
     def infer_task(self, x: Tensor, method: str | None = None) -> list[TaskName]:
         """Name the task that each sample seems to belong to.

@@ -3,6 +3,7 @@
 from memattn.evaluate._report import AuditReport, AuditRow
 from memattn.evaluate.audit import audit
 from memattn.evaluate.estimate import Estimate, EstimateLine, estimate
+from memattn.evaluate.influence import influence
 from memattn.evaluate.memory import memory_tables, memory_use
 from memattn.evaluate.ngrams import NgramLosses, bits_per_byte, ngram_losses
 from memattn.evaluate.perplexity import Perplexity, perplexity
@@ -22,6 +23,7 @@ __all__ = [
     "audit",
     "bits_per_byte",
     "estimate",
+    "influence",
     "loss_by_position",
     "memory_tables",
     "memory_use",

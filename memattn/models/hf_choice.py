@@ -123,7 +123,8 @@ def _refuse_own_attention(model: nn.Module, text: PreTrainedConfig) -> None:
         detail = "" if own is None else f" with {own}"
         raise NotImplementedError(
             f"model must be one whose attention transformers can choose, for "
-            f'attn_implementation="{NAME}", got {type(module).__name__}{detail}'
+            f'attn_implementation="{NAME}", got {type(module).__name__}{detail}; take a model of '
+            "another family, such as Llama, Qwen or Mistral"
         )
 
 

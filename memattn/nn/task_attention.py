@@ -87,11 +87,7 @@ class TaskGraphAttention(nn.Module):
         Read columns get no gradient.
         """
         query, key, value = (
-            rearrange(
-                layout.join(proj(own, layout.own), self._frozen(proj, read, layout)),
-                "b s (h d) -> b h s d",
-                h=self.num_heads,
-            )
+            self.project(proj, own, read, layout)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = task_masked_attention(
@@ -99,6 +95,13 @@ class TaskGraphAttention(nn.Module):
         ).out
         own, read = layout.split(rearrange(out, "b h s d -> b s (h d)"))
         return self.o_proj(own, layout.own), self._frozen(self.o_proj, read, layout)
+
+    def project(
+        self, proj: TaskLinear, own: Tensor, read: Tensor | None, layout: ColumnLayout
+    ) -> Tensor:
+        """Heads ``[B, H, C * L, D]`` of one of this layer's projections, of all columns."""
+        joined = layout.join(proj(own, layout.own), self._frozen(proj, read, layout))
+        return rearrange(joined, "b s (h d) -> b h s d", h=self.num_heads)
 
     def _frozen(self, proj: TaskLinear, read: Tensor | None, layout: ColumnLayout) -> Tensor | None:
         if read is None or layout.read is None:

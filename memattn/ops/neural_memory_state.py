@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memattn.checks import check_int, check_shape, check_tensor, must
+from memattn.checks import check_int, check_shape, check_tensor, is_traced, must
 from memattn.reference.neural_memory import coefficients, pack, unpack
 
 TENSORS = (
@@ -252,11 +252,21 @@ class NeuralMemoryState:
         for name in (*TENSORS, "sizes"):
             if name not in tensors and name != "packed_momentum":
                 must("tensors", f"have {name}", sorted(tensors))
+        return cls._checked(tensors, tuple(tensors["sizes"].tolist()))
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "NeuralMemoryState":
+        """The state of what ``tensors`` gave of another state of the same memory."""
+        return self._checked({"initial": self.initial} | dict(tensors), self.sizes)
+
+    @classmethod
+    def _checked(cls, tensors: Mapping[str, Tensor], sizes: tuple[int, ...]) -> "NeuralMemoryState":
         named: dict[str, Any] = {name: tensors.get(name) for name in TENSORS}
-        state = cls(**named, sizes=tuple(tensors["sizes"].tolist()))
+        state = cls(**named, sizes=sizes)
         R, H = state.packed_weights.shape[:2]
         state.check(R, H, state.packed_weights.dtype)
         last = state.chunk_size - 1
+        if is_traced(state.count):
+            return state
         if ((state.count < 0) | (state.count > last)).any():
             must("count", f"be from 0 to chunk_size - 1 = {last}", state.count.tolist())
         return state

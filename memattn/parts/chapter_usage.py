@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from memattn.checks import check_rank, must
 from memattn.nn import ChapterRouter
 from memattn.ops.chapter_router import RouterOutput
-from memattn.parts.views import visit_layers
+from memattn.parts.views import short_name, visit_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,9 +69,8 @@ def draw_usage(figure: "Figure", usage: ChapterUsage) -> None:
     rows = figure.subplots(len(usage.layers), 1, squeeze=False, sharex=True)
     chapters = usage.load.shape[1]
     for axes, name, load, entropy, dead in zip(rows[:, 0], *usage, strict=True):
-        axes.bar(range(chapters), load.sort(descending=True).values.numpy(), width=1.0)
+        axes.bar(range(chapters), load.sort(descending=True).values.numpy(), width=0.8)
         axes.set_ylabel("load")
         measured = f"entropy {float(entropy):.2f} nats, {int(dead)} of {chapters} dead"
-        axes.set_title(f"{name}: {measured}", fontsize=8)
+        axes.set_title(f"{short_name(name)}: {measured}", fontsize=8)
     rows[-1, 0].set_xlabel("routed chapters, by falling load")
-    figure.tight_layout()

@@ -1,12 +1,13 @@
 """Picture of the measures of neural memories."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from memattn.parts.memory_measures import MemoryUse
+from memattn.parts.views import short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,9 +85,3 @@ def finish(axes: "Axes") -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-
-
-def short_name(layer: str) -> str:
-    """Short name of a module: ``layer 3`` if it is in layer 3."""
-    numbers: Sequence[str] = [part for part in layer.split(".") if part.isdigit()]
-    return f"layer {numbers[0]}" if numbers else layer

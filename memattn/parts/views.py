@@ -1,6 +1,6 @@
 """Shared by the pictures of parts: visiting the layers of a model, and heat maps."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,3 +60,9 @@ def draw_attention_mass(axes: "Axes", source: str, mass: Tensor) -> "AxesImage":
     axes.set_xticks(range(mass.shape[1]))
     axes.set_yticks(range(mass.shape[0]))
     return image
+
+
+def short_name(layer: str) -> str:
+    """Short name of a module: ``layer 3`` if it is in layer 3."""
+    numbers: Sequence[str] = [part for part in layer.split(".") if part.isdigit()]
+    return f"layer {numbers[0]}" if numbers else layer

@@ -8,10 +8,11 @@ from memattn.viz.attention import attention_mass, plot_attention_mass
 from memattn.viz.bands import plot_bands
 from memattn.viz.continual import plot_accuracy_matrices, plot_task_graph
 from memattn.viz.curves import draw_curves, plot_curves
-from memattn.viz.figures import draw_influence, draw_state
+from memattn.viz.figures import draw_influence, draw_state, plot_influence
 from memattn.viz.gates import plot_gate_comparison
 from memattn.viz.pages import to_svg, write_figures
 from memattn.viz.state import visualize_model_state
+from memattn.viz.tasks import plot_tasks
 from memattn.viz.views import plot_view
 
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "plot_bands",
     "plot_curves",
     "plot_gate_comparison",
+    "plot_influence",
     "plot_task_graph",
+    "plot_tasks",
     "plot_view",
     "to_svg",
     "visualize_model_state",

@@ -1,13 +1,16 @@
-"""Pictures of what a model carries and what its tokens reach."""
+"""Pictures of the size of a model's state and of the influence of a token."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from memattn.viz.curves import COLOURS
+from memattn.viz.curves import COLOURS, save_figure
 
 
 def draw_state(axes: Axes, states: Mapping[str, Sequence[tuple[int, int]]]) -> None:
@@ -56,3 +59,22 @@ def draw_influence(
     axes.set_xlabel("token that is changed")
     axes.set_ylabel("position whose logits move")
     return image
+
+
+def plot_influence(found: Mapping[str, Any], path: str | Path, *, title: str = "") -> None:
+    """Draw what ``memattn.evaluate.influence`` returned into one picture.
+
+    Args:
+        found: ``changed`` and ``log10``, see there.
+        path: Picture to write, ``.png``, ``.svg``, ``.pdf`` or ``.html``; it is whole or absent.
+        title: Heading.
+
+    Raises:
+        ValueError: If the format is unknown.
+    """
+    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    image = draw_influence(axes, found["changed"], found["log10"])
+    figure.colorbar(image, ax=axes, label="change of the logits (log10); blank: none at all")
+    axes.set_title(title)
+    save_figure(figure, path)

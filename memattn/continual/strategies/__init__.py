@@ -16,7 +16,7 @@ from memattn.continual.strategies.packnet import PackNet
 from memattn.continual.strategies.penalty import EWC, SI
 from memattn.continual.strategies.plain import FineTuning, Joint, Separate
 from memattn.continual.strategies.replay import DERPlusPlus, Replay
-from memattn.continual.streams import Stream
+from memattn.data.streams import Stream
 
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy

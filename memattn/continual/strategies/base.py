@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memattn.checks import check_int, must
-from memattn.continual._checks import check_device, check_seed
-from memattn.continual.streams import SCENARIOS, Stream, Task
+from memattn.checks import check_device, check_int, check_seed, must
+from memattn.data.streams import SCENARIOS, Stream, Task
 
 Backbone = Literal["mlp", "transformer"]
 BACKBONES: tuple[str, ...] = get_args(Backbone)

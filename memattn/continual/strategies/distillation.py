@@ -10,7 +10,7 @@ from memattn.checks import must
 from memattn.continual.strategies.base import Budget
 from memattn.continual.strategies.network import Batch, Network, NetworkStrategy
 from memattn.continual.strategies.penalty import check_non_negative
-from memattn.continual.streams import Stream
+from memattn.data.streams import Stream
 
 
 class LwF(NetworkStrategy):

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from memattn.checks import must
 from memattn.continual.strategies.base import Budget, Strategy, seeded
-from memattn.continual.streams import Stream, Task
-from memattn.continual.train import READS, train_task
+from memattn.data.streams import Stream, Task
+from memattn.dtgma.train import READS, train_task
 
 
 class DTGMA(Strategy):

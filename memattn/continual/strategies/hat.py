@@ -10,7 +10,7 @@ from memattn.checks import must
 from memattn.continual.strategies.base import Budget
 from memattn.continual.strategies.network import Batch, NetworkStrategy
 from memattn.continual.strategies.penalty import check_non_negative
-from memattn.continual.streams import Stream
+from memattn.data.streams import Stream
 
 _MAX_EMBEDDING = 6.0
 _MAX_COSH = 50.0  # where cosh is clamped, against overflow

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from memattn.checks import check_int
 from memattn.continual.strategies.base import Budget, count_parameters, seeded
 from memattn.continual.strategies.network import Batch, Network, NetworkStrategy
-from memattn.continual.streams import Stream
+from memattn.data.streams import Stream
 
 
 class FrozenBase(NetworkStrategy, ABC):

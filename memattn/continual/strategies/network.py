@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memattn.continual._checks import check_loss
+from memattn.checks import check_loss
 from memattn.continual.backbones import MLP, TokenTransformer
 from memattn.continual.strategies.base import Budget, Strategy, count_parameters, seeded
-from memattn.continual.streams import Stream, Task
+from memattn.data.streams import Stream, Task
 
 
 class Batch(NamedTuple):

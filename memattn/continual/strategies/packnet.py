@@ -7,7 +7,7 @@ from torch.func import functional_call
 from memattn.checks import must
 from memattn.continual.strategies.base import Budget
 from memattn.continual.strategies.network import Batch, NetworkStrategy
-from memattn.continual.streams import Stream
+from memattn.data.streams import Stream
 
 _FREE = 0  # owner of a weight; task i owns those with i + 1
 

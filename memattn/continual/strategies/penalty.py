@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from memattn.checks import check_bool, check_int, must
 from memattn.continual.strategies.base import Budget
 from memattn.continual.strategies.network import Batch, NetworkStrategy
-from memattn.continual.streams import Stream
+from memattn.data.streams import Stream
 
 Named = dict[str, Tensor]
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from memattn.continual.strategies.base import Budget, count_parameters, seeded
 from memattn.continual.strategies.network import Batch, Network, NetworkStrategy
-from memattn.continual.streams import Stream
+from memattn.data.streams import Stream
 
 
 class FineTuning(NetworkStrategy):

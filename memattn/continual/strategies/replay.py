@@ -9,7 +9,7 @@ from torch import Tensor
 from memattn.continual.strategies.base import Budget
 from memattn.continual.strategies.network import Batch, NetworkStrategy
 from memattn.continual.strategies.penalty import check_non_negative
-from memattn.continual.streams import Stream
+from memattn.data.streams import Stream
 
 
 class Reservoir:

