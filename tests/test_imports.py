@@ -26,7 +26,8 @@ LAYERS = [
     {"testing"},
     {"ops"},
     {"reference", "cpp"},
-    {"checks", "files", "yaml_text", "_tables", "_auto_classes", "_when_imported"},
+    {"checks", "files", "yaml_text", "_tables", "_auto_classes"},
+    {"_when_imported"},
 ]
 
 
