@@ -68,7 +68,7 @@ class ScaledConfig(ToyConfig):
     at: str = "after_attention"
 
     @property
-    def stands(self):
+    def resolved_place(self):
         return self.at
 
     def build(self, sizes, layer):

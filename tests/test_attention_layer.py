@@ -64,7 +64,7 @@ def test_in_a_decoder_it_counts_saves_and_is_estimated(tmp_path):
         (dict(attention={"kind": "toy"}), "attention_layer.attention.kind must be"),
         (
             dict(attention=TITANS, at="attention"),
-            "stands must not be attention",
+            "resolved_place must not be attention",
         ),
         (
             dict(attention=TITANS, at="beside_attention"),

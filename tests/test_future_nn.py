@@ -55,8 +55,8 @@ def test_example_in_the_docstring():
     hidden_states, loss = attention(x)
     assert hidden_states.shape == (2, 50, 64) and loss.shape == ()
     rotary = RotaryEmbedding(attention.head_dim)
-    turns = rotary(sequence_positions(x)), rotary(attention.future_positions(x))
-    rotated = attention(x, rotary=turns[0], future_rotary=turns[1]).hidden_states
+    rotary_angles = rotary(sequence_positions(x)), rotary(attention.future_positions(x))
+    rotated = attention(x, rotary=rotary_angles[0], future_rotary=rotary_angles[1]).hidden_states
     assert rotated.shape == (2, 50, 64) and not torch.equal(rotated, hidden_states)
 
 

@@ -45,7 +45,7 @@ class MixtureConfig(AddedPart):
     keeps: bool = False  # what attention gives, where it stands beside that
 
     @property
-    def stands(self):
+    def resolved_place(self):
         return self.place_of_fields
 
     def build_shared(self, sizes):
@@ -126,7 +126,7 @@ def test_fields_decide_where_a_part_stands():
         assert (order[0] is block.mlp) == (place == "after_mlp") and len(order) == 2
     assert not torch.allclose(*seen)
     for place in ("attention", "beside"):
-        with pytest.raises(ValueError, match="parts.mixture.stands must"):
+        with pytest.raises(ValueError, match="parts.mixture.resolved_place must"):
             make_mixtures({"place_of_fields": place})
 
 

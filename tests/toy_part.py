@@ -115,7 +115,7 @@ class ToyConfig(AddedPart):
         check_int(f"{self.path}.num_rows", self.num_rows, 1)
 
     @property
-    def stands(self) -> str:
+    def resolved_place(self) -> str:
         return self.where
 
     def run(self, module: nn.Module, hidden_states: Tensor, context: PartContext) -> PartOutput:

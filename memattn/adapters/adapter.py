@@ -152,11 +152,11 @@ def attach_memory(
 ) -> MemoryAdapter:
     """Put parts, such as a chapter memory, into the layers of a pretrained model, in place.
 
-    A part stands where its ``stands`` says: between attention and the MLP (after the norm of
-    attention's output, where there is one), after the MLP, or before attention; each after a
-    norm of its own and around the residual. The modules of the model stay the same objects with
-    the same names, its ``forward`` stays as it is. A part whose output starts at zero leaves the
-    logits as they are, bit for bit.
+    A part's ``resolved_place`` decides where it runs: between attention and the MLP (after the norm
+    of attention's output, if there is one), after the MLP, or before attention, each with its own
+    norm and a residual connection. The modules of the model stay the same objects with the same
+    names, its ``forward`` stays as it is. A part whose output starts at zero leaves the logits as
+    they are, bit for bit.
 
     Then ``model(...)`` returns ``losses`` and ``loss_counts`` of parts beside its own fields, in
     training mode and with ``output_losses=True``; in training mode they are in ``loss``, each times

@@ -179,14 +179,14 @@ def _check_places(base: Any, named: Mapping[str, PartConfig], structure: Structu
     """Raise ValueError if a part would stand where a layer has no such place."""
     for layer, stations in enumerate(structure.stations):
         for part in parts_of_layer(named, layer, structure.sizes).values():
-            if part.stands not in ALWAYS_THERE and part.stands not in stations:
+            if part.resolved_place not in ALWAYS_THERE and part.resolved_place not in stations:
                 kind = type(structure.layers[layer]).__name__
                 must(
                     f"{part.path}",
                     f"stand {' or '.join(ALWAYS_THERE)} in {kind} of {type(base).__name__}, which "
                     "does not add the output of attention as it is to the residual before the MLP "
                     "(they run side by side, or it is scaled)",
-                    part.stands,
+                    part.resolved_place,
                 )
 
 

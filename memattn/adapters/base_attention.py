@@ -67,7 +67,7 @@ def _is_packed(module: Any) -> bool:
 
 def copies_base(part: PartConfig) -> bool:
     """Whether a part has something that begins as attention's."""
-    return part.stands == "beside_attention" and type(part).begin is not PartConfig.begin
+    return part.resolved_place == "beside_attention" and type(part).begin is not PartConfig.begin
 
 
 def check_bases(base: Any, structure: Structure, copied: Mapping[int, str]) -> None:

@@ -269,7 +269,7 @@ class AdapterLayer(nn.Module):
         super().__init__()
         self.configs = configs
         norm = lambda: make_norm(sizes.norm, sizes.hidden_size, sizes.norm_eps)
-        own_norm = [name for name, part in configs.items() if part.stands != "beside_attention"]
+        own_norm = [n for n, part in configs.items() if part.resolved_place != "beside_attention"]
         self.norms = nn.ModuleDict({name: norm() for name in own_norm})
         self.parts = nn.ModuleDict({name: p.build(sizes, layer) for name, p in configs.items()})
 
@@ -280,4 +280,4 @@ class AdapterLayer(nn.Module):
 
     def at(self, place: str) -> list[str]:
         """Names of the parts that stand in one place."""
-        return [name for name, part in self.configs.items() if part.stands == place]
+        return [name for name, part in self.configs.items() if part.resolved_place == place]

@@ -1,4 +1,4 @@
-"""The command line: one file for each subcommand, built when it is called."""
+"""The command line: one file for each subcommand; its parser is built when it is called."""
 
 from memattn.cli._main import main
 

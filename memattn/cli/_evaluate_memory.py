@@ -13,18 +13,18 @@ def memory(
 ) -> int:
     """Measure how the neural memory of a model is used while it reads a text.
 
-    Of each layer: surprise of the tokens, update of the weights in a chunk, relevance of the memory
-    in what the layer gives, how much of the directions of its weights it uses, and how well at the
-    end it knows what stood so many tokens back: 1 is perfectly, 0 no better than before the text.
+    For each layer: surprise of the tokens, update of the weights per chunk, relevance (the memory's
+    share of the layer's output), utilisation of the directions of its weights, and retrieval of
+    tokens by distance from the end (1 is perfect, 0 no better than before the text).
 
     Args:
         model: A folder with a saved model and its tokenizer, or a run folder.
         data: A corpus (memattn data --list), a text file, a folder or a Hugging Face dataset; by
             default the documents that the run held out from training.
         context_len: Tokens in a window; by default the model's own maximum, at most 1024.
-        samples: Windows at most.
+        samples: Largest number of windows.
         cache_dir: Folder with fetched corpora.
-        device: Where to run, such as cpu or cuda; by default CUDA where there is one.
+        device: Device, such as cpu or cuda; by default CUDA if there is one.
         out: Picture of the measures: .png, .svg, .pdf or .html.
         json: File to write the numbers to.
     """
@@ -38,7 +38,7 @@ def memory(
     from memattn.viz import plot_view
 
     loaded = load_either(model, None, None, device)
-    memory_layers(loaded.model)  # before texts are fetched
+    memory_layers(loaded.model)  # fails before texts are fetched
     texts, name = load_texts(loaded, data, cache_dir)
     use = memory_use(
         loaded.model, texts, loaded.tokenizer, context_len=context_len, samples=samples

@@ -1,4 +1,4 @@
-"""``memattn evaluate TASK``: questions about a long text. A task's fields are options."""
+"""``memattn evaluate TASK``: questions about a long text. The fields of a task are options."""
 
 import inspect
 from collections.abc import Callable
@@ -32,23 +32,23 @@ def _options(
     """Options of every task.
 
     Args:
-        lengths: Tokens of a text, the answers included; by default a quarter, a half and all of
-            the tokens that the model takes, at most 1024.
-        depths: Where the fact stands, from 0, the start, to 1; by default 0 0.25 0.5 0.75 1.
+        lengths: Tokens of a text including the answers; by default a quarter, a half and all of the
+            model's maximum, at most 1024.
+        depths: Position of the fact, from 0 (start) to 1 (end); by default 0 0.25 0.5 0.75 1.
         haystack: The text around: a corpus (memattn data --list), a text file, a folder or a
-            Hugging Face dataset; by default short sentences that say nothing.
-        samples: Texts of each length and depth.
+            Hugging Face dataset; by default short filler sentences.
+        samples: Number of texts for each length and depth.
         batch_size: Texts in one forward pass.
         seed: Seed of the texts, the same for every model with the same tokenizer.
         cache_dir: Folder with fetched corpora.
-        device: Where to run, such as cpu or cuda; by default CUDA where there is one.
+        device: Device, such as cpu or cuda; by default CUDA if there is one.
         out: Picture of the accuracy: .png, .svg, .pdf or .html.
         json: File to write the numbers to.
     """
 
 
 def _command_of(kind: type["Task"]) -> Callable[..., int]:
-    """The command of a task: its fields, and the options of every task that suit it."""
+    """The command of a task: its own fields, and the common options that it supports."""
     hints, own = get_type_hints(kind), fields(kind)  # pyright: ignore[reportArgumentType]
     about = parse_docstring(inspect.getdoc(kind) or "")
     helps = {argument.arg_name: argument.description or "" for argument in about.params}
@@ -61,7 +61,7 @@ def _command_of(kind: type["Task"]) -> Callable[..., int]:
     parameters = [("model", str, inspect.Parameter.empty, _MODEL)]
     for part in own:
         if part.name != "haystack":
-            # what has no default depends on the model
+            # options without a default depend on the model
             hint, default = hints[part.name], part.default
             if default is MISSING:
                 hint, default = hint | None, None
@@ -110,7 +110,7 @@ def _run(
     haystack: str | None = None,
     cache_dir: str = "",
 ) -> int:
-    """Let a model do a task, and print and write what came out."""
+    """Run a task with a model; print and write the results."""
     from rich.console import Console
 
     from memattn.cli._models import load_model, load_model_tokenizer

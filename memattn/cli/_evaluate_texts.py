@@ -1,4 +1,4 @@
-"""The texts that a model is measured on."""
+"""Load the texts that a model is evaluated on."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def load_texts(loaded: "Loaded", data: str | None, cache_dir: str) -> tuple[list[str], str]:
-    """The texts and what they are called."""
+    """The texts and their name."""
     from memattn.data import load_documents
     from memattn.train.setup import held_out_texts
 

@@ -14,7 +14,7 @@ COMMANDS = (
     *("doctor", "data", "train", "evaluate", "generate", "audit", "bench", "estimate", "plot"),
     *("gates", "memorize", "chapters", "demo", "gallery", "study", "compare", "continual"),
 )
-# what a user can put right; anything else is a fault of the program and shows its traceback
+# errors that the user can fix; all others are bugs and show a traceback
 USER_ERRORS = (
     *(ValueError, TypeError, OSError, ImportError, NotImplementedError),
     FloatingPointError,  # training that diverged
@@ -25,11 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: Arguments without the program's name; None takes those of the process.
+        argv: Arguments without the program's name; None means those of the process.
 
     Returns:
-        The exit code: 0 done, 1 the command's own finding (a failed audit), 2 a user error, which
-        is one line on stderr, 130 Ctrl-C. ``--debug`` shows the traceback of a user error.
+        The exit code: 0 success, 1 a negative result of the command (a failed audit), 2 a user
+            error (one line on stderr), 130 Ctrl-C. ``--debug`` shows the traceback of a user error.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"memattn {name}: interrupted{': ' * bool(stop.args)}{_one_line(stop)}\n")
         return 130
     except BrokenPipeError:
-        # the reader of a pipe, such as head, has left; nothing more can be written
+        # the reader of a pipe, such as head, has ended
         sys.stdout = None  # pyright: ignore[reportAttributeAccessIssue]
         return 0
     except USER_ERRORS as error:
@@ -69,7 +69,7 @@ def _run(name: str, arguments: list[str]) -> int:
     module = importlib.import_module(f"memattn.cli.{name}")
     function: Callable[..., Any] = getattr(module, name)
     kinds: dict[str, Callable[..., Any]] = getattr(module, "KINDS", {})
-    if arguments and arguments[0] in kinds:  # a command of several, each with its own options
+    if arguments and arguments[0] in kinds:  # a command with subcommands, each with its own options
         kind = arguments.pop(0)
         name, function = f"{name} {kind}", kinds[kind]
     parser, build = build_parser(function, prog=f"memattn {name}")
@@ -77,7 +77,7 @@ def _run(name: str, arguments: list[str]) -> int:
         values = parser.parse_args(normalise(arguments))
     except ArgumentError as error:
         return _fail(f"memattn {name}", f"{_one_line(error)} (see memattn {name} --help)")
-    except SystemExit as stop:  # --help and --print_config have printed what was asked
+    except SystemExit as stop:  # --help and --print_config end the program after printing
         return int(stop.code or 0)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: sys.stderr.write(

@@ -9,11 +9,10 @@ SMALL = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_
 
 
 def find_model(model: str) -> Path | None:
-    """Folder of the weights, or None for the name of a preset.
+    """The folder of a model's weights; None for the name of a preset.
 
-    A run folder stands for its final model or, where the run has not finished, for its newest
-    checkpoint. A name on the Hugging Face hub stands for the local copy of that model, which is
-    downloaded where there is none.
+    For a run folder this is the final model or, if the run has not finished, the newest checkpoint.
+    For a name on the Hugging Face hub it is the local copy, which is downloaded if missing.
 
     Raises:
         FileNotFoundError: If it is none of these, or the hub cannot be reached.
@@ -41,7 +40,7 @@ def find_model(model: str) -> Path | None:
 
 
 def weights_folder(path: Path) -> Path | None:
-    """The folder of a saved model, of the final model of a run or of its newest checkpoint."""
+    """The folder of a saved model, or of a run's final model or newest checkpoint."""
     from memattn.train.checkpoint import latest_checkpoint
 
     for folder in (path, path / "model"):
@@ -51,9 +50,9 @@ def weights_folder(path: Path) -> Path | None:
 
 
 def load_model(model: str, device: str | None, base_model: str | None = None) -> Any:
-    """The model in evaluation mode; a preset is small and has random weights.
+    """Load a model in evaluation mode; a preset is small and has random weights.
 
-    ``base_model`` is where the pretrained model is that a memory or LoRA was attached to.
+    ``base_model`` is the folder of the pretrained model that a memory or LoRA was attached to.
 
     Raises:
         FileNotFoundError: If there is no such model.
@@ -84,7 +83,7 @@ def load_model(model: str, device: str | None, base_model: str | None = None) ->
         raise ValueError(f"model must be a whole checkpoint, got {folder}: {error}") from error
     loaded, info = both
     if info["missing_keys"]:
-        # transformers would go on with random weights in their place
+        # transformers would use random weights instead
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(f"model must have all weights, got {folder} without {missing}")
     return loaded.to(where).eval()
@@ -109,7 +108,7 @@ def load_model_tokenizer(model: str) -> Any:
 
 
 def choose_device(device: str | None) -> Any:
-    """The device of that name; None is CUDA where there is one, else the CPU."""
+    """The device of that name; None means CUDA if there is one, else the CPU."""
     import torch
 
     if device is None:
@@ -123,7 +122,7 @@ def choose_device(device: str | None) -> Any:
 
 
 def read_text(model: Any, tokenizer: Any, text: str) -> Any:
-    """Tokens ``[1, T]`` of a text, as many as the model takes; - is the standard input.
+    """Tokens ``[1, T]`` of a text, cut to the model's maximum; - is the standard input.
 
     Raises:
         ValueError: If it has no token.

@@ -15,20 +15,19 @@ from memattn.yaml_text import plain_text, text_mode
 def build_parser(
     function: Callable[..., Any], prog: str
 ) -> tuple[ArgumentParser, Callable[[Namespace], dict[str, Any]]]:
-    """The parser of a subcommand, and what turns its values into the function's arguments.
+    """The parser of a subcommand, and a function that converts its values to arguments.
 
-    An argument without a default is positional, and so is a list or tuple that comes first: it
-    takes one value or more, or any number where it has a default; an optional text that comes
-    first may be left out. A bool is ``--name`` or ``--no_name``, and everything else is
-    jsonargparse's own. ``--config`` reads values from a YAML file, unless the function has an
-    argument of that name.
+    An argument without a default is positional. So is a list or tuple that comes first: it takes at
+    least one value, or any number if it has a default. An optional string that comes first may be
+    left out. A bool is ``--name`` or ``--no_name``; everything else follows jsonargparse.
+    ``--config`` reads values from a YAML file, unless the function has an argument of that name.
     """
     docstring = parse_docstring(inspect.getdoc(function) or "")
     description = "\n\n".join(
         filter(None, [docstring.short_description, docstring.long_description])
     )
     hints = get_type_hints(function)
-    # what takes the sections of a run takes every file that describes one
+    # a command with the sections of a run reads every kind of configuration file
     is_run = get_type_hints(TrainConfig).items() <= hints.items()
     mode = text_mode(function, upgrade_file if is_run else None)
     parser = ArgumentParser(
@@ -52,7 +51,7 @@ def build_parser(
                 help=helps.get(name),
             )
         elif item is not None and parameter.default == ():
-            # several values in the manner of argparse, not one YAML list
+            # several values as in argparse, not one YAML list
             own.add(name)
             parser.add_argument(f"--{name}", nargs="+", type=item, default=(), help=helps.get(name))
         elif i == 0 and hints[name] == str | None:

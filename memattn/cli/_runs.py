@@ -17,18 +17,18 @@ class Loaded(NamedTuple):
     name: str
     model: Any
     tokenizer: Any
-    run: "TrainConfig | None"  # where it is that of a run
+    run: "TrainConfig | None"  # if the model belongs to a run
 
 
 def load_either(
     model: str | None, config: str | None, base_model: str | None, device: str | None
 ) -> Loaded:
-    """The model that is named, or that of a run.
+    """Load a named model, or the model of a run.
 
     Args:
         model: A folder, a run folder or a name on the hub; None with ``config``.
         config: Configuration of a run, a file.
-        base_model: Folder of the pretrained model, in place of that of the configuration.
+        base_model: Folder of the pretrained model, instead of the one in the configuration.
         device: Where to run.
 
     Raises:
@@ -51,7 +51,7 @@ def load_either(
 
 
 def _load_run(file: str, base_model: str | None, device: str | None) -> Loaded:
-    """The trained model of a run or, before it is trained, what training would start from."""
+    """The trained model of a run or, before training, its initial model."""
     import torch
 
     from memattn.cli._models import choose_device, load_model, load_model_tokenizer, weights_folder
@@ -76,9 +76,9 @@ def _load_run(file: str, base_model: str | None, device: str | None) -> Loaded:
 
 
 def config_of_run(run: "TrainConfig", base_model: str | None) -> Any:
-    """The configuration of a run's decoder, None where its base is a model of another kind.
+    """The configuration of a run's decoder; None if its base is another kind of model.
 
-    No text is read where it is not needed.
+    The text is read only if needed.
     """
     from memattn.train.setup import preset_config, run_tokenizer
 
@@ -92,7 +92,7 @@ def config_of_run(run: "TrainConfig", base_model: str | None) -> Any:
 
 
 def _config_of_base(run: "TrainConfig", base_model: str | None) -> Any:
-    """The configuration of a run's pretrained decoder, specialists included; None if it is none."""
+    """The configuration of a run's pretrained decoder, with specialists; else None."""
     from transformers import AutoConfig
 
     from memattn.models import MemAttnConfig

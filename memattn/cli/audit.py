@@ -8,18 +8,18 @@ def audit(
     device: str | None = None,
     json: str | None = None,
 ) -> int:
-    """Check that a model leaks nothing and decodes what it prefilled.
+    """Check that a model is causal, independent of batch and padding, and decodes as it prefills.
 
-    Changes later tokens, other rows and padding, and compares decoding and split prefill with one
-    pass: in float64, with noise on all weights, and again in the model's own dtype. Prints a
-    table. The exit code is 1 if a check failed.
+    The audit changes later tokens, other rows and padding, and compares decoding and split prefill
+    with one pass: in float64 with noise on all weights, and again in the model's own dtype. It
+    prints a table. The exit code is 1 if a check failed.
 
     Args:
         model: A folder with a saved model, a run folder, a name on the Hugging Face hub, or the
             name of a preset, which is then small and random.
-        seq_len: Tokens in a sequence; by default as many as cross the model's windows twice.
+        seq_len: Tokens in a sequence; by default more than twice the model's windows.
         seed: Seed of tokens, weight noise and cuts.
-        device: Where to run, such as cpu or cuda; by default CUDA where there is one.
+        device: Device, such as cpu or cuda; by default CUDA if there is one.
         json: File to write the report to.
     """
     from rich.console import Console

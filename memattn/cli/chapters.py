@@ -1,4 +1,4 @@
-"""``memattn chapters``: chapters of texts in a saved model."""
+"""``memattn chapters``: chapters in a saved model, made from texts."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,15 +12,14 @@ if TYPE_CHECKING:
 def chapters(
     action: Literal["add", "list", "open", "close", "delete", "refresh", "effect"],
 ) -> int:
-    """Make chapters of texts in a saved model, list, open, close, delete and measure them.
+    """Add texts as chapters to a saved model; list, open, close, delete and measure chapters.
 
-    A chapter memory attends to an open chapter as to those that it has learned; a closed one takes
-    no part in anything. Chapters are kept beside the weights, in chapters.safetensors, and every
-    command that loads the model loads them. Each action has options of its own: memattn chapters
-    ACTION --help.
+    A chapter memory attends to open chapters as to its learned ones; closed chapters have no
+    effect. Chapters are stored in chapters.safetensors next to the weights and loaded with the
+    model. Each action has its own options: memattn chapters ACTION --help.
 
     Args:
-        action: What to do.
+        action: The action.
     """
     return KINDS[action]()
 
@@ -33,16 +32,15 @@ def add(
     context_len: int | None = None,
     device: str | None = None,
 ) -> int:
-    """Make a chapter of a text file, closed.
+    """Make a closed chapter from a text file.
 
     Args:
         model: Folder of a saved model, or of a finished run.
         file: Text file, or - for the standard input.
-        name: Name of the chapter; by default that of the file, without its ending.
+        name: Name of the chapter; by default the file name without its ending.
         base_model: Folder of the pretrained model that a memory is attached to, if it has moved.
-        context_len: Tokens that the model reads at once; by default as many as it takes, at most
-            1024.
-        device: Where to run, such as cpu or cuda; by default CUDA where there is one.
+        context_len: Tokens that the model reads at once; by default its maximum, at most 1024.
+        device: Device, such as cpu or cuda; by default CUDA if there is one.
     """
     from memattn.chapters import chapter_from_text, chapters_of
     from memattn.cli._models import load_model, load_model_tokenizer
@@ -66,13 +64,12 @@ def add(
 
 
 def list_(model: str, check: bool = False, device: str | None = None) -> int:
-    """List the chapters of a model, and where they come from.
+    """List the chapters of a model and their sources.
 
     Args:
         model: Folder of a saved model, or of a run.
-        check: Load the model, and say which chapters it has made with other weights than it has
-            now.
-        device: Where to run, with --check.
+        check: Load the model, and report chapters that were made before its weights changed.
+        device: Device for --check.
     """
     from rich.console import Console
     from rich.table import Table
@@ -106,24 +103,24 @@ def list_(model: str, check: bool = False, device: str | None = None) -> int:
         if stale is not None:
             row.append("others" if chapter.name in stale else "the same")
         table.add_row(*row)
-    # a narrow terminal breaks lines, which is better than cells cut short
+    # lets a narrow terminal break lines instead of cutting cells
     Console(width=max(Console().width, 130)).print(table)
     return 0
 
 
 def open_(model: str, name: str, weight: float | None = None) -> int:
-    """Let every token attend to a chapter.
+    """Open a chapter: every token attends to it.
 
     Args:
         model: Folder of a saved model, or of a finished run.
         name: Which chapter.
-        weight: How much it counts: 1 is as much as one chapter of the learned memory.
+        weight: Its weight; 1 is the weight of one learned chapter.
     """
     return _change(model, lambda chapters: chapters.open(name, weight=weight), "opened", name)
 
 
 def close(model: str, name: str) -> int:
-    """Let a chapter take no part in anything, until it is opened.
+    """Close a chapter: it has no effect until it is opened.
 
     Args:
         model: Folder of a saved model, or of a finished run.
@@ -133,7 +130,7 @@ def close(model: str, name: str) -> int:
 
 
 def delete(model: str, name: str) -> int:
-    """Forget a chapter: nothing is left of it in the model.
+    """Delete a chapter from the model.
 
     Args:
         model: Folder of a saved model, or of a finished run.
@@ -143,12 +140,12 @@ def delete(model: str, name: str) -> int:
 
 
 def refresh(model: str, base_model: str | None = None, device: str | None = None) -> int:
-    """Make all chapters again with the weights that the model has now, such as after training.
+    """Make all chapters again with the model's current weights, for example after training.
 
     Args:
         model: Folder of a saved model, or of a finished run.
         base_model: Folder of the pretrained model that a memory is attached to, if it has moved.
-        device: Where to run, such as cpu or cuda; by default CUDA where there is one.
+        device: Device, such as cpu or cuda; by default CUDA if there is one.
     """
     from memattn.chapters import chapters_of, refresh_chapters
     from memattn.cli._models import load_model
@@ -174,21 +171,21 @@ def effect(
 ) -> int:
     """Measure the loss on a text with chapters closed and open. Nothing is written to the model.
 
-    With --other, chapters are made of the first half of the file and of the first half of the other
-    text, and both second halves are measured: with no chapter open, with that of the file, with
-    that of the other text as a control, and with the end of the file's first half in the context
-    instead. Without it, the whole file is measured with the chapters that the model has.
+    With --other, chapters are made from the first halves of the file and of the other text, and
+    both second halves are measured: without a chapter, with the chapter of the same text, with the
+    chapter of the other text as a control, and with the end of the first half in the context
+    instead. Without --other, the whole file is measured with the model's chapters.
 
     Args:
         model: Folder of a saved model, or of a run.
         file: Text file.
-        other: Text file about something else.
+        other: Text file on another subject.
         names: Chapters to open, without --other; by default all.
-        weight: Their weight; by default their own, which is 1 at first.
-        context_len: Tokens in a piece, which is measured alone; by default half of what the model
-            takes, at most 512.
+        weight: Their weight; by default their stored weight, initially 1.
+        context_len: Tokens in a separately measured piece; by default half of the model's maximum,
+            at most 512.
         base_model: Folder of the pretrained model that a memory is attached to, if it has moved.
-        device: Where to run, such as cpu or cuda; by default CUDA where there is one.
+        device: Device, such as cpu or cuda; by default CUDA if there is one.
         json: File to write the numbers to.
     """
     from rich.console import Console
@@ -239,7 +236,7 @@ KINDS: "dict[str, Callable[..., int]]" = {
 
 
 def _change(model: str, change: "Callable[[Chapters], None]", done: str, name: str) -> int:
-    """Change the chapters in the file of a model, which is not loaded."""
+    """Change the chapters in a model's file without loading the model."""
     from memattn.parts.chapters import Chapters
 
     path = _file_to_write(model)
@@ -251,7 +248,7 @@ def _change(model: str, change: "Callable[[Chapters], None]", done: str, name: s
 
 
 def _file(model: str) -> Path:
-    """Where the chapters of a saved model are, or would be."""
+    """Path of the chapters of a saved model; it need not exist."""
     from memattn.cli._models import weights_folder
     from memattn.parts.chapters import FILE
     from memattn.train.attached import FILE as ATTACHED
@@ -264,7 +261,7 @@ def _file(model: str) -> Path:
 
 
 def _file_to_write(model: str) -> Path:
-    """The same, of a model that is not a checkpoint."""
+    """The same path, for a model that is not a checkpoint."""
     path = _file(model)
     if not path.parent.is_dir() or (path.parent / "state.json").is_file():
         raise ValueError(f"model must be finished, not a checkpoint, got {path.parent}")

@@ -39,26 +39,26 @@ def compare(
 ) -> int:
     """Train Titans and a plain decoder at equal tokens and parameters, and compare them.
 
-    Compared are perplexity, speed, memory, and facts found in long texts. The output folder gets
+    It compares perplexity, speed, memory, and recall in long texts. The output folder gets
     results.md, results.json and results.csv, pictures (comparison.png, curves.png, needle.png of
-    each model), a page that joins them with the attention and the state of each model, report.html,
-    and for each model a run folder with checkpoints and the trained model. Ctrl-C
-    leaves a checkpoint: the same command goes on from there, and finished models are kept.
+    each model), report.html (a page with all of them and each model's attention and state), and a
+    run folder with checkpoints and the trained model for each model. Ctrl-C leaves a checkpoint:
+    the same command continues from there and keeps finished models.
 
     Args:
         dim: Model dimension.
         depth: Number of layers.
         heads: Number of attention heads.
         dim_head: Dimension of each attention head, and of each head of the memory.
-        segment_len: Tokens that the attention of Titans spans.
-        ff_mult: Width of the MLP, in units of the model dimension.
-        use_memory: Give Titans its neural memory; without it, its attention is alone.
+        segment_len: Tokens in the segment or window of Titans' attention.
+        ff_mult: Width of the MLP, as a multiple of the model dimension.
+        use_memory: Use Titans' neural memory; otherwise only its attention.
         use_flex_attn: Compute the attention of all models by FlexAttention.
         memory_dim: Dimension of the memory, a multiple of dim_head; by default that of the model.
         variant: Variant of Titans.
-        models: Any of titans, vanilla, mamba2 and qwen3-next; by default the former two. The first
-            has the sizes given, and each of the others as many parameters, by the width of its MLP
-            or, for mamba2, by layers and state.
+        models: Any of titans, vanilla, mamba2 and qwen3-next; by default titans and vanilla. The
+            first has the given sizes. The others get equal parameters by the width of their MLP or,
+            for mamba2, by layers and state.
         batch_size: Rows in a training step.
         eval_batch_size: Rows in a forward pass of an evaluation.
         lr: Highest learning rate.
@@ -66,13 +66,13 @@ def compare(
         warmup_steps: Steps in which the learning rate rises from 0.
         max_grad_norm: Gradients are scaled down to this norm.
         label_smoothing: Share of each target that is spread over the vocabulary, in training.
-        seeds: Seeds of weights and order of the text, each model is trained with each; by default
+        seeds: Seeds of weights and order of the text; each model is trained with each seed. Default
             0.
         dataset: wikitext, from data_dir, the cache or the Hugging Face hub; or a corpus (memattn
             data --list), a text file, a folder or a Hugging Face dataset.
         wikitext_version: 103 or 2.
-        data_dir: Folder with files of wikitext, such as train.txt and test.txt. Its test text is
-            what perplexity is reported of, whatever the dataset is.
+        data_dir: Folder with files of wikitext, such as train.txt and test.txt. Perplexity is
+            reported on its test text, whatever the dataset is.
         tokenizer: bpe, which is trained on the text, bytes, or a folder or hub name.
         vocab_size: Entries of a tokenizer that is trained; by default 4096.
         seq_len: Tokens in a row.
@@ -82,7 +82,7 @@ def compare(
         eval_interval: Steps from one evaluation to the next.
         eval_steps: Batches of held-out text in an evaluation.
         cache_dir: Folder for fetched corpora, tokenizers and tokens.
-        max_minutes: Stop with a checkpoint after so many minutes; the same command goes on.
+        max_minutes: Stop with a checkpoint after this many minutes; the same command continues.
     """
     from memattn.study.compare import ComparedModels, CompareStudy, ModelSizes
     from memattn.study.compare_report import write_pictures

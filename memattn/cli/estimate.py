@@ -19,19 +19,19 @@ def estimate(
 ) -> int:
     """Count the parameters and FLOPs of a model, part by part.
 
-    Nothing of its size is allocated. FLOPs are those of one forward pass of one sequence: products
-    with weight matrices, and what attention multiplies for the keys that a token sees. A memory
-    transformer stands beside the published count of its authors.
+    No weights are allocated. FLOPs are those of one forward pass of one sequence: products with
+    weight matrices, and attention products for the keys that a token sees. For a memory
+    transformer, the count published by its authors is printed as well.
 
     Args:
         model: The name of a preset, or a folder with a saved model or a run.
         config: Configuration of a training run, in place of a model.
-        base_model: Folder of the pretrained model, in place of that of the configuration.
+        base_model: Folder of the pretrained model, instead of the one in the configuration.
         options: Keywords of the preset, such as '{"hidden_size": 768}'.
         seq_len: Tokens in the sequence; by default that of the configuration.
-        dense_layers: Layers of decoders without memory to set beside a memory transformer.
-        scale: Numbers of devices over which a training step is spread: print bytes kept and sent
-            instead. Without a model, the page of all systems.
+        dense_layers: Layers of decoders without memory to compare with a memory transformer.
+        scale: Numbers of devices: print the bytes that a training step keeps and sends instead.
+            Without a model, print the page of all systems.
         json: File to write the numbers to.
         out: File for the page of --scale; by default it is printed.
     """
@@ -86,7 +86,7 @@ def _scale(
     seq_len: int | None,
     out: str | None,
 ) -> int:
-    """Bytes of a training step on many devices, of a model or of all systems."""
+    """Print the bytes of a training step on many devices, for a model or for all systems."""
     import sys
 
     from memattn.cli._runs import config_of_model

@@ -26,32 +26,32 @@ def evaluate(
     memory_bits: Literal[8, 4] | None = None,
     json: str | None = None,
 ) -> int:
-    """Measure the perplexity of a model on a text, or what it still knows of one far back.
+    """Measure the perplexity of a model on a text, or its recall of facts in long texts.
 
-    memattn evaluate MODEL measures perplexity: every token is predicted once and weighs the same.
-    Bits per byte and the perplexity of a word compare models with different tokenizers.
+    memattn evaluate MODEL measures perplexity: every token is predicted once, with equal weights.
+    Bits per byte and perplexity per word are comparable between tokenizers.
 
-    memattn evaluate TASK MODEL lets it answer questions, by length of the text: needle, tracking,
-    words, facts and recall are tasks with options of their own, memattn evaluate TASK --help.
+    memattn evaluate TASK MODEL measures the accuracy of answers by length of the text. The tasks
+    needle, tracking, words, facts and recall have their own options: memattn evaluate TASK --help.
 
     memattn evaluate memory MODEL measures how its neural memory is used.
 
     Args:
         model: A folder with a saved model and its tokenizer, a run folder, or a name on the
             Hugging Face hub.
-        config: Configuration of a training run, in place of a model: what it has trained or, where
-            it has not, what it would start from.
-        base_model: Folder of the pretrained model, in place of that of the configuration.
+        config: Configuration of a training run, instead of a model: its trained model or, before
+            training, its initial model.
+        base_model: Folder of the pretrained model, instead of the one in the configuration.
         data: A corpus (memattn data --list), a text file, a folder or a Hugging Face dataset. By
-            default the documents that the run held out from training; of conversations and
-            tasks only the answers count.
+            default the documents that the run held out from training; for conversations and tasks
+            only the answers are measured.
         context_len: Tokens in a window; by default the model's own maximum, at most 1024.
-        stride: Tokens by which the window moves; by default as many as it has.
+        stride: Tokens by which the window moves; by default its length.
         batch_size: Windows in one forward pass.
-        by_position: Print the loss by the number of tokens before the predicted one as well.
+        by_position: Also print the loss by the number of tokens before the predicted one.
         cache_dir: Folder with fetched corpora.
-        device: Where to run, such as cpu or cuda; by default CUDA where there is one.
-        memory_bits: Put the memory of the model into 8 or 4 bits first.
+        device: Device, such as cpu or cuda; by default CUDA if there is one.
+        memory_bits: First quantise the memory of the model to 8 or 4 bits.
         json: File to write the numbers to.
     """
     from rich.console import Console
@@ -112,7 +112,7 @@ KINDS = {"perplexity": evaluate, "memory": memory, **TASKS}
 
 
 def _has_answers(run: "TrainConfig") -> bool:
-    """Whether a run has learnt answers, which it measures as it was trained, and no whole text."""
+    """Whether a run was trained on answers, which are then measured instead of whole texts."""
     return run.data.task is not None or run.training.training_mode == "instruction_finetuning"
 
 

@@ -1,4 +1,4 @@
-"""``memattn gates``, which is ``memattn plot gates``, too."""
+"""``memattn gates`` and ``memattn plot gates``."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,18 @@ def gates(
     tokens: int = 4096,
     out: str = "gates.png",
 ) -> int:
-    """Print and draw how much of the base and of each specialist the tokens of a text get.
+    """Print and draw the gates of base and specialists for the tokens of a text.
 
     With --text, the mean gates of each layer are printed, and a heat map of layers and tokens is
-    drawn. With --texts, the mean gates on each of several texts are printed beside each other, such
-    as those on a general text and on that of a specialist, and drawn over the layers.
+    drawn. With --texts, the mean gates on several texts, such as a general and a specialist text,
+    are printed in columns and drawn over the layers.
 
     Args:
-        model: A model with specialists, as memattn generate takes it.
+        model: A model with specialists: a folder, a run folder or a name on the Hugging Face hub.
         text: Text that the model reads; - for the standard input.
-        texts: Corpora, files or folders; of those with several documents the ones that training
-            holds out by default are read.
-        tokens: Tokens of each of them, at most.
+        texts: Corpora, files or folders; if they have several documents, those that training holds
+            out by default are read.
+        tokens: Largest number of tokens of each text.
         out: Picture to write: .png, .svg, .pdf or .html.
     """
     from rich.console import Console
@@ -60,7 +60,7 @@ def gates(
 
 
 def _means(model: Any, tokenizer: Any, name: str, tokens: int) -> "list[LayerGates]":
-    """Mean gates of each layer over so many tokens of a text, as those of one token."""
+    """Mean gates of each layer over ``tokens`` tokens of a text, as gates of one token."""
     import torch
 
     from memattn.data import load_documents, split_documents
@@ -89,7 +89,7 @@ def _means(model: Any, tokenizer: Any, name: str, tokens: int) -> "list[LayerGat
 
 
 def _table(found: "dict[str, list[LayerGates]]") -> Any:
-    """Mean gates of each layer and branch, a column for each text, and what they differ by."""
+    """Table of mean gates of each layer and branch, with a column per text and their difference."""
     from rich.table import Table
 
     names = list(found)

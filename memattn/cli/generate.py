@@ -18,24 +18,24 @@ def generate(
 ) -> int:
     """Continue a text.
 
-    Tokens are drawn one by one with the model's cache and written as they come, until the model
-    ends the text or there are enough.
+    Tokens are drawn one by one with the model's cache and printed at once, until the model ends the
+    text or max_new_tokens is reached.
 
     Args:
         model: A folder with a saved model and its tokenizer, a run folder, or a name on the
             Hugging Face hub.
-        config: Configuration of a training run, in place of a model: what it has trained or, where
-            it has not, what it would start from.
-        base_model: Folder of the pretrained model, in place of that of the configuration.
+        config: Configuration of a training run, instead of a model: its trained model or, before
+            training, its initial model.
+        base_model: Folder of the pretrained model, instead of the one in the configuration.
         prompt: The text to continue; by default the standard input.
-        memory: A file that memattn memorize wrote for this model: the text goes on after what was
-            read there.
-        max_new_tokens: Tokens to add at most.
-        temperature: Sharpness of the draw: 0 always takes the likeliest token.
-        top_k: Draw from so many likeliest tokens; 0 from all.
-        top_p: Draw from the likeliest tokens that hold this share of the probability.
-        seed: Seed of the draw.
-        device: Where to run, such as cpu or cuda; by default CUDA where there is one.
+        memory: A file that memattn memorize wrote for this model: the text continues the one read
+            there.
+        max_new_tokens: Largest number of tokens to add.
+        temperature: Sampling temperature; 0 always takes the most likely token.
+        top_k: Sample from this many most likely tokens; 0 means all.
+        top_p: Sample from the most likely tokens that have this share of the probability.
+        seed: Seed of the sampling.
+        device: Device, such as cpu or cuda; by default CUDA if there is one.
     """
     import sys
 
@@ -73,7 +73,7 @@ def generate(
     with torch.inference_mode():
         loaded.generate(
             ids.to(loaded.device),
-            # by its length generate() knows that tokens of the state are not among these
+            # its length tells generate() that the tokens of the state are not in input_ids
             attention_mask=ids.new_ones(1, num_read + ids.shape[1]).to(loaded.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import IO
 
-READ_CHARACTERS = 1 << 16  # characters that are read at a time
+READ_CHARACTERS = 1 << 16  # characters to read at a time
 LONGEST_LINE = 16 * READ_CHARACTERS
 
 
@@ -16,11 +16,11 @@ def memorize(
     measure: bool = True,
     device: str | None = None,
 ) -> int:
-    """Read a text of any length into the memory of a model, and keep it as a file.
+    """Read a text of any length into the memory of a model, and save the memory as a file.
 
-    memattn generate MODEL --memory FILE goes on after the text without reading it again. The model
-    has a neural memory (the preset titans). The text is tokenized in blocks that end with a line,
-    and read in pieces: what this takes does not grow with the text. The file appears once the
+    memattn generate MODEL --memory FILE continues the text without reading it again. The model
+    needs a neural memory (the preset titans). The text is tokenized in blocks of whole lines and
+    read in pieces, so the memory use does not grow with the text. The file is written when the
     whole text is read.
 
     Args:
@@ -28,11 +28,11 @@ def memorize(
         model: A folder with a saved model and its tokenizer, a run folder, or a name on the
             Hugging Face hub.
         out: File to write.
-        memory: A file that this command wrote for the same model, to go on after its text.
+        memory: A file that this command wrote for the same model, to continue after its text.
         piece: Tokens in one forward pass.
-        measure: Whether to measure what happens on the way, for memattn plot state: each memory
-            then writes every token twice.
-        device: Where to run, such as cpu or cuda; by default CUDA where there is one.
+        measure: Record update, surprise and relevance for memattn plot state; each memory then
+            writes every token twice.
+        device: Device, such as cpu or cuda; by default CUDA if there is one.
     """
     import sys
     from pathlib import Path
@@ -63,7 +63,7 @@ def memorize(
     columns = (TextColumn("reading"), BarColumn(), TextColumn("{task.fields[tokens]:,} tokens"))
     progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
     with progress, sys.stdin if book == "-" else path.open(encoding="utf-8") as file:
-        # of a pipe nobody knows how long it is
+        # the length of a pipe is unknown
         total = None if book == "-" else path.stat().st_size
         task = progress.add_task("reading", total=total, tokens=0)
         ids = [] if tokenizer.bos_token_id is None or before else [tokenizer.bos_token_id]
@@ -97,7 +97,7 @@ def memorize(
 
 
 def text_blocks(file: IO[str]) -> Iterator[str]:
-    """A text in blocks that end with a line, unless a line is very long."""
+    """Read a text in blocks of whole lines, except for very long lines."""
     rest = ""
     while chunk := file.read(READ_CHARACTERS):
         rest += chunk

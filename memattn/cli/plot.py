@@ -14,20 +14,20 @@ def plot(
     texts: tuple[str, ...] = (),
     tokens: int | None = None,
 ) -> int:
-    """Draw the loss curves of runs into one picture, or what a model does with a text.
+    """Draw the loss curves of runs, or pictures of a model while it reads a text.
 
     memattn plot RUN ... draws loss curves.
 
-    memattn plot attention MODEL --text TEXT draws a heat map of the share of attention that each
-    layer and head of the model puts on each source of keys while it reads the text: tokens of the
-    segment, those of the window beside them, persistent keys, and those that a part adds.
+    memattn plot attention MODEL --text TEXT draws heat maps of the attention mass of each layer and
+    head on each source of keys: tokens of the segment, other tokens of the window, persistent keys,
+    and keys that a part adds.
 
-    memattn plot state MODEL --text TEXT draws what the model's state is after the text: how its
-    memories have changed, the norms of the keys it keeps, and update magnitude, surprise and
-    relevance over the tokens. memattn plot state FILE draws that of a file of memattn memorize.
+    memattn plot state MODEL --text TEXT draws the model's state after the text: changes of its
+    memories, norms of the cached keys, and update magnitude, surprise and relevance over the
+    tokens. memattn plot state FILE draws a file of memattn memorize.
 
-    memattn plot gates MODEL --text TEXT prints and draws how much of the base and of each
-    specialist its tokens get; --texts general data-engineering compares texts. It is memattn gates.
+    memattn plot gates MODEL --text TEXT prints and draws the gates of base and specialists; --texts
+    general data-engineering compares texts. Same as memattn gates.
 
     memattn plot tasks MODEL draws, for each task of a file that DTGMAModel.save wrote, which tokens
     it may see and what it attends to, layer by layer.
@@ -35,11 +35,11 @@ def plot(
     memattn plot influence MODEL --text TEXT changes one token after the other, and draws which
     positions of the output move, and how much: how far back the model looks.
 
-    memattn plot page RUN ... --text TEXT joins these on one HTML page: the loss curves of the runs,
-    and of the model of each its attention and its state. memattn compare writes such a page, too.
+    memattn plot page RUN ... --text TEXT writes one HTML page with the loss curves of the runs and
+    the attention and state of each model. memattn compare writes such a page, too.
 
-    memattn plot VIEW MODEL --text TEXT draws the picture of that name of a part of the model. The
-    message for a view that there is not names those there are.
+    memattn plot VIEW MODEL --text TEXT draws another picture of a part of the model. The error
+    message for an unknown view lists the available ones.
 
     Args:
         runs: Run folders, as memattn train writes them; or a view, and one model, as memattn
@@ -50,8 +50,8 @@ def plot(
         x: What the horizontal axis of loss curves counts.
         text: Text that the model reads; - for the standard input.
         texts: For gates: corpora, files or folders to compare.
-        tokens: For gates: tokens of each of them, at most; 4096 by default. For influence: tokens
-            of the text that are read; 384 by default.
+        tokens: For gates: largest number of tokens of each text, 4096 by default. For influence:
+            number of tokens of the text, 384 by default.
     """
     from pathlib import Path
 

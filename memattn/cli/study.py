@@ -1,4 +1,4 @@
-"""``memattn study``: its options are those of what is studied, so the functions stand there."""
+"""``memattn study``; the functions are in ``memattn.study``, where their options are defined."""
 
 from memattn.study.command import KINDS, study
 

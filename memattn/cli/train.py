@@ -12,7 +12,7 @@ def train(
     resume: bool | str = False,
     progress: bool = True,
 ) -> int:
-    """Train a causal language model, from a preset or a pretrained one.
+    """Train a causal language model: a preset with new weights, or a pretrained model.
 
     The run folder gets config.yaml, metrics.csv, checkpoints/ and model/. Several processes:
     accelerate launch --num_processes 2 -m memattn train --config FILE. Ctrl-C leaves a checkpoint
@@ -22,8 +22,8 @@ def train(
         model: The model.
         data: The text.
         training: Optimisation and output.
-        resume: true continues from the newest checkpoint of the run folder, or starts where there
-            is none; a path continues from that checkpoint.
+        resume: true continues from the newest checkpoint of the run folder, or starts if there is
+            none; a path continues from that checkpoint.
         progress: Show a progress bar.
     """
     from memattn.train.distributed import leave_process_group

@@ -72,9 +72,7 @@ def _attention_inputs_backward(
     rows = hidden.view(-1, hidden.shape[-1])
     d_joined = _rows.join_heads(*map(_with_features_in_a_row, (d_query, d_key, d_value)), cos, sin)
     sizes = [len(w) for w in (q_proj, k_proj, v_proj)]
-    parts = d_joined.split(sizes, 1)
-    d_normed = product(parts[0], q_proj.t())
-    d_normed.addmm_(parts[1], k_proj).addmm_(parts[2], v_proj)
+    d_normed = product(d_joined, torch.cat([q_proj, k_proj, v_proj]).t())
     d_hidden, d_norm = _rows.norm_rows_backward(d_normed, rows, norm, scale, None)
     if not weights:
         q, k, v = (norm.new_empty(0) for _ in sizes)

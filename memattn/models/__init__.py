@@ -1,4 +1,4 @@
-"""Models for Hugging Face transformers: the composable decoder, its configuration and its state."""
+"""Models for Hugging Face transformers: the composable decoder, its configuration and its cache."""
 
 from typing import Any
 

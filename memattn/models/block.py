@@ -1,4 +1,4 @@
-"""One block of the decoder, assembled from the parts its configuration names."""
+"""One block of the decoder, built from the parts in its configuration."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ Losses = dict[str, tuple[Tensor, Tensor]]
 
 
 class BlockOutput(NamedTuple):
-    """Hidden states, the losses of the parts, and what goes on to the next block."""
+    """Hidden states, the losses of the parts, and tensors for the next block."""
 
     hidden_states: Tensor  # [B, T, E]
     losses: Losses  # by name: sum and count
@@ -26,7 +26,7 @@ class BlockOutput(NamedTuple):
 
 
 class BlockCall(NamedTuple):
-    """What the parts of one call of a block share; losses and carry grow from part to part."""
+    """Data that the parts share in one call of a block; each part adds its losses and carry."""
 
     context: PartContext
     cache: MemAttnCacheLayer | None
@@ -36,13 +36,13 @@ class BlockCall(NamedTuple):
 
 
 class MemAttnBlock(GradientCheckpointingLayer):
-    """Attention, MLP and further parts, each after a norm and around a residual.
+    """Attention, MLP and further parts, each with its own norm and a residual connection.
 
-    Parts beside attention share its norm and its residual.
+    Parts beside attention share its norm and residual.
 
     Args:
         config: Configuration of the model.
-        layer_idx: Number of the block, from 0; not all need have the same parts.
+        layer_idx: Index of the block, from 0; blocks may have different parts.
     """
 
     def __init__(self, config: MemAttnConfig, layer_idx: int) -> None:
@@ -57,11 +57,11 @@ class MemAttnBlock(GradientCheckpointingLayer):
         self.attention = build("attention")
         self.mlp_norm = norm()
         self.mlp = make_mlp(config.mlp, config.hidden_size, config.intermediate_size)
-        own_norm = [n for n in added if self.part_configs[n].stands != "beside_attention"]
+        own_norm = [n for n in added if self.part_configs[n].resolved_place != "beside_attention"]
         self.part_norms = nn.ModuleDict({name: norm() for name in own_norm})
         self.parts = nn.ModuleDict({name: build(name) for name in added})
         configs = self.part_configs.values()
-        self.has_beside = any(part.stands == "beside_attention" for part in configs)
+        self.has_beside = any(part.resolved_place == "beside_attention" for part in configs)
         self.loss_names = tuple(dict.fromkeys(name for part in configs for name in part.losses))
         self.carry_names = tuple(dict.fromkeys(name for part in configs for name in part.carries))
 
@@ -77,7 +77,7 @@ class MemAttnBlock(GradientCheckpointingLayer):
         cache: MemAttnCacheLayer | None,
         shared_parts: Mapping[str, nn.Module],
     ) -> BlockOutput:
-        """Run the block; under checkpointing only tensors go in and out, one by one."""
+        """Run the block; under checkpointing its inputs and outputs are separate tensors."""
         names = tuple(carry)
         outputs = self(
             hidden_states,
@@ -103,16 +103,16 @@ class MemAttnBlock(GradientCheckpointingLayer):
         cache: MemAttnCacheLayer | None = None,
         shared_parts: Mapping[str, nn.Module] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Map ``[B, T, E]`` to that of all or of the newest tokens, losses, and what goes on."""
+        """Map ``[B, T, E]`` to the output of all or of the newest tokens, losses, and carry."""
         carry = dict(zip(names, carried, strict=True))
         losses: Losses = {}
         call = BlockCall(context, cache, shared_parts or {}, carry, losses)
-        own: Any = self._modules  # attributes of modules take longer
+        own: Any = self._modules  # faster than attribute access of modules
         for place in ("before_attention", "attention", "after_attention", "mlp", "after_mlp"):
             if place == "mlp":
                 modules = own["mlp_norm"], own["mlp"]
                 stepped = None
-                if self.training:  # without gradients too: checkpointing begins so
+                if self.training:  # also without gradients: checkpointing starts that way
                     stepped = mlp_sublayer(hidden_states, *modules, own["attention"], context)
                 if stepped is None:
                     stepped = mlp_step(hidden_states, *modules, context)
@@ -145,8 +145,8 @@ class MemAttnBlock(GradientCheckpointingLayer):
         return (*flat, *(carry[name] for name in dict.fromkeys((*names, *self.carry_names))))
 
     def _standing(self, place: str) -> list[str]:
-        """The parts that stand in a place."""
-        return [name for name, part in self.part_configs.items() if part.stands == place]
+        """The parts in a place."""
+        return [name for name, part in self.part_configs.items() if part.resolved_place == place]
 
     def _run(
         self,
@@ -156,7 +156,7 @@ class MemAttnBlock(GradientCheckpointingLayer):
         call: BlockCall,
         attended: Tensor | None = None,
     ) -> Tensor:
-        """The output of one part; its losses and carry are added to those there are."""
+        """The output of one part; its losses and carry are added to those of the call."""
         part, library = self.part_configs[name], call.context.library
         opened = ()
         if library is not None:

@@ -1,8 +1,8 @@
-"""The state of sequences between calls: keys and values that later tokens see, and positions."""
+"""The cache: the state of sequences between calls, with keys, values and positions."""
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,24 +16,27 @@ from memattn.models.config import MemAttnConfig
 from memattn.parts import PartState, SequenceBounds, SequenceStates
 from memattn.parts.state import OPEN_END
 
+if TYPE_CHECKING:
+    from memattn.models.plain_operands import DecoderOperands
+
 
 class MemAttnCache(SequenceStates, Cache):
-    """Everything that a batch of sequences carries from one call to the next.
+    """The state of a batch of sequences between calls.
 
-    Each layer holds what each of its parts keeps: of attention, the keys that later tokens can see,
-    all or at most ``max(segment_len, window_size)``. Rows may have no token in any
-    column, and go on after such columns. It works with ``generate()``, beam search included.
+    Each layer has the states of its parts. For attention these are the keys that later tokens can
+    see: all keys, or at most ``max(segment_len, window_size)``. A row may lack a token in any
+    column and continue after it. The cache works with ``generate()``, including beam search.
 
     Args:
         config: Configuration of the model that fills it.
 
     Attributes:
-        position: Columns seen so far, padding included; the column of the next token.
+        position: Columns seen so far, including padding; the column of the next token.
         seq_start: int64 ``[B]`` on the CPU, the column where each row's sequence begins, or None
             before the first call.
         seq_end: int64 ``[B]`` on the CPU, the column where it ended, if it has.
-        columns: bool ``[B, position]`` on the CPU, which columns held tokens when they came; None
-            where these are those between ``seq_start`` and ``seq_end``.
+        columns: bool ``[B, position]`` on the CPU, the columns that held tokens when they were
+            added; None if these are the columns from ``seq_start`` to ``seq_end``.
 
     Example:
         >>> cache = MemAttnCache(model.config)
@@ -50,7 +53,8 @@ class MemAttnCache(SequenceStates, Cache):
     def _setup(self, layers: Sequence[Mapping[str, PartState]]) -> None:
         Cache.__init__(self, layers=[MemAttnCacheLayer(parts) for parts in layers])
         self._empty()
-        self._config: MemAttnConfig | None = None  # of a model that it is known to fit
+        self._config: MemAttnConfig | None = None  # of a model that this cache is known to fit
+        self.operands: DecoderOperands | None = None  # of the model that uses this cache
 
     def _like(self) -> "MemAttnCache":
         other = super()._like()
@@ -58,19 +62,19 @@ class MemAttnCache(SequenceStates, Cache):
         return other
 
     def check_fits(self, config: MemAttnConfig) -> None:
-        """Raise ValueError unless the layers have the parts that the model has there."""
+        """Raise ValueError unless the layers have the model's parts."""
         if self._config is not config:
             self.check_layers(_empty_states(config))
             self._config = config
 
     @property
     def config(self) -> MemAttnConfig | None:
-        """The configuration of a model that it is known to fit."""
+        """The configuration of a model that this cache is known to fit."""
         return self._config
 
     @property
     def nbytes(self) -> int:
-        """Size of the state of all layers in bytes, with the room that new tokens are given."""
+        """Bytes of the state of all layers, including free buffer space for new tokens."""
         return sum(state.nbytes for state in self._states())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -84,7 +88,7 @@ class MemAttnCache(SequenceStates, Cache):
         return self.layers[layer_idx].update(key_states, value_states)
 
     def detach(self) -> "MemAttnCache":
-        """The same state without its autograd graph; it shares memory with this cache."""
+        """The state detached from the autograd graph; it shares memory with this cache."""
         return self._map(Tensor.detach)
 
     def split(self, sizes: int | Sequence[int]) -> list["MemAttnCache"]:
@@ -97,10 +101,10 @@ class MemAttnCache(SequenceStates, Cache):
 
     @classmethod
     def merge(cls, caches: Sequence["MemAttnCache"]) -> "MemAttnCache":
-        """Join the rows of caches of the same model into one batch, whatever their lengths.
+        """Join the rows of caches of the same model, of any lengths, into one batch.
 
         Raises:
-            ValueError: If there is none, one is empty, or the layers differ.
+            ValueError: If no cache is given, one is empty, or the layers differ.
         """
         if not caches:
             must("caches", "hold at least one cache", "none")
@@ -136,7 +140,7 @@ class MemAttnCache(SequenceStates, Cache):
         return merged
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to one safetensors file, whole or not at all.
+        """Write the state to one safetensors file, atomically.
 
         Args:
             path: File to write; an earlier one is replaced at the end.
@@ -158,13 +162,13 @@ class MemAttnCache(SequenceStates, Cache):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is damaged or no saved cache.
+            ValueError: If it is damaged or not a saved cache.
         """
         return cls.of_file(read_cache(path, device))
 
     @classmethod
     def of_file(cls, saved: SavedCache) -> "MemAttnCache":
-        """The cache of what ``read_cache`` read."""
+        """The cache from the result of ``read_cache``."""
         cache = object.__new__(cls)
         cache._setup(saved.layers)
         cache.position, cache.seq_start, cache.seq_end = saved[1:4]
@@ -173,7 +177,7 @@ class MemAttnCache(SequenceStates, Cache):
         return cache
 
     def to_file(self) -> SavedCache:
-        """What ``write_cache`` writes.
+        """The content of a file, for ``write_cache``.
 
         Raises:
             ValueError: If the cache is empty.
@@ -200,9 +204,9 @@ def choose_cache(
     without: Mapping[str, bool],
     training: bool,
 ) -> MemAttnCache | None:
-    """The cache given, a new one where one is wanted, or None.
+    """The given cache, a new one if ``use_cache``, or None.
 
-    ``without`` says by name what goes without a cache, and whether a call has it.
+    ``without`` has the arguments that exclude a cache, and whether the call uses them.
     """
     for what, is_on in without.items():
         if is_on and cache is not None:
@@ -220,7 +224,7 @@ def choose_cache(
 
 
 def has_padding(cache: MemAttnCache | None, bounds: SequenceBounds) -> bool:
-    """Whether a row has no token in some column of a call, as far as is known without waiting."""
+    """Whether a row lacks a token in some column of a call, as far as known without waiting."""
     if cache is not None:
         return cache.has_padding
     return bounds.seq_start is not None or bounds.seq_end is not None

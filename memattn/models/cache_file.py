@@ -1,7 +1,7 @@
-"""Caches as safetensors files: the tensors of each part of each layer, and what they belong to.
+"""Caches as safetensors files: the tensors of each part of each layer.
 
 A tensor is named ``layers.<i>.<part>.<kind>.<name>``; its kind is ``tokens`` or ``rows``, or
-``restart`` for the rows that are to restart. What begins with ``extra.`` belongs to no layer.
+``restart`` for the rows that will restart. Names that begin with ``extra.`` belong to no layer.
 """
 
 import json
@@ -21,19 +21,19 @@ EXTRA = "extra."
 
 
 class SavedCache(NamedTuple):
-    """What a file holds."""
+    """Content of a file."""
 
     layers: Sequence[Mapping[str, PartState]]
     position: int
     seq_start: Tensor  # int64 [B]
     seq_end: Tensor  # int64 [B]
-    notes: Mapping[str, str] = {}  # what else is to be known
-    extra: Mapping[str, Tensor] = {}  # tensors that no layer needs
-    columns: Tensor | None = None  # bool [B, position], where rows have holes
+    notes: Mapping[str, str] = {}  # further metadata
+    extra: Mapping[str, Tensor] = {}  # tensors that belong to no layer
+    columns: Tensor | None = None  # bool [B, position], if rows have holes
 
 
 def write_cache(path: str | os.PathLike[str], cache: SavedCache) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     tensors = {"seq_start": cache.seq_start, "seq_end": cache.seq_end}
     if cache.columns is not None:
         tensors["columns"] = cache.columns
@@ -57,7 +57,7 @@ def write_cache(path: str | os.PathLike[str], cache: SavedCache) -> None:
 
 
 def read_cache(path: str | os.PathLike[str], device: str | torch.device) -> SavedCache:
-    """Read a file of this format, or of the first one, which knew attention alone."""
+    """Read a file of this format, or of format 1, which had only attention."""
     tensors, metadata = read_tensors(path, "MemAttnCache.save", device)
     layers: list[dict[str, PartState]] = []
     if metadata.get("format") == OLD_FORMAT:
@@ -88,12 +88,12 @@ def read_cache(path: str | os.PathLike[str], device: str | torch.device) -> Save
 
 
 def _empty(facts: dict[str, Any]) -> PartState:
-    """The state that ``PartState.describe`` described; files of the first format name no part."""
+    """Create the state from ``PartState.describe``; files of format 1 do not name the part."""
     kind = facts["kind"]
     return (part_type(kind, "path").state_type if kind else PartState)(**facts)
 
 
 def _new_name(name: str) -> str:
-    """The name of a tensor of the first format, which had keys and values of attention alone."""
+    """The new name of a tensor of format 1, which had only keys and values of attention."""
     prefix, _, key = name.rpartition(".")
     return f"{prefix}.attention.tokens.{key}" if prefix else name

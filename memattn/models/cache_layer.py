@@ -1,4 +1,4 @@
-"""The state of one layer of the decoder: what each of its parts keeps."""
+"""The state of one layer of the decoder: the states of its parts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from memattn.parts import PartState
 
 
 class MemAttnCacheLayer(CacheLayerMixin):
-    """The states of the parts of one layer, by name; those of attention are its keys and values.
+    """The states of the parts of one layer, by name.
 
     Args:
         parts: State of each part; ``"attention"`` is one of them.
@@ -43,20 +43,20 @@ class MemAttnCacheLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether the layer holds keys."""
+        """Whether the layer has keys."""
         return self.keys is not None
 
     @property
     def kept(self) -> int:
-        """Number of keys that the layer holds."""
+        """Number of kept keys."""
         return self.parts["attention"].kept
 
     def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values, and return them after those kept."""
+        """Append keys and values, and return all kept ones."""
         return self.parts["attention"].update(key_states, value_states)
 
     def describe(self) -> dict[str, Any]:
-        """What makes an empty one, as plain values."""
+        """Arguments that create an empty layer, as plain values."""
         return {name: state.describe() for name, state in self.parts.items()}
 
     def get_seq_length(self) -> int:
@@ -64,11 +64,11 @@ class MemAttnCacheLayer(CacheLayerMixin):
         return self.position
 
     def get_max_length(self) -> int:
-        """-1: there is no longest sequence."""
+        """-1, as the length is not limited."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of keys that the next call sees, and the column of the first of them."""
+        """Number of keys that the next call sees, and the column of the first one."""
         return self.kept + query_length, self.position - self.kept
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

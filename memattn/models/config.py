@@ -1,4 +1,4 @@
-"""Configuration of the decoder: sizes, and the parts that its layers are made of."""
+"""Configuration of the decoder: sizes, and the parts of its layers."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def _preset(part: type[PartConfig], summary: str, **defaults: Any) -> Any:
 
     make.__doc__ = f"""{summary}
 
-    Keywords are the fields of ``{part.__name__}``, and further fields of the configuration.
+    Arguments are the fields of ``{part.__name__}``, and further fields of the configuration.
     """
     return classmethod(make)
 
@@ -65,26 +65,26 @@ class MemAttnConfig(PreTrainedConfig):
             num_attention_heads``.
         intermediate_size: Features inside the MLP; None means 8/3 of ``hidden_size``, rounded up
             to a multiple of 64, for ``"swiglu"``, and 4 times ``hidden_size`` for ``"gelu"``.
-        max_position_embeddings: Longest sequence that the model is meant for. It is a limit where
-            positions have parameters: learned position embeddings, and parts that say so. Otherwise
+        max_position_embeddings: Longest intended sequence. It is a limit only if positions have
+            parameters: learned position embeddings, and parts with ``limits_length``. Otherwise
             only tokenizers and servers read it.
-        position_embedding: ``"rope"``, rotary positions in every attention layer, or what is added
-            to the embedded tokens: ``"learned"``, a row for each position; ``"axial"``, a row for
-            the segment and one for the place in it; ``"continuous_axial"``, the same by networks,
-            for any length.
+        position_embedding: ``"rope"``: rotary positions in every attention layer. Or embeddings
+            added to the tokens: ``"learned"``, one per position; ``"axial"``, one per segment plus
+            one per index in the segment; ``"continuous_axial"``, the same from networks, for any
+            length.
         position_segment_len: Tokens in a segment of axial positions; None means the longest window
-            or segment of a part.
+            or segment of the parts.
         norm: ``"rms"``, RMSNorm, or ``"layer"``, LayerNorm without bias.
         mlp: ``"swiglu"``, or ``"gelu"``, two projections around a GELU; both without biases.
         rope_parameters: ``{"rope_type": "default", "rope_theta": 10000.0}``, or the ``rope_type``
-            ``"linear"``, ``"yarn"``, ``"llama3"`` or ``"proportional"`` with what transformers
-            wants for it; ``rope_theta`` may also be given as a keyword of its own.
+            ``"linear"``, ``"yarn"``, ``"llama3"`` or ``"proportional"`` with transformers'
+            parameters for it; ``rope_theta`` may also be given as a separate argument.
         rms_norm_eps: Epsilon of the norms, of either kind.
         tie_word_embeddings: Whether the output layer shares the weights of the embedding.
         initializer_range: Standard deviation of new weights.
-        use_cache: Whether inference keeps the state of the sequences.
-        attention: Which keys a token sees: a part that stands instead of attention, such as
-            ``{"kind": "segmented", "segment_len": 128}``.
+        use_cache: Whether inference uses a cache.
+        attention: The attention part, which decides the keys that a token sees, such as ``{"kind":
+            "segmented", "segment_len": 128}``.
         parts: Further parts, in their order; each a ``PartConfig``, or its kind and fields as a
             dict.
     """
@@ -116,7 +116,7 @@ class MemAttnConfig(PreTrainedConfig):
     parts: Any = field(default_factory=list)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # transformers keeps unknown fields; those of a part would be ignored silently
+        # transformers keeps unknown fields, so a misspelled field of a part would be ignored
         places = _part_fields()
         for name in kwargs.keys() & places.keys():
             must(name, f"be given as a field of {places[name]}", kwargs[name], TypeError)
@@ -157,7 +157,7 @@ class MemAttnConfig(PreTrainedConfig):
             must("rms_norm_eps", "be positive", self.rms_norm_eps)
         self._make_parts()
         self._check_position_segment()
-        # before transformers reads them, and with what it adds
+        # before transformers reads them, and with the values that it adds
         check_rope(kwargs.get("rope_scaling") or self.rope_parameters or {})
         super().__post_init__(**kwargs)
         rope = self.rope_parameters or {}
@@ -167,7 +167,7 @@ class MemAttnConfig(PreTrainedConfig):
             must("rope_parameters", positions, repr(rope.get("rope_type")))
 
     def _make_parts(self) -> None:
-        """Turn parts given as plain values into configurations, and check them together."""
+        """Convert parts given as plain values to configurations, and check them together."""
         self.attention = make_part(upgrade_attention(self.attention), "attention", attention=True)
         if not isinstance(self.parts, list | tuple):
             must("parts", "be a list", type(self.parts).__name__, TypeError)
@@ -177,7 +177,7 @@ class MemAttnConfig(PreTrainedConfig):
         check_together([self.attention, *self.parts], self.sizes)
 
     def _check_position_segment(self) -> None:
-        """Choose the segments of axial positions; other positions have none."""
+        """Set the segment length of axial positions; other positions have none."""
         length = self.position_segment_len
         if "axial" in self.position_embedding:
             length = self.reach if length is None else length
@@ -191,7 +191,7 @@ class MemAttnConfig(PreTrainedConfig):
 
     @property
     def sizes(self) -> Sizes:
-        """The sizes that parts know of."""
+        """The model's sizes, as parts need them."""
         assert self.head_dim is not None and self.num_key_value_heads is not None
         return Sizes(
             hidden_size=self.hidden_size,
@@ -207,7 +207,7 @@ class MemAttnConfig(PreTrainedConfig):
         )
 
     def named_parts(self) -> dict[str, PartConfig]:
-        """All parts by the names that their modules and states have."""
+        """All parts by the names of their modules and states."""
         return name_parts([self.attention, *self.parts])
 
     def layer_parts(self, layer: int) -> dict[str, PartConfig]:
@@ -220,23 +220,23 @@ class MemAttnConfig(PreTrainedConfig):
 
     @property
     def losses(self) -> dict[str, float]:
-        """Losses that parts return beside the cross-entropy, with their coefficients."""
+        """Losses that parts add to the cross-entropy, with their coefficients."""
         return losses_of(self.named_parts())
 
     @property
     def reach(self) -> int:
-        """Tokens in the longest window or segment of a part; 0 where there is none."""
+        """Tokens in the longest window or segment of a part; 0 if there is none."""
         return max(part.reach for part in self.named_parts().values())
 
     @property
     def position_limit(self) -> int | None:
-        """Tokens of the longest sequence that the model has parameters for; None means no limit."""
+        """Longest sequence for which the model has parameters; None means no limit."""
         limits = any(part.limits_length for part in self.named_parts().values())
         limits = limits or self.position_embedding in ("learned", "axial")
         return self.max_position_embeddings if limits else None
 
     def build_positions(self) -> nn.Module | None:
-        """What is added to the embedded tokens for their positions; None for rotary ones."""
+        """The position embeddings added to the tokens; None for rotary positions."""
         length, segment = self.max_position_embeddings, self.position_segment_len
         if self.position_embedding == "learned":
             return nn.Embedding(length, self.hidden_size)
@@ -247,7 +247,7 @@ class MemAttnConfig(PreTrainedConfig):
         return ContinuousAxialPositions(self.hidden_size, segment)
 
     def build_rotary(self) -> RotaryEmbedding | None:
-        """Rotary positions, for all layers; None where positions are of another kind."""
+        """The rotary embedding of all layers; None for other positions."""
         if self.position_embedding != "rope":
             return None
         assert self.head_dim is not None and self.rope_parameters is not None
@@ -259,9 +259,11 @@ class MemAttnConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read the values of ``to_dict``; keywords replace fields, and are checked as these are."""
+        """Read the values of ``to_dict``; keyword arguments override fields and are checked."""
         own = {config_field.name for config_field in fields(cls)} | _part_fields().keys()
-        own -= {base.name for base in fields(PreTrainedConfig)}  # those transformers sees to
+        own -= {
+            base.name for base in fields(PreTrainedConfig)
+        }  # without fields that transformers handles
         given = {name: kwargs.pop(name) for name in (own | _ROPE_KEYWORDS) & kwargs.keys()}
         if "rope_theta" in given and "rope_parameters" not in given:
             rope = config_dict.get("rope_parameters") or {}
@@ -274,40 +276,40 @@ class MemAttnConfig(PreTrainedConfig):
         return super().from_dict(without_auto_map(config_dict) | given, **kwargs)
 
     def check(self) -> None:
-        """Raise what construction raises for these values: fields may be set at any time."""
+        """Check the fields again as at construction, since they may have been set later."""
         type(self).from_dict(self.to_dict())
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Write ``config.json``, and a file by which transformers finds this package.
+        """Write ``config.json``, and a Python file through which transformers finds this package.
 
-        What could not be loaded is not saved.
+        A configuration that could not be loaded again is not saved.
         """
         self.check()
-        if not Path(save_directory).is_file():  # transformers refuses that
+        if not Path(save_directory).is_file():  # a file: transformers raises the error
             write_code(Path(save_directory))
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
-        """Write the values as JSON, with where the classes are."""
+        """Write the values as JSON, with the location of the classes."""
         values = with_auto_map(json.loads(self.to_json_string(use_diff=use_diff)))
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         Path(json_file_path).write_text(text, encoding="utf-8")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """As of transformers, but for the package's own classes: folders name these anyway."""
+        """As in transformers, except for this package's classes, which folders name anyway."""
         if not cls.__module__.startswith("memattn."):
             super().register_for_auto_class(auto_class)
 
     vanilla = _preset(CausalConfig, "A plain causal decoder.")
     segmented = _preset(
         SegmentedConfig,
-        "A decoder that attends within segments and a window.",
+        "A decoder with attention within segments and a sliding window.",
         segment_len=128,
         window_size=128,
         num_persistent_tokens=4,
     )
-    future = _preset(FutureConfig, "A causal decoder that sees learned keys for what is ahead.")
+    future = _preset(FutureConfig, "A causal decoder with learned keys for future positions.")
     memory_transformer = _preset(
         ChapterMemoryConfig,
         "A causal decoder whose layers attend to chapters of learned memory tokens.",
@@ -315,16 +317,18 @@ class MemAttnConfig(PreTrainedConfig):
         num_chapters=16,
         top_k_chapters=4,
     )
-    titans = _preset(TitansConfig, "A decoder with a neural memory, alone or beside attention.")
+    titans = _preset(
+        TitansConfig, "A decoder with a neural memory, alone or combined with attention."
+    )
     shiftable = _preset(
         SpecialistsConfig,
-        "A causal decoder with gated specialists beside its attention, open from the beginning.",
+        "A causal decoder with gated specialists, open from the start.",
         prior=1.0,
     )
 
     @classmethod
     def _check_sizes(cls, sizes: dict[str, Any]) -> dict[str, Any]:
-        """Raise TypeError for a keyword that is no field of the configuration."""
+        """Raise TypeError for an argument that is not a field of the configuration."""
         known = {size.name for size in fields(cls)} | _KEYWORDS
         for name in sizes.keys() - known:
             must(name, f"be a field of {cls.__name__}", repr(sizes[name]), TypeError)
@@ -332,7 +336,7 @@ class MemAttnConfig(PreTrainedConfig):
 
 
 def _part_fields() -> dict[str, str]:
-    """Fields of any part, and where in a configuration such a part stands."""
+    """The fields of all parts, and the place of each part in a configuration."""
     return {
         part_field.name: "attention" if part.place == "attention" else "parts"
         for part in PARTS.values()
@@ -342,7 +346,7 @@ def _part_fields() -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """The value with every part in it as plain values."""
+    """The value with all parts converted to plain values."""
     if isinstance(value, PartConfig):
         return value.to_dict()
     if isinstance(value, dict):
@@ -351,7 +355,7 @@ def _plain(value: Any) -> Any:
 
 
 _ROPE_KEYWORDS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
-_KEYWORDS = {"rope_theta", "num_labels", "classifier_dropout"}  # that are no fields
+_KEYWORDS = {"rope_theta", "num_labels", "classifier_dropout"}  # arguments that are not fields
 
 
 PRESETS: dict[str, Callable[..., MemAttnConfig]] = {
@@ -365,11 +369,11 @@ PRESETS: dict[str, Callable[..., MemAttnConfig]] = {
 
 
 def register_preset(name: str, factory: Callable[..., MemAttnConfig]) -> None:
-    """Add a system to ``PRESETS``, for commands that go through all of them.
+    """Add a preset to ``PRESETS``, which commands such as the demo run through.
 
     Args:
         name: Its name, not yet in ``PRESETS``.
-        factory: Makes the configuration from sizes given as keywords.
+        factory: Function that makes the configuration from sizes given as keyword arguments.
 
     Raises:
         ValueError: If the name is taken.

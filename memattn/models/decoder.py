@@ -1,4 +1,4 @@
-"""The composable decoder: pre-norm blocks, each assembled from the parts its config names."""
+"""The composable decoder: pre-norm blocks built from the parts in its configuration."""
 
 from typing import Any
 
@@ -72,8 +72,8 @@ class MemAttnModel(MemAttnPreTrainedModel):
     ) -> MemAttnModelOutput:
         """Hidden states ``[B, T, E]``; the arguments are those of ``MemAttnForCausalLM``.
 
-        ``hidden_to_keep`` newest tokens have a ``last_hidden_state``, 0 is all; on the CPU a plain
-        last layer computes no others. ``may_pack``: whether a row may hold several documents.
+        ``last_hidden_state`` has the ``hidden_to_keep`` newest tokens (0: all); on the CPU a plain
+        last layer computes only these. ``may_pack``: whether a row may hold several documents.
         """
         keywords = take_keywords(part_inputs) if part_inputs else {}
         given = check_inputs(self.config.named_parts(), part_inputs)
@@ -123,17 +123,17 @@ class MemAttnModel(MemAttnPreTrainedModel):
         limit, device = self.config.position_limit, hidden_states.device
         if cache is not None:
             cache.append_columns(B, T, attention_mask, device, max_length=limit)
-            seq_start = None  # in columns since the cache began
+            seq_start = None  # in columns from the first call on
             if cache.seq_start is not None and cache.seq_start.any():
                 seq_start = cache.seq_start.to(device)
-            bounds = SequenceBounds(None, None)  # the state of each part has its own
+            bounds = SequenceBounds(None, None)  # the state of each part has its own bounds
             order = cache.order
         else:
             bounds, order = mask_bounds(attention_mask, B, T, cu_seqlens)
             seq_start = bounds.seq_start
         if attention_mask is not None:
             attention_mask = attention_mask[:, attention_mask.shape[1] - T :]
-        if order is not None:  # from here on each row's tokens follow each other
+        if order is not None:  # from here on each row's tokens are contiguous
             hidden_states = order.put(hidden_states)
             attention_mask = order.put(order.present)
             position_ids = None if position_ids is None else order.put(position_ids)
@@ -173,7 +173,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
         carry: dict[str, Tensor] = {}
         layers: Any = self.layers
         if self.config.num_hidden_layers < len(layers):
-            # the first of them alone, where a model that exits early is its own assistant
+            # only the first ones, if the model is its own early-exit assistant
             layers = layers[: self.config.num_hidden_layers]
         last = len(layers) - 1
         stepped = (
@@ -188,10 +188,10 @@ class MemAttnModel(MemAttnPreTrainedModel):
             if output_hidden_states:
                 shown = hidden_states if order is None else order.columns(hidden_states)
                 all_hidden_states.append(shown)
-                # the layer reads what is shown, so that gradients reach it
+                # the next layer reads the returned tensor, so that gradients reach it
                 hidden_states = shown if order is None else order.put(shown)
             layer_cache = None if cache is None else cache.layers[i]
-            # where rows end early, their last tokens stand before the newest columns
+            # if rows end early, their last tokens are before the newest columns
             if hidden_to_keep and i == last and not (output_hidden_states or ends_early):
                 context.newest = newest_of(hidden_to_keep, layer, self.norm, context)
             hidden_states, losses, carry = layer.call(
@@ -205,7 +205,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
             hidden_states = order.columns(hidden_states)
             present = order.present
         if present is not None and not self.training and ends_early:
-            # generation goes on from the last column, also of a row whose tokens ended before
+            # generation continues from the last column, also in a row whose tokens ended before it
             hidden_states = repeat_last(hidden_states, present)
         last_hidden = hidden_states[:, -hidden_to_keep:] if hidden_to_keep else hidden_states
         outputs: Any = MemAttnModelOutput(
@@ -240,18 +240,18 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        register_class_name(cls)  # FSDP2 makes such classes too
+        register_class_name(cls)  # FSDP2 creates subclasses, too
 
     def __init__(self, config: MemAttnConfig) -> None:
         super().__init__(config)
-        self.loss_type = "ForCausalLM"  # transformers would read it off the name of the class
+        self.loss_type = "ForCausalLM"  # transformers would derive it from the class name
         self.model = MemAttnModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @property
     def chapters(self) -> Chapters:
-        """The chapters of texts that it keeps, open or closed."""
+        """The model's chapters, open or closed."""
         return self.model.chapters
 
     @can_return_tuple
@@ -277,61 +277,61 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
 
         Args:
             input_ids: Tokens, int64 ``[B, T]``.
-            attention_mask: ``[B, T]``, 1 for tokens and 0, anywhere in a row, where there is none;
-                with ``past_key_values`` also ``[B, position + T]``. A row is the sequence of its
-                tokens: positions, segments and windows count these. Outside training a column
-                without a token repeats the output of the token before it. A row whose mask no
-                longer has its newest tokens goes on without them.
-            position_ids: ``[B, T]`` or ``[1, T]``. The model counts positions from the start of
-                each sequence by itself. Where these begin again with 0 inside of a row, a new
-                document does, which is as alone; else they are checked to say the same. A compiled
-                program takes packed rows by ``cu_seq_lens_q``.
+            attention_mask: ``[B, T]``, 1 for tokens and 0 for padding, which may be anywhere in a
+                row; with ``past_key_values`` also ``[B, position + T]``. Positions, segments and
+                windows count tokens only. Outside training, padding repeats the output of the token
+                before it. If the mask of earlier columns no longer marks a row's newest tokens,
+                they are removed from the cache.
+            position_ids: ``[B, T]`` or ``[1, T]``. The model itself counts positions from the start
+                of each sequence. If ``position_ids`` restart with 0 within a row, a new document
+                starts there, independent of the others; otherwise they must equal the model's
+                positions. A compiled program takes packed rows by ``cu_seq_lens_q``.
             past_key_values: State of earlier calls, which this call extends in place.
             inputs_embeds: Embedded tokens ``[B, T, E]``, instead of ``input_ids``.
-            labels: int64 ``[B, T]``, the tokens themselves (they are shifted here); -100 where
-                there is no loss. In rows with holes a token predicts the row's next token.
-            use_cache: Whether to return the state of the sequences; None means as the
-                configuration says, but not in training mode and not with ``cu_seqlens``.
+            labels: int64 ``[B, T]``, the tokens themselves (shifted by the model); -100 for no
+                loss. With padding inside a row, a token predicts the row's next token.
+            use_cache: Whether to use and return a cache; None means ``config.use_cache``, but False
+                in training mode and with ``cu_seqlens``.
             cu_seqlens: int32 ``[n+1]``, the bounds of packed documents, with ``B = 1``; attention
-                and positions restart in each, and no label is for the first token of one.
-            logits_to_keep: Compute logits for the last so many tokens only, or for the given
+                and positions restart in each, and the first token of each is not predicted.
+            logits_to_keep: Compute logits only for this number of last tokens, or for the given
                 indices; 0 means all.
-            num_items_in_batch: Divide the summed loss by this number, instead of by the number of
-                labels here: for gradient accumulation. Losses of parts, which are means, count by
-                the share of the labels that are here.
+            num_items_in_batch: Divide the summed loss by this number instead of by the number of
+                labels of this call: for gradient accumulation. Losses of parts, which are means,
+                are weighted by this call's share of the labels.
             skip_logits: Whether ``logits`` may be None, with labels: the cross-entropy is then
                 computed by pieces of the tokens, and its gradient with it, so that ``B T``
                 rows of the vocabulary are never stored.
             output_hidden_states: Whether to return the output of the embedding and of each block.
             output_attentions: Not supported, since fused attention keeps no weights.
-            output_losses: Whether to measure the losses of parts, where the model has such; None
-                means in training mode and with labels.
-            part_inputs: What parts of the model take, by the names of their ``inputs``. Also
-                ``shift_labels``, int64 ``[B, T]``, what each column is to predict, and -100, which
-                stands instead of ``labels``. And what collators without padding give, all or some,
-                which must agree: ``cu_seq_lens_q`` and ``cu_seq_lens_k``, the bounds of documents
-                in the ``B T`` columns, ``max_length_q`` and ``max_length_k``, at least the longest
-                one's tokens, and ``seq_idx [B, T]``, the number of each token's document.
+            output_losses: Whether to measure the losses of parts; None means in training mode and
+                with labels.
+            part_inputs: Extra inputs of parts, by the names in their ``inputs``. Also
+                ``shift_labels``, int64 ``[B, T]``, the label of each column (already shifted, -100
+                for no loss), instead of ``labels``. Also the arguments of collators without
+                padding, which must agree: ``cu_seq_lens_q`` and ``cu_seq_lens_k``, bounds of
+                documents in the ``B T`` columns; ``max_length_q`` and ``max_length_k``, at least
+                the longest document; ``seq_idx [B, T]``, the index of each token's document.
 
         Returns:
             ``logits [B, T, vocab_size]``, ``past_key_values`` if a cache is used, and
-            ``hidden_states`` if asked for. With labels, ``lm_loss``, the cross-entropy, and
-            ``loss``: in training mode ``lm_loss`` and each of the ``losses`` of parts times its
-            coefficient, and else the same as ``lm_loss``. ``losses`` are means over the layers.
+            ``hidden_states`` with ``output_hidden_states``. With labels, ``lm_loss`` is the
+            cross-entropy. ``loss`` equals ``lm_loss``; in training mode each of the ``losses`` of
+            parts, times its coefficient, is added. ``losses`` are means over the layers.
 
         Raises:
             TypeError: If ``past_key_values`` is not a ``MemAttnCache``, or an argument is unknown.
             ValueError: If shapes do not fit, a value of the mask is neither 0 nor 1, positions
-                differ, a sequence is longer than ``max_position_embeddings`` where that is a
-                limit, a cache is of another model, or meets packed documents or checkpointing.
+                differ, a sequence exceeds ``max_position_embeddings`` (if it is a limit), a cache
+                belongs to another model, or is used with packed documents or checkpointing.
             NotImplementedError: If ``output_attentions`` is set.
         """
-        # the trainer of transformers has no loss to evaluate without all arguments named labels
+        # the trainer of transformers evaluates no loss unless all arguments named labels are given
         shift_labels = part_inputs.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
         if output_losses is None:
             output_losses = self.training or has_labels
-        # what was put in place of the model, or watches it, gets the hidden states of all tokens
+        # wrappers and hooks of the model get the hidden states of all tokens
         keeps = type(logits_to_keep) is int and logits_to_keep > 0 and not has_labels
         keeps = keeps and type(self.model) is MemAttnModel and is_bare(self.model)
         outputs = self.model(
@@ -361,7 +361,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
             whole[:, kept] = labels
             shift_labels = outputs.order.next_labels(whole)[:, kept].contiguous()
         weight = None
-        # a loss of the user's own gets logits
+        # a user-defined loss function needs logits
         own_loss = self.loss_function is ForCausalLMLoss and untaken_transform() is None
         if skip_logits and own_loss:
             weight = output_weight(self.lm_head)
@@ -380,7 +380,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
                 vocab_size = self.config.vocab_size
                 lm_loss = self.loss_function(logits=logits, vocab_size=vocab_size, **options)
             loss = lm_loss
-            share: Any = 1.0  # of the labels that are here
+            share: Any = 1.0  # this call's share of the labels
             if num_items_in_batch is not None:
                 counted = shift_labels
                 if counted is None:

@@ -1,4 +1,4 @@
-"""The plain decoder to compare a model with: the same sizes, as many parameters."""
+"""A plain decoder to compare a model with: the same sizes, equal parameters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from memattn.parts.segmented import SegmentedConfig
 def vanilla_of_equal_parameters(
     config: MemAttnConfig, *, window_size: int | None = None
 ) -> MemAttnConfig:
-    """The configuration of a plain causal decoder that has as many parameters as another model.
+    """The configuration of a plain causal decoder with as many parameters as another model.
 
-    Everything but attention and further parts is the same; the width of the MLP is the one that
-    brings the number of parameters nearest. Nothing is allocated.
+    Attention is plain causal and there are no further parts; the width of the MLP is chosen to make
+    the numbers of parameters as equal as possible. No weights are allocated.
 
     Args:
-        config: Of the other model.
+        config: Configuration of the other model.
         window_size: Keys in the window of the plain decoder, for a comparison at equal windows;
             None means that it sees all earlier tokens.
 
@@ -54,13 +54,13 @@ def vanilla_of_equal_parameters(
 
 
 def count_parameters(config: Any) -> int:
-    """Parameters of the model of a configuration, which is not allocated."""
+    """Number of parameters of a configuration's model; no weights are allocated."""
     with torch.device("meta"):
         model = MemAttnForCausalLM(config)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def nearest_width(count: Callable[[int], int], target: int) -> int:
-    """The width that brings ``count``, which is linear in it, nearest to a target; maybe none."""
+    """The width whose ``count`` (linear in it) is nearest to a target; may be below 1."""
     first = count(1)
     return 1 + round((target - first) / (count(2) - first))

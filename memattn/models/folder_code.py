@@ -1,8 +1,8 @@
-"""What a saved model's folder says about the package that it needs.
+"""The Python file in a saved model's folder, through which transformers finds this package.
 
-``config.json`` names a file beside it, by which transformers finds the classes where nobody has
-imported this package: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. The
-file imports them. Where the package is not installed, the error of transformers names it.
+``config.json`` names this file. It imports the classes, so that
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` works without importing
+this package first. If the package is not installed, transformers' error names it.
 """
 
 from pathlib import Path
@@ -43,14 +43,14 @@ def write_code(folder: Path) -> None:
 
 
 def with_auto_map(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a configuration with where its classes are, beside classes of others."""
+    """The values of a configuration with the location of its classes, keeping those of others."""
     module = FILE.removesuffix(".py")
     own = {auto: f"{module}.{name}" for auto, name in AUTO_MAP.items()}
     return {**values, "auto_map": own | values.get("auto_map", {})}
 
 
 def without_auto_map(values: dict[str, Any]) -> dict[str, Any]:
-    """The values as they were, also where transformers has put a repository before the file."""
+    """The values without this location, also if transformers has prefixed it with a repository."""
     module = FILE.removesuffix(".py")
     others = {
         auto: name

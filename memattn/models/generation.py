@@ -1,4 +1,4 @@
-"""What ``generate`` of transformers does otherwise for the decoder: its cache, and its masks."""
+"""Changes of transformers' ``generate`` for the decoder: its cache and its masks."""
 
 from typing import Any, NoReturn
 
@@ -21,17 +21,17 @@ class MemAttnGenerationMixin(GenerationMixin):
 
     @property
     def part_inputs(self) -> set[str]:
-        """Names of the tensors that a caller may give to parts of the model."""
+        """Names of extra inputs for the model's parts."""
         return {name for part in self.config.named_parts().values() for name in part.inputs}
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """As of transformers, which does not know what parts take."""
+        """As in transformers, but accepts the inputs of parts."""
         known = self.part_inputs
         rest = {name: value for name, value in model_kwargs.items() if name not in known}
         super()._validate_model_kwargs(rest)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """As of transformers; what is for all samples has no rows to repeat for beams."""
+        """As in transformers; inputs for all samples are not repeated for beams."""
         whole = for_all_samples(self.config.named_parts().values(), kwargs)
         rest = {name: value for name, value in kwargs.items() if name not in whole}
         parent: Any = super()
@@ -41,7 +41,7 @@ class MemAttnGenerationMixin(GenerationMixin):
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: Any, generation_config: GenerationConfig, model_kwargs: Any
     ) -> Any:
-        """As of transformers, which takes pad tokens for padding; what a cache has seen it keeps.
+        """As in transformers, which masks pad tokens; cached columns keep the mask they had.
 
         An assistant gets the mask of its model unless that is all ones, so it finds no padding.
         """
@@ -62,9 +62,9 @@ class MemAttnGenerationMixin(GenerationMixin):
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: Any
     ) -> Tensor:
-        """As of transformers, but for columns after a row's tokens, which have its last position.
+        """As in transformers, but padding after a row's tokens gets the row's last position.
 
-        There transformers has 0, and counts the tokens that it generates from that.
+        transformers gives it position 0, and counts generated tokens from there.
         """
         mask = model_kwargs.get("attention_mask")
         if mask is not None:
@@ -75,7 +75,7 @@ class MemAttnGenerationMixin(GenerationMixin):
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise NotImplementedError: a paged cache has no states of parts.
 
-        ``generate_batch`` and the manager of continuous batching begin with it.
+        ``generate_batch`` and the manager of continuous batching call it first.
         """
         refuse_continuous_batching(self)
 
@@ -87,7 +87,7 @@ class MemAttnGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> bool:
-        """Let ``generate()`` begin with a ``MemAttnCache`` instead of a ``DynamicCache``."""
+        """Make ``generate()`` create a ``MemAttnCache`` instead of a ``DynamicCache``."""
         kind = generation_config.cache_implementation
         if kind is not None:
             must("cache_implementation", "be None", repr(kind))

@@ -1,4 +1,4 @@
-"""The decoder with an output layer for classes instead of tokens."""
+"""The decoder with an output layer for classification."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from memattn.models.signatures import add_arguments
 
 
 class MemAttnForSequenceClassification(GenericForSequenceClassification, MemAttnPreTrainedModel):
-    """The decoder, and a linear layer that says the class of a whole sequence.
+    """The decoder with a linear layer that classifies a whole sequence.
 
-    The last token that is not padding is read: with ``input_ids``, the last that is not
-    ``config.pad_token_id``, which batches need. ``config.num_labels`` counts the classes, and
-    ``config.problem_type`` chooses the loss, as in transformers, whose class computes all this.
-    Losses of parts are not among it. A row of several documents is refused.
+    It reads the last token that is not padding: with ``input_ids``, the last that is not
+    ``config.pad_token_id``, which is required for batches. ``config.num_labels`` is the number of
+    classes, and ``config.problem_type`` selects the loss, as in transformers, whose class is used.
+    Losses of parts are not added. Rows with several documents are refused.
 
     Args:
         config: Sizes and parts of the model.
@@ -30,21 +30,21 @@ class MemAttnForSequenceClassification(GenericForSequenceClassification, MemAttn
     """
 
     base_model_prefix = "model"
-    accepts_loss_kwargs = False  # their loss is a mean, which the trainer of transformers divides
+    accepts_loss_kwargs = False  # the loss is a mean, which the trainer of transformers divides
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As of transformers, of rows that are one document each."""
+        """As in transformers; each row must be one document."""
         return super().forward(*args, may_pack=False, **kwargs)
 
     add_arguments(forward, GenericForSequenceClassification.forward)
 
 
 class MemAttnForTokenClassification(GenericForTokenClassification, MemAttnPreTrainedModel):
-    """The decoder, and a linear layer that says the class of each token.
+    """The decoder with a linear layer that classifies each token.
 
-    A token knows only those before it. ``config.num_labels`` counts the classes; labels of -100
-    have no loss. ``config.classifier_dropout`` is 0.1 unless given, as in transformers, whose class
-    computes all this. Losses of parts are not among it.
+    A token sees only earlier tokens. ``config.num_labels`` is the number of classes; labels of -100
+    have no loss. ``config.classifier_dropout`` defaults to 0.1, as in transformers, whose class is
+    used. Losses of parts are not added.
 
     Args:
         config: Sizes and parts of the model.
@@ -56,4 +56,4 @@ class MemAttnForTokenClassification(GenericForTokenClassification, MemAttnPreTra
     """
 
     base_model_prefix = "model"
-    accepts_loss_kwargs = False  # as that of sequences
+    accepts_loss_kwargs = False  # as for sequence classification

@@ -5,28 +5,27 @@
     model.set_attn_implementation("memattn_segmented")
 
 replaces the attention of Llama, Qwen2, Qwen3 and other decoders built on transformers'
-``AttentionInterface``, without touching their weights. Their configuration may hold three more
-fields, which are read at every call:
+``AttentionInterface``, without changing their weights. Three more fields of their configuration are
+read at every call:
 
 - ``memattn_segment_len``: tokens in a segment, or None;
 - ``memattn_window_size``: keys in the sliding window, the query's own included, or None;
 - ``memattn_num_sink_tokens``: first tokens of each sequence that all its tokens see, or None.
 
 A query sees its own segment, the window and the first tokens; without segment and window, all
-earlier tokens. A layer with a ``sliding_window`` or chunks of its own keeps those, and the fields
-apply to the other layers. Learned logits of sinks, as those of gpt-oss, and soft caps of scores, as
-those of Gemma 2, are taken.
+earlier tokens. A layer with its own ``sliding_window`` or chunks keeps them; the fields apply to
+the other layers. Learned sink logits (gpt-oss) and soft caps of scores (Gemma 2) are supported.
 
-A configuration with one of the fields is for this implementation: it is saved with
+A configuration with one of the fields selects this implementation: it is saved with
 ``attn_implementation``, so that a model loads as it was saved, and a process without memattn
-refuses to load it rather than attend to everything. An implementation that is named at loading
-comes first. In a model of several modalities the fields are those of its text model, wherever they
-are set. A model whose attention does not ask transformers for the implementation is refused.
+refuses to load it instead of attending to all tokens. An implementation given at loading takes
+precedence. In a multimodal model the fields apply to its text model, wherever they are set. Models
+that do not use transformers' attention interface are refused.
 
-Padding reaches the kernel as the bounds of each row's sequence and packed documents as
-``cu_seqlens``: no mask of T x S elements exists at any time. Where rows have holes, their tokens
-are put next to each other for the kernel, so that windows and segments count tokens; a layer with
-a ``sliding_window`` of its own counts columns, and refuses holes once it drops keys.
+The kernel gets padding as bounds of each row's sequence, and packed documents as ``cu_seqlens``:
+there is never a mask of T x S elements. If padding is inside rows, tokens are moved together for
+the kernel, so that windows and segments count tokens. A layer with its own ``sliding_window``
+counts columns; it refuses such padding once it drops keys.
 """
 
 from collections.abc import Callable
@@ -44,7 +43,7 @@ from memattn.ops import segmented_attention
 from memattn.parts.padding import check_mask, read_mask
 from memattn.parts.token_order import TokenOrder, take_columns
 
-# what models give their attention that changes its scores, or chooses keys by their values
+# arguments by which models change scores or select keys by their values
 LACKED = ("position_bias", "head_mask", "block_indices", "indices", "sinks")
 
 
@@ -74,10 +73,10 @@ def hf_sequence_bounds(
     """The mask function that transformers calls once for each kind of layer.
 
     Returns:
-        What the attention function gets as ``attention_mask``: int32 ``[2, B]``, the start and end
-        of each row's sequence in columns of the keys; bool ``[B, S]``, which keys are tokens, where
-        rows have holes; int32 ``[n+1]``, the bounds of packed documents; or None, where all columns
-        are one sequence.
+        The ``attention_mask`` for the attention function: int32 ``[2, B]``, the start and end of
+        each row's sequence in columns of the keys; bool ``[B, S]``, which keys are tokens, if
+        padding is inside rows; int32 ``[n+1]``, the bounds of packed documents; or None if all
+        columns are tokens of one sequence.
 
     Raises:
         ValueError: If a value of the mask is neither 0 nor 1, or its length does not fit.
@@ -139,11 +138,11 @@ def hf_segmented_attention(
     """The attention function that transformers calls in every layer.
 
     Args:
-        module: The attention layer; its ``config`` holds the fields described above.
+        module: The attention layer; its ``config`` has the fields described above.
         query: ``[B, H, T, D]``, rotated.
         key: ``[B, Hkv, S, D]``, cached keys included.
         value: ``[B, Hkv, S, Dv]``.
-        attention_mask: What ``hf_sequence_bounds`` returned.
+        attention_mask: The result of ``hf_sequence_bounds``.
         scaling: Factor of the scores; None means ``1/sqrt(D)``.
         dropout: Must be 0.
         sliding_window: The layer's own window.
@@ -166,7 +165,7 @@ def hf_segmented_attention(
         _lacks("is_causal", "be True")
     seq_start = seq_end = rows = None
     if attention_mask is not None and attention_mask.shape[2:] == (1, 1):
-        attention_mask = attention_mask[..., 0, 0]  # as where layers share keys
+        attention_mask = attention_mask[..., 0, 0]  # the form for models whose layers share keys
     cu_seqlens = documents_of_call(attention_mask, kwargs, query, key)
     if (
         attention_mask is not None
@@ -189,7 +188,7 @@ def hf_segmented_attention(
         query, key, value = map(_one_row, (query, key, value))
     spans = _spans(module, sliding_window)
     if sliding_window == 1:
-        # a cache of window 1 gives all earlier keys, but bounds for those in the window
+        # a cache of window 1 returns all earlier keys, but bounds for those in the window
         key, value = key[:, :, -query.shape[2] :], value[:, :, -query.shape[2] :]
     out = segmented_attention(
         query,
@@ -211,7 +210,7 @@ def hf_segmented_attention(
 
 
 def _spans(module: nn.Module, sliding_window: int | None) -> dict[str, Any]:
-    """Segment length, window and first tokens of a layer, as ``segmented_attention`` takes them."""
+    """Segment length, window and sink tokens of a layer, for ``segmented_attention``."""
     if sliding_window is not None:
         return {"window_size": sliding_window}
     config = getattr(module, "config", None)
@@ -227,7 +226,7 @@ def _spans(module: nn.Module, sliding_window: int | None) -> dict[str, Any]:
 
 
 def _is_chunked(module: nn.Module) -> bool:
-    """Whether a layer attends within chunks of its model's own, as most of Llama 4's."""
+    """Whether a layer has its own chunked attention, as most layers of Llama 4."""
     kinds = getattr(getattr(module, "config", None), "layer_types", None)
     layer = getattr(module, "layer_idx", None)
     return kinds is not None and layer is not None and kinds[layer] == "chunked_attention"
@@ -236,26 +235,26 @@ def _is_chunked(module: nn.Module) -> bool:
 def _bounds(start: Tensor, end: Tensor, shares_keys: bool) -> Tensor:
     """Starts and ends as one int32 tensor ``[2, B]``.
 
-    It is ``[2, B, 1, 1]`` for models whose last layers share keys: these cut the queries, and the
-    third dimension of a mask, to the newest.
+    It is ``[2, B, 1, 1]`` for models whose last layers share keys: they cut queries, and the third
+    dimension of a mask, to the newest tokens.
     """
     bounds = torch.stack([start, end]).to(torch.int32)
     return bounds[..., None, None] if shares_keys else bounds
 
 
 class _Tokens(NamedTuple):
-    """Keys and queries of rows with holes, in an order that ends with each row's tokens."""
+    """An order of keys and queries in which each row's tokens come last (padding inside rows)."""
 
     keys: Tensor  # int64 [B, S], their columns
     queries: TokenOrder
-    seq_start: Tensor  # int32 [B], place of the first token
+    seq_start: Tensor  # int32 [B], position of the first token
 
     def columns(self) -> tuple[Tensor, Tensor, Tensor]:
         """The columns of queries, keys and values."""
         return self.queries.index, self.keys, self.keys
 
     def put_back(self, out: Tensor) -> Tensor:
-        """``[B, T, H, Dv]`` in the columns of the call, 0 where there is no token."""
+        """``[B, T, H, Dv]`` in the columns of the call; 0 for padding."""
         return self.queries.columns(out)
 
 
@@ -263,7 +262,7 @@ _orders = WeakTensorKeyDictionary()
 
 
 def _tokens(present: Tensor, T: int) -> _Tokens:
-    """The order of keys that are tokens where ``present`` bool ``[B, S]``; once for all layers."""
+    """The order for keys that are tokens where ``present [B, S]``; computed once for all layers."""
     if present not in _orders:
         S = present.shape[1]
         keys = TokenOrder.at_end(present)
@@ -277,7 +276,7 @@ _halves = WeakTensorKeyDictionary()
 
 
 def _split_bounds(bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Starts and ends again; the same tensors for every layer, so that they are checked once."""
+    """Split into starts and ends; cached for all layers, so that they are checked once."""
     if torch.compiler.is_compiling():
         return bounds[0], bounds[1]
     if bounds not in _halves:
@@ -288,15 +287,15 @@ def _split_bounds(bounds: Tensor) -> tuple[Tensor, Tensor]:
 def _packed_bounds(
     mask_function: Callable[..., Tensor], B: int, T: int, device: torch.device | str
 ) -> Tensor | None:
-    """``cu_seqlens`` of packed documents, read off the mask function; None for one in each row.
+    """``cu_seqlens`` of packed documents from the mask function; None for one document per row.
 
-    Rows follow each other.
+    Rows are concatenated.
     """
     row = torch.arange(B, device=device)[:, None]
     head = torch.zeros((), dtype=torch.long, device=device)
     before = torch.arange(T - 1, device=device)[None]
     if mask_function(row, head, before, before + 1).any():
-        # refused where attention gets it: decoders of encoders make one for keys that nobody gave
+        # refused in attention instead: decoders with an encoder also make masks without keys
         return torch.ones(1, 1, 1, dtype=torch.bool, device=device)
     begins = ~mask_function(row, head, before + 1, before).expand(B, -1)  # [B, T-1]
     if not begins.any():
@@ -311,6 +310,6 @@ def _one_row(x: Tensor) -> Tensor:
 
 
 def _lacks(name: str, requirement: str, detail: str = "") -> None:
-    """Raise NotImplementedError for what this implementation lacks and eager attention has."""
+    """Raise NotImplementedError for a feature that only eager attention has."""
     message = f'{name} must {requirement} with attn_implementation="{NAME}"'
     raise NotImplementedError(f'{message}{", " if detail else ""}{detail}; "eager" takes it')

@@ -1,6 +1,6 @@
-"""What chooses memattn_segmented for a model: its name, or fields of a configuration.
+"""How memattn_segmented is selected for a model: by name, or by fields of a configuration.
 
-A model that would attend by itself, or works on the mask that it is given, is refused.
+Models with their own attention code, or that process the mask themselves, are refused.
 """
 
 import functools
@@ -14,12 +14,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 NAME = "memattn_segmented"
 FIELDS = ("memattn_segment_len", "memattn_window_size", "memattn_num_sink_tokens")
-# a mask that is indexed, asked for its shape or dtype, or put beside others
+# code that indexes a mask, reads its shape or dtype, or combines it with others
 WORKED_ON = re.compile(r"\battention_mask(\[|\.\w)|cat\(\[attention_mask\b")
 
 
 def register_choice() -> None:
-    """Give configurations the fields, and models the checks."""
+    """Add the fields to configurations, and the checks to models."""
     for name in FIELDS:
         setattr(PreTrainedConfig, name, _config_field(name))
     for method in ("set_attn_implementation", "get_correct_attn_implementation"):
@@ -30,9 +30,9 @@ def register_choice() -> None:
 
 
 def _guarded(choose: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that chooses the implementation, for models that would use it.
+    """Wrap a method that selects the implementation, for models that would use this one.
 
-    transformers warns about others, or lets them attend without any mask.
+    For others transformers only warns, or attends without any mask.
     """
 
     @functools.wraps(choose)
@@ -40,7 +40,7 @@ def _guarded(choose: Callable[..., Any]) -> Callable[..., Any]:
         if _names_it(requested):
             _refuse_own_attention(model, _text_config(model.config))
         elif requested is None and _has_spans(model.config):
-            # the configuration around that of a text model has reset what that one chose
+            # the outer configuration has reset the choice of the text model's configuration
             requested = NAME
         return choose(model, requested, *args, **kwargs)
 
@@ -49,7 +49,7 @@ def _guarded(choose: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked(post_init: Callable[..., None]) -> Callable[..., None]:
-    """The end of making a model, for which an implementation may be chosen before its parts are."""
+    """Wrap ``post_init``, as an implementation may be selected before a model is built."""
 
     @functools.wraps(post_init)
     def checked(model: PreTrainedModel) -> None:
@@ -63,27 +63,27 @@ def _checked(post_init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _has_spans(config: PreTrainedConfig) -> bool:
-    """Whether a configuration itself has a segment length or a window."""
+    """Whether a configuration has its own segment length or window."""
     return any(vars(config).get(field) is not None for field in FIELDS)
 
 
 def _names_it(requested: Any) -> bool:
-    """Whether an implementation, or that of some part of a model, is this one."""
+    """Whether an implementation, or that of a sub-model, is this one."""
     if isinstance(requested, dict):
         return any(map(_names_it, requested.values()))
     return requested == NAME
 
 
 def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the text model among several; else the same."""
+    """The text model's configuration in a multimodal one; else the configuration itself."""
     text = config.get_text_config(decoder=True)
     return text if any(text is value for value in vars(config).values()) else config
 
 
 def _config_field(name: str) -> property:
-    """A field of every configuration that chooses this implementation once it has a value.
+    """A field of every configuration that selects this implementation when set.
 
-    transformers does not save the implementation of a model, but reads one from ``config.json``.
+    transformers does not save a model's implementation, but reads one from ``config.json``.
     """
 
     def get(config: PreTrainedConfig) -> Any:
@@ -98,10 +98,12 @@ def _config_field(name: str) -> property:
         if _has_spans(config):
             vars(config)["attn_implementation"] = NAME
             if vars(config).get("_attn_implementation_internal") is None:
-                vars(config)["_attn_implementation_internal"] = NAME  # at loading, if none is named
+                vars(config)["_attn_implementation_internal"] = (
+                    NAME  # at loading, unless another is given
+                )
         else:
             vars(config).pop("attn_implementation", None)
-        if config is not whole:  # a process without memattn reads this one
+        if config is not whole:  # read by a process without memattn
             names = (key for key, inner in vars(whole).items() if inner is config)
             vars(whole)["attn_implementation"] = {next(names): NAME}
             if not _has_spans(config):
@@ -111,7 +113,7 @@ def _config_field(name: str) -> property:
 
 
 def _refuse_own_attention(model: nn.Module, text: PreTrainedConfig) -> None:
-    """Raise NotImplementedError if the model of a configuration would not do with it."""
+    """Raise NotImplementedError if a configuration's model cannot use this implementation."""
     for module in model.modules():
         if not isinstance(module, PreTrainedModel) or module.config is not text:
             continue
@@ -127,10 +129,10 @@ def _refuse_own_attention(model: nn.Module, text: PreTrainedConfig) -> None:
 
 
 def _own_attention(model: nn.Module) -> str | None:
-    """The name of a class of a model that needs a mask of all pairs, or None.
+    """The name of a model's class that needs a full mask, or None.
 
-    transformers looks into the file of a model, where the attention of another part may ask for an
-    implementation: in GIT that of the part that sees pictures.
+    transformers only checks the model's file, in which another sub-model may use the attention
+    interface (in GIT the image encoder).
     """
     for kind in dict.fromkeys(type(module) for module in model.modules()):
         if "Attention" in kind.__name__ and _needs_mask(kind):
@@ -140,13 +142,13 @@ def _own_attention(model: nn.Module) -> str | None:
 
 @functools.cache
 def _needs_mask(kind: type[nn.Module]) -> bool:
-    """Whether a class has a softmax and asks for no implementation, or makes a mask of its mask.
+    """Whether a class computes a softmax without the attention interface, or changes its mask.
 
-    So do choices of keys by their values (sparse attention with an indexer).
+    Also sparse attention that selects keys by their values (with an indexer).
     """
     try:
         code = inspect.getsource(kind)
-    except (OSError, TypeError):  # made where there is no file
+    except (OSError, TypeError):  # a class without a source file
         return False
     if "get_interface(" not in code:
         return "softmax(" in code

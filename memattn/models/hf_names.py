@@ -1,8 +1,8 @@
-"""What transformers decides by a table of class names, for the classes of this package.
+"""Add this package's classes to transformers' tables of class names.
 
-Registering with the auto classes leaves these tables alone. By the name of a model's class the
-Trainer decides whether label smoothing shifts the labels (else the model learns to copy its
-input), pipelines and the server which models they take, and model cards what a model is for.
+Registering with the auto classes does not change these tables. transformers uses them for several
+decisions: Trainer, whether label smoothing shifts the labels (otherwise the model learns to copy
+its input); pipelines and the server, which models they accept; model cards, the task of a model.
 """
 
 from transformers import PreTrainedModel
@@ -10,12 +10,12 @@ from transformers.models.auto import modeling_auto
 
 
 def register_class_name(cls: type[PreTrainedModel], table: str = "FOR_CAUSAL_LM_") -> None:
-    """Say what models of a class, known by its name, are for: predict the next token, or another.
+    """Register the task of a model class by its name, such as next-token prediction.
 
     Args:
         cls: The class.
-        table: What transformers calls that between ``MODEL_`` and ``MAPPING_NAMES``.
+        table: The part of the table's name between ``MODEL_`` and ``MAPPING_NAMES``.
     """
-    # the keys are types of configurations; the names are what counts
+    # the keys are model types; only the names are used
     names = getattr(modeling_auto, f"MODEL_{table}MAPPING_NAMES")
     names[f"memattn {cls.__name__}"] = cls.__name__

@@ -1,4 +1,4 @@
-"""Packed documents under ``memattn_segmented``, as models of others are told of them."""
+"""Packed documents under ``memattn_segmented``, in the forms of transformers' models."""
 
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -18,20 +18,20 @@ from memattn.parts.packing import (
     refuse_continuous_batching,
 )
 
-_agreed = WeakTensorKeyDictionary()  # what was given, and the bounds that it agrees with
+_agreed = WeakTensorKeyDictionary()  # given bounds, and the bounds they were found to agree with
 
 
 def documents_of_call(
     seen: Tensor | None, keywords: Mapping[str, Any], query: Tensor, key: Tensor
 ) -> Tensor | None:
-    """Bounds ``cu_seqlens`` of the documents of an attention call, or None for one in each row.
+    """Bounds ``cu_seqlens`` of the documents of an attention call; None for one per row.
 
     Values are read once for all layers, and never while a graph is traced.
 
     Args:
-        seen: What the mask function saw: int32 ``[n+1]`` for packed documents, other bounds or
-            which keys are tokens in rows with padding, or None.
-        keywords: What the attention function is given.
+        seen: Result of the mask function: int32 ``[n+1]`` for packed documents, other bounds or a
+            bool table for rows with padding, or None.
+        keywords: Keyword arguments of the attention function.
         query: ``[B, H, T, D]``.
         key: ``[B, Hkv, S, D]``.
 
@@ -60,7 +60,7 @@ def documents_of_call(
 def _check_agreement(
     given: Tensor, bounds: Tensor | None, packed: Tensor | None, shape: tuple[int, int]
 ) -> None:
-    """Raise unless what was given agrees with the bounds, and these with those of positions."""
+    """Raise unless the given bounds agree with ``bounds``, and these with the positions."""
     before = _agreed.get(given)
     if before is not None and before[0] is bounds and before[1] is packed:
         return
@@ -81,7 +81,7 @@ def _check_agreement(
 
 
 def guard_continuous_batching(name: str) -> None:
-    """Refuse ``generate_batch`` of models with this implementation; flash attention would run."""
+    """Refuse ``generate_batch`` for this implementation; it would use flash attention."""
     method = "init_continuous_batching"
     begin: Callable[..., Any] = getattr(ContinuousMixin, method)
     if hasattr(begin, "_memattn_guards"):

@@ -1,4 +1,4 @@
-"""What a model remembers of a text, as a file: read once, and asked as often as one likes."""
+"""The state of a neural memory after a text, as a file that can be used any number of times."""
 
 import hashlib
 import json
@@ -21,18 +21,18 @@ MEASURES = ("tokens", "update", "surprise", "relevance")
 
 @dataclass
 class KeptMemory:
-    """The state of a model with a neural memory after a text, and what happened on the way.
+    """The state of a model with a neural memory after a text, and measures of reading it.
 
-    Its size does not grow with the text, but for three numbers a chunk and layer.
+    Its size does not depend on the length of the text, except for three numbers per chunk and
+    layer.
 
     Attributes:
         cache: The state, of one sequence.
-        fingerprint: Which weights it belongs to.
-        start: Weights before any text, ``[1, H, d_n, d_{n-1}]`` each, of the layers with a memory,
-            by their names.
-        metrics: Of each layer with a memory, by its name, one number for each chunk: the last of
-            its ``tokens``, and means over heads and tokens of ``update``, ``surprise`` and
-            ``relevance`` (see ``memattn.parts.memory_measures.measure_memory``).
+        fingerprint: Hash of the model's weights.
+        start: Memory weights before any text, ``[1, H, d_n, d_{n-1}]`` each, by layer name.
+        metrics: By layer name, one number per chunk for each of: ``tokens`` (the chunk's end), and
+            means over heads and tokens of ``update``, ``surprise`` and ``relevance`` (see
+            ``memattn.parts.memory_measures.measure_memory``).
 
     Example:
         >>> memory = KeptMemory.of(model)
@@ -50,10 +50,10 @@ class KeptMemory:
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any) -> "KeptMemory":
-        """An empty one.
+        """An empty memory of a model.
 
         Raises:
-            TypeError: If the model is no decoder of this package with a neural memory.
+            TypeError: If the model is not a decoder of this package with a neural memory.
         """
         layers = memory_layers(model)
         if not isinstance(getattr(model, "config", None), MemAttnConfig):
@@ -70,21 +70,22 @@ class KeptMemory:
     def read(
         self, model: Any, input_ids: Tensor, *, piece_len: int = 512, measure: bool = True
     ) -> None:
-        """Read more tokens, in pieces, so that activations do not grow with the text either.
+        """Read more tokens, in pieces, so that activation memory does not grow with the text.
 
-        The result is that of one call of the model with all of them.
+        The result equals one call of the model with all tokens.
 
         Args:
-            model: The model that it is of, in evaluation mode.
+            model: The model of this memory, in evaluation mode.
             input_ids: int64 ``[1, T]``.
-            piece_len: Tokens in a piece; where there are segments, the nearest multiple below.
-            measure: Whether to measure what happens, which writes every token twice.
+            piece_len: Tokens in a piece; with segments, rounded down to a multiple of the segment
+                length.
+            measure: Whether to compute the metrics, which writes every token twice.
 
-        The relevance of a memory whose layer attends to it within segments is not known (NaN) where
-        a call begins within a segment.
+        For layers that attend to the memory within segments, the relevance is NaN if a call starts
+        within a segment.
 
         Raises:
-            ValueError: If the text becomes longer than the model takes.
+            ValueError: If the text exceeds the model's maximum length.
         """
         check_rank("input_ids", input_ids, "B T")
         check_int("piece_len", piece_len, 1)
@@ -94,7 +95,7 @@ class KeptMemory:
             must("text", f"have at most {limit} tokens for this model", self.num_tokens + T)
         with watch_memory(model) if measure else nullcontext([]) as watches:
             while at < T:
-                # pieces end where others would have ended, however the text was cut before
+                # pieces end at the same tokens, however the text was split between calls
                 stop = min(T, at + piece_len - self.num_tokens % piece_len)
                 model(input_ids[:, at:stop], past_key_values=self.cache, logits_to_keep=1)
                 for watch in watches:
@@ -102,7 +103,7 @@ class KeptMemory:
                 at = stop
 
     def _add(self, watch: MemoryWatch) -> None:
-        """Put the chunks that a layer has seen after those before; one may have been open."""
+        """Append a layer's chunks to the earlier ones; the last of these may be incomplete."""
         sizes = watch.chunk_tokens
         surprise = torch.cat(watch.surprise, 2).mean((0, 1)).split(sizes)
         relevance = torch.cat(watch.relevance, 1).mean(0).split(sizes)
@@ -126,10 +127,10 @@ class KeptMemory:
         watch.drain()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all.
+        """Write a safetensors file atomically.
 
         Raises:
-            ValueError: If nothing was read.
+            ValueError: If no text was read.
         """
         extra = {}
         for i, (layer, start) in enumerate(self.start.items()):
@@ -149,12 +150,12 @@ class KeptMemory:
 
         Args:
             path: The file.
-            model: The model that is to go on with it; None checks nothing.
-            device: Where to put it; None means where the model is, else the CPU.
+            model: The model that will use it, checked by its fingerprint; None means no check.
+            device: Device of the state; None means the model's device, else the CPU.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is damaged, something else, or of another model.
+            ValueError: If it is damaged, of another kind, or of another model.
         """
         where = "cpu" if model is None else next(model.parameters()).device
         try:
@@ -181,7 +182,7 @@ class KeptMemory:
 
 
 def fingerprint_of(model: nn.Module) -> str:
-    """A hash of the names, shapes, dtypes and numbers of all parameters of a model."""
+    """A hash of the names, shapes, dtypes and values of all parameters of a model."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         x = parameter.detach().cpu().contiguous()
@@ -191,6 +192,6 @@ def fingerprint_of(model: nn.Module) -> str:
 
 
 def piece_length(model: Any, wanted: int) -> int:
-    """The largest multiple of the model's segment that is at most ``wanted``, and at least one."""
+    """The largest multiple of the segment length up to ``wanted``; at least one segment."""
     segment = getattr(model.config.attention, "segment_len", None) or 1
     return max(wanted // segment, 1) * segment

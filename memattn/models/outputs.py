@@ -1,4 +1,4 @@
-"""What the models return, beyond what transformers has fields for."""
+"""Outputs of the models, with more fields than transformers' outputs."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,10 +16,10 @@ class MemAttnModelOutput(NamedLosses, BaseModelOutputWithPast):
     """Output of ``MemAttnModel``.
 
     Attributes:
-        losses: Means of the losses that parts return, by name, without their coefficients, scalars
-            of float32, where they were wanted. Each is an attribute as well.
-        loss_counts: What each of them is the mean of; 0 where there was nothing, and the mean is 0.
-        order: Of the tokens of rows with holes or of several documents; no field.
+        losses: Means of the losses of parts by name, without coefficients, float32 scalars, if they
+            were measured. Each is also an attribute.
+        loss_counts: Number of terms in each mean; with 0 terms the mean is 0.
+        order: Order of the tokens in rows with padding inside or several documents; not a field.
     """
 
     losses: dict[str, Tensor] | None = None

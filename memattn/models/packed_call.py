@@ -1,4 +1,4 @@
-"""A call of the decoder with several documents in a row: one row of all their tokens instead."""
+"""Run rows with several documents as one row of all their tokens."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,24 +24,24 @@ def packed_call(
     may_pack: bool,
     **options: Any,
 ) -> MemAttnModelOutput | None:
-    """What ``forward`` returns of rows that hold several documents; None where each row is one.
+    """The result of ``forward`` for rows with several documents; None if each row is one document.
 
     Args:
         model: The decoder.
         forward: Its method, which takes ``cu_seqlens``.
-        keywords: What collators without padding say of documents.
+        keywords: Arguments by which collators without padding describe documents.
         input_ids: ``[B, T]`` or None.
         inputs_embeds: ``[B, T, E]`` or None.
         attention_mask: ``[B, T]`` or None.
         position_ids: ``[B or 1, T]`` or None.
-        part_inputs: What parts take.
-        hidden_to_keep: Newest columns whose hidden states are wanted, 0 is all.
+        part_inputs: Extra inputs of parts.
+        hidden_to_keep: Number of newest columns whose hidden states are needed; 0 means all.
         may_pack: Whether a row may hold several documents.
-        options: What ``forward`` takes as it is.
+        options: More arguments, passed to ``forward`` unchanged.
     """
     tokens = input_ids if inputs_embeds is None else inputs_embeds
     if tokens is None or tokens.dim() < 2 or (input_ids is not None and inputs_embeds is not None):
-        return None  # which forward refuses
+        return None  # refused by forward
     for name in ("past_key_values", "cu_seqlens"):
         if keywords and options[name] is not None:
             must(name, f"be None with {next(iter(keywords))}", type(options[name]).__name__)

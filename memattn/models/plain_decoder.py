@@ -8,16 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memattn.models.block import MemAttnBlock
 from memattn.models.cache import MemAttnCache
-from memattn.models.plain_step import (
-    MAX_ROWS,
-    attention_operands,
-    fits,
-    may_step,
-    mlp_operands,
-    nothing_watches,
-)
+from memattn.models.plain_operands import collect_operands, is_plain_block
+from memattn.models.plain_step import MAX_ROWS, fits, may_step, mlp_operands, nothing_watches
 from memattn.parts import PartContext
 from memattn.parts.base import is_bare
 
@@ -31,47 +24,37 @@ def decoder_step(
     """
     if cache is None or not may_step(hidden_states, context):
         return None
-    B, T, E = hidden_states.shape
-    if T != 1 or B > MAX_ROWS or context.measure_losses:
+    B, T, _ = hidden_states.shape
+    if T != 1 or B > MAX_ROWS or context.measure_losses or context.library is not None:
         return None
-    weights: list[Tensor] = []
-    given: list[Tensor | None] = []
-    bounds: list[Tensor | None] = []
-    spans: list[int] = []
-    eps: list[float] = []
-    states, ahead = [], 0
-    empty: Tensor | None = None
-    blocks: Any = layers._modules.values()
-    for block, layer_cache in zip(blocks, cache.layers, strict=True):
-        if not _is_plain(block):
-            return None
-        own: Any = block._modules
-        attention, part = own["attention"], block.part_configs["attention"]
-        found = attention_operands(own["attention_norm"], attention, part, context)
-        mlp = None if found is None else mlp_operands(own["mlp_norm"], own["mlp"])
-        if found is None or mlp is None:
-            return None
-        state = layer_cache.parts["attention"]
-        if empty is None:
-            empty = hidden_states.new_empty(B, attention.num_kv_heads, 0, attention.head_dim)
-        if not fits(state, empty):
-            return None
-        tensors, sources, more = found
-        weights += tensors
-        weights += mlp
-        given += more
-        bounds += state.bounds
-        for span in (sources.segment_len, sources.window_size, sources.future_dim):
-            spans.append(-1 if span is None else span)
-        ahead = max(ahead, sources.future_dim)
-        eps += (own["attention_norm"].eps, own["mlp_norm"].eps)
-        states.append(state)
+    turns = context.rotary_embedding
+    if turns is not None and not is_bare(turns):
+        return None
+    states = [layer.parts["attention"] for layer in cache.layers]
+    found = cache.operands
+    if found is None or not found.hold(layers):
+        found = cache.operands = collect_operands(layers, context)
+    if found is None:
+        return None
+    empty = hidden_states.new_empty(B, found.heads[0], 0, found.heads[1])
+    if not all(fits(state, empty) for state in states):
+        return None
+    bounds = [bound for state in states for bound in state.bounds]
     cos = sin = None
-    if context.rotary_embedding is not None:
-        cos, sin = context.rotary_embedding.table(context.offset + 2 + ahead)
+    if turns is not None:
+        cos, sin = turns.table(context.offset + 2 + found.ahead)
     kept = [state.extend(name, 1, empty) for state in states for name in ("key", "value")]
     return torch.ops.memattn_cpp.decoder_step(
-        hidden_states, weights, kept, given, cos, sin, context.positions, bounds, spans, eps
+        hidden_states,
+        found.weights,
+        kept,
+        found.given,
+        cos,
+        sin,
+        context.positions,
+        bounds,
+        found.spans,
+        found.eps,
     )
 
 
@@ -82,12 +65,7 @@ def newest_of(n: int, block: Any, norm: Any, context: PartContext) -> int | None
     """
     if context.measure_losses or context.library is not None or context.cu_seqlens is not None:
         return None
-    if not _is_plain(block) or type(norm) is not nn.RMSNorm or not is_bare(norm):
+    if not is_plain_block(block) or type(norm) is not nn.RMSNorm or not is_bare(norm):
         return None
     is_plain = mlp_operands(block.mlp_norm, block.mlp) is not None
     return n if is_plain and context.once("may step", nothing_watches) else None
-
-
-def _is_plain(block: Any) -> bool:
-    """Whether it is a block of attention and an MLP alone, which nobody watches."""
-    return type(block) is MemAttnBlock and is_bare(block) and len(block.part_configs) == 1

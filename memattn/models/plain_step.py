@@ -198,10 +198,15 @@ def fits(state: PartState, empty: Tensor) -> bool:
     """Whether keys and values can be written behind those that the state has."""
     if state.restart is not None:
         return False
-    found = (state.tokens.get(name, empty) for name in ("key", "value"))
-    return all(
-        t.dtype == empty.dtype and t.is_cpu and t[:, :, :0].shape == empty.shape for t in found
-    )
+    B, Hkv, _, D = empty.shape
+    for name in ("key", "value"):
+        kept = state.tokens.get(name, empty)
+        if kept.dtype != empty.dtype or not kept.is_cpu:
+            return False
+        b, heads, _, size = kept.shape
+        if (b, heads, size) != (B, Hkv, D):
+            return False
+    return True
 
 
 def plain_weights(

@@ -1,4 +1,4 @@
-"""What the decoder and its language model share: new weights, saving and loading, roles."""
+"""Base class of the models: initialisation, saving and loading, roles of parameters."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 
 
 class MemAttnPreTrainedModel(PreTrainedModel):
-    """What the models share: configuration, new weights, saving and loading."""
+    """Base class of the models: configuration, initialisation, saving and loading."""
 
     config: MemAttnConfig
     config_class = MemAttnConfig
@@ -31,7 +31,7 @@ class MemAttnPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: MemAttnConfig, *inputs: Any, **kwargs: Any) -> None:
         if isinstance(config, MemAttnConfig):
-            config.check()  # fields may have been set since it was made
+            config.check()  # fields may have been set after construction
         super().__init__(config, *inputs, **kwargs)
 
     @torch.no_grad()
@@ -43,16 +43,16 @@ class MemAttnPreTrainedModel(PreTrainedModel):
             init_weights(module, self.config.initializer_range)
 
     def initialize_weights(self) -> None:
-        """As of transformers, and then what begins as attention's."""
+        """As in transformers; then parts copy weights from attention (``PartConfig.begin``)."""
         super().initialize_weights()
         for module in self.modules():
             if isinstance(module, MemAttnBlock):
                 for name, part in module.part_configs.items():
-                    if part.stands == "beside_attention":
+                    if part.resolved_place == "beside_attention":
                         part.begin(module.parts[name], module.attention)
 
     def parameter_roles(self) -> dict[str, Role]:
-        """What each parameter is that a part says something about, by name."""
+        """Roles of the parameters for which parts define one, by name."""
         found: list[tuple[str, PartConfig, nn.Module]] = []  # prefix, part, its module
         for prefix, module in self.named_modules():
             if isinstance(module, MemAttnPreTrainedModel) and "shared_parts" in module._modules:
@@ -73,14 +73,14 @@ class MemAttnPreTrainedModel(PreTrainedModel):
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self: Any, save_directory: Any, is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """As of transformers; chapters of texts are kept beside the weights."""
+        """As in transformers; chapters are saved next to the weights."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             self.base_model.chapters.write(Path(save_directory) / FILE)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of transformers; chapters come back as they were, open or closed."""
+        """As in transformers; chapters are loaded as they were, open or closed."""
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if pretrained_model_name_or_path is not None:
             where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
@@ -94,12 +94,12 @@ class MemAttnPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """As of transformers, but for the package's own classes: folders name these anyway."""
+        """As in transformers, except for this package's classes, which folders name anyway."""
         if not cls.__module__.startswith("memattn."):
             super().register_for_auto_class(auto_class)
 
     def replace_parts(self, change: Callable[[PartConfig], PartConfig]) -> None:
-        """Put other configurations in place of those of the parts, whose modules stay."""
+        """Replace the configurations of the parts; their modules are kept."""
         self.config.parts = [change(part) for part in self.config.parts]
         for module in self.modules():
             if isinstance(module, MemAttnBlock):

@@ -1,4 +1,4 @@
-"""Shiftable attention as a language model: a frozen decoder, and gated specialists beside it."""
+"""Shiftable attention as a language model: a frozen decoder with gated specialists."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ def specialists_of(model: MemAttnForCausalLM) -> SpecialistSet:
     """The specialists of a decoder, to add, remove, train, export and load them.
 
     Raises:
-        ValueError: If its configuration has none.
+        ValueError: If its configuration has no specialists.
     """
     found = {}
     for block in model.model.layers:
@@ -39,17 +39,17 @@ def specialists_of(model: MemAttnForCausalLM) -> SpecialistSet:
 
 
 class ShiftableLanguageModel(MemAttnForCausalLM):
-    """A trained decoder that stays as it is, and specialists that shift its attention.
+    """A frozen, trained decoder and specialists that shift its attention.
 
-    The base's own parameters are used, not copies, and frozen; the model has its bits as long as
-    all specialists are closed, which new ones are. ``specialists`` adds, opens, trains, exports and
-    loads them.
+    The base's own parameters are used, not copies, and frozen. As long as all specialists are
+    closed, as new ones are, the output is exactly that of the base. ``specialists`` adds, opens,
+    trains, exports and loads them.
 
     Args:
-        base_model: The decoder, with whatever parts; or the configuration of a shiftable one, as
-            ``from_pretrained`` gives it.
-        num_specialists: How many begin, closed; None means 1.
-        options: Further fields of ``SpecialistsConfig``, such as ``names``, ``rank`` or ``scope``.
+        base_model: The decoder, with any parts; or the configuration of a shiftable one, which
+            ``from_pretrained`` passes.
+        num_specialists: Initial number of (closed) specialists; None means 1.
+        options: More fields of ``SpecialistsConfig``, such as ``names``, ``rank`` or ``scope``.
 
     Raises:
         TypeError: If ``base_model`` is neither, or an option is unknown.
@@ -96,40 +96,40 @@ class ShiftableLanguageModel(MemAttnForCausalLM):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of transformers; the base is frozen."""
+        """As in transformers; the base is frozen."""
         loaded: Any = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_base()
         return loaded
 
     def freeze_base(self) -> None:
-        """Let the specialists learn alone."""
+        """Freeze the base, so that only the specialists are trained."""
         self.requires_grad_(False)
         for module in self.specialists.modules:
             module.requires_grad_(True)
 
     @property
     def specialists(self) -> SpecialistSet:
-        """Its specialists, of all layers."""
+        """The specialists of all layers."""
         return specialists_of(self)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, *args: Any, return_gates: bool | str | None = None, **kwargs: Any
     ) -> MemAttnCausalLMOutput | tuple:
-        """As ``MemAttnForCausalLM.forward``.
+        """As ``MemAttnForCausalLM.forward``, with gates.
 
         Args:
-            args: As there, ``input_ids`` first.
-            return_gates: Whether to return the gates: True for means over each row's tokens,
-                ``"token"`` for those of all tokens.
-            kwargs: As there. ``domain_prior`` ``[1 + N]`` or ``[B, 1 + N]`` stands instead of the
-                specialists' own priors, ``domain_mask`` ``[N]`` or ``[B, N]`` closes where it is
-                False, ``domain_weights`` ``[B, 1 + N]`` or ``[B, T, 1 + N]`` are gates to use as
-                they are, ``domain_labels`` ``[B, 1]`` or ``[B, T]`` say whose text it is, for the
-                loss ``gate_domain``.
+            args: Its positional arguments, ``input_ids`` first.
+            return_gates: True to return means of the gates over each row's tokens, ``"token"`` for
+                the gates of all tokens.
+            kwargs: Its keyword arguments, and: ``domain_prior`` ``[1 + N]`` or ``[B, 1 + N]``
+                replaces the stored priors; ``domain_mask`` ``[N]`` or ``[B, N]`` closes a
+                specialist where False; ``domain_weights`` ``[B, 1 + N]`` or ``[B, T, 1 + N]`` are
+                gates to use directly; ``domain_labels`` ``[B, 1]`` or ``[B, T]`` are domain labels
+                for the loss ``gate_domain``.
 
         Returns:
-            The same; with ``return_gates`` the logits, and of each layer the gates of the base and
-            of each specialist, ``[B, 1 + N]`` or ``[B, T, 1 + N]``.
+            The model's output; with ``return_gates`` the logits and, for each layer, the gates of
+            base and specialists, ``[B, 1 + N]`` or ``[B, T, 1 + N]``.
         """
         return call_with_gates(self, super().forward, return_gates, *args, **kwargs)
 
@@ -137,7 +137,7 @@ class ShiftableLanguageModel(MemAttnForCausalLM):
 
 
 def _adopt(model: nn.Module, base: nn.Module) -> None:
-    """Put the parameters, the buffers and the chapters of a base where a model has such."""
+    """Use the parameters, buffers and chapters of a base in a model."""
     for kind in ("_parameters", "_buffers"):
         for name, module in base.named_modules():
             getattr(model.get_submodule(name), kind).update(getattr(module, kind))
@@ -147,24 +147,26 @@ def _adopt(model: nn.Module, base: nn.Module) -> None:
 def fold_gates(
     model: MemAttnForCausalLM, weights: Tensor | Mapping[str, float]
 ) -> MemAttnForCausalLM:
-    """The same function with constant gates, as a decoder without specialists.
+    """A decoder without specialists that computes the same with constant gates.
 
-    Softmaxes of different scores do not add up to one, so heads of branches stay apart. Where every
-    layer uses one branch with gate 1, the model keeps its sizes: that branch stands instead of its
-    attention, or its attention stays. Else it gets the heads of all branches beside each other,
-    with output projections times the gates. Both are the same function in exact arithmetic.
+    If every layer uses one branch with gate 1, the model keeps its sizes, and that branch replaces
+    its attention. Otherwise it gets the heads of all branches, since several softmaxes cannot be
+    merged into one, with output projections multiplied by the gates. Both compute the same function
+    up to rounding.
 
     Args:
-        model: A decoder with specialists. Where a specialist counts, its attention is plain causal
-            attention without persistent tokens; with several branches it has no other parts.
+        model: A decoder with specialists. Layers in which a specialist has a gate above 0 must have
+            plain causal attention without persistent tokens; with several branches there must be no
+            other parts.
         weights: The gates of base and specialists, ``[1 + N]``, or ``[layers, 1 + N]`` for each
-            layer that has specialists; or the specialists' by name, the base getting the rest.
+            layer with specialists; or a dict of specialists' gates by name, where the base gets the
+            rest.
 
     Returns:
-        A new model; nothing is shared.
+        A new model, which shares no tensors with ``model``.
 
     Raises:
-        ValueError: If the gates do not sum to 1, or the model is none that can be folded.
+        ValueError: If the gates do not sum to 1, or the model cannot be folded.
     """
     own = specialists_of(model)
     gates = _constant_gates(weights, own)
@@ -203,7 +205,7 @@ def _constant_gates(
     names, layers = own.names, list(own.layers)
     if isinstance(weights, Mapping):
         for name in weights:
-            own.priors(name)  # there is such a specialist
+            own.priors(name)  # raises for an unknown name
         rest = [float(weights.get(name, 0.0)) for name in names]
         weights = torch.tensor([1.0 - sum(rest), *rest], dtype=torch.float64)
     n, m = 1 + len(names), len(layers)
@@ -224,7 +226,7 @@ def _branches(
     gates: list[float],
     n: int,
 ) -> dict[str, Tensor]:
-    """Projections of one layer's branches beside each other, n of them, gated."""
+    """Stacked projections of one layer's ``n`` branches, gated."""
     if used == [0] and n == 1:
         return {}
     block: Any = model.model.layers[layer]

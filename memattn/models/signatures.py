@@ -1,4 +1,4 @@
-"""Signatures that ``generate()`` and trainers read, of methods that add arguments to another's."""
+"""Signatures of methods that add arguments to another method, as ``generate()`` reads them."""
 
 import inspect
 from collections.abc import Callable

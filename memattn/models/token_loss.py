@@ -1,7 +1,7 @@
-"""The cross-entropy of an output layer by pieces of the tokens, and so its gradient.
+"""The cross-entropy of an output layer and its gradient, computed in pieces of tokens.
 
-For a batch of ``N`` tokens and ``V`` words nothing of size ``N V`` is stored. Gradients are
-computed in the forward, from the logits of a piece while they are there, as in Liger's kernel.
+For ``N`` tokens and ``V`` words no tensor of size ``N V`` is stored. Gradients are computed in the
+forward, from the logits of each piece, as in Liger's kernel.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from memattn.cpp.products import product
 from memattn.ops._dispatch import has_cpp_kernel
 
 IGNORED = -100
-_PIECE = 1 << 21  # logits of a piece, at least
+_PIECE = 1 << 21  # least number of logits in a piece
 _HAS_ROWS = has_cpp_kernel("cross_entropy_rows")
 
 
@@ -25,28 +25,28 @@ def next_token_loss(
     num_items_in_batch: Tensor | int | None = None,
     shift_labels: Tensor | None = None,
 ) -> Tensor:
-    """The cross-entropy of each token with the logits of the one before, without storing these.
+    """Next-token cross-entropy without storing the logits.
 
     It is ``cross_entropy(hidden_states @ weight.T, labels)`` in float32, labels shifted by one.
 
     Args:
-        hidden_states: What the output layer gets, ``[B, T, E]``.
-        weight: Of the output layer, ``[V, E]``.
-        labels: int64 ``[B, T]``; ``-100`` where there is no loss.
-        num_items_in_batch: Divide the sum by this number; None: by that of the labels.
-        shift_labels: The labels, shifted already; they stand instead of ``labels``.
+        hidden_states: Input of the output layer, ``[B, T, E]``.
+        weight: Weight of the output layer, ``[V, E]``.
+        labels: int64 ``[B, T]``; ``-100`` for no loss.
+        num_items_in_batch: Divide the sum by this number; None: by the number of labels.
+        shift_labels: Labels that are already shifted, used instead of ``labels``.
 
     Returns:
-        A scalar of float32. NaN where it is the mean over no label, with gradients of 0.
+        A float32 scalar. The mean over no labels is NaN, with gradients of 0.
 
     Raises:
-        IndexError, RuntimeError: If a label is neither ``-100`` nor a word, where that is seen.
+        IndexError, RuntimeError: If a label is out of range, where PyTorch detects it.
 
     Note:
         Differentiable once, in ``hidden_states`` and ``weight``; a second derivative is refused.
         Source: Hsu et al. (2024), https://arxiv.org/abs/2410.10989, section 3.2. Differs: gradients
-        are those of the sum, and of the weight in float32, so that half precision loses nothing to
-        the number of labels.
+            are accumulated for the sum (the weight's in float32) and divided at the end, so that
+            half precision does not lose accuracy with many labels.
     """
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
@@ -64,7 +64,7 @@ def next_token_loss(
         grad and weight.requires_grad,
     )
     if num_items_in_batch is None:
-        # a mean over nothing is NaN, but with a gradient of 0 and not of NaN
+        # a mean over no labels is NaN, but its gradient is 0, not NaN
         count = (shift_labels != IGNORED).sum()
         return total / count.clamp(min=1) + torch.where(count > 0, 0.0, torch.nan)
     if isinstance(num_items_in_batch, Tensor):
@@ -76,7 +76,7 @@ def next_token_loss(
 def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, needs_hidden: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum over ``hidden [N, E]``, and its gradients, those not needed of size 0."""
+    """The sum over ``hidden [N, E]``, and its gradients (of size 0 if not needed)."""
     N, E = hidden.shape
     d_hidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
     d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else _none(hidden)
@@ -102,7 +102,7 @@ def _linear_cross_entropy(
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Its sum over rows that are not ignored, and the gradient of the logits, in their dtype."""
+    """Summed cross-entropy over rows that are not ignored, and the gradient of the logits."""
     wide, kept = logits.float(), (labels != IGNORED)[:, None]
     log_p = wide.log_softmax(-1)
     index = labels.where(kept[:, 0], 0)[:, None]
@@ -126,7 +126,7 @@ def _none(like: Tensor) -> Tensor:
 def _backward(
     d_total: Tensor, d_hidden: Tensor, d_weight: Tensor, hidden: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients times that of the sum; ``hidden`` and ``weight`` say what they depend on."""
+    """The gradients times that of the sum, as a function of ``hidden`` and ``weight``."""
     return (d_hidden * d_total).to(hidden.dtype), (d_weight * d_total).to(weight.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Titans under the names of its first description: ``TitansTransformer`` and its state."""
+"""``TitansTransformer`` and its state: Titans with the names of its first implementation."""
 
 import contextlib
 import dataclasses
@@ -28,14 +28,14 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(eq=False)
 class TransformerState:
-    """What a batch of sequences carries from call to call, layer by layer: a view of a cache.
+    """State of a batch of sequences between calls, layer by layer: a view of a cache.
 
     It has ``memory_states``, ``kv_caches``, ``value_residuals`` and ``metrics``. A call extends the
-    cache in place, and the view shows it as it is then. Tensors and states that it gave earlier
-    stay as they were.
+    cache in place, which the view then shows. Tensors and states that it returned earlier do not
+    change.
 
     Attributes:
-        cache: The cache, which ``generate`` takes as ``past_key_values``.
+        cache: The cache; pass it to ``generate`` as ``past_key_values``.
 
     Example:
         >>> model = TitansTransformer(num_tokens=100, dim=32, depth=2, heads=2, dim_head=16).eval()
@@ -54,8 +54,7 @@ class TransformerState:
 
     @property
     def kv_caches(self) -> list[Pair | None]:
-        """Keys and values ``[B, Hkv, S, D]`` that later tokens of each layer see; None: there are
-        none."""
+        """Keys and values ``[B, Hkv, S, D]`` that later tokens of each layer see, or None."""
         found: list[Pair | None] = []
         for layer in self.cache.layers:
             tokens = layer.parts["attention"].tokens
@@ -64,9 +63,9 @@ class TransformerState:
 
     @property
     def value_residuals(self) -> list[Tensor | None]:
-        """Values ``[B, Hkv, S, D]`` of the first layer that are mixed into those of each layer.
+        """First-layer values ``[B, Hkv, S, D]`` that are mixed into those of each layer.
 
-        None for the first layer, and where ``value_residual`` is off.
+        None for the first layer, and if ``value_residual`` is off.
         """
         part = None if self.cache.config is None else self.cache.config.attention
         is_on = isinstance(part, TitansOptions) and part.value_residual
@@ -76,33 +75,33 @@ class TransformerState:
 
     @property
     def metrics(self) -> dict[str, list[Tensor | None]]:
-        """Of the memory of each layer, float64 ``[B, H]`` each.
+        """Metrics of the memory of each layer, float64 ``[B, H]`` each.
 
-        ``update_magnitude`` is the norm of what the sequence has changed in its weights, in units
-        of the norm of the learned ones; ``utilisation`` the share of directions that it takes: the
-        exponential of the entropy of its squared singular values, divided by how many there are,
-        averaged over the memory's layers. Surprise and relevance are of tokens while they are
-        read, and no state has them: ``memattn.parts.memory_measures.measure_memory`` measures them
-        of a text, and ``KeptMemory.read`` keeps them.
+        ``update_magnitude`` is the norm of the sequence's weight change, relative to the norm of
+        the initial weights. ``utilisation`` is the effective rank of the change (exponential of the
+        entropy of its squared singular values), relative to the full rank, averaged over the
+        memory's layers. Surprise and relevance belong to tokens while they are read, so a state
+        does not have them: ``memattn.parts.memory_measures.measure_memory`` measures them, and
+        ``KeptMemory.read`` stores them.
         """
         names = ("update_magnitude", "utilisation")
         found = [{} if state is None else _measure(state) for state in self.memory_states]
         return {name: [layer.get(name) for layer in found] for name in names}
 
     def detach(self) -> "TransformerState":
-        """The same state without a history: gradients stop here."""
+        """The state detached from the autograd graph."""
         return TransformerState(self.cache.detach())
 
     def reset(self, mask: Tensor | None = None) -> None:
-        """Let rows restart with the next call, ``mask`` bool ``[B]``; None empties all."""
+        """Restart the rows in ``mask`` (bool ``[B]``) with the next call; None: empty the state."""
         self.cache.reset(mask)
 
     def reorder(self, beam_idx: Tensor) -> None:
-        """Replace the rows by those that ``beam_idx`` int64 ``[B]`` names, in place."""
+        """Replace the rows by rows ``beam_idx`` (int64 ``[B]``), in place."""
         self.cache.reorder_cache(beam_idx)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to one safetensors file, whole or not at all.
+        """Write the state to one safetensors file, atomically.
 
         Raises:
             ValueError: If it is empty.
@@ -115,11 +114,11 @@ class TransformerState:
 
         Args:
             path: The file.
-            model: The model that is to go on with it.
+            model: The model that will continue with it.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is damaged, or of a model with other layers.
+            ValueError: If it is damaged, or belongs to a model with other layers.
         """
         cache = MemAttnCache.load(path, next(model.parameters()).device)
         with _naming("state"):
@@ -144,32 +143,32 @@ class TitansOutput(MemAttnCausalLMOutput):
 
     @property
     def state(self) -> TransformerState | None:
-        """The state after the last token; None where none was wanted."""
+        """The state after the last token; None without a cache."""
         cache = self.past_key_values
         return TransformerState(cache) if isinstance(cache, MemAttnCache) else None
 
 
 class TitansTransformer(MemAttnForCausalLM):
-    """A language model with a neural memory, made from the options that Titans is known by.
+    """A language model with a neural memory, with the options of common Titans implementations.
 
-    It is a ``MemAttnForCausalLM`` whose calls also take and return a ``TransformerState``. Called
-    without one, sequences begin; with one, they go on, and the state moves on with them.
+    It is a ``MemAttnForCausalLM`` whose calls also take and return a ``TransformerState``. A call
+    without a state starts sequences; with a state it continues them and extends the state.
 
     Args:
-        config: A whole configuration, in place of all options.
+        config: A complete configuration, instead of the options.
         num_tokens: Tokens of the vocabulary.
         dim: Model dimension.
         depth: Layers.
         heads: Attention heads.
         dim_head: Features of a head; ``heads * dim_head`` need not be ``dim``.
-        segment_len: Tokens in a segment, and keys in a window where the variant has one.
-        ff_mult: Width of the MLP, in units of ``dim``.
+        segment_len: Tokens in a segment, or keys in the window, depending on the variant.
+        ff_mult: Width of the MLP, as a multiple of ``dim``.
         memory_dim: Features of all heads of the memory; None means ``dim``.
-        use_memory: Whether there is a memory; else attention within segments is alone.
-        use_flex_attn: Whether PyTorch's FlexAttention computes attention: backend ``"flex"``.
+        use_memory: Whether there is a memory; otherwise only attention within segments.
+        use_flex_attn: Whether attention uses PyTorch's FlexAttention (backend ``"flex"``).
         num_persist_mem_tokens: Persistent tokens.
         position_embedding: As in ``MemAttnConfig``.
-        options: Further fields of ``MemAttnConfig.titans``, such as ``variant``,
+        options: More fields of ``MemAttnConfig.titans``, such as ``variant``,
             ``num_longterm_mem_tokens``, ``value_residual`` and ``neural_mem_weight_residual``.
 
     Raises:
@@ -192,7 +191,7 @@ class TitansTransformer(MemAttnForCausalLM):
         super().__init__(config)
 
     def new_state(self) -> TransformerState:
-        """An empty state, for sequences that begin."""
+        """An empty state, to start sequences."""
         return TransformerState(MemAttnCache(self.config))
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -202,17 +201,16 @@ class TitansTransformer(MemAttnForCausalLM):
 
         Args:
             args: As there, ``input_ids`` first.
-            state: The state of earlier calls, which this call extends in place of
-                ``past_key_values``.
+            state: The state of earlier calls, used and extended instead of ``past_key_values``.
             kwargs: As there.
 
         Returns:
-            The same, and ``state``: the one given, or a new one where ``use_cache`` asks for it,
-            which it does outside training.
+            The model's output with ``state``: the given one, or a new one with ``use_cache`` (the
+            default outside training).
 
         Raises:
-            TypeError: If the state is something else.
-            ValueError: If it is of a model with other layers or of another batch.
+            TypeError: If ``state`` is not a ``TransformerState``.
+            ValueError: If it belongs to a model with other layers or to another batch size.
         """
         if state is None:
             outputs = super().forward(*args, **kwargs)
@@ -247,7 +245,7 @@ def titans_config(
     position_embedding: str = "continuous_axial",
     **options: Any,
 ) -> MemAttnConfig:
-    """The configuration that the options of ``TitansTransformer`` describe."""
+    """The configuration for the options of ``TitansTransformer``."""
     for name, value in (("dim", dim), ("ff_mult", ff_mult)):
         check_int(name, value, 1)
     for name, value in (("use_memory", use_memory), ("use_flex_attn", use_flex_attn)):
@@ -276,7 +274,7 @@ def titans_config(
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Errors about a cache name the argument that it was given as."""
+    """Context in which errors about a cache use this argument name."""
     try:
         yield
     except (ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Masks of PyTorch's attention as intervals of keys, or as a bias of scores."""
+"""Convert masks of PyTorch's attention to intervals of keys, or else to a bias of the scores."""
 
 from typing import NamedTuple
 
@@ -9,16 +9,16 @@ from memattn.checks import is_readable
 
 
 class AttentionMasks(NamedTuple):
-    """What tokens may see, taken apart."""
+    """Attention masks as intervals of keys or as a bias."""
 
     is_causal: bool
     seq_start: Tensor | None  # int32 [B]
     seq_end: Tensor | None  # int32 [B]
-    bias: Tensor | None  # [B or 1, H or 1, T or 1, S], of scores, where there is no interval
+    bias: Tensor | None  # [B or 1, H or 1, T or 1, S], bias of the scores, if there is no interval
 
 
 def hidden_keys(mask: Tensor, B: int) -> Tensor:
-    """Which keys a padding mask hides, bool ``[B, S]``; it may be added to scores, with -inf."""
+    """Keys that a padding mask hides, bool ``[B, S]``; a float mask hides them by -inf."""
     mask = mask.expand(B, mask.shape[-1])
     return mask if mask.dtype == torch.bool else mask.isneginf()
 
@@ -31,7 +31,7 @@ def take_apart(
     is_causal: bool,
     is_self: bool,
 ) -> AttentionMasks:
-    """Intervals of keys where the masks are such, or else a bias of scores.
+    """Intervals of keys if the masks are intervals, else a bias of the scores.
 
     Args:
         query: ``[B, T, E]``.
@@ -51,7 +51,7 @@ def take_apart(
         start = torch.where(padding, S, place).amin(1)
         end = torch.where(padding, 0, place + 1).amax(1)
         start = start.minimum(end)
-        other = ((~padding).sum(1) != end - start).any()  # a gap, or a bias that hides nothing
+        other = ((~padding).sum(1) != end - start).any()  # a gap between keys
         if key_padding_mask.dtype != torch.bool:
             other = other | (~padding & (key_padding_mask != 0)).any()
         if not bool(other):
@@ -68,7 +68,7 @@ def take_apart(
 
 
 def _as_bias(mask: Tensor, like: Tensor) -> Tensor:
-    """What a mask adds to scores: -inf where a boolean one is True."""
+    """The bias of a mask: -inf where a boolean mask is True."""
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)

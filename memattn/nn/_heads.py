@@ -1,4 +1,4 @@
-"""What multi-head attention layers share: their projections."""
+"""Projections shared by multi-head attention layers."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -14,15 +14,15 @@ class KeyValueCache(Protocol):
     """Keys and values of earlier calls; ``memattn.models.MemAttnCache`` holds one per layer."""
 
     def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``[B, Hkv, T, D]`` and return the kept ones with them, ``[B, Hkv, S, D]``."""
+        """Append ``[B, Hkv, T, D]`` and return all kept entries, ``[B, Hkv, S, D]``."""
         ...
 
 
 class TokenCache(KeyValueCache, Protocol):
-    """A cache that also takes what else a layer needs of earlier tokens."""
+    """A cache that also keeps other tensors of earlier tokens."""
 
     def append(self, name: str, states: Tensor) -> Tensor:
-        """Append ``[B, ..., T, F]`` and return the kept ones with them, ``[B, ..., S, F]``."""
+        """Append ``[B, ..., T, F]`` and return all kept entries, ``[B, ..., S, F]``."""
         ...
 
 
@@ -71,7 +71,7 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query ``[B, H, T, D]``, key and value ``[B, Hkv, T, D]`` of ``[B, T, E]``.
 
-        ``change_value`` maps values ``[B, T, Hkv D]`` to those that are used instead.
+        ``change_value`` replaces the values ``[B, T, Hkv D]`` by its result.
         """
         check_rank("hidden_states", hidden_states, "B T E")
         projected = [proj(hidden_states) for proj in (self.q_proj, self.k_proj, self.v_proj)]
@@ -88,9 +88,10 @@ class MultiHeadAttention(nn.Module):
 
 
 class PersistentAttention(MultiHeadAttention):
-    """The same with persistent keys and values, which every query sees.
+    """``MultiHeadAttention`` with persistent keys and values, which every query sees.
 
-    They start small, so that the layer starts close to one without them, and carry no position.
+    They are initialised small, so that at first they change the output little, and have no
+    position.
 
     Args:
         hidden_size: As in ``MultiHeadAttention``, with the three that follow.

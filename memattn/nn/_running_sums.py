@@ -1,4 +1,4 @@
-"""Sums over earlier entries of each sequence of a row, in an order that nothing else changes."""
+"""Running sums within each sequence of a row, in an order that the batch does not change."""
 
 import torch
 from torch import Tensor
@@ -6,13 +6,13 @@ from torch.nn import functional as F
 
 
 def shift(x: Tensor, n: int, index: Tensor) -> Tensor:
-    """``x [B, N, E]`` of the block ``n`` earlier, 0 where ``index [B, N]`` has none."""
+    """``x [B, N, E]`` of the block ``n`` positions earlier; 0 if ``index [B, N]`` has none."""
     moved = F.pad(x, (0, 0, n, 0)).narrow(1, 0, x.shape[1])
     return torch.where((index >= n)[..., None], moved, 0.0)
 
 
 def running_sum(x: Tensor, index: Tensor) -> Tensor:
-    """Sum over all blocks up to each; its order depends on ``index`` alone.
+    """Sum over all blocks up to each; its order depends only on ``index``.
 
     In a traced graph, whose steps cannot depend on the length, it is a difference of sums over
     the row.

@@ -1,4 +1,4 @@
-"""Specialists: attentions that begin as copies of one that is frozen, and their projections."""
+"""Specialists: attentions initialised as copies of a frozen one, and their projections."""
 
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ PROJECTIONS = ("q", "k", "v", "out")
 
 
 class AttentionWeights(NamedTuple):
-    """Weights and biases of one attention, or of several beside each other."""
+    """Weights and biases of one attention, or of several stacked ones."""
 
     q: Tensor  # [F * E, E]
     k: Tensor  # [F * E, Ek]
@@ -41,7 +41,7 @@ def weights_of(attention: nn.MultiheadAttention) -> AttentionWeights:
 def beside_each_other(
     branches: Sequence[AttentionWeights], projections: Collection[str] = PROJECTIONS
 ) -> AttentionWeights:
-    """The weights of several attentions, for one product for all of them; others are None."""
+    """Stack the weights of several attentions for one product; the other fields are None."""
 
     def join(name: str) -> Tensor | None:
         found = [getattr(branch, name) for branch in branches]
@@ -53,13 +53,13 @@ def beside_each_other(
 
 
 class AttentionSpecialist(nn.Module):
-    """The projections of a specialist, which begin as those of the base.
+    """The projections of a specialist, initialised as those of the base.
 
     Args:
-        base: Weights of the attention that it begins as; they are copied, or with ``rank`` only
-            looked at in ``weights``.
-        rank: Rank of what is added to the base's weights; None trains whole weights. Biases are
-            always whole.
+        base: Weights of the base attention. They are copied; with ``rank`` they are not copied but
+            used by ``weights``.
+        rank: Rank of the change added to the base's weights; None trains full weights. Biases are
+            always full.
 
     Raises:
         TypeError: If ``rank`` is no integer.
@@ -84,7 +84,7 @@ class AttentionSpecialist(nn.Module):
             self.register_parameter(f"{name}_bias", copied)
 
     def reset_parameters(self, std: float) -> None:
-        """Give it new weights of a standard deviation, until ``copy``; biases of 0."""
+        """Draw weights with standard deviation ``std``, until ``copy``; biases are 0."""
         for name in PROJECTIONS:
             if self.rank is None:
                 nn.init.normal_(getattr(self, f"{name}_weight"), std=std)
@@ -96,7 +96,7 @@ class AttentionSpecialist(nn.Module):
                 nn.init.zeros_(getattr(self, f"{name}_bias"))
 
     def has_biases_of(self, base: AttentionWeights) -> bool:
-        """Whether it has the biases that an attention has."""
+        """Whether it has the same biases as the base."""
         return all(
             (getattr(self, f"{name}_bias") is None) == (getattr(base, f"{name}_bias") is None)
             for name in PROJECTIONS
@@ -104,14 +104,14 @@ class AttentionSpecialist(nn.Module):
 
     @torch.no_grad()
     def copy(self, base: AttentionWeights) -> None:
-        """Copy the weights that it has whole, but those that transformers has just loaded."""
+        """Copy the base's weights into its full weights, unless transformers has loaded them."""
         for name in (*PROJECTIONS, *(f"{name}_bias" for name in PROJECTIONS)):
             own = getattr(self, name if name.endswith("bias") else f"{name}_weight", None)
             if own is not None and not getattr(own, "_is_hf_initialized", False):
                 own.copy_(getattr(base, name))
 
     def weights(self, base: AttentionWeights | None) -> AttentionWeights:
-        """Its weights; ``base`` has those that a low-rank specialist adds to."""
+        """Its weights; a low-rank specialist adds its change to those of ``base``."""
         if self.rank is None:
             weights = [getattr(self, f"{name}_weight") for name in PROJECTIONS]
         else:
@@ -134,8 +134,8 @@ def reduce_branches(out: Tensor, gates: Tensor, weights: AttentionWeights) -> Te
 
     Args:
         out: ``[B, F, H, T, D]``, gated.
-        gates: ``[B, T, F]``, of the biases.
-        weights: Those of all branches beside each other.
+        gates: ``[B, T, F]``, factors of the biases.
+        weights: Stacked weights of all branches.
 
     Returns:
         ``[B, T, E]`` in the dtype of ``out``.
@@ -147,20 +147,20 @@ def reduce_branches(out: Tensor, gates: Tensor, weights: AttentionWeights) -> Te
 
 
 class Slots(NamedTuple):
-    """The branches that tokens use: A slots each."""
+    """The branches that tokens use; each token has A slots."""
 
     gates: Tensor  # [B, T, A]
     branches: Tensor | None  # int64 [B, T, A]; None means that slot a is branch a
 
     def take(self, query: Tensor) -> Tensor:
-        """Queries ``[B, A, H, T, D]`` of those of all branches, ``[B, F, H, T, D]``."""
+        """Select queries ``[B, A, H, T, D]`` from those of all branches, ``[B, F, H, T, D]``."""
         if self.branches is None:
             return query
         at = self.branches.transpose(1, 2)[:, :, None, :, None]  # [B, A, 1, T, 1]
         return query.gather(1, at.expand(-1, -1, *query.shape[2:3], -1, query.shape[-1]))
 
     def put(self, out: Tensor, n_branches: int) -> Tensor:
-        """Results ``[B, A, H, T, D]`` as those of all branches, 0 in others."""
+        """Scatter results ``[B, A, H, T, D]`` to all branches; unused branches get 0."""
         if self.branches is None:
             return out
         at = self.branches.transpose(1, 2)[:, :, None, :, None]
@@ -169,7 +169,7 @@ class Slots(NamedTuple):
 
 
 def choose_slots(shares: Tensor, slots: int | None) -> Slots:
-    """The branches with the largest gates ``[B, T, F]``, at most ``slots`` of them; None: all."""
+    """The ``slots`` branches with the largest gates ``[B, T, F]``; None: all branches."""
     if slots is None or slots >= shares.shape[-1]:
         return Slots(shares, None)
     order = shares.detach().sort(dim=-1, descending=True, stable=True).indices
@@ -178,15 +178,15 @@ def choose_slots(shares: Tensor, slots: int | None) -> Slots:
 
 
 def mix_with_base(base: Tensor, gates: Tensor, others: Tensor) -> Tensor:
-    """The gated base and the specialists, and the base's bits where a token uses it alone.
+    """Add the gated base and the specialists; tokens that use only the base get it unchanged.
 
     Args:
         base: ``[B, T, E]``.
-        gates: ``[B, T, 1 + N]``; absent tokens, which have none at all, get what the base has.
+        gates: ``[B, T, 1 + N]``; absent tokens, whose gates are all 0, get the base's output.
         others: ``[B, T, E]``, the sum of the gated specialists.
     """
     first = gates[..., :1]
-    # what is not used may hold NaN, and is not multiplied
+    # unused outputs may be NaN, so they are not multiplied by 0
     mixed = torch.where(first == 0, 0.0, first * base) + others
     alone = (first == 1) | ~gates.any(-1, keepdim=True)
     return torch.where(alone, base, mixed.to(base.dtype))

@@ -1,4 +1,4 @@
-"""Position embeddings of two coordinates: the segment of a token, and its place in the segment."""
+"""Position embeddings of two coordinates: a token's segment and its index in the segment."""
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +8,12 @@ from memattn.checks import check_int
 
 
 class AxialPositions(nn.Module):
-    """A row for each segment plus a row for each place within one, both learned.
+    """Learned embedding of the segment plus learned embedding of the index in the segment.
 
     Args:
         hidden_size: Features of the hidden states, ``E``.
         segment_len: Tokens in a segment, ``L``.
-        max_positions: Positions that there are rows for.
+        max_positions: Largest number of positions.
 
     Example:
         >>> AxialPositions(64, segment_len=16, max_positions=100)(torch.arange(100)[None]).shape
@@ -36,10 +36,10 @@ class AxialPositions(nn.Module):
 
 
 class ContinuousAxialPositions(nn.Module):
-    """The same by two small networks, one for each coordinate, for sequences of any length.
+    """The same embeddings from two small networks, one per coordinate, for sequences of any length.
 
-    A network has one hidden layer with SiLU. It gets the place in the segment, divided by the
-    length of a segment, or ``log(1 + segment)``, which stays small however long the text is.
+    Each network has one hidden layer with SiLU. One gets the index in the segment divided by the
+    segment length, the other ``log(1 + segment)``, which stays small for long texts.
 
     Args:
         hidden_size: Features of the hidden states, and of the hidden layers, ``E``.
@@ -47,8 +47,8 @@ class ContinuousAxialPositions(nn.Module):
 
     Note:
         Source: ``ContinuousAxialPositionalEmbedding`` of axial-positional-embedding,
-        https://github.com/lucidrains/axial-positional-embedding. Differs: there a network gets
-        the number of the segment and of the place themselves.
+        https://github.com/lucidrains/axial-positional-embedding. Differs: there the networks get
+        the segment number and the index themselves.
     """
 
     def __init__(self, hidden_size: int, segment_len: int) -> None:
@@ -56,14 +56,14 @@ class ContinuousAxialPositions(nn.Module):
         check_int("hidden_size", hidden_size, 1)
         check_int("segment_len", segment_len, 1)
         self.segment_len = segment_len
-        # [2, ...]: of the segment, of the place
+        # [2, ...]: for the segment, for the index in it
         self.in_weight = nn.Parameter(torch.empty(2, hidden_size))
         self.in_bias = nn.Parameter(torch.empty(2, hidden_size))
         self.out_weight = nn.Parameter(torch.empty(2, hidden_size, hidden_size))
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """New networks, whose outputs are about as large as embeddings of this deviation."""
+        """New weights; outputs are about as large as embeddings with standard deviation ``std``."""
         nn.init.uniform_(self.in_weight, -1.0, 1.0)
         nn.init.uniform_(self.in_bias, -1.0, 1.0)
         nn.init.normal_(self.out_weight, std=std * self.out_weight.shape[-1] ** -0.5)
@@ -74,7 +74,7 @@ class ContinuousAxialPositions(nn.Module):
         segment = torch.div(positions, self.segment_len, rounding_mode="floor").to(wide)
         place = (positions % self.segment_len).to(wide) / self.segment_len
         found = []
-        # coordinates are not rounded to half types, or neighbours would be alike
+        # coordinates stay float32: in half types neighbouring positions would be equal
         for i, coordinate in enumerate((segment.log1p(), place)):
             hidden = coordinate[..., None] * self.in_weight[i].to(wide) + self.in_bias[i].to(wide)
             hidden = F.silu(hidden).to(self.out_weight.dtype)

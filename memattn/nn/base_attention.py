@@ -1,4 +1,4 @@
-"""What specialists need to know of the attention that they stand beside, whatever its class."""
+"""Description of a base attention of any class, as specialists need it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,22 +11,23 @@ from memattn.nn.attention_specialist import AttentionWeights
 
 
 class BaseAttention(NamedTuple):
-    """Projections of an attention, and what it does to its heads."""
+    """Projections of an attention, the norms of its heads and its scale."""
 
-    weights: AttentionWeights  # of key and value heads [Hkv D, E]
+    weights: AttentionWeights  # keys and values are [Hkv D, E]
     num_heads: int
     num_kv_heads: int
-    q_norm: nn.Module | None = None  # of the features of a query head
-    k_norm: nn.Module | None = None  # of those of a key head
+    q_norm: nn.Module | None = None  # norm of a query head
+    k_norm: nn.Module | None = None  # norm of a key head
     scale: float | None = None  # of the scores; None means 1 / sqrt(head_dim)
 
 
-# how to look at an attention of a class, and of those derived from it; None: it has no projections
+# by class (subclasses included): a function that describes its attentions, or None without
+# projections
 BASES: dict[type[nn.Module], Callable[[Any], BaseAttention | None]] = {}
 
 
 def base_attention(module: nn.Module) -> BaseAttention | None:
-    """What specialists need to know of an attention, or None where it is none they know."""
+    """Description of an attention for specialists; None for unknown classes."""
     for kind in type(module).__mro__:
         if kind in BASES:
             return BASES[kind](module)
@@ -40,7 +41,7 @@ def _of_heads(module: MultiHeadAttention) -> BaseAttention:
 
 
 def _matrix_of(layer: nn.Module) -> Any:
-    """The weight of a linear layer without a bias, with what an adapter such as LoRA adds to it."""
+    """The weight of a linear layer without bias, with the change of an adapter such as LoRA."""
     if isinstance(layer, nn.Linear):
         return layer.weight
     held: Any = layer

@@ -1,4 +1,4 @@
-"""Projections of branches for what their tokens use: a product for each branch and its rows."""
+"""Projections of branches for the tokens that use them: one product per branch and its rows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,9 +10,9 @@ from torch.autograd.function import once_differentiable
 from memattn.nn.attention_specialist import AttentionWeights
 from memattn.ops._attention import autocast
 
-# A branch's rows are filled up to a multiple of this: products of fewer rows, and the last rows of
-# products, may be summed in another order, and what one token gets would depend on how many others
-# use its branch.
+# A branch's rows are padded to a multiple of this. Smaller products, and the last rows of products,
+# may be summed in another order, so that a token's result would depend on how many others use its
+# branch.
 ROWS = 16
 
 
@@ -26,32 +26,32 @@ class Span(NamedTuple):
 
 
 class BranchPlan(NamedTuple):
-    """Which branches the tokens of a batch use, read on the host."""
+    """The branches that the tokens of a batch use, read on the host."""
 
     slots: Tensor  # int64 [B, T, A], the branch of each slot, or -1
-    gates: Tensor  # [B, T, A], the gates of these
-    places: Tensor  # int64 [B, T, A], the branch among those that its sample uses, or -1
+    gates: Tensor  # [B, T, A], the gates of the slots
+    places: Tensor  # int64 [B, T, A], the branch's index among those that the sample uses, or -1
     used: list[list[int]]  # the branches of each sample, rising
-    spans: list[Span]  # rows of the branches, which rise
-    slot_of: Tensor  # int64 [n], slots of the rows in ``slots.flatten()``, -1 for what fills up
+    spans: list[Span]  # rows of the branches, in ascending order
+    slot_of: Tensor  # int64 [n], slots of the rows in ``slots.flatten()``; -1 for padding
     row_of: Tensor  # int64 [B * T, A], the row of every slot, or -1
 
     @property
     def branches(self) -> list[int]:
-        """Branches that some token uses, rising."""
+        """Branches that some token uses, in ascending order."""
         return [span.branch for span in self.spans]
 
     @property
     def width(self) -> int:
-        """Most branches that a sample uses."""
+        """Largest number of branches that a sample uses."""
         return max(map(len, self.used), default=0)
 
     def queries(self, x: Tensor, weights: Mapping[int, AttentionWeights], heads: int) -> Tensor:
-        """Map ``[B, T, E]`` to the heads of every slot, ``[B, A, H, T, D]``, 0 in empty ones.
+        """Map ``[B, T, E]`` to the heads of every slot, ``[B, A, H, T, D]``; 0 in empty slots.
 
         Args:
-            x: What tokens hold.
-            weights: Those of ``branches`` by their number.
+            x: The tokens' features.
+            weights: Weights of ``branches``, by branch.
             heads: Heads of a branch.
         """
         B, T, A = self.slots.shape
@@ -66,11 +66,11 @@ class BranchPlan(NamedTuple):
     ) -> Tensor:
         """Map ``[B, S, E]`` to keys or values of each sample's branches, ``[B, F, Hkv, S, D]``.
 
-        F is ``width``, and branch ``places`` of a sample is what a slot is in. Of samples that use
-        fewer branches the others are 0.
+        F is ``width``; ``places`` gives the index of a slot's branch. Samples that use fewer
+        branches are padded with 0.
 
         Args:
-            x: What keys are made of.
+            x: Features that keys or values are computed from.
             weights: Likewise.
             heads: Heads of a branch.
             name: ``"k"`` or ``"v"``.
@@ -89,8 +89,8 @@ class BranchPlan(NamedTuple):
         """Sum over slots of their branches' output projections, ``[B, T, E]``.
 
         Args:
-            out: ``[B, A, H, T, D]``, with gates, 0 in empty slots.
-            weights: Likewise. A bias comes with the gate.
+            out: ``[B, A, H, T, D]``, gated; 0 in empty slots.
+            weights: As in ``queries``. Biases are multiplied by the gate.
         """
         B, A, H, T, D = out.shape
         slots = out.permute(0, 3, 1, 2, 4).reshape(B * T * A, H * D)
@@ -99,23 +99,23 @@ class BranchPlan(NamedTuple):
         if any(weights[branch].out_bias is not None for branch in self.branches):
             gates = move_rows(self.gates.reshape(-1, 1), self.slot_of, self.row_of.view(-1, 1))
         rows = _products(rows, self.spans, len(rows), weights, "out", gates)
-        # each token from the rows of its slots
+        # each token sums the rows of its slots
         token_of = torch.where(self.slot_of < 0, -1, self.slot_of // A)
         return sum_rows(rows, token_of, self.row_of).view(B, T, -1)
 
 
 def plan_branches(shares: Tensor, slots: int | None = None) -> BranchPlan:
-    """Find out which branches tokens use: those whose gates are not 0.
+    """Find the branches that tokens use: those whose gates are not 0.
 
     Args:
         shares: Gates ``[B, T, F]`` of all branches; their values are read on the host.
-        slots: Most branches of a token, those with the largest gates; None: all.
+        slots: Largest number of branches per token, taken by the largest gates; None: all.
     """
     B, T, F = shares.shape
     A = F if slots is None else min(slots, F)
-    # NaN is a gate that is open
+    # a NaN gate counts as open
     chosen = shares.detach().sort(dim=-1, descending=True, stable=True).indices[..., :A]
-    chosen = chosen.sort(dim=-1).values  # the order of a token's sum is that of the branches
+    chosen = chosen.sort(dim=-1).values  # a token's sum is in the order of the branches
     gates = shares.gather(-1, chosen)
     branches = torch.where(gates.detach() != 0, chosen, -1)
     present = shares.new_zeros(B, 1 + F, dtype=torch.bool)
@@ -154,7 +154,7 @@ def move_rows(x: Tensor, source: Tensor, targets: Tensor) -> Tensor:
 
 
 def sum_rows(x: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
-    """Sums of rows ``x[targets[r, 0]] + x[targets[r, 1]] + ...``, those at -1 left out.
+    """Sums of rows ``x[targets[r, 0]] + x[targets[r, 1]] + ...``, without those at -1.
 
     Args:
         x: ``[n, E]``.
@@ -205,15 +205,15 @@ def _products(
     name: str,
     factors: Tensor | None = None,
 ) -> Tensor:
-    """Rows ``[n, d_out]``: a product for each span, and 0 in rows of none.
+    """Rows ``[n, d_out]``: one product for each span, 0 in all other rows.
 
     Args:
         rows: ``[R, d_in]``.
-        spans: Which rows are multiplied by which branch's weight.
+        spans: The rows of each branch.
         n: Rows of the result.
-        weights: Those of each branch.
-        name: Which of its weights.
-        factors: ``[n, 1]``, of the biases.
+        weights: Weights of each branch.
+        name: Name of the weight.
+        factors: ``[n, 1]``, factors of the biases.
     """
     branches = sorted({span.branch for span in spans})
     at = {branch: i for i, branch in enumerate(branches)}
@@ -228,7 +228,7 @@ def _products(
 
 
 class _Products(torch.autograd.Function):
-    """Products that are written where they belong, without copies of weights and of results."""
+    """Products written in place into the result, without copies of weights or results."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Depthwise convolution over a token and those before it, and which tokens of a call exist."""
+"""Causal depthwise convolution, and the tokens of a call that exist."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class CausalConvolution(nn.Module):
-    """A filter of its own for each feature, over a token and those before it.
+    """A depthwise filter over a token and the tokens before it.
 
     Args:
         num_features: Features, ``F``.
@@ -22,14 +22,14 @@ class CausalConvolution(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """New filters, uniform as those of ``torch.nn.Conv1d``."""
+        """New filters, drawn like those of ``torch.nn.Conv1d``."""
         bound = self.size**-0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, inputs: Tensor, T: int, positions: Tensor | None = None) -> Tensor:
         """Filter the last ``T`` of ``inputs [B, S, F]``, where ``S`` is at least ``T + size - 1``.
 
-        ``positions`` int64 ``[T]`` of packed documents: nothing before position 0 is seen.
+        ``positions`` int64 ``[T]`` of packed documents: tokens before position 0 are not seen.
         """
         return causal_convolution(inputs, self.weight, T, positions)
 
@@ -52,7 +52,7 @@ def causal_convolution(
 
 
 class PresentTokens(NamedTuple):
-    """Which tokens of a call exist: those of each row follow each other."""
+    """The existing tokens of a call; they are contiguous in each row."""
 
     present: Tensor  # bool [B, T]
     start: Tensor  # int64 [B]
@@ -62,7 +62,7 @@ class PresentTokens(NamedTuple):
 def present_tokens(
     x: Tensor, seq_start: Tensor | None, seq_end: Tensor | None
 ) -> PresentTokens | None:
-    """None where all tokens exist."""
+    """None if all tokens exist."""
     B, T, _ = x.shape
     if seq_start is None and seq_end is None:
         return None
@@ -82,18 +82,19 @@ def continued_convolution(
     bounds: PresentTokens | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Filter tokens ``[B, T, F]`` after those before, and what is to be kept for later ones.
+    """Filter tokens ``[B, T, F]`` that follow earlier ones; also return the inputs to keep.
 
     Args:
         x: ``[B, T, F]``.
         weight: Filters ``[F, size]``.
-        past: ``[B, n, F]``, inputs before these, the newest last; None: there are none.
-        kept: Inputs that are kept, at least ``size - 1``.
-        bounds: Which tokens exist; None means all. Others count as 0.
+        past: ``[B, n, F]``, earlier inputs, the newest last; None if there are none.
+        kept: Number of inputs to keep, at least ``size - 1``.
+        bounds: The existing tokens; None means all. Missing tokens count as 0.
         cu_seqlens: int32 ``[n+1]``, bounds of packed documents, without a past.
 
     Returns:
-        ``[B, T, F]`` and the newest inputs ``[B, kept, F]``, of each document where there are such.
+        ``[B, T, F]``, and the newest inputs ``[B, kept, F]`` (of each document with
+        ``cu_seqlens``).
     """
     B, T, width = x.shape
     if past is None:
@@ -105,7 +106,7 @@ def continued_convolution(
         inputs = torch.cat([past, x], 1)
         after = inputs[:, T:]
     else:
-        # what was before stands right before the first token of each row
+        # earlier inputs come right before the first token of each row
         x = F.pad(torch.where(bounds.present[..., None], x, 0.0), (0, 0, kept, 0))
         column = torch.arange(kept, device=x.device)[:, None]
         at = lambda first: (first[:, None, None] + column).expand(-1, -1, width)

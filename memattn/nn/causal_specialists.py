@@ -1,4 +1,4 @@
-"""Specialists beside a causal attention: attentions of their own over the same tokens, gated."""
+"""Gated specialists of a causal attention: further attentions over the same tokens."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -27,28 +27,28 @@ from memattn.ops.branch_attention import branch_attention
 
 
 class SpecialistCache(TokenCache, Protocol):
-    """Keys and values of specialists of earlier calls, and what their gate keeps."""
+    """Cached keys and values of specialists, and the state of their gate."""
 
     def choose(self, wanted: tuple[str, ...], begins: Callable[[], bool]) -> tuple[str, ...]:
-        """The specialists whose keys are kept, among them those that are ``wanted``.
+        """The specialists whose keys are kept, including those in ``wanted``.
 
         ``begins`` says whether no row has tokens of earlier calls.
         """
         ...
 
     def read(self, name: str, initial: Tensor) -> Tensor:
-        """What is kept of each row, ``[B, ...]``."""
+        """The kept tensor, one entry per row, ``[B, ...]``."""
         ...
 
     def write(self, name: str, value: Tensor, history: Tensor | None = None) -> None:
-        """Replace it; ``history [B, T, ...]`` has its values after each token."""
+        """Replace the tensor; ``history [B, T, ...]`` has its values after each token."""
         ...
 
 
 class SpecialistOutput(NamedTuple):
-    """What stands instead of attention's output, and the gates; None where nothing asked for them.
+    """The output that replaces attention's, and the gates (None if not computed).
 
-    Without gates every token uses the base alone.
+    Without gates every token uses only the base.
     """
 
     hidden_states: Tensor  # [B, T, E]
@@ -56,7 +56,7 @@ class SpecialistOutput(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What specialists share in one call."""
+    """Data that all specialists share in one call."""
 
     base: BaseAttention | None
     rotary: tuple[Tensor, Tensor] | None
@@ -69,7 +69,7 @@ class _Call(NamedTuple):
         return None if self.base is None else self.base.weights
 
     def turn(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed and turned queries ``[B, A, H, T, D]`` and keys ``[B, F, Hkv, T, D]``."""
+        """Normed and rotated queries ``[B, A, H, T, D]`` and keys ``[B, F, Hkv, T, D]``."""
         if self.base is not None and self.base.q_norm is not None:
             query = self.base.q_norm(query)
         if self.base is not None and self.base.k_norm is not None:
@@ -88,7 +88,7 @@ class _Call(NamedTuple):
         branches: Tensor | None,
         backend: str,
     ) -> Tensor:
-        """Gated results of the slots, ``[B, A, H, T, D]``, over the keys that are kept, too."""
+        """Gated results of the slots, ``[B, A, H, T, D]``; attends to cached and new keys."""
         if self.cache is not None:
             key, value = self.cache.append("key", key), self.cache.append("value", value)
         return branch_attention(
@@ -101,19 +101,19 @@ class _Call(NamedTuple):
 
 
 class CausalSpecialists(SpecialistHolder):
-    """Gated specialists beside an attention of a decoder, which is called before.
+    """Gated specialists of a decoder's attention, which is called first.
 
     ``Y = g_0 Base(x) + sum_e g_e Specialist_e(x)``. A specialist is causal attention to all earlier
-    tokens of its sequence, by projections that begin as those of the base; whatever else the base
-    does (windows, persistent keys, memories) it does alone.
+    tokens of its sequence, with projections initialised from the base. Windows, persistent keys and
+    memories of the base apply to the base only.
 
     Args:
         hidden_size: Features of the hidden states, ``E``.
-        num_heads: Query heads, ``H``, as the base has.
-        num_kv_heads: Its key and value heads, ``Hkv``.
+        num_heads: Query heads of the base, ``H``.
+        num_kv_heads: Key and value heads of the base, ``Hkv``.
         head_dim: Features of a head, ``D``.
         gate: A gate for ``hidden_size`` features without specialists.
-        rank: Rank of what new specialists add to the base's weights; None: whole weights.
+        rank: Rank of new specialists' change of the base's weights; None: full weights.
         backend: Backend of ``branch_attention``.
 
     Raises:
@@ -122,8 +122,8 @@ class CausalSpecialists(SpecialistHolder):
 
     Note:
         Source: Shiftable attention, https://github.com/computermaster0101/shiftable-attention-poc.
-        Differs: nothing looks ahead, specialists have a state for decoding, and the base has
-        gradients for its input.
+        Differs: it is causal, specialists have a state for decoding, and gradients flow through the
+            base to its input.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class CausalSpecialists(SpecialistHolder):
         Args:
             name: Its name; None takes the first ``specialist_<n>`` that is free.
             prior: Its prior.
-            base: What it begins as a copy of; None leaves that to ``copy_base``.
+            base: The attention that it copies; None leaves that to ``copy_base``.
 
         Raises:
             ValueError: If ``name`` is taken or no name, ``prior`` is negative or not finite, or
@@ -164,10 +164,10 @@ class CausalSpecialists(SpecialistHolder):
         return self.add_copy(weights, name, prior=prior)
 
     def copy_base(self, base: BaseAttention | None) -> None:
-        """Let all specialists begin as copies of an attention; those loaded from files stay.
+        """Initialise all specialists as copies of an attention, except those loaded from files.
 
         Raises:
-            ValueError: If it has other sizes, or is None, no attention, and they are low-rank.
+            ValueError: If it has other sizes, or if it is None and the specialists are low-rank.
         """
         if base is None:
             if self.rank is not None:
@@ -185,7 +185,7 @@ class CausalSpecialists(SpecialistHolder):
                 specialist.copy(base.weights)
 
     def _blank(self) -> AttentionWeights:
-        """Weights of the shapes that it has without knowing a base."""
+        """Weights of the shapes that the specialist has without a base."""
         E, D = self.hidden_size, self.head_dim
         like = self.gate.place
         q, kv = (like.new_zeros(n * D, E) for n in (self.num_heads, self.num_kv_heads))
@@ -221,16 +221,17 @@ class CausalSpecialists(SpecialistHolder):
         """Gate the base and the specialists.
 
         Args:
-            hidden_states: What attention got, ``[B, T, E]``.
-            attended: What it gave, ``[B, T, E]``; the bits that a token gets which uses it alone.
-            base: What is known of it; None where it has no projections.
+            hidden_states: Input of attention, ``[B, T, E]``.
+            attended: Output of attention, ``[B, T, E]``; returned unchanged for tokens that use
+                only the base.
+            base: Description of the attention; None if it has no projections.
             positions: int64 ``[B or 1, T]``, each token's place in its own sequence or document.
             present: bool ``[B, T]``, False for padding.
             rotary: Cosines and sines ``[B or 1, 1, T, D/2]``, or None.
             cu_seqlens: int32 ``[n+1]``, bounds of packed documents, with ``B = 1``.
             seq_start: int32 ``[B]``, the first column of each sequence, cached ones included.
             seq_end: int32 ``[B]``, the column after the last one.
-            cache: What earlier calls keep, which this one extends.
+            cache: State of earlier calls, which this call extends.
             prior: ``prior`` of the ``DomainGate``.
             mask: Its ``mask``.
             override: Its ``override``.
@@ -241,7 +242,7 @@ class CausalSpecialists(SpecialistHolder):
             ValueError: If an argument does not fit, or ``cache`` lacks a specialist that is used.
         """
         used = self.used_specialists(prior, override)
-        if cache is not None:  # later calls may use whatever is open
+        if cache is not None:  # later calls may use any open specialist
             wanted = sorted({*used, *self.gate.open_specialists})
             names = tuple(self.gate.specialists[e] for e in wanted)
             names = cache.choose(names, lambda: not bool((positions[:, :1] > 0).any()))
@@ -277,7 +278,7 @@ class CausalSpecialists(SpecialistHolder):
     def _by_branches(
         self, x: Tensor, shares: Tensor, names: list[str], slots: int | None, call: _Call
     ) -> Tensor:
-        """Gated sum of specialists ``[B, T, E]``, which are projected for all tokens."""
+        """Gated sum of specialists ``[B, T, E]``; each is projected for all tokens."""
         n = len(names)
         each = [self.specialist(name).weights(call.own) for name in names]
         weights = beside_each_other(each)
@@ -291,10 +292,10 @@ class CausalSpecialists(SpecialistHolder):
     def _by_rows(
         self, x: Tensor, shares: Tensor, names: list[str], slots: int, call: _Call
     ) -> Tensor:
-        """The same, with queries and outputs for the specialists that a token uses alone.
+        """The same sum; queries and outputs are computed only for the specialists a token uses.
 
-        Keys are those of all: later tokens may use any of them, and what a row gets does not depend
-        on which others use.
+        Keys of all specialists are computed: later tokens may use any of them, and a row's result
+            must not depend on what other rows use.
         """
         plan = plan_branches(shares, max(slots, 1))
         each = [self.specialist(name).weights(call.own) for name in names]

@@ -1,4 +1,4 @@
-"""Cross-attention of tokens to a memory bank, and the router that selects its chapters."""
+"""Cross-attention of tokens to a memory bank, and the router that selects chapters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,22 +21,22 @@ from memattn.reference.chapter_quantization import LARGEST, dequantize_rows, qua
 
 
 class ProjectedChapters(NamedTuple):
-    """Keys and values of chapters, as ``chapter_attention`` takes them."""
+    """Keys and values of chapters in the form of ``chapter_attention``."""
 
-    key: Tensor  # [C, Hkv, M, D], or codes with a scale
+    key: Tensor  # [C, Hkv, M, D], or quantised codes
     value: Tensor  # [C, Hkv, M, D]
     key_scale: Tensor | None = None  # [C, Hkv, M]
     value_scale: Tensor | None = None
 
 
 class ChapterRouter(nn.Module):
-    """A linear layer that selects chapters, with its losses; see ``memattn.ops.chapter_router``.
+    """A linear router that selects chapters, with its losses; see ``memattn.ops.chapter_router``.
 
     Args:
         hidden_size: Features of a row, ``E``.
         num_chapters: Chapters of the bank, ``C``.
         top_k: Routed chapters that a row selects.
-        num_shared: Chapters, the first ones, that every row selects; they have no parameters here.
+        num_shared: Number of first chapters that every row selects; they have no logits.
         temperature: Divisor of the logits.
         routed_scale: Factor of the weights of routed chapters.
         normalisation: ``"mean"`` or ``"sum"``, of the load-balance loss.
@@ -80,7 +80,7 @@ class ChapterRouter(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor, valid: Tensor | None = None) -> RouterOutput:
-        """Select chapters for rows ``[B, N, E]``, of which those in ``valid [B, N]`` exist."""
+        """Select chapters for rows ``[B, N, E]``; ``valid [B, N]`` marks the rows that exist."""
         return chapter_router(
             hidden,
             self.weight,
@@ -102,9 +102,9 @@ class ChapterRouter(nn.Module):
 class MemoryCrossAttention(nn.Module):
     """Multi-head attention of tokens to selected chapters of a memory bank.
 
-    Keys and values of the chapters are projected once per call for the whole batch. Memory has no
-    positions and no order. Without biases; the output projection may start at zero, so that the
-    layer starts as nothing.
+    Keys and values of the chapters are projected once per call for the whole batch. Memory tokens
+    have no position and no order. There are no biases. The output projection may start at zero, so
+    that at first the layer has no effect.
 
     Args:
         hidden_size: Features of the hidden states, ``E``.
@@ -115,8 +115,8 @@ class MemoryCrossAttention(nn.Module):
         projection_rank: Rank of the four projections; None means full rank.
         combine: ``"joint"``, one softmax over all selected chapters, or ``"independent"``, one for
             each.
-        kv_bits: Keys and values are read in 8 or 4 bits, quantised after their projection; None
-            means as they are. Gradients pass straight through.
+        kv_bits: 8 or 4: keys and values are quantised after their projection, with straight-through
+            gradients. None: not quantised.
         zero_output: Whether the output projection starts at zero.
         backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
@@ -182,15 +182,15 @@ class MemoryCrossAttention(nn.Module):
 
         Args:
             bank: The bank.
-            chapters: int64 ``[U]``, which ones; None means all.
+            chapters: int64 ``[U]``, indices of the chapters; None means all.
         """
-        rows = bank.stored(chapters, self.dtype)  # read once for both
+        rows = bank.stored(chapters, self.dtype)  # read once for keys and values
         return self._of_heads(
             self._project(bank, rows, self.k_proj), self._project(bank, rows, self.v_proj)
         )
 
     def project_states(self, states: Tensor) -> ProjectedChapters:
-        """Keys and values of one chapter whose memory tokens are given, ``[1, Hkv, n, D]`` each.
+        """Keys and values ``[1, Hkv, n, D]`` of one chapter with the given memory tokens.
 
         Args:
             states: ``[n, memory_dim]``, in the dtype of the weights.
@@ -198,7 +198,7 @@ class MemoryCrossAttention(nn.Module):
         return self._of_heads(self.k_proj(states)[None], self.v_proj(states)[None])
 
     def _of_heads(self, key: Tensor, value: Tensor) -> ProjectedChapters:
-        """Projected rows ``[U, M, Hkv * D]`` by head, and in few bits where those are wanted."""
+        """Split projected rows ``[U, M, Hkv * D]`` into heads; quantise them with ``kv_bits``."""
         key, value = (
             rearrange(states, "u m (h d) -> u h m d", d=self.head_dim) for states in (key, value)
         )
@@ -218,7 +218,7 @@ class MemoryCrossAttention(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the projections."""
+        """The dtype of the projections."""
         return next(self.k_proj.parameters()).dtype
 
     @staticmethod
@@ -250,13 +250,13 @@ class MemoryCrossAttention(nn.Module):
         Args:
             hidden_states: ``[B, T, E]``.
             bank: The bank with ``C`` chapters.
-            indices: Selected chapters, as ``chapter_attention`` takes them.
+            indices: Selected chapters, in the form of ``chapter_attention``.
             weights: Their weights, float32, the shape of the indices; None means 1.
-            projected: Keys and values of all chapters, where they are known already.
-            open_chapters: Further chapters that every token attends to, each of any length, with a
-                weight: 1 counts as one chapter of the bank (see ``mix_chapters``).
-            open_bounds: ``seq_start`` and ``seq_end`` in columns of this call, for them.
-            routing_block: As in ``chapter_attention``, like all that follow.
+            projected: Keys and values of all chapters, if already computed.
+            open_chapters: Further chapters of any length that every token attends to, each with a
+                weight; 1 is the weight of one chapter of the bank (see ``mix_chapters``).
+            open_bounds: ``seq_start`` and ``seq_end`` for them, in columns of this call.
+            routing_block: As in ``chapter_attention``, like all arguments below.
             seq_start: int32 ``[B]``.
             seq_end: int32 ``[B]``.
             cu_seqlens: int32 ``[n + 1]``.
@@ -267,7 +267,7 @@ class MemoryCrossAttention(nn.Module):
         if projected is None:
             chapters = None
             if resolve_backend(self.backend, query) != "reference":
-                # the reference sums over the bank in its order, which must not follow the batch
+                # the reference sums in the order of the bank, which must not depend on the batch
                 chapters, indices = selected_union(indices, bank.num_chapters)
             projected = self.project(bank, chapters)
         bank_output = self._attend(
@@ -287,7 +287,7 @@ class MemoryCrossAttention(nn.Module):
             others = []
             for chapter, weight in open_chapters:
                 output = self._attend(query, chapter, every, None, **open_bounds or {})
-                # a chapter counts as one of the bank, however long it is
+                # a chapter weighs as much as one of the bank, whatever its length
                 times = bank.tokens_per_chapter / chapter.key.shape[2] if self.is_joint else 1.0
                 others.append((output, weight * times))
             out = mix_chapters(bank_output, others, joint=self.is_joint)
@@ -295,7 +295,7 @@ class MemoryCrossAttention(nn.Module):
 
     @property
     def is_joint(self) -> bool:
-        """Whether all chapters are in one softmax."""
+        """Whether all chapters share one softmax."""
         return self.combine == "joint"
 
     def _attend(
@@ -324,7 +324,7 @@ class MemoryCrossAttention(nn.Module):
 
 
 class MemoryBanks(nn.Module):
-    """The banks of a model, which its memory layers share."""
+    """The memory banks of a model, shared by its memory layers."""
 
     def __init__(self, banks: list[MemoryBank]) -> None:
         super().__init__()
@@ -332,13 +332,13 @@ class MemoryBanks(nn.Module):
 
 
 class ChapterMemory(nn.Module):
-    """What one layer has of its own: router, cross-attention, and in variant B an MLP.
+    """The modules of one layer: router, cross-attention, and for variant B an MLP.
 
     Args:
-        router: Selects chapters; None where every token sees all of them.
-        attention: Attends to them.
-        bank_index: Which of the model's banks it reads.
-        mlp_norm: Norm before the MLP, together with it.
+        router: Selects chapters; None if every token sees all of them.
+        attention: Attends to the selected chapters.
+        bank_index: Index of the bank that it reads.
+        mlp_norm: Norm before the MLP; given together with ``mlp``.
         mlp: MLP after the memory; its output projection should start at zero, as the attention's.
     """
 
@@ -359,19 +359,19 @@ class ChapterMemory(nn.Module):
 
 
 def selected_union(indices: Tensor, num_chapters: int) -> tuple[Tensor | None, Tensor]:
-    """The chapters that any row selected, and the indices as numbers among them.
+    """The chapters that any row selected, and the indices renumbered to them.
 
     The union has the static size ``min(C, number of indices)``, padded with chapters that no row
-    selected; where that is all of them, or a program is exported for any number of indices, the
-    indices stay as they are.
+    selected. If that is all chapters, or in a program exported for any number of indices, the
+    indices are unchanged.
 
     Returns:
-        int64 ``[U]``, rising among those selected, or None for all; and int32 indices.
+        int64 ``[U]``, ascending among the selected ones, or None for all; and int32 indices.
     """
     if torch.compiler.is_exporting() or indices.numel() >= num_chapters:
         return None, indices
     flat = indices.long().flatten()
-    # one place more, which takes the empty slots
+    # one more entry for the empty slots
     slot = torch.where(flat < 0, num_chapters, flat)
     used = torch.zeros(num_chapters + 1, dtype=torch.bool, device=indices.device)
     used = used.index_fill(0, slot, True)[:num_chapters]

@@ -1,4 +1,4 @@
-"""Attention to several sets of chapters, put together from the output and ``lse`` of each."""
+"""Combine attention to several sets of chapters from the output and ``lse`` of each."""
 
 from collections.abc import Sequence
 
@@ -11,19 +11,19 @@ from memattn.ops.segmented_attention import AttentionOutput
 def mix_chapters(
     first: AttentionOutput, others: Sequence[tuple[AttentionOutput, float]], *, joint: bool
 ) -> Tensor:
-    """Attention to one set of chapters and to others, each with a weight.
+    """Combine attention to one set of chapters with attention to others, each with a weight.
 
-    - joint: one softmax over all of their keys, those of a set times its weight:
-      ``sum_i w_i exp(lse_i) out_i / sum_i w_i exp(lse_i)``, where the first has weight 1;
+    - joint: one softmax over all keys, each multiplied by the weight of its set: ``sum_i w_i
+      exp(lse_i) out_i / sum_i w_i exp(lse_i)``, where the first has weight 1;
     - independent: ``first.out + sum_i w_i out_i``.
 
-    Computed in float32, or in float64 for such outputs, and rounded once. A query that attended to
-    nothing anywhere gives 0.
+    Computed in float32 (float64 for float64 outputs) and rounded once. A query that attended to no
+    key at all gives 0.
 
     Args:
         first: ``out [B, H, T, D]`` and ``lse [B, H, T]``.
-        others: The same of each other set, and its weight, which is positive.
-        joint: Which of the two.
+        others: The same for each other set, with its positive weight.
+        joint: Whether to use the joint rule.
 
     Returns:
         ``[B, H, T, D]`` in the dtype of ``first.out``. Differentiable in all outputs and ``lse``.

@@ -1,14 +1,14 @@
-"""Which tokens select chapters together, and from what: blocks of tokens, and their causal means.
+"""Routing by blocks: which tokens select chapters together, and the causal means they select by.
 
-Positions ``t = 0, 1, ...`` count the tokens of one sequence or document. Its block ``m`` begins at
-``t0 = m R``, and all tokens of the block use the chapters that the router selects from
+Positions ``t = 0, 1, ...`` count the tokens of one sequence or document. Block ``m`` starts at ``t0
+= m R``. All its tokens use the chapters that the router selects for
 
 - ``"sequence"``: the mean of the inputs at ``0 <= j <= t0``;
 - ``"rolling"``: the mean at ``max(0, t0 - W + 1) <= j <= t0``;
 - ``"hybrid"``: half of each;
 - ``"token"``: the input itself, with ``R = 1``.
 
-None of them depends on where a call ends, so decoding selects what prefill selects.
+None of them depends on where a call ends, so decoding selects the same chapters as prefill.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ STRATEGIES = ("sequence", "rolling", "token", "hybrid")
 
 
 class RoutingBlocks(NamedTuple):
-    """The blocks that tokens of one call belong to, int64 ``[B, N]`` each."""
+    """The blocks of one call's tokens, int64 ``[B, N]`` each."""
 
     start: Tensor  # column of the first token, negative for a block that began in an earlier call
     number: Tensor  # of the block in its sequence or document
@@ -31,7 +31,7 @@ class RoutingBlocks(NamedTuple):
 
 
 class PooledBlocks(NamedTuple):
-    """What blocks are routed by."""
+    """The inputs that blocks are routed by."""
 
     rows: Tensor  # [B, N, E], in the dtype of the inputs
     total: Tensor  # [B, N, E], sum of all inputs before the block, float64
@@ -62,12 +62,12 @@ def sequence_blocks(
 
 
 def document_blocks(cu_seqlens: Tensor, num_tokens: int, routing_block: int) -> RoutingBlocks:
-    """Blocks of one row of packed documents, which follow each other as the documents do."""
+    """Blocks of one row of packed documents, in the order of the documents."""
     R, T = routing_block, num_tokens
     cu = cu_seqlens.long()
     blocks = (cu.diff() + R - 1) // R
     if torch.compiler.is_compiling():
-        N = -(-T // R) + cu.numel() - 2 if T else 0  # at most; those that are too many are empty
+        N = -(-T // R) + cu.numel() - 2 if T else 0  # upper bound; superfluous blocks are empty
     else:
         N = int(blocks.sum())
     first = F.pad(blocks.cumsum(0), (1, 0))
@@ -93,24 +93,24 @@ def pool_blocks(
 ) -> PooledBlocks:
     """Means by which blocks are routed.
 
-    Sums inside a block have one order, whatever the batch and the call; sums over blocks are
+    Sums within a block have a fixed order, whatever the batch and the call; sums over blocks are
     float64.
 
     Args:
-        inputs: ``[B, kept + T, E]``, those of absent tokens 0.
+        inputs: ``[B, kept + T, E]``, 0 for absent tokens.
         blocks: Blocks in columns of this call.
-        strategy: One of ``STRATEGIES``, but not ``"token"``.
+        strategy: One of ``STRATEGIES`` except ``"token"``.
         routing_block: Tokens in a block, ``R``.
         routing_window: Tokens in the rolling window, ``W``.
         past: float64 ``[B, E]``, sum of the inputs before the block that holds the last column
             before this call; None without earlier calls.
-        past_is_whole: bool ``[B]``, whether that block ends there, so that the first of the blocks
-            is the next one, and not that one. Together with ``past``.
-        kept: Columns of earlier calls in front of the inputs: all, or at least ``R`` and ``W - 1``.
+        past_is_whole: bool ``[B]``, whether that block is complete, so that this call starts with
+            the next one. Given together with ``past``.
+        kept: Columns of earlier calls before the inputs: all, or at least ``R`` and ``W - 1``.
     """
     R, W = routing_block, routing_window
     full, rest = divmod(W - 1, R)  # a window is one token, some full blocks and the end of one
-    lead = full + 1 if kept else 0  # blocks in front of the first one
+    lead = full + 1 if kept else 0  # blocks before the first one
     before = torch.arange(-lead, 0, device=inputs.device)
     start = torch.cat([blocks.start[:, :1] + before * R, blocks.start], 1)
     index = torch.cat([blocks.number[:, :1] + before, blocks.number], 1)
@@ -154,7 +154,7 @@ def _gather_blocks(inputs: Tensor, start: Tensor, exists: Tensor, R: int, aligne
 
 
 def _fixed_sum(x: Tensor) -> Tensor:
-    """Sum over axis 2 in an order that depends on its length alone; half types in float32."""
+    """Sum over axis 2 in an order that depends only on its length; half types in float32."""
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     while x.shape[2] > 1:

@@ -1,4 +1,4 @@
-"""The gate of specialists: how much of each branch a token gets, from rows that specialists own."""
+"""The gate of specialists: weights of base and specialists for each token."""
 
 import re
 from contextlib import nullcontext
@@ -16,14 +16,14 @@ from memattn.nn.gate_row import GateRow, check_prior
 SCOPES = ("token", "prefix", "sequence")
 ACTIVATIONS = ("softmax", "sigmoid")
 NAMES = ("prior", "mask", "override", "labels", "label_weights")
-SUMS_TO_ONE = 1e-5  # how far the weights of a token may be from it
+SUMS_TO_ONE = 1e-5  # tolerance for the sum of a token's weights
 
 
 class GateState(NamedTuple):
-    """What a gate of scope ``"prefix"`` keeps of the tokens of earlier calls."""
+    """State of a gate with scope ``"prefix"``: sums over the tokens of earlier calls."""
 
     total: Tensor  # [B, E], float64, the sum of their inputs
-    tokens: Tensor  # [B], float64, how many there were
+    tokens: Tensor  # [B], float64, number of tokens
 
 
 class GateOutput(NamedTuple):
@@ -45,27 +45,29 @@ class GateOutput(NamedTuple):
 class DomainGate(nn.Module):
     """Gates of a base and N specialists, for every token of a sequence.
 
-    Each specialist has a row of its own, which gives its logit ``a_e``; the base's is 0. So rows
-    can be trained, frozen, saved and added one by one, and all others keep their bits. With the
-    prior ``prior_e`` of each and a temperature ``tau``:
+    Each specialist has its own row, a small network that gives its logit ``a_e``; the base's logit
+    is 0. So rows can be trained, frozen, saved and added one by one without changing the others.
+    With priors ``prior_e`` and a temperature ``tau``:
 
     - softmax: ``softmax(a_e / tau + log prior_e)``;
     - sigmoid: ``s_e / sum s`` of ``s_e = prior_e sigmoid(a_e / tau)`` and ``s_0 = prior_0``.
 
-    A specialist with prior 0 is **closed**: its gate is exactly 0, and the others are what they are
-    without it. New ones are closed until ``set_prior``. Where nothing is left, the base gets 1.
+    A specialist with prior 0 is **closed**: its gate is exactly 0, and the other gates are as if it
+    did not exist. New specialists are closed until ``set_prior``. If no branch is left, the base
+    gets 1.
 
     Logits are computed in float32, whatever the autocast.
 
     Args:
         hidden_size: Features of the input, E.
-        num_specialists: Specialists to begin with, named ``specialist_0``, ``specialist_1``, ...
-        scope: What a token's gates depend on: ``"token"``, its own input; ``"prefix"``, the mean
-            over all tokens up to it; ``"sequence"``, the mean over all tokens, for encoders.
+        num_specialists: Initial number of specialists, named ``specialist_0``, ``specialist_1``,
+            ...
+        scope: Input of a token's gates: ``"token"``, its own input; ``"prefix"``, the mean over all
+            tokens up to it; ``"sequence"``, the mean over all tokens, for encoders.
         activation: ``"softmax"`` or ``"sigmoid"``.
         temperature: ``tau``.
-        top_k: Specialists that a token uses at most, those with the largest ``a_e / tau + log
-            prior_e`` and among equal ones the first; None means all. The base always stays.
+        top_k: Largest number of specialists that a token uses, taken by the largest ``a_e / tau +
+            log prior_e`` (ties: the first); None means all. The base is always used.
         gate_size: Hidden features of a row.
 
     Raises:
@@ -111,10 +113,10 @@ class DomainGate(nn.Module):
         self.hidden_size, self.gate_size = hidden_size, gate_size
         self.scope, self.activation = scope, activation
         self.temperature, self.top_k = temperature, top_k
-        # what messages call arguments; who takes them by other names sets those
+        # names of arguments in error messages; callers with other names override them
         self.names = {name: name for name in NAMES}
         self.rows = nn.ModuleDict()
-        # knows the dtype and the device of a gate that has no rows yet
+        # keeps dtype and device of a gate without rows
         self.register_buffer("place", torch.empty(0), persistent=False)
         for _ in range(num_specialists):
             self.add_specialist()
@@ -129,7 +131,7 @@ class DomainGate(nn.Module):
 
     @property
     def open_specialists(self) -> tuple[int, ...]:
-        """The places of the specialists whose prior is above 0, from 0 to N - 1."""
+        """Indices (0 to N - 1) of the specialists whose prior is above 0."""
         return tuple(e for e, row in enumerate(self._rows()) if row.is_open)
 
     def add_specialist(self, name: str | None = None, *, prior: float = 0.0) -> str:
@@ -173,7 +175,7 @@ class DomainGate(nn.Module):
         return row
 
     def set_prior(self, name: str, prior: float) -> None:
-        """Open a specialist with a prior above 0, as one of 1 that weighs as much as the base.
+        """Set a specialist's prior: 0 closes it, 1 weighs as much as the base.
 
         Raises:
             ValueError: If there is no such specialist, or ``prior`` is negative or not finite.
@@ -197,27 +199,27 @@ class DomainGate(nn.Module):
     ) -> GateOutput:
         """Gates of all tokens, and their losses.
 
-        ``losses`` has ``"gate_entropy"``, ``-sum g log g``, and ``"gate_sparsity"``, ``(1 - sum
-        g^2) / 2``, which is 0 where one branch is used alone, and ``"gate_domain"``, which is
-        ``-log g_0`` for tokens labelled 0 and ``-log sum_e g_e`` for those labelled 1. All are
-        finite, and so are their gradients, where gates are 0.
+        ``losses`` has three entries: ``"gate_entropy"``, ``-sum g log g``; ``"gate_sparsity"``,
+            ``(1 - sum g^2) / 2``, which is 0 if one branch gets everything; and ``"gate_domain"``,
+            ``-log g_0`` for tokens labelled 0 and ``-log sum_e g_e`` for tokens labelled 1. The
+            losses and their gradients are finite even if gates are 0.
 
         Args:
             x: ``[B, T, E]``.
-            present: bool ``[B, T]``, which tokens are real. The others may hold anything; their
-                gates are 0, and they count in no mean and no loss.
-            index: int64 ``[B, T]``, place of each token in its own sequence or packed document, for
+            present: bool ``[B, T]``, False for padding. Padding may have any values; its gates are
+                0, and it is in no mean and no loss.
+            index: int64 ``[B, T]``, index of each token in its sequence or packed document, for
                 scope ``"prefix"``; None means one sequence in each row.
             is_causal: Whether no token may depend on a later one: scope ``"sequence"`` is refused.
             prior: ``[1 + N]`` or ``[B, 1 + N]``, at least 0: priors of base and specialists instead
                 of 1 and the specialists' own.
             mask: bool ``[N]`` or ``[B, N]``, True where a specialist may be used.
-            override: ``[B, 1 + N]`` or ``[B, T, 1 + N]``, at least 0: gates to use as they are.
-                Those of a token sum to 1 (values are checked on the CPU).
-            labels: int64 ``[B, 1]`` or ``[B, T]``, whose text it is: 0 the base's, 1 the
-                specialists', -1 unknown. They enter the loss alone; None means that none is known.
-            label_weights: ``[B, 1]`` or ``[B, T]``, at least 0, how much each label counts; None
-                lets both labels weigh the same in the call, however many tokens have them.
+            override: ``[B, 1 + N]`` or ``[B, T, 1 + N]``, at least 0: gates to use directly. The
+                gates of a token must sum to 1 (checked on the CPU).
+            labels: int64 ``[B, 1]`` or ``[B, T]``, domain of the text: 0 the base's, 1 the
+                specialists', -1 unknown. Only the loss uses them; None means all unknown.
+            label_weights: ``[B, 1]`` or ``[B, T]``, at least 0, weight of each label in the loss;
+                None gives both labels the same total weight in the call.
             state: What an earlier call of scope ``"prefix"`` returned.
 
         Raises:
@@ -271,7 +273,7 @@ class DomainGate(nn.Module):
     def _inputs(
         self, x: Tensor, present: Tensor, index: Tensor | None, state: GateState | None
     ) -> tuple[Tensor, GateState | None, Tensor | None]:
-        """What the rows see, ``[B, T or 1, E]``; the inputs of absent tokens are 0."""
+        """Input of the rows, ``[B, T or 1, E]``; 0 for absent tokens."""
         if self.scope == "token":
             return x, None, None
         counted = torch.cat([x.double(), present[..., None].double()], -1)  # and a column of ones
@@ -295,14 +297,14 @@ class DomainGate(nn.Module):
         return mean.to(x.dtype), state, sums
 
     def _gates(self, x: Tensor, prior: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Gates ``[B, T, 1 + N]`` and the scores that their softmax is of."""
+        """Gates ``[B, T, 1 + N]``, and the scores under their softmax."""
         B, N = x.shape[0], len(self.rows)
         rows = self._rows()
         used = [prior is not None or row.is_open for row in rows]
         device = x.device.type
         can_autocast = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if can_autocast else nullcontext():
-            # a closed specialist's logit is not looked at
+            # a closed specialist's logit is not used
             zero = x.new_zeros(x.shape[:2])
             logits = [row(x) if use else zero for row, use in zip(rows, used, strict=True)]
             logits = torch.stack([zero, *logits], -1) / self.temperature
@@ -357,7 +359,7 @@ def _check_row(name: str, tensor: Tensor, B: int, n: int) -> Tensor:
 
 
 def _check_override(name: str, override: Tensor, B: int, T: int, n: int) -> Tensor:
-    """Weights ``[B, 1 or T, n]`` that are gates."""
+    """Check gates ``[B, 1 or T, n]`` given as ``override``."""
     check_tensor(name, override)
     if list(override.shape) not in ([B, n], [B, T, n]):
         must(name, f"have shape [B={B}, {n}] or [B={B}, T={T}, {n}]", list(override.shape))

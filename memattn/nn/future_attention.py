@@ -18,7 +18,7 @@ Operands = tuple[tuple[Tensor, ...], dict[str, Any]]  # tensors and options of t
 
 
 class FutureLayerOutput(NamedTuple):
-    """Hidden states, and the loss of the layer's future part where it was wanted."""
+    """Hidden states, and the loss of the layer's future part if it was computed."""
 
     hidden_states: Tensor  # [B, T, E]
     loss: Tensor | None  # scalar, float32 (float64 for float64 inputs)
@@ -42,10 +42,10 @@ class FutureAttention(MultiHeadAttention):
         source_rank: Rank of that projection; without effect for the other sources.
         num_kv_heads: Key and value heads, ``Hkv``, a divisor of ``num_heads``; None means equal.
         head_dim: Features of a head, ``D``; None means ``hidden_size / num_heads``.
-        loss_type: ``"mse"`` or ``"cosine"``, how the future part of the output is compared with
-            what the real keys would give, or None for no such loss.
-        detach_target: Whether the loss leaves the real keys, values and queries of its target
-            alone.
+        loss_type: ``"mse"`` or ``"cosine"``: the loss between the future part of the output and the
+            output of the real future keys. None means no such loss.
+        detach_target: Whether the loss gives no gradient to the real keys, values and queries of
+            its target.
         backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Raises:
@@ -59,8 +59,8 @@ class FutureAttention(MultiHeadAttention):
         >>> hidden_states.shape, loss.shape
         (torch.Size([2, 50, 64]), torch.Size([]))
         >>> rotary = RotaryEmbedding(attention.head_dim)
-        >>> turns = rotary(sequence_positions(x)), rotary(attention.future_positions(x))
-        >>> attention(x, rotary=turns[0], future_rotary=turns[1]).hidden_states.shape
+        >>> angles = rotary(sequence_positions(x)), rotary(attention.future_positions(x))
+        >>> attention(x, rotary=angles[0], future_rotary=angles[1]).hidden_states.shape
         torch.Size([2, 50, 64])
     """
 
@@ -129,8 +129,8 @@ class FutureAttention(MultiHeadAttention):
             seq_start: int32 ``[B]``, the first column of each sequence, counted from the first
                 key, cached keys included.
             seq_end: int32 ``[B]``, the column after the last one, counted like ``seq_start``.
-            cache: What earlier calls left behind, extended by this one: keys, values and, for
-                the source ``"computed"``, the projected tokens.
+            cache: Keys and values of earlier calls and, for the source ``"computed"``, the
+                projected tokens; this call extends it.
             output_loss: Whether to compute the loss, if the layer has one; None means in training
                 mode only.
 
@@ -200,7 +200,7 @@ class FutureAttention(MultiHeadAttention):
         future_rotary: tuple[Tensor, Tensor] | None = None,
         **bounds: Tensor | None,
     ) -> Tensor:
-        """Output of heads ``[B, H, T, D]`` of the newest queries, for the source ``"table"``.
+        """Head outputs ``[B, H, T, D]`` of the newest queries, for the source ``"table"``.
 
         Queries and keys are rotated already; the other arguments are those of ``forward``.
         """
@@ -219,12 +219,12 @@ class FutureAttention(MultiHeadAttention):
         seq_start: Tensor | None = None,
         seq_end: Tensor | None = None,
     ) -> Operands:
-        """The same of query, key and value, of queries before rotation and what tokens leave."""
+        """The operands from query, key and value, unrotated queries and projected tokens."""
         query, key, value = heads
         rotates = future_rotary is not None
         length = key.shape[2]
         if latent is not None and cu_seqlens is not None and not torch.compiler.is_compiling():
-            length = int(cu_seqlens.diff().max())  # each document has rows of its own
+            length = int(cu_seqlens.diff().max())  # each document has its own rows
         by_distance = self.future.future_index == "distance"
         offset = key.shape[2] - query.shape[2]
         whole = seq_start is None and cu_seqlens is None  # then no query stands before offset

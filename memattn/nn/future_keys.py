@@ -1,8 +1,8 @@
-"""Where future keys come from: parameters by position, by distance, or computed from tokens.
+"""Sources of future keys: parameters by position, by distance, or computed from tokens.
 
-A source is a module with ``future_index``, the option of the operator that says what a row stands
-for, and three methods: ``num_rows`` (how many rows a call needs), ``latent`` (what a token leaves
-after for later rows; the cache keeps it) and ``forward`` (the rows).
+A source is a module with ``future_index`` (the operator's option of that name) and three methods:
+``num_rows``, the number of rows that a call needs; ``latent``, the projection of a token for later
+rows, which the cache keeps; and ``forward``, the rows.
 """
 
 from typing import NamedTuple
@@ -17,14 +17,14 @@ from memattn.nn.rotary import apply_rotary
 
 
 class FutureRows(NamedTuple):
-    """Future keys and values, as ``memattn.future_attention`` takes them."""
+    """Future keys and values in the form of ``memattn.future_attention``."""
 
     key: Tensor  # [H, R, D], or [n, H, R, D] with rows for each sequence or document
     value: Tensor  # like key
 
 
 class FutureTable(nn.Module):
-    """Parameters at absolute positions: row ``c`` stands for position ``c + 1``.
+    """Parameters at absolute positions: row ``c`` is for position ``c + 1``.
 
     Args:
         num_heads: Heads, ``H``.
@@ -52,16 +52,16 @@ class FutureTable(nn.Module):
         nn.init.normal_(self.value, std=0.02)
 
     def num_rows(self, length: int) -> int:
-        """Rows that queries of sequences of at most ``length`` tokens can see; others are cut.
+        """Number of rows that sequences of at most ``length`` tokens can see.
 
-        While a program is exported none are: the number would depend on the length.
+        All rows while a program is exported, as the number must not depend on the length.
         """
         if torch.compiler.is_exporting():
             return self.num_positions - 1
         return min(self.num_positions - 1, max(length - 1, 0) + self.future_dim)
 
     def latent(self, hidden_states: Tensor) -> Tensor | None:
-        """What tokens ``[B, T, E]`` leave behind for rows, ``[B, 1, T, rank]``: here nothing."""
+        """Projections ``[B, 1, T, rank]`` of tokens ``[B, T, E]`` for later rows: here None."""
         return None
 
     def forward(
@@ -77,8 +77,8 @@ class FutureTable(nn.Module):
         """The first ``num_rows`` rows.
 
         Args:
-            num_rows: As ``num_rows`` says.
-            first_row: Rows before it are seen by no query, and may be zeros.
+            num_rows: Result of the method ``num_rows``.
+            first_row: First row that a query sees; earlier rows may be zeros.
             rotary: Cosines and sines ``[1, 1, R, D/2]`` of positions 1, 2, ...; at least
                 ``num_rows`` of them. None means no rotation.
             latent: ``[B, 1, S, rank]``, of all tokens up to the last query.
@@ -96,11 +96,10 @@ class FutureTable(nn.Module):
 
 
 class FutureRelative(FutureTable):
-    """Parameters by distance: row ``c`` stands for the position ``c + 1`` after the query.
+    """Parameters by distance: row ``c`` is for the position ``c + 1`` after the query.
 
-    Nothing depends on the length of a sequence, so there is no longest one. Rows that are rotated
-    by their distance meet the query before its rotation: together that is the angle between two
-    positions.
+    There is no limit on the length of a sequence. Rows are rotated by their distance and multiplied
+    with the unrotated query, which gives the rotation between the two positions.
 
     Args:
         num_heads: Heads, ``H``.
@@ -118,9 +117,9 @@ class FutureRelative(FutureTable):
 class FutureComputed(FutureTable):
     """Parameters at absolute positions plus a low-rank projection of an earlier token.
 
-    The row for position ``p`` takes the token at ``p - future_dim``: the first query that sees the
-    row stands at that token, so nothing of the future enters. Rows for positions before
-    ``future_dim`` have no such token and are parameters alone.
+    The row for position ``p`` uses the token at ``p - future_dim``. The first query that sees the
+    row is at that token, so no later token is used. Rows for positions below ``future_dim`` have no
+    such token and are only parameters.
 
     Args:
         hidden_size: Features of the hidden states, ``E``.
@@ -180,9 +179,9 @@ class FutureComputed(FutureTable):
         cu_seqlens: Tensor | None,
         seq_start: Tensor | None,
     ) -> Tensor:
-        """The latent that each row takes, 0 where there is none, ``[n, R, rank]``.
+        """The latent for each row, ``[n, R, rank]``; 0 for rows without a token.
 
-        A row whose token is not there yet takes any: no query sees it.
+        A row whose token does not exist yet gets an arbitrary one: no query sees it.
         """
         sequence = torch.arange(latent.shape[0], device=latent.device)[:, None]
         start = torch.zeros_like(sequence)
@@ -191,7 +190,7 @@ class FutureComputed(FutureTable):
         if cu_seqlens is not None:
             start = cu_seqlens.long()[:-1, None]
         position = torch.arange(rows.start + 1, rows.stop + 1, device=latent.device)
-        position = position - self.future_dim  # of the token that a row takes
+        position = position - self.future_dim  # of the token that a row uses
         column = (start + position).clamp(0, latent.shape[2] - 1)  # [n, R]
         return latent[sequence, 0, column].masked_fill((position < 0)[:, None], 0.0)
 
@@ -209,5 +208,5 @@ def _rotate(key: Tensor, rotary: tuple[Tensor, Tensor] | None, first_row: int) -
 
 
 def _behind_zeros(rows: Tensor, first_row: int) -> Tensor:
-    """The rows ``[..., R, D]`` at the indices that they have in the whole table."""
+    """The rows ``[..., R, D]`` with zeros before them, at their indices in the whole table."""
     return F.pad(rows, (0, 0, first_row, 0)) if first_row else rows

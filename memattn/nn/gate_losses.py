@@ -1,17 +1,17 @@
-"""Losses of gates, as sums over tokens and how many tokens there are."""
+"""Losses of gates, as sums over tokens and token counts."""
 
 import torch
 from torch import Tensor
 
 from memattn.checks import check_tensor, is_readable, must
 
-BASE, SPECIALIST, UNKNOWN = 0, 1, -1  # whose text a token is of
+BASE, SPECIALIST, UNKNOWN = 0, 1, -1  # labels of a token's domain
 
 Loss = tuple[Tensor, Tensor]
 
 
 def entropy(gates: Tensor, scores: Tensor | None) -> Tensor:
-    """``-sum g log g`` over the last axis; from the scores of the softmax where they are known."""
+    """``-sum g log g`` over the last axis; computed from the softmax scores if they are given."""
     if scores is None:
         safe = torch.where(gates > 0, gates, 1.0)
         return -(safe * safe.log()).sum(-1)
@@ -27,17 +27,16 @@ def sparsity(gates: Tensor) -> Tensor:
 def domain_loss(
     gates: Tensor, present: Tensor, labels: Tensor | None, weights: Tensor | None = None
 ) -> Loss:
-    """Cross-entropy of what the base gets, or all specialists together, with whose text it is.
+    """Cross-entropy of the gates of base and all specialists together with the domain labels.
 
-    Tokens without a label count nowhere, nor do those to which the side that they are of is closed.
+    Tokens without a label are not counted, nor tokens whose labelled side is closed.
 
     Args:
         gates: ``[B, T, 1 + N]``.
         present: bool ``[B, T]``.
-        labels: int64 ``[B, T]``, 0 for text of the base, 1 for that of specialists, -1 for unknown;
-            None means that nothing is known.
-        weights: ``[B, T]``, how much each token counts; None lets both kinds of text weigh the
-            same, however many tokens of each there are.
+        labels: int64 ``[B, T]``, 0 for text of the base, 1 for text of specialists, -1 for unknown;
+            None means all unknown.
+        weights: ``[B, T]``, weight of each token; None gives both labels the same total weight.
     """
     zero = gates.new_zeros(())
     if labels is None:
@@ -55,7 +54,7 @@ def domain_loss(
 
 
 def check_weights(name: str, weights: Tensor, B: int, T: int) -> Tensor:
-    """Weights ``[B, T]`` of labels, from those of tokens or of rows.
+    """Check label weights per token or per row; return ``[B, T]``.
 
     Raises:
         TypeError: If they are no tensor.
@@ -69,7 +68,7 @@ def check_weights(name: str, weights: Tensor, B: int, T: int) -> Tensor:
 
 
 def check_labels(name: str, labels: Tensor, B: int, T: int) -> Tensor:
-    """Labels ``[B, T]`` of tokens, from those of tokens or of rows.
+    """Check labels per token or per row; return ``[B, T]``.
 
     Raises:
         TypeError: If they are no tensor of integers.
@@ -86,6 +85,6 @@ def check_labels(name: str, labels: Tensor, B: int, T: int) -> Tensor:
 
 
 def _check_shape(name: str, tensor: Tensor, B: int, T: int) -> None:
-    """Raise ValueError unless a tensor is of rows or of tokens."""
+    """Raise ValueError unless a tensor has one entry per row or per token."""
     if list(tensor.shape) not in ([B, 1], [B, T]):
         must(name, f"have shape [B={B}, 1] or [B={B}, T={T}]", list(tensor.shape))

@@ -15,7 +15,7 @@ class GateRow(nn.Module):
     Args:
         hidden_size: Features of the input.
         gate_size: Rows of ``V``.
-        prior: Prior of the specialist; one of 0 is closed.
+        prior: Prior of the specialist; 0 means closed.
     """
 
     prior: Tensor
@@ -29,16 +29,16 @@ class GateRow(nn.Module):
         self._seen: tuple[Tensor, int, bool] | None = None
 
     def reset_parameters(self) -> None:
-        """Give it the prior that it began with."""
+        """Reset its prior to the initial one."""
         nn.init.constant_(self.prior, self.new_prior)
 
     @property
     def is_open(self) -> bool:
-        """Whether the prior is above 0; read from the device once for every change of it."""
+        """Whether the prior is above 0; read from the device once per change."""
         if torch.compiler.is_compiling():
             return True  # it may be
         prior = self.prior
-        if prior.is_inference():  # nothing tells of its changes
+        if prior.is_inference():  # inference tensors do not record changes
             return bool(prior > 0)
         if self._seen is None or self._seen[0] is not prior or self._seen[1] != prior._version:
             self._seen = (prior, prior._version, bool(prior > 0))
@@ -57,7 +57,7 @@ class GateRow(nn.Module):
 
 
 def check_prior(prior: float) -> float:
-    """A prior that may be one."""
+    """Check a prior and return it."""
     if isinstance(prior, bool) or not isinstance(prior, int | float):
         must("prior", "be a number", type(prior).__name__, TypeError)
     if not 0.0 <= prior < float("inf"):

@@ -1,10 +1,10 @@
-"""Linear layers that start at zero, or are products of two matrices."""
+"""Linear layers initialised to zero, or factorised into two matrices."""
 
 from torch import Tensor, nn
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer without bias whose new weights are 0, so that what it ends starts as nothing.
+    """A linear layer without bias, initialised to 0, so that at first its block has no effect.
 
     Args:
         in_features: Features of the input.
@@ -19,13 +19,13 @@ class ZeroLinear(nn.Linear):
 
 
 class LowRankLinear(nn.Module):
-    """A matrix of rank ``r`` as two, ``up(down(x))``, without biases.
+    """A linear layer of rank ``r``, ``up(down(x))``, without biases.
 
     Args:
         in_features: Features of the input.
         out_features: Features of the output.
         rank: ``r``.
-        up: The second of the two; None makes one.
+        up: The second layer; None creates it.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Memory banks: learned rows, in chapters of equal length, whole, low-rank or quantised."""
+"""Memory banks: learned rows in chapters of equal length; full-rank, low-rank or quantised."""
 
 import math
 
@@ -11,12 +11,12 @@ from memattn.reference.chapter_quantization import LARGEST, dequantize_rows, qua
 
 
 class MemoryBank(nn.Module):
-    """Base of all banks: ``rows [N_m, F]``, in chapters of consecutive ones.
+    """Base of all banks: ``rows [N_m, F]``; a chapter is a block of consecutive rows.
 
     Args:
         num_tokens: Memory tokens, ``N_m``, divisible by ``num_chapters``.
         num_features: Features of a stored row, ``F``.
-        width: Features of a memory token, as layers see it.
+        width: Features of a memory token as layers read it.
         num_chapters: Chapters, ``C``.
         init_std: Standard deviation of new rows.
     """
@@ -53,9 +53,9 @@ class MemoryBank(nn.Module):
             nn.init.normal_(self.rows, std=self.init_std)
 
     def stored(self, chapters: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows as they are stored, ``[U, M, F]``, of the chapters ``[U]``, or of all.
+        """Stored rows ``[U, M, F]`` of the chapters ``[U]``, or of all.
 
-        ``dtype`` is that of what is read from codes; parameters have their own.
+        ``dtype`` is the result's dtype for quantised rows; parameters keep their own.
         """
         assert self.rows is not None
         return self.take(self.rows, chapters)
@@ -77,7 +77,7 @@ class MemoryBank(nn.Module):
         """Memory tokens ``[U, M, width]``.
 
         Args:
-            chapters: int64 ``[U]``, which ones; None means all.
+            chapters: int64 ``[U]``, indices of the chapters; None means all.
         """
         return self.expand_rows(self.stored(chapters))
 
@@ -86,7 +86,7 @@ class MemoryBank(nn.Module):
 
         Args:
             weight: ``[out, width]``.
-            chapters: int64 ``[U]``, which ones; None means all.
+            chapters: int64 ``[U]``, indices of the chapters; None means all.
         """
         return self.project_rows(self.stored(chapters, weight.dtype), weight)
 
@@ -154,7 +154,7 @@ class FactorizedMemoryBank(MemoryBank):
 
 
 class ReducedDimMemoryBank(MemoryBank):
-    """A bank of ``rows [N_m, r]``, which layers attend to in ``r`` features.
+    """A bank of ``rows [N_m, r]``; layers attend in ``r`` features.
 
     Args:
         num_tokens: Memory tokens, ``N_m``, divisible by ``num_chapters``.
@@ -178,10 +178,10 @@ class QuantizedMemoryBank(MemoryBank):
 
     Args:
         bank: The bank whose rows are quantised; it becomes part of this one.
-        bits: 8, or 4 for two numbers in a byte, which takes an even number of stored features.
-        trainable: Quantisation-aware training: the rows stay a float parameter, the forward pass
-            sees them quantised, and their gradient passes straight through. Without it codes and
-            scales are all that is kept, and the rows do not learn.
+        bits: 8, or 4 (two numbers in a byte; needs an even number of stored features).
+        trainable: Quantisation-aware training: rows stay a float parameter, the forward pass
+            quantises them, and the gradient is passed straight through. Otherwise only codes and
+            scales are kept, and the rows are not trained.
 
     Example:
         >>> bank = QuantizedMemoryBank(StandardMemoryBank(64, 32, num_chapters=4), bits=8)
@@ -190,7 +190,7 @@ class QuantizedMemoryBank(MemoryBank):
 
     Note:
         Source: Tasmay Tibrewal, Mixture of Chapters, https://github.com/Tasmay-Tibrewal/Memory.
-        Differs: training with quantised rows, which is for inference alone there.
+        Differs: quantised rows can be trained; there quantisation is for inference only.
     """
 
     codes: Tensor | None
@@ -209,14 +209,14 @@ class QuantizedMemoryBank(MemoryBank):
         self.rows, bank.rows = bank.rows, None
         self.bank = bank
         self.register_buffer("codes", None)
-        # float32 kept as int32: a cast of all floats of a model must not round it
+        # float32 bits stored as int32, so that casting a model's floats does not round them
         self.register_buffer("scale_bits", None)
         if not trainable:
             self.pack()
 
     @torch.no_grad()
     def pack(self) -> None:
-        """Keep codes and scales alone: the float rows are dropped."""
+        """Drop the float rows and keep only codes and scales."""
         if self.rows is not None:
             self.codes, scale = quantize_rows(self.rows, self.bits)
             self.scale_bits = scale.view(torch.int32)

@@ -23,7 +23,7 @@ from memattn.reference.neural_memory import unpack
 
 
 class NeuralMemoryLayerOutput(NamedTuple):
-    """What the layer returns."""
+    """Output of the layer."""
 
     out: Tensor  # [B, T, E]
     state: NeuralMemoryLayerState
@@ -31,30 +31,30 @@ class NeuralMemoryLayerOutput(NamedTuple):
 
 
 class NeuralMemory(nn.Module):
-    """A memory for each head that learns what it reads, token by token.
+    """A memory for each head, whose weights learn from each token.
 
     Queries, keys and values are projected, filtered by causal convolutions and passed through SiLU;
-    queries and keys have length 1. Learning rate, momentum and decay of each token and head are
-    sigmoids of projections. What the memory gives is normalised for each head, gated by the token
-    and projected. At the start the rates are ``lr``, ``momentum`` and ``decay``, and a chunk of 64
-    equal tokens does not yet overshoot.
+    queries and keys are normalised to length 1. Learning rate, momentum and decay of each token and
+    head are sigmoids of projections; initially they are ``lr``, ``momentum`` and ``decay``, chosen
+    so that a chunk of 64 equal tokens does not overshoot. The memory's output is normalised per
+    head, gated by the token and projected.
 
     Args:
         hidden_size: Features of the hidden states, ``E``.
         num_heads: Memories, ``H``.
         head_dim: Features of a key and a value, ``D``; None means ``hidden_size / num_heads``.
-        depth: Layers of a memory, 1 to 4.
-        expansion: Width of its hidden layers, in units of ``D``.
+        depth: Layers of a memory's network, 1 to 4.
+        expansion: Width of its hidden layers, as a multiple of ``D``.
         chunk_size: Tokens whose gradients are taken at the same weights.
-        conv_size: Tokens that the convolutions see; 1 means none.
+        conv_size: Tokens that the convolutions see; 1 means no convolution.
         num_persistent_tokens: Learned tokens, ``P``, that the memory reads before every sequence.
-        lr: Learning rate of a new layer.
+        lr: Initial learning rate.
         max_lr: Largest learning rate.
-        momentum: Momentum of a new layer; None means none is kept.
-        decay: Decay of a new layer; None means none.
+        momentum: Initial momentum; None means no momentum.
+        decay: Initial decay; None means no decay.
         gate: Whether the output is gated.
-        norm_eps: Of the output's norm.
-        options: Further arguments of ``memattn.neural_memory``: ``read``, ``activation``,
+        norm_eps: Epsilon of the output's norm.
+        options: More arguments of ``memattn.neural_memory``: ``read``, ``activation``,
             ``residual``, ``loss``, ``huber_delta``, ``max_norm``, ``clamp``, ``skip_nonfinite``.
         backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
@@ -67,7 +67,7 @@ class NeuralMemory(nn.Module):
         >>> out, state, surprise = memory(x)
         >>> out.shape, surprise.shape
         (torch.Size([2, 50, 64]), torch.Size([2, 2, 50]))
-        >>> memory(x[:, :1], state=state).out.shape  # it goes on
+        >>> memory(x[:, :1], state=state).out.shape  # continues from the state
         torch.Size([2, 1, 64])
 
     Note:
@@ -148,12 +148,12 @@ class NeuralMemory(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """New persistent tokens; the modules inside have their own rules."""
+        """New persistent tokens; submodules have their own initialisation."""
         if self.persistent_tokens is not None:
             nn.init.normal_(self.persistent_tokens, std=0.02)
 
     def start(self) -> NeuralMemoryLayerState:
-        """The state of a sequence before its first token, one row: after the persistent tokens."""
+        """The state of one row before its first token and after the persistent tokens."""
         none = self.o_proj.weight.new_zeros(1, 0, self.o_proj.weight.shape[0])
         tokens = none if self.persistent_tokens is None else self.persistent_tokens[None]
         return self._write(tokens, tokens, None).state
@@ -172,8 +172,8 @@ class NeuralMemory(nn.Module):
 
         Args:
             hidden_states: ``[B, T, E]``.
-            kv_states: ``[B, T, E]``, what keys and values are made of; None means the same.
-            state: What an earlier call returned; None begins.
+            kv_states: ``[B, T, E]``, input of keys and values; None means ``hidden_states``.
+            state: The state of an earlier call; None starts a sequence.
             seq_start: int32 ``[B]``, first token of each sequence in this call.
             seq_end: int32 ``[B]``, the token after its last.
             cu_seqlens: int32 ``[n+1]``, bounds of packed documents, with ``B = 1``; without a
@@ -192,7 +192,7 @@ class NeuralMemory(nn.Module):
         bounds = dict(seq_start=seq_start, seq_end=seq_end)
         if self.persistent_tokens is None:
             return self._write(hidden_states, kv_states, None, **bounds, cu_seqlens=cu_seqlens)
-        # each document gets its own persistent tokens in front
+        # persistent tokens come before each document
         P = len(self.persistent_tokens)
         longer = cu_seqlens + P * torch.arange(len(cu_seqlens), device=cu_seqlens.device)
         column = torch.arange(T + P * (len(cu_seqlens) - 1), device=cu_seqlens.device)
@@ -219,14 +219,15 @@ class NeuralMemory(nn.Module):
         seq_start: Tensor | None = None,
         seq_end: Tensor | None = None,
     ) -> tuple[Tensor, NeuralMemoryLayerState]:
-        """Read at the weights before the open chunk, or others, and write nothing: ``[B, T, E]``.
+        """Read ``[B, T, E]`` at the weights before the open chunk, or at ``weights``, without
+        writing.
 
-        The convolution of these queries has inputs of its own, in the state that is returned.
+        The convolution of these queries has its own inputs in the returned state.
 
         Args:
             hidden_states: ``[B, T, E]``.
-            state: What ``forward`` or ``start().expand(B)`` gave.
-            weights: ``[B, H, P]``, earlier ``state.memory.packed_weights`` to read at instead.
+            state: A state from ``forward`` or ``start().expand(B)``.
+            weights: ``[B, H, P]``, ``state.memory.packed_weights`` of an earlier state, to read at.
             seq_start: int32 ``[B]``, as in ``forward``.
             seq_end: int32 ``[B]``.
         """
@@ -244,7 +245,7 @@ class NeuralMemory(nn.Module):
         seq_end: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, NeuralMemoryLayerState]:
-        """The queries ``[B, H, T, D]`` of ``read``, 0 where there is no token, and its state."""
+        """The queries ``[B, H, T, D]`` of ``read`` (0 for missing tokens), and the new state."""
         check_rank("hidden_states", hidden_states, "B T E")
         bounds = present_tokens(hidden_states, seq_start, seq_end)
         (query,), inputs = self._filtered(
@@ -257,20 +258,20 @@ class NeuralMemory(nn.Module):
         return _unit(self._heads(query)), after
 
     def gates(self, hidden_states: Tensor) -> Tensor | None:
-        """What the output for these tokens is multiplied by, ``[B, T, H D]``."""
+        """The output gates of these tokens, ``[B, T, H D]``."""
         return None if self.gate_proj is None else self.gate_proj(hidden_states).sigmoid()
 
     def answer(self, query: Tensor, gates: Tensor | None, packed: Tensor) -> Tensor:
-        """What ``read`` gives for its queries and gates at weights ``[B, H, P]``."""
+        """The result of ``read`` for given queries and gates, at weights ``[B, H, P]``."""
         sizes = [self.head_dim, *(layer.shape[1] for layer in self.memory_weights)]
         with torch.autocast(query.device.type, enabled=False):
             out = self.recall(unpack(packed, sizes), query.to(packed.dtype))
         return self._finish(out.to(query.dtype), gates)
 
     def recall(self, weights: Sequence[Tensor], key: Tensor) -> Tensor:
-        """What memories with ``weights``, layers ``[B, H, d_n, d_{n-1}]``, answer to keys.
+        """Outputs of memories with ``weights`` (layers ``[B, H, d_n, d_{n-1}]``) for keys.
 
-        Keys are ``[B, H, T, D]`` of the dtype of the weights, and so are the answers.
+        Keys and outputs are ``[B, H, T, D]`` in the dtype of the weights.
         """
         activation = F.silu if self.options.get("activation") == "silu" else F.gelu
         out = key @ weights[0].mT
@@ -295,7 +296,7 @@ class NeuralMemory(nn.Module):
         kv_states = hidden_states if kv_states is None else kv_states
         if state is None and self.persistent_tokens is not None:
             state = self.start().expand(hidden_states.shape[0])
-        # the inputs of the convolutions that are kept have queries too
+        # the kept convolution inputs include queries
         projected = [self.q_proj(hidden_states), self.k_proj(kv_states), self.v_proj(kv_states)]
         past = None if state is None else state.inputs
         (_, key, value), _ = self._filtered(projected, list("qkv"), past, None, None)
@@ -310,7 +311,7 @@ class NeuralMemory(nn.Module):
         seq_end: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> NeuralMemoryLayerOutput:
-        """Everything but persistent tokens."""
+        """``forward`` without persistent tokens."""
         projected = [self.q_proj(hidden_states), self.k_proj(kv_states), self.v_proj(kv_states)]
         past, since = (None, None) if state is None else (state.inputs, state.since)
         bounds = present_tokens(hidden_states, seq_start, seq_end)
@@ -349,8 +350,10 @@ class NeuralMemory(nn.Module):
         return rearrange(x, "b t (h d) -> b h t d", h=self.num_heads)
 
     def _finish(self, out: Tensor, gates: Tensor | None) -> Tensor:
-        """Norm, gate and projection of what the memory gave."""
-        out = self.norm(out.to(self.norm.weight.dtype))  # autocast does not convert for norms
+        """Norm, gate and projection of the memory's output."""
+        out = self.norm(
+            out.to(self.norm.weight.dtype)
+        )  # autocast does not convert the inputs of norms
         out = rearrange(out, "b h t d -> b t (h d)")
         if gates is not None:
             out = out * gates
@@ -381,6 +384,6 @@ class NeuralMemory(nn.Module):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Vectors of length 1, computed in float32 or wider; a vector of zeros stays one."""
+    """Vectors normalised to length 1, in float32 or wider; zero vectors stay zero."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.normalize(wide, dim=-1).to(x.dtype)

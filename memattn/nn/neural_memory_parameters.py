@@ -1,4 +1,4 @@
-"""Parameters of a neural memory whose new values follow rules of their own: weights and rates."""
+"""Parameters of a neural memory with their own initialisation: initial weights, and rates."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class MemoryWeights(nn.ParameterList):
-    """Where the memories of a layer start: layers ``[H, d_n, d_{n-1}]``.
+    """Initial weights of a layer's memories: layers ``[H, d_n, d_{n-1}]``.
 
     Args:
         num_heads: Memories, ``H``.
@@ -34,16 +34,16 @@ class MemoryRates(nn.Linear):
     Args:
         hidden_size: Features of the hidden states, ``E``.
         num_heads: Memories, ``H``.
-        rates: What the rates of a new layer are, by name, whatever the token; between 0 and 1.
+        rates: Initial rates by name, equal for all tokens; between 0 and 1.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, rates: Mapping[str, float]) -> None:
-        # known first: the constructor of Linear gives the parameters their values
+        # set first: the constructor of Linear initialises the parameters
         self.num_heads, self.rates = num_heads, dict(rates)
         super().__init__(hidden_size, len(rates) * num_heads)
 
     def reset_parameters(self) -> None:
-        """The rates asked for."""
+        """Reset to the initial rates."""
         nn.init.zeros_(self.weight)
         with torch.no_grad():
             for bias, rate in zip(

@@ -1,4 +1,4 @@
-"""What a sequence keeps of a neural memory layer: its memory, and inputs of its convolutions."""
+"""Cached state of a neural memory layer: the memory, and inputs of the convolutions."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -24,14 +24,14 @@ class NeuralMemoryLayerState:
     memory: NeuralMemoryState
     inputs: Tensor | None  # [R, kept, 3 H D]; None without convolutions
     read_inputs: Tensor | None = None  # [R, kept, H D], of ``NeuralMemory.read``
-    since: Tensor | None = None  # int64 [R], tokens since it records; None where it does not
+    since: Tensor | None = None  # int64 [R], tokens since recording began; None if not recording
 
     def detach(self) -> "NeuralMemoryLayerState":
-        """The same numbers without a history: gradients stop here."""
+        """The state detached from the autograd graph."""
         return self._map(self.memory.detach(), lambda x: x.detach())
 
     def to(self, device: torch.device | str) -> "NeuralMemoryLayerState":
-        """The same on another device."""
+        """The state on another device."""
         return self._map(self.memory.to(device), lambda x: x.to(device))
 
     def select(self, rows: Tensor) -> "NeuralMemoryLayerState":
@@ -44,7 +44,7 @@ class NeuralMemoryLayerState:
 
     @classmethod
     def merge(cls, states: "Sequence[NeuralMemoryLayerState]") -> "NeuralMemoryLayerState":
-        """The rows of several states of one layer after each other."""
+        """Concatenate the rows of several states of one layer."""
         named = {}
         for name in OWN:
             parts = [getattr(state, name) for state in states]
@@ -52,7 +52,7 @@ class NeuralMemoryLayerState:
         return cls(NeuralMemoryState.merge([state.memory for state in states]), **named)
 
     def reset(self, mask: Tensor, begin: "NeuralMemoryLayerState") -> "NeuralMemoryLayerState":
-        """Begin anew where ``mask`` (bool ``[R]``) is True, as ``begin`` (one row or R) does."""
+        """Restart rows where ``mask`` (bool ``[R]``) is True from ``begin`` (one row or R)."""
         R = mask.shape[0]
         begin = begin.expand(R) if begin.memory.count.shape[0] != R else begin
 
@@ -73,16 +73,16 @@ class NeuralMemoryLayerState:
         )
 
     def record_past(self) -> "NeuralMemoryLayerState":
-        """The same state, which from now on keeps what ``crop`` needs."""
+        """The state, which from now on records what ``crop`` needs."""
         since = torch.zeros_like(self.memory.count, dtype=torch.int64)
         return dataclasses.replace(self, memory=self.memory.record_past(), since=since)
 
     def crop(self, n: int | Tensor) -> "NeuralMemoryLayerState":
-        """Forget the newest ``n`` tokens of every row, or ``n`` (int64 ``[R]``) of each.
+        """Remove the newest ``n`` tokens of every row, or ``n`` (int64 ``[R]``) per row.
 
         Raises:
-            ValueError: If these are more than there were since ``record_past``, or more than the
-                memory can take back.
+            ValueError: If these are more than the tokens since ``record_past``, or more than the
+                memory can undo.
         """
         if not isinstance(n, Tensor):
             check_int("n", n, 0)
@@ -107,14 +107,14 @@ class NeuralMemoryLayerState:
         return NeuralMemoryLayerState(memory, back(self.inputs), back(self.read_inputs), since - n)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that is needed to build the state again, as a flat dictionary to save."""
+        """All tensors of the state, as a flat dictionary to save."""
         found = {f"memory.{name}": x for name, x in self.memory.tensors().items()}
         found |= {name: getattr(self, name) for name in ("inputs", "read_inputs")}
         return {name: x for name, x in found.items() if x is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "NeuralMemoryLayerState":
-        """The state of what ``tensors`` gave; what it recorded is not saved."""
+        """Rebuild the state from ``tensors``; recorded data are not saved."""
         memory = {n.removeprefix("memory."): x for n, x in tensors.items() if "." in n}
         own = {name: tensors.get(name) for name in ("inputs", "read_inputs")}
         return cls(NeuralMemoryState.from_tensors(memory), **own)

@@ -1,4 +1,4 @@
-"""Rotary positions with scaled frequencies, by the functions that transformers has for them."""
+"""Rotary positions with scaled frequencies, computed by transformers' functions."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -9,9 +9,9 @@ import torch
 from memattn.checks import check_bool, must
 from memattn.nn.rotary import RotaryEmbedding
 
-# what each kind must have and may have, besides rope_type and rope_theta
+# required and optional parameters of each type, besides rope_type and rope_theta
 KINDS: dict[str, tuple[set[str], set[str]]] = {
-    # of these two the length before scaling is not asked, but configurations say it
+    # these two do not use the original length, but configurations contain it
     "default": (set(), {"original_max_position_embeddings"}),
     "linear": ({"factor"}, {"original_max_position_embeddings"}),
     "yarn": (
@@ -37,11 +37,11 @@ NAME = "rope_parameters"
 
 
 def check_rope(rope: Mapping[str, Any], name: str = NAME) -> None:
-    """Raise ValueError for what ``make_rotary`` would not do.
+    """Raise ValueError for parameters that ``make_rotary`` does not support.
 
     Args:
-        rope: The parameters, as transformers names them.
-        name: What errors call them.
+        rope: The parameters, with transformers' names.
+        name: Their name in error messages.
     """
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in BY_LENGTH:
@@ -69,7 +69,7 @@ def check_rope(rope: Mapping[str, Any], name: str = NAME) -> None:
 
 
 def _check_order(kind: str, rope: Mapping[str, Any], name: str) -> None:
-    """Raise ValueError for numbers that do not fit each other."""
+    """Raise ValueError for values that contradict each other."""
     if not rope.get("factor", 1) >= 1:
         must(f"{name}['factor']", "be at least 1", rope["factor"])
     if kind == "proportional" and rope["partial_rotary_factor"] > 1:
@@ -83,7 +83,7 @@ def _check_order(kind: str, rope: Mapping[str, Any], name: str) -> None:
 
 
 def make_rotary(head_dim: int, rope: Mapping[str, Any], max_positions: int) -> RotaryEmbedding:
-    """Rotary positions for parameters as those of transformers' configurations.
+    """A ``RotaryEmbedding`` for parameters in the form of transformers' configurations.
 
     Args:
         head_dim: Features of a head, ``D``; even.
@@ -112,6 +112,6 @@ def make_rotary(head_dim: int, rope: Mapping[str, Any], max_positions: int) -> R
         max_position_embeddings=max_positions,
         standardize_rope_params=lambda: None,
     )
-    with torch.device("cpu"):  # models are loaded on a device without numbers
+    with torch.device("cpu"):  # models are loaded on the meta device, which has no values
         frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return RotaryEmbedding(head_dim, theta, frequencies=frequencies.tolist(), scale=scale)

@@ -1,4 +1,4 @@
-"""Rotary position embedding, with positions that count from where a sequence starts."""
+"""Rotary position embedding, with positions counted from the start of a sequence."""
 
 from collections.abc import Sequence
 
@@ -11,16 +11,16 @@ from memattn.checks import check_int, must
 class RotaryEmbedding(nn.Module):
     """Cosines and sines that rotate queries and keys by their position.
 
-    Pair ``d`` of ``head_dim / 2`` turns by ``position * theta ** (-2 d / head_dim)``. Angles are
-    computed at each call, in float32 or wider: there is no buffer that a cast to bfloat16 would
+    Pair ``d`` of ``head_dim / 2`` is rotated by ``position * theta ** (-2 d / head_dim)``. Angles
+    are computed at each call, in float32 or wider: there is no buffer that a cast to bfloat16 would
     round.
 
     Args:
         head_dim: Features of a head, ``D``; even.
         theta: Base of the frequencies.
-        frequencies: Turns of the pairs for each position, in radians, instead of those of
-            ``theta``; float32 is exact. ``make_rotary`` makes those of scaled positions.
-        scale: Factor of cosines and sines, so of queries and of keys each.
+        frequencies: Radians per position for each pair, instead of those of ``theta``; float32.
+            ``make_rotary`` computes them for scaled positions.
+        scale: Factor of cosines and sines, and so of both queries and keys.
 
     Raises:
         ValueError: If ``head_dim`` is odd, ``theta`` or ``scale`` is not positive, or there are not
@@ -53,14 +53,14 @@ class RotaryEmbedding(nn.Module):
         self.theta = theta
         self.frequencies = None if frequencies is None else tuple(frequencies)
         self.scale = scale
-        self._table: tuple[tuple, Tensor, Tensor] | None = None  # of what, cosines, sines
+        self._table: tuple[tuple, Tensor, Tensor] | None = None  # cache key, cosines, sines
 
     def forward(
         self, positions: Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[B or 1, 1, T, D/2]`` for integer ``positions [B or 1, T]``.
 
-        They are float64 if ``dtype``, that of the hidden states, is float64, and else float32.
+        They are float64 if ``dtype`` (of the hidden states) is float64, else float32.
         """
         wide = torch.promote_types(dtype, torch.float32)
         if self.frequencies is None:
@@ -73,9 +73,9 @@ class RotaryEmbedding(nn.Module):
         return (cos, sin) if self.scale == 1.0 else (cos * self.scale, sin * self.scale)
 
     def table(self, length: int) -> tuple[Tensor, Tensor]:
-        """Those of positions 0, 1, ... on the CPU, float32 ``[length or more, D/2]``.
+        """Cosines and sines of positions 0, 1, ... on the CPU, float32 ``[length or more, D/2]``.
 
-        They are kept from call to call: computing them takes longer than one token's attention.
+        They are cached between calls: computing them takes longer than one token's attention.
         """
         table, made_of = self._table, (self.theta, self.frequencies, self.scale)
         if table is None or table[0] != made_of or len(table[1]) < length:
@@ -90,7 +90,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``states [B, H, T, D]`` by ``cos`` and ``sin``; rounded once, to the dtype it had."""
+    """Rotate ``states [B, H, T, D]`` by ``cos`` and ``sin``; rounded once, to its dtype."""
     first, second = states.chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return rotated.to(states.dtype)

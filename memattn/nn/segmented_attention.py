@@ -15,8 +15,8 @@ class SegmentedAttention(PersistentAttention):
     """Causal multi-head attention within segments, a sliding window and persistent tokens.
 
     Without ``segment_len`` and ``window_size`` it is plain causal attention. Persistent keys and
-    values are parameters, which every query sees; they start small, so that the layer starts
-    close to one without them. They carry no position, while queries may be rotated.
+    values are parameters that every query sees. They are initialised small, so that at first they
+    change the output little. They have no position, while queries may be rotated.
 
     Args:
         hidden_size: Features of the hidden states, ``E``.
@@ -25,8 +25,8 @@ class SegmentedAttention(PersistentAttention):
         head_dim: Features of a head, ``D``; None means ``hidden_size / num_heads``.
         segment_len: Tokens in a segment, ``L``; None means no segments.
         window_size: Keys in the sliding window, the query's own included; None means no window.
-        num_sink_tokens: First tokens of each sequence or document that its tokens see beside
-            segment and window.
+        num_sink_tokens: Number of first tokens of each sequence or document that all its tokens
+            see, besides segment and window.
         num_persistent_tokens: Persistent keys, ``P``.
         backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
@@ -87,7 +87,7 @@ class SegmentedAttention(PersistentAttention):
                 key, cached keys included.
             seq_end: int32 ``[B]``, the column after the last one, counted like ``seq_start``.
             cache: Keys and values of earlier calls, extended by those of this one.
-            change_value: Maps values ``[B, T, Hkv D]`` to those that are used instead.
+            change_value: Function whose result replaces the values ``[B, T, Hkv D]``.
         """
         query, key, value = self.split_heads(hidden_states, change_value)
         if rotary is not None:
@@ -98,7 +98,7 @@ class SegmentedAttention(PersistentAttention):
         return self.merge_heads(self.attend(query, key, value, **bounds))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **bounds: Any) -> Tensor:
-        """Output of heads ``[B, H, T, D]`` of the newest queries; ``bounds`` as in ``forward``."""
+        """Head outputs ``[B, H, T, D]`` of the newest queries; ``bounds`` as in ``forward``."""
         return segmented_attention(
             query,
             key,

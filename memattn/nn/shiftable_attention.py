@@ -1,4 +1,4 @@
-"""PyTorch's multi-head attention, frozen, with gated specialists beside it."""
+"""PyTorch's multi-head attention, frozen, with gated specialists."""
 
 from typing import Any
 
@@ -24,22 +24,22 @@ from memattn.ops.branch_attention import branch_attention
 
 
 class ShiftableMultiheadAttention(SpecialistHolder):
-    """An ``nn.MultiheadAttention`` that stays as it is, and N specialists that shift it.
+    """A frozen ``nn.MultiheadAttention`` and N gated specialists that shift its output.
 
     ``Y = g_0 Base(x) + sum_e g_e Specialist_e(x)`` with the gates of a ``DomainGate``. A specialist
-    begins as a copy of the base and is closed until ``gate.set_prior`` opens it.
+    is initialised as a copy of the base and is closed until ``gate.set_prior`` opens it.
 
-    The base is called as its own module with the arguments that come in, so a token that uses the
-    base alone gets the base's bits. ``base_mha`` itself is used, not a copy: it is frozen and stays
-    in evaluation mode, without dropout, and gradients flow through it to its input. Specialists
-    have no dropout either. Padding of a self-attention gets what the base gives it.
+    The base module is called with the given arguments, so a token that uses only the base gets
+    exactly its output. ``base_mha`` itself is used, not a copy. It is frozen and stays in
+    evaluation mode, without dropout; gradients flow through it to its input. Specialists have no
+    dropout either. In self-attention, padding gets the base's output.
 
     Args:
         d_model: Features of the input, those of the base.
         num_heads: Heads, those of the base.
         base_mha: The attention, batch first or not, with or without biases.
-        num_specialists: Specialists to begin with.
-        rank: Rank of what new specialists add to the base's weights; None: whole weights.
+        num_specialists: Initial number of specialists.
+        rank: Rank of new specialists' change of the base's weights; None: full weights.
         gate: A gate for ``d_model`` features without specialists; None means one by token.
         backend: Backend of ``branch_attention``.
 
@@ -73,13 +73,13 @@ class ShiftableMultiheadAttention(SpecialistHolder):
             gate = DomainGate(d_model).to(base_mha.out_proj.weight)
         super().__init__(d_model, gate, rank, backend)
         self.base = base_mha.requires_grad_(False).eval()
-        # an nn.TransformerEncoderLayer that holds this module must call it, and not the kernel that
-        # reads the base's weights instead
+        # makes an nn.TransformerEncoderLayer call this module instead of its fused kernel, which
+        # would read the base's weights
         self._qkv_same_embed_dim = False
         for _ in range(num_specialists):
             self.add_specialist()
 
-    # what code that holds an nn.MultiheadAttention looks at
+    # attributes that users of an nn.MultiheadAttention read
     embed_dim = property(lambda self: self.base.embed_dim)
     num_heads = property(lambda self: self.base.num_heads)
     head_dim = property(lambda self: self.base.head_dim)
@@ -112,7 +112,7 @@ class ShiftableMultiheadAttention(SpecialistHolder):
         domain_mask: Tensor | None = None,
         domain_weights: Tensor | None = None,
     ) -> GateOutput:
-        """The gates of a self-attention with these arguments, which are those of ``forward``."""
+        """The gates of a self-attention with these arguments of ``forward``."""
         x = self._batched(query)
         return self.gate(
             x,
@@ -139,21 +139,21 @@ class ShiftableMultiheadAttention(SpecialistHolder):
         domain_weights: Tensor | None = None,
         return_gates: bool = False,
     ) -> Any:
-        """Call it as the base.
+        """Call it like the base.
 
         Args:
-            query: As the base takes it, as are all arguments up to ``is_causal``.
+            query: As for the base, like all arguments up to ``is_causal``.
             key: Likewise.
             value: Likewise.
-            key_padding_mask: Likewise. In self-attention the gate does not look at padding either.
-            need_weights: Whether to return attention weights: those of the base.
+            key_padding_mask: Likewise. In self-attention the gate ignores padding, too.
+            need_weights: Whether to return the base's attention weights.
             attn_mask: Likewise.
             average_attn_weights: Likewise.
             is_causal: Likewise: a hint that ``attn_mask`` is causal.
             domain_prior: ``prior`` of the ``DomainGate``.
             domain_mask: Its ``mask``.
             domain_weights: Its ``override``.
-            return_gates: Whether to return the gates too.
+            return_gates: Whether to also return the gates.
 
         Returns:
             The output and attention weights or None, as the base does; with ``return_gates`` a
@@ -208,7 +208,7 @@ class ShiftableMultiheadAttention(SpecialistHolder):
         masks: AttentionMasks,
         slots: int | None,
     ) -> Tensor:
-        """The base's output ``[B, T, E]`` with those of the specialists."""
+        """The base's output ``[B, T, E]`` combined with those of the specialists."""
         names = [self.gate.specialists[e] for e in used]
         shares = gates[..., [1 + e for e in used]]  # [B, T, F]
         if masks.bias is not None:
@@ -220,7 +220,7 @@ class ShiftableMultiheadAttention(SpecialistHolder):
         return mix_with_base(base, gates, others)
 
     def _weights(self, names: list[str]) -> AttentionWeights:
-        """Those of these specialists beside each other."""
+        """Stacked weights of these specialists."""
         own = weights_of(self.base)
         return beside_each_other([self.specialist(name).weights(own) for name in names])
 
@@ -242,7 +242,7 @@ class ShiftableMultiheadAttention(SpecialistHolder):
         masks: AttentionMasks,
         slots: int,
     ) -> Tensor:
-        """What ``_by_intervals`` gives, at the cost of the specialists that tokens use."""
+        """As ``_by_intervals``, but computes only the specialists that tokens use."""
         plan = plan_branches(shares, slots)
         if not plan.spans:
             return torch.zeros_like(inputs[0])
@@ -279,7 +279,7 @@ class ShiftableMultiheadAttention(SpecialistHolder):
         masks: AttentionMasks,
         slots: int | None,
     ) -> Tensor:
-        """Gated sum of the specialists whose tokens see an interval of keys, ``[B, T, E]``."""
+        """Gated sum ``[B, T, E]`` of the specialists for masks that are intervals of keys."""
         n = shares.shape[-1]
         query, key, value = self._project(inputs, weights, n)
         chosen = choose_slots(shares, slots)
@@ -293,7 +293,7 @@ class ShiftableMultiheadAttention(SpecialistHolder):
         weights: AttentionWeights,
         bias: Tensor,
     ) -> Tensor:
-        """The same where a mask is none that the operator takes: PyTorch's attention."""
+        """The gated sum for other masks, by PyTorch's attention."""
         n = shares.shape[-1]
         query, key, value = (x.flatten(1, 2) for x in self._project(inputs, weights, n))
         if bias.shape[1] > 1:

@@ -1,4 +1,4 @@
-"""PyTorch's encoder layer with gated specialists beside its attention."""
+"""PyTorch's encoder layer with gated specialists for its attention."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from memattn.nn.shiftable_attention import ShiftableMultiheadAttention, check_ba
 class ShiftableTransformerBlock(nn.TransformerEncoderLayer):
     """An encoder layer around a frozen attention, or a whole frozen layer, with N specialists.
 
-    It is called as ``nn.TransformerEncoderLayer`` is, and may stand in ``nn.TransformerEncoder``.
-    Where no specialist is open, and where weights choose the base for all tokens, the layer's own
-    forward runs, so that a new block has the bits of the layer it wraps, PyTorch's fast path
-    included. Where one is open that path is left, and tokens that use the base alone have the bits
-    that the layer has without it.
+    It is called like ``nn.TransformerEncoderLayer`` and can be used in ``nn.TransformerEncoder``.
+    If no specialist is open, or if ``domain_weights`` choose the base for all tokens, the layer's
+    own forward runs, including PyTorch's fast path; so the output is exactly that of the wrapped
+    layer. If a specialist is open, the fast path is not used, and tokens that use only the base get
+    exactly the output of the layer without fast path.
 
     Args:
         d_model: Features, those of the base.
@@ -26,11 +26,11 @@ class ShiftableTransformerBlock(nn.TransformerEncoderLayer):
         base_mha: An ``nn.MultiheadAttention``, around which a new MLP and new norms are trained, or
             an ``nn.TransformerEncoderLayer``, all of which is frozen and has no dropout. It is used
             itself, not a copy.
-        num_specialists: Specialists to begin with; ``self_attn`` adds others.
+        num_specialists: Initial number of specialists; ``self_attn`` can add more.
         dropout: Dropout of new parts, 0.1 if None; None with a layer.
-        norm_first: Whether norms of new parts stand before attention and MLP, False if None; None
+        norm_first: Whether norms of new parts come before attention and MLP, False if None; None
             with a layer.
-        rank: Rank of what new specialists add to the base's weights; None: whole weights.
+        rank: Rank of new specialists' change of the base's weights; None: full weights.
         gate: A gate for ``d_model`` features without specialists; None means one by token.
         backend: Backend of ``branch_attention``.
 
@@ -90,13 +90,16 @@ class ShiftableTransformerBlock(nn.TransformerEncoderLayer):
             )
             layer.self_attn = base_mha
         self.base_is_layer = is_layer
-        self.__dict__["_layer"] = layer  # its modules are those of the block, and not twice in it
+        self.__dict__["_layer"] = (
+            layer  # not registered: its modules are already modules of the block
+        )
         attention = layer.self_attn
         assert isinstance(attention, nn.MultiheadAttention)
         self.self_attn = ShiftableMultiheadAttention(
             *(d_model, num_heads, attention, num_specialists), rank=rank, gate=gate, backend=backend
         )
-        # nn.TransformerEncoder asks whether its fast path may be used, which the block looks after
+        # nn.TransformerEncoder asks whether its fast path may be used; the block decides that
+        # itself
         self.self_attn._qkv_same_embed_dim = attention._qkv_same_embed_dim
         for name, module in layer.named_children():
             if name != "self_attn":
@@ -145,7 +148,7 @@ class ShiftableTransformerBlock(nn.TransformerEncoderLayer):
         domain_weights: Tensor | None = None,
         return_gates: bool = False,
     ) -> Any:
-        """Call it as ``nn.TransformerEncoderLayer``.
+        """Call it like ``nn.TransformerEncoderLayer``.
 
         Args:
             src: ``[B, T, E]``, or ``[T, B, E]`` where the base is not batch first, or ``[T, E]``;
@@ -156,10 +159,10 @@ class ShiftableTransformerBlock(nn.TransformerEncoderLayer):
             domain_prior: ``prior`` of the ``DomainGate``.
             domain_mask: Its ``mask``.
             domain_weights: Its ``override``.
-            return_gates: Whether to return the gates too.
+            return_gates: Whether to also return the gates.
 
         Returns:
-            The output, of the shape of ``src``; with ``return_gates`` and a ``GateOutput``.
+            The output, with the shape of ``src``; with ``return_gates``, also a ``GateOutput``.
 
         Raises:
             TypeError: If an argument has the wrong Python type.
@@ -174,7 +177,7 @@ class ShiftableTransformerBlock(nn.TransformerEncoderLayer):
         )
         given = any(x is not None for x in domain.values())
         used = self.self_attn.used_specialists(domain_prior, domain_weights)
-        # attention of nested sequences has a fast path alone
+        # nested tensors are supported by the fast path only
         is_slow = src.is_nested and torch.is_grad_enabled() and src.requires_grad
         if src.is_nested and (used or given or return_gates or is_slow):
             return self._forward_nested(src, domain, return_gates)
@@ -211,7 +214,7 @@ class ShiftableTransformerBlock(nn.TransformerEncoderLayer):
         return self.dropout1(out), gates
 
     def _forward_nested(self, src: Tensor, domain: dict[str, Any], return_gates: bool) -> Any:
-        """Of sequences of unlike lengths, padded on the right in between."""
+        """Forward of nested sequences of different lengths; pads them on the right meanwhile."""
         lengths = torch.tensor([len(sequence) for sequence in src.unbind()], device=src.device)
         padded = src.to_padded_tensor(0.0)
         padding = torch.arange(padded.shape[1], device=src.device) >= lengths[:, None]

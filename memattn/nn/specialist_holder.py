@@ -1,4 +1,4 @@
-"""A gate and the specialists that it weighs: to add, take away, train, export and import one."""
+"""A gate and its specialists: add, remove, train, export or import a specialist."""
 
 from collections.abc import Iterator, Mapping
 from typing import cast
@@ -11,12 +11,12 @@ from memattn.nn.domain_gate import DomainGate
 
 
 class SpecialistHolder(nn.Module):
-    """Base of attentions with specialists beside them; each has a row in the gate.
+    """Base class of attentions with specialists; each specialist has a row in the gate.
 
     Args:
         hidden_size: Features of the input.
-        gate: A gate for as many, without specialists.
-        rank: Rank of what new specialists add to the base's weights; None: whole weights.
+        gate: A gate for ``hidden_size`` features without specialists.
+        rank: Rank of new specialists' change of the base's weights; None: full weights.
         backend: Backend of ``branch_attention``.
 
     Raises:
@@ -56,7 +56,7 @@ class SpecialistHolder(nn.Module):
         return name
 
     def remove_specialist(self, name: str) -> None:
-        """Drop a specialist and its part of the gate.
+        """Remove a specialist and its row of the gate.
 
         Raises:
             ValueError: If there is no such specialist.
@@ -65,7 +65,7 @@ class SpecialistHolder(nn.Module):
         del self.specialists[name]
 
     def specialist_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """What one specialist owns, its part of the gate included: to train it, or to freeze it.
+        """Parameters of one specialist, including its row of the gate: to train or freeze it.
 
         Raises:
             ValueError: If there is no such specialist.
@@ -73,7 +73,7 @@ class SpecialistHolder(nn.Module):
         return self._owned_by(name).parameters()
 
     def export_specialist_state(self, name: str) -> dict[str, Tensor]:
-        """Tensors of one specialist by name, its part of the gate and its prior included.
+        """Tensors of one specialist by name, including its row of the gate and its prior.
 
         Raises:
             ValueError: If there is no such specialist.
@@ -82,16 +82,16 @@ class SpecialistHolder(nn.Module):
         return {key: tensor.detach().clone() for key, tensor in owned.items()}
 
     def load_specialist_state(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Give a specialist what ``export_specialist_state`` returned.
+        """Load the result of ``export_specialist_state`` into a specialist.
 
         Raises:
-            ValueError: If there is no such specialist, or ``state`` is that of another model.
+            ValueError: If there is no such specialist, or ``state`` belongs to another model.
         """
         self.check_specialist_state(name, state)
         self._owned_by(name).load_state_dict(dict(state))
 
     def check_specialist_state(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Raise ValueError unless ``load_specialist_state`` takes ``state``."""
+        """Raise ValueError unless ``load_specialist_state`` can load ``state``."""
         expected, given = (
             {key: list(tensor.shape) for key, tensor in tensors.items()}
             for tensors in (self._owned_by(name).state_dict(), state)
@@ -115,12 +115,12 @@ class SpecialistHolder(nn.Module):
 
     @property
     def rests(self) -> bool:
-        """Whether a call may leave out some specialists, whose weights then get no gradient."""
+        """Whether a call may skip some specialists, whose weights then get no gradient."""
         n = len(self.specialists)
         return len(self.gate.open_specialists) < n or (self.gate.top_k or n) < n
 
     def used_specialists(self, prior: Tensor | None, weights: Tensor | None) -> list[int]:
-        """Places of the specialists that a call with this prior or these weights may use."""
+        """Indices of the specialists that a call with this prior or these weights may use."""
         given = prior if weights is None else weights
         if given is None:
             return list(self.gate.open_specialists)
@@ -131,7 +131,7 @@ class SpecialistHolder(nn.Module):
         return (given[..., 1:] != 0).reshape(-1, N).any(0).nonzero()[:, 0].tolist()
 
     def most_slots(self, weights: Tensor | None) -> int | None:
-        """Specialists that a token uses at most, with these weights; None where nobody knows."""
+        """Largest number of specialists that a token uses with these weights; None if unknown."""
         if weights is None:
             return self.gate.top_k
         count = (weights[..., 1:] != 0).sum(-1)

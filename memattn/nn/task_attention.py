@@ -1,4 +1,4 @@
-"""Attention over the columns of a task graph, with projections of their own for each task."""
+"""Attention over the columns of a task graph; each task has its own projections."""
 
 from dataclasses import dataclass
 
@@ -14,19 +14,19 @@ from memattn.ops._dispatch import BACKENDS
 
 @dataclass(frozen=True)
 class ColumnLayout:
-    """How the columns of a batch stand in its sequences.
+    """The arrangement of a batch's columns in sequences.
 
     A *column* is what one task computes from one sample: ``[L, E]``. The sequence of a sample is
-    its own column, then those that its task reads, ``C`` in all; shorter sequences are filled up
-    with columns that nobody sees. Own columns are sorted by task, and so are read ones.
+    its own column followed by the columns that its task reads, ``C`` in all. Shorter sequences are
+    padded with columns that no query sees. Own columns are sorted by task, and so are read columns.
     """
 
     own: TaskGroups  # B columns, one for each sequence
-    read: TaskGroups | None  # R columns; None where no task reads
-    read_sample: Tensor  # int64 [R], the sequence in which a read column stands
-    read_at: Tensor  # int64 [R], its place in [B, C - 1]
-    read_slot: Tensor  # int64 [B, C - 1], the inverse; 0 where the sequence is shorter
-    mask: TaskMask  # a row for each task of the batch, over C * L places
+    read: TaskGroups | None  # R columns; None if no task reads
+    read_sample: Tensor  # int64 [R], the sequence that contains a read column
+    read_at: Tensor  # int64 [R], its index in [B, C - 1]
+    read_slot: Tensor  # int64 [B, C - 1], the inverse; 0 for padding
+    mask: TaskMask  # one mask for each task of the batch, over C * L positions
     mask_row: Tensor  # int32 [B]
 
     def join(self, own: Tensor, read: Tensor | None) -> Tensor:
@@ -38,7 +38,7 @@ class ColumnLayout:
         return rearrange(torch.cat([own[:, None], others], 1), "b c l e -> b (c l) e")
 
     def split(self, sequences: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The inverse of ``join``; read columns are cut off from the gradient."""
+        """The inverse of ``join``; read columns are detached."""
         if self.read is None:
             return sequences, None
         n_columns = self.read_slot.shape[1] + 1
@@ -83,7 +83,7 @@ class TaskGraphAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over own columns ``[B, L, E]`` and read ones ``[R, L, E]``, and return both.
 
-        No gradient runs through what read columns compute.
+        Read columns get no gradient.
         """
         query, key, value = (
             self.project(proj, own, read, layout)

@@ -21,11 +21,11 @@ from memattn.ops._attention import autocast
 
 
 class TaskGroups(NamedTuple):
-    """The rows of a batch by task: what ``group_by_task`` finds out once for many layers."""
+    """The rows of a batch grouped by task, computed once by ``group_by_task`` for many layers."""
 
     tasks: tuple[int, ...]  # tasks of the batch, ascending
     sizes: tuple[int, ...]  # rows of each
-    order: Tensor | None  # int64 [B], the rows sorted by task; None where they already are
+    order: Tensor | None  # int64 [B], row indices sorted by task; None if already sorted
 
     @property
     def n_rows(self) -> int:
@@ -37,7 +37,7 @@ class TaskGroups(NamedTuple):
         return x if self.order is None else x.index_select(0, self.order)
 
     def unsort(self, x: Tensor) -> Tensor:
-        """Rows that ``sort`` has sorted, in the order they had."""
+        """Undo ``sort``: the rows in their original order."""
         return x if self.order is None else x.index_select(0, self.order.argsort())
 
 
@@ -46,7 +46,8 @@ def group_by_task(task_id: int | Tensor, n_rows: int) -> TaskGroups:
 
     Args:
         task_id: The task of all rows, an integer or an int32 or int64 tensor without axes; or of
-            each row, ``[B]``. Values of a tensor are read on the host, so CUDA is waited for.
+            each row, ``[B]``. Values of a tensor are read on the host, which waits for a CUDA
+            device.
         n_rows: Rows of the batch, B.
 
     Raises:
@@ -73,14 +74,14 @@ class TaskLinear(nn.Module):
     """``y = x W_t^T + b_t`` with a weight ``W_t`` for each task ``t``.
 
     A batch may mix tasks: its rows are sorted by task, and each task's rows are one group of a
-    single grouped matrix product (PyTorch's, where it takes the device and dtype, else one product
-    after the other over slices of the sorted rows). No weight is copied for a sample.
+    single grouped matrix product (PyTorch's, if it supports device and dtype; else one product per
+    task over slices of the sorted rows). No weight is copied per sample.
 
-    Every task has parameters of its own, so that it can be frozen, saved and optimized alone.
-    A task that is not in the batch gets no gradient (its ``grad`` stays None).
+    Every task has its own parameters, which can be frozen, saved and optimised separately. A task
+    that is not in the batch gets no gradient (its ``grad`` stays None).
 
     Args:
-        n_tasks: Tasks to begin with, numbered from 0; ``add_task`` adds others.
+        n_tasks: Initial number of tasks, numbered from 0; ``add_task`` adds more.
         in_features: Features of the input.
         out_features: Features of the output.
         rank: Rank of a weight ``W_t = B_t A_t``; None for full weights.
@@ -136,14 +137,14 @@ class TaskLinear(nn.Module):
         self.up = None if rank is None else nn.ParameterDict()  # B_t
         self.bias = nn.ParameterDict() if bias else None
         self._tasks: list[int] = []
-        # knows the dtype and the device of a layer that has no tasks yet
+        # keeps dtype and device of a layer without tasks
         self.register_buffer("_place", torch.empty(0), persistent=False)
         for _ in range(n_tasks):
             self.add_task()
 
     @property
     def tasks(self) -> tuple[int, ...]:
-        """The tasks there are, in the order in which they were added."""
+        """The tasks, in the order in which they were added."""
         return tuple(self._tasks)
 
     @property
@@ -158,7 +159,7 @@ class TaskLinear(nn.Module):
         return up @ down if self.shared_weight is None else self.shared_weight + up @ down
 
     def add_task(self, task: int | None = None, *, init_from: int | None = None) -> int:
-        """Give a task its parameters, and return its number.
+        """Add a task with its parameters, and return its number.
 
         Args:
             task: Its number; None for the next one.
@@ -184,7 +185,7 @@ class TaskLinear(nn.Module):
         return task
 
     def remove_task(self, task: int) -> None:
-        """Drop a task's parameters.
+        """Remove a task and its parameters.
 
         Raises:
             ValueError: If there is no such task.
@@ -207,7 +208,7 @@ class TaskLinear(nn.Module):
         """Map ``[B, ..., in_features]`` to ``[B, ..., out_features]``.
 
         Args:
-            x: ``[B, ..., in_features]``, of the dtype of the weights but under autocast.
+            x: ``[B, ..., in_features]``, in the dtype of the weights (any under autocast).
             task_id: The task of all rows, or of each: int32 or int64 ``[B]``; or the
                 ``TaskGroups`` of a batch whose rows ``x`` are *already sorted* by task.
 
@@ -237,7 +238,7 @@ class TaskLinear(nn.Module):
         factors = self.full if self.up is None else self.down
         assert factors is not None
         first = self._of(factors, groups.tasks)
-        # without rows: a cast under autocast costs nothing
+        # a slice without rows: casting it under autocast costs nothing
         check_like("x", autocast(x[:0]), "the weights", autocast(first[0][:0]))
         bias = None if self.bias is None else self._of(self.bias, groups.tasks)
         if self.up is None:
@@ -254,7 +255,7 @@ class TaskLinear(nn.Module):
         return ((name, kind) for name, kind in named.items() if kind is not None)
 
     def _of(self, parameters: nn.ParameterDict, tasks: Sequence[int]) -> list[Tensor]:
-        # by the integer of the layer's own list: torch.compile may trace a task as a symbol
+        # use the integer in the layer's own list: torch.compile may trace a task as a symbol
         own = (self._tasks[self._tasks.index(task)] for task in tasks)
         return [parameters[str(task)] for task in own]
 
@@ -270,7 +271,7 @@ class TaskLinear(nn.Module):
         if name == "up" and self.shared_weight is not None:
             return torch.zeros(shape)
         bound = inputs**-0.5
-        # a product of two would be smaller than one by a factor of sqrt(3)
+        # compensates that the product of two drawn matrices is smaller by a factor of sqrt(3)
         bound *= 3**0.5 if name == "up" else 1.0
         return torch.empty(shape).uniform_(-bound, bound)
 
@@ -310,7 +311,7 @@ def grouped_linear(
     ends = torch.tensor(sizes).cumsum(0).to(rows.device, torch.int32)
     out = F.grouped_mm(rows.contiguous(), torch.stack(stackable).mT, offs=ends)
     if out.requires_grad:
-        out.register_hook(Tensor.contiguous)  # its backward refuses expanded gradients
+        out.register_hook(Tensor.contiguous)  # its backward does not support expanded gradients
     if bias is None:
         return out
     each = torch.tensor(sizes, device=rows.device)
@@ -320,11 +321,11 @@ def grouped_linear(
 
 
 def _takes_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch's grouped product takes these without a loop that waits for the device."""
+    """Whether PyTorch's grouped product supports these without a loop that waits for the device."""
     if not hasattr(F, "grouped_mm") or rows.shape[0] == 0 or rows.dtype != weight.dtype:
         return False
     if torch.compiler.is_compiling() and rows.dtype != torch.bfloat16:
-        return False  # its shapes under torch.compile are known for bfloat16 only
+        return False  # under torch.compile it supports bfloat16 only
     if rows.is_cuda:
         if rows.dtype != torch.bfloat16 or torch.cuda.get_device_capability(rows.device)[0] < 9:
             return False

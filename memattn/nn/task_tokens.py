@@ -1,4 +1,4 @@
-"""Tokens of feature vectors, images and sequences: what a task graph's nodes are made of."""
+"""Split feature vectors, images and sequences into tokens for a task graph."""
 
 import math
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ from memattn.checks import check_int, check_like, check_tensor, must
 class TokenProjection(nn.Module):
     """Split an input into tokens and project each to ``hidden_size`` features.
 
-    One matrix ``W [hidden_size, F]`` projects the whole input of ``F`` features, and a token is the
-    part of the product that its own features give: ``token_g = W[:, g] x_g + b``. So each token has
-    columns of its own, which tell where it comes from, and the parameters are as many for every
-    number of tokens. Which features a token gets:
+    One matrix ``W [hidden_size, F]`` projects all ``F`` features of the input. A token is the part
+    of the product that comes from its own features: ``token_g = W[:, g] x_g + b``. So each token
+    has its own columns of ``W``, which encode its position, and the number of parameters does not
+    depend on the number of tokens. Features of a token:
 
     - ``[B, F]``: consecutive groups of ``ceil(F / n_tokens)``; the last one may be smaller.
     - ``[B, C, H, W]``, or any input where ``input_dim`` is ``(H, W)`` or ``(C, H, W)``: square
       patches, row by row. An image that does not divide is padded with zeros at the right and at
       the bottom.
-    - ``[B, L, F]``, where ``input_dim`` is an integer: the L tokens that it holds, each projected
-      by all of ``W``, plus sines and cosines of its position where ``positions`` is set.
+    - ``[B, L, F]``, where ``input_dim`` is an integer: the L tokens of the input, each projected by
+    all of ``W``; with ``positions``, sines and cosines of its position are added.
 
     Args:
         input_dim: Features F of an input, or the axes of an image, ``(H, W)`` or ``(C, H, W)``.
         hidden_size: Features of a token, ``E``.
-        n_tokens: Tokens wanted of a vector or an image. Sizes are rounded up, so there may be
-            fewer; 1 makes the whole input one token.
+        n_tokens: Desired number of tokens of a vector or an image. Sizes are rounded up, so there
+            may be fewer; 1 makes the whole input one token.
         patch_size: Side of a patch; None means the longer side of the image over
             ``sqrt(n_tokens)``, rounded up.
         positions: Whether sequences get positions.
@@ -82,7 +82,7 @@ class TokenProjection(nn.Module):
 
     @property
     def n_image_tokens(self) -> int | None:
-        """Tokens of an input where ``input_dim`` is the axes of an image; None for an integer."""
+        """Number of tokens of an image; None if ``input_dim`` is an integer."""
         if self.image is None:
             return None
         if self.n_tokens == 1 and self.patch_size is None:
@@ -92,7 +92,7 @@ class TokenProjection(nn.Module):
         return math.ceil(height / side) * math.ceil(width / side)
 
     def is_sequence(self, x: Tensor) -> bool:
-        """Whether an input is ``[B, L, F]``, tokens already."""
+        """Whether an input is ``[B, L, F]``, already split into tokens."""
         return self.image is None and x.dim() == 3 and x.shape[-1] == self.input_dim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ class TokenProjection(nn.Module):
 
         Raises:
             TypeError: If ``x`` is no tensor.
-            ValueError: If its dtype or device is not that of the projection, or its shape is none
-                of those above.
+            ValueError: If its dtype or device differs from the projection's, or its shape is none
+                of the above.
         """
         check_tensor("x", x)
         weight, bias = self.projection.weight, self.projection.bias

@@ -91,7 +91,7 @@ class AttentionLayerConfig(AddedPart):
         return self.attention
 
     @property
-    def stands(self) -> str:
+    def resolved_place(self) -> str:
         return self.at
 
     @property

@@ -72,13 +72,13 @@ class StepSources(NamedTuple):
     future_dim: int = 0  # rows of the table that it sees
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_bare(module: nn.Module) -> bool:
     """Whether a call of the module only runs the ``forward`` of its class, without hooks."""
     own = module.__dict__
-    return "forward" not in own and not any(own[hooks] for hooks in _HOOKS)
+    return "forward" not in own and not any(own[hooks] for hooks in HOOKS)
 
 
 class View(NamedTuple):
@@ -119,7 +119,7 @@ class PartConfig:
             gets, attention's output in ``context.attended`` and its module in ``context.base``; its
             own output replaces that output. All other parts get hidden states after their own norm,
             and their output is added to the residual. A part whose fields decide between places
-            other than attention's overrides ``stands``.
+            other than attention's overrides ``resolved_place``.
         repeatable: Whether ``MemAttnConfig.parts`` may contain it more than once.
         reports: Names of the losses and measures that it may return.
         inputs: Names of extra tensors that a caller of the model may pass, such as sample weights;
@@ -144,7 +144,7 @@ class PartConfig:
         return "attention" if self.place == "attention" else f"parts.{self.kind}"
 
     @property
-    def stands(self) -> str:
+    def resolved_place(self) -> str:
         """Its place with these fields, one of ``PLACES``."""
         return self.place
 

@@ -43,7 +43,7 @@ class ChapterMemoryConfig(MemoryFields):
     state_type: ClassVar[type[RoutingState]] = RoutingState
 
     @property
-    def stands(self) -> str:
+    def resolved_place(self) -> str:
         return VARIANTS[self.memory_block_variant]
 
     @property

@@ -208,16 +208,16 @@ class FutureConfig(AttentionPart):
 
     def run(self, module: nn.Module, hidden_states: Tensor, context: PartContext) -> PartOutput:
         layer: Any = module
-        turns, rotary = None, context.rotary_embedding
+        future_angles, rotary = None, context.rotary_embedding
         if rotary is not None:
             rows = layer.future_positions(hidden_states, offset=context.offset)
             angles = lambda: rotary(rows, hidden_states.dtype)
             # keyed by what decides the rows, not by their number, which compilation would make a
             # constant
-            turns = context.once((self.kind, self.source, self.future_dim), angles)
+            future_angles = context.once((self.kind, self.source, self.future_dim), angles)
         out, loss = layer(
             hidden_states,
-            future_rotary=turns,
+            future_rotary=future_angles,
             output_loss=context.measure_losses,
             **context.attention_inputs(),
         )
@@ -241,13 +241,13 @@ class FutureConfig(AttentionPart):
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, context: PartContext
     ) -> Tensor:
         layer: Any = module
-        turns, rotary = None, context.rotary_embedding
+        future_angles, rotary = None, context.rotary_embedding
         if rotary is not None:
             rows = layer.future.num_rows(key.shape[2])
             cos, sin = rotary.table(rows + 1)
-            turns = cos[None, None, 1 : rows + 1], sin[None, None, 1 : rows + 1]
+            future_angles = cos[None, None, 1 : rows + 1], sin[None, None, 1 : rows + 1]
         bounds = context.sequence_bounds()
-        return layer.attend(query, key, value, future_rotary=turns, **bounds)
+        return layer.attend(query, key, value, future_rotary=future_angles, **bounds)
 
     def _count(self, layer: FutureAttention, context: PartContext, B: int) -> Tensor:
         """Number of positions in the loss: those whose whole band is in the sequence."""

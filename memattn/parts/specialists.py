@@ -146,7 +146,7 @@ class SpecialistsConfig(AddedPart):
         super().check(sizes, others)
         if self.rank is None:
             return
-        for part in (part for part in others if part.stands == "attention"):
+        for part in (part for part in others if part.resolved_place == "attention"):
             with torch.device("meta"):
                 attention = part.build(sizes, 0)
             if base_attention(attention) is None:

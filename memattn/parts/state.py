@@ -164,10 +164,10 @@ class PartState:
             room.buffer[..., :kept, :].copy_(past)
         end = room.end + n
         first = end - n - past.shape[-2]
-        found = room.buffer[..., first:end, :]
-        if not self.record_past:
-            first = max(first, end - self.keep)
-        self.tokens[name] = view = room.buffer[..., first:end, :]
+        found = view = room.buffer.narrow(-2, first, end - first)
+        if not self.record_past and end - self.keep > first:
+            view = room.buffer.narrow(-2, end - self.keep, self.keep)
+        self.tokens[name] = view
         self._room[name] = Room(room.buffer, view, end)
         return found
 

@@ -17,11 +17,12 @@ def check_together(parts: Sequence[PartConfig], sizes: Sizes) -> None:
         number = sum(other.kind == part.kind for other in parts)
         if number > 1 and not part.repeatable:
             must("parts", f"have {part.kind} at most once", f"it {number} times")
-        if part.stands not in PLACES:
-            must(f"{part.path}.stands", f"be one of {', '.join(PLACES)}", repr(part.stands))
-        if (part.stands == "attention") != (part.place == "attention"):
+        if part.resolved_place not in PLACES:
+            place = repr(part.resolved_place)
+            must(f"{part.path}.resolved_place", f"be one of {', '.join(PLACES)}", place)
+        if (part.resolved_place == "attention") != (part.place == "attention"):
             side = "be" if part.place == "attention" else "not be"
-            must(f"{part.path}.stands", f"{side} attention", repr(part.stands))
+            must(f"{part.path}.resolved_place", f"{side} attention", repr(part.resolved_place))
         part.check(sizes, others)
         for name, coefficient in part.losses.items():
             if coefficients.setdefault(name, coefficient) != coefficient:

@@ -56,7 +56,9 @@ def tasks_figure(model: DTGMAModel, *, x: Tensor | None = None, title: str = "")
         shares = attention.mask.float().mean(0).cpu().numpy()
         row[0].imshow(shares, cmap=_MASK_COLOURS, vmin=0.0, vmax=1.0, interpolation="nearest")
         row[0].set_title(f"{task}: what it may see", fontsize=9)
-        layers = [] if attention.weights is None else attention.weights.mean(1).cpu().numpy()
+        layers = np.empty((0, *attention.mask.shape[1:]))
+        if attention.weights is not None:
+            layers = attention.weights.mean(1).cpu().numpy()
         for number, (axes, weights) in enumerate(zip(row[1:], layers, strict=False), 1):
             image = axes.imshow(weights / layers.max(), vmin=0.0, vmax=1.0, interpolation="nearest")
             axes.set_title(f"{task}: attention, layer {number}", fontsize=9)
