@@ -31,21 +31,23 @@ def is_step(args: NeuralMemoryArgs) -> bool:
 class Plan(NamedTuple):
     """A checked call of one token, for the next one with a state that it made."""
 
-    signature: tuple
-    constants: tuple  # what follows ``skipped`` in the arguments of a step, but ``fold``
+    signature: tuple[Any, ...]
+    constants: tuple[Any, ...]  # what follows ``skipped`` in the arguments of a step, but ``fold``
     step: Step
 
 
-def signature_of(tokens: Sequence[Any], weights: Sequence[Any], options: tuple) -> tuple:
+def signature_of(
+    tokens: Sequence[Any], weights: Sequence[Any], options: tuple[Any, ...]
+) -> tuple[Any, ...]:
     """All that the checks of a call look at, but its state. Anything may be given."""
-    named = [
+    named: list[Any] = [
         (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else type(x)
         for x in (*tokens, *weights)
     ]
     return (*named, len(weights), *options)
 
 
-def plan_of(args: NeuralMemoryArgs, signature: tuple, step: Step) -> Plan:
+def plan_of(args: NeuralMemoryArgs, signature: tuple[Any, ...], step: Step) -> Plan:
     """The plan of a call that was checked."""
     constants = tuple(getattr(args, name) for name in CONSTANTS)
     return Plan(signature, constants, step)
@@ -55,7 +57,7 @@ def next_step(
     state: NeuralMemoryState | None,
     tokens: Sequence[Any],
     weights: Sequence[Any],
-    options: tuple,
+    options: tuple[Any, ...],
 ) -> tuple[Tensor, NeuralMemoryState, Tensor] | None:
     """Output, state and surprise of a call like the one that made the state, a step.
 
