@@ -1,4 +1,4 @@
-"""The handle of one attached adapter: what a user keeps, saves and takes off."""
+"""The handle of one attached adapter, by which a user saves and detaches it."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -65,7 +65,7 @@ class MemoryAdapter:
         state_dict: Mapping[str, Tensor] | None = None,
         is_main_process: bool = True,
     ) -> None:
-        """Write its parts, weights and chapters, and nothing of the model.
+        """Write its parts, weights and chapters, without the model.
 
         Args:
             folder: A new or empty folder, or one with a saved adapter, which is replaced at the
@@ -105,12 +105,12 @@ class MemoryAdapter:
             dtype: Of its weights; None means that of the file.
 
         Returns:
-            The handle. The adapter runs, and those attached before do not.
+            The handle. The adapter is active; those attached before are not.
 
         Raises:
             FileNotFoundError: If the folder holds no adapter.
             ValueError: If a file is damaged, or of a model with another architecture or other
-                sizes; the model is then as before.
+                sizes; the model is then unchanged.
         """
         folder = Path(folder)
         if not (folder / CONFIG).is_file() and (folder / INSIDE / name).is_dir():
@@ -134,7 +134,7 @@ class MemoryAdapter:
         return adapter
 
     def detach(self) -> None:
-        """Take it off the model."""
+        """Detach it from the model."""
         detach_parts(self.model, self.name)
 
     def __repr__(self) -> str:
@@ -166,13 +166,13 @@ def attach_memory(
     Args:
         model: A causal language model of transformers, or one inside PEFT's.
         config: A part, its kind and fields as a dict, or a list of such.
-        name: Of this adapter. A model may have several; the newest runs.
-        freeze_base: Whether the parameters of the model stop learning, at the first attachment.
-            PEFT's parameters stay as they are.
+        name: Name of this adapter. A model may have several; the newest is active.
+        freeze_base: Whether the first attachment freezes the parameters of the model. PEFT's
+            parameters keep their ``requires_grad``.
         dtype: Of the new parameters; None means that of each layer.
 
     Returns:
-        The adapter, to be saved or taken off.
+        The adapter, by which it is saved and detached.
 
     Raises:
         TypeError: If ``model`` is no transformers model, or ``config`` is no part.
@@ -185,30 +185,28 @@ def attach_memory(
 
 
 def detach_memory(model: nn.Module, name: str | None = None) -> None:
-    """Take an adapter off a model, or all of them.
-
-    With the last one the model is what it was: the same modules and classes, and parameters that
-    attaching has frozen learn again.
+    """Detach an adapter from a model, or all of them. After the last one the model has its own
+    modules and classes again, and parameters that attaching froze are trainable again.
 
     Args:
         model: A model with attached parts.
-        name: Of the adapter; None means all.
+        name: Name of the adapter; None means all.
 
     Raises:
-        ValueError: If there is no such adapter, or the model was sharded since.
+        ValueError: If there is no such adapter, or the model was sharded after attaching.
     """
     detach_parts(model, name)
 
 
 def adapters_of(model: nn.Module) -> dict[str, MemoryAdapter]:
-    """The adapters of a model by name, those that run first."""
+    """The adapters of a model by name, the active ones first."""
     _, attachment = attached(model)
     names = dict.fromkeys((*attachment.active, *attachment.adapters))
     return {name: MemoryAdapter(model, name) for name in names}
 
 
 def set_adapter(model: nn.Module, *names: str) -> None:
-    """Choose which adapters run, one after the other in each place, and learn; others do neither.
+    """Choose the active adapters: they run one after the other in each place, and are trainable.
 
     Args:
         model: A model with attached parts.
@@ -224,10 +222,10 @@ def set_adapter(model: nn.Module, *names: str) -> None:
 
 
 def disable_adapters(model: nn.Module) -> None:
-    """Let the model run as if nothing were attached, until ``enable_adapters``."""
+    """Run the model without its adapters until ``enable_adapters``."""
     attached(model)[1].is_enabled = False
 
 
 def enable_adapters(model: nn.Module) -> None:
-    """Let the chosen adapters run again."""
+    """Run the model with its active adapters again."""
     attached(model)[1].is_enabled = True

@@ -1,4 +1,4 @@
-"""Attach parts to a pretrained model, switch between several, and take them off again."""
+"""Attach parts to a pretrained model and detach them."""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -132,7 +132,7 @@ def attached(model: Any) -> tuple[Any, Attachment]:
 
 
 def detach_parts(model: Any, name: str | None = None) -> None:
-    """Take one adapter off a model, or all; with the last one the model is what it was."""
+    """Detach one adapter from a model, or all; see ``detach_memory``."""
     base, attachment = attached(model)
     names = list(attachment.adapters) if name is None else [name]
     for each in names:
@@ -176,7 +176,7 @@ def _check_attachable(base: Any) -> None:
 
 
 def _check_places(base: Any, named: Mapping[str, PartConfig], structure: Structure) -> None:
-    """Raise ValueError if a part would stand where a layer has no such place."""
+    """Raise ValueError if a layer lacks the place of a part."""
     for layer, stations in enumerate(structure.stations):
         for part in parts_of_layer(named, layer, structure.sizes).values():
             if part.resolved_place not in ALWAYS_THERE and part.resolved_place not in stations:
@@ -191,7 +191,7 @@ def _check_places(base: Any, named: Mapping[str, PartConfig], structure: Structu
 
 
 def _structure_of(attachment: Attachment) -> Structure:
-    """What the first look has shown."""
+    """The structure that ``look_at`` found at the first attachment."""
     return Structure(
         attachment.layers, attachment.stations, attachment.base_output_type, attachment.sizes
     )
@@ -222,10 +222,10 @@ def _place(
 
 
 def _begin(base: Any, structure: Structure, modules: Mapping[int, AdapterLayer]) -> None:
-    """Give parts beside attention what begins as its copy.
+    """Copy the weights of attention into parts beside it that begin as copies.
 
     Raises:
-        ValueError: If a copy would not do what attention does.
+        ValueError: If a copy would not compute what attention computes.
     """
     copied = {
         layer: {name: part for name, part in own.configs.items() if copies_base(part)}

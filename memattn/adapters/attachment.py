@@ -1,4 +1,4 @@
-"""What is attached to a model: its adapters, which of them run, and where."""
+"""The adapters of a model, and which of them are active."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Adapter:
 
     Attributes:
         parts: Its parts by name.
-        modules: Of each layer that it stands in, by number, the module with its parts.
+        modules: The module with its parts for each layer that has some, by number of the layer.
         shared: The modules that layers of a part share, by name of the part.
         trainable: Its parameters that learn while it runs.
         chapters: The chapters of texts that its parts keep.
@@ -43,7 +43,7 @@ class Attachment:
     """The adapters of one model; the model and its attached layers all hold this object.
 
     Args:
-        structure: What a look at the model has shown.
+        structure: Where the layers and the end of their attention are.
         arguments: Names of the positional arguments of the model's forward.
         frozen: Parameters of the model that attaching has frozen.
     """
@@ -65,7 +65,7 @@ class Attachment:
         self._set_passing()
 
     def _set_passing(self) -> None:
-        """Set what a copy does not take over."""
+        """Set the attributes that a copy does not inherit."""
         self.call: Any = None  # the Call that is open, or None
         self._calls = WeakTensorKeyDictionary()  # by the hidden states that layers got in them
         self.output_type = output_with_losses(self.base_output_type)
@@ -79,9 +79,10 @@ class Attachment:
         self._set_passing()
 
     def call_of(self, layer: nn.Module, hidden_states: Tensor) -> Any:
-        """The call that a layer runs in: the open one, or in a backward the one that it ran in.
+        """The call that a layer belongs to: the open one, or in a backward pass the one of its
+        forward pass.
 
-        Checkpointing that wraps a layer from outside gives it the same hidden states again.
+        When activation checkpointing repeats a layer, the layer gets the same hidden states.
         """
         if torch.compiler.is_compiling() or not (layer.training and torch.is_grad_enabled()):
             return self.call
@@ -92,14 +93,14 @@ class Attachment:
 
     @property
     def is_running(self) -> bool:
-        """Whether a call of the model runs any part."""
+        """Whether any part is active."""
         return self.is_enabled and bool(self.active)
 
     def take_inputs(self, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """Take out of the keywords of a call what they give to parts.
+        """Remove the inputs of parts from the keyword arguments of a call, and return them.
 
         Raises:
-            TypeError: If no part takes it that runs.
+            TypeError: If no active part takes one.
         """
         parts = [part for adapter in self.adapters.values() for part in adapter.parts.values()]
         names = [name for part in parts for name in part.inputs]
@@ -112,10 +113,11 @@ class Attachment:
             must("name", f"be one of {', '.join(self.adapters)}", repr(name))
 
     def activate(self, names: Sequence[str]) -> None:
-        """Let these adapters run, one after the other, and learn; the others do neither.
+        """Make these adapters active and trainable, in this order; the others become inactive and
+        frozen.
 
         Raises:
-            ValueError: If one is unknown or twice there, or they disagree about a coefficient.
+            ValueError: If one is unknown or given twice, or two give a loss different coefficients.
         """
         coefficients: dict[str, float] = {}
         for name in names:

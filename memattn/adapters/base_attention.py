@@ -1,4 +1,4 @@
-"""The attention of a transformers layer, as specialists beside it need to know it."""
+"""Projections and rotary angles of the attention of a transformers layer, for specialists."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ LENGTH = 8  # tokens of the call that shows how attention is called
 
 
 def half_angles(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines ``[B, 1, T, D/2]`` that an attention is called with, or None."""
+    """Cosines and sines ``[B, 1, T, D/2]`` among the keyword arguments of an attention, or None."""
     angles = kwargs.get("position_embeddings")
     if angles is None:
         return None
@@ -31,7 +31,7 @@ def half_angles(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
 
 
 def _of_transformers(module: Any) -> BaseAttention | None:
-    """Projections of an attention of transformers; None where it has none that are known.
+    """Projections of an attention of transformers; None where their names are unknown.
 
     Under LoRA of PEFT they are those of the base: a linear layer of PEFT shows its weight.
     """
@@ -66,19 +66,18 @@ def _is_packed(module: Any) -> bool:
 
 
 def copies_base(part: PartConfig) -> bool:
-    """Whether a part has something that begins as attention's."""
+    """Whether a part has weights that begin as a copy of attention's."""
     return part.resolved_place == "beside_attention" and type(part).begin is not PartConfig.begin
 
 
 def check_bases(base: Any, structure: Structure, copied: Mapping[int, str]) -> None:
-    """Raise ValueError unless copies of the attention of some layers would do what it does.
-
-    That is shown by what each makes of random states, in float64.
+    """Raise ValueError unless copies of the attention of some layers would compute what it
+    computes. Both are compared on random hidden states in float64.
 
     Args:
         base: The model.
         structure: Where its layers and their attentions are.
-        copied: The part that copies, by number of the layer.
+        copied: The part that copies the attention, by number of the layer.
     """
     attentions: dict[int, Any] = {}
     for layer, path in copied.items():
@@ -108,12 +107,12 @@ def check_bases(base: Any, structure: Structure, copied: Mapping[int, str]) -> N
 
 
 def _window(module: Any) -> int | None:
-    """The window of all layers, of an attention that does not know its own."""
+    """The window of the model's configuration, for an attention module without one of its own."""
     return getattr(getattr(module, "config", None), "sliding_window", None)
 
 
 def _calls(base: Any, attentions: Mapping[int, nn.Module]) -> dict[int, dict[str, Any]]:
-    """Keywords that attentions are called with, in one short call of the model."""
+    """Keyword arguments that the model gives to each attention, recorded in one short call."""
     called: dict[int, dict[str, Any]] = {}
 
     def watch(layer: int, module: nn.Module) -> Any:
@@ -131,7 +130,7 @@ def _calls(base: Any, attentions: Mapping[int, nn.Module]) -> dict[int, dict[str
 
 @torch.no_grad()
 def _is_copied(module: Any, called: Mapping[str, Any], hidden_size: int) -> bool:
-    """Whether an attention makes of random states what its projections say."""
+    """Whether an attention's output on random states follows from its projections alone."""
     twin = copy.deepcopy(module).double().eval()
     twin.config = copy.deepcopy(module.config)
     twin.config._attn_implementation = "eager"  # which does all that there is

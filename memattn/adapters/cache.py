@@ -1,4 +1,4 @@
-"""The model's own cache carries the state of parts, and does to it what it does to keys."""
+"""The state of parts inside the model's own cache, which crops and reorders it like its keys."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from memattn.parts import SequenceStates
 
 
 class CarriesStates(Swapped):
-    """Methods of a cache with the state of parts: each is done to both."""
+    """Methods of a cache with the state of parts; each also acts on that state."""
 
     part_states: SequenceStates
 
@@ -44,16 +44,16 @@ class CarriesStates(Swapped):
 def carry_states(
     cache: Any, wanted: list[Any], needed: bool, layer: int = 0
 ) -> SequenceStates | None:
-    """The states that a cache carries, which from now on it does if it is empty.
+    """The states of parts in a cache; an empty cache gets them here.
 
     Args:
         cache: A cache of transformers.
-        wanted: Of each layer, the empty states of its parts by name.
-        needed: Whether the parts must have a state, and do not only save work by one.
+        wanted: Empty states of the parts of each layer, by name.
+        needed: Whether the parts need a state for their results; otherwise it only saves work.
         layer: Number of a layer whose keys are not yet extended in this call.
 
     Returns:
-        The states, up to date with the cache; None where they are not needed, and the cache cannot
+        The states, up to date with the cache. None if they are not needed and the cache cannot
         carry them or was filled without these parts.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One call of an attached model: what its parts are told, and the losses that they return."""
+"""One forward call of an attached model: the context of its parts, and their losses."""
 
 import copy
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ Carry = dict[str, dict[str, Tensor]]  # by adapter, then by name
 
 
 class Entry(NamedTuple):
-    """What a layer found when it ran first; found again when checkpointing runs it again."""
+    """The inputs of a layer's parts in its first run, reused when checkpointing repeats it."""
 
     carry: Carry
     shared: dict[Any, Any]
 
 
 class Beside(NamedTuple):
-    """What parts beside attention get besides its input."""
+    """Inputs of parts beside attention other than its own input."""
 
     attended: Tensor  # [B, T, E], its output, or that of the part before
     base: nn.Module  # attention
@@ -36,18 +36,16 @@ class Beside(NamedTuple):
 
 
 class Call:
-    """Collects losses while it is open: from the model's forward until that returns.
-
-    Layers that run again in the backward of activation checkpointing find the same inputs in it,
-    and add nothing.
+    """Collects losses while it is open, that is during the model's forward. Layers that activation
+    checkpointing repeats in the backward pass find the same inputs in it, and add no losses.
 
     Args:
         attachment: What is attached to the model.
         attention_mask: ``[B, S]`` with the cached columns, or None.
         position_ids: As given to the model, or None.
-        packing: What else the model was told of documents in its rows.
+        packing: The other arguments of the model that describe documents in its rows.
         measure_losses: Whether parts are to return their losses.
-        inputs: What is given to parts, by the names of their ``inputs``.
+        inputs: Tensors for parts, by the names in their ``inputs``.
     """
 
     def __init__(
@@ -75,7 +73,7 @@ class Call:
         self.contexts: dict[torch.device, PartContext] = {}
 
     def context(self, index: int, hidden_states: Tensor, cache: Any) -> PartContext:
-        """What parts are told of the tokens, on the device of a layer."""
+        """The context of the tokens for parts, on the device of a layer."""
         if not self.contexts:
             self.contexts[hidden_states.device] = self._first_context(index, hidden_states, cache)
         if hidden_states.device not in self.contexts:
@@ -137,19 +135,19 @@ class Call:
         )
 
     def close(self) -> None:
-        """From now on nothing is added."""
+        """End the call; later losses are not collected."""
         self.is_open = False
 
 
 class LayerRun:
-    """One run of one layer in a call: the parts of one place after the other.
+    """One run of one layer in a call; its parts run place by place.
 
     Args:
         call: The call.
         layer: The layer, whose ``memory_adapters`` hold its parts by adapter.
         index: Its number.
-        hidden_states: What it gets, ``[B, T, E]``.
-        cache: The cache that it gets, or None.
+        hidden_states: The input of the layer, ``[B, T, E]``.
+        cache: The cache of the call, or None.
     """
 
     def __init__(
@@ -170,7 +168,7 @@ class LayerRun:
         self.context = context
 
     def has_parts(self, place: str) -> bool:
-        """Whether anything running stands in a place."""
+        """Whether an active part has this place."""
         adapters = self.layer.memory_adapters
         active = self.call.attachment.active
         return any(adapters[name].at(place) for name in active if name in adapters)
@@ -188,7 +186,7 @@ class LayerRun:
         return hidden_states, output
 
     def beside_attention(self, normed: Tensor, beside: Beside) -> Tensor:
-        """What stands instead of attention's output, ``[B, T, E]``."""
+        """The output ``[B, T, E]`` that replaces attention's."""
         for name in self.call.attachment.active:
             if name in self.layer.memory_adapters:
                 for part in self.layer.memory_adapters[name].at("beside_attention"):
@@ -199,7 +197,7 @@ class LayerRun:
     def _run(
         self, adapter: str, name: str, hidden_states: Tensor, beside: Beside | None = None
     ) -> Tensor:
-        """What one part returns for the residual, or beside attention for what attention gets."""
+        """The output of one part for hidden states, or for attention's input if it is beside it."""
         call, parts = self.call, self.layer.memory_adapters[adapter]
         part, module = parts.configs[name], parts.parts[name]
         state = None
@@ -239,13 +237,13 @@ class LayerRun:
         return output.hidden_states if order is None else order.columns(output.hidden_states)
 
     def leave(self) -> None:
-        """Hand on what the next layer gets."""
+        """Pass the carried tensors on to the next layer."""
         if self.call.is_open:
             self.call.carry = self.carry
 
 
 def _moved(context: PartContext, device: torch.device) -> PartContext:
-    """The same on another device."""
+    """A copy of the context on another device."""
     moved = copy.copy(context)
     move = lambda tensor: None if tensor is None else tensor.to(device)
     moved.positions = context.positions.to(device)
@@ -279,5 +277,5 @@ class AdapterLayer(nn.Module):
         return next((p.dtype for p in weights if p.is_floating_point()), None)
 
     def at(self, place: str) -> list[str]:
-        """Names of the parts that stand in one place."""
+        """Names of the parts in one place."""
         return [name for name, part in self.configs.items() if part.resolved_place == place]

@@ -1,7 +1,7 @@
 """An adapter as a folder: ``memory_config.json`` with its parts, ``memory.safetensors``.
 
-Weights are named by layer, ``layers.<i>.…``, or ``shared.<part>.…`` where layers share them.
-Chapters of texts, where there are any, have a file of their own.
+Weights are named by layer, ``layers.<i>.…``, or ``shared.<part>.…`` if layers share them. Chapters
+of texts are in a separate file.
 """
 
 import json
@@ -33,12 +33,12 @@ NAMES = {  # of sizes in configurations of transformers
 
 @dataclass
 class SavedAdapter:
-    """What a folder holds.
+    """The content of a folder with an adapter.
 
     Attributes:
         parts: Kinds and fields of the parts.
         weights: Tensors by name.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
     """
 
     parts: list[dict[str, Any]]
@@ -71,7 +71,7 @@ def save_adapter(
 
 
 def _find(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
-    """A weight by its name in the model, which may stand inside others."""
+    """A weight by its name in the model; the name may have a prefix in ``state_dict``."""
     for key, tensor in state_dict.items():
         if key == name or key.endswith(f".{name}"):
             return tensor
@@ -81,7 +81,7 @@ def _find(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
 def _write(
     folder: str | os.PathLike[str], base: Any, adapter: Any, weights: Mapping[str, Tensor]
 ) -> None:
-    """Write a folder, whole or not at all.
+    """Write a folder atomically.
 
     Raises:
         ValueError: If there is something else in the folder.
@@ -106,7 +106,7 @@ def _write(
 
 
 def model_facts(base: Any) -> dict[str, Any]:
-    """Type and sizes of a model, by the names that they have in its configuration."""
+    """Type and sizes of a model by their names in its configuration."""
     sizes = model_sizes(base)
     values = {NAMES.get(name, name): getattr(sizes, name) for name in SIZES}
     return {"model_type": text_config(base).model_type, **values}
@@ -145,7 +145,7 @@ def read_adapter(folder: str | os.PathLike[str], base: Any) -> SavedAdapter:
 
 
 def _check_fields(name: str, values: Mapping[str, Any], types: Mapping[str, type]) -> None:
-    """Raise ValueError unless there are exactly these fields, each of its type."""
+    """Raise ValueError unless exactly these fields are given, each of its type."""
     for field in values:
         if field not in types:
             must(f"{name} {field}", f"be a field ({', '.join(types)})", values[field])
@@ -157,7 +157,7 @@ def _check_fields(name: str, values: Mapping[str, Any], types: Mapping[str, type
 
 
 def adapter_weights(modules: Mapping[int, nn.Module], shared: Mapping[str, nn.Module]) -> Any:
-    """Weights of an adapter by the names that they have in a file."""
+    """Weights of an adapter by their names in a file."""
     return {
         f"{prefix}.{name}": tensor
         for prefix, module in _prefixes(modules, shared).items()
@@ -171,7 +171,7 @@ def load_weights(
     """Put saved weights into new modules.
 
     Raises:
-        ValueError: If names or shapes are others.
+        ValueError: If names or shapes differ.
     """
     wanted = adapter_weights(modules, shared)
     for what, names in (
@@ -192,6 +192,6 @@ def load_weights(
 def _prefixes(
     modules: Mapping[int, nn.Module], shared: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """The modules of an adapter by what their names in a file begin with."""
+    """The modules of an adapter by the prefix of their names in a file."""
     found = {f"shared.{part}": module for part, module in shared.items()}
     return found | {f"layers.{layer}": module for layer, module in modules.items()}

@@ -1,4 +1,4 @@
-"""What an attached decoder layer and its child at the end of attention do beside their own work."""
+"""Methods that run parts in a decoder layer and in its child at the end of attention."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from memattn.checks import must
 
 
 class AttachedLayer(Swapped):
-    """Methods of a layer: parts run before it, at the end of its attention, and after it."""
+    """Methods of a layer that run parts before it, at the end of its attention, and after it."""
 
     _memattn: Attachment
     _memattn_index: int
@@ -59,7 +59,7 @@ class AttachedLayer(Swapped):
         return output
 
     def _children_at_work(self: Any, run: LayerRun) -> dict[str, Any]:
-        """The children after which parts run in this call; each is told where it stands."""
+        """The children after which parts run in this call; each gets its places of this call."""
         children = {}
         for place, name in self._memattn.stations[self._memattn_index].items():
             if run.has_parts(place):
@@ -69,7 +69,7 @@ class AttachedLayer(Swapped):
 
 
 class AttachedChild(Swapped):
-    """Methods of attention and of what its end is, whose output is added to the residual."""
+    """Methods of attention and of the module at its end, whose output is added to the residual."""
 
     # set by the layer around its own call: the run, and the places that are here
     _memattn_site: tuple[LayerRun, tuple[str, ...]] | None = None
@@ -90,12 +90,12 @@ class AttachedChild(Swapped):
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a layer is called with."""
+    """The hidden states that a layer is called with."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 def _refuse_reentrant(layer: Any) -> None:
-    """Raise ValueError for checkpointing that would lose the losses of parts."""
+    """Raise ValueError for reentrant checkpointing, which would lose the losses of parts."""
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
         options = getattr(layer._gradient_checkpointing_func, "keywords", {})
         if options.get("use_reentrant", True):

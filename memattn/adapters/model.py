@@ -1,4 +1,4 @@
-"""What an attached model does beside its own work: it opens a call, and returns what was lost."""
+"""Methods of an attached model: its forward opens a ``Call`` and returns the losses of parts."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,7 +43,7 @@ class AttachedModel(Swapped):
         padding_mask: Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        """The output of a call, in which parts run if some are to."""
+        """The output of a forward call with the active parts."""
         attachment = self._memattn
         inputs = attachment.take_inputs(kwargs)
         if not attachment.is_running:
@@ -79,7 +79,7 @@ class AttachedModel(Swapped):
         return output if return_dict else output.to_tuple()
 
     def _prepare_cache(self: Any, given: dict[str, Any], kwargs: dict[str, Any]) -> None:
-        """Put a cache that carries states in place of the one that the model would make."""
+        """Replace the cache that the model would make by one that carries states."""
         attachment = self._memattn
         if given.get("past_key_values") is not None or "use_cache" not in attachment.arguments:
             return
@@ -97,7 +97,7 @@ class AttachedModel(Swapped):
             carry_states(cache, attachment.empty_states, needed=True)
 
     def _with_losses(self: Any, output: Any, call: Call, given: Mapping[str, Any]) -> Any:
-        """The output with the losses of parts beside it, and in its loss in training mode."""
+        """The output with the losses of parts; in training mode its ``loss`` includes them."""
         values = dict(output.items())
         means, counts = call.losses.means()
         lm_loss, labels = values.get("loss"), given.get("labels")
@@ -114,12 +114,12 @@ class AttachedModel(Swapped):
 
     @property
     def part_inputs(self: Any) -> set[str]:
-        """Names of the tensors that a caller may give to parts that run, or to the model's."""
+        """Names of the tensors that a caller may give to active parts, or to those of the model."""
         own = {name for part in self._memattn.running.values() for name in part.inputs}
         return own | getattr(super(), "part_inputs", set())
 
     def parameter_roles(self: Any) -> dict[str, Role]:
-        """What each attached parameter is that a part says something about, by name."""
+        """Roles of the attached parameters that a part declares, by name."""
         found = []  # prefix, part, its module
         for prefix, module in self.named_modules():
             if isinstance(module, AdapterLayer):
@@ -132,7 +132,7 @@ class AttachedModel(Swapped):
         return roles_of(found)
 
     def replace_parts(self: Any, change: Callable[[PartConfig], PartConfig]) -> None:
-        """Put other configurations in place of those of the attached parts, whose modules stay."""
+        """Replace the configurations of the attached parts; their modules stay."""
         if hasattr(super(), "replace_parts"):
             super().replace_parts(change)
         for adapter in self._memattn.adapters.values():
@@ -144,10 +144,10 @@ class AttachedModel(Swapped):
 
     @property
     def chapters(self: Any) -> Chapters:
-        """The chapters of texts that the adapter keeps which runs.
+        """The chapters of texts of the active adapter.
 
         Raises:
-            ValueError: If not exactly one runs.
+            ValueError: Unless exactly one is active.
         """
         running = self._memattn.active if self._memattn.is_running else ()
         if len(running) != 1:
@@ -157,12 +157,12 @@ class AttachedModel(Swapped):
 
     @property
     def losses(self: Any) -> dict[str, float]:
-        """Losses that running parts return beside the cross-entropy, with their coefficients."""
+        """Losses that active parts return beside the cross-entropy, with their coefficients."""
         return dict(self._memattn.losses) if self._memattn.is_running else {}
 
     @property
     def reach(self: Any) -> int:
-        """Tokens in the longest window or segment of a running part; 0 where there is none."""
+        """Tokens in the longest window or segment of an active part; 0 if none has one."""
         attachment = self._memattn
         names = attachment.active if attachment.is_running else ()
         parts = (part for name in names for part in attachment.adapters[name].parts.values())
@@ -175,7 +175,7 @@ class AttachedModel(Swapped):
         state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As of the model; its files have the attached weights too, and adapters get folders."""
+        """As the model's method, with the attached weights; each adapter also gets a folder."""
         result = super().save_pretrained(
             save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
         )
@@ -189,7 +189,7 @@ class AttachedModel(Swapped):
     def prepare_inputs_for_generation(
         self: Any, *args: Any, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
-        """As of the model, with the padding beside the mask that it makes for some caches."""
+        """As the model's method; also keeps the padding, which the mask for some caches lacks."""
         inputs = super().prepare_inputs_for_generation(
             *args, attention_mask=attention_mask, **kwargs
         )
@@ -200,20 +200,20 @@ class AttachedModel(Swapped):
         return inputs
 
     def _validate_model_kwargs(self: Any, model_kwargs: dict[str, Any]) -> None:
-        """As of the model, which does not know what parts take."""
+        """As the model's method, without the inputs of parts, which it does not know."""
         rest = dict(model_kwargs)
         self._memattn.take_inputs(rest)
         super()._validate_model_kwargs(rest)
 
     def _expand_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of the model; what is for all samples has no rows to repeat for beams."""
+        """As the model's method; inputs that all samples share have no rows to repeat for beams."""
         whole = for_all_samples(self._memattn.running.values(), kwargs)
         rest = {name: value for name, value in kwargs.items() if name not in whole}
         ids, expanded = super()._expand_inputs_for_generation(*args, **rest)
         return ids, {**expanded, **whole}
 
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of the model, but not while parts run: a paged cache has no state of theirs."""
+        """As the model's method, but refused with active parts: a paged cache lacks their state."""
         if self._memattn.is_running:
             refuse_continuous_batching(self)
         return super().init_continuous_batching(*args, **kwargs)
@@ -221,7 +221,7 @@ class AttachedModel(Swapped):
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Let ``generate()`` begin with a cache that carries states."""
+        """Start ``generate()`` with a cache that carries states."""
         result = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
         )

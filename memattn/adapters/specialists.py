@@ -39,7 +39,7 @@ class SpecialistsAdapter(MemoryAdapter):
     def from_pretrained(
         cls, model: nn.Module, folder: str | os.PathLike[str], *, name: str = NAME, **options: Any
     ) -> "SpecialistsAdapter":
-        """As ``MemoryAdapter.from_pretrained``, by the name that ``attach_specialists`` gives."""
+        """As ``MemoryAdapter.from_pretrained``, with the name of ``attach_specialists``."""
         adapter = super().from_pretrained(model, folder, name=name, **options)
         assert isinstance(adapter, cls)
         return adapter
@@ -48,7 +48,7 @@ class SpecialistsAdapter(MemoryAdapter):
     def specialists(self) -> SpecialistSet:
         """Its specialists, to open, add, remove, train, export and load them.
 
-        Those that ``train_only`` chose learn whenever the adapter runs.
+        Those that ``train_only`` chose are trainable whenever the adapter is active.
         """
         base, attachment = attached(self.model)
         found = {}
@@ -61,7 +61,7 @@ class SpecialistsAdapter(MemoryAdapter):
         return SpecialistSet(found, model_facts(base), self._rename, self._let_learn)
 
     def _rename(self, names: tuple[str, ...]) -> None:
-        """Take note of the specialists that there are now."""
+        """Update configurations and trainable parameters after specialists have changed."""
 
         adapter, learns = self._adapter, self.name in attached(self.model)[1].active
         before = {
@@ -86,7 +86,7 @@ class SpecialistsAdapter(MemoryAdapter):
         adapter.trainable = [p for p in adapter.parameters() if p in learning]
 
     def _let_learn(self, chosen: list[nn.Parameter]) -> None:
-        """Take note of what is to learn of the specialists."""
+        """Update which parameters of the specialists are trainable."""
         adapter = self._adapter
         own = {p for module in self.specialists.modules for p in module.parameters()}
         learning = {*adapter.trainable} - own | {*chosen}
@@ -103,14 +103,14 @@ def attach_specialists(
 ) -> SpecialistsAdapter:
     """Put gated specialists beside the attention of a pretrained model, in place.
 
-    ``Y = g_0 Base(x) + sum_e g_e Specialist_e(x)`` stands where attention's output was. The base
-    is the model's own module, which runs as ever, with LoRA of PEFT in it if there is one. A
-    specialist begins as a copy of the weights of its projections, closed: the logits keep their
-    bits until it is opened. All that ``attach_memory`` says holds, and both may be attached
+    ``Y = g_0 Base(x) + sum_e g_e Specialist_e(x)`` replaces attention's output. The base is the
+    model's own, unchanged module, with LoRA of PEFT in it if there is one. A specialist begins as a
+    copy of the weights of its projections and is closed: the logits do not change in any bit until
+    it is opened. The statements of ``attach_memory`` hold here too, and both may be attached
     together. ``model(...)`` and ``generate(...)`` also take ``domain_prior``, ``domain_mask`` and
     ``domain_weights``, and ``model(..., return_gates=True)`` returns the logits and, of each layer,
     the gates of base and specialists ``[B, 1 + N]``; ``"token"`` gives ``[B, T, 1 + N]``. In
-    training ``domain_labels`` say whose text it is, for the loss ``gate_domain``.
+    training ``domain_labels`` give the domain of each text, for the loss ``gate_domain``.
 
     Args:
         model: A causal language model of transformers, or one inside PEFT's: Qwen 2 and 3, Llama,
@@ -125,9 +125,9 @@ def attach_specialists(
 
     Raises:
         TypeError: If ``model`` is no transformers model, or ``config`` no part.
-        ValueError: If the part does not fit, or copies of an attention would not do what it does:
-            its projections are not known or quantised, it sees a window of tokens only, or changes
-            its scores. The model is then as before.
+        ValueError: If the part does not fit, or copies of an attention would not compute what it
+            computes: its projections are unknown or quantised, it sees only a window of tokens, or
+            it changes its scores. The model is then unchanged.
     """
     if config is None or isinstance(config, Mapping):
         config = {"kind": SpecialistsConfig.kind, **(config or {})}

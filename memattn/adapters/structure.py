@@ -12,7 +12,7 @@ from memattn.parts import Sizes
 
 
 class Structure(NamedTuple):
-    """What a look at a model has shown."""
+    """The structure that ``look_at`` found in a model."""
 
     layers: list[nn.Module]
     stations: list[dict[str, str]]  # of each layer, by place: the child after which parts run
@@ -26,7 +26,7 @@ def text_config(model: Any) -> Any:
 
 
 def model_sizes(model: Any) -> Sizes:
-    """The sizes that parts know of.
+    """The sizes of a model that parts depend on.
 
     Raises:
         ValueError: If the configuration does not say how many layers, heads or features there are.
@@ -80,12 +80,12 @@ def find_layers(model: nn.Module, num_layers: int) -> list[nn.Module]:
 
 
 def look_at(model: Any) -> Structure:
-    """Find the layers of a model, and by one call of it where attention ends in each.
+    """Find the layers of a model, and where attention ends in each, by one call of the model.
 
     In that call each child of a layer has noise added to its output. Attention ends with the child
     whose output, with its noise, and the input of the layer add up bit for bit to the input of a
-    later child, the norm before the MLP. That is the attention module itself, or a norm after it,
-    which gets what attention gave.
+    later child, the norm before the MLP. That is the attention module itself, or a norm of its
+    output.
 
     Raises:
         ValueError: If the layers are not found, or a weight is on the meta device.
@@ -109,7 +109,7 @@ def look_at(model: Any) -> Structure:
 
 
 class _Recorder:
-    """Notes what goes in and out of a layer's children, and adds noise to what goes out."""
+    """Records inputs and outputs of a layer's children, and adds noise to the outputs."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
@@ -176,7 +176,7 @@ class _Recorder:
 
 
 def _is_equal(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether both are there and have the same shape and values."""
+    """Whether neither is None and both have the same shape and values."""
     return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
 
 
@@ -188,7 +188,7 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Non
 
 @contextlib.contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of a look, module by module."""
+    """Context in which each module is in evaluation mode; its own mode is restored after it."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,8 +1,8 @@
-"""Classes made on the fly, so that a module of another library gets methods of ours and back.
+"""Give a module of another library methods of ours, and take them away, by changing its class.
 
 Its ``__class__`` is replaced by a subclass of the same name. The module stays the same object with
-the same children and the same names in ``state_dict``; code that looks at types or at names of
-classes still finds what it knows, ``torch.compile`` notices, and taking the class back undoes it.
+the same children and the same names in ``state_dict``; code that checks types or names of classes
+still works, ``torch.compile`` notices the change, and restoring the class undoes it.
 """
 
 import functools
@@ -33,7 +33,7 @@ _Any: Any = object  # so that a checker knows: what a mixin calls is in the othe
 
 
 def _with_signature(method: Any, like: Any) -> Any:
-    """A function that calls a method of a mixin and has the signature of the method below it."""
+    """A function that calls a method of a mixin and has the signature of the overridden method."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return method(self, *args, **kwargs)
@@ -44,7 +44,7 @@ def _with_signature(method: Any, like: Any) -> Any:
 
 
 class Swapped(_Any):
-    """Base of the mixins: objects of made classes are copied and pickled by what made the class."""
+    """Base of the mixins: makes objects of generated classes copyable and picklable."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind: Any = type(self)
@@ -65,7 +65,7 @@ def swap(target: Any, mixin: type) -> None:
 
 
 def is_swapped(target: Any) -> bool:
-    """Whether the class of an object is one made here, and by nobody else on top of it."""
+    """Whether the class of an object was generated here, and not subclassed by others."""
     return "_memattn_made_of" in vars(type(target))
 
 

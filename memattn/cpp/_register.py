@@ -13,8 +13,8 @@ from memattn_kernels._operator import Named, register
 def register_cpp(name: str, arguments: Any, **named: Any) -> Callable[..., tuple[Tensor, ...]]:
     """``register`` for the C++ operator of this name, whose gradients are contiguous.
 
-    What ``named`` does not say is that of an operator with the results of ``empty_results``. What
-    is quantised has a gradient of size 0.
+    Arguments that ``named`` leaves out are those of an operator with the results of
+    ``empty_results``. Quantised inputs have a gradient of size 0.
     """
     usual: Named = dict(
         results="out lse lse2",
@@ -29,7 +29,7 @@ def register_cpp(name: str, arguments: Any, **named: Any) -> Callable[..., tuple
 
 
 def empty_results(args: Any, value_dim: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised ``out``, ``lse``, and ``lse2``: that in units of log 2, as two floats."""
+    """Uninitialised ``out``, ``lse`` and ``lse2``, the lse in units of log 2 as two floats."""
     query, shape = args.query, args.query.shape[:-1]
     lse, lse2 = (query.new_empty(s, dtype=torch.float32) for s in (shape, (2, *shape)))
     value_dim = args.value.shape[-1] if value_dim is None else value_dim

@@ -7,7 +7,7 @@ from memattn_kernels.signatures import BranchAttentionArgs
 
 
 def _empty_results(args: BranchAttentionArgs) -> tuple[Tensor, ...]:
-    """And the results before the gates."""
+    """Uninitialised results, those before the gates included."""
     out, lse, lse2 = empty_results(args)
     return out, lse, lse2, out.new_empty(out.shape)
 

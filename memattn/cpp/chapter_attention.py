@@ -7,7 +7,7 @@ from memattn_kernels.signatures import ChapterAttentionArgs
 
 
 def _empty_results(args: ChapterAttentionArgs) -> tuple[Tensor, ...]:
-    """And the index that both passes share: bounds of the chapters' lists, a flag, the lists."""
+    """Uninitialised results and the index of both passes: bounds of lists, a flag, the lists."""
     n_slots, n_chapters = args.indices.numel(), args.key.shape[0]
     return *empty_results(args, args.value_dim), args.indices.new_empty(n_chapters + 2 + n_slots)
 

@@ -8,7 +8,7 @@ from memattn_kernels.signatures import FutureAttentionArgs
 
 
 def _empty_results(args: FutureAttentionArgs) -> tuple[Tensor, ...]:
-    """Those of a loss have size 0 without one, and it is taken from what was not rounded."""
+    """Uninitialised results; of size 0 for an absent loss, whose ``out_future`` is float32."""
     query, has_loss = args.query, args.loss_type is not None
     out, lse, lse2 = empty_results(args)
     dtype = torch.float32 if has_loss else query.dtype

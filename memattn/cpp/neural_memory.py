@@ -9,13 +9,13 @@ from memattn_kernels.signatures import NeuralMemoryArgs, NeuralMemoryStepArgs
 
 
 def _group(args: NeuralMemoryArgs, size: int) -> int:
-    """Chunks between two checkpoints: no more is saved than keys, values and queries have."""
+    """Chunks between two checkpoints, which take no more memory than keys, values and queries."""
     D, Dv = args.query.shape[-1], args.value.shape[-1]
     return -(-2 * size // (args.chunk_size * (2 * D + Dv)))
 
 
 def _empty_results(args: NeuralMemoryArgs) -> tuple[Tensor, ...]:
-    """Besides the results: weights and momentum at every r-th chunk."""
+    """Uninitialised results, and weights and momentum at every r-th chunk."""
     B, H, T, D = args.query.shape
     widths = [D, *(args.width_1, args.width_2, args.width_3)[: args.depth - 1]]
     widths += [args.value.shape[-1]]
@@ -54,12 +54,12 @@ _operator = register_cpp(
 
 
 def neural_memory(args: NeuralMemoryArgs) -> tuple[Tensor, ...]:
-    """Return ``out``, ``surprise`` and the tensors of the state, of size 0 where there is none."""
+    """Return ``out``, ``surprise`` and the tensors of the state, of size 0 if there is none."""
     return _operator(*args)[:-1]
 
 
 def _define_step() -> None:
-    """The operator of one token; a schema names what it writes."""
+    """Define the operator of one token; its schema names the tensors that it changes."""
     schema = schema_of(NeuralMemoryStepArgs)
     written = dict(a="pending_h", b="pending_delta", c="pending_decay", d="pending_momentum")
     for alias, name in written.items():
@@ -73,5 +73,5 @@ _step = torch.ops.memattn_cpp.neural_memory_step.default
 
 
 def neural_memory_step(args: NeuralMemoryStepArgs) -> tuple[Tensor, ...]:
-    """Write the pending tensors; return ``out``, ``surprise`` and what has changed of the state."""
+    """Write the pending tensors; return ``out``, ``surprise`` and changed tensors of the state."""
     return _step(*args)

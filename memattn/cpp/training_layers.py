@@ -1,8 +1,9 @@
-"""Sublayers of a decoder in training on the CPU, float32: few passes over memory, little saved.
+"""Sublayers of a decoder for float32 training on the CPU, with few passes over memory and few saved
+tensors.
 
-Each operator is differentiable once. What modules of torch compute as many operations, here is
-products with the weights and one pass between them; norms and gates are computed again in the
-backward instead of kept.
+Each operator is differentiable once. It runs the products with the weights and one pass between
+them, where modules of torch run many operations. The backward pass recomputes norms and gates
+instead of saving them.
 """
 
 from typing import Any
@@ -31,8 +32,8 @@ def attention_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Query ``[B, H, T, D]``, key and value ``[B, Hkv, T, D]`` of normed ``hidden [B, T, E]``.
 
-    Queries and keys are turned by ``cos`` and ``sin [B or 1, 1, T, D/2]``, where there are such.
-    The last result is the scale of each row, ``[B T]``, for the backward.
+    Queries and keys are rotated by ``cos`` and ``sin [B or 1, 1, T, D/2]`` if these are given. The
+    last result is the scale of each row, ``[B T]``, for the backward.
     """
     B, T, E = hidden.shape
     normed, scale = _rows.norm_rows(hidden.view(B * T, E), norm, eps)

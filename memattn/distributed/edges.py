@@ -15,13 +15,13 @@ def extend_by_edge(
 ) -> tuple[Tensor, Tensor]:
     """Put the edge before the keys and values of this process.
 
-    Point to point: each process sends what those after it need and nothing else. All processes of
-    the group call it, and all run the backward pass, in the same order.
+    Communication is point to point: each process sends only the tokens that later processes need.
+    All processes of the group call it, and all run the backward pass, in the same order.
 
     Args:
         key: ``[B, Hkv, T, D]``, this process's.
         value: ``[B, Hkv, T, Dv]``.
-        edges: Who needs what.
+        edges: Which tokens each process needs from the others.
         group: The processes, in the order of their tokens.
 
     Returns:

@@ -1,7 +1,7 @@
 """Which tokens of a sequence each process holds, and which of its neighbours' keys it needs.
 
-Pure arithmetic: nothing here communicates, so that a prediction for a thousand processes and the
-exchange itself come from the same lines.
+Nothing here communicates, so that the prediction for many processes and the exchange use the same
+code.
 """
 
 from bisect import bisect_right
@@ -59,7 +59,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Edges:
-    """What each process needs of those before it: the tokens that its first queries see.
+    """The tokens that each process needs from those before it, because its first queries see them.
 
     Attributes:
         shards: Who holds which token.
@@ -82,8 +82,8 @@ class Edges:
     def first_key(self, rank: int) -> int:
         """The first token that the queries of a process see.
 
-        The window of its first query, or the beginning of that query's segment, whichever lies
-        further back: what later queries see beside their own shard is no more.
+        It begins the window of the first query or that query's segment, whichever is earlier. Later
+        queries see no earlier token.
         """
         start, _ = self.shards.bounds(rank)
         begin = self.document_start(start)
@@ -99,7 +99,7 @@ class Edges:
         return self.shards.bounds(rank)[0] - self.first_key(rank)
 
     def received(self, rank: int) -> Iterator[Piece]:
-        """What a process gets, in the order of tokens; of several, where shards are short."""
+        """The pieces that a process gets from one or several others, in the order of tokens."""
         first, (start, _) = self.first_key(rank), self.shards.bounds(rank)
         while first < start:
             source = first // self.shards.shard_len
@@ -108,7 +108,7 @@ class Edges:
             first = end
 
     def sent(self, rank: int) -> Iterator[Piece]:
-        """What a process gives, in the order of those that get it."""
+        """The pieces that a process sends, in the order of the receivers."""
         _, end = self.shards.bounds(rank)
         for target in range(rank + 1, self.shards.num_shards):
             pieces = [piece for piece in self.received(target) if piece.source == rank]
@@ -125,7 +125,7 @@ class Edges:
 class EdgeBytes(NamedTuple):
     """Bytes of keys and values that one process exchanges in a forward pass.
 
-    The backward pass sends the gradients the other way: what was received is sent.
+    The backward pass sends as many bytes of gradients in the opposite direction.
     """
 
     sent: int

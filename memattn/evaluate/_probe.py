@@ -1,4 +1,4 @@
-"""Runs a causal language model the way transformers calls it, for the audit."""
+"""Runs a causal language model as transformers calls it, for the audit."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""What an audit found: one row for each thing that was compared."""
+"""The report of an audit: one row for each comparison."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -38,7 +38,7 @@ class AuditRow:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditReport:
-    """All rows of an audit, and what it did not reach.
+    """All rows of an audit, and notes about their limits.
 
     Args:
         model: Class of the model.

@@ -219,9 +219,9 @@ class _Auditor:
     def absent(
         self, present: Tensor
     ) -> tuple[list[tuple[dict, dict, Tensor]], list[tuple[Tensor, Tensor, int]]]:
-        """For ``exact``, other tokens where none is present; for ``close``, rows with and without.
-
-        One row at a time: what rows do to each other is another check.
+        """Arguments of ``exact``, with other tokens in the absent columns, and of ``close``, rows
+        with and without these columns. Each row runs alone, because batch coupling is another
+        check.
         """
         changes, pairs = [], []
         for b, real in enumerate(present.split(1)):
@@ -346,14 +346,14 @@ class _Auditor:
         return case, worst, RELATIVE_BOUND, where
 
     def real(self, lengths: list[int], side: str) -> Tensor:
-        """Where rows of these lengths have tokens, ``[B, T]``, padded on the left or right."""
+        """Mask ``[B, T]`` of the tokens of rows of these lengths, padded on the left or right."""
         length = torch.tensor(lengths, device=self.ids.device)[:, None]
         if side == "left":
             return self.position >= self.seq_len - length
         return self.position < length
 
     def scattered(self) -> Tensor:
-        """Where rows have tokens, ``[B, T]``: with scattered holes, a long one, and padding."""
+        """Mask ``[B, T]`` of tokens: rows with scattered holes, a long hole, and padding."""
         real = self.position % 3 != 1
         begin, end = self.seq_len // 4, 2 * self.seq_len // 3
         real[1] = (self.position[1] < begin) | (self.position[1] >= end)

@@ -1,4 +1,4 @@
-"""The loss of prepared batches, also with gates of specialists that a caller chooses."""
+"""The loss of prepared batches, optionally with given gates of specialists."""
 
 from collections.abc import Callable
 from typing import Any

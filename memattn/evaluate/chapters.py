@@ -1,4 +1,4 @@
-"""What open chapters change: the loss on texts with chapters closed and open."""
+"""The effect of open chapters: the loss on texts with chapters closed and open."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,11 @@ BATCH = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ChapterEffect:
-    """Loss of one text in one condition, beside that with all chapters closed.
+    """Loss of one text in one condition, compared with all chapters closed.
 
     Attributes:
         text: Which text.
-        condition: Which chapters are open, or what stands in the context.
+        condition: Which chapters are open, or what the context holds.
         num_tokens: Tokens that are predicted.
         loss: Their mean loss, nats.
         change: That minus the loss with all chapters closed.
@@ -55,7 +55,7 @@ def chapter_effect(
 
     Args:
         model: As ``chapters_of`` takes it. Its chapters are open or closed afterwards as before.
-        text: A text that no chapter holds, or it measures copying.
+        text: A text that is in no chapter; otherwise copying is measured.
         tokenizer: The model's tokenizer.
         names: Chapters to open, together; none means all.
         weight: Their weight; None means the one of each.
@@ -88,25 +88,25 @@ def document_effect(
     weight: float | None = None,
     context_len: int | None = None,
 ) -> list[ChapterEffect]:
-    """Measure what a chapter of the first half of a document does to its second half.
+    """Measure how a chapter of the first half of a document changes the loss of its second half.
 
     Chapters are made of the first halves of the document and of an unrelated text, and deleted in
     the end. Both second halves are measured with
 
     - ``closed``: no chapter is open;
-    - ``open``: that of the document is. On its second half this shows what the chapter tells; on
-      that of the other text, what it disturbs;
-    - ``control``: that of the other text is. On the document's second half this shows what any
-      chapter does, whatever it holds;
-    - ``context``: no chapter, but the end of the document's first half stands in front of each
-      piece, as long as the piece: what attention to the text itself does.
+    - ``open``: the chapter of the document is open. On the document's second half this shows what
+    the chapter contributes; on that of the other text, what it disturbs;
+    - ``control``: the chapter of the other text is open. On the document's second half this shows
+    the effect of an unrelated chapter;
+    - ``context``: no chapter is open, but the end of the document's first half, as long as the
+    piece, precedes each piece: the effect of attention to the text itself.
 
     Args:
-        model: As ``chapters_of`` takes it; what else it has of chapters is closed meanwhile.
+        model: As ``chapters_of`` takes it; its other chapters are closed meanwhile.
         document: A document, such as a chapter of a book.
         other: A text about something else.
         tokenizer: The model's tokenizer.
-        weight: Of the chapters; None means 1.
+        weight: Weight of the chapters; None means 1.
         context_len: As in ``chapter_effect``.
 
     Returns:
@@ -139,7 +139,7 @@ def document_effect(
 
 @contextmanager
 def _temporary(model: nn.Module, texts: dict[str, Tensor]) -> Iterator[dict[str, str]]:
-    """Chapters of texts by name, for a while."""
+    """Context with chapters of texts, by name."""
     chapters, names = chapters_of(model), {}
     try:
         for key, tokens in texts.items():

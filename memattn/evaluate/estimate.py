@@ -25,7 +25,7 @@ class EstimateLine(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a model has and does.
+    """Parameters and operations of a model.
 
     Attributes:
         lines: Its parts.
@@ -69,9 +69,9 @@ class Estimate:
 def estimate(config: "MemAttnConfig", length: int | None = None) -> Estimate:
     """Parameters of a decoder, and operations of its forward pass over one sequence.
 
-    Counted are products with weight matrices, and what the operators multiply for the keys that a
-    token sees, a multiplication and an addition as two operations. Norms, activations, softmaxes
-    and the embedding are not.
+    Products with weight matrices and those of the operators for the keys that a token sees are
+    counted; a multiplication and an addition are two operations. Norms, activations, softmaxes and
+    the embedding are not counted.
 
     Args:
         config: Configuration of the decoder. Nothing of its size is allocated.

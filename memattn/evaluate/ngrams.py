@@ -1,4 +1,4 @@
-"""Losses of counted words and pairs: what a language model must beat to have learned anything."""
+"""Losses of unigram and bigram models, a lower bar for language models."""
 
 import math
 from typing import NamedTuple

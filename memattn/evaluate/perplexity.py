@@ -59,7 +59,7 @@ class Perplexity:
         return _exp(self.loss * self.num_tokens / self.num_words)
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, those that do not exist as None."""
+        """All numbers; None for those that do not exist."""
         derived = ("perplexity", "bits_per_byte", "word_perplexity")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
@@ -103,8 +103,8 @@ def perplexity(
 
     Raises:
         TypeError: If ``data`` is one text instead of a list of them.
-        ValueError: If nothing is there to predict, a length is out of range, a batch has no
-            labels, or the tokenizer has neither a begin- nor an end-of-text token.
+        ValueError: If there is nothing to predict, a length is out of range, a batch has no labels,
+            or the tokenizer has neither a begin- nor an end-of-text token.
     """
     if isinstance(data, str):
         raise TypeError("data must be a list of texts or batches, got str")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PositionLoss:
-    """Loss of the tokens that have so many others before them.
+    """Loss of the tokens with ``first`` to ``last`` tokens before them.
 
     Attributes:
         first: Fewest tokens before one of them, a power of two.
@@ -48,10 +48,10 @@ def loss_by_position(
     context_len: int | None = None,
     batch_size: int = 8,
 ) -> list[PositionLoss]:
-    """Measure the loss of tokens by how many others stand before them.
+    """Measure the loss of tokens by the number of tokens before them.
 
     Texts are cut into windows of ``context_len`` tokens without overlap, as ``perplexity`` cuts
-    them. Where more text helps, later positions have a lower loss, as far as a model can look.
+    them. If the model uses the additional text, later positions have a lower loss.
 
     Args:
         model: A causal language model as transformers calls one.
@@ -65,7 +65,7 @@ def loss_by_position(
         One entry for 1, 2 to 3, 4 to 7, ... tokens before, where there are any.
 
     Raises:
-        ValueError: If nothing is there to predict, a length is out of range, or the tokenizer has
+        ValueError: If there is nothing to predict, a length is out of range, or the tokenizer has
             neither a begin- nor an end-of-text token.
     """
     check_int("batch_size", batch_size, 1)

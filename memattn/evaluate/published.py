@@ -1,4 +1,4 @@
-"""A memory transformer beside the figures that its authors publish."""
+"""A memory transformer compared with the published figures of its authors."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,7 +61,7 @@ def published_model(config: "MemAttnConfig") -> PublishedModel | None:
 
 
 def dense_twin(config: "MemAttnConfig", num_layers: int) -> "MemAttnConfig":
-    """The same decoder without parts beside attention, with so many layers."""
+    """The same decoder without parts beside attention, with ``num_layers`` layers."""
     values = {**config.to_dict(), "parts": [], "num_hidden_layers": num_layers}
     return type(config).from_dict(values)
 
@@ -72,7 +72,7 @@ def print_published(
     dense_layers: Sequence[int] = (),
     console: Console | None = None,
 ) -> None:
-    """Print the published figures of a memory transformer beside our own, and where they differ.
+    """Print the published figures of a memory transformer next to our own, and their differences.
 
     Args:
         config: A configuration with a ``published_model``.

@@ -1,4 +1,4 @@
-"""How much of what stood far back a model still knows: synthetic tasks by length and depth."""
+"""Recall of facts earlier in the text: accuracy on synthetic tasks by length and depth."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -25,11 +25,11 @@ class RecallCell:
         num_samples: Samples.
         accuracy: Share of the answers that are right, each after the right ones before it.
         exact: Share of the samples of which every answer is right.
-        chance: Share of the answers that one would guess.
+        chance: Accuracy of guessing.
         loss: Mean negative log-likelihood of a token of the answers, nats.
         distance: Mean number of tokens from the earliest fact that is needed to the first answer.
-        beyond_reach: Share of the samples whose distance is more than windows of attention reach
-            through all layers; None where attention has no window.
+        beyond_reach: Share of the samples whose distance is beyond the reach of windows of
+            attention through all layers; None if attention has no window.
     """
 
     length: int
@@ -109,17 +109,17 @@ def recall(
 ) -> RecallReport:
     """Measure how many answers of a task a causal language model gives, by length and depth.
 
-    An answer is right where each of its tokens is the most likely one after the right text before
-    it: with one answer a sample that is what greedy decoding writes, without the cost of decoding.
-    Samples of a length have exactly that length, so nothing is padded.
+    An answer is right if each of its tokens is the most likely one after the right text before it.
+    With one answer a sample this equals greedy decoding, at less cost. Samples of a length have
+    exactly that length, so nothing is padded.
 
     Args:
         model: A causal language model as transformers calls one. It runs in evaluation mode and is
             put back into the mode it was in.
         task: A task of ``memattn.data.tasks``.
         lengths: Tokens of a sample, the answers included.
-        depths: Where the fact stands that is asked for, from 0, the start of the text, to 1, its
-            end; None draws places.
+        depths: Place of the required fact, from 0, the start of the text, to 1, its end; None draws
+            places at random.
         samples: Samples of each length and depth.
         batch_size: Samples in one forward pass.
         seed: Seed of the samples, the same ones for every model with the same tokenizer.
@@ -161,7 +161,7 @@ def recall(
 def reach_of(model: nn.Module) -> int | None:
     """Tokens that windows of attention reach back through all layers; None for no window.
 
-    What is farther back than that can only come through a memory.
+    Information from farther back can only come through a memory.
     """
     config: Any = getattr(model, "config", None)
     layers = getattr(config, "num_hidden_layers", None)
@@ -176,7 +176,7 @@ def reach_of(model: nn.Module) -> int | None:
 
 
 class _Result:
-    """Of one sample: which answers are right, and the loss of their tokens."""
+    """Results of one sample: which answers are right, and the loss of their tokens."""
 
     def __init__(self, right: list[bool], loss: float, num_tokens: int):
         self.right, self.loss, self.num_tokens = right, loss, num_tokens

@@ -1,4 +1,4 @@
-"""What a training step keeps and sends on many devices, counted without building a model."""
+"""Memory and traffic of a training step on many devices, counted without building a model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +21,8 @@ PARAM, REDUCE = 2, 4  # bfloat16 where weights are gathered, float32 where gradi
 class FsdpTraffic(NamedTuple):
     """Bytes of one step of FSDP2 on each device, as ``memattn train`` shards a model.
 
-    A device receives ``(n - 1) / n`` of what is gathered, and sends as much of what is reduced.
+    A device receives ``(n - 1) / n`` of the gathered bytes, and sends ``(n - 1) / n`` of the
+    reduced ones.
     """
 
     gathered: int  # whole weights, padded: each block forward and backward, the rest once
@@ -29,7 +30,7 @@ class FsdpTraffic(NamedTuple):
 
 
 class ScaleLine(NamedTuple):
-    """Bytes on each of so many devices; the fullest, where they differ."""
+    """Bytes on each device; the largest if they differ."""
 
     devices: int
     kept: int  # its shards of weights, gradients and both moments of AdamW
@@ -60,9 +61,9 @@ def fsdp_traffic(
 
     Args:
         units: As ``fsdp_units`` gives them.
-        devices: Over which the model is sharded.
-        param_size: Bytes of an element of what is gathered.
-        reduce_size: Bytes of an element of what is reduced.
+        devices: Number of devices over which the model is sharded.
+        param_size: Bytes of an element of gathered weights.
+        reduce_size: Bytes of an element of reduced gradients.
     """
     check_int("devices", devices, 1)
     padding = _padding(devices)
@@ -88,9 +89,9 @@ def exchanged_bytes(
     """Bytes that the fullest device gets from others in a forward pass over one sequence.
 
     Args:
-        needs: What each layer's parts need.
+        needs: What the parts of each layer need from other devices.
         total_len: Tokens of the sequence, which the devices share.
-        devices: How many.
+        devices: Number of devices.
         element_size: Bytes of a key's or value's element; states are in float32.
     """
     shards = SequenceShards(total_len, devices)
@@ -145,7 +146,7 @@ def scale_line(
     activations: int | None,
     exchanged: int | None,
 ) -> ScaleLine:
-    """What FSDP2 adds to what the tokens need."""
+    """The line of a number of devices: bytes of FSDP2, and those that depend on tokens."""
     padding = _padding(devices)
     traffic = fsdp_traffic(units, devices, param_size=PARAM, reduce_size=REDUCE)
     kept = sum(

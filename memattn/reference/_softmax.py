@@ -1,4 +1,4 @@
-"""What the definitions share: a softmax under a mask, and where sequences begin and end."""
+"""Helpers of the definitions: a masked softmax, and where sequences begin and end."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

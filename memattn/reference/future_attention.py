@@ -34,7 +34,7 @@ def future_attention(args: FutureAttentionArgs) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _loss(args: FutureAttentionArgs, bands: _Bands, out_future: Tensor) -> Tensor:
-    """How far the future part is from what the real keys of the same band contribute."""
+    """Distance of the future part from the contribution of the real keys of the same band."""
     query, key, value = args.query, args.key, args.value
     groups = query.shape[1] // key.shape[1]
     both = bands.causal | bands.ahead
@@ -81,7 +81,7 @@ def _split_softmax(args: FutureAttentionArgs, bands: _Bands) -> tuple[Tensor, Te
 
 
 def _bands(args: FutureAttentionArgs) -> _Bands:
-    """What every query sees."""
+    """The bands of every query."""
     query, table_len = args.query, args.table_len
     T, S, R = query.shape[2], args.key.shape[2], args.future_key.shape[-2]
     start, end, number = documents(query, args.cu_seqlens, args.seq_start, args.seq_end)

@@ -1,8 +1,8 @@
 """Definition of the neural memory, chunk by chunk, in operations that autograd differentiates.
 
-``neural_memory_loops`` says the same token by token. A row is a sequence or a document; its slots
-are the pending tokens of its open chunk, then its own tokens, so that chunks begin at slots 0, b,
-2b, ... of every row. A slot without a token changes nothing.
+``neural_memory_loops`` computes the same token by token. A row is a sequence or a document; its
+slots are the pending tokens of its open chunk, then its own tokens, so that chunks begin at slots
+0, b, 2b, ... of every row. A slot without a token changes nothing.
 """
 
 import math
@@ -76,7 +76,7 @@ def inner_gradient(
 
 
 def clamp_factor(args: Arguments, norm: Tensor) -> Tensor:
-    """What brings a gradient of this norm within ``max_norm``: at most 1, and 1 at 0."""
+    """Factor that clips a gradient of this norm to ``max_norm``: at most 1, and 1 at norm 0."""
     if args.max_norm is None:
         return torch.ones_like(norm)
     some = norm != 0
@@ -90,8 +90,8 @@ def clamp_factor(args: Arguments, norm: Tensor) -> Tensor:
 def without_lost(h: list[Tensor], delta: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Zeros for tokens whose update is not finite, and which they are, bool ``[..., n]``.
 
-    From such a token on weights are NaN. As a factor it would reach earlier tokens as 0 * NaN, so
-    it says so in its rates: these are NaN in the state.
+    Weights are NaN from such a token on. Its own factors would reach earlier tokens as 0 * NaN, so
+    its rates are NaN in the state instead.
     """
     sound = [x.detach().isfinite().all(-1) for x in (*h, *delta)]
     ok = torch.stack(sound).all(0)[..., None]
@@ -277,7 +277,7 @@ def _neural_memory(args: NeuralMemoryArgs) -> tuple[Tensor, ...]:
 
 
 class _Pending:
-    """The rows of the open chunk's tokens, of the state that comes in or that goes out."""
+    """The tokens of the open chunk of each row, in the initial or the final state."""
 
     def __init__(self, args: NeuralMemoryArgs, slots: Slots, sizes: list[int]):
         self.args, self.sizes, b = args, sizes, args.chunk_size

@@ -1,6 +1,5 @@
-"""One token of the neural memory, for decoding: what ``neural_memory`` does, without gradients.
-
-The weights after the token are read but not formed; they are formed where its chunk ends.
+"""One token of the neural memory, for decoding: as ``neural_memory``, without gradients. The
+weights after the token are not formed until its chunk ends.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Comparisons of equals over several seeds: one file a study, and what runs and reports all."""
+"""Comparisons of models of equal size or cost over several seeds: one file for each study."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,7 @@ def load_study(system: str, path: str | Path) -> Study:
 
     Args:
         system: Its name, a key of ``STUDIES``.
-        path: The file. Fields that it leaves out have their default.
+        path: The file. Missing fields have their default.
 
     Returns:
         The checked study.

@@ -1,4 +1,4 @@
-"""The study of what is attached to a pretrained model: LoRA, memory, and both."""
+"""The study of LoRA, memory and both in a pretrained model."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -79,14 +79,14 @@ class BaseModel:
 class AdaptersStudy(Study):
     """Compare LoRA, memory and both in a frozen pretrained model, over several seeds.
 
-    All have the same number of trainable parameters, and learn a specialist text. What that costs
-    on a general text is measured beside it.
+    All have the same number of trainable parameters and learn a specialist text. The loss on a
+    general text is measured as well.
 
     Attributes:
         out: Folder of the runs and results.
         compare: What is attached.
         base: The pretrained model.
-        lora: LoRA, whose trainable parameters all shall have.
+        lora: LoRA; the others get its number of trainable parameters.
         memory: Fields of the memory; num_memory_tokens is left to the study.
         general: The general text, of which a part must be held out.
         data: The specialist text, of which a part must be held out.
@@ -149,11 +149,11 @@ class AdaptersStudy(Study):
 
     @property
     def base_path(self) -> str:
-        """Where the pretrained model is."""
+        """Path of the pretrained model."""
         return self.base.model_path or str(Path(self.out) / BASE / "model")
 
     def first_run(self) -> TrainConfig | None:
-        """The training of the base model, where none is given."""
+        """The training of the base model if none is given."""
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # there is one for each time that a model is loaded
@@ -167,7 +167,7 @@ class AdaptersStudy(Study):
         return TrainConfig(model=ModelConfig(model_path=str(start)), data=data, training=training)
 
     def _write_new_model(self, folder: Path) -> None:
-        """A model with new weights, which the training of the base model begins with."""
+        """Write a model with new weights, with which the training of the base model begins."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -190,7 +190,7 @@ class AdaptersStudy(Study):
         return TrainConfig(model=ModelConfig(model_path=self.base_path), data=self.data)
 
     def plan(self, vocab_size: int) -> list[Cell]:
-        """The base model as it is, and what is attached, at equal trainable parameters."""
+        """The unchanged base model, and the adapters at equal trainable parameters."""
         model = ModelConfig(model_path=self.base_path)
         parameters = _count(model)
         target = _count(self._attached(rank=self.lora.rank), trainable=True)
@@ -258,7 +258,7 @@ class AdaptersStudy(Study):
         return {"general_loss": self._held_out_loss(model, self.general)}
 
     def _losses_of_base(self) -> dict[str, float]:
-        """What the base model has of both texts, measured once."""
+        """The losses of the base model on both texts, measured once."""
         from memattn.train.attached import load_base
 
         file = Path(self.out) / "base.json"

@@ -1,4 +1,4 @@
-"""What every study says about itself, so that running and reporting know none by name.
+"""The base class of studies, through which they are run and reported.
 
 A study is one file beside this one: a frozen dataclass that plans its cells. Its fields are the
 options of ``memattn study <system>``.
@@ -29,13 +29,13 @@ class Study:
     """Base of all studies.
 
     Class attributes:
-        system: Its name on the command line.
+        system: Name on the command line.
         heading: Heading of its page.
         title: Title of its table of all cells.
         baselines: Names of the cells that the others are compared with.
-        measures: What is measured beside train and validation loss.
+        measures: Measures other than train and validation loss.
         packages: Packages that its numbers depend on beside torch.
-        folder_option: What messages call the option ``out``.
+        folder_option: Name of the option ``out`` in messages.
 
     Attributes:
         out: Folder of the runs and results.
@@ -67,9 +67,8 @@ class Study:
         self.training.num_steps()  # refuses epochs: the runs are compared at equal steps
 
     def parts(self) -> Mapping[str, "Study"]:
-        """The studies that it is made of, by name, each on a text or task of its own.
-
-        One with parts trains nothing itself; its report is theirs, in this order.
+        """The studies that make up this one, by name, each on its own text or task. A study with
+        parts trains nothing itself; its report joins theirs in this order.
         """
         return {}
 
@@ -90,7 +89,7 @@ class Study:
         raise NotImplementedError(f"{type(self).__name__} must define plan")
 
     def first_run(self) -> TrainConfig | None:
-        """A training run that those of the cells begin with, or None."""
+        """The training run of the weights that the cells start from, or None."""
         return None
 
     def text_config(self) -> TrainConfig:
@@ -98,14 +97,13 @@ class Study:
         return TrainConfig(model=ModelConfig(preset="vanilla"), data=self.data)
 
     def trains_itself(self, config: TrainConfig) -> bool:
-        """Train the run of a cell that ``memattn.train`` cannot, and return whether it was one.
-
-        Such a run leaves the folder that ``memattn.train`` would.
+        """Train the run of a cell if ``memattn.train`` cannot, and return whether it did. The run
+        folder is as one of ``memattn.train``.
         """
         return False
 
     def measure(self, config: TrainConfig) -> dict[str, float]:
-        """What ``measures`` has no column for, of the finished run of a cell."""
+        """The measures without a column in ``metrics.csv``, for the finished run of a cell."""
         return {}
 
     def run_config(self, cell: Cell, seed: int) -> TrainConfig:
@@ -124,7 +122,7 @@ class Study:
         ]
 
     def note(self, rows: Sequence[CellSummary]) -> str:
-        """What the numbers of the tables mean."""
+        """Text that explains the numbers of the tables."""
         names = self.baselines
         n = max(spread.n for row in rows for spread in row.losses.values())
         return NOTE.format(
@@ -134,7 +132,7 @@ class Study:
         )
 
     def losses_note(self) -> str:
-        """What the losses beside the train loss are, for ``note``."""
+        """Text that explains the losses other than the train loss, for ``note``."""
         return "Validation loss: held-out documents, at the end."
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,7 +145,7 @@ class Study:
 
 
 def short_training(**options: Any) -> TrainingConfig:
-    """The training of a small study: held-out losses on the way, and one checkpoint at the end."""
+    """The training of a small study: with held-out losses, and one checkpoint at the end."""
     usual: dict[str, Any] = dict(batch_size=16, eval_steps=100, save_steps=None, keep_checkpoints=1)
     return TrainingConfig(**usual | options)
 

@@ -1,4 +1,4 @@
-"""What a study compares: its cells, and what is measured of each."""
+"""The cells that a study compares, and their measures."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -8,7 +8,7 @@ from memattn.train.config import ModelConfig
 
 
 class Measure(NamedTuple):
-    """Something measured of a cell beside the train and validation loss, such as another loss.
+    """A measure of a cell other than the train and validation loss.
 
     Attributes:
         name: Its name in results.
@@ -31,10 +31,11 @@ class Cell:
     Attributes:
         name: Its name, and that of its folder.
         model: How it is built.
-        labels: What tells it from the others, by name; columns of the results.
+        labels: Properties that distinguish it from the other cells, by name; columns of the
+            results.
         counts: Its sizes and costs by name, such as ``parameters``.
-        fixed: Measures by name of a model that the study does not train, which are the same for
-            every seed; None for one that it trains.
+        fixed: Measures by name, the same for every seed, of a model that the study does not train;
+            None for one that it trains.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Cell:
     fixed: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The cell as plain values; what its model does without is left out."""
+        """The cell as plain values; options that its model does not use are left out."""
         model = {k: v for k, v in asdict(self.model).items() if v not in (None, False, {})}
         return {"name": self.name, **self.labels, **model, **self.counts}
 

@@ -18,8 +18,8 @@ class ChaptersCompare:
     """The models that are compared.
 
     Attributes:
-        strategies: By what chapters are selected, each a model of its own: ``token``,
-            ``sequence``, ``rolling``, ``hybrid``. All of them are causal.
+        strategies: How chapters are selected; one model for each of: ``token``, ``sequence``,
+            ``rolling``, ``hybrid``. All of them are causal.
         seeds: Seeds of weights and order of the text; each model is trained with each.
     """
 
@@ -37,8 +37,8 @@ class ChaptersCompare:
 class ChaptersStudy(Study):
     """Compare chapter memory with a dense decoder of equal operations, over several seeds.
 
-    The model plain is the decoder without a memory, and dense the same with the MLP as wide as
-    gives its forward pass the operations of the memory transformer.
+    The model plain is the decoder without a memory. The model dense has a wider MLP, so that its
+    forward pass has as many operations as the memory transformer.
 
     Attributes:
         out: Folder of the runs and results.

@@ -1,4 +1,4 @@
-"""Titans beside a plain decoder and its peers: equal tokens, equal parameters, one seed or more."""
+"""The comparison of Titans with a plain decoder and its peers at equal tokens and parameters."""
 
 import json
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ class ModelSizes:
             self._check_memory()
 
     def _check_memory(self) -> None:
-        """Raise ValueError where Titans would, by the names of the options here."""
+        """Raise ValueError for invalid options of Titans, by the names of the options here."""
         heads, D = self.heads, self.dim_head
         sizes = Sizes(self.dim, heads, heads, D, num_layers=self.depth, max_positions=1)
         whole = self.dim if self.memory_dim is None else self.memory_dim
@@ -130,7 +130,7 @@ class ComparedModels:
 
     @property
     def take_packed_rows(self) -> bool:
-        """Whether documents may be packed without padding, which models of transformers lack."""
+        """Whether documents may be packed without padding; models of transformers lack that."""
         return not any(name in PEERS for name in self.models)
 
 
@@ -183,7 +183,7 @@ class CompareStudy(Study):
 
     @property
     def cell_names(self) -> dict[str, str]:
-        """The models by the names of their cells."""
+        """Names of the models by the names of their cells."""
         bare = "titans-without-memory"
         return {
             bare if name == "titans" and not self.sizes.use_memory else name: name
@@ -261,7 +261,7 @@ class CompareStudy(Study):
         check_length(run_tokenizer(self.text_config()), self.data.seq_len)
 
     def _forget_other_texts(self) -> None:
-        """Finished runs are measured again where the text is another one than before."""
+        """Delete the measures of finished runs if the text has changed."""
         file, about = Path(self.out) / "test.json", {"test": self.test}
         if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != about:
             for name in self.cell_names:

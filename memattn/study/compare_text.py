@@ -1,4 +1,4 @@
-"""The texts of a comparison by the name of a dataset: what is trained on, and what is reported."""
+"""The training and test texts of a comparison by the name of a dataset."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +11,9 @@ class ComparedText(NamedTuple):
     """Sources for ``load_documents``.
 
     Attributes:
-        train: What is trained on, and held out from.
-        test: What is reported; None means what is held out.
-        test_name: What that is called.
+        train: The text to train on, of which a part is held out.
+        test: The text whose perplexity is reported; None means the held-out part.
+        test_name: Name of the test text.
     """
 
     train: str
@@ -30,7 +30,7 @@ def find_text(
         dataset: ``wikitext``, whose standard test text is reported, or what ``load_documents``
             takes. Where ``data_dir`` has the test text of WikiText, it is reported with that, too.
         data_dir: Folder with files of WikiText; None for none.
-        version: Of WikiText, 2 or 103.
+        version: Version of WikiText, 2 or 103.
         cache_dir: Folder for fetched corpora.
 
     Raises:

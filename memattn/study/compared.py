@@ -1,4 +1,4 @@
-"""What is measured of each model of a comparison, once its run is finished."""
+"""The measures of each model of a comparison after its run."""
 
 from pathlib import Path
 from statistics import median
@@ -29,7 +29,7 @@ def measure_run(config: TrainConfig, test: str | None) -> dict[str, float]:
 
     Args:
         config: The run.
-        test: Source of the text whose perplexity is measured; None means what is held out.
+        test: Source of the text whose perplexity is measured; None means the held-out part.
 
     Returns:
         By the names of ``MEASURED``; memory is left out where it is unknown.

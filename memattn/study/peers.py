@@ -1,4 +1,4 @@
-"""Models of transformers with new weights, at so many parameters."""
+"""Models of transformers with new weights and a given number of parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from memattn.files import replacing
 
 @dataclass(frozen=True, kw_only=True)
 class PeerSizes:
-    """What a peer shares with the models of ours that it stands beside.
+    """The sizes that a peer shares with our models in the comparison.
 
     Attributes:
         hidden_size: Features of the hidden states.
@@ -35,12 +35,12 @@ def peer_config(name: str, sizes: PeerSizes, target: int, tokenizer: Any) -> Any
 
     Args:
         name: A key of ``PEERS``.
-        sizes: What it shares with the others.
-        target: How many parameters it shall have.
+        sizes: The sizes that it shares with the others.
+        target: Number of parameters to approach.
         tokenizer: Gives the size of the vocabulary and the special tokens.
 
     Raises:
-        ValueError: If it cannot be as small as that.
+        ValueError: If it cannot be that small.
     """
     names = ("bos", "eos", "pad")
     shared = {f"{special}_token_id": getattr(tokenizer, f"{special}_token_id") for special in names}

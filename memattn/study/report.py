@@ -1,4 +1,4 @@
-"""What a finished study writes: numbers, tables and curves."""
+"""Writes the numbers, tables and curves of a finished study."""
 
 import csv
 import io
@@ -46,7 +46,7 @@ def write_report(
     Args:
         study: The study.
         cells: Its cells.
-        runs: What each of its runs gave.
+        runs: The results of its runs.
         metrics: Rows of ``metrics.csv`` by cell and seed.
         facts: The command, and the sizes of the text.
         page: Another Markdown file with the report, under a heading and with the curves beside it;
@@ -112,7 +112,7 @@ def _curves(picture: Path) -> str:
 
 
 def _reading(page: Path) -> str:
-    """What an earlier page has from its heading ``Reading`` on."""
+    """The text of an earlier page from its heading ``Reading`` on."""
     if not page.is_file():
         return ""
     return "".join(page.read_text(encoding="utf-8").partition(READING)[1:])
@@ -126,7 +126,7 @@ def _record(run: CellRun, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _made(report: Mapping[str, Any]) -> str:
-    """How the numbers were made, as Markdown."""
+    """The command and the settings behind the numbers, as Markdown."""
     config, machine = report["config"], report["machine"]
     data, training, cpu = config["data"], config["training"], machine["cpu"]
     rows = training["batch_size"] * training["gradient_accumulation_steps"]
@@ -144,7 +144,7 @@ def _made(report: Mapping[str, Any]) -> str:
 
 
 def _source(data: Mapping[str, Any]) -> str:
-    """What the tokens are those of."""
+    """The source of the tokens."""
     if data["task"] is None:
         return f"the corpus {data['dataset_name']}"
     options = ", ".join(f"{name} {value}" for name, value in data["task"]["options"].items())

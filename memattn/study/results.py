@@ -1,4 +1,4 @@
-"""What the runs of a study gave: means over seeds, and differences to the baselines in pairs."""
+"""The results of a study: means over seeds, and paired differences to the baselines."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ MEASURES = "measures.json"  # in the folder of a run: what its study has measure
 
 
 class CellRun(NamedTuple):
-    """What one finished run gave: its losses by the names of the measures, where it has them."""
+    """The results of one finished run: its losses by the names of the measures that it has."""
 
     variant: str
     seed: int
@@ -62,13 +62,13 @@ class CellSummary:
 def read_run(
     folder: Path, cell: str, seed: int, max_steps: int, measures: Sequence[Measure] = ()
 ) -> CellRun:
-    """What a finished run gave.
+    """The results of a finished run.
 
     Args:
         folder: Its folder.
         cell: Name of its cell.
         seed: Its seed.
-        max_steps: The step that it must have reached.
+        max_steps: The step at which it must have ended.
         measures: What is read from its held-out evaluations beside the losses of every study.
 
     Raises:
@@ -91,7 +91,7 @@ def read_run(
 
 
 def cross_entropy(row: Mapping[str, Any]) -> float:
-    """That of a row of metrics in training; a model without other losses has it as its loss."""
+    """The cross-entropy of a row of training metrics; without other losses it is the loss."""
     return row["loss"] if row.get("lm_loss") is None else row["lm_loss"]
 
 

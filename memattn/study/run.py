@@ -1,4 +1,4 @@
-"""Runs a study: one training run for each cell and seed, none of them twice."""
+"""Runs a study: one training run for each cell and seed; finished runs are kept."""
 
 import shlex
 import sys
@@ -32,12 +32,12 @@ class StudyRun:
 
     @property
     def folder(self) -> Path:
-        """Where it is written."""
+        """Folder of the run."""
         return Path(self.config.training.output_dir)
 
     @property
     def is_finished(self) -> bool:
-        """Whether it left a model."""
+        """Whether it has written its model."""
         return (self.folder / "model").is_dir()
 
     @property
@@ -173,7 +173,7 @@ def plan_runs(study: Study, cells: list[Cell]) -> list[StudyRun]:
 
 
 def _first_run(study: Study) -> StudyRun | None:
-    """The run that those of the cells begin with, checked like theirs."""
+    """The run of the weights that the cells start from, with the same checks."""
     config = study.first_run()
     if config is None:
         return None
@@ -187,7 +187,7 @@ def _first_run(study: Study) -> StudyRun | None:
 
 
 def _check_same(run: StudyRun, option: str) -> None:
-    """Raise unless the run's folder is new, or has this run."""
+    """Raise unless the run's folder is new or holds the same run."""
     file = run.folder / "config.yaml"
     if not file.is_file():
         return
@@ -210,7 +210,7 @@ def _train(study: Study, run: StudyRun, seconds: float | None, console: Console)
 
 
 def _measure(run: StudyRun, study: Study) -> None:
-    """Write down what the study measures itself of a finished run, once."""
+    """Write the measures of a finished run that the study computes itself, once."""
     file = run.folder / MEASURES
     if not file.is_file():
         measured = study.measure(run.config)
@@ -219,7 +219,7 @@ def _measure(run: StudyRun, study: Study) -> None:
 
 
 def _time_left(runs: list[StudyRun]) -> str:
-    """About how long the runs still take, by the speed of those that were begun."""
+    """Estimate of the remaining time, from the speed of the runs so far."""
     steps = seconds = 0.0
     for run in runs:
         file = run.folder / "metrics.csv"

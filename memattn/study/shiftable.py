@@ -1,4 +1,4 @@
-"""The study of shiftable attention: specialists beside a frozen generalist, and their peers."""
+"""The study of shiftable attention: specialists beside a frozen generalist, and other methods."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,8 +31,8 @@ class ShiftableCompare:
             that adds nothing.
         specialists: Numbers of specialists.
         scopes: What a token's gates depend on: ``token``, ``prefix``.
-        taught: Scopes with which one specialist is trained once more, with a gate that is taught
-            whose text is which (``Teaching``).
+        taught: Scopes with which one specialist is also trained with a gate that learns the domain
+            of each text (``Teaching``).
         unmixed: Systems that are trained without the mixed-in text as well: ``full``, ``lora``,
             ``specialists`` (the first number and scope).
         seeds: Seeds of new weights and order of the text; each is trained with each.
@@ -64,12 +64,12 @@ class ShiftableCompare:
 
 @dataclass(frozen=True, kw_only=True)
 class Teaching:
-    """How gates are taught whose text is which, in the cells that are called taught.
+    """How gates learn the domain of each text, in the cells called taught.
 
     Attributes:
         gate_rows: Rows of each text on which they learn before the first step.
-        mix_weight: How much the general text counts against the other.
-        domain_coefficient: Of the loss ``gate_domain`` in training.
+        mix_weight: Weight of the general text relative to the other.
+        domain_coefficient: Coefficient of the loss ``gate_domain`` in training.
         gate_lr: Learning rate of the gates in training.
     """
 
@@ -113,10 +113,10 @@ class Generalist:
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftableStudy(Study):
-    """Compare gated specialists beside a frozen generalist with other ways to learn a specialty.
+    """Compare gated specialists beside a frozen generalist with other methods of specialisation.
 
     A decoder is trained on a general text; then each system learns a specialist text, with some of
-    the general text mixed in. What that costs on the general text is measured beside it.
+    the general text mixed in. The loss on the general text is measured as well.
 
     Attributes:
         out: Folder of the runs and results.
@@ -200,7 +200,7 @@ class ShiftableStudy(Study):
 
     @property
     def base_path(self) -> str:
-        """Where the generalist is."""
+        """Path of the generalist."""
         return str(Path(self.out) / BASE / "model")
 
     def first_run(self) -> TrainConfig | None:
@@ -227,7 +227,7 @@ class ShiftableStudy(Study):
         return replace(config, data=replace(config.data, mix_in=None))
 
     def plan(self, vocab_size: int) -> list[Cell]:
-        """The base model as it is, and every system."""
+        """The unchanged base model, and every system."""
         from memattn.study.shiftable_measures import base_losses
         from memattn.study.shiftable_xlora import classifier_parameters
 
@@ -340,7 +340,7 @@ class ShiftableStudy(Study):
 
 
 def _gate_table(rows: Sequence[CellSummary], measures: Sequence[Measure]) -> Table:
-    """What gates do on either text, of the cells that have some."""
+    """Gates on each text, of the cells with gates."""
     from memattn.study.tables import loss_cells
 
     heads = ("model", *(measure.head for measure in measures))

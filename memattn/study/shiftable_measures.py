@@ -1,4 +1,4 @@
-"""What the study of shiftable attention measures: losses on both texts, and gates."""
+"""The measures of the study of shiftable attention: losses on both texts, and gates."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ PROTOTYPE_ROWS = 64  # of each text
 
 
 class Specialty(Protocol):
-    """What is measured of a study: its texts, its generalist, and how its cells are trained."""
+    """Parts of the study that the measures need: its texts, its generalist and its training."""
 
     @property
     def out(self) -> str: ...
@@ -52,7 +52,7 @@ class Specialty(Protocol):
 
 
 def base_losses(study: Specialty) -> dict[str, float]:
-    """What the generalist has of both texts, measured once."""
+    """The losses of the generalist on both texts, measured once."""
     file = Path(study.out) / "base.json"
     about = {"general": asdict(study.general), "data": asdict(study.data)}
     if file.is_file():
@@ -70,7 +70,7 @@ def base_losses(study: Specialty) -> dict[str, float]:
 
 
 def measure_run(study: Specialty, config: TrainConfig, model: Any) -> dict[str, float]:
-    """What the study measures itself of a finished run, whose model this is."""
+    """The measures of a finished run that the study computes itself, with its model."""
     general = list(held_out_batches(study, study.general, model))
     if config.model.specialists is None:
         return {"general_loss": mean_loss(model, general)}
@@ -127,7 +127,7 @@ def _corpus(text: str) -> Corpus:
 
 @torch.no_grad()
 def specialists_gate(model: Any, batches: Any, more: Callable[[Inputs], Inputs]) -> float:
-    """The mean over layers and tokens of what all specialists together get."""
+    """The sum of the gates of all specialists, as mean over layers and tokens."""
     total, count = 0.0, 0.0
     for batch in batches:
         inputs = {name: value.to(model.device) for name, value in batch.items()}
@@ -140,7 +140,7 @@ def specialists_gate(model: Any, batches: Any, more: Callable[[Inputs], Inputs])
 
 
 class Prototypes:
-    """Which text a row is of, by DTG-MA's task inference: the nearer mean of hidden states.
+    """Infers the text of a row as DTG-MA infers tasks: by the nearer mean of hidden states.
 
     Args:
         study: The study; prototypes are means over training rows of either text.

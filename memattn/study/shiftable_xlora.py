@@ -86,7 +86,7 @@ def classifier_parameters(study: Specialty) -> int:
 
 
 def _new(study: Specialty, seed: int) -> Any:
-    """The generalist with the LoRA of a seed, and the classifier as it begins."""
+    """The generalist with the LoRA of a seed and a new classifier."""
     from peft import LoraConfig, XLoraConfig
 
     trained = Path(study.out) / "lora" / f"seed-{seed}" / "model" / "lora"

@@ -13,7 +13,7 @@ def make_table(
     baselines: Sequence[str],
     measures: Sequence[Measure] = (),
 ) -> Table:
-    """All cells with their counts and losses, and what they differ by from the baselines.
+    """All cells with their counts and losses, and their differences from the baselines.
 
     Args:
         title: Title of the table.
@@ -37,7 +37,7 @@ def make_table(
 def difference_table(
     rows: Sequence[CellSummary], baseline: str, measures: Sequence[Measure] = ()
 ) -> Table:
-    """What the other cells differ by from one baseline.
+    """The differences of the other cells from one baseline.
 
     Args:
         rows: The cells over their seeds, the baseline among them.
@@ -72,7 +72,7 @@ def difference(spread: Spread) -> str:
 
 
 def _against(row: CellSummary, baseline: str, measures: Sequence[Measure]) -> list[str]:
-    """A cell's losses beside those of a baseline, which has nothing to say of itself."""
+    """A cell's differences from a baseline; the baseline's own row is empty."""
     spreads = row.differences[baseline]
     compared = ["val_loss", *(measure.name for measure in measures if measure.compared)]
     texts = [difference(spreads[name]) if name in spreads else "-" for name in compared]

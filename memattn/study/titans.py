@@ -1,4 +1,4 @@
-"""The study of Titans: variants and what they lack, against attention in the same window."""
+"""The study of Titans: variants and ablations, against attention in the same window."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,14 +32,13 @@ HEADINGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TitansCompare:
-    """What is compared, and where.
+    """The models that are compared, and the tasks.
 
     Attributes:
         parts: What the models are trained on, each on its own: ``recall``, ``needle``, ``text``.
-        variant: The variant that has exactly the sizes; the models that lack something are this
-            one. Each of the others gets the ``intermediate_size`` that brings its number of
-            parameters nearest.
-        longer: Models are measured at the training length, and at so many times of it.
+        variant: The variant that has exactly the sizes; the ablations are made of this one. Each of
+            the others gets the ``intermediate_size`` that brings its number of parameters nearest.
+        longer: Models are measured at the training length and at this multiple of it.
         samples: Samples of a task that are asked at each length.
         seeds: Seeds of weights and order of the samples; each model is trained with each.
     """
@@ -110,14 +109,14 @@ def _task(name: str, options: dict[str, Any], **data: Any) -> DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TitansStudy(Study):
-    """Compare the variants of Titans, and what they lack, with a plain decoder, over several seeds.
+    """Compare the variants of Titans and their ablations with a plain decoder, over several seeds.
 
     All models of a part have the same number of parameters, and attention of all sees the same
     window. The tasks ask for facts farther back than windows reach through all layers.
 
     Attributes:
         out: Folder of the runs and results.
-        compare: What is compared, and where.
+        compare: The models that are compared, and the tasks.
         recall: Models trained on multi-query associative recall.
         needle: Models trained to find a needle in a haystack.
         text: Models trained on a text.
@@ -211,7 +210,7 @@ class _PartStudy(Study):
         return self.data.seq_len, self.all.compare.longer * self.data.seq_len
 
     def to_dict(self) -> dict[str, Any]:
-        """What of the configuration concerns this part."""
+        """The fields of the configuration for this part."""
         whole = self.all.to_dict()
         return {"out": self.out, "compare": whole["compare"], **whole[self.name]}
 
@@ -260,7 +259,7 @@ class _PartStudy(Study):
 
 @dataclass(frozen=True, kw_only=True)
 class _TaskStudy(_PartStudy):
-    """Models trained on a task: how many answers are right, at both lengths."""
+    """Models trained on a task: the share of right answers at both lengths."""
 
     @property
     def measures(self) -> tuple[Measure, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -313,7 +312,7 @@ class _TaskStudy(_PartStudy):
 
 @dataclass(frozen=True, kw_only=True)
 class _TextStudy(_PartStudy):
-    """Models trained on a text: the loss by how many tokens stand before."""
+    """Models trained on a text: the loss by the number of tokens before."""
 
     @property
     def measures(self) -> tuple[Measure, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]

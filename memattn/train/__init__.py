@@ -1,4 +1,4 @@
-"""Training on accelerate: configuration, one loop, checkpoints that resume bit for bit."""
+"""Training with accelerate: configuration, one loop, and checkpoints that resume bit for bit."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # the loop imports transformers and accelerate, which reading a configuration must not
+    # the loop imports transformers and accelerate, which are not needed to read a configuration
     if name in ("NonFiniteError", "TrainResult", "train"):
         from memattn.train import loop
 

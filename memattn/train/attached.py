@@ -1,8 +1,8 @@
-"""Pretrained models with a memory or LoRA inside: attaching, saving, loading.
+"""Pretrained models with a memory or LoRA: attach, save, load.
 
-A folder of such a model has ``attached.json``, which says what is attached to which base model, and
-``model.safetensors`` with the attached weights and those of the base that were trained. The folder
-of a finished run has, beside these, what is attached in formats of its own.
+The folder of such a model has ``attached.json``, which describes the attachments and the base
+model, and ``model.safetensors`` with the attached weights and the trained weights of the base. The
+folder of a finished run also has the memory and LoRA in their own formats.
 """
 
 import json
@@ -28,10 +28,10 @@ FILE, MEMORY = "attached.json", "memory"
 
 
 def load_base(config: ModelConfig) -> Any:
-    """A pretrained model in float32, with its specialists and with what is attached to it.
+    """Load a pretrained model in float32, with its specialists, memory and LoRA.
 
     Raises:
-        OSError: If there is no such model, and no copy of it.
+        OSError: If there is no such model and no local copy.
         ImportError, ValueError: As ``attach`` does.
     """
     from transformers import AutoModelForCausalLM
@@ -42,7 +42,7 @@ def load_base(config: ModelConfig) -> Any:
     assert memattn.models and config.model_path is not None
     folder = find_pretrained(config.model_path)
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # ours is on the screen
+    logging.disable_progress_bar()  # our own progress bar is shown
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     finally:
@@ -56,7 +56,7 @@ def load_base(config: ModelConfig) -> Any:
 
 
 def add_specialists(model: Any, fields: dict[str, Any]) -> Any:
-    """A decoder, frozen, with specialists beside its attention.
+    """Freeze a decoder and add specialists to its attention.
 
     Raises:
         ValueError: If it is no decoder of this package, or the specialists do not fit it.
@@ -70,15 +70,15 @@ def add_specialists(model: Any, fields: dict[str, Any]) -> Any:
 
 
 def _opened(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of specialists, whose prior is 1 unless told: closed ones would learn nothing."""
+    """Fields of specialists with a default prior of 1: closed ones would not be trained."""
     return {"prior": 1.0, **fields}
 
 
 def load_model_folder(folder: Path) -> Any:
-    """A model that training has written: a whole one, or a base model with what is attached.
+    """Load a model that training has written: a full model, or a base model with attachments.
 
     Raises:
-        OSError: If there is no model, or its base model is nowhere to be found.
+        OSError: If there is no model, or its base model is not found.
         ValueError: As ``load_attached``.
     """
     if (folder / FILE).is_file():
@@ -87,10 +87,10 @@ def load_model_folder(folder: Path) -> Any:
 
 
 def attach(model: Any, config: ModelConfig) -> None:
-    """Put the LoRA and the memory of a configuration into a pretrained model, and freeze the rest.
+    """Attach the LoRA and the memory of a configuration to a pretrained model; freeze the rest.
 
     Raises:
-        ImportError: If LoRA is asked for and PEFT is not installed.
+        ImportError: If LoRA is configured and PEFT is not installed.
         ValueError: If the model has none of LoRA's targets, or the memory does not fit it.
     """
     base = list(model.parameters())
@@ -105,7 +105,7 @@ def attach(model: Any, config: ModelConfig) -> None:
 
 
 def _add_lora(model: Any, config: LoraConfig) -> None:
-    """LoRA in the matrices of a model, by PEFT."""
+    """Add LoRA to the matrices of a model, by PEFT."""
     try:
         import peft
     except ImportError:
@@ -138,7 +138,7 @@ def is_attached(config: ModelConfig) -> bool:
 
 
 def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What is saved of a model: everything, or what is attached and what of the base is trained."""
+    """The tensors to save: all, or the attached ones and the trained ones of the base."""
     tensors = list(named_tensors(model))
     if not any(_is_own(name) for name, _ in tensors):
         yield from tensors
@@ -158,7 +158,7 @@ def write_description(config: ModelConfig, folder: Path) -> None:
 
 
 def export(model: Any, tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
-    """Write what is attached in formats of its own, for use outside of training.
+    """Write memory and LoRA in their own formats, for use outside of training.
 
     ``memory/`` is for ``MemoryAdapter.from_pretrained``, ``lora/`` for PEFT's ``PeftModel``.
     """
@@ -177,7 +177,7 @@ def export(model: Any, tensors: dict[str, Tensor], config: ModelConfig, folder: 
 
 
 def read_description(folder: Path, base_model: str | None = None) -> ModelConfig:
-    """What ``attached.json`` says; ``base_model`` is where the base model is now.
+    """The content of ``attached.json``; ``base_model`` is the present location of the base model.
 
     Raises:
         ValueError: If it is damaged.
@@ -192,11 +192,11 @@ def read_description(folder: Path, base_model: str | None = None) -> ModelConfig
 
 
 def load_attached(folder: Path, base_model: str | None = None) -> Any:
-    """The pretrained model with what a folder says is attached to it.
+    """Load the pretrained model with the attachments of a folder.
 
     Raises:
         ValueError: If the files are damaged, or of another base model.
-        OSError: If the base model is nowhere to be found.
+        OSError: If the base model is not found.
     """
     model = load_base(read_description(folder, base_model))
     try:

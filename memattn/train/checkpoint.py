@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are complete or absent, and from which training goes on bit for bit.
+"""Checkpoints: folders written atomically, from which training resumes bit for bit.
 
 ``step-<N>/`` holds ``model.safetensors`` with the model's configuration and tokenizer (so that
 ``from_pretrained`` loads it), ``optimizer.safetensors``, ``rng.safetensors`` and ``state.json``,
@@ -34,7 +34,7 @@ from memattn.train.distributed import full_tensor, on_main_process, shard_like
 
 @dataclass(kw_only=True)
 class TrainState:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
         step: Optimizer steps done.
@@ -55,18 +55,18 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Checkpointer:
-    """Saves and restores everything that training depends on.
+    """Saves and restores the complete state of training.
 
     Attributes:
         accelerator: The process group, and the scaler of fp16.
         model: The unwrapped model; its parameters may be sharded.
         optimizer: The optimizer, unwrapped.
         scheduler: Its schedule.
-        tokenizer: Saved beside the model.
+        tokenizer: Saved with the model.
         config: The run's configuration as plain values.
-        model_config: What the model is.
+        model_config: Configuration of the model.
         folder: ``checkpoints/`` of the run.
-        keep: How many to keep.
+        keep: Number of checkpoints to keep.
     """
 
     accelerator: Accelerator
@@ -80,12 +80,12 @@ class Checkpointer:
     keep: int
 
     def save(self, state: TrainState) -> Path:
-        """Write ``step-<N>``, in one step, then remove all but the newest ``keep``.
+        """Write ``step-<N>`` atomically, then remove all but the newest ``keep`` checkpoints.
 
         Raises:
-            OSError: If it cannot be written; what was there before is intact.
+            OSError: If it cannot be written; earlier checkpoints are intact.
         """
-        # collective: every process takes part in gathering, the first one writes
+        # collective: all processes gather, the first one writes
         model = gather_model(self.model)
         optimizer = _gather_optimizer(self.model, self.optimizer)
         rng = _gather_rng(self.accelerator)
@@ -117,7 +117,7 @@ class Checkpointer:
                 }
                 (folder / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         except (OSError, SafetensorError) as error:
-            # safetensors reports a full disk in an error of its own
+            # safetensors raises its own error for a full disk
             last = latest_checkpoint(self.folder)
             raise OSError(
                 f"checkpoint must be writable, got {error} for {path}; "
@@ -180,11 +180,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return what ``state.json`` says, after checking every file of the checkpoint against it.
+    """Return the content of ``state.json``, after checking every file of the checkpoint against it.
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If a file is missing or damaged; names the checkpoint before it.
+        ValueError: If a file is missing or damaged; the message names the previous checkpoint.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"resume must name a checkpoint folder, got {path}")
@@ -199,7 +199,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _naming_damage(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged checkpoint raises into one ValueError."""
+    """Convert errors of a damaged checkpoint to one ValueError."""
     try:
         yield
     except (ValueError, TypeError, KeyError, FileNotFoundError, SafetensorError) as error:
@@ -213,7 +213,7 @@ def save_model(
 ) -> None:
     """Write a model from its gathered tensors, so that ``from_pretrained`` loads it.
 
-    A pretrained model with something attached is written as ``memattn.train.attached`` says.
+    A pretrained model with attachments is written as described in ``memattn.train.attached``.
     """
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     if is_attached(config):
@@ -229,12 +229,12 @@ def save_model(
 
 
 def gather_model(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the model that is saved, whole; all processes must call it."""
+    """All tensors of the model to save, gathered; all processes must call it."""
     return {name: full_tensor(tensor) for name, tensor in saved_tensors(model)}
 
 
 def _gather_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Every tensor of the optimizer's state, whole, as ``<parameter>:<key>``."""
+    """All tensors of the optimizer's state, gathered, as ``<parameter>:<key>``."""
     return {
         f"{name}:{key}": full_tensor(value)
         for name, parameter in model.named_parameters()
@@ -263,7 +263,7 @@ def _gather_rng(accelerator: Accelerator) -> dict[str, Tensor]:
 
 
 def _restore_rng(accelerator: Accelerator, states: dict[str, Tensor]) -> None:
-    """Restore this process's generators; one that the checkpoint lacks stays as seeded."""
+    """Restore this process's generators; one missing in the checkpoint keeps its seed."""
     rank = accelerator.process_index
     if f"{rank}.torch" in states:
         torch.set_rng_state(states[f"{rank}.torch"])

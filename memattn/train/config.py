@@ -1,4 +1,4 @@
-"""What a training run is: frozen dataclasses, and the same written down as YAML."""
+"""The configuration of a training run: frozen dataclasses, also read from YAML."""
 
 import math
 from collections.abc import Callable
@@ -20,11 +20,11 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """LoRA inside a pretrained model, which PEFT does.
+    """LoRA in a pretrained model, by PEFT.
 
     Attributes:
         rank: Rank of the update of a matrix.
-        alpha: The update counts ``alpha / rank`` times.
+        alpha: The update is multiplied by ``alpha / rank``.
         targets: Names of the modules with an update, such as ``q_proj``.
     """
 
@@ -45,15 +45,15 @@ class ModelConfig:
 
     Attributes:
         preset: Name of a preset of ``memattn.models.PRESETS``, such as ``vanilla``.
-        options: Keywords of the preset: sizes, and what the preset itself takes.
-        model_path: A Hugging Face causal language model to go on training: a folder, a hub name or
-            ``smollm2``, from a package. Exactly one of ``preset`` and ``model_path`` is given.
-        memory_adapter: Kind and fields of a part, such as a memory, that is attached to a
-            pretrained model; None attaches none.
+        options: Arguments of the preset: sizes and its own options.
+        model_path: A pretrained Hugging Face causal language model to train: a folder, a hub name
+            or ``smollm2``, from a package. Exactly one of ``preset`` and ``model_path`` is given.
+        memory_adapter: Kind and fields of a part, such as a memory, to attach to a pretrained
+            model; None attaches none.
         lora: LoRA inside a pretrained model; None means none.
-        specialists: Fields of ``memattn.parts.SpecialistsConfig``: specialists beside the attention
-            of a trained decoder of this package, whose weights stay; None means none.
-        freeze_base_model: Whether the weights of a pretrained model stay as they are.
+        specialists: Fields of ``memattn.parts.SpecialistsConfig``: specialists to add to a trained
+            decoder of this package, which is frozen; None means none.
+        freeze_base_model: Whether to freeze the weights of a pretrained model.
     """
 
     preset: str | None = None
@@ -90,12 +90,12 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """Samples of a synthetic task, of which the answers are learnt.
+    """Samples of a synthetic task; only the answers are in the loss.
 
     Attributes:
         name: ``needle``, ``tracking``, ``words``, ``facts`` or ``recall``.
         options: Fields of the task of ``memattn.data.tasks``.
-        samples: How many samples, those that are held out included.
+        samples: Number of samples, including held-out ones.
     """
 
     name: str = "recall"
@@ -114,7 +114,7 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The text, and how it is cut into rows.
+    """The text, and how it is split into rows.
 
     Attributes:
         dataset_name: A corpus (``memattn data --list``), a file, a folder or a Hugging Face
@@ -125,21 +125,21 @@ class DataConfig:
         messages_field: Field with the messages of a conversation, for instruction_finetuning.
         chat_template: File with a chat template in Jinja; None means that of the tokenizer.
         document_separator: Text that separates the documents of one text file.
-        mix_in: Another text, or a list of them, of which training documents are added: what a model
-            shall not forget while it learns this one.
-        mix_share: Share of the training tokens that ``mix_in`` gives.
-        mix_weight: How much the text of ``mix_in`` counts against the other where gates of
-            specialists are taught whose text is which; 1 lets both count the same.
-        task: A synthetic task in place of a text, with samples of ``seq_len`` tokens.
+        mix_in: Another text, or a list of them, from which training documents are added, so that
+            the model does not forget it.
+        mix_share: Share of the training tokens that come from ``mix_in``.
+        mix_weight: Total weight of the ``mix_in`` text relative to the other in the domain loss of
+            specialists' gates; 1 means equal weights.
+        task: A synthetic task instead of a text, with samples of ``seq_len`` tokens.
         held_out: Share of the documents that only evaluation sees; 0 for none.
         split_seed: Seed of the choice of held-out documents.
         tokenizer: ``bpe`` (trained on the training documents), ``bytes``, or a folder or hub
             name. None means ``bpe`` for a preset, and that of the model for ``model_path``.
         vocab_size: Entries of a trained tokenizer, None means 4096. Only for ``bpe``.
         seq_len: Tokens in a row.
-        packed: Whether documents are packed without padding, conversations whole; else a row is
-            one piece of a document, padded. Models without ``cu_seqlens`` need padding.
-        cache_dir: Folder for fetched corpora, tokenizers and tokens.
+        packed: Whether documents are packed without padding (conversations are not split); else a
+            row is one padded piece of a document. Models without ``cu_seqlens`` need padding.
+        cache_dir: Folder for downloaded corpora, tokenizers and tokens.
     """
 
     dataset_name: str | list[str] = "wiki"
@@ -183,7 +183,7 @@ class DataConfig:
                 must("data.vocab_size", f"be None with tokenizer {self.tokenizer}", self.vocab_size)
 
     def _check_no_text(self) -> None:
-        """Raise ValueError if a text is described beside a task."""
+        """Raise ValueError if both a text and a task are given."""
         texts = ("dataset_name", "dataset_subset", "dataset_split", "text_field")
         others = ("messages_field", "chat_template", "document_separator", "mix_in")
         for name in (*texts, *others):
@@ -193,46 +193,48 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Optimisation, and what is written while it runs.
+    """Optimisation, and output during training.
 
     Attributes:
         output_dir: Folder of the run.
         training_mode: ``pretraining``, on documents, or ``instruction_finetuning``, on
-            conversations, of which the answers are learnt.
+            conversations, with only the answers in the loss.
         max_steps: Optimizer steps; None means 1000, or as many as ``max_epochs`` gives.
-        max_epochs: Times that the text is read; a run with both ends where the first of them does.
+        max_epochs: Passes over the text; with ``max_steps``, the run ends at whichever comes first.
         batch_size: Rows of one process in one forward pass.
-        eval_batch_size: The same in held-out evaluations; None means as in training.
-        gradient_accumulation_steps: Forward passes in one optimizer step.
-        base_model_lr: Highest learning rate.
-        memory_lr: That of memory parameters, such as persistent tokens; None means the same.
-        lora_lr: That of the parameters of LoRA; None means the same.
-        gate_rows: Rows of the text, and as many of ``data.mix_in``, on which gates of specialists
-            learn whose text is which before the first step; 0 teaches nothing before.
+        eval_batch_size: Rows in held-out evaluations; None means ``batch_size``.
+        gradient_accumulation_steps: Forward passes per optimizer step.
+        base_model_lr: Peak learning rate.
+        memory_lr: Peak learning rate of memory parameters, such as persistent tokens; None means
+            ``base_model_lr``.
+        lora_lr: Peak learning rate of LoRA's parameters; None means ``base_model_lr``.
+        gate_rows: Rows of the text, and as many of ``data.mix_in``, on which specialists' gates are
+            trained to classify the domain before the first step; 0 means no such training.
         optimizer: ``adamw``, or ``muon``: Muon for the matrices inside the model and AdamW for the
-            rest, with the same rates. Muon learns more from few tokens, at more work in a step.
+            rest, with the same rates. Muon learns more from few tokens; its steps take longer.
         lr_scheduler: ``cosine`` or ``linear`` decay to 0, or ``constant``, each after the warm-up.
         warmup_steps: Steps in which the learning rate rises from 0.
         weight_decay: Decay of weight matrices; norms, biases, embeddings and tables have none.
         adam_beta1: Decay of AdamW's first moment.
         adam_beta2: Decay of AdamW's second moment.
-        max_grad_norm: Gradients are scaled down to this norm; None means never.
+        max_grad_norm: Largest norm of the gradient, which is scaled down to it; None means no
+            limit.
         label_smoothing: Share of each target that is spread over the vocabulary, in training.
         mixed_precision: ``no``, ``bf16``, or ``fp16`` (CUDA only).
-        compile: Whether ``torch.compile`` makes the model one program: it takes a minute or more
-            to begin and needs a compiler; for one process. Programs differ from the modules by
-            rounding, so a run is not bitwise that without it.
-        gradient_checkpointing: Whether activations are computed again in the backward pass.
-        distributed_strategy: ``ddp`` (whole model in each process) or ``fsdp`` (FSDP2, sharded);
-            read when started by ``accelerate launch`` with several processes.
-        num_gpus: How many processes there must be; None means any number.
-        cpu: Whether to train on the CPU where there is a GPU.
+        compile: Whether to compile the model with ``torch.compile`` as one program. It needs a
+            compiler and a minute or more to start, and supports one process only. Rounding differs
+            from the uncompiled model.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        distributed_strategy: ``ddp`` (full model in each process) or ``fsdp`` (FSDP2, sharded);
+            used if started by ``accelerate launch`` with several processes.
+        num_gpus: Required number of processes; None means any number.
+        cpu: Whether to train on the CPU even if there is a GPU.
         seed: Seed of new weights, dropout and the order of the documents.
-        log_steps: Steps from one row of metrics to the next.
-        eval_steps: Steps from one held-out evaluation to the next; None means only at the end.
-        eval_batches: Batches of such an evaluation, the first ones; None means all there are.
-        save_steps: Steps from one checkpoint to the next; None means only at the end.
-        keep_checkpoints: How many checkpoints to keep, the newest ones.
+        log_steps: Steps between rows of metrics.
+        eval_steps: Steps between held-out evaluations; None means only at the end.
+        eval_batches: Number of first batches in a held-out evaluation; None means all.
+        save_steps: Steps between checkpoints; None means only at the end.
+        keep_checkpoints: Number of newest checkpoints to keep.
     """
 
     output_dir: str = "runs/train"
@@ -304,7 +306,7 @@ class TrainingConfig:
         """Optimizer steps of the run.
 
         Args:
-            steps_per_epoch: Those that read the text once; needed where ``max_epochs`` is given.
+            steps_per_epoch: Steps in one pass over the text; needed if ``max_epochs`` is given.
         """
         if self.max_epochs is None:
             return self.max_steps or DEFAULT_STEPS
@@ -344,7 +346,7 @@ def read_config(
 ) -> Config:
     """Read a YAML file with the fields of a dataclass; see ``load_config``.
 
-    ``upgrade`` turns the values of the file into those fields.
+    ``upgrade`` converts the values of the file to those fields.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 

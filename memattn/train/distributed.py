@@ -1,4 +1,4 @@
-"""What differs between one process and several: sharding, gathering, errors of the first rank."""
+"""Several processes: sharding, gathering, and errors of the first process."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -19,23 +19,23 @@ from memattn.train.config import TrainingConfig
 
 
 def leave_process_group() -> None:
-    """End the process group, if there is one: the last act of a program that trained.
+    """End the process group, if there is one; call it last in a program that trained.
 
-    ``destroy_process_group`` ends the threads of gloo only with the last reference to the group.
-    One of them that still holds a finished operation asks for the interpreter to drop its tensors;
-    if the interpreter is ending, that aborts the process. So references go first: those of models
-    that nothing uses any more, and those of device meshes, which DTensor's caches keep for good.
+    ``destroy_process_group`` ends gloo's threads only when the last reference to the group is gone.
+    A thread that still holds a finished operation needs the interpreter to drop its tensors; if the
+    interpreter is shutting down, the process aborts. So references are dropped first: those of
+    unused models, and those of device meshes, which DTensor's caches keep.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    # the first process keeps the store that the others leave by
+    # the first process holds the store that the others need to leave
     torch.distributed.barrier()
     group = torch.distributed.group.WORLD
     gc.collect()
     torch.distributed.destroy_process_group()
     for mesh in (thing for thing in gc.get_objects() if type(thing) is DeviceMesh):
         getattr(mesh, "_pg_registry", {}).clear()
-    # the last reference: waits for the threads, which may have the interpreter meanwhile
+    # dropping the last reference waits for the threads, which can use the interpreter meanwhile
     del group
 
 
@@ -55,7 +55,7 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, config: TrainingCo
         if accelerator.num_processes > 1:
             got = f"true with {accelerator.num_processes}"
             must("training.compile", "be false with several processes", got, NotImplementedError)
-        # a decoder of the package has no graph breaks, and one that came would not stay unseen
+        # decoders of the package have no graph breaks; a break raises an error
         model.compile(fullgraph=isinstance(model, MemAttnForCausalLM))
     if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise ValueError(
@@ -70,7 +70,9 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, config: TrainingCo
         if config.mixed_precision == "fp16":
             must("training.mixed_precision", "be bf16 or no with fsdp", "fp16", NotImplementedError)
         _shard(model.to(accelerator.device), config)
-        return accelerator.prepare_model(model, evaluation_mode=True)  # no DDP around it
+        return accelerator.prepare_model(
+            model, evaluation_mode=True
+        )  # moves it to the device without DDP
     if resting is not None:
         handler: Any = DistributedDataParallelKwargs(find_unused_parameters=True)
         accelerator.ddp_handler = handler
@@ -110,14 +112,14 @@ class _unsynced_fsdp(AbstractContextManager):
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop the whole weights that a forward pass without a backward pass leaves gathered."""
+    """Drop gathered weights that remain after a forward pass without a backward pass."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on the CPU; all processes must call it."""
+    """Gather a sharded tensor on the CPU; all processes must call it."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
 
@@ -125,7 +127,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor on the device of ``like``, sharded as it is."""
     if isinstance(like, DTensor) and tensor.shape == like.shape:
-        # each process read the same file: nothing has to be sent
+        # each process has read the same file, so nothing is sent
         return distribute_tensor(
             tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
         )

@@ -1,4 +1,4 @@
-"""The held-out losses of a run, measured after it."""
+"""Held-out losses of a finished run."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,7 +10,7 @@ from memattn.train.config import TrainConfig
 def answer_losses(
     config: TrainConfig, model: Any, tokenizer: Any, batch_size: int
 ) -> dict[str, float]:
-    """Losses on the held-out answers of a run, as its own evaluation has them.
+    """Losses on the held-out answers of a run, as in the run's own evaluation.
 
     Args:
         config: The run.
@@ -22,7 +22,7 @@ def answer_losses(
         ``eval_loss`` in nats per token, and those of the model's parts.
 
     Raises:
-        ValueError: If the run holds out nothing.
+        ValueError: If the run has no held-out data.
         OSError, ImportError: If the text cannot be loaded.
     """
     from accelerate import Accelerator

@@ -41,13 +41,13 @@ from memattn.train.step import (
 )
 from memattn.train.teach import teach_gates
 
-# what may differ between a run and its resumption
+# fields that may differ when a run is resumed
 _FREE = {
     *("output_dir", "max_steps", "max_epochs", "log_steps", "save_steps", "keep_checkpoints"),
     *("eval_steps", "eval_batches", "eval_batch_size"),
     *("gradient_checkpointing", "distributed_strategy", "num_gpus", "cpu", "cache_dir"),
     *("batch_size", "gradient_accumulation_steps"),  # their product is compared
-    # what these say is in the tokens, which are compared
+    # their effect is in the tokens, which are compared
     *("dataset_name", "dataset_subset", "dataset_split", "text_field", "document_separator"),
     *("held_out", "split_seed", "tokenizer", "vocab_size", "messages_field", "chat_template"),
     *("mix_in", "mix_share"),
@@ -60,7 +60,7 @@ class NonFiniteError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a finished run gives.
+    """Result of a run.
 
     Attributes:
         output_dir: Folder of the run.
@@ -69,10 +69,9 @@ class TrainResult:
         step: Optimizer steps.
         tokens: Tokens seen, padding not counted.
         loss: Training loss of the last step.
-        eval_loss: Held-out loss at the end, in nats per token; None where nothing is held out.
+        eval_loss: Held-out loss at the end, in nats per token; None without held-out data.
         seconds: Time spent, evaluation included, over all resumptions.
-        tokens_per_second: Training speed of this call, evaluation not counted; 0.0 where no step
-            was left to do.
+        tokens_per_second: Training speed of this call without evaluation; 0.0 if no step was left.
     """
 
     output_dir: Path
@@ -98,41 +97,43 @@ def train(
 
     The run folder gets ``config.yaml``, ``metrics.csv``, ``tensorboard/`` (where it is installed),
     ``checkpoints/step-<N>/`` and, at the end, ``model/``. Each optimizer step minimises the mean
-    over all target tokens of all its batches and processes. Started by ``accelerate launch``, each
+    over all target tokens of all its batches and processes. With ``accelerate launch``, each
     process calls this.
 
     Args:
         config: The run.
-        resume: True continues from the newest checkpoint in the run folder, or starts where there
-            is none; a path continues from that checkpoint. A run that was interrupted at any
-            moment and resumed has the losses and weights of one that was not, bit for bit, where
-            the operations of the device are deterministic, as on the CPU.
-        stop_step: Pause after this step, with a checkpoint and without ``model/``; learning rates
-            are those of the whole run, which ``resume`` goes on with. None runs to the end.
-        max_seconds: Pause in the same way once this call has taken so long, but not before its
-            first step. The last checkpoint and an evaluation that is due come on top.
+        resume: True continues from the newest checkpoint in the run folder, or starts if there is
+            none; a path continues from that checkpoint. A resumed run has exactly the losses and
+            weights of an uninterrupted one if the device's operations are deterministic, as on the
+            CPU.
+        stop_step: Pause after this step, with a checkpoint and without ``model/``; the
+            learning-rate schedule is that of the whole run, which ``resume`` continues. None runs
+            to the end.
+        max_seconds: Pause in the same way after this time, but not before the first step. The last
+            checkpoint and a due evaluation take additional time.
         progress: Whether to show a progress bar.
 
     Returns:
-        Where the results are, and the last numbers.
+        Paths of the results, and the last numbers.
 
     Raises:
         ValueError: If the configuration does not fit the data or the model, the run folder has a
-            run already, a checkpoint is damaged, or what is resumed is another run.
-        NonFiniteError: If the loss or the gradient is not finite; names the last good checkpoint.
+            run already, a checkpoint is damaged, or belongs to another run.
+        NonFiniteError: If the loss or the gradient is not finite; the message names the last good
+            checkpoint.
         KeyboardInterrupt: After SIGINT or SIGTERM, once a checkpoint is written.
         FileNotFoundError, ImportError, OSError: If something is missing, or the disk is full.
     """
     options = config.training
     called = time.perf_counter()
-    # accelerate keeps one state for a process, and a second run in it may differ
+    # accelerate keeps one state per process; a second run may need another
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    # several processes without a GPU must be told, or each would train alone
+    # several processes without a GPU must be configured, or each would train alone
     cpu = options.cpu or not torch.accelerator.is_available()
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         cpu=cpu,
-        # the loop weighs its batches itself, whatever accelerate launch was told
+        # the loop weights its batches itself, whatever the options of accelerate launch
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     if stop_step is not None:
@@ -153,7 +154,7 @@ def train(
     identity = {**config.to_dict(), "rows": rows, "tokens": corpus.fingerprint}
     if start is not None:
         _check_same_run(start, identity)
-    accelerator.wait_for_everyone()  # all have looked before the first one writes
+    accelerator.wait_for_everyone()  # all processes have looked before the first one writes
     set_seed(options.seed)
     model: Any = build_model(config.model, corpus.tokenizer)
     if options.gate_rows and start is None:
@@ -260,7 +261,7 @@ def train(
                     saved = checkpoints.save(state)
     finally:
         log.close()
-    if saved is None:  # a finished run that goes on in another folder
+    if saved is None:  # a finished run that continues in another folder
         saved = checkpoints.save(state)
 
     if state.step >= max_steps:
@@ -284,12 +285,12 @@ def train(
 
 
 def _value(grad_norm: Any) -> float:
-    """The norm as a number; that of sharded gradients is itself sharded."""
+    """The norm as a number; for sharded gradients it is a sharded tensor."""
     return (grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm).item()
 
 
 def _check_finite(row: dict[str, float], step: int, scaled: bool, folder: Path) -> None:
-    """Raise before a step would ruin the weights; fp16's scaler skips overflowing gradients."""
+    """Raise before a non-finite step; fp16's scaler skips overflowing gradients."""
     for name in ("loss",) if scaled else ("loss", "grad_norm"):
         if not math.isfinite(row[name]):
             raise NonFiniteError(
@@ -303,7 +304,7 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _check_domains(config: TrainConfig) -> None:
-    """Raise ValueError if a gate shall learn whose text is which, and there is one text alone."""
+    """Raise ValueError if gates are to be trained on domains, but there is only one text."""
     given: dict[str, Any] = {"training.gate_rows": config.training.gate_rows}
     for name in ("options", "memory_adapter", "specialists"):
         fields = getattr(config.model, name) or {}
@@ -318,7 +319,7 @@ def _check_domains(config: TrainConfig) -> None:
 
 
 def _find_start(folder: Path, resume: bool | str | Path) -> Path | None:
-    """The checkpoint to go on from, if any; an existing run is never overwritten."""
+    """The checkpoint to continue from, if any; an existing run is never overwritten."""
     if not isinstance(resume, bool):
         return Path(resume)
     if resume:
@@ -329,7 +330,7 @@ def _find_start(folder: Path, resume: bool | str | Path) -> Path | None:
 
 
 def _check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Raise unless the checkpoint is of a run that differs in nothing that matters."""
+    """Raise unless the checkpoint's run has the same relevant settings."""
     before = read_checkpoint(checkpoint)["config"]
     if before["rows"] != identity["rows"]:
         name = "batch_size * gradient_accumulation_steps * processes"
@@ -341,7 +342,7 @@ def _check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
     ):
         defaults = {field.name: field.default for field in fields(kind)}
         for name, value in identity[section].items():
-            # a checkpoint from before there was a field has its default
+            # an older checkpoint without a field has its default
             was = before[section].get(name, defaults[name])
             if name not in _FREE and was != value:
                 must(f"{section}.{name}", f"be {was} as in {checkpoint}", value)
@@ -350,13 +351,15 @@ def _check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
 
 
 def _open_run(folder: Path, config: TrainConfig, start: Path | None, step: int) -> None:
-    """Make the run folder; checkpoints after the one resumed from are set aside."""
+    """Make the run folder; move checkpoints after ``start`` aside."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", config.to_yaml())
     for checkpoint in list_checkpoints(folder / "checkpoints"):
         if start is not None and int(checkpoint.name.removeprefix("step-")) > step:
             checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.abandoned"))
-    for leftover in (folder / "checkpoints").glob(".step-*.tmp"):  # of a run killed while saving
+    for leftover in (folder / "checkpoints").glob(
+        ".step-*.tmp"
+    ):  # left by a run that was killed while saving
         shutil.rmtree(leftover)
 
 

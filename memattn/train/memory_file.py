@@ -1,9 +1,9 @@
 """Configuration files with the sections ``model``, ``memory`` and ``training``.
 
-Such a file describes a memory transformer, or a memory inside a pretrained model, in fields of its
-own, with defaults of its own. Here, and nowhere else, they become those of ``TrainConfig``. Beside
-them ``model.options`` takes further keywords of the model, ``training`` every field of
-``TrainingConfig``, and a section ``data`` every field of ``DataConfig``.
+Such a file describes a memory transformer, or a memory in a pretrained model, with its own fields
+and defaults, which this module converts to those of ``TrainConfig``. In addition, ``model.options``
+takes more arguments of the model, ``training`` every field of ``TrainingConfig``, and a section
+``data`` every field of ``DataConfig``.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from memattn.checks import check_bool, check_int, must
 from memattn.train.config import DataConfig, LoraConfig, ModelConfig, TrainingConfig
 
 _KIND = "chapter_memory"
-# fields of memory that are not those of the part
+# fields of the section memory that are not fields of the part
 _LORA = {"lora_rank": "rank", "lora_alpha": "alpha", "lora_targets": "targets"}
 _SWITCHES = {
     "use_lora": False,
@@ -34,14 +34,13 @@ class FileModel:
         num_heads: Query heads.
         num_layers: Blocks.
         intermediate_dim: Features inside the MLP.
-        vocab_size: Tokens of the vocabulary, and of a tokenizer that is trained.
+        vocab_size: Tokens of the vocabulary, and of a trained tokenizer.
         max_seq_len: Longest sequence, and tokens in a row.
-        use_rope: Whether positions are rotary; else they have parameters.
-        base_model_name: A pretrained model that the memory is attached to, a folder or a name on
-            the hub; the fields above, but for ``max_seq_len``, are then its own. None means new
-            weights.
-        freeze_base_model: Whether the weights of a pretrained model stay as they are.
-        options: Further keywords of the model, such as ``num_key_value_heads``.
+        use_rope: Whether positions are rotary; else learned.
+        base_model_name: A pretrained model to attach the memory to, a folder or a name on the hub;
+            it determines the fields above except ``max_seq_len``. None means new weights.
+        freeze_base_model: Whether to freeze the weights of a pretrained model.
+        options: More arguments of the model, such as ``num_key_value_heads``.
     """
 
     hidden_dim: int = 768
@@ -91,7 +90,7 @@ class FileTraining:
 
 
 def is_memory_file(values: Any) -> bool:
-    """Whether the values of a file are those of a memory file, by a field that only it has."""
+    """Whether the values belong to a memory file, recognised by a field that only it has."""
     if not isinstance(values, dict) or not values.keys() <= {"model", "memory", "data", "training"}:
         return False
     if "memory" in values:
@@ -105,7 +104,7 @@ def is_memory_file(values: Any) -> bool:
 
 
 def from_memory_file(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sections of ``TrainConfig`` for those of a memory file.
+    """Convert the sections of a memory file to those of ``TrainConfig``.
 
     Args:
         values: The sections ``model``, ``memory``, ``training`` and ``data``, each of which may be
@@ -115,15 +114,17 @@ def from_memory_file(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         Fields of ``ModelConfig``, ``DataConfig`` and ``TrainingConfig``.
 
     Raises:
-        TypeError, ValueError: If a field is unknown or wrong; names it, its value and what is
-            allowed.
+        TypeError, ValueError: If a field is unknown or wrong; the message names it, its value and
+            the allowed values.
     """
     sections = {name: _section(values, name) for name in ("model", "memory", "data", "training")}
     model = FileModel(**_known("model", sections["model"], _names(FileModel)))
     given = _known("training", sections["training"], _names(TrainingConfig) + list(_DATASET))
     training = {**asdict(FileTraining()), **given}
     if given.get("max_epochs") is not None:
-        training["max_steps"] = given.get("max_steps")  # the default does not end it earlier
+        training["max_steps"] = given.get(
+            "max_steps"
+        )  # the default of max_steps must not end the run earlier
     data = _known("data", sections["data"], _names(DataConfig))
     for name in _DATASET:
         value = training.pop(name)
@@ -131,7 +132,7 @@ def from_memory_file(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             must(f"data.{name}", "be given in one of training and data", repr(data[name]))
         data.setdefault(name, value)
     if data["dataset_split"] == "train":
-        data["dataset_split"] = None  # which means the same, and local files have no splits
+        data["dataset_split"] = None  # None means the same, and local files have no splits
     data.setdefault("seq_len", model.max_seq_len)
     own_model = _model(model, sections["memory"])
     if model.base_model_name is not None:
@@ -180,7 +181,7 @@ def _model(model: FileModel, memory: dict[str, Any]) -> dict[str, Any]:
 def _split_memory(
     memory: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, bool], dict[str, Any]]:
-    """Fields of the part, what is switched on, and fields of LoRA."""
+    """Fields of the part, the switches, and fields of LoRA."""
     from memattn.parts.chapter_memory import ChapterMemoryConfig
 
     own = _names(ChapterMemoryConfig)
@@ -205,7 +206,7 @@ def _split_memory(
 
 
 def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """One section, empty where it is absent."""
+    """One section; empty if absent."""
     section = values.get(name)
     if section is None:
         return {}

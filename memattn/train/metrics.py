@@ -1,4 +1,4 @@
-"""Metrics of a run: ``metrics.csv``, and TensorBoard where it is installed."""
+"""Metrics of a run: ``metrics.csv``, and TensorBoard if it is installed."""
 
 import csv
 import importlib.util
@@ -16,7 +16,7 @@ COLUMNS = (
 
 
 def columns_of(losses: Iterable[str]) -> list[str]:
-    """``COLUMNS``, with those of losses that a model has beside the cross-entropy."""
+    """``COLUMNS``, and the columns of a model's losses besides the cross-entropy."""
     names = list(losses)
     at = COLUMNS.index("eval_loss")
     held_out = [f"eval_{name}" for name in names]
@@ -24,13 +24,14 @@ def columns_of(losses: Iterable[str]) -> list[str]:
 
 
 class MetricsLog:
-    """Appends rows, each flushed at once, and takes back those of a run that is resumed.
+    """Appends rows, each flushed at once; removes later rows when a run is resumed.
 
     Args:
         folder: Folder of the run.
-        step: Step that the run goes on from; rows after it, and a half-written last one, go.
-        active: False in all processes but the first, which then write nothing.
-        losses: Names of the model's losses beside the cross-entropy.
+        step: Step that the run continues from; rows after it, and an incomplete last row, are
+            removed.
+        active: False in all processes except the first; they write nothing.
+        losses: Names of the model's losses besides the cross-entropy.
     """
 
     def __init__(self, folder: Path, *, step: int, active: bool, losses: Iterable[str] = ()):
@@ -50,7 +51,7 @@ class MetricsLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, **row: Any) -> None:
-        """Append a row; columns that are not given stay empty."""
+        """Append a row; missing columns are empty."""
         if self._file is None:
             return
         self._file.write(_to_csv([row], self._columns))
@@ -68,11 +69,11 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read ``metrics.csv``: numbers, and None where a column is empty.
+    """Read ``metrics.csv``: numbers, and None for empty columns.
 
     Its columns are ``COLUMNS``, and ``<name>`` and ``eval_<name>`` of the model's other losses.
 
-    A half-written last row, as a killed run leaves it, is left out.
+    An incomplete last row, as left by a killed run, is skipped.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -1,4 +1,4 @@
-"""Some documents of another text among those that are trained on."""
+"""Mix documents of another text into the training text."""
 
 import random
 from pathlib import Path
@@ -13,16 +13,16 @@ from memattn.data.tokenizer import tokenize_documents
 from memattn.data.tokens import Tokens
 from memattn.train.config import DataConfig
 
-_PIECE = 500  # documents that are tokenized at once
+_PIECE = 500  # documents to tokenize at once
 
 
 def mix_tokens(tokens: Tokens, data: DataConfig, tokenizer: Any) -> Tokens:
-    """The tokens with documents of ``data.mix_in`` after them, ``data.mix_share`` of them all.
+    """Append documents of ``data.mix_in``, so that they are ``data.mix_share`` of all tokens.
 
-    Documents are drawn by ``data.split_seed``; the last one is cut. None of them is one that a run
-    on that text with the same ``held_out`` and ``split_seed`` would hold out. ``domains`` is 0 for
-    them and 1 for the others, which specialists learn; by ``domain_weights``, all tokens of 0
-    together count ``data.mix_weight`` times as much as those of 1.
+    Documents are drawn by ``data.split_seed``; the last one is cut. Documents that a run on that
+    text with the same ``held_out`` and ``split_seed`` would hold out are not used. ``domains`` is 0
+    for them and 1 for the specialist text; ``domain_weights`` give all tokens of domain 0 together
+    ``data.mix_weight`` times the weight of those of domain 1.
 
     Raises:
         ValueError: If the other text is too short, and what ``load_documents`` raises.
@@ -44,7 +44,7 @@ def mix_tokens(tokens: Tokens, data: DataConfig, tokenizer: Any) -> Tokens:
     mixed = _joined(pieces, len(tokens.ids) + wanted, tokenizer)
     domains = torch.zeros(mixed.num_documents, dtype=torch.int64)
     domains[: tokens.num_documents] = 1
-    # a token counts the inverse of its text's share, so that both texts count half of all tokens
+    # a token is weighted by the inverse of its text's share, so that both texts have equal totals
     shares = torch.tensor([data.mix_share, 1.0 - data.mix_share])
     weights = torch.tensor([data.mix_weight, 1.0]) / (2.0 * shares)
     return mixed._replace(domains=domains, domain_weights=weights)
@@ -71,7 +71,7 @@ def load_mixed_in(data: DataConfig) -> list[Document]:
 
 
 def _joined(pieces: list[Tokens], length: int, tokenizer: Any) -> Tokens:
-    """All pieces in one, cut after so many tokens."""
+    """Concatenate the pieces, cut after ``length`` tokens."""
     last = pieces[-1]
     spare = sum(len(piece.ids) for piece in pieces) - length
     kept = last.ids[: len(last.ids) - spare]

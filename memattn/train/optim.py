@@ -1,4 +1,4 @@
-"""Optimizer and schedule: parameter groups by what a parameter is."""
+"""Optimizer and schedule; parameter groups by the role of a parameter."""
 
 from typing import Any
 
@@ -28,11 +28,10 @@ def is_lora_parameter(name: str) -> bool:
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and weight decay.
 
-    Both follow from a parameter's role: only a weight decays, a memory has ``memory_lr``, what
-    LoRA adds has ``lora_lr``, and a part may give a role a rate of its own. Parameters that no part
-    speaks for are memories by name, tables where they are rows of an embedding of any class,
-    weights where they have two axes or more, such as the stacked matrices of experts, and else
-    norms. Empty groups are left out.
+    Both follow from a parameter's role: only weights decay, memories have ``memory_lr``, LoRA's
+    parameters ``lora_lr``, and a part may set its own rate. Parameters without a role from a part
+    are memories by name, tables if they are an embedding of any class, weights if they have at
+    least two axes (such as stacked matrices of experts), and else norms. Empty groups are left out.
 
     Args:
         model: Its parameters with ``requires_grad``.
@@ -55,7 +54,7 @@ def _group(params: list[nn.Parameter], rate: float, weight_decay: float) -> dict
 def _by_rate(
     model: nn.Module, config: TrainingConfig
 ) -> dict[tuple[str, float, bool], list[nn.Parameter]]:
-    """Parameters by whose rate they have, the rate, and whether they decay."""
+    """Parameters grouped by rate, with the rate and whether they decay."""
     parameter_roles: Any = getattr(model, "parameter_roles", dict)
     roles = parameter_roles()
     tables = table_parameters(model)
@@ -83,7 +82,7 @@ def _by_rate(
 
 
 def _default_role(name: str, parameter: nn.Parameter, tables: set[nn.Parameter]) -> Role:
-    """The role of a parameter that no part speaks for."""
+    """The role of a parameter for which no part defines one."""
     if "persistent" in name:
         return Role("memory")
     if parameter in tables:
@@ -92,17 +91,17 @@ def _default_role(name: str, parameter: nn.Parameter, tables: set[nn.Parameter])
 
 
 def table_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Embeddings of any class: rows that are looked up."""
+    """Parameters of embeddings of any class."""
     kinds = (nn.Embedding, nn.EmbeddingBag)
     tables = (module for module in model.modules() if isinstance(module, kinds))
     return {parameter for table in tables for parameter in table.parameters(recurse=False)}
 
 
 class MuonAdamW(Optimizer):
-    """Muon for the weight matrices, AdamW for all else, as one optimizer.
+    """Muon for the weight matrices and AdamW for the rest, as one optimizer.
 
-    Both are torch's. Muon's step is scaled to the root mean square of AdamW's, so that one
-    learning rate suits both. Which of them a group belongs to stands in its ``"optimizer"``.
+    Both are torch's. Muon's step is scaled to the root mean square of AdamW's, so that one learning
+    rate suits both. A group's ``"optimizer"`` names the one that it belongs to.
 
     Source: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon/, and Liu et al. (2025),
     https://arxiv.org/abs/2502.16982, for the scale.
@@ -110,7 +109,7 @@ class MuonAdamW(Optimizer):
     Args:
         muon_groups: Groups of parameters ``[M, N]``.
         adamw_groups: The other groups.
-        lr: Learning rate of groups that have none of their own.
+        lr: Learning rate of groups without their own.
         betas: Decays of AdamW's moments.
     """
 
@@ -141,7 +140,7 @@ class MuonAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for name, part in self._parts.items():
-            # anew each time: loading a state replaces groups and state of this optimizer
+            # set each time: loading a state replaces groups and state of this optimizer
             part.param_groups = [g for g in self.param_groups if g["optimizer"] == name]
             part.state = self.state
             part.step()
@@ -149,13 +148,13 @@ class MuonAdamW(Optimizer):
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
-    """The optimizer that the configuration names, with the rates of ``parameter_groups``.
+    """The configured optimizer, with the groups of ``parameter_groups``.
 
-    ``muon`` updates the matrices between the embedding and the output layer; these two, memories,
-    norms, stacked matrices, what LoRA adds and what has a rate of its own stay with AdamW.
+    ``muon`` updates the matrices between embedding and output layer. Embedding, output layer,
+    memories, norms, stacked matrices, LoRA and parameters with their own rate use AdamW.
 
     Raises:
-        NotImplementedError: For Muon where parameters are sharded.
+        NotImplementedError: For Muon with sharded parameters.
     """
     lr, betas = config.base_model_lr, (config.adam_beta1, config.adam_beta2)
     if config.optimizer == "adamw":
@@ -176,7 +175,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
 
 
 def make_scheduler(optimizer: Optimizer, config: TrainingConfig, max_steps: int) -> LRScheduler:
-    """The schedule of all groups over so many steps, one of it for one of the optimizer."""
+    """The learning-rate schedule over ``max_steps`` optimizer steps."""
     from transformers import get_scheduler
 
     name = config.lr_scheduler
@@ -191,11 +190,11 @@ def make_scheduler(optimizer: Optimizer, config: TrainingConfig, max_steps: int)
 
 
 def smoothing_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float):
-    """What label smoothing adds to the mean cross-entropy of ``labels``, shifted inside.
+    """The term that label smoothing adds to the mean cross-entropy of ``labels`` (shifted here).
 
-    ``label_smoothing * mean(logits[label] - mean(logits))``: cross-entropy with the uniform
-    distribution in place of that share of the target. The log-sum-exps cancel, so that the loss
-    of the model, with whatever it adds to it, stays as it is.
+    ``label_smoothing * mean(logits[label] - mean(logits))``: that share of the target is replaced
+    by the uniform distribution. The log-sum-exps cancel, so the term can be added to any loss of
+    the model.
     """
     logits, labels = logits[..., :-1, :].float(), labels[..., 1:]
     rows = labels != -100

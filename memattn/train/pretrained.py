@@ -1,15 +1,15 @@
-"""Pretrained models: a local folder, one in a package, or the local copy of a name on the hub."""
+"""Find pretrained models: a local folder, a package, or a name on the hub."""
 
 from pathlib import Path
 
 from memattn.data.checkpoints import CHECKPOINTS, fetch_checkpoint
 
-# what transformers reads of a model, not copies in other formats
+# the files that transformers reads, without copies in other formats
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def find_pretrained(name: str) -> Path:
-    """The folder of a pretrained model, which is fetched where there is no copy of it.
+    """The folder of a pretrained model, which is downloaded if there is no local copy.
 
     Args:
         name: A folder with ``config.json``, a name in ``CHECKPOINTS``, or ``owner/name`` on the
@@ -19,9 +19,9 @@ def find_pretrained(name: str) -> Path:
         The folder.
 
     Raises:
-        FileNotFoundError: If it is neither, or there is no hub and no copy; names the model and
-            where a local folder may be given.
-        ImportError, ConnectionError, ValueError, OSError: As ``fetch_checkpoint`` does.
+        FileNotFoundError: If it is none of these, or there is no hub and no local copy; the message
+        names the model and the option for a local folder. ImportError, ConnectionError, ValueError,
+        OSError: As ``fetch_checkpoint`` does.
     """
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
@@ -44,7 +44,7 @@ def find_pretrained(name: str) -> Path:
 
 
 def fetch_from_hub(name: str) -> tuple[Path | None, str]:
-    """The local copy of a model on the hub, or None and why there is none."""
+    """The local copy of a model on the hub; or None and the reason."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
@@ -54,7 +54,7 @@ def fetch_from_hub(name: str) -> tuple[Path | None, str]:
         folder = snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*")
         return Path(folder), ""
     except HFValidationError:
-        return None, "no such folder"  # no name of the hub's form
+        return None, "no such folder"  # not in the form of a hub name
     except LocalEntryNotFoundError:
         return None, "no such folder, and the hub cannot be reached"
     except OSError as error:  # unknown, private, or the disk is full

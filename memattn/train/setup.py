@@ -1,4 +1,4 @@
-"""From a configuration to a model, a tokenizer and tokens."""
+"""Make the model, the tokenizer and the tokens of a configuration."""
 
 import hashlib
 import inspect
@@ -22,7 +22,7 @@ from memattn.train.task_corpus import has_text, task_corpus, texts_of_task
 
 
 class Corpus(NamedTuple):
-    """Tokens to train on and to evaluate on, and the tokenizer that made them."""
+    """Training and held-out tokens, and their tokenizer."""
 
     tokenizer: Any
     train: Tokens
@@ -45,7 +45,7 @@ def prepare_data(config: TrainConfig) -> Corpus:
         config: A training run.
 
     Returns:
-        The tokens of both sides; ``held_out`` is None where nothing is held out.
+        Training and held-out tokens; ``held_out`` is None if nothing is held out.
 
     Warns:
         UserWarning: If answers of conversations do not fit into a row, or another split is read.
@@ -56,7 +56,7 @@ def prepare_data(config: TrainConfig) -> Corpus:
     """
     data = config.data
     if config.model.model_path is not None:
-        find_pretrained(config.model.model_path)  # before a long look at the text
+        find_pretrained(config.model.model_path)  # fails before the text is read
     if data.task is not None:
         if config.training.training_mode != "pretraining":
             mode = config.training.training_mode
@@ -84,7 +84,7 @@ def prepare_data(config: TrainConfig) -> Corpus:
 
 
 def load_source(data: DataConfig, training_mode: str) -> list[Any]:
-    """The documents of a configuration, or its conversations where answers are learnt.
+    """The documents of a configuration, or its conversations in instruction finetuning.
 
     Raises:
         ValueError, FileNotFoundError, ImportError, ConnectionError: As ``load_documents`` and
@@ -98,7 +98,7 @@ def load_source(data: DataConfig, training_mode: str) -> list[Any]:
         return load_conversations(data.dataset_name, messages_field=data.messages_field, **where)
     separator = data.document_separator
     if data.mix_in is not None and isinstance(data.dataset_name, str):
-        # it may be meant for the text files of mix_in alone
+        # the separator may be for the text files of mix_in only
         separator = separator if Path(data.dataset_name).expanduser().exists() else None
     return load_documents(
         data.dataset_name,
@@ -110,7 +110,7 @@ def load_source(data: DataConfig, training_mode: str) -> list[Any]:
 
 
 def held_out_texts(data: DataConfig, training_mode: str = "pretraining") -> list[str]:
-    """The texts of the documents that a run with such data holds out; none where that is nothing.
+    """The texts of the held-out documents of a run; empty if nothing is held out.
 
     Raises:
         ValueError, FileNotFoundError, ImportError, ConnectionError: As ``load_source`` does, and if
@@ -140,7 +140,7 @@ def _tokenize(side: list[Any], tokenizer: Any, config: TrainConfig) -> Tokens:
 
 
 def _task_tokenizer(data: DataConfig, task: TaskConfig, model: ModelConfig) -> Any:
-    """The tokenizer of a task: plain tokens are bytes where nothing else is asked for."""
+    """The tokenizer of a task; for tasks of plain tokens the default is bytes."""
     if data.tokenizer is None and model.model_path is None and not has_text(task):
         data = replace(data, tokenizer="bytes")
     trained = data.tokenizer in (None, "bpe") and model.model_path is None
@@ -148,7 +148,7 @@ def _task_tokenizer(data: DataConfig, task: TaskConfig, model: ModelConfig) -> A
 
 
 def _tokenizer(data: DataConfig, model: ModelConfig, texts: list[str]) -> Any:
-    """The tokenizer of a configuration, trained where it asks for that."""
+    """The tokenizer of a configuration; trained if configured."""
     name = data.tokenizer or "bpe"
     if data.tokenizer is None and model.model_path is not None:
         name = str(find_pretrained(model.model_path))
@@ -179,7 +179,7 @@ def build_model(config: ModelConfig, tokenizer: Any) -> Any:
     Raises:
         ValueError: If there is no such preset, an option is wrong, or the vocabulary of the
             tokenizer is larger than that of a pretrained model.
-        OSError: If there is no such pretrained model, and no copy of it.
+        OSError: If there is no such pretrained model and no local copy.
     """
     if config.preset is not None:
         from memattn.models import MemAttnForCausalLM
@@ -201,7 +201,7 @@ def build_model(config: ModelConfig, tokenizer: Any) -> Any:
 
 
 def preset_config(config: ModelConfig, **defaults: Any) -> Any:
-    """The configuration of a preset's model; its options come before the defaults.
+    """The configuration of a preset's model; its options override the defaults.
 
     Raises:
         ValueError: If there is no such preset, or an option is wrong.
@@ -217,7 +217,7 @@ def preset_config(config: ModelConfig, **defaults: Any) -> Any:
 
 
 def run_tokenizer(config: TrainConfig) -> Any:
-    """The tokenizer of a run; one that is trained is trained, or found in the cache.
+    """The tokenizer of a run; a trained one is taken from the cache or trained.
 
     Raises:
         ValueError, FileNotFoundError, ImportError, OSError: As ``prepare_data`` does.
@@ -242,8 +242,8 @@ def make_batches(
 ) -> Batches:
     """Packed or padded batches of a configuration.
 
-    Those for training are shuffled; those that are not are for evaluation and have its size. They
-    say whose text is which, where that is known, to models with parts that take it.
+    With ``shuffle`` they are for training, else for evaluation, with its batch size. They include
+    domain labels, if known, for models with parts that take them.
 
     Raises:
         ValueError: If the model cannot take packed rows, or the tokenizer cannot pad.

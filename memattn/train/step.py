@@ -1,4 +1,4 @@
-"""The losses of one optimizer step and of one held-out epoch, each batch by its targets."""
+"""The losses of one optimizer step and of one held-out epoch, weighted by targets."""
 
 import math
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ from memattn.train.optim import smoothing_loss
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one step, over all processes."""
+    """Counts of one step over all processes."""
 
     targets: int
     tokens: int
@@ -31,7 +31,7 @@ class Counts:
 def count_batches(
     accelerator: Accelerator, micro: list[Batch], *, interrupted: bool, late: bool
 ) -> Counts:
-    """Targets and tokens of the step, and whether any process has a reason to stop."""
+    """Targets and tokens of the step, and whether any process must stop."""
     targets = sum(map(_num_targets, micro))
     tokens = sum(int(b.get("attention_mask", torch.ones_like(b["input_ids"])).sum()) for b in micro)
     own = torch.tensor([targets, tokens, int(interrupted), int(late)], device=accelerator.device)
@@ -56,16 +56,15 @@ def accumulate_gradients(
         label_smoothing: Share of each target that is spread over the vocabulary.
 
     Returns:
-        ``loss``, ``lm_loss`` where the model reports it, and the losses of its parts, over all
-        processes. Each batch counts by its targets in all of them, so that a part is what the loss
-        has of it.
+        ``loss``, ``lm_loss`` if the model reports it, and the losses of its parts, over all
+        processes, all weighted by the targets of the batches.
 
     Raises:
-        ValueError: If the loss depends on nothing that learns.
+        ValueError: If the loss depends on no trainable parameter.
     """
     own = accelerator.unwrap_model(model)
     names = part_losses(own)
-    # nothing reads them but the smoothing
+    # only the smoothing needs logits
     skips = isinstance(own, MemAttnForCausalLM) and not label_smoothing
     options = {"skip_logits": True} if skips else {}
     total = torch.zeros(2 + len(names), device=accelerator.device)
@@ -79,7 +78,7 @@ def accumulate_gradients(
                 must("model", has, "a loss that depends on none")
             share = _num_targets(batch) / num_targets
             loss = loss * share
-            # gradients are averaged over processes, the loss is their sum
+            # gradients are averaged over processes, but the loss is a sum over them
             accelerator.backward(loss * accelerator.num_processes)
         lm_loss = getattr(output, "lm_loss", None)
         has_lm_loss = lm_loss is not None
@@ -95,7 +94,7 @@ def accumulate_gradients(
 
 
 def part_losses(model: Any) -> tuple[str, ...]:
-    """Names of the losses that parts of a model return beside the cross-entropy."""
+    """Names of the losses of a model's parts."""
     attached = getattr(model, "losses", None)
     return tuple(getattr(model.config, "losses", ()) if attached is None else attached)
 
@@ -108,7 +107,7 @@ def held_out_losses(
 
     Returns:
         ``eval_loss``, the cross-entropy without smoothing or other losses, and ``eval_<name>`` for
-        each loss of a part. Batches without anything that has such a loss are left out of it.
+        each loss of a part, over the batches that have this loss.
     """
     model.eval()
     names = part_losses(accelerator.unwrap_model(model))
@@ -137,7 +136,7 @@ def held_out_losses(
 
 
 def _num_targets(batch: Batch) -> int:
-    """Targets of a batch, whose first label in a row is always left out."""
+    """Number of targets of a batch; the first label of a row is never one."""
     return int((batch["labels"] != IGNORE).sum())
 
 
@@ -148,11 +147,11 @@ def _loss(
     label_smoothing: float,
     options: dict[str, bool],
 ) -> tuple[Any, Tensor]:
-    """What the model returns for a batch, and the mean loss over its targets."""
+    """The model's output for a batch, and the mean loss over its targets."""
     inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     if _num_targets(batch) == 0:
         output = model(**inputs, use_cache=False)
-        return output, output.logits.sum() * 0.0  # the mean over nothing is NaN
+        return output, output.logits.sum() * 0.0  # the mean over no targets is NaN
     output = model(**inputs, **options, use_cache=False)
     if label_smoothing:
         smoothing = smoothing_loss(output.logits, inputs["labels"], label_smoothing)

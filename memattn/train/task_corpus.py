@@ -1,4 +1,4 @@
-"""A synthetic task as a corpus: what ``data.task`` of a training run stands for."""
+"""A synthetic task as a corpus, for ``data.task`` of a training run."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ from memattn.train.config import DataConfig, TaskConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXTS, BYTES_PER_TOKEN = 256, 8  # of the texts that a tokenizer is trained on
+TEXTS, BYTES_PER_TOKEN = 256, 8  # number of texts to train a tokenizer on, and their length
 
 
 def make_task(config: TaskConfig, tokenizer: "PreTrainedTokenizerBase") -> Task:
     """The task of a configuration.
 
     Args:
-        config: Which task.
-        tokenizer: Of the model; a task of plain tokens draws from its vocabulary.
+        config: Name and options of the task.
+        tokenizer: The model's tokenizer; a task of plain tokens draws from its vocabulary.
 
     Raises:
         ValueError: If an option is unknown or wrong.
@@ -45,7 +45,7 @@ def has_text(config: TaskConfig) -> bool:
 
 
 def texts_of_task(data: DataConfig, task: TaskConfig) -> Iterator[str]:
-    """Texts to train a tokenizer on, of about the length of the samples."""
+    """Texts to train a tokenizer on, about as long as the samples."""
     from memattn.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer("bytes")
@@ -58,7 +58,7 @@ def texts_of_task(data: DataConfig, task: TaskConfig) -> Iterator[str]:
 def task_corpus(
     data: DataConfig, task: TaskConfig, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[Tokens, Tokens | None]:
-    """Samples to train on, and other ones to evaluate on; None where nothing is held out.
+    """Training samples and held-out samples (None if nothing is held out).
 
     Raises:
         ValueError: If the task or the share that is held out does not fit.
@@ -74,14 +74,14 @@ def task_corpus(
 def _samples(
     data: DataConfig, source: Task, tokenizer: "PreTrainedTokenizerBase", n: int, seed: int
 ) -> Tokens:
-    """Samples of a task, kept in the cache as tokenized documents are."""
+    """Samples of a task, cached like tokenized documents."""
     about = {field.name: getattr(source, field.name) for field in fields(source)}  # pyright: ignore[reportArgumentType]
     about |= {"haystack": None, "task": type(source).__name__, "length": data.seq_len}
     digest = hashlib.sha256(repr((about, n, seed, tokenizer_identity(tokenizer))).encode())
     folder = Path(data.cache_dir).expanduser() / "tokens" / digest.hexdigest()[:32]
     first = draw_sample(source, data.seq_len, None, seed, 0)
     kept = read_tokens(folder / "tokens.safetensors")
-    # what another version of the task has drawn is drawn again
+    # samples of another version of the task are drawn again
     if kept is not None and kept[0].ids[: data.seq_len].tolist() == first.ids:
         return kept[0]
     tokens = task_tokens(source, [data.seq_len], n, seed)
@@ -90,5 +90,5 @@ def _samples(
 
 
 def _seed(data: DataConfig, side: str) -> int:
-    """Of the samples of a side: below 0, so that no evaluation draws those trained on."""
+    """Seed of the samples of a side; below 0, unlike the seed of any other evaluation."""
     return -1 - 2 * data.split_seed - (side != "train")

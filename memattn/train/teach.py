@@ -1,4 +1,4 @@
-"""Teaching gates of specialists whose text is which, before the specialists learn."""
+"""Train specialists' gates to classify the domain of a text, before the specialists are trained."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,31 +18,31 @@ from memattn.train.config import TrainConfig
 from memattn.train.setup import Corpus, make_batches
 
 STEPS, TOKENS, RATE, DECAY = 400, 512, 5e-3, 0.1  # TOKENS of each text in a step
-ROOM = 2**28  # numbers that are kept of what all gates see
+ROOM = 2**28  # largest number of stored gate inputs
 
 
 class _Gate(NamedTuple):
-    """A gate, and what its rows saw of the tokens of either text, ``[n, E]``."""
+    """A gate, and its inputs ``[n, E]`` for the tokens of both texts."""
 
     gate: DomainGate
     seen: dict[int, list[Tensor]]
 
 
 def teach_gates(model: Any, config: TrainConfig, corpus: Corpus) -> dict[str, float]:
-    """Let the gates of specialists that learn tell the text from that of ``data.mix_in``.
+    """Train the gates of trainable specialists to distinguish the text from ``data.mix_in``.
 
-    The base alone runs on ``training.gate_rows`` rows of either text, or on all where there are
-    fewer; then each gate learns on what it saw there, by its loss ``gate_domain`` alone, in which
-    the texts weigh as in training. Nothing else changes, and the same run teaches the same. A gate
-    without open specialists that learn stays as it is.
+    Only the base runs on ``training.gate_rows`` rows of each text (or all, if fewer). Then each
+    gate is trained on its inputs with the loss ``gate_domain``, weighted as in training. No other
+    weights change, and the result is deterministic. Gates without open, trainable specialists do
+    not change.
 
     Args:
         model: The model, a decoder of this package or one with specialists attached.
         config: The run.
-        corpus: Its text, of which it is known whose is which.
+        corpus: Its text with domain labels.
 
     Returns:
-        The last losses by the name of the gate.
+        The last losses by gate name.
 
     Raises:
         ValueError: If the model has no specialists.
@@ -83,9 +83,9 @@ def _see(
     gates: dict[str, _Gate],
     base: Tensor,
 ) -> None:
-    """Run the base on rows of one text, and keep what rows of the gates see.
+    """Run the base on rows of one text, and collect the gates' inputs.
 
-    ``base`` are the priors of a gate that is closed but for the base.
+    ``base`` are priors with all specialists closed.
     """
     tokens = _of_domain(corpus.train, domain)
     size = min(config.training.batch_size, config.training.gate_rows)
@@ -98,12 +98,12 @@ def _see(
     )
     number = -(-min(config.training.gate_rows, batches.num_rows) // size)
     numbers = sum(known.gate.hidden_size for known in gates.values())
-    room = max(1, ROOM // (2 * numbers * number))  # tokens of a batch
+    room = max(1, ROOM // (2 * numbers * number))  # tokens per batch
     generator = torch.Generator().manual_seed(config.training.seed)
     for _ in range(number):
         batch = {name: x.to(model.device) for name, x in next(batches).items() if name != "labels"}
         present = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        with _watching(gates) as seen:  # the base alone, whatever is open
+        with _watching(gates) as seen:  # only the base, whatever is open
             model(**batch, domain_prior=base.to(model.device), use_cache=False)
         count = int(present.sum())
         kept = torch.randperm(count, generator=generator)[:room].to(model.device)
@@ -114,7 +114,7 @@ def _see(
 
 @contextmanager
 def _watching(gates: dict[str, _Gate]) -> Iterator[dict[str, Tensor]]:
-    """What the first row of each gate gets, ``[B, T, E]``; all rows of a gate get the same."""
+    """Context that records the input ``[B, T, E]`` of each gate, which all its rows share."""
     seen: dict[str, Tensor] = {}
 
     def watch(name: str) -> Any:
@@ -132,7 +132,7 @@ def _watching(gates: dict[str, _Gate]) -> Iterator[dict[str, Tensor]]:
 
 
 def _teach(known: _Gate, shares: Tensor, generator: torch.Generator) -> float | None:
-    """Teach one gate, and return its last loss; None where there is nothing to teach."""
+    """Train one gate and return its last loss; None if it has nothing to train."""
     gate = known.gate
     rows = [row for row in gate.rows.values() if isinstance(row, GateRow) and row.is_open]
     parameters = [p for row in rows for p in row.parameters() if p.requires_grad]
@@ -148,7 +148,7 @@ def _teach(known: _Gate, shares: Tensor, generator: torch.Generator) -> float | 
         for _ in range(STEPS):
             drawn = [torch.randint(len(x), (TOKENS,), generator=generator) for x in texts]
             x = torch.cat([x[i.to(x.device)] for x, i in zip(texts, drawn, strict=True)])
-            # each token as a sequence of its own: the mean over it is the token
+            # each token is its own sequence, whose mean is the token
             output = gate(x[:, None], labels=labels, label_weights=weights)
             total, count = output.losses["gate_domain"]
             loss = total / count

@@ -1,4 +1,4 @@
-"""Where attention goes: the mass that each layer and head puts on each source of keys."""
+"""The attention mass that each layer and head puts on each source of keys."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +72,7 @@ def plot_attention_mass(masses: Mapping[str, Tensor], path: str | Path, *, title
 
 
 def attention_figure(masses: Mapping[str, Tensor], *, title: str = "") -> Figure:
-    """What ``plot_attention_mass`` writes."""
+    """The figure of ``plot_attention_mass``."""
     figure = Figure(figsize=(1.5 + 3.0 * len(masses), 3.6), layout="constrained")
     axes = figure.subplots(1, len(masses), squeeze=False)[0]
     images = [draw_attention_mass(ax, *item) for ax, item in zip(axes, masses.items(), strict=True)]

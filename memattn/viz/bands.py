@@ -1,4 +1,4 @@
-"""Curves with bands: means over seeds, and how far the seeds lie apart."""
+"""Curves of means over seeds, with bands of standard deviations."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Models side by side: curves of their training, and a bar for each of what was measured."""
+"""Models side by side: curves of their training, and bars of their measures."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ def comparison_figure(
     *,
     title: str = "",
 ) -> Figure:
-    """What ``plot_comparison`` writes."""
+    """The figure of ``plot_comparison``."""
     columns = min(COLUMNS, max(1, len(bars)))
     rows = 1 + math.ceil(len(bars) / columns)
     figure = Figure(figsize=(2.7 * columns, 3.6 + 2.6 * (rows - 1)), layout="constrained")

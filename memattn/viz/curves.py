@@ -39,7 +39,7 @@ def plot_curves(
 
 
 def curves_figure(runs: Mapping[str, Rows], *, x: str = "tokens", title: str = "") -> Figure:
-    """What ``plot_curves`` writes."""
+    """The figure of ``plot_curves``."""
     figure = Figure(figsize=(8.0, 4.8), layout="constrained")
     axes = figure.add_subplot()
     draw_curves(axes, runs, x=x)

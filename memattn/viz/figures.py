@@ -1,4 +1,4 @@
-"""Pictures of what a model carries and what its tokens reach."""
+"""Pictures of the size of a model's state and of the influence of a token."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

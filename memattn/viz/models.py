@@ -1,4 +1,4 @@
-"""What a model does with a text, as figures for one page."""
+"""Figures of a model on a text, for one page."""
 
 from typing import Any
 
@@ -15,10 +15,8 @@ from memattn.viz.state import state_figure
 
 @torch.no_grad()
 def model_figures(name: str, model: Any, input_ids: Tensor) -> dict[str, Figure]:
-    """Where the attention of a model goes, and what its state is after a text, by heading.
-
-    What a model lacks is left out: attention of a known kind, and the state of decoders that are
-    not of this package.
+    """The attention mass of a model, and its state after a text, by heading. The attention is left
+    out if it is of an unknown kind, the state if the decoder is not of this package.
 
     Args:
         name: The name of the model, of which the headings are made.

@@ -31,7 +31,7 @@ th:first-child, td:first-child { text-align: left; } caption { text-align: left;
 def write_figures(
     figures: Mapping[str, Figure | Table], path: str | Path, *, title: str = ""
 ) -> None:
-    """Write figures into one HTML page, in a light and a dark dress; it is whole or absent.
+    """Write figures into one HTML page with a light and a dark theme; the file is whole or absent.
 
     Args:
         figures: The figures, and tables, by their headings; an empty heading is left out.

@@ -1,4 +1,4 @@
-"""Pictures of the state of a model: what its memories have become, its keys, what happened."""
+"""Pictures of the state of a model: its memories, its keys, and its updates over the tokens."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ Metrics = Mapping[str, Mapping[str, Tensor]]
 
 
 class StateFacts(NamedTuple):
-    """What is drawn of one sequence, by the names of layers."""
+    """The data of the picture of one sequence, by the names of layers."""
 
     weights: dict[str, Layers]  # of the memories, after the last token
     start: dict[str, Layers]  # before any text, where that is known
@@ -49,9 +49,9 @@ def visualize_model_state(
     magnitude, surprise and relevance.
 
     Args:
-        state: A ``KeptMemory``, the file of one, a cache of a model, or what has one as ``cache``.
-            A cache has no record of what happened; without ``metrics`` its total update stands in
-            place of it.
+        state: A ``KeptMemory``, the file of one, a cache of a model, or an object with one as
+            ``cache``. A cache has no record over the tokens; without ``metrics`` its total update
+            is drawn instead.
         path: Picture to write, ``.png``, ``.svg``, ``.pdf`` or ``.html``; it is whole or absent.
         metrics: Over the tokens, as ``KeptMemory.metrics``; None means those of the state.
         row: Which sequence.
@@ -68,7 +68,7 @@ def visualize_model_state(
 def state_figure(
     state: Any, metrics: Metrics | None = None, *, row: int = 0, title: str = ""
 ) -> Figure:
-    """What ``visualize_model_state`` writes."""
+    """The figure of ``visualize_model_state``."""
     facts = _facts(state, row)
     if metrics is not None:
         facts = facts._replace(metrics=metrics)
@@ -91,7 +91,7 @@ def state_figure(
 
 
 def _facts(state: Any, row: int) -> StateFacts:
-    """What there is to draw of a state."""
+    """The data to draw of a state."""
     if isinstance(state, str | os.PathLike):
         state = KeptMemory.load(state)
     start: dict[str, Layers] = {}
@@ -187,6 +187,6 @@ def _draw_total_update(axes: "Axes", facts: StateFacts) -> None:
 
 
 def _say(axes: "Axes", text: str) -> None:
-    """A word in place of a picture."""
+    """Write a text in place of a picture."""
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
     axes.axis("off")

@@ -1,4 +1,4 @@
-"""Pictures that parts of a model draw of themselves."""
+"""Pictures that parts of a model define."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from memattn.viz.curves import save_figure
 
 
 def plot_view(view: str, measures: Any, path: str | Path, *, title: str = "") -> None:
-    """Draw what a part measured into one picture.
+    """Draw the measures of a part into one picture.
 
     Args:
         view: Name of the picture, a key of ``memattn.parts.views.part_views()``.
