@@ -8,9 +8,8 @@ from torch._dynamo.testing import CompileCounter
 
 @pytest.mark.parametrize("system", ["both", pytest.param("chapters", marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_lengths_after_the_second_compile_nothing_more(system):
+def test_lengths_after_the_second_compile_nothing_more(system, new_programs):
     model = make_model(system, torch.float32, num_hidden_layers=1)
-    torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for T in (19, 23, 41):

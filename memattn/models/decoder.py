@@ -123,9 +123,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
         limit, device = self.config.position_limit, hidden_states.device
         if cache is not None:
             cache.append_columns(B, T, attention_mask, device, max_length=limit)
-            seq_start = None  # in columns from the first call on
-            if cache.seq_start is not None and cache.seq_start.any():
-                seq_start = cache.seq_start.to(device)
+            seq_start = cache.begin_at(device)
             bounds = SequenceBounds(None, None)  # the state of each part has its own bounds
             order = cache.order
         else:
