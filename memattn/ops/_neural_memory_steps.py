@@ -31,21 +31,23 @@ def is_step(args: NeuralMemoryArgs) -> bool:
 class StepPlan(NamedTuple):
     """The arguments of a checked call of one token, reused by the next call with its state."""
 
-    signature: tuple
-    constants: tuple  # what follows ``skipped`` in the arguments of a step, but ``fold``
+    signature: tuple[Any, ...]
+    constants: tuple[Any, ...]  # what follows ``skipped`` in the arguments of a step, but ``fold``
     step: Step
 
 
-def signature_of(tokens: Sequence[Any], weights: Sequence[Any], options: tuple) -> tuple:
+def signature_of(
+    tokens: Sequence[Any], weights: Sequence[Any], options: tuple[Any, ...]
+) -> tuple[Any, ...]:
     """Everything that the checks of a call depend on but its state; arguments may have any type."""
-    named = [
+    named: list[Any] = [
         (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else type(x)
         for x in (*tokens, *weights)
     ]
     return (*named, len(weights), *options)
 
 
-def plan_of(args: NeuralMemoryArgs, signature: tuple, step: Step) -> StepPlan:
+def plan_of(args: NeuralMemoryArgs, signature: tuple[Any, ...], step: Step) -> StepPlan:
     """The plan of a call that was checked."""
     constants = tuple(getattr(args, name) for name in CONSTANTS)
     return StepPlan(signature, constants, step)
@@ -55,7 +57,7 @@ def next_step(
     state: NeuralMemoryState | None,
     tokens: Sequence[Any],
     weights: Sequence[Any],
-    options: tuple,
+    options: tuple[Any, ...],
 ) -> tuple[Tensor, NeuralMemoryState, Tensor] | None:
     """Output, state and surprise of a call with the signature of the one that made the state. None
     if that call was not a step or the signature differs; the call must then be checked.

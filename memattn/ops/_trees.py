@@ -41,7 +41,9 @@ def register_trees() -> None:
         RouterOutput,
     ):
         # torch's own errors name this function
-        _pytree._register_namedtuple(kind, serialized_type_name=f"memattn.{kind.__name__}")
+        _pytree._register_namedtuple(  # pyright: ignore[reportPrivateUsage]
+            kind, serialized_type_name=f"memattn.{kind.__name__}"
+        )
     _pytree.register_pytree_node(
         NeuralMemoryState,
         _flatten,

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memattn.checks import check_int, check_shape, check_tensor, is_traced, must
+from memattn.checks import (
+    check_int,
+    check_shape,
+    check_tensor,
+    is_traced,
+    must,
+    plain_values,
+)
 from memattn.reference.neural_memory import coefficients, pack, unpack
 
 TENSORS = (
@@ -85,15 +92,24 @@ class NeuralMemoryState:
             return weights, momentum
         present = torch.arange(b - 1, device=self.count.device) < self.count[:, None]
         present = present[:, None].expand_as(self.pending_decay)
-        of_present = lambda x: torch.where(present, x, 0.0)
+
+        def of_present(x: Tensor) -> Tensor:
+            return torch.where(present, x, 0.0)
+
+        def at_end(x: Tensor) -> Tensor:
+            return x[..., -1, None, None]
+
         eta = of_present(self.pending_momentum)
         eta = torch.zeros_like(eta) if momentum is None else eta
         beta, sigma, mu, c, m = coefficients(of_present(self.pending_decay), eta, present)
-        at_end = lambda x: x[..., -1, None, None]
-        h = torch.where(present[..., None], self.pending_h, 0.0).split(self.sizes[:-1], -1)
+        h = torch.where(present[..., None], self.pending_h, 0.0)
         delta = torch.where(present[..., None], self.pending_delta, 0.0)
-        delta = delta.split(self.sizes[1:], -1)
-        new, moved = [], []
+        h, delta = (
+            h.split_with_sizes(self.sizes[:-1], -1),
+            delta.split_with_sizes(self.sizes[1:], -1),
+        )
+        new: list[Tensor] = []
+        moved: list[Tensor] = []
         for n, layer in enumerate(weights):
             new.append(at_end(beta) * layer - (c[..., -1, :, None] * delta[n]).mT @ h[n])
             if momentum is not None:
@@ -164,7 +180,7 @@ class NeuralMemoryState:
         if past is None or (left < 0).any():
             most = int(torch.where(behind, earlier + 1 + count, count).min())
             most = f"be at most {most}, what is kept of the open chunk and the past"
-            must("n", most, n.tolist() if isinstance(n, Tensor) else n)
+            must("n", most, plain_values(n) if isinstance(n, Tensor) else n)
         cropped = _mix(behind, past, self)
         past = dataclasses.replace(past, count=torch.where(behind, -1, earlier))
         return dataclasses.replace(cropped, count=left, records=self.records, past=past)
@@ -251,7 +267,7 @@ class NeuralMemoryState:
         for name in (*TENSORS, "sizes"):
             if name not in tensors and name != "packed_momentum":
                 must("tensors", f"have {name}", sorted(tensors))
-        return cls._checked(tensors, tuple(tensors["sizes"].tolist()))
+        return cls._checked(tensors, tuple(plain_values(tensors["sizes"])))
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> "NeuralMemoryState":
         """The state of what ``tensors`` gave of another state of the same memory."""
@@ -267,7 +283,7 @@ class NeuralMemoryState:
         if is_traced(state.count):
             return state
         if ((state.count < 0) | (state.count > last)).any():
-            must("count", f"be from 0 to chunk_size - 1 = {last}", state.count.tolist())
+            must("count", f"be from 0 to chunk_size - 1 = {last}", plain_values(state.count))
         return state
 
     def check(self, R: int, H: int, wide: torch.dtype) -> None:
@@ -313,7 +329,7 @@ class Writer:
         self.newest: Callable[[], NeuralMemoryState | None] = lambda: None
         self.plan = plan  # of the step that wrote
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         """A copy or a file has pending rows of its own."""
         return Writer, ()
 
