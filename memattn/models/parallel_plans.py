@@ -81,7 +81,7 @@ class DevicePlans:
     @property
     def _attention_is_read(self) -> bool:
         """Whether a part reads the weights of attention."""
-        return any(part.stands == "beside_attention" for part in self.parts)
+        return any(part.resolved_place == "beside_attention" for part in self.parts)
 
 
 def check_devices(config: Any, plan: dict[str, str], tp_size: int, pp_size: int) -> None:
