@@ -14,11 +14,14 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# the tests that transformers has for its own models, for ours; fetched once, into build/
+# the tests that transformers has for its own models, for ours; fetched once, into build/; the page
+# of results is written where they fail, too
 test-transformers: $(VENV)/ready
 	$(BIN)/python tests/transformers_suite.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --all-of-transformers \
-		tests/test_transformers_suite.py
+		--junit-xml=build/transformers.xml tests/test_transformers_suite.py; status=$$?; \
+	PYTHONPATH=tests $(BIN)/python tests/transformers_suite.py build/transformers.xml; \
+	exit $$status
 
 # every family of transformers under memattn_segmented against eager attention; goes on where it was
 transformers-families: $(VENV)/ready

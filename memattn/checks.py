@@ -1,6 +1,7 @@
 """Argument checks: every message names the argument, what it must be and what it got."""
 
 import math
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 import torch
@@ -166,6 +167,23 @@ def values_to_check(tensor: Tensor, *context: Any) -> list[int] | None:
         if _checked_values.get(tensor) == stamp:
             return None
         _checked_values[tensor] = stamp
+    return tensor.tolist()
+
+
+def check_string(name: str, value: object, known: Collection[str]) -> None:
+    """Raise TypeError unless ``value`` is a string; ``known`` are those that are meant."""
+    if not isinstance(value, str):
+        must(name, f"be one of {', '.join(known)}", type(value).__name__, TypeError)
+
+
+def check_type(name: str, value: object, kind: type[Any], wanted: str) -> None:
+    """Raise TypeError unless ``value`` is of a kind; ``wanted`` says in words what it must be."""
+    if not isinstance(value, kind):
+        must(name, wanted, type(value).__name__, TypeError)
+
+
+def plain_values(tensor: Tensor) -> list[Any]:
+    """The values of a tensor of one axis as Python numbers."""
     return tensor.tolist()
 
 

@@ -70,6 +70,8 @@ def install_and_use(distribution: Path, version: str, folder: Path) -> None:
     (site,) = folder.glob("lib/python*/site-packages")
     # a path line: packages of this environment, but none of its editable installs
     (site / "others.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    # venv may bring setuptools of its own, which is older than the one that builds
+    run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools", cwd=folder)
     pip = (python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
     # the source distribution is compiled to see that nothing is missing, not for its speed
     run(*pip, "--ignore-installed", distribution, cwd=folder, MEMATTN_CXXFLAGS="-O0", CI="1")

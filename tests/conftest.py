@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch._dynamo
 from quick_interpreter import make_quick
 from torch import Tensor
 
@@ -37,9 +36,11 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def new_programs():
     """Forget what was compiled before: PyTorch keeps a few programs of each function, no more."""
-    torch._dynamo.reset()
+    from torch import _dynamo  # not above: it imports Triton
+
+    _dynamo.reset()
     yield
-    torch._dynamo.reset()
+    _dynamo.reset()
 
 
 @pytest.fixture

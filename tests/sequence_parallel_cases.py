@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "segment": {"segment_len": 8},
     "segment-over-all": {"segment_len": 64},
     "both": {"segment_len": 6, "window_size": 9, "persistent": 3},
+    "capped": {"segment_len": 6, "window_size": 9, "persistent": 3, "softcap": 1.5},
     "documents-window": {"window_size": 7, **DOCUMENTS},
     "documents-segment": {"segment_len": 4, "persistent": 2, **DOCUMENTS},
     "documents-both": {"segment_len": 5, "window_size": 4, **DOCUMENTS},

@@ -23,10 +23,11 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1]{options})
 print(type(model).__module__, model(torch.arange(9)[None]).logits.double().sum().item())
 """
 MODELS_WAIT = "assert 'memattn.models' not in sys.modules\n"
-# the module that is watched is as everybody finds it
+# the module that was waited for is as everybody finds it
 WHAT_IS_LEFT = """
 module = sys.modules["transformers.models.auto.configuration_auto"]
-print(*(type(x).__name__ for x in [*sys.meta_path, module.__loader__, module.__spec__.loader]))
+print(*(getattr(x, "name", "") for x in sys.meta_path))
+print(*(type(x).__name__ for x in [module.__loader__, module.__spec__.loader]))
 """
 # what one process imports, and what forks of it then run: each import is paid once
 STEPS = [
@@ -48,6 +49,10 @@ STEPS = [
             "trusted": LOAD.format(options=", trust_remote_code=True"),
             "missing": "sys.modules['memattn'] = None\n"
             + LOAD.format(options=", trust_remote_code=True"),
+            "adapters": "import memattn.models\nassert 'peft' not in sys.modules\n"
+            + "from peft import LoraConfig, LoraModel\n"
+            + "print(LoraModel.target_module_mapping['memattn'])\n"
+            + "print(any(getattr(x, 'name', '') == 'peft.utils.constants' for x in sys.meta_path))",
         },
     ),
 ]
@@ -102,10 +107,15 @@ def printed(folder, tmp_path_factory):
 @pytest.mark.parametrize("order", ["before", "between"])
 def test_a_folder_loads_from_any_import_order(folder, printed, order):
     assert printed["alone"] == []  # neither package is loaded by this one
-    (where, total), left = (line.split() for line in printed[order][-2:])
+    (where, total), waited_for, loaders = (line.split() for line in printed[order][-3:])
     assert where == "memattn.models.decoder", printed[order]
     assert float(total) == pytest.approx(logits(folder).item(), abs=1e-5)
-    assert left[-2:] == ["SourceFileLoader"] * 2 and "_Finder" not in left
+    assert loaders == ["SourceFileLoader"] * 2 and _auto_classes.HOME not in waited_for
+
+
+def test_peft_that_comes_later_knows_where_adapters_belong(printed):
+    pytest.importorskip("peft")
+    assert printed["adapters"][-2:] == ["['q_proj', 'v_proj']", "False"]
 
 
 def test_a_folder_names_the_package(printed):

@@ -1,4 +1,4 @@
-"""One program of ``torch.compile`` for all lengths, and what servers ask of models."""
+"""One program of ``torch.compile`` for all lengths."""
 
 import pytest
 import torch
@@ -8,9 +8,8 @@ from torch._dynamo.testing import CompileCounter
 
 @pytest.mark.parametrize("system", ["both", pytest.param("chapters", marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_lengths_after_the_second_compile_nothing_more(system):
+def test_lengths_after_the_second_compile_nothing_more(system, new_programs):
     model = make_model(system, torch.float32, num_hidden_layers=1)
-    torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for T in (19, 23, 41):
@@ -18,12 +17,3 @@ def test_lengths_after_the_second_compile_nothing_more(system):
         expected = model(ids, use_cache=False).logits
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
     assert counter.frame_count == 2  # the first length, and any other
-
-
-def test_servers_find_that_attention_is_not_theirs_to_replace():
-    """vLLM and SGLang hand their attention to models that say they take it: these say no."""
-    model = make_model("vanilla", torch.float32, num_hidden_layers=1)
-    assert not model._supports_attention_backend
-    assert model.config.get_text_config() is model.config
-    with pytest.raises(TypeError, match="attention_instances"):
-        model(make_tokens(), attention_instances={})

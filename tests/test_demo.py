@@ -203,6 +203,7 @@ class Machine:
         rows, tokens = self.rows[preset], options.batch_size * run.data.seq_len
         assert resume and len(rows) < stop_step <= options.max_steps
         self.now += 0.6 * self.load(self.now)
+        cost = 0.0
         for step in range(len(rows) + 1, stop_step + 1):
             cost = self.seconds_per_token[preset] * self.load(self.now)
             self.now += tokens * cost

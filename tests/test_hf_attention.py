@@ -170,6 +170,34 @@ def test_holes_are_absent():
         torch.testing.assert_close(torch.cat(pieces, 1)[there], whole[there], **EXACT)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_windows_of_the_model_itself_count_columns_beside_holes(first, monkeypatch):
+    """As in PyTorch's attention, gradients too, and with a cache that drops keys."""
+    sliding = dict(use_sliding_window=True, sliding_window=5, max_window_layers=first)
+    monkeypatch.setitem(CONFIGS, "changed", lambda: Qwen2Config(**SIZES, **sliding))
+    tokens, mask = make_tokens(B=3), make_padded("left right")[1]
+    mask[0, 3:7], mask[1, 8::3], mask[2, 2] = 0, 0, 0
+    there = mask == 1
+    inputs = dict(attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    found = []
+    for implementation in ("sdpa", "memattn_segmented"):
+        model = make_model("changed", implementation=implementation)
+        logits = model(tokens, **inputs).logits
+        logits[there].square().sum().backward()
+        found.append((logits[there], [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(found[1], found[0], **EXACT)
+    unseen = model(tokens.where(there, 3), **inputs).logits  # what stands in holes
+    torch.testing.assert_close(unseen[there], found[0][0], **EXACT)
+    cache, pieces = None, []
+    with torch.no_grad():
+        for a, b in ((0, 9), (9, 10), (10, 16), (16, 17), (17, 23)):
+            piece = dict(attention_mask=mask[:, :b], position_ids=inputs["position_ids"][:, a:b])
+            out = model(tokens[:, a:b], past_key_values=cache, use_cache=True, **piece)
+            cache = out.past_key_values
+            pieces.append(out.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1)[there], found[1][0], **EXACT)
+
+
 @torch.no_grad()
 def test_long_segments_change_nothing(name):
     tokens, mask = make_padded("left")

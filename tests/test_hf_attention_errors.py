@@ -2,6 +2,7 @@
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,9 +31,19 @@ def run_dense_mask():
     model(make_tokens(T=4), attention_mask=mask.bool())
 
 
-def run_with_hole():
-    mask = torch.tensor([[1, 0, 1, 1, 1, 1, 1], [1] * 7])
-    make_model("qwen2-sliding")(make_tokens(T=7), attention_mask=mask)
+def call_with_hole(**options):
+    states = torch.zeros(1, 2, 3, 8)
+    hole = torch.tensor([[1, 0, 1]])
+    seen = hf_sequence_bounds(1, 3, 3, attention_mask=hole, **{"local_size": 2, **options})
+    with pytest.raises(NotImplementedError, match="have one block .* without a window but with"):
+        hf_segmented_attention(torch.nn.Module(), states, states, states, seen)
+    capped = dict(softcap=5.0, sliding_window=2)
+    hf_segmented_attention(torch.nn.Module(), states, states, states, seen, **capped)
+
+
+def run_chunks_with_hole():
+    kinds = dict(attention_chunk_size=2, layer_types=["chunked_attention"])
+    call_with_hole(config=SimpleNamespace(**kinds))
 
 
 def run_other_bounds():
@@ -70,7 +81,12 @@ class Chunked:
         (run_with_dropout, NotImplementedError, "attention_dropout must be 0 in training"),
         (run_with_static_cache, NotImplementedError, "past_key_values must be a dynamic cache"),
         (run_dense_mask, NotImplementedError, r"attention_mask must be a padding mask \[B, S\]"),
-        (run_with_hole, NotImplementedError, "attention_mask must have one block of ones .* of 5;"),
+        (
+            call_with_hole,
+            NotImplementedError,
+            "mask must have one block .* for a layer of capped scores",
+        ),
+        (run_chunks_with_hole, NotImplementedError, "attention_mask must have one block of ones"),
         (run_other_bounds, ValueError, "cu_seq_lens_k must be cu_seq_lens_q"),
         (run_short_mask, ValueError, r"attention_mask must have shape \[B=2, 5\], got \[2, 1\]"),
         (

@@ -27,6 +27,7 @@ LAYERS = [
     {"ops"},
     {"reference", "cpp"},
     {"checks", "files", "yaml_text", "_tables", "_auto_classes"},
+    {"_when_imported"},
 ]
 
 

@@ -54,6 +54,8 @@ def plain_attention(module, hidden):
                     for t in (module.persistent_key, module.persistent_value)]  # fmt: skip
             keys, values = torch.cat([keys, many[0]], 2), torch.cat([values, many[1]], 2)
         scores = q[:, :, i : i + 1] @ keys.mT / math.sqrt(module.head_dim)
+        if module.softcap is not None:
+            scores = module.softcap * torch.tanh(scores / module.softcap)
         out[:, :, i : i + 1] = scores.softmax(-1) @ values
     return module.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -65,6 +67,7 @@ def plain_attention(module, hidden):
         dict(num_kv_heads=2, segment_len=5),
         dict(num_kv_heads=1, window_size=4, num_persistent_tokens=3),
         dict(head_dim=6, segment_len=7, window_size=3, num_persistent_tokens=1),
+        dict(num_kv_heads=2, window_size=4, num_persistent_tokens=3, softcap=0.3),
     ],
     ids=str,
 )
@@ -182,6 +185,7 @@ def test_gelu_mlp():
             lambda: SegmentedAttention(E, 4, num_persistent_tokens=-1),
             "num_persistent_tokens must be at least 0, got -1",
         ),
+        (lambda: SegmentedAttention(E, 4, softcap=0.0), "softcap must be positive and finite, got"),
         (
             lambda: SegmentedAttention(E, 4, backend="gpu")(torch.zeros(1, 2, E)),
             "backend must be one of auto, triton, cpp, reference, got 'gpu'",

@@ -4,9 +4,15 @@ import pytest
 import torch
 from adapter_factories import make_attached
 from hf_attention_factories import make_model as make_hf_model
-from model_factories import make_config, make_model, make_tokens, perturb
+from model_factories import SIZES, make_config, make_model, make_tokens, perturb
 from packing_factories import EXACT, LENGTHS, T, count, documents
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from memattn.models import MemAttnForSequenceClassification, MemAttnForTokenClassification
 from memattn.models.shiftable import ShiftableLanguageModel
@@ -84,6 +90,12 @@ def test_heads_of_tokens_are_packed_and_those_of_sequences_are_not(tmp_path):
         model(tokens, seq_idx=count(LENGTHS) // 4)
     whole = model(tokens, position_ids=torch.arange(T)[None]).logits
     assert torch.equal(whole, model(tokens).logits)
+    # transformers gives such a row the class of its last document, and says nothing of the others
+    sizes = dict(SIZES, num_labels=3)
+    llama = perturb(LlamaForSequenceClassification(LlamaConfig(**sizes)).double().eval())
+    packed = llama(tokens, position_ids=count(LENGTHS), use_cache=False).logits
+    last = [llama(row[None, -n[-1] :]).logits for row, n in zip(tokens, LENGTHS, strict=True)]
+    torch.testing.assert_close(packed, torch.cat(last), **EXACT)
     data = [{"input_ids": ids.tolist(), "labels": i} for i, ids in enumerate(tokens)]
     trainer_of(model, data, tmp_path, None, max_steps=1).train()
 

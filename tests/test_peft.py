@@ -9,6 +9,7 @@ from model_factories import make_tokens
 from torch import Tensor, nn
 
 from memattn.models import PRESETS, MemAttnForCausalLM
+from memattn.models.peft_targets import register_peft_targets
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
@@ -83,6 +84,40 @@ def test_lora_of_all_linear_layers_is_what_merging_makes_of_it(preset):
         with model.disable_adapter():
             off = model(input_ids=ids, use_cache=False).logits
         torch.testing.assert_close(off, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_adapters_know_where_they_belong(preset):
+    ids = make_tokens(T=9)
+    placed = {
+        "lora": (peft.LoraConfig(task_type="CAUSAL_LM", r=2), {"q_proj", "v_proj"}),
+        "ia3": (peft.IA3Config(task_type="CAUSAL_LM"), {"k_proj", "v_proj", "down_proj"}),
+        "norms": (peft.LNTuningConfig(task_type="CAUSAL_LM"), {"attention_norm", "mlp_norm"}),
+    }
+    for kind, (config, targets) in placed.items():
+        model = adapt(make_model(preset), config)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for block in range(2):
+            found = {t for t in targets for n in trained if f"layers.{block}." in n and t in n}
+            assert found == targets, (kind, list(trained))
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        assert all(p.grad is not None for p in trained.values()), kind
+        merged = copy.deepcopy(model).merge_and_unload().eval()
+        with torch.no_grad():
+            logits, whole = (m.eval()(input_ids=ids).logits for m in (model, merged))
+        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_tables_of_peft_that_are_there_are_filled():
+    tables: Any = peft.utils.constants
+    table = tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    del table["memattn"]
+    register_peft_targets()
+    assert table["memattn"] == table["llama"]
+    table["memattn"] = ["o_proj"]
+    register_peft_targets()
+    assert table.pop("memattn") == ["o_proj"]  # what somebody else has entered stays
+    register_peft_targets()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

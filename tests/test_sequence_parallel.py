@@ -49,6 +49,7 @@ def _of_one(name, dtype):
 def test_bytes_are_those_predicted(found, name, size):
     tensors, _, options = inputs(name, torch.float32)
     documents = options.pop("cu_seqlens", torch.tensor([])).tolist()
+    options.pop("softcap", None)
     total = EdgeBytes(0, 0)
     for rank in range(size):
         predicted = edge_bytes(
@@ -114,6 +115,7 @@ def group_of_one(tmp_path):
     [
         ({}, "segment_len must be given, or window_size, got None"),
         ({"window_size": 0}, "window_size must be at least 1, got 0"),
+        ({"window_size": 4, "softcap": -1.0}, "softcap must be positive and finite, got -1.0"),
         ({"window_size": 4, "total_len": 9}, r"query must have T=9 tokens: 0 to 9 of total_len=9"),
         ({"window_size": 4, "B": 2, "cu_seqlens": [0, 8]}, "query must have B=1 with cu_seqlens"),
         ({"window_size": 4, "cu_seqlens": [0, 7]}, "cu_seqlens must begin with 0 and end with tot"),

@@ -1,9 +1,10 @@
-"""The page of families of transformers: its form, and rows that are made again."""
+"""Pages about transformers: families whose rows are made again, and counts of its tests."""
 
 import re
 
 import pytest
 from transformers_families import PAGE, USES, compare, families, words
+from transformers_suite import page_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # models of others warn
 ROWS = {
@@ -29,3 +30,21 @@ def test_a_row_made_again_is_the_same(name):
     shown, *cells = ROWS[name]
     assert shown == f"`{row['class']}`" and len(cells) == len(USES)
     assert [re.sub(r" \d+$", "", cell) for cell in cells] == words(row)
+
+
+def test_the_page_of_their_tests_counts_what_pytest_wrote(tmp_path):
+    cases = {
+        "Test_vanilla": ["", "", "<failure message='wrong'/>", "<skipped message='test is slow'/>"],
+        "Test_titans-mac": ["", "<error/>", "<skipped message='MemAttnModel has no X.'/>"],
+    }
+    lines = [
+        f"<testcase classname='tests.suite.{system}' name='{i}'>{inner}</testcase>"
+        for system, found in cases.items()
+        for i, inner in enumerate(found)
+    ]
+    results = tmp_path / "results.xml"
+    results.write_text(f"<testsuites><testsuite>{''.join(lines)}</testsuite></testsuites>")
+    page = page_of(results, {"test_y": "it asks for more"})
+    assert "3 passed, 2 failed, 2 skipped." in page and "- `test_y`: it asks for more." in page
+    assert "| vanilla | 2 | 1 | 1 |" in page and "| titans-mac | 1 | 1 | 1 |" in page
+    assert "- 1: A model has no X\n" in page and "- 1: test is slow\n" in page

@@ -3,7 +3,6 @@
 import unittest
 from functools import partial, wraps
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -101,8 +100,7 @@ def unlock(test: Any) -> Any:
     @wraps(test)
     def unlocked(self: Any) -> None:
         self.has_attentions = True
-        with mock.patch.object(MemAttnForCausalLM, "_supports_attention_backend", True):
-            test(self)
+        test(self)
 
     return unlocked
 

@@ -5,22 +5,35 @@ distribution of the installed version into ``build/``, with what its tests impor
 the common tests of models and of training; those of generation and of export are only in the
 repository of transformers, and run where ``build/transformers-VERSION/`` has them too: put the
 ``tests`` folder of a checkout of that version there.
+
+``python tests/transformers_suite.py RESULTS.xml`` writes the page of a whole run.
 """
 
 import importlib
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import types
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import transformers
 
 FOLDER = Path(__file__).parents[1] / "build" / f"transformers-{transformers.__version__}"
 NEEDS = "parameterized"
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "transformers_suite.md"
+HEAD = """# The tests of transformers on the models of this package
+
+`make test-transformers` wrote this page with transformers {version}: {total}
+
+| system | passed | failed | skipped |
+|---|---|---|---|
+"""
 # what the fetched modules import of those that are not published: names, and what stands for them
 ABSENT: dict[str, dict[str, Any]] = {
     "tests.exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
@@ -73,5 +86,36 @@ def load(name: str) -> Any:
     return importlib.import_module(f"tests.{name}")
 
 
+def page_of(results: Path, deselected: dict[str, str]) -> str:
+    """The page of a run that pytest wrote down as JUnit's XML."""
+    counts: dict[str, Counter] = {}
+    skips, total = Counter(), Counter()
+    for case in ElementTree.parse(results).iter("testcase"):
+        skipped = case.find("skipped")
+        failed = case.find("failure") is not None or case.find("error") is not None
+        kind = "failed" if failed else "passed" if skipped is None else "skipped"
+        system = case.get("classname", "").rpartition("Test_")[2]
+        counts.setdefault(system, Counter())[kind] += 1
+        total[kind] += 1
+        if skipped is not None:  # the reason without the class
+            skips[re.sub(r"<class '.*?'>|\bMemAttn\w+", "A model", skipped.get("message", ""))] += 1
+    kinds = ("passed", "failed", "skipped")
+    said = ", ".join(f"{total[kind]} {kind}" for kind in kinds)
+    lines = [f"| {s} | {' | '.join(str(c[kind]) for kind in kinds)} |" for s, c in counts.items()]
+    lines += ["", "Left out:", "", *(f"- `{name}`: {why}." for name, why in deselected.items())]
+    lines += ["", "Skipped by the tests themselves, in all systems:", ""]
+    lines += [f"- {count}: {why.rstrip('.')}" for why, count in skips.most_common()]
+    return HEAD.format(version=transformers.__version__, total=f"{said}.") + "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-    fetch()
+    if len(sys.argv) > 1:
+        from test_transformers_suite import DESELECTED
+
+        left_out = {
+            name: why if systems is None else f"of {', '.join(systems)}: {why}"
+            for name, (systems, why) in DESELECTED.items()
+        }
+        PAGE.write_text(page_of(Path(sys.argv[1]), left_out), encoding="utf-8")
+    else:
+        fetch()

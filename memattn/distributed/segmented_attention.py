@@ -27,6 +27,7 @@ def sequence_parallel_segmented_attention(
     persistent_value: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> AttentionOutput:
     """Causal ``segmented_attention`` of a sequence whose tokens lie in several processes.
@@ -56,6 +57,7 @@ def sequence_parallel_segmented_attention(
         cu_seqlens: int32 ``[n+1]``, bounds ``0 ... total_len`` of packed documents of the *whole*
             sequence, with ``B = 1``, the same in each process. Its values are read.
         scale: Factor of the scores; None means ``1/sqrt(D)``.
+        softcap: Bound that no score exceeds; None means no bound.
         backend: As in ``segmented_attention``.
 
     Returns:
@@ -109,6 +111,7 @@ def sequence_parallel_segmented_attention(
         **persistent,
         query_offset=edges.edge_len(rank) + padding,
         scale=scale,
+        softcap=softcap,
         backend=backend,
         **bounds,
     )

@@ -22,6 +22,7 @@ from memattn.models.hf_attention import register_hf_attention
 from memattn.models.hf_names import register_class_name
 from memattn.models.kept_memory import KeptMemory
 from memattn.models.outputs import MemAttnCausalLMOutput, MemAttnModelOutput
+from memattn.models.peft_targets import register_peft_targets
 from memattn.models.pretrained import MemAttnPreTrainedModel
 from memattn.models.shiftable import ShiftableLanguageModel, fold_gates, specialists_of
 from memattn.models.transformer import TitansOutput, TitansTransformer, TransformerState
@@ -37,6 +38,7 @@ register_class_name(MemAttnForCausalLM)
 register_class_name(MemAttnForSequenceClassification, "FOR_SEQUENCE_CLASSIFICATION_")
 register_class_name(MemAttnForTokenClassification, "FOR_TOKEN_CLASSIFICATION_")
 register_hf_attention()
+register_peft_targets()
 
 __all__ = [
     "PRESETS",

@@ -54,7 +54,9 @@ class MemAttnBlock(GradientCheckpointingLayer):
         build = lambda name: self.part_configs[name].build(config.sizes, layer_idx)
         added = [name for name in self.part_configs if name != "attention"]
         self.attention_norm = norm()
-        self.attention = build("attention")
+        attention: Any = build("attention")
+        attention.layer_idx = layer_idx  # the key by which a server finds the layer's cache
+        self.attention = attention
         self.mlp_norm = norm()
         self.mlp = make_mlp(config.mlp, config.hidden_size, config.intermediate_size)
         own_norm = [n for n in added if self.part_configs[n].resolved_place != "beside_attention"]

@@ -1,12 +1,13 @@
 """The cache: the state of sequences between calls, with keys, values and positions."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import SequenceKey, register_pytree_node
 from transformers.cache_utils import Cache
 
 from memattn.checks import must
@@ -14,6 +15,7 @@ from memattn.models.cache_file import SavedCache, read_cache, write_cache
 from memattn.models.cache_layer import MemAttnCacheLayer
 from memattn.models.config import MemAttnConfig
 from memattn.parts import PartState, SequenceBounds, SequenceStates
+from memattn.parts.exported_states import axes_of, flatten_states, layers_of, unflatten_states
 from memattn.parts.state import OPEN_END
 
 if TYPE_CHECKING:
@@ -86,6 +88,19 @@ class MemAttnCache(SequenceStates, Cache):
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values to a layer, after ``append_columns``."""
         return self.layers[layer_idx].update(key_states, value_states)
+
+    def dynamic_shapes(self, rows: Any, columns: Any) -> list[dict[int, Any]]:
+        """What ``torch.export`` is told of this cache, an argument of a program for any sizes.
+
+        Args:
+            rows: The ``torch.export.Dim`` of the batch.
+            columns: That of the columns that a cache has seen before a call, at least 2.
+
+        Example:
+            >>> rows, seen = torch.export.Dim("rows", min=2), torch.export.Dim("seen", min=2)
+            >>> shapes = ({0: rows}, cache.dynamic_shapes(rows, seen))  # of input_ids and cache
+        """
+        return axes_of(self, rows, columns)
 
     def detach(self) -> "MemAttnCache":
         """The state detached from the autograd graph; it shares memory with this cache."""
@@ -187,6 +202,33 @@ class MemAttnCache(SequenceStates, Cache):
         layers = [layer.parts for layer in self.layers]
         saved = SavedCache(layers, self.position, self.seq_start, self.seq_end)
         return saved._replace(columns=self.columns)
+
+
+def _flatten(cache: MemAttnCache) -> tuple[list[Any], str]:
+    found = flatten_states(cache)
+    return found.tensors, found.facts
+
+
+def _unflatten(tensors: Iterable[Any], facts: str) -> MemAttnCache:
+    cache = object.__new__(MemAttnCache)
+    cache._setup(layers_of(facts))
+    unflatten_states(cache, list(tensors), facts)
+    return cache
+
+
+def _flatten_with_keys(cache: MemAttnCache) -> tuple[list[tuple[Any, Any]], str]:
+    tensors, facts = _flatten(cache)
+    return [(SequenceKey(i), tensor) for i, tensor in enumerate(tensors)], facts
+
+
+# programs of torch.export take and return it; transformers leaves out what is known
+register_pytree_node(
+    MemAttnCache,
+    _flatten,
+    _unflatten,
+    serialized_type_name="memattn.MemAttnCache",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
 
 
 def _empty_states(config: MemAttnConfig) -> list[dict[str, PartState]]:

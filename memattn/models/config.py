@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from memattn.checks import check_int, must
 from memattn.models.folder_code import with_auto_map, without_auto_map, write_code
+from memattn.models.parallel_plans import DevicePlans
 from memattn.nn import AxialPositions, ContinuousAxialPositions, RotaryEmbedding
 from memattn.nn.mlp import MLPS
 from memattn.nn.norm import NORMS
@@ -52,7 +53,7 @@ def _preset(part: type[PartConfig], summary: str, **defaults: Any) -> Any:
     return classmethod(make)
 
 
-class MemAttnConfig(PreTrainedConfig):
+class MemAttnConfig(DevicePlans, PreTrainedConfig):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Configuration of ``MemAttnModel`` and ``MemAttnForCausalLM``.
 
     Attributes:

@@ -19,7 +19,8 @@ from memattn.models.plain_decoder import decoder_step, newest_of
 from memattn.models.plain_step import linear_step, norm_step
 from memattn.models.plain_training import output_weight
 from memattn.models.pretrained import MemAttnPreTrainedModel
-from memattn.models.token_loss import next_token_loss
+from memattn.models.served import OWN, served_call
+from memattn.models.token_loss import label_share, next_token_loss
 from memattn.nn import make_norm, sequence_positions
 from memattn.ops._dispatch import untaken_transform
 from memattn.parts import PartContext, SequenceBounds
@@ -75,6 +76,16 @@ class MemAttnModel(MemAttnPreTrainedModel):
         ``last_hidden_state`` has the ``hidden_to_keep`` newest tokens (0: all); on the CPU a plain
         last layer computes only these. ``may_pack``: whether a row may hold several documents.
         """
+        options: dict[str, Any] = dict(
+            past_key_values=past_key_values,
+            cu_seqlens=cu_seqlens,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        if self.config._attn_implementation not in OWN:
+            options |= {"attention_mask": attention_mask, "hidden_to_keep": hidden_to_keep}
+            return served_call(self, input_ids, inputs_embeds, position_ids, options, part_inputs)
         keywords = take_keywords(part_inputs) if part_inputs else {}
         given = check_inputs(self.config.named_parts(), part_inputs)
         begins = past_key_values is None and cu_seqlens is None
@@ -90,18 +101,13 @@ class MemAttnModel(MemAttnPreTrainedModel):
                 part_inputs=given,
                 hidden_to_keep=hidden_to_keep,
                 may_pack=may_pack,
-                past_key_values=past_key_values,
-                cu_seqlens=cu_seqlens,
-                use_cache=use_cache,
-                output_hidden_states=output_hidden_states,
-                output_attentions=output_attentions,
                 output_losses=output_losses,
+                **options,
             )
             if packed is not None:
                 return packed
         if (input_ids is None) == (inputs_embeds is None):
-            both = "both or neither"
-            must("input_ids", "be given, or inputs_embeds, but not both", both)
+            must("input_ids", "be given, or inputs_embeds, but not both", "both or neither")
         if output_attentions:
             raise NotImplementedError(
                 "output_attentions must be False, got True; fused attention keeps no weights"
@@ -123,9 +129,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
         limit, device = self.config.position_limit, hidden_states.device
         if cache is not None:
             cache.append_columns(B, T, attention_mask, device, max_length=limit)
-            seq_start = None  # in columns from the first call on
-            if cache.seq_start is not None and cache.seq_start.any():
-                seq_start = cache.seq_start.to(device)
+            seq_start = cache.begin_at(device)
             bounds = SequenceBounds(None, None)  # the state of each part has its own bounds
             order = cache.order
         else:
@@ -169,8 +173,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
             order=order,
         )
         all_hidden_states: list[Tensor] = []
-        sums = LossSums()
-        carry: dict[str, Tensor] = {}
+        sums, carry = LossSums(), {}
         layers: Any = self.layers
         if self.config.num_hidden_layers < len(layers):
             # only the first ones, if the model is its own early-exit assistant
@@ -183,7 +186,7 @@ class MemAttnModel(MemAttnPreTrainedModel):
             hidden_states, layers = stepped, ()
         elif self.rotary is not None:
             context.rotary = self.rotary(positions, hidden_states.dtype)
-        shared_parts = dict(self.shared_parts.items())
+        shared = dict(self.shared_parts.items())
         for i, layer in enumerate(layers):
             if output_hidden_states:
                 shown = hidden_states if order is None else order.columns(hidden_states)
@@ -194,9 +197,8 @@ class MemAttnModel(MemAttnPreTrainedModel):
             # if rows end early, their last tokens are before the newest columns
             if hidden_to_keep and i == last and not (output_hidden_states or ends_early):
                 context.newest = newest_of(hidden_to_keep, layer, self.norm, context)
-            hidden_states, losses, carry = layer.call(
-                hidden_states, carry, context, layer_cache, shared_parts
-            )
+            outputs = layer.call(hidden_states, carry, context, layer_cache, shared)
+            hidden_states, losses, carry = outputs
             sums.add(losses)
         normed = norm_step(self.norm, hidden_states)
         hidden_states = self.norm(hidden_states) if normed is None else normed
@@ -207,9 +209,8 @@ class MemAttnModel(MemAttnPreTrainedModel):
         if present is not None and not self.training and ends_early:
             # generation continues from the last column, also in a row whose tokens ended before it
             hidden_states = repeat_last(hidden_states, present)
-        last_hidden = hidden_states[:, -hidden_to_keep:] if hidden_to_keep else hidden_states
         outputs: Any = MemAttnModelOutput(
-            last_hidden_state=last_hidden,
+            last_hidden_state=hidden_states[:, -hidden_to_keep:],
             past_key_values=cache,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             losses=means or None,
@@ -236,6 +237,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     accepts_loss_kwargs = True  # the trainer of transformers passes num_items_in_batch
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -380,13 +382,7 @@ class MemAttnForCausalLM(MemAttnPreTrainedModel, MemAttnGenerationMixin):
                 vocab_size = self.config.vocab_size
                 lm_loss = self.loss_function(logits=logits, vocab_size=vocab_size, **options)
             loss = lm_loss
-            share: Any = 1.0  # this call's share of the labels
-            if num_items_in_batch is not None:
-                counted = shift_labels
-                if counted is None:
-                    assert labels is not None
-                    counted = labels[:, 1:]
-                share = (counted != -100).sum() / num_items_in_batch
+            share = label_share(labels, shift_labels, num_items_in_batch)
             for name, mean in (outputs.losses or {}).items() if self.training else ():
                 loss = loss + self.config.losses[name] * share * mean
         return MemAttnCausalLMOutput(

@@ -25,7 +25,7 @@ that do not use transformers' attention interface are refused.
 The kernel gets padding as bounds of each row's sequence, and packed documents as ``cu_seqlens``:
 there is never a mask of T x S elements. If padding is inside rows, tokens are moved together for
 the kernel, so that windows and segments count tokens. A layer with its own ``sliding_window``
-counts columns; it refuses such padding once it drops keys.
+counts columns, as in transformers; once it drops keys, one more feature hides those of padding.
 """
 
 from collections.abc import Callable
@@ -75,13 +75,14 @@ def hf_sequence_bounds(
     Returns:
         The ``attention_mask`` for the attention function: int32 ``[2, B]``, the start and end of
         each row's sequence in columns of the keys; bool ``[B, S]``, which keys are tokens, if
-        padding is inside rows; int32 ``[n+1]``, the bounds of packed documents; or None if all
-        columns are tokens of one sequence.
+        padding is inside rows, or int8 for layers with their own window that drop keys; int32
+        ``[n+1]``, the bounds of packed documents; or None if all columns are tokens of one
+        sequence.
 
     Raises:
         ValueError: If a value of the mask is neither 0 nor 1, or its length does not fit.
         NotImplementedError: For custom, blockwise and bidirectional masks, for static caches, and
-            for holes in layers whose sliding window or chunk drops keys.
+            for holes in layers whose chunks drop keys.
     """
     chunk, kinds = (getattr(config, n, None) for n in ("attention_chunk_size", "layer_types"))
     if chunk is not None and "chunked_attention" not in (kinds or ()):
@@ -102,11 +103,9 @@ def hf_sequence_bounds(
                     "attention_mask", "have one block of ones in each row where layers share keys"
                 )
             if kv_offset or (local_size is not None and local_size < kv_length):
-                _lacks(
-                    "attention_mask",
-                    "have one block of ones in each row for layers with a sliding window",
-                    f"got holes, and keys beyond the window of {local_size}",
-                )
+                if chunk is not None:
+                    _lacks("attention_mask", "have one block of ones in each row beside chunks")
+                return order.present[:, kv_offset:].to(torch.int8)
             return order.present
         if torch.compiler.is_compiling() or start.any() or (end != attention_mask.shape[1]).any():
             return _bounds(start - kv_offset, end - kv_offset, shares_keys)
@@ -163,7 +162,7 @@ def hf_segmented_attention(
             _lacks(name, "be None")
     if is_causal is False or not getattr(module, "is_causal", True):
         _lacks("is_causal", "be True")
-    seq_start = seq_end = rows = None
+    seq_start = seq_end = rows = hidden = None
     if attention_mask is not None and attention_mask.shape[2:] == (1, 1):
         attention_mask = attention_mask[..., 0, 0]  # the form for models whose layers share keys
     cu_seqlens = documents_of_call(attention_mask, kwargs, query, key)
@@ -175,6 +174,16 @@ def hf_segmented_attention(
         rows = _tokens(attention_mask, query.shape[2])
         query, key, value = map(take_columns, (query, key, value), rows.columns())
         seq_start = rows.seq_start
+    elif attention_mask is not None and attention_mask.dtype == torch.int8:
+        if softcap is not None or sliding_window is None:
+            what = (
+                "without a window but with keys dropped" if softcap is None else "of capped scores"
+            )
+            _lacks("attention_mask", f"have one block of ones in each row for a layer {what}")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        there = attention_mask[:, -key.shape[2] :] != 0
+        query, key = _hide(query, key, there)
+        hidden = ~there[:, -query.shape[2] :, None, None]
     elif attention_mask is not None:
         if attention_mask.dim() == 3:
             _lacks("mask_function", "be causal, without blocks that see ahead")
@@ -206,7 +215,20 @@ def hf_segmented_attention(
     out = out.transpose(1, 2)
     if cu_seqlens is not None and B > 1:
         out = out.reshape(B, -1, *out.shape[2:])
+    if hidden is not None:
+        out = out.masked_fill(hidden, 0.0)
     return out.contiguous() if rows is None else rows.put_back(out), None
+
+
+def _hide(query: Tensor, key: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys ``[B, H, T, D + 1]`` whose scores for absent keys are below all others.
+
+    Where ``there`` bool ``[B, S]`` is False, the new feature takes 1e8 off a score before scale,
+    so that the key has a weight of exactly 0 beside any other.
+    """
+    far = torch.where(there, 0.0, -1e4).to(key.dtype)[:, None, :, None]
+    key = torch.cat([key, far.expand(*key.shape[:3], 1)], -1)
+    return torch.cat([query, torch.full_like(query[..., :1], 1e4)], -1), key
 
 
 def _spans(module: nn.Module, sliding_window: int | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ or another setting, operands are collected anew.
 """
 
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +15,6 @@ from memattn.models.block import MemAttnBlock
 from memattn.models.plain_step import attention_operands, mlp_operands
 from memattn.parts import PartContext
 from memattn.parts.base import HOOKS, is_bare
-
-_NOTHING = object()
 
 
 @dataclass(eq=False)
@@ -28,7 +27,8 @@ class DecoderOperands:
     spans: list[int]  # segment, window and rows ahead, -1 for none
     eps: list[float]
     heads: tuple[int, int]  # number of key heads and their size
-    entries: list[tuple[Any, Any, Any]]  # of a dictionary: key and value
+    # of dictionaries of the modules: key and value, None where there is none
+    entries: tuple[tuple[dict, ...], tuple[str, ...], tuple[Any, ...]]
     modules: list[nn.Module]
     kinds: list[type]
     hooks: tuple[Any, ...]
@@ -41,17 +41,16 @@ class DecoderOperands:
 
     def hold(self, layers: nn.ModuleList) -> bool:
         """Whether the modules are still as they were."""
-        if (
-            layers is not self.layers
-            or any(self.hooks)
-            or list(map(type, self.modules)) != self.kinds
-        ):
-            return False
-        for of, key, value in self.entries:
-            if of.get(key, _NOTHING) is not value:
-                return False
-        # another dtype or device changes a parameter in place
-        return _places(self.weights, self.given) == self.places
+        dictionaries, keys, values = self.entries
+        return (
+            layers is self.layers
+            and len(layers) == len(self.eps) // 2
+            and not any(self.hooks)
+            and list(map(type, self.modules)) == self.kinds
+            and all(map(is_, map(dict.get, dictionaries, keys), values))
+            # another dtype or device changes a parameter in place
+            and _places(self.weights, self.given) == self.places
+        )
 
     def __reduce__(self) -> tuple:
         """A copy of a cache has none: they are of the model."""
@@ -91,7 +90,7 @@ def collect_operands(layers: nn.ModuleList, context: PartContext) -> DecoderOper
         return None
     places = _places(weights, given)
     hooks = tuple(module.__dict__[name] for module in watched[1:] for name in HOOKS)
-    entries = [entry for module in watched for entry in _entries(module)]
+    entries: Any = tuple(zip(*(e for module in watched for e in _entries(module)), strict=True))
     kinds = list(map(type, watched))
     watching = entries, watched, kinds, hooks, places
     return DecoderOperands(layers, weights, given, spans, eps, heads, *watching)
@@ -107,10 +106,10 @@ def _places(weights: list[Tensor], given: list[Tensor | None]) -> list[int]:
     return [t.data_ptr() for tensors in (weights, given) for t in tensors if t is not None]
 
 
-def _entries(module: nn.Module) -> list[tuple[Any, Any, Any]]:
+def _entries(module: nn.Module) -> list[tuple[dict, str, Any]]:
     """Submodules, parameters and settings of a module, and that its ``forward`` is its class's."""
     own: Any = module.__dict__
     settings = ((own, name, value) for name, value in own.items() if name[0] != "_")
     names = ("_modules", "_parameters")
     inside = ((own[name], key, value) for name in names for key, value in own[name].items())
-    return [*settings, *inside, (own, "forward", _NOTHING)]
+    return [*settings, *inside, (own, "forward", None)]

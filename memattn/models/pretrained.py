@@ -11,6 +11,8 @@ from transformers.utils.hub import cached_file
 
 from memattn.models.block import MemAttnBlock
 from memattn.models.config import MemAttnConfig
+from memattn.models.parallel_plans import check_devices
+from memattn.models.served import check_attention
 from memattn.nn import ContinuousAxialPositions
 from memattn.parts import PARTS, PartConfig, Role
 from memattn.parts.chapters import FILE
@@ -26,12 +28,14 @@ class MemAttnPreTrainedModel(PreTrainedModel):
     config_class = MemAttnConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _supports_attention_backend = True  # where check_attention does not refuse it
     _no_split_modules = ["MemAttnBlock"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def __init__(self, config: MemAttnConfig, *inputs: Any, **kwargs: Any) -> None:
         if isinstance(config, MemAttnConfig):
             config.check()  # fields may have been set after construction
+            check_attention(config)
         super().__init__(config, *inputs, **kwargs)
 
     @torch.no_grad()
@@ -91,6 +95,13 @@ class MemAttnPreTrainedModel(PreTrainedModel):
             if file is not None:
                 model.base_model.chapters.load(file)
         return loaded
+
+    def _resolve_parallel_plans(self, distributed_config: Any) -> Any:
+        """As in transformers, if the model can be split in that way."""
+        plans: Any = super()._resolve_parallel_plans(distributed_config)
+        sizes = distributed_config.tp_size, distributed_config.pp_size
+        check_devices(self.config, plans[0], *sizes)
+        return plans
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

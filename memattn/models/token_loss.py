@@ -72,6 +72,18 @@ def next_token_loss(
     return total / num_items_in_batch
 
 
+def label_share(
+    labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: Tensor | int | None
+) -> Tensor | float:
+    """Which share of the labels of a batch is here, by ``num_items_in_batch``; None is all."""
+    if num_items_in_batch is None:
+        return 1.0
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = labels[:, 1:]
+    return (shift_labels != IGNORED).sum() / num_items_in_batch
+
+
 @torch.library.custom_op("memattn::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, needs_hidden: bool, needs_weight: bool

@@ -119,6 +119,12 @@ class NeuralMemoryLayerState:
         own = {name: tensors.get(name) for name in ("inputs", "read_inputs")}
         return cls(NeuralMemoryState.from_tensors(memory), **own)
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "NeuralMemoryLayerState":
+        """The state of what ``tensors`` gave of another state of the same layer."""
+        memory = {n.removeprefix("memory."): x for n, x in tensors.items() if "." in n}
+        own = {name: tensors.get(name) for name in ("inputs", "read_inputs")}
+        return NeuralMemoryLayerState(self.memory.with_tensors(memory), **own)
+
     def _map(
         self, memory: NeuralMemoryState, change: Callable[[Tensor], Tensor]
     ) -> "NeuralMemoryLayerState":

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from memattn.checks import check_int
+from memattn.checks import check_int, check_positive
 from memattn.nn._heads import KeyValueCache, PersistentAttention
 from memattn.nn.rotary import apply_rotary
 from memattn.ops import segmented_attention
@@ -28,10 +28,12 @@ class SegmentedAttention(PersistentAttention):
         num_sink_tokens: Number of first tokens of each sequence or document that all its tokens
             see, besides segment and window.
         num_persistent_tokens: Persistent keys, ``P``.
+        softcap: Bound that no score exceeds, as in Gemma 2; None means no bound.
         backend: Backend of the operator, ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Raises:
-        ValueError: If heads do not divide or a size is below its minimum.
+        ValueError: If heads do not divide, a size is below its minimum, or ``softcap`` is not
+            positive.
 
     Example:
         >>> attention = SegmentedAttention(hidden_size=64, num_heads=4, segment_len=16)
@@ -54,6 +56,7 @@ class SegmentedAttention(PersistentAttention):
         window_size: int | None = None,
         num_sink_tokens: int = 0,
         num_persistent_tokens: int = 0,
+        softcap: float | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, num_persistent_tokens)
@@ -64,6 +67,7 @@ class SegmentedAttention(PersistentAttention):
         self.segment_len = segment_len
         self.window_size = window_size
         self.num_sink_tokens = num_sink_tokens
+        self.softcap = None if softcap is None else check_positive("softcap", softcap)
         self.backend = backend
 
     def forward(
@@ -109,6 +113,7 @@ class SegmentedAttention(PersistentAttention):
             persistent_key=self.persistent_key,
             persistent_value=self.persistent_value,
             query_offset=key.shape[2] - query.shape[2],
+            softcap=self.softcap,
             backend=self.backend,
             **bounds,
         ).out
@@ -117,4 +122,6 @@ class SegmentedAttention(PersistentAttention):
         sizes = f"segment_len={self.segment_len}, window_size={self.window_size}"
         if self.num_sink_tokens:
             sizes += f", num_sink_tokens={self.num_sink_tokens}"
+        if self.softcap is not None:
+            sizes += f", softcap={self.softcap}"
         return f"{sizes}, num_persistent_tokens={self.num_persistent_tokens}"

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from memattn.checks import check_int, must
+from memattn.checks import check_int, check_string, must
 from memattn.nn.task_linear import TaskGroups, TaskLinear
 from memattn.ops import TaskMask, task_masked_attention
 from memattn.ops._dispatch import BACKENDS
@@ -69,8 +69,7 @@ class TaskGraphAttention(nn.Module):
         check_int("num_heads", num_heads, 1)
         if hidden_size % num_heads:
             must("hidden_size", f"be divisible by num_heads={num_heads}", hidden_size)
-        if not isinstance(backend, str):
-            must("backend", f"be one of {', '.join(BACKENDS)}", type(backend).__name__, TypeError)
+        check_string("backend", backend, BACKENDS)
         if backend not in BACKENDS:
             must("backend", f"be one of {', '.join(BACKENDS)}", repr(backend))
         self.num_heads = num_heads

@@ -1,6 +1,7 @@
 """Attention operators: one contract, three backends."""
 
 from memattn.ops._dispatch import load_operators
+from memattn.ops._trees import register_trees
 from memattn.ops.branch_attention import branch_attention
 from memattn.ops.chapter_attention import chapter_attention
 from memattn.ops.chapter_router import RouterOutput, chapter_router
@@ -15,6 +16,8 @@ from memattn.ops.neural_memory_state import NeuralMemoryState
 from memattn.ops.segmented_attention import AttentionOutput, segmented_attention
 from memattn.ops.task_mask import TaskMask
 from memattn.ops.task_masked_attention import task_masked_attention
+
+register_trees()
 
 __all__ = [
     "AttentionOutput",

@@ -1,4 +1,4 @@
-"""Calls that passed their checks, so that the same call again is not checked again."""
+"""Remembers calls that passed their checks, so that equal calls skip them."""
 
 from types import NoneType
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# beyond so many signatures all are forgotten
+# with more signatures than this, all are forgotten
 MAX_SIGNATURES = 4096
 _PLAIN = (int, bool, float, str, NoneType)
 
@@ -34,7 +34,7 @@ class CheckedCalls:
 def signature_of(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Signature | None:
     """Shapes, dtypes and devices of the tensors, types and values of the options.
 
-    None where a graph is being made, and for what is no plain tensor or no plain option.
+    None while torch traces a graph, and if a tensor or an option is not a plain one.
     """
     if torch.compiler.is_compiling():
         return None

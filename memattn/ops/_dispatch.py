@@ -3,14 +3,14 @@
 import importlib
 import importlib.util
 import pkgutil
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from memattn.checks import must
+from memattn.checks import check_string, must
 
 Backend = Literal["triton", "cpp", "reference"]
 BACKENDS = ("auto", "triton", "cpp", "reference")
@@ -30,7 +30,10 @@ def _loads(module: str) -> bool:
 
 # looked up once, at import: torch.compile traces through the functions below
 _CPP_IS_BUILT = _loads("memattn._C")
-_CPP_KERNELS = frozenset(torch._C._dispatch_get_registrations_for_dispatch_key("CPU"))
+# torch has no public list of kernels
+_CPP_KERNELS = frozenset(
+    torch._C._dispatch_get_registrations_for_dispatch_key("CPU")  # pyright: ignore[reportPrivateUsage]
+)
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -96,8 +99,7 @@ def resolve_backend(
         NotImplementedError: If kernels do not take the input, or a function is transformed around
             the call in a way that they do not follow.
     """
-    if not isinstance(backend, str):
-        must("backend", f"be one of {', '.join(BACKENDS)}", type(backend).__name__, TypeError)
+    check_string("backend", backend, BACKENDS)
     chosen = _choose(backend, query, name, operator)
     transform = None if chosen == "reference" else untaken_transform()
     if transform is not None:
@@ -106,13 +108,21 @@ def resolve_backend(
     return chosen
 
 
+def _is_for_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+# Dynamo takes torch's own function to be False; what is marked so it calls
+_is_for_onnx._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def untaken_transform() -> str | None:
     """A transform around the call that custom operators do not follow; tangents would be zeros."""
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
         return "forward-mode differentiation, as by torch.func.jvp"
     if torch.compiler.is_compiling():  # which cannot look at the other levels, nor trace through
-        return None
-    level = peek_interpreter_stack()
+        return "torch.onnx.export" if _is_for_onnx() else None
+    level: Any = peek_interpreter_stack()  # None where nothing is transformed
     if level is not None and level.key() == TransformType.Grad:
         return "torch.func.grad, vjp and what is built on them"
     return None
@@ -149,7 +159,8 @@ def _choose(backend: str, query: Tensor, name: str, operator: str | None) -> Bac
             if query.device.type != "cpu":
                 _lacks(name, "cpp", "device", "cpu", query.device)
             return "cpp"
-    must("backend", f"be one of {', '.join(BACKENDS)}", repr(backend))
+        case _:
+            must("backend", f"be one of {', '.join(BACKENDS)}", repr(backend))
 
 
 def _lacks(name: str, backend: str, what: str, requirement: str, got: object) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memattn.checks import check_on_device_of_query, check_shape, check_tensor, must
+from memattn.checks import check_on_device_of_query, check_shape, check_tensor, check_type, must
 from memattn.ops.neural_memory_state import NeuralMemoryState
 
 DEEPEST = 4
@@ -59,8 +59,7 @@ def check_state(
     wide: torch.dtype,
 ) -> None:
     """Raise unless the state is of this memory and this batch."""
-    if not isinstance(state, NeuralMemoryState):
-        must("state", "be a NeuralMemoryState", type(state).__name__, TypeError)
+    check_type("state", state, NeuralMemoryState, "be a NeuralMemoryState")
     B, H = query.shape[:2]
     if state.count.shape[0] != B:
         must("state", f"be of B={B} sequences", state.count.shape[0])

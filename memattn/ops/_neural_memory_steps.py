@@ -1,4 +1,4 @@
-"""Decoding with the neural memory: one token in one call, and calls that remember the past."""
+"""Decoding with the neural memory: calls of one token, and states that record their past."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -28,38 +28,39 @@ def is_step(args: NeuralMemoryArgs) -> bool:
     return not any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
-class Plan(NamedTuple):
-    """A checked call of one token, for the next one with a state that it made."""
+class StepPlan(NamedTuple):
+    """The arguments of a checked call of one token, reused by the next call with its state."""
 
-    signature: tuple
-    constants: tuple  # what follows ``skipped`` in the arguments of a step, but ``fold``
+    signature: tuple[Any, ...]
+    constants: tuple[Any, ...]  # what follows ``skipped`` in the arguments of a step, but ``fold``
     step: Step
 
 
-def signature_of(tokens: Sequence[Any], weights: Sequence[Any], options: tuple) -> tuple:
-    """All that the checks of a call look at, but its state. Anything may be given."""
-    named = [
+def signature_of(
+    tokens: Sequence[Any], weights: Sequence[Any], options: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Everything that the checks of a call depend on but its state; arguments may have any type."""
+    named: list[Any] = [
         (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else type(x)
         for x in (*tokens, *weights)
     ]
     return (*named, len(weights), *options)
 
 
-def plan_of(args: NeuralMemoryArgs, signature: tuple, step: Step) -> Plan:
+def plan_of(args: NeuralMemoryArgs, signature: tuple[Any, ...], step: Step) -> StepPlan:
     """The plan of a call that was checked."""
     constants = tuple(getattr(args, name) for name in CONSTANTS)
-    return Plan(signature, constants, step)
+    return StepPlan(signature, constants, step)
 
 
 def next_step(
     state: NeuralMemoryState | None,
     tokens: Sequence[Any],
     weights: Sequence[Any],
-    options: tuple,
+    options: tuple[Any, ...],
 ) -> tuple[Tensor, NeuralMemoryState, Tensor] | None:
-    """Output, state and surprise of a call like the one that made the state, a step.
-
-    None where that was no step, or something differs: then everything is checked.
+    """Output, state and surprise of a call with the signature of the one that made the state. None
+    if that call was not a step or the signature differs; the call must then be checked.
     """
     if state is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
@@ -74,12 +75,12 @@ def next_step(
 
 
 def run_step(
-    tokens: Sequence[Tensor | None], state: NeuralMemoryState, initial: Tensor, plan: Plan
+    tokens: Sequence[Tensor | None], state: NeuralMemoryState, initial: Tensor, plan: StepPlan
 ) -> tuple[Tensor, NeuralMemoryState, Tensor]:
     """Output, state and surprise of one token.
 
-    The pending rows of the state that a step returns are written by the next one, which leaves
-    what that state has in them. Weights are written where a chunk ends only.
+    The next step writes into the pending rows of the returned state, after the rows that this state
+    uses. Weights are written only when a chunk ends.
     """
     last, uniform, ended = state.chunk_size - 1, state.uniform, None
     if uniform is not None:

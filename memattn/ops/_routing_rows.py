@@ -34,11 +34,12 @@ def routing_rows(
     """
     B, _, T, _ = query.shape
     device = query.device
-    as_column = lambda bound, default: (
-        torch.full((B, 1), default, dtype=torch.long, device=device)
-        if bound is None
-        else bound.long()[:, None]
-    )
+
+    def as_column(bound: Tensor | None, default: int) -> Tensor:
+        if bound is None:
+            return torch.full((B, 1), default, dtype=torch.long, device=device)
+        return bound.long()[:, None]
+
     first = as_column(seq_start, 0)
     last = as_column(seq_end, query_offset + T).clamp(max=query_offset + T)
     row = torch.arange(n_rows, device=device).expand(B, n_rows)
@@ -71,9 +72,11 @@ def _document_blocks(
     cu = cu_seqlens.long()
     first = cu.new_zeros(cu.numel())
     first[1:] = ((cu.diff() + routing_block - 1) // routing_block).cumsum(0)
-    document_of = lambda bounds, x: torch.searchsorted(
-        bounds[1:].contiguous(), x, right=True
-    ).clamp(max=cu.numel() - 2)
+
+    def document_of(bounds: Tensor, x: Tensor) -> Tensor:
+        found = torch.searchsorted(bounds[1:].contiguous(), x, right=True)
+        return found.clamp(max=cu.numel() - 2)
+
     at = torch.full_like(row[:, :1], query_offset)
     now = document_of(cu, at)
     row = row + first[now] + (at - cu[now]) // routing_block
@@ -88,8 +91,8 @@ def _check_documents(
     bounds = values_to_check(cu_seqlens, n_rows, routing_block, query_offset, T)
     if bounds is None or not T:
         return
-    blocks = lambda begin, end: range(begin, end, routing_block)
-    starts = [s for a, b in zip(bounds, bounds[1:], strict=False) for s in blocks(a, b)]
+    documents = zip(bounds, bounds[1:], strict=False)
+    starts = [start for begin, end in documents for start in range(begin, end, routing_block)]
     _check_number(n_rows, sum(1 for s in starts if s > query_offset) + 1)
 
 

@@ -1,5 +1,8 @@
 """Drawing of task masks; loads matplotlib."""
 
+# matplotlib's own types are partly unknown
+# pyright: reportUnknownMemberType=false
+
 from typing import Protocol
 
 import matplotlib.pyplot as plt

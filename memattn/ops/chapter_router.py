@@ -1,6 +1,6 @@
 """Which chapters of a memory bank a token reads, and the losses that keep all of them in use."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,7 +115,8 @@ def chapter_router(
     if top_k > n_routed:
         must("top_k", f"be at most C - num_shared = {n_routed}", top_k)
     check_int("num_shared", num_shared, 0)
-    for name, value in (("temperature", temperature), ("routed_scale", routed_scale)):
+    numbers: dict[str, Any] = dict(temperature=temperature, routed_scale=routed_scale)
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             must(name, "be a number", type(value).__name__, TypeError)
         if not 0.0 < value < float("inf"):

@@ -193,4 +193,4 @@ def _new_mask(
 
 @lru_cache(maxsize=4)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+    return torch.compile(function)  # pyright: ignore[reportUnknownMemberType]

@@ -1,7 +1,7 @@
 """Neural memory: a small network for each head whose weights are learned while it reads."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from memattn.ops._neural_memory_checks import (
     check_wide,
 )
 from memattn.ops._neural_memory_steps import (
+    Step,
     is_step,
     next_step,
     plan_of,
@@ -276,7 +277,7 @@ def _choose(backend: str, query: Tensor) -> str:
     return "reference" if (backend, chosen) == ("auto", "triton") else chosen
 
 
-def _backend(chosen: str) -> tuple[Callable, Callable | None]:
+def _backend(chosen: str) -> tuple[Callable[..., tuple[Tensor, ...]], Step | None]:
     """The operator of a backend, and that of one token where it has one."""
     match chosen:
         case "triton":
@@ -299,12 +300,13 @@ def _token_by_token(
     state: NeuralMemoryState,
     seq_start: Tensor | None,
     seq_end: Tensor | None,
-    options: dict,
+    options: dict[str, Any],
 ) -> NeuralMemoryOutput:
     """A call with a state that records: its last ``chunk_size`` tokens one by one."""
     T = tokens[0].shape[2]
     first = max(T - state.chunk_size, 0)
-    outs, surprises = [], []
+    outs: list[Tensor] = []
+    surprises: list[Tensor] = []
     bounds = [0, first, *range(first + 1, T + 1)] if first else list(range(T + 1))
     for a, b in zip(bounds, bounds[1:], strict=False):
         query, key, value, lr = (x[:, :, a:b] for x in tokens[:4])
@@ -334,7 +336,10 @@ def _rows(
         return cu_seqlens[:-1], cu_seqlens[1:]
     if seq_start is None and seq_end is None:
         return None, None
-    full = lambda at: torch.full((B,), at, dtype=torch.int32, device=query.device)
+
+    def full(at: int) -> Tensor:
+        return torch.full((B,), at, dtype=torch.int32, device=query.device)
+
     start = full(0) if seq_start is None else seq_start.clamp(0, T)
     end = full(T) if seq_end is None else seq_end.clamp(0, T)
     return start, end

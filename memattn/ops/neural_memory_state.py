@@ -1,4 +1,4 @@
-"""What a sequence keeps in a neural memory, so that it can be cut anywhere."""
+"""The state of a neural memory between two pieces of a sequence."""
 
 import dataclasses
 import weakref
@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memattn.checks import check_int, check_shape, check_tensor, must
+from memattn.checks import (
+    check_int,
+    check_shape,
+    check_tensor,
+    is_traced,
+    must,
+    plain_values,
+)
 from memattn.reference.neural_memory import coefficients, pack, unpack
 
 TENSORS = (
@@ -29,9 +36,9 @@ class NeuralMemoryState:
     """State of a neural memory for ``R`` sequences.
 
     Gradients of a chunk are taken at the weights before its first token, so the state has these
-    weights and, for each token of the chunk that is open, what its update consists of. Shapes do
-    not depend on how many tokens there are. Floating tensors are float32 (float64 for float64
-    inputs). What stands in a pending row from ``count`` on means nothing.
+    weights and, for each token of the open chunk, the factors of its update. Shapes do not depend
+    on how many tokens there are. Floating tensors are float32 (float64 for float64 inputs). Pending
+    rows from ``count`` on are unused.
 
     Layers are kept packed, one after the other in one axis; ``weights`` and ``momentum`` are views
     ``[R, H, d_n, d_{n-1}]`` of them.
@@ -53,7 +60,7 @@ class NeuralMemoryState:
     writer: "Writer | None" = None  # of the pending rows
 
     def __repr__(self) -> str:
-        """Sizes only: numbers of a memory say little."""
+        """Sizes only, without the numbers."""
         R, H, _ = self.packed_weights.shape
         momentum = self.packed_momentum is not None
         return (
@@ -85,15 +92,24 @@ class NeuralMemoryState:
             return weights, momentum
         present = torch.arange(b - 1, device=self.count.device) < self.count[:, None]
         present = present[:, None].expand_as(self.pending_decay)
-        of_present = lambda x: torch.where(present, x, 0.0)
+
+        def of_present(x: Tensor) -> Tensor:
+            return torch.where(present, x, 0.0)
+
+        def at_end(x: Tensor) -> Tensor:
+            return x[..., -1, None, None]
+
         eta = of_present(self.pending_momentum)
         eta = torch.zeros_like(eta) if momentum is None else eta
         beta, sigma, mu, c, m = coefficients(of_present(self.pending_decay), eta, present)
-        at_end = lambda x: x[..., -1, None, None]
-        h = torch.where(present[..., None], self.pending_h, 0.0).split(self.sizes[:-1], -1)
+        h = torch.where(present[..., None], self.pending_h, 0.0)
         delta = torch.where(present[..., None], self.pending_delta, 0.0)
-        delta = delta.split(self.sizes[1:], -1)
-        new, moved = [], []
+        h, delta = (
+            h.split_with_sizes(self.sizes[:-1], -1),
+            delta.split_with_sizes(self.sizes[1:], -1),
+        )
+        new: list[Tensor] = []
+        moved: list[Tensor] = []
         for n, layer in enumerate(weights):
             new.append(at_end(beta) * layer - (c[..., -1, :, None] * delta[n]).mT @ h[n])
             if momentum is not None:
@@ -102,11 +118,11 @@ class NeuralMemoryState:
         return tuple(new), None if momentum is None else tuple(moved)
 
     def detach(self) -> "NeuralMemoryState":
-        """The same numbers without a history: gradients stop here."""
+        """The state detached from the graph of autograd."""
         return self._map(lambda _, x: x.detach())
 
     def to(self, device: torch.device | str) -> "NeuralMemoryState":
-        """The same on another device."""
+        """The state on another device."""
         return self._map(lambda _, x: x.to(device))
 
     def select(self, rows: Tensor) -> "NeuralMemoryState":
@@ -140,15 +156,15 @@ class NeuralMemoryState:
         return dataclasses.replace(self, records=True)
 
     def forget_past(self) -> "NeuralMemoryState":
-        """The same state, which does not record: for tokens that no ``crop`` shall reach."""
+        """The same state without recording, for tokens that ``crop`` does not remove."""
         return dataclasses.replace(self, records=False, past=None)
 
     def crop(self, n: int | Tensor) -> "NeuralMemoryState":
         """Forget the newest ``n`` tokens of every row, or ``n`` (integers ``[R]``) of each.
 
         Raises:
-            ValueError: If a row has fewer than ``n`` tokens in its open chunk and what was before
-                is not kept; see ``record_past``.
+            ValueError: If a row has fewer than ``n`` tokens in its open chunk and its past is not
+                recorded; see ``record_past``.
         """
         count, past, uniform = self.count, self.past, self.uniform
         if isinstance(n, Tensor):
@@ -164,13 +180,13 @@ class NeuralMemoryState:
         if past is None or (left < 0).any():
             most = int(torch.where(behind, earlier + 1 + count, count).min())
             most = f"be at most {most}, what is kept of the open chunk and the past"
-            must("n", most, n.tolist() if isinstance(n, Tensor) else n)
+            must("n", most, plain_values(n) if isinstance(n, Tensor) else n)
         cropped = _mix(behind, past, self)
         past = dataclasses.replace(past, count=torch.where(behind, -1, earlier))
         return dataclasses.replace(cropped, count=left, records=self.records, past=past)
 
     def remember(self, before: "NeuralMemoryState", ended: Tensor | None) -> "NeuralMemoryState":
-        """This state, one token behind ``before``, with its past where that records.
+        """This state, one token after ``before``, with its past if ``before`` records one.
 
         Args:
             before: The state before the token.
@@ -188,9 +204,8 @@ class NeuralMemoryState:
         return dataclasses.replace(self, records=True, past=past)
 
     def writable(self) -> "tuple[list[Tensor], Writer]":
-        """The four pending tensors, to write after the newest token, and who may go on there.
-
-        Copies, unless this is the state that was made by the last write: so no state ever changes.
+        """The four pending tensors, to write after the newest token, and their ``Writer``. They are
+        copied unless the last write made this state, so that no state ever changes.
         """
         pending = [self.pending_h, self.pending_delta, self.pending_decay, self.pending_momentum]
         if self.writer is not None and self.writer.newest() is self:
@@ -200,14 +215,14 @@ class NeuralMemoryState:
         return [x.clone(memory_format=torch.contiguous_format) for x in pending], Writer()
 
     def changed(self, fields: dict[str, Any]) -> "NeuralMemoryState":
-        """``dataclasses.replace`` for a step, in a third of its time."""
+        """As ``dataclasses.replace``, but faster."""
         after = object.__new__(NeuralMemoryState)
         vars(after).update(vars(self))
         vars(after).update(fields)
         return after
 
     def reset(self, mask: Tensor, weights: Sequence[Tensor] | None = None) -> "NeuralMemoryState":
-        """Begin anew where ``mask`` (bool ``[R]``) is True.
+        """Restart where ``mask`` (bool ``[R]``) is True.
 
         Args:
             mask: Which rows.
@@ -244,7 +259,7 @@ class NeuralMemoryState:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "NeuralMemoryState":
-        """The state of what ``tensors`` gave.
+        """The state from the result of ``tensors``.
 
         Raises:
             ValueError: If a tensor is missing, or they do not fit each other.
@@ -252,13 +267,23 @@ class NeuralMemoryState:
         for name in (*TENSORS, "sizes"):
             if name not in tensors and name != "packed_momentum":
                 must("tensors", f"have {name}", sorted(tensors))
+        return cls._checked(tensors, tuple(plain_values(tensors["sizes"])))
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "NeuralMemoryState":
+        """The state of what ``tensors`` gave of another state of the same memory."""
+        return self._checked({"initial": self.initial} | dict(tensors), self.sizes)
+
+    @classmethod
+    def _checked(cls, tensors: Mapping[str, Tensor], sizes: tuple[int, ...]) -> "NeuralMemoryState":
         named: dict[str, Any] = {name: tensors.get(name) for name in TENSORS}
-        state = cls(**named, sizes=tuple(tensors["sizes"].tolist()))
+        state = cls(**named, sizes=sizes)
         R, H = state.packed_weights.shape[:2]
         state.check(R, H, state.packed_weights.dtype)
         last = state.chunk_size - 1
+        if is_traced(state.count):
+            return state
         if ((state.count < 0) | (state.count > last)).any():
-            must("count", f"be from 0 to chunk_size - 1 = {last}", state.count.tolist())
+            must("count", f"be from 0 to chunk_size - 1 = {last}", plain_values(state.count))
         return state
 
     def check(self, R: int, H: int, wide: torch.dtype) -> None:
@@ -298,13 +323,13 @@ class NeuralMemoryState:
 
 
 class Writer:
-    """Which state was made by the last write into some pending rows, and how."""
+    """The state that the last write into some pending rows made, and the plan of that write."""
 
     def __init__(self, plan: Any = None) -> None:
         self.newest: Callable[[], NeuralMemoryState | None] = lambda: None
         self.plan = plan  # of the step that wrote
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         """A copy or a file has pending rows of its own."""
         return Writer, ()
 

@@ -177,9 +177,10 @@ class TaskMask:
         Raises:
             TypeError: If ``device`` is no device.
         """
-        if not isinstance(device, torch.device | str | int):
-            must("device", "be a device", repr(device), TypeError)
-        device = torch.device(device)
+        given: Any = device
+        if not isinstance(given, torch.device | str | int):
+            must("device", "be a device", repr(given), TypeError)
+        device = torch.device(given)
         moved: dict[str, Any] = {
             name: None if t is None else t.to(device) for name, t in self.tensors._asdict().items()
         }

@@ -1,9 +1,18 @@
 """Attention under the mask of a task; one batch may mix tasks."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from memattn.checks import check_bool, check_indices, check_scale, must, values_to_check
+from memattn.checks import (
+    check_bool,
+    check_indices,
+    check_scale,
+    check_type,
+    must,
+    values_to_check,
+)
 from memattn.ops._attention import (
     autocast_each,
     check_query_key_value,
@@ -69,11 +78,10 @@ def task_masked_attention(
         a query without a key gives 0 instead of NaN.
     """
     check_tensors({"query": query, "key": key, "value": value}, {})
-    if not isinstance(task_mask, TaskMask):
-        must("task_mask", "be a TaskMask", type(task_mask).__name__, TypeError)
+    check_type("task_mask", task_mask, TaskMask, "be a TaskMask")
     query, key, value = autocast_each(query, key, value)
     check_query_key_value(query, key, value)
-    B, H, T, D = query.shape
+    _, H, T, D = query.shape
     S = key.shape[2]
     check_bool("is_causal", is_causal)
     if (task_mask.n_queries, task_mask.n_keys) != (T, S):
@@ -125,8 +133,9 @@ def _task_ids(task_id: int | Tensor, n_tasks: int, query: Tensor) -> Tensor:
         for task in values_to_check(task_id, n_tasks) or ():
             _check_task(task, n_tasks)
         return task_id.to(torch.int32).contiguous()
-    if isinstance(task_id, bool) or not isinstance(task_id, int | torch.SymInt):
-        must("task_id", "be an integer or a tensor", type(task_id).__name__, TypeError)
+    given: Any = task_id
+    if isinstance(given, bool) or not isinstance(given, int | torch.SymInt):
+        must("task_id", "be an integer or a tensor", type(given).__name__, TypeError)
     _check_task(task_id, n_tasks)
     return torch.full((B,), task_id, dtype=torch.int32, device=query.device)
 

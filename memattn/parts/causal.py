@@ -118,7 +118,7 @@ class CausalConfig(AttentionPart):
     def step_sources(self, module: nn.Module) -> StepSources | None:
         if type(self).run is not CausalConfig.run or type(module) is not SegmentedAttention:
             return None
-        if module.backend not in STEP_BACKENDS or module.num_sink_tokens:
+        if module.backend not in STEP_BACKENDS or module.num_sink_tokens or module.softcap:
             return None
         persistent = (module.persistent_key, module.persistent_value)
         return StepSources(module.segment_len, module.window_size, *persistent)
@@ -159,7 +159,7 @@ def _sources(
 
     def lse(key: Tensor, value: Tensor, **options: Any) -> Tensor:
         return segmented_attention(
-            query, key, value, backend=layer.backend, **bounds, **options
+            query, key, value, softcap=layer.softcap, backend=layer.backend, **bounds, **options
         ).lse.double()
 
     spans = {"segment_len": layer.segment_len, "window_size": layer.window_size}

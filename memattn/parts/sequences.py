@@ -7,24 +7,14 @@ import torch
 from torch import Tensor
 
 from memattn.checks import check_shape, check_tensor, must
+from memattn.parts.exported_states import FlatStates, append_in_program
+from memattn.parts.layer_states import LayerStates, same_parts
 from memattn.parts.padding import check_longest, check_mask, read_mask
 from memattn.parts.state import OPEN_END, PartState, SequenceBounds
 from memattn.parts.token_order import TokenOrder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class LayerStates:
-    """The states of the parts of one layer, by name.
-
-    Args:
-        parts: State of each part by name.
-    """
-
-    def __init__(self, parts: Mapping[str, PartState]) -> None:
-        self.parts = dict(parts)
-        self.position = 0  # columns seen so far, set by SequenceStates
 
 
 class SequenceStates:
@@ -65,6 +55,8 @@ class SequenceStates:
         self.columns: Tensor | None = None
         self.has_padding = self.ends_early = False
         self.order: TokenOrder | None = None
+        self.in_program = False
+        self.flat: FlatStates | None = None
 
     def _like(self) -> "Self":
         """An empty cache with the same layers."""
@@ -77,6 +69,13 @@ class SequenceStates:
         for layer in self.layers:
             yield from layer.parts.values()
 
+    def begin_at(self, device: torch.device) -> Tensor | None:
+        """Where rows begin, in columns since the first call; None where all do in the first."""
+        start = self.seq_start
+        if start is None or not (self.in_program or start.any()):
+            return None
+        return start.to(device)
+
     @property
     def batch_size(self) -> int:
         """Rows of the batch, or -1 before the first call."""
@@ -85,7 +84,7 @@ class SequenceStates:
     def has_layers(self, wanted: Sequence[Mapping[str, PartState]]) -> bool:
         """Whether the layers have exactly these parts."""
         return len(wanted) == len(self.layers) and all(
-            _fit(layer.parts, parts) for layer, parts in zip(self.layers, wanted, strict=True)
+            same_parts(layer.parts, parts) for layer, parts in zip(self.layers, wanted, strict=True)
         )
 
     def check_layers(self, wanted: Sequence[Mapping[str, PartState]]) -> None:
@@ -93,7 +92,7 @@ class SequenceStates:
         if len(wanted) != len(self.layers):
             must("past_key_values", f"have {len(wanted)} layers", len(self.layers))
         for i, (layer, parts) in enumerate(zip(self.layers, wanted, strict=True)):
-            if not _fit(layer.parts, parts):
+            if not same_parts(layer.parts, parts):
                 expected = ", ".join(map(str, parts.values()))
                 got = ", ".join(map(str, layer.parts.values()))
                 must("past_key_values", f"be of {expected} in layer {i}", got)
@@ -123,7 +122,10 @@ class SequenceStates:
                 a sequence becomes too long.
         """
         B, T, p = batch_size, num_columns, self.position
-        self.order = None
+        self.order = self.flat = None
+        if torch.compiler.is_exporting():
+            append_in_program(self, B, T, attention_mask, device)
+            return
         if self._goes_on(B, T, attention_mask, max_length):
             self.position += T
             self.has_padding = self.ends_early = False
@@ -392,8 +394,3 @@ class SequenceStates:
             state.crop(removed, counts)
             if by.any():
                 state.realign(start, position)
-
-
-def _fit(own: Mapping[str, PartState], wanted: Mapping[str, PartState]) -> bool:
-    """Whether states belong to the same parts."""
-    return own.keys() == wanted.keys() and all(own[name].fits(wanted[name]) for name in own)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memattn.parts.state import PartState
+from memattn.parts.state import PartState, take_tokens
 
 SINK = "sink_"  # prefix of a token tensor's name: its first tokens, stored as a row tensor
 
@@ -46,18 +46,21 @@ class SinkState(PartState):
         return {**super().describe(), **own}
 
     def place(self, seq_start: Tensor, position: int) -> None:
-        n = self.num_sink_tokens
-        self.lead = n if n and position > self.kept else 0
+        n, always = self.num_sink_tokens, torch.compiler.is_exporting()
         self._new = self._moved = None
         if not n:
+            self.lead = 0
             return
-        number = torch.arange(n)
+        has_dropped = bool(self.tokens) if always else position > self.kept
+        self.lead = n if has_dropped else 0
+        number = torch.arange(n, device=seq_start.device)
         begin = seq_start - position
-        if (begin > -n).any():
+        if always or (begin > -n).any():
             self._new = begin[:, None] + number
         if self.lead:
             dropped = (position - self.kept - seq_start).clamp(0, n)
-            if ((dropped > 0) & (dropped < n)).any():  # the last first tokens adjoin the kept ones
+            # the last first tokens adjoin the kept ones
+            if always or ((dropped > 0) & (dropped < n)).any():
                 self._moved = (number - (n - dropped)[:, None]).clamp(min=0)
 
     def append(self, name: str, states: Tensor) -> Tensor:
@@ -69,12 +72,10 @@ class SinkState(PartState):
         past = self.tokens[name]
         self._check(name, past[..., :0, :], states[..., :0, :])
         if self._moved is not None:
-            first = _gather(first, self._moved)
+            first = take_tokens(first, self._moved)
         whole = torch.cat([first, past, states], dim=-2)
         self.tokens[name] = whole[..., self.lead :, :]
-        self._room.pop(name, None)
-        if not self.record_past:
-            self._trim(name)
+        self._drop_unseen(name)
         return whole
 
     def _first_tokens(self, name: str, states: Tensor) -> Tensor:
@@ -85,8 +86,8 @@ class SinkState(PartState):
             first = states.new_zeros(*states.shape[:-2], n, states.shape[-1])
         if self._new is not None and T:
             is_new = (self._new >= 0) & (self._new < T)
-            shape = (len(is_new), *[1] * (states.dim() - 3), n, 1)
-            taken = _gather(states, self._new.clamp(0, T - 1))
+            shape = (is_new.shape[0], *[1] * (states.dim() - 3), n, 1)
+            taken = take_tokens(states, self._new.clamp(0, T - 1))
             first = torch.where(is_new.view(shape).to(states.device), taken, first)
         self.rows[SINK + name] = first
         return first
@@ -99,15 +100,8 @@ class SinkState(PartState):
             return
         for name, states in self.tokens.items():
             shape = (len(is_first), *[1] * (states.dim() - 3), kept, 1)
-            taken = _gather(self.rows[SINK + name], number.clamp(0, n - 1))
+            taken = take_tokens(self.rows[SINK + name], number.clamp(0, n - 1))
             self.tokens[name] = torch.where(is_first.view(shape).to(states.device), taken, states)
 
     def _restored(self) -> Iterable[str]:
         return ()  # its rows are first tokens
-
-
-def _gather(tokens: Tensor, places: Tensor) -> Tensor:
-    """Tokens ``[B, ..., S, F]`` at the places ``[B, n]`` of each row."""
-    shape = (len(places), *[1] * (tokens.dim() - 3), places.shape[1], 1)
-    index = places.view(shape).to(tokens.device)
-    return tokens.gather(-2, index.expand(*tokens.shape[:-2], -1, tokens.shape[-1]))

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from memattn.checks import must
 from memattn.parts.state import PartState
 
@@ -25,7 +28,11 @@ class SpecialistsState(PartState):
         names: Iterable[str] = (),
     ) -> None:
         self.names = tuple(names)
+        self._has_past = False
         super().__init__(kind, segment_len, window_size)
+
+    def place(self, seq_start: Tensor, position: int) -> None:
+        self._has_past = not (isinstance(position, int) and position == 0)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "names": list(self.names)}
@@ -44,7 +51,9 @@ class SpecialistsState(PartState):
         Raises:
             ValueError: If one is wanted whose keys of earlier tokens are missing.
         """
-        if wanted != self.names and not self.kept and begins():
+        # a program has no values to look at
+        first = (lambda: not self._has_past) if torch.compiler.is_exporting() else begins
+        if wanted != self.names and not self.kept and first():
             self.names = wanted
             self.tokens = {}
         for name in wanted:

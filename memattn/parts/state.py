@@ -119,6 +119,13 @@ class PartState:
         """Number of kept tokens."""
         return next((t.shape[-2] for t in self.tokens.values()), 0)
 
+    @property
+    def most_kept(self) -> int | None:
+        """The most tokens of a sequence that goes on which later ones can see; None means all."""
+        if self.segment_len is None and self.window_size is None:
+            return None
+        return max(self.segment_len or 1, self.window_size or 1) - 1
+
     def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values ``[B, Hkv, T, D]``; return all kept ones, including the new."""
         return self.append("key", key_states), self.append("value", value_states)
@@ -136,9 +143,7 @@ class PartState:
                 return found
             states = torch.cat([past, states], dim=-2)
         self.tokens[name] = states
-        self._room.pop(name, None)
-        if not self.record_past:
-            self._trim(name)
+        self._drop_unseen(name)
         return states
 
     def extend(self, name: str, n: int, empty: Tensor | None = None) -> Tensor:
@@ -170,6 +175,26 @@ class PartState:
         self.tokens[name] = view
         self._room[name] = Room(room.buffer, view, end)
         return found
+
+    def _drop_unseen(self, name: str) -> None:
+        """Drop of a token tensor that was replaced what no later token can see."""
+        self._room.pop(name, None)
+        if torch.compiler.is_exporting():
+            self.tokens[name] = self._kept_in_program(self.tokens[name])
+        elif not self.record_past:
+            self._trim(name)
+
+    def _kept_in_program(self, tokens: Tensor) -> Tensor:
+        """What a program of ``torch.export`` keeps, as many whatever the lengths are.
+
+        Rows that end before the newest column are moved there.
+        """
+        n, S, end = self.most_kept, tokens.shape[-2], self.bounds.seq_end
+        if end is not None:
+            n = S if n is None else n
+            column = torch.arange(n, device=end.device) - n + (end - self.lead)[:, None]
+            return take_tokens(tokens, column.clamp(min=0).long())
+        return tokens if n is None else F.pad(tokens, (0, 0, n, 0))[..., S:, :]
 
     def compact(self, name: str) -> None:
         """Free the memory of entries that no later token sees, if they are most of the buffer."""
@@ -344,6 +369,13 @@ class PartState:
         if self.window_size is not None:
             near.append(begins - self.window_size + 1)
         return torch.stack(near).amin(0).maximum(start)
+
+
+def take_tokens(tokens: Tensor, places: Tensor) -> Tensor:
+    """Tokens ``[B, ..., S, F]`` at the places int64 ``[B, n]`` of each row."""
+    shape = (places.shape[0], *[1] * (tokens.dim() - 3), places.shape[1], 1)
+    index = places.view(shape).to(tokens.device)
+    return tokens.gather(-2, index.expand(*tokens.shape[:-2], -1, tokens.shape[-1]))
 
 
 def _moved(x: Tensor, by: Tensor, dim: int) -> Tensor:

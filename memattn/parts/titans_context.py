@@ -228,7 +228,7 @@ class MemoryAsContext(ContextLayer):
         """
         if self.longterm is None:
             return None
-        tokens = self.longterm.tokens.to(like.dtype).expand(len(state.memory.count), -1, -1)
+        tokens = self.longterm.tokens.to(like.dtype).expand(state.memory.count.shape[0], -1, -1)
         apart = dataclasses.replace(state, read_inputs=None)  # no tokens come before them
         read, _ = self.memory.read(tokens, apart, weights=weights)
         own, remembered = (self.attention.memory_heads(x, None) for x in (tokens, read))

@@ -66,9 +66,8 @@ class TitansState(PartState):
             begin = layer.start().expand(B)
         if state is None and begin is not None:
             state = begin
-            if self.rows:  # loaded from a file, or merged
-                initial = {name: begin.tensors()[name] for name in UNSAVED}
-                state = NeuralMemoryLayerState.from_tensors(self.rows | initial)
+            if self.rows:  # loaded from a file, merged, or in a program
+                state = begin.with_tensors(self.rows)
         assert state is not None
         _check_memory(state, layer)
         if self._restarting is not None and begin is not None:

@@ -37,7 +37,7 @@ from memattn_kernels.neural_memory.tiles import (
     D_DECAY,
     D_ETA,
     Memory,
-    Row,
+    RowArguments,
     Strided,
     copy,
     packed_size,
@@ -181,7 +181,7 @@ def neural_memory_bwd_kernel(
         if d_end_s_ptr is not None:
             d_end_s_ptr += item * size
         copy(d_end_s_ptr, d_s, size, COPY_BLOCK)
-    x = Row(
+    x = RowArguments(
         place_ptr + 2 * item, IS_BATCH, n_heads, T,
         Strided(q_ptr, stride_qb, stride_qh, stride_qt),
         Strided(k_ptr, stride_kb, stride_kh, stride_kt),

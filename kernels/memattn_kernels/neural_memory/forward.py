@@ -35,7 +35,7 @@ from memattn_kernels.neural_memory.tiles import (
     G,
     H,
     Memory,
-    Row,
+    RowArguments,
     Strided,
     activate,
     at_head,
@@ -208,7 +208,7 @@ def neural_memory_fwd_kernel(
             start_s_ptr += item * size
         copy(start_s_ptr, s, size, COPY_BLOCK)
     tl.debug_barrier()
-    x = Row(
+    x = RowArguments(
         place_ptr + 2 * item, IS_BATCH, n_heads, T,
         Strided(q_ptr, stride_qb, stride_qh, stride_qt),
         Strided(k_ptr, stride_kb, stride_kh, stride_kt),

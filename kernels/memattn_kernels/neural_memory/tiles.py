@@ -1,13 +1,14 @@
-"""What the kernels of the neural memory share: sizes, scratch, products of tiles.
+"""Helpers of the kernels of the neural memory: sizes, scratch, products of tiles.
 
-A program owns a head of a row and walks its chunks. What a chunk needs lies in scratch of the
-program, in the second-level cache: *inputs*, tokens by the inputs of all layers beside each other;
-*outputs*, tokens by their outputs; *pairs*, tokens by tokens; *lanes*, one number for each token.
-Layers are a loop at run time, and a kernel serves every depth. Strides of scratch are known at
-compile time: else their multiples would be kept in registers. Layer ``l`` has weights
+A program computes one head of a row, chunk by chunk. The data of a chunk is in scratch memory of
+the program, in the second-level cache: *inputs*, tokens by the inputs of all layers beside each
+other; *outputs*, tokens by their outputs; *pairs*, tokens by tokens; *lanes*, one number for each
+token. Layers are a loop at run time, and a kernel serves every depth. Strides of scratch are known
+at compile time; otherwise their multiples would be kept in registers. Layer ``l`` has weights
 ``[width(l + 1), width(l)]``. All is float32.
 
-What a thread has written another one reads, so a barrier stands before every pass that reads.
+Threads read data that other threads have written, so there is a barrier before every pass that
+reads.
 """
 
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ BACKWARD_SECTIONS: tl.constexpr = tl.constexpr((len(_inputs), len(_outputs), len
 class Memory(NamedTuple):
     """Sizes of a memory, its options and the scratch of a program.
 
-    An assignment would make numbers at run time of the options, so this is made in a call.
+    An assignment would turn the options into run-time values, so this is created inside a call.
     """
 
     inputs_ptr: Any
@@ -76,8 +77,8 @@ class Strided(NamedTuple):
     t: Any
 
 
-class Row(NamedTuple):
-    """What a program reads: arguments of the kernel, and the tokens of its row."""
+class RowArguments(NamedTuple):
+    """Arguments of the kernel, and the tokens of the program's row."""
 
     place: Any  # where row and head of the program stand
     is_batch: Any  # rows are sequences of the batch, not documents of one
@@ -114,8 +115,8 @@ class Tokens(NamedTuple):
 def place_of(x):
     """Number of this head among all of all rows, its sequence, and its head.
 
-    It is read again by every pass, and the compiler cannot know that it is the same: else all
-    pointers that follow from it would be kept in registers from the first chunk to the last.
+    Every pass reads it again, and the compiler cannot know that it does not change. Otherwise all
+    pointers derived from it would be kept in registers from the first chunk to the last.
     """
     row = tl.load(x.place, volatile=True).to(tl.int64)
     h = tl.load(x.place + 1, volatile=True).to(tl.int64)
@@ -201,7 +202,7 @@ def load_block(ptr, stride, row, col, n_rows, n_cols, BLOCK_R: tl.constexpr,
 
 @triton.jit
 def store_block(ptr, stride, row, col, n_rows, n_cols, tile):
-    """Write what of a tile lies inside ``[n_rows, n_cols]``."""
+    """Write the part of a tile inside ``[n_rows, n_cols]``."""
     rows = row + tl.arange(0, tile.shape[0])[:, None]
     cols = col + tl.arange(0, tile.shape[1])[None, :]
     tl.store(ptr + rows * stride + cols, tile, mask=(rows < n_rows) & (cols < n_cols))
