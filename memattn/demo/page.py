@@ -184,7 +184,7 @@ def _reading(report: dict[str, Any]) -> str:
         "A model that does not pass the pairs has learned hardly more than "
         "they say. Tokens per second is the training speed, the median of all "
         f"steps{beside}. The audit compares runs of each model in float64 and in its own dtype: "
-        "&ldquo;all 0&rdquo; means that later tokens, other rows and padding change nothing at all, "
+        "&ldquo;all 0&rdquo; means that later tokens, other rows and padding change nothing, "
         "and that decoding token by token gives what one pass gives.</p>"
         f"<p><b>What it does not show.</b> One seed ({report['config']['seed']}), "
         f"{epochs:.1f} passes over a small text, models that a laptop trains in minutes: a "
