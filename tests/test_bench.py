@@ -173,7 +173,7 @@ def test_roofs_are_the_best_of_turns_around_the_cases():
 
     records = [{"machine_share": share} for share in beside]
     line = report.disturbed_line(records)
-    assert line is not None and "beside 3 of 4 rows" in line and "at 30 % at worst" in line
+    assert line is not None and "around 3 of 4 rows" in line and "lowest was 30 %" in line
     assert report.disturbed_line(records[:1]) is None
     assert "best of 5 samples" in report.roof_line(samples.records()[0])
     assert "product 1e-07 GFLOP/s (30 %)" in report.roof_line(samples.records()[0])

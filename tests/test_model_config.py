@@ -238,7 +238,7 @@ def test_model_error_messages(inputs, error, message):
 def test_attention_is_not_replaced_by_transformers(caplog):
     model = make_model()
     before = logits_of(model, TOKENS)
-    with pytest.raises(ValueError, match="does not support an attention implementation"):
+    with pytest.raises(NotImplementedError, match='attn_implementation must be "eager", which is'):
         AutoModelForCausalLM.from_config(make_config(), attn_implementation="sdpa")
     model.set_attn_implementation("sdpa")  # transformers warns, and changes nothing
     assert model.config._attn_implementation == "eager"

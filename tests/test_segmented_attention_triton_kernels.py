@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from memattn.bench import retune
+from memattn.bench import retune, retune_workloads
 from memattn.bench.inputs import make_segmented_inputs
 from memattn.ops import segmented_attention
 from memattn.testing import assert_results_within_budget, run_with_gradients
@@ -93,7 +93,7 @@ def test_retune_knows_kernels_of_the_tables():
 
 @pytest.mark.parametrize("kernel", configs.table("sm_90"))
 def test_retune_has_work_for_every_kernel(kernel: str):
-    operator, make_inputs, passes = retune.work(kernel)
+    operator, make_inputs, passes = retune_workloads.workload(kernel)
     assert kernel.startswith(operator.__name__.removesuffix("_loss"))
     tensors = make_inputs(B=1, T=7, S=140, D=8)
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}

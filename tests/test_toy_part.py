@@ -237,8 +237,8 @@ def test_trains_resumes_bit_for_bit_reports_and_is_drawn(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["plot", "doors", model, "--text", "the sea"]) == 2
     shown = capsys.readouterr().err
-    assert "but for page and attention and state and chapters and " in shown
-    assert " and running_mean, got" in shown
+    assert "but for page, attention, state, influence, chapters, " in shown
+    assert ", running_mean, got" in shown
     report = tmp_path / "report.json"
     assert main(["evaluate", model, "--json", str(report)]) == 0
     assert "toy_loss" in capsys.readouterr().out

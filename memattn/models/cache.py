@@ -98,6 +98,7 @@ class MemAttnCache(SequenceStates, Cache):
 
         Example:
             >>> rows, seen = torch.export.Dim("rows", min=2), torch.export.Dim("seen", min=2)
+            >>> cache = MemAttnCache(model.config)
             >>> shapes = ({0: rows}, cache.dynamic_shapes(rows, seen))  # of input_ids and cache
         """
         return axes_of(self, rows, columns)
