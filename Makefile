@@ -34,7 +34,8 @@ lint: $(VENV)/ready
 
 # wheel and source distribution in dist/, each installed and tried away from this folder
 dist: $(VENV)/ready
-	$(BIN)/python scripts/build_dist.py
+	$(BIN)/python -m pip install --quiet --upgrade --target build/dist-tools 'build>=1.2' 'twine>=6'
+	PYTHONPATH=$(CURDIR)/build/dist-tools $(BIN)/python scripts/build_dist.py
 
 bench: $(VENV)/ready
 	$(BIN)/memattn bench

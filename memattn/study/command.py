@@ -19,8 +19,9 @@ _OWN = """    max_minutes: Stop with a checkpoint after so many minutes; the sam
 
 
 def study(system: Literal["future", "chapters", "adapters", "titans", "shiftable"]) -> int:
-    """Compare a system with baselines of equal size or cost over several seeds, with paired
-    differences.
+    """Compare a system with baselines of equal size or cost over several seeds.
+
+    Differences are paired by seed.
 
     Each system has options of its own: memattn study SYSTEM --help.
 
