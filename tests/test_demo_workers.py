@@ -71,8 +71,10 @@ def test_an_error_ends_the_other_jobs_behind_their_checkpoint(workers, tmp_path)
         "fails": partial(fails_behind, tmp_path / "goes on begun"),
         "never begins": partial(until_told, tmp_path, "never begins"),
     }
-    with pytest.raises(ValueError, match="seq_len must be at most 5, got 7"):
+    with pytest.raises(ValueError, match="seq_len must be at most 5, got 7") as raised:
         list(workers.run(jobs, "training"))
+    assert "in the process of fails" in str(cause := raised.value.__cause__)
+    assert "in fails_behind" in str(cause)  # its traceback
     assert (tmp_path / "goes on saved").exists()
     assert not (tmp_path / "never begins begun").exists()
     # and there are processes for what follows

@@ -171,7 +171,7 @@ for t in range(cache.position, ids.shape[1]):
 """
 
 
-def run_alone(code: str, folder: Path) -> None:
+def check_runs_alone(code: str, folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=os.environ
     )
@@ -190,7 +190,7 @@ def test_a_saved_step_goes_on_in_another_process(tmp_path: Path):
     _, cache = step(ids[:, :13], None)
     cache.save(tmp_path / "cache.safetensors")
     torch.save((ids, step(ids, None)[0]), tmp_path / "inputs.pt")
-    run_alone(RUN_STEPS, tmp_path)
+    check_runs_alone(RUN_STEPS, tmp_path)
 
 
 class Remember(nn.Module):
@@ -208,7 +208,7 @@ def test_a_saved_operator_runs_in_another_process(tmp_path: Path):
     program = torch.export.export(Remember(), inputs)
     torch.export.save(program, tmp_path / "program.pt2")
     torch.save((inputs, _pytree.tree_leaves(Remember()(*inputs))), tmp_path / "inputs.pt")
-    run_alone(RUN, tmp_path)
+    check_runs_alone(RUN, tmp_path)
 
 
 def test_what_operators_return_has_a_name_in_saved_programs():

@@ -66,7 +66,8 @@ def begun(tmp_path_factory):
         assert old in config
         config = config.replace(old, new)
     (folder / "configs" / "start.yaml").write_text(config)
-    with contextlib.chdir(folder), plain_warnings():
+    with pytest.MonkeyPatch.context() as patch, plain_warnings():
+        patch.chdir(folder)
         run_blocks(section("Before you begin"), {})
     return folder
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from train_factories import columns, tiny_config, write_corpus
 
 from memattn.data import load_tokenizer
 from memattn.train import LoraConfig, ModelConfig, TrainingConfig, load_config, train
-from memattn.train.distributed import prepare_model
+from memattn.train.distributed import leave_process_group, prepare_model
 from memattn.train.metrics import read_metrics
 from memattn.train.setup import build_model
 
@@ -80,6 +81,25 @@ def attached_model(folder: Path) -> ModelConfig:
     return ModelConfig(
         model_path=str(base), memory_adapter=memory, lora=lora, freeze_base_model=True
     )
+
+
+def test_no_garbage_outlives_the_process_group():
+    """Where the collection of one cycle makes garbage of another, as those of sharded models do."""
+
+    class Cycle:
+        def __init__(self, held: list["Cycle"]):
+            self.itself, self.held = self, held
+
+        def __del__(self):
+            self.held.clear()
+
+    held = [Cycle([])]
+    last, first = weakref.ref(held[0]), Cycle(held)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    del first
+    leave_process_group()
+    assert last() is None and not torch.distributed.is_initialized()
 
 
 def test_weights_that_rest_are_not_sharded(tmp_path):

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -129,14 +130,14 @@ class Workers:
         """The result of a job that is done, by its name."""
         name, worker.job = str(worker.job), None
         try:
-            result, error = worker.connection.recv()
+            result, error, told = worker.connection.recv()
         except EOFError as lost:
             self._workers.remove(worker)
             worker.process.join()
             code = worker.process.exitcode
             raise RuntimeError(f"the process of {name} ended with exit code {code}") from lost
         if error is not None:
-            raise error
+            raise error from RuntimeError(f"in the process of {name}:\n{told}")
         return name, result
 
     def _end(self) -> None:
@@ -175,6 +176,6 @@ def _work(connection: Any, threads: int) -> None:
         except EOFError:
             return
         try:
-            connection.send((job(), None))
-        except Exception as error:
-            connection.send((None, error))
+            connection.send((job(), None, ""))
+        except Exception as error:  # any error of a job is raised where its result is awaited
+            connection.send((None, error, traceback.format_exc()))

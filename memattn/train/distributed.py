@@ -31,12 +31,19 @@ def leave_process_group() -> None:
     # the first process holds the store that the others need to leave
     torch.distributed.barrier()
     group = torch.distributed.group.WORLD
-    gc.collect()
+    _collect_garbage()
     torch.distributed.destroy_process_group()
     for mesh in (thing for thing in gc.get_objects() if type(thing) is DeviceMesh):
         getattr(mesh, "_pg_registry", {}).clear()
     # dropping the last reference waits for the threads, which can use the interpreter meanwhile
     del group
+
+
+def _collect_garbage() -> None:
+    """Collect until nothing is found: an autograd graph frees what it holds one collection later."""
+    for _ in range(10):  # finalizers may make new garbage each time
+        if not gc.collect():
+            return
 
 
 def prepare_model(accelerator: Accelerator, model: nn.Module, config: TrainingConfig) -> nn.Module:
