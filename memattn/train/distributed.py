@@ -40,7 +40,7 @@ def leave_process_group() -> None:
 
 
 def _collect_garbage() -> None:
-    """Collect until nothing is found: an autograd graph frees what it holds one collection later."""
+    """Collect until nothing is found: a graph of autograd frees what it holds one run later."""
     for _ in range(10):  # finalizers may make new garbage each time
         if not gc.collect():
             return
