@@ -48,6 +48,24 @@ def test_every_parameter_is_in_the_group_that_it_belongs_to():
     assert {decay for _, decay in placed.values()} == {0.1, 0.0}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_output_layer_have_a_rate_of_their_own(optimizer, tied):
+    model = small_model()
+    if not tied:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    config = TrainingConfig(base_model_lr=1e-3, embedding_lr=4e-3, optimizer=optimizer)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    placed = {
+        names[p]: group["lr"]
+        for group in make_optimizer(model, config).param_groups
+        for p in group["params"]
+    }
+    ends = {"model.embed_tokens.weight"} | ({"lm_head.weight"} if not tied else set())
+    assert {name for name, rate in placed.items() if rate == 4e-3} == ends
+    assert {rate for name, rate in placed.items() if name not in ends} == {1e-3}
+
+
 class Experts(nn.Module):
     """Expert matrices stacked in one parameter, as Mixtral has them, and subclasses of tables."""
 
