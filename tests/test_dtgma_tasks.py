@@ -151,11 +151,21 @@ def test_a_model_without_tasks_comes_back(tmp_path):
     model.save(tmp_path / "model")
     other = DTGMAModel.load(tmp_path / "model")
     assert other.parameter_report() == model.parameter_report()
-    assert other._options() == model._options()
+    assert other.options == model.options
     with pytest.raises(ValueError, match="path must hold what has format memattn.DTGMATask/1"):
         other.load_task(tmp_path / "model")
     with pytest.raises(FileNotFoundError, match="path must be a file that DTGMAModel.save wrote"):
         DTGMAModel.load(tmp_path / "none")
+
+
+def test_shared_parameters_are_frozen_on_demand(tmp_path):
+    model = make_model(reads={0: ()}, frozen=False, shared="first_task")
+    assert model.parameter_report().trainable == model.parameter_report().total
+    model.freeze_shared()
+    assert not model.tokens.projection.weight.requires_grad
+    assert model.requires_grad_().parameter_report().trainable == model.parameter_report().tasks[0]
+    model.save(tmp_path / "model")
+    assert DTGMAModel.load(tmp_path / "model").shared_frozen and not model.is_frozen(0)
 
 
 def test_only_whole_files_are_read(tmp_path):

@@ -20,7 +20,7 @@ from memattn.train.optim import (
 )
 
 
-def small_model() -> nn.Module:
+def small_model() -> MemAttnForCausalLM:
     return MemAttnForCausalLM(
         MemAttnConfig.segmented(
             vocab_size=17,
@@ -53,7 +53,8 @@ def test_every_parameter_is_in_the_group_that_it_belongs_to():
 def test_embedding_and_output_layer_have_a_rate_of_their_own(optimizer, tied):
     model = small_model()
     if not tied:
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        head: Any = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
     config = TrainingConfig(base_model_lr=1e-3, embedding_lr=4e-3, optimizer=optimizer)
     names = {parameter: name for name, parameter in model.named_parameters()}
     placed = {

@@ -1,14 +1,17 @@
 """What the columns of a DTG-MA model attend to."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from memattn.dtgma.layers import TaskName
+from memattn.checks import must
+from memattn.dtgma.columns import TaskColumn, TaskColumns, TaskName
 from memattn.nn.task_attention import ColumnLayout, TaskGraphAttention
+from memattn.nn.task_linear import TaskGroups, group_by_task
+from memattn.nn.task_tokens import TokenProjection
 
 
 class TaskAttention(NamedTuple):
@@ -24,8 +27,42 @@ class TaskAttention(NamedTuple):
     weights: Tensor | None  # [layers, H, L, C * L], mean over the inputs; None without inputs
 
 
+def task_attention(
+    model: nn.Module,
+    columns: TaskColumns,
+    projection: TokenProjection,
+    task: TaskName,
+    x: Tensor | None,
+    classify: Callable[[Tensor, TaskGroups], Tensor],
+) -> TaskAttention:
+    """The mask of a task, and what its column attends to.
+
+    Args:
+        model: The model that the other arguments belong to.
+        columns: The columns of its tasks.
+        projection: Its projection of inputs to tokens.
+        task: The task.
+        x: Inputs, ``[B, ...]``; None means the mean input of each class.
+        classify: Computes the columns of tokens ``[B, L, E]``.
+    """
+    number = columns.number("task", task)
+    column, device = columns.at(number), projection.projection.weight.device
+    tokens = _mean_inputs(projection, column) if x is None else projection(x)
+    groups = group_by_task(number, 1 if tokens is None else tokens.shape[0])
+    n_tokens = _column_tokens(projection, column) if tokens is None else tokens.shape[1]
+    length = n_tokens + column.n_nodes
+    mask = columns.layout(groups, length, device).mask.dense(0)[:, :length]
+    weights = None
+    if tokens is not None:
+        with _recorded_weights(model, mask) as layers:
+            classify(tokens, groups)
+        weights = torch.stack(layers)
+    names = columns.names_of(columns.graph.columns(number))
+    return TaskAttention(names, column.n_nodes, mask, weights)
+
+
 @contextmanager
-def recorded_weights(model: nn.Module, mask: Tensor) -> Iterator[list[Tensor]]:
+def _recorded_weights(model: nn.Module, mask: Tensor) -> Iterator[list[Tensor]]:
     """Run a model in its evaluation mode, and gather the attention weights of its layers.
 
     Args:
@@ -51,6 +88,27 @@ def recorded_weights(model: nn.Module, mask: Tensor) -> Iterator[list[Tensor]]:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
+
+
+def _mean_inputs(tokens: TokenProjection, column: TaskColumn) -> Tensor | None:
+    """Tokens ``[classes, L, E]`` of the mean input of each class; None where none are kept."""
+    if column.prototypes is None:
+        return None
+    means = column.prototypes[~column.prototypes.isnan().any(1)]
+    means = means.unflatten(1, (-1, tokens.projection.out_features))
+    if tokens.image is None and tokens.n_tokens > 1 and means.shape[1] == 1:
+        return None  # of sequences the mean over their tokens is kept
+    return means
+
+
+def _column_tokens(tokens: TokenProjection, column: TaskColumn) -> int:
+    """Tokens of a task's column without its nodes, where no input says how many there are."""
+    if column.mask is not None:
+        return column.mask.shape[-1] - column.n_nodes
+    if tokens.n_image_tokens is None:
+        task = repr(column.name)
+        must("x", f"be given for task {task}, which has neither a mask nor prototypes", None)
+    return tokens.n_image_tokens
 
 
 def _weights(

@@ -1,27 +1,13 @@
 """Which task a sample belongs to, where nobody says so."""
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from memattn.checks import check_shape, check_tensor, must
-from memattn.dtgma.layers import TaskName
-
-
-class Classifier(Protocol):
-    """What inference asks of a ``DTGMAModel``."""
-
-    @property
-    def tasks(self) -> Sequence[TaskName]: ...
-
-    def prototypes(self, task: TaskName) -> Tensor | None: ...
-
-    def prototype_features(self, x: Tensor) -> Tensor: ...
-
-    def __call__(self, x: Tensor, task_id: TaskName) -> Tensor: ...
+from memattn.dtgma.columns import TaskName
 
 
 @torch.no_grad()
@@ -43,15 +29,21 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 @torch.no_grad()
-def nearest_prototype(model: Classifier, x: Tensor) -> Tensor:
-    """The place among ``model.tasks`` of the task that has the nearest prototype, int64 ``[B]``."""
-    nearest = []
-    for task in model.tasks:
-        prototypes = model.prototypes(task)
-        if prototypes is None:
+def nearest_prototype(features: Tensor, prototypes: Mapping[TaskName, Tensor | None]) -> Tensor:
+    """The place of the task that has the nearest prototype, int64 ``[B]``.
+
+    Args:
+        features: ``[B, F]``.
+        prototypes: Class means ``[classes, F]`` of each task; NaN for a class without samples.
+
+    Raises:
+        ValueError: If a task has no prototypes, or they have another number of features.
+    """
+    nearest: list[Tensor] = []
+    for task, means in prototypes.items():
+        if means is None:
             must("method", f"not be 'prototype' while task {task!r} has none", "'prototype'")
-        known = prototypes[~prototypes.isnan().any(1)]
-        features = model.prototype_features(x)
+        known = means[~means.isnan().any(1)]
         if features.shape[1] != known.shape[1]:
             wanted = f"give the {known.shape[1]} features of the prototypes of task {task!r}"
             must("x", wanted, features.shape[1])
@@ -60,15 +52,18 @@ def nearest_prototype(model: Classifier, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def lowest_entropy(model: Classifier, x: Tensor) -> Tensor:
+def lowest_entropy(logits: Sequence[Tensor]) -> Tensor:
     """The place of the task whose classifier is the most certain, int64 ``[B]``.
 
     The entropy is divided by that of a uniform guess, so that tasks of few classes are not
     preferred; a task of one class is never uncertain and counts as uniform.
+
+    Args:
+        logits: ``[B, classes]`` of each task.
     """
-    entropies = []
-    for task in model.tasks:
-        log_probs = model(x, task).log_softmax(-1)
+    entropies: list[Tensor] = []
+    for own in logits:
+        log_probs = own.log_softmax(-1)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         classes = log_probs.shape[-1]
         uniform = math.log(classes)

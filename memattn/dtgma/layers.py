@@ -1,8 +1,6 @@
-"""The parts of DTG-MA: what a task has outside the layers, and a layer."""
+"""The layers of DTG-MA: task-graph attention, and the feed-forward network of each task."""
 
-from collections.abc import Mapping
-from numbers import Integral
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,69 +8,6 @@ from torch.nn import functional as F
 
 from memattn.nn.task_attention import ColumnLayout, TaskGraphAttention
 from memattn.nn.task_linear import TaskGroups, TaskLinear
-
-TaskName = int | str
-
-
-def plain_name(value: Any) -> TaskName | None:
-    """A task's name as a plain integer or string, of NumPy's too; None for what is no name."""
-    if isinstance(value, str):
-        return str(value)
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
-
-
-class TaskColumn(nn.Module):
-    """What a task has outside the layers: head, node tokens, mask and prototypes."""
-
-    mask: Tensor | None  # bool [L, L] or [H, L, L]
-    prototypes: Tensor | None  # [classes, F]
-
-    def __init__(self, name: TaskName, hidden_dim: int, num_classes: int, n_nodes: int) -> None:
-        super().__init__()
-        self.name = name
-        self.num_classes = num_classes
-        self.frozen = False
-        self.head = nn.Linear(hidden_dim, num_classes)
-        self.nodes = None
-        if n_nodes:
-            self.nodes = nn.Parameter(torch.randn(n_nodes, hidden_dim) * hidden_dim**-0.5)
-        self.register_buffer("mask", None)
-        self.register_buffer("prototypes", None)
-
-    def copy_from(self, other: "TaskColumn") -> None:
-        """Take over the nodes, and the head if it has as many classes."""
-        if other.num_classes == self.num_classes:
-            self.head.load_state_dict(other.head.state_dict())
-        if self.nodes is not None and other.nodes is not None:
-            self.nodes.data.copy_(other.nodes)
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **options: Any
-    ) -> None:
-        """Take over mask and prototypes too, which may be missing on either side."""
-        weight = self.head.weight
-        for name, dtype in dict(mask=torch.bool, prototypes=weight.dtype).items():
-            stored = state_dict.get(prefix + name)
-            place = None
-            if stored is not None:
-                place = torch.empty(stored.shape, dtype=dtype, device=weight.device)
-            setattr(self, name, place)
-        super()._load_from_state_dict(state_dict, prefix, *args, **options)
-
-    def with_nodes(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[n, L, E]`` with the node tokens after them."""
-        if self.nodes is None:
-            return tokens
-        return torch.cat([tokens, self.nodes.expand(tokens.shape[0], -1, -1)], 1)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Logits ``[n, classes]`` from a column ``[n, L, E]``.
-
-        Of the mean over node tokens, or over all tokens where there are no nodes.
-        """
-        if self.nodes is not None:
-            features = features[:, -self.nodes.shape[0] :]
-        return self.head(features.mean(1))
 
 
 class TaskFeedForward(nn.Module):
@@ -106,7 +41,8 @@ class DTGMALayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Map own columns ``[B, L, E]`` and read ones ``[R, L, E]``.
 
-        Read columns know no dropout and no gradient; nobody sees what the last layer makes of them.
+        Read columns get no dropout and no gradient. The last layer does not compute them, since
+        nothing reads them any more.
         """
         with torch.no_grad():
             normed_read = None if read is None else self.attention_norm(read)
@@ -121,3 +57,54 @@ class DTGMALayer(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
+
+
+class DTGMALayers(nn.ModuleList):
+    """The layers of a model, applied in order."""
+
+    def forward(self, own: Tensor, read: Tensor | None, layout: ColumnLayout) -> Tensor:
+        """Map own columns ``[B, L, E]``, which attend to read ones ``[R, L, E]``, to ``[B, L, E]``.
+
+        Args:
+            own: The column of each sample's task.
+            read: Columns that these tasks read; None where they read none.
+            layout: Which columns belong to which sample and task.
+        """
+        for i in range(len(self)):
+            own, read = self.layer(i)(own, read, layout, is_last=i == len(self) - 1)
+        return own
+
+    def layer(self, index: int) -> DTGMALayer:
+        """The layer of an index."""
+        layer = self[index]
+        assert isinstance(layer, DTGMALayer)
+        return layer
+
+    def add_task(self, number: int, init_from: int | None) -> None:
+        """Give a task its parameters: new ones, or a copy of those of the task ``init_from``."""
+        for _, linear in self._linears():
+            linear.add_task(number, init_from=init_from)
+
+    def remove_task(self, number: int) -> None:
+        """Drop the parameters of a task."""
+        for _, linear in self._linears():
+            linear.remove_task(number)
+
+    def task_parameters(self, number: int) -> dict[str, nn.Parameter]:
+        """The parameters of a task by name."""
+        own: dict[str, nn.Parameter] = {}
+        for name, linear in self._linears():
+            own |= {f"{name}.{k}": p for k, p in linear.task_parameters(number).items()}
+        return own
+
+    def norm_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the norms, which tasks share, by name."""
+        own: dict[str, nn.Parameter] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, nn.LayerNorm):
+                own |= {f"{name}.{k}": p for k, p in module.named_parameters()}
+        return own
+
+    def _linears(self) -> Iterator[tuple[str, TaskLinear]]:
+        modules = self.named_modules()
+        return ((name, module) for name, module in modules if isinstance(module, TaskLinear))

@@ -1,183 +1,199 @@
-"""Saving and loading of DTG-MA models and of single tasks."""
+"""What files hold of a DTG-MA model or one of its tasks, taken from a model and put into one."""
 
-from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memattn.checks import check_floating, check_shape, must
-from memattn.dtgma.files import (
-    ModelFile,
-    TaskFile,
-    check_tensors,
-    hash_tensors,
-    refused,
-)
-from memattn.dtgma.layers import TaskName
-from memattn.dtgma.tasks import TaskModel
+from memattn.dtgma import parameters
+from memattn.dtgma.columns import TaskColumns, TaskName
+from memattn.dtgma.files import ModelFile, TaskFile, check_tensors, hash_tensors, refused
+from memattn.dtgma.layers import DTGMALayers
+from memattn.dtgma.options import exchanged_options
+from memattn.nn.task_tokens import TokenProjection
 
-_Model = TypeVar("_Model", bound="StoredTaskModel")
+_Model = TypeVar("_Model", bound="Model")
 
 
-class StoredTaskModel(TaskModel):
-    """A model whose tasks, one or all, go to files and come back."""
+class Model(Protocol):
+    """What files ask of a ``DTGMAModel``."""
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the model with all its tasks to a safetensors file, which appears once it is whole.
+    tokens: TokenProjection
+    layers: DTGMALayers
+    columns: TaskColumns
+    n_nodes: int
+    shared_frozen: bool
 
-        Raises:
-            OSError: If it cannot be written.
-        """
-        tasks = [
-            dict(
-                task=task,
-                num_classes=self.num_classes_of(task),
-                reads=list(self.reads(task)),
-                frozen=self.is_frozen(task),
-            )
-            for task in self.tasks
-        ]
-        shared = self._shared()
-        about = dict(
-            options=self._options(),
-            tasks=tasks,
-            shared_frozen=self._shared_frozen,
-        )
-        columns = [self._tensors(number) for number in self._numbers.values()]
-        ModelFile(about, columns, shared).save(path)
+    def to(self: _Model, *, dtype: torch.dtype) -> _Model: ...
 
-    @classmethod
-    def load(cls: type[_Model], path: str | PathLike[str]) -> _Model:
-        """Read a model that ``save`` wrote, on the CPU and in evaluation mode.
+    def eval(self: _Model) -> _Model: ...
 
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it holds something else.
-        """
-        file = ModelFile.load(path)
-        # what is drawn here is written over
-        with torch.random.fork_rng(devices=[]), refused(path):
-            dtypes = {tensor.dtype for tensor in file.shared.values()}
-            if len(dtypes) != 1:
-                raise ValueError(f"shared parameters have dtypes {sorted(map(str, dtypes))}")
-            model = cls(**file.about["options"]).to(dtype=dtypes.pop()).eval()
-            check_tensors(file.shared, model._shared())
-            _copy(file.shared, model._shared())
-            for about, tensors in zip(file.about["tasks"], file.tasks, strict=True):
-                model._add(about, tensors)
-                if about["frozen"]:
-                    model.freeze_task(about["task"])
-        if file.about["shared_frozen"]:
-            model._freeze_shared()
-        return model
+    @property
+    def options(self) -> dict[str, Any]: ...
 
-    def save_task(self, task: TaskName, path: str | PathLike[str]) -> None:
-        """Write a task to a safetensors file, which appears once it is whole.
+    def register_task(
+        self, task: TaskName, num_classes: int | None = None, *, reads: Sequence[TaskName] = ()
+    ) -> None: ...
 
-        It holds the task's parameters, mask, prototypes, classes and reads, and the shared
-        parameters that they belong to.
+    def freeze_task(self, task: TaskName) -> None: ...
 
-        Raises:
-            ValueError: If there is no such task.
-            OSError: If it cannot be written.
-        """
-        number = self._number("task", task)
-        column = self._column(number)
-        about = dict(
-            task=task,
+    def freeze_shared(self) -> None: ...
+
+    def set_mask(self, task: TaskName, mask: Tensor | None) -> None: ...
+
+
+def save(model: Model, path: str | PathLike[str]) -> None:
+    """Write the model with all its tasks to a safetensors file, which appears once it is whole.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    columns = [model.columns.at(number) for number in model.columns.numbers]
+    tasks = [
+        dict(
+            task=column.name,
             num_classes=column.num_classes,
-            reads=list(self.reads(task)),
-            columns=[
-                [self._column(n).name, self._hash(n)] for n in self._graph.columns(number)[1:]
-            ],
-            config=self._config(),
+            reads=list(_reads(model, number)),
+            frozen=column.frozen,
         )
-        TaskFile(about, self._tensors(number), self._shared()).save(path)
+        for number, column in zip(model.columns.numbers, columns, strict=True)
+    ]
+    about = dict(options=model.options, tasks=tasks, shared_frozen=model.shared_frozen)
+    tensors = [_tensors(model, number) for number in model.columns.numbers]
+    ModelFile(about, tensors, _shared(model)).save(path)
 
-    def load_task(self, path: str | PathLike[str]) -> TaskName:
-        """Add the task of a file that ``save_task`` wrote, frozen, and return its name.
 
-        A model without tasks takes over the shared parameters of the file. Any other must have the
-        same ones, and the tasks that the file's task reads.
+def load_model(build: Callable[[dict[str, Any]], _Model], path: str | PathLike[str]) -> _Model:
+    """Read a model that ``save`` wrote, in evaluation mode.
 
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it holds something else, or its task does not fit into this model, which
-                is then left as it was.
-        """
-        file = TaskFile.load(path)
-        about, task = file.about, file.about["task"]
-        if about["config"] != self._config():
-            must("path", f"hold a task of a model of {self._config()}", about["config"])
-        with refused(path):
-            self._try(file)
-        if task in self._numbers:
-            must("path", "hold a task with a new name", repr(task))
-        for name, fingerprint in about["columns"]:
-            if self._hash(self._number(f"tasks that {task!r} reads", name)) != fingerprint:
-                must("path", f"hold a task that reads this model's task {name!r}", "another one")
-        for name in about["reads"]:
-            if not self.is_frozen(name):
-                must("path", "hold a task that reads frozen tasks of this model", repr(name))
-        if not self._numbers:
-            _copy(file.shared, self._shared())
-        elif hash_tensors(file.shared) != hash_tensors(self._shared()):
-            must("path", "hold a task of a model with the same shared parameters", "other ones")
-        self._add(about, file.tensors)
-        self.freeze_task(task)
-        return task
+    Args:
+        build: Makes a model without tasks from its options.
+        path: The file.
 
-    @abstractmethod
-    def _config(self) -> dict[str, Any]:
-        """What two models must agree on to exchange tasks."""
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else.
+    """
+    file = ModelFile.load(path)
+    # what is drawn here is written over
+    with torch.random.fork_rng(devices=[]), refused(path):
+        dtypes = {tensor.dtype for tensor in file.shared.values()}
+        if len(dtypes) != 1:
+            raise ValueError(f"shared parameters have dtypes {sorted(map(str, dtypes))}")
+        model = build(file.about["options"]).to(dtype=dtypes.pop()).eval()
+        check_tensors(file.shared, _shared(model))
+        _copy(file.shared, _shared(model))
+        for about, tensors in zip(file.about["tasks"], file.tasks, strict=True):
+            _add_task(model, about, tensors)
+            if about["frozen"]:
+                model.freeze_task(about["task"])
+    if file.about["shared_frozen"]:
+        model.freeze_shared()
+    return model
 
-    @abstractmethod
-    def _options(self) -> dict[str, Any]:
-        """Arguments that build the model without its tasks."""
 
-    def _try(self, file: TaskFile) -> None:
-        """Raise where the task of a file cannot be added, before this model is touched.
+def save_task(model: Model, task: TaskName, path: str | PathLike[str]) -> None:
+    """Write a task to a safetensors file, which appears once it is whole.
 
-        It is added to a model like this one without tasks and values, which makes every check.
-        """
-        with torch.device("meta"):
-            trial = type(self)(**self._options()).to(self.tokens.projection.weight.dtype)
-            check_tensors(file.shared, trial._shared())
-            trial._add(file.about | dict(reads=[]), file.tensors)
+    It holds the task's parameters, mask, prototypes, classes and reads, and the shared parameters
+    that they belong to.
 
-    def _add(self, about: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Register a task of a file and take over what it computes with."""
-        task = about["task"]
-        self.register_task(task, about["num_classes"], reads=about["reads"])
-        number = self._number("task", task)
-        named = self._named(number)
-        check_tensors(tensors, named, optional=("mask", "prototypes"))
-        _copy(tensors, named)
-        self.set_mask(task, tensors.get("mask"))
-        prototypes = tensors.get("prototypes")
-        if prototypes is not None:
-            weight = self.tokens.projection.weight
-            check_shape("prototypes", prototypes, classes=about["num_classes"], F=None)
-            check_floating("prototypes", prototypes)
-            if prototypes.shape[1] % weight.shape[0]:
-                wanted = f"have features of tokens of E={weight.shape[0]}"
-                must("prototypes", wanted, prototypes.shape[1])
-            prototypes = prototypes.to(weight)
-        self._column(number).prototypes = prototypes
+    Raises:
+        ValueError: If there is no such task.
+        OSError: If it cannot be written.
+    """
+    number = model.columns.number("task", task)
+    columns = model.columns.graph.columns(number)[1:]
+    about = dict(
+        task=model.columns.at(number).name,
+        num_classes=model.columns.at(number).num_classes,
+        reads=list(_reads(model, number)),
+        columns=[[model.columns.at(n).name, _hash(model, n)] for n in columns],
+        config=exchanged_options(model.tokens, model.layers, model.n_nodes),
+    )
+    TaskFile(about, _tensors(model, number), _shared(model)).save(path)
 
-    def _tensors(self, number: int) -> dict[str, Tensor]:
-        """All that a task computes with, and its prototypes."""
-        column = self._column(number)
-        buffers = dict(mask=column.mask, prototypes=column.prototypes)
-        return {**self._named(number), **{n: t for n, t in buffers.items() if t is not None}}
 
-    def _hash(self, number: int) -> str:
-        """Fingerprint of what a task computes with."""
-        used = {n: t for n, t in self._tensors(number).items() if n != "prototypes"}
-        return hash_tensors(used)
+def load_task(model: Model, path: str | PathLike[str]) -> TaskName:
+    """Add the task of a file that ``save_task`` wrote, frozen, and return its name.
+
+    A model without tasks takes over the shared parameters of the file. Any other must have the same
+    ones, and the tasks that the file's task reads.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else, or its task does not fit into this model, which is
+            then left as it was.
+    """
+    file = TaskFile.load(path)
+    about, task = file.about, file.about["task"]
+    config = exchanged_options(model.tokens, model.layers, model.n_nodes)
+    if about["config"] != config:
+        must("path", f"hold a task of a model of {config}", about["config"])
+    with refused(path), torch.device("meta"):
+        # a model like this one, without tasks and values: it makes every check
+        trial = type(model)(**model.options).to(dtype=model.tokens.projection.weight.dtype)
+        check_tensors(file.shared, _shared(trial))
+        _add_task(trial, about | dict(reads=[]), file.tensors)
+    if task in model.columns.names:
+        must("path", "hold a task with a new name", repr(task))
+    for name, fingerprint in about["columns"]:
+        number = model.columns.number(f"tasks that {task!r} reads", name)
+        if _hash(model, number) != fingerprint:
+            must("path", f"hold a task that reads this model's task {name!r}", "another one")
+    for name in about["reads"]:
+        if not model.columns.of(name).frozen:
+            must("path", "hold a task that reads frozen tasks of this model", repr(name))
+    if not model.columns.names:
+        _copy(file.shared, _shared(model))
+    elif hash_tensors(file.shared) != hash_tensors(_shared(model)):
+        must("path", "hold a task of a model with the same shared parameters", "other ones")
+    _add_task(model, about, file.tensors)
+    model.freeze_task(task)
+    return task
+
+
+def _add_task(model: Model, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Register a task of a file and take over what it computes with."""
+    task = about["task"]
+    model.register_task(task, about["num_classes"], reads=about["reads"])
+    named = parameters.of_task(model.columns, model.layers, model.columns.number("task", task))
+    check_tensors(tensors, named, optional=("mask", "prototypes"))
+    _copy(tensors, named)
+    model.set_mask(task, tensors.get("mask"))
+    prototypes = tensors.get("prototypes")
+    if prototypes is not None:
+        weight = model.tokens.projection.weight
+        check_shape("prototypes", prototypes, classes=about["num_classes"], F=None)
+        check_floating("prototypes", prototypes)
+        if prototypes.shape[1] % weight.shape[0]:
+            wanted = f"have features of tokens of E={weight.shape[0]}"
+            must("prototypes", wanted, prototypes.shape[1])
+        prototypes = prototypes.to(weight)
+    model.columns.of(task).prototypes = prototypes
+
+
+def _reads(model: Model, number: int) -> tuple[TaskName, ...]:
+    return model.columns.names_of(model.columns.graph.reads(number))
+
+
+def _shared(model: Model) -> dict[str, nn.Parameter]:
+    return parameters.shared(model.tokens, model.layers)
+
+
+def _tensors(model: Model, number: int) -> dict[str, Tensor]:
+    """All that a task computes with, and its prototypes."""
+    named = parameters.of_task(model.columns, model.layers, number)
+    return {**named, **model.columns.at(number).tensors()}
+
+
+def _hash(model: Model, number: int) -> str:
+    """Fingerprint of what a task computes with."""
+    used = {n: t for n, t in _tensors(model, number).items() if n != "prototypes"}
+    return hash_tensors(used)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from memattn.checks import check_bool, check_device, check_int, check_loss, check_seed, must
 from memattn.data.stream_sources import read_tensors, tensor_stream
 from memattn.data.streams import Scenario, Stream, Task
-from memattn.dtgma.layers import TaskName
+from memattn.dtgma.columns import TaskName
 from memattn.dtgma.metrics import continual_metrics
 from memattn.dtgma.model import DTGMAModel
 

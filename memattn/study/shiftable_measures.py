@@ -151,7 +151,7 @@ class Prototypes:
 
     def __init__(self, study: Specialty, model: Any) -> None:
         self.model = model
-        self.means = {}
+        self.means: dict[int | str, Tensor | None] = {}
         for task, data in zip(self.tasks, (study.general, study.data), strict=True):
             rows: list[Tensor] = []
             for batch in _batches(study, data, model, held_out=False):
@@ -160,18 +160,9 @@ class Prototypes:
                     break
             self.means[task] = torch.cat(rows)[:PROTOTYPE_ROWS].mean(0, keepdim=True)
 
-    def prototypes(self, task: Any) -> Tensor:
-        return self.means[task]
-
-    def prototype_features(self, x: Tensor) -> Tensor:
-        return x
-
-    def __call__(self, x: Tensor, task_id: Any) -> Tensor:
-        raise NotImplementedError("prototypes classify by distance alone")
-
     def gates(self, batch: Inputs) -> Inputs:
         """One-hot gates of each row."""
-        chosen = nearest_prototype(self, self._features(batch))
+        chosen = nearest_prototype(self._features(batch), self.means)
         return {"domain_weights": torch.nn.functional.one_hot(chosen, 2).float()}
 
     @torch.no_grad()
