@@ -109,7 +109,10 @@ def continued_convolution(
         # earlier inputs come right before the first token of each row
         x = F.pad(torch.where(bounds.present[..., None], x, 0.0), (0, 0, kept, 0))
         column = torch.arange(kept, device=x.device)[:, None]
-        at = lambda first: (first[:, None, None] + column).expand(-1, -1, width)
+
+        def at(first: Tensor) -> Tensor:
+            return (first[:, None, None] + column).expand(-1, -1, width)
+
         inputs = x.scatter(1, at(bounds.start), past)
         after = inputs.gather(1, at(bounds.start + bounds.length))
     if cu_seqlens is not None:

@@ -75,6 +75,8 @@ class NeuralMemory(nn.Module):
         Differs: rates belong to a token, not to a chunk; see ``memattn.neural_memory``.
     """
 
+    persistent_tokens: nn.Parameter | None  # [P, E]
+
     def __init__(
         self,
         hidden_size: int,
@@ -375,7 +377,8 @@ class NeuralMemory(nn.Module):
         kept = self.conv_size - 1 + (0 if since is None else 2 * self.chunk_size)
         filters = torch.cat([getattr(self, f"{name}_conv").weight for name in names])
         out, after = continued_convolution(x, filters, past, kept, bounds, cu_seqlens)
-        return list(F.silu(out).split([p.shape[-1] for p in projected], -1)), after
+        sizes = [p.shape[-1] for p in projected]
+        return list(F.silu(out).split_with_sizes(sizes, -1)), after
 
     def extra_repr(self) -> str:
         depth, P = len(self.memory_weights), self.persistent_tokens
