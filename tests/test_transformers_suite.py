@@ -42,6 +42,10 @@ DESELECTED: dict[str, tuple[tuple[str, ...] | None, str]] = {
         "frequencies that change with the length would not fit the keys in a cache: refused",
     ),
     "test_model_rope_scaling_from_config_2_yarn": (ENDING, LONGER),
+    **dict.fromkeys(
+        ("test_torch_export_dynamic", "test_torch_export_generate_dynamic"),
+        (("titans-mac",), "its program has a fixed length, as it goes from segment to segment"),
+    ),
     "test_problem_types": (
         None,
         "it sets a single class, which the configuration of transformers refuses where it is made, "

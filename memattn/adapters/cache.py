@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 from memattn.adapters.swap import Swapped, swap
 from memattn.checks import must
 from memattn.parts import SequenceStates
+from memattn.parts.layer_states import same_layers
 
 
 class CarriesStates(Swapped):
@@ -80,7 +81,7 @@ def carry_states(
     states: SequenceStates = carrying.part_states
     if length == 0 and states.position == 0:
         states = carrying.part_states = _fresh(wanted, records_past=states.records_past)
-    if not needed and (states.position != length or not states.has_layers(wanted)):
+    if not needed and (states.position != length or not same_layers(states.layers, wanted)):
         return None
     states.check_layers(wanted)
     if states.position != length:

@@ -46,6 +46,8 @@ class MemAttnCache(SequenceStates, Cache):
         ...     logits = model(chunk, past_key_values=cache).logits
     """
 
+    __slots__ = ("_config", "operands")
+
     layers: Any  # list of MemAttnCacheLayer
 
     def __init__(self, config: MemAttnConfig) -> None:

@@ -30,6 +30,8 @@ class RoutingState(PartState):
         routing_window: Tokens of the rolling window.
     """
 
+    __slots__ = ("projected", "open_chapters")
+
     def __init__(
         self,
         kind: str,

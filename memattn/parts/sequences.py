@@ -39,6 +39,10 @@ class SequenceStates:
         order: The order in which the parts get the columns of the last call; None means unchanged.
     """
 
+    # not in ``__dict__``, as in ``PartState``
+    ASIDE = ("seq_start", "seq_end", "columns", "order", "flat")
+    __slots__ = ("__dict__", "__weakref__", *ASIDE)
+
     layers: Any  # list of LayerStates, or of objects with the same attributes
 
     def __init__(self, layers: Sequence[Mapping[str, PartState]]) -> None:
@@ -80,12 +84,6 @@ class SequenceStates:
     def batch_size(self) -> int:
         """Rows of the batch, or -1 before the first call."""
         return -1 if self.seq_start is None else self.seq_start.shape[0]
-
-    def has_layers(self, wanted: Sequence[Mapping[str, PartState]]) -> bool:
-        """Whether the layers have exactly these parts."""
-        return len(wanted) == len(self.layers) and all(
-            same_parts(layer.parts, parts) for layer, parts in zip(self.layers, wanted, strict=True)
-        )
 
     def check_layers(self, wanted: Sequence[Mapping[str, PartState]]) -> None:
         """Raise ValueError unless the layers have exactly these parts."""
@@ -279,7 +277,7 @@ class SequenceStates:
                 continue. None empties the cache, which then takes any batch size.
         """
         if mask is None:
-            self.__dict__.update(self._like().__dict__)
+            self._become(self._like())
             return
         check_tensor("mask", mask)
         if self.seq_start is None or self.seq_end is None:
@@ -323,9 +321,14 @@ class SequenceStates:
         other._trim()
         return other
 
+    def _become(self, other: "SequenceStates") -> None:
+        """Take the state of another cache with the same layers."""
+        for name in (*vars(other), *self.ASIDE):
+            setattr(self, name, getattr(other, name))
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the rows by rows ``beam_idx [B]``, in place."""
-        self.__dict__.update(self._select(beam_idx).__dict__)
+        self._become(self._select(beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows ``indices``, in place."""

@@ -26,6 +26,8 @@ class SinkState(PartState):
         num_sink_tokens: First tokens of each row that all its tokens see.
     """
 
+    __slots__ = ("_new", "_moved")
+
     def __init__(
         self,
         kind: str,

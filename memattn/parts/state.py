@@ -45,6 +45,11 @@ class PartState:
         window_size: Window of the attention, or None.
     """
 
+    # exporters of transformers cast and rebuild all that ``__dict__`` leads to; what belongs to a
+    # call, to the CPU or to the modules is elsewhere
+    _CALL = ("_room", "_before", "_restarting", "restart", "floor", "bounds", "start")
+    __slots__ = ("__dict__", "__weakref__", *_CALL)
+
     def __init__(
         self, kind: str, segment_len: int | None = None, window_size: int | None = None
     ) -> None:
@@ -58,9 +63,8 @@ class PartState:
         self.tokens: dict[str, Tensor] = {}
         self._room: dict[str, Room] = {}
         self.rows: dict[str, Tensor] = {}
-        self.history: dict[
-            str, Tensor
-        ] = {}  # [B, 1 + T, ...], value of a row tensor at each column
+        # [B, 1 + T, ...], value of a row tensor at each column
+        self.history: dict[str, Tensor] = {}
         self.restart: Tensor | None = None  # bool [B], rows that start with the next call
         self._restarting: Tensor | None = None  # rows that start with this call
         self._before: dict[str, Tensor] = {}
@@ -69,9 +73,8 @@ class PartState:
         # are padding. Set by the cache.
         self.floor: Tensor | None = None
         self.bounds = SequenceBounds(None, None)  # of this call, set by the cache
-        self.start: int | None = (
-            None  # column in which all rows start, if they share one; set by the cache
-        )
+        # column in which all rows start, if they share one; set by the cache
+        self.start: int | None = None
         self.lead = 0  # entries that this call puts before the kept ones
 
     def fresh(self) -> "PartState":

@@ -34,6 +34,8 @@ class TitansState(PartState):
             the same shapes, so the names are compared.
     """
 
+    __slots__ = ("_memory",)  # its tensors are in ``rows``, too
+
     def __init__(
         self,
         kind: str,
