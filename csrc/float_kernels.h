@@ -22,5 +22,6 @@
 #include "neural_memory_step_tile.h"
 #include "decoder_step_tile.h"
 #include "training_rows_tile.h"
+#include "token_filter_tile.h"
 #include "decoder_rows_tile.h"
 #include "kernel_table.h"

@@ -23,5 +23,6 @@ static constexpr Kernels make_kernels(const char* name) {
           {step_scratch, step_attend, step_products, step_norm, step_rotate, step_gate},
           {rows_norm, rows_norm_again, rows_norm_backward, rows_rotate, rows_gate, rows_gate_backward,
            rows_cross_entropy},
+          {filter_forward, filter_backward, filter_inputs},
           {rows_to_panels, panels_to_rows, panel_products}};
 }

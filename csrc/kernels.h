@@ -8,6 +8,7 @@
 #include "isa_amx.h"
 #include "memory_args.h"
 #include "step_args.h"
+#include "token_filter_args.h"
 #include "training_args.h"
 #include "view.h"
 
@@ -315,6 +316,7 @@ struct Kernels {
   MemoryKernels memory;
   StepKernels step;
   TrainingKernels training;
+  FilterKernels filter;
   RowKernels rows;
 };
 

@@ -337,6 +337,14 @@ def test_the_order_is_drawn_from_seed_and_epoch(kind):
         assert kept == again and kept != first
 
 
+def test_rows_of_a_batch_are_of_unlike_documents():
+    """Rows beside each other in a document are not read together, though none is lost."""
+    tokens = make_tokens(*[40] * 20)
+    batch = next(PackedBatches(tokens, batch_size=8, seq_len=10))
+    documents = set((batch["input_ids"][0, ::10] // 40).tolist())
+    assert len(documents) > 4  # two, if the rows of a document came one after another
+
+
 @pytest.mark.parametrize("kind", ["packed", "whole", "padded"])
 def test_batches_say_whose_text_it_is(kind):
     """Of each token, where a row has pieces of several documents, cut or not."""

@@ -20,7 +20,7 @@ from memattn.train.optim import (
 )
 
 
-def small_model() -> nn.Module:
+def small_model() -> MemAttnForCausalLM:
     return MemAttnForCausalLM(
         MemAttnConfig.segmented(
             vocab_size=17,
@@ -46,6 +46,25 @@ def test_every_parameter_is_in_the_group_that_it_belongs_to():
         assert placed[name] == (1e-4 if memory else 1e-3, 0.1 if decays else 0.0), name
     assert {rate for rate, _ in placed.values()} == {1e-3, 1e-4}
     assert {decay for _, decay in placed.values()} == {0.1, 0.0}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_output_layer_have_a_rate_of_their_own(optimizer, tied):
+    model = small_model()
+    if not tied:
+        head: Any = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    config = TrainingConfig(base_model_lr=1e-3, embedding_lr=4e-3, optimizer=optimizer)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    placed = {
+        names[p]: group["lr"]
+        for group in make_optimizer(model, config).param_groups
+        for p in group["params"]
+    }
+    ends = {"model.embed_tokens.weight"} | ({"lm_head.weight"} if not tied else set())
+    assert {name for name, rate in placed.items() if rate == 4e-3} == ends
+    assert {rate for name, rate in placed.items() if name not in ends} == {1e-3}
 
 
 class Experts(nn.Module):

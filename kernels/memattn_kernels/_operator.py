@@ -99,8 +99,9 @@ def register(
     gradient_places = [names.index(name) for name in gradient_names]
 
     @torch.library.register_fake(operator)
-    def _(*values: Any) -> tuple[Tensor, ...]:
-        return empty_results(arguments(*values))
+    def _(*values: Any) -> tuple[Tensor, ...] | Tensor:
+        made = empty_results(arguments(*values))
+        return made if len(made) > 1 else made[0]  # as the schema of one result says
 
     @torch.library.register_fake(f"{operator}_backward")
     def _(*values: Any) -> tuple[Tensor, ...]:

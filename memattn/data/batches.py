@@ -148,8 +148,8 @@ class Batches(ABC):
         first = start + self.rank * self.batch_size
         return range(first, first + self.batch_size)
 
-    def _permutation(self, n: int, epoch: int) -> Tensor:
-        """A permutation drawn from ``(seed, epoch)``."""
+    def _permutation(self, n: int, epoch: int | str) -> Tensor:
+        """A permutation drawn from ``(seed, epoch)``; another text draws another one."""
         if not self.shuffle:
             return torch.arange(n)
         # hashed, since the generator reads 32 bits of its seed
@@ -165,7 +165,14 @@ class PackedBatches(Batches):
     ``cu_seqlens`` (int32) has the bounds of these pieces. Each batch has the same number of tokens
     and each epoch every token once, so the next epoch may begin in the middle of a row. The first
     label of a piece is -100.
+
+    Rows of an epoch come in random order too, except for the row in which the epoch ends:
+    neighbouring rows are mostly of one document, so a batch of them adds little to one row.
     """
+
+    def __init__(self, tokens: Tokens, **options: Any):
+        super().__init__(tokens, **options)
+        self._row_orders = lru_cache(maxsize=2)(self._draw_rows)
 
     @property
     def num_rows(self) -> int:
@@ -173,26 +180,37 @@ class PackedBatches(Batches):
 
     def _rows(self, rows: range, rows_of_all: range, *, endless: bool) -> Batch:
         n = len(self.tokens.ids)
-        start, stop = rows.start * self.seq_len, rows.stop * self.seq_len
-        if not endless:
-            stop = min(stop, n)
         pieces: list[Tensor] = []
         targets: list[Tensor] = []
         documents: list[int] = []
-        bounds = set(range(0, stop - start, self.seq_len)) | {stop - start}
-        at = start
-        while at < stop:
-            order, ends = self._orders(at // n)
-            place = int(torch.searchsorted(ends, at % n, right=True))
-            left = int(ends[place]) - at % n  # tokens of the document from here on
-            documents.append(int(order[place]))
-            first = int(self.tokens.bounds[documents[-1] + 1]) - left
-            length = min(left, stop - at)
-            pieces.append(self.tokens.ids[first : first + length])
-            targets.append(self._labels(first, first + length))
-            at += length
-            bounds.add(at - start)
-        return self._packed(pieces, targets, documents, sorted(bounds))
+        bounds = [0]
+        for row in rows:
+            at = self.seq_len * (self._drawn(row) if endless else row)
+            stop = at + self.seq_len if endless else min(at + self.seq_len, n)
+            while at < stop:
+                order, ends = self._orders(at // n)
+                place = int(torch.searchsorted(ends, at % n, right=True))
+                left = int(ends[place]) - at % n  # tokens of the document from here on
+                documents.append(int(order[place]))
+                first = int(self.tokens.bounds[documents[-1] + 1]) - left
+                length = min(left, stop - at)
+                pieces.append(self.tokens.ids[first : first + length])
+                targets.append(self._labels(first, first + length))
+                at += length
+                bounds.append(bounds[-1] + length)
+        return self._packed(pieces, targets, documents, bounds)
+
+    def _drawn(self, row: int) -> int:
+        """The row of documents in a row that is read as the ``row``-th."""
+        first, order = self._row_orders(row * self.seq_len // len(self.tokens.ids))
+        place = row - first
+        return first + int(order[place]) if 0 <= place < len(order) else row
+
+    def _draw_rows(self, epoch: int) -> tuple[int, Tensor]:
+        """The first row that is in an epoch from end to end, and the order of these rows."""
+        n = len(self.tokens.ids)
+        first, last = -(-epoch * n // self.seq_len), (epoch + 1) * n // self.seq_len
+        return first, self._permutation(max(0, last - first), f"rows {epoch}")
 
     def _draw_order(self, epoch: int) -> tuple[Tensor, Tensor]:
         lengths = self.tokens.bounds.diff()

@@ -4,7 +4,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+
+from memattn.ops._dispatch import has_cpp_kernel, untaken_transform
 
 
 class CausalConvolution(nn.Module):
@@ -74,27 +77,29 @@ def present_tokens(
     return PresentTokens(present, start, (end - start).clamp(min=0))
 
 
-def continued_convolution(
+class FilterInputs(NamedTuple):
+    """What a convolution over the tokens of a call reads, and what later calls need."""
+
+    inputs: Tensor  # [B, S, F], the tokens of the call last
+    after: Tensor | None  # [B, kept, F], the newest; of each document in packed rows
+    positions: Tensor | None  # int64 [T], in packed rows
+
+
+def continued_inputs(
     x: Tensor,
-    weight: Tensor,
     past: Tensor | None,
     kept: int,
     bounds: PresentTokens | None = None,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Filter tokens ``[B, T, F]`` that follow earlier ones; also return the inputs to keep.
+) -> FilterInputs:
+    """Tokens ``[B, T, F]`` behind earlier ones, as a convolution reads them.
 
     Args:
         x: ``[B, T, F]``.
-        weight: Filters ``[F, size]``.
         past: ``[B, n, F]``, earlier inputs, the newest last; None if there are none.
-        kept: Number of inputs to keep, at least ``size - 1``.
+        kept: Number of inputs to keep, at least one less than the convolution sees.
         bounds: The existing tokens; None means all. Missing tokens count as 0.
         cu_seqlens: int32 ``[n+1]``, bounds of packed documents, without a past.
-
-    Returns:
-        ``[B, T, F]``, and the newest inputs ``[B, kept, F]`` (of each document with
-        ``cu_seqlens``).
     """
     B, T, width = x.shape
     if past is None:
@@ -122,4 +127,60 @@ def continued_convolution(
         ends = cu_seqlens[1:, None] + torch.arange(-kept, 0, device=x.device)
         own = ends >= cu_seqlens[:-1, None]
         after = torch.where(own[..., None], x[0, ends.clamp(min=0).long()], 0.0)
-    return causal_convolution(inputs, weight, T, positions), after
+    return FilterInputs(inputs, after, positions)
+
+
+def filtered_vectors(
+    inputs: Tensor,
+    weight: Tensor | None,
+    T: int,
+    positions: Tensor | None,
+    *,
+    num_unit: int,
+    head_dim: int,
+    backend: str,
+) -> Tensor:
+    """SiLU of the filtered last ``T`` tokens, as vectors ``[B, T, n, head_dim]``.
+
+    Args:
+        inputs: ``[B, S, F]``, with ``F = n * head_dim``.
+        weight: Filters ``[F, size]``; None means no filter.
+        T: Tokens to filter.
+        positions: int64 ``[T]`` of packed documents: tokens before position 0 are not seen.
+        num_unit: How many of the ``n`` vectors, the first ones, are divided by their length.
+        head_dim: Features of a vector.
+        backend: ``"auto"`` and ``"cpp"`` run one operator on float32 CPU tensors, which is
+            differentiable once.
+    """
+    if _is_taken(inputs, backend):
+        from memattn.cpp.token_filter import TokenFilterArgs, token_filter
+
+        if weight is None:
+            weight = inputs.new_ones(inputs.shape[-1], 1)
+        taps = weight.flip(1).t().contiguous()
+        args = TokenFilterArgs(
+            inputs.contiguous(), taps, positions, T, num_unit * head_dim, head_dim
+        )
+        return token_filter(args).unflatten(-1, (-1, head_dim))
+    if weight is not None:
+        inputs = causal_convolution(inputs, weight, T, positions)
+    out = F.silu(inputs).unflatten(-1, (-1, head_dim))
+    return torch.cat([unit_vectors(out[:, :, :num_unit]), out[:, :, num_unit:]], 2)
+
+
+def _is_taken(inputs: Tensor, backend: str) -> bool:
+    """Whether the C++ operator takes the inputs."""
+    return (
+        backend in ("auto", "cpp")
+        and inputs.is_cpu
+        and inputs.dtype == torch.float32
+        and not isinstance(inputs, DTensor)
+        and has_cpp_kernel("token_filter")
+        and untaken_transform() is None
+    )
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """Vectors normalised to length 1, in float32 or wider; zero vectors stay zero."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.normalize(wide, dim=-1).to(x.dtype)

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from memattn.checks import check_int, check_rank, check_shape, must
 from memattn.nn.causal_convolution import (
     CausalConvolution,
+    FilterInputs,
     PresentTokens,
-    continued_convolution,
+    continued_inputs,
+    filtered_vectors,
     present_tokens,
 )
 from memattn.nn.neural_memory_parameters import MemoryRates, MemoryWeights
@@ -255,9 +257,8 @@ class NeuralMemory(nn.Module):
             cu_seqlens,
         )
         if bounds is not None:
-            query = torch.where(bounds.present[..., None], query, 0.0)
-        after = NeuralMemoryLayerState(state.memory, state.inputs, inputs, state.since)
-        return _unit(self._heads(query)), after
+            query = torch.where(bounds.present[:, None, :, None], query, 0.0)
+        return query, NeuralMemoryLayerState(state.memory, state.inputs, inputs, state.since)
 
     def gates(self, hidden_states: Tensor) -> Tensor | None:
         """The output gates of these tokens, ``[B, T, H D]``."""
@@ -302,7 +303,7 @@ class NeuralMemory(nn.Module):
         projected = [self.q_proj(hidden_states), self.k_proj(kv_states), self.v_proj(kv_states)]
         past = None if state is None else state.inputs
         (_, key, value), _ = self._filtered(projected, list("qkv"), past, None, None)
-        return _unit(self._heads(key)), self._heads(value)
+        return key, value
 
     def _write(
         self,
@@ -317,15 +318,15 @@ class NeuralMemory(nn.Module):
         projected = [self.q_proj(hidden_states), self.k_proj(kv_states), self.v_proj(kv_states)]
         past, since = (None, None) if state is None else (state.inputs, state.since)
         bounds = present_tokens(hidden_states, seq_start, seq_end)
-        filtered, inputs = self._filtered(projected, list("qkv"), past, since, bounds, cu_seqlens)
-        query, key, value = (self._heads(x) for x in filtered)
+        heads, inputs = self._filtered(projected, list("qkv"), past, since, bounds, cu_seqlens)
+        query, key, value = heads
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         rates = self.rate_proj(kv_states).to(wide).sigmoid()
         rates = rearrange(rates, "b t (n h) -> n b h t", h=self.num_heads)
         rates = dict(zip(self.rates, rates, strict=True))
         out, memory, surprise = neural_memory(
-            _unit(query),
-            _unit(key),
+            query,
+            key,
             value,
             self.max_lr * rates["lr"],
             rates.get("momentum"),
@@ -348,9 +349,6 @@ class NeuralMemory(nn.Module):
             self._finish(out, self.gates(hidden_states)), after, surprise
         )
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b t (h d) -> b h t d", h=self.num_heads)
-
     def _finish(self, out: Tensor, gates: Tensor | None) -> Tensor:
         """Norm, gate and projection of the memory's output."""
         out = self.norm(
@@ -370,23 +368,25 @@ class NeuralMemory(nn.Module):
         bounds: PresentTokens | None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """SiLU of the convolutions ``[B, T, F]`` each, and the inputs that later tokens need."""
-        if self.conv_size == 1:
-            return [F.silu(x) for x in projected], None
+        """Heads ``[B, H, T, D]`` of the filtered projections, queries and keys of length 1, and the
+        inputs that later tokens need.
+        """
         x = torch.cat(list(projected), -1)
-        kept = self.conv_size - 1 + (0 if since is None else 2 * self.chunk_size)
-        filters = torch.cat([getattr(self, f"{name}_conv").weight for name in names])
-        out, after = continued_convolution(x, filters, past, kept, bounds, cu_seqlens)
-        sizes = [p.shape[-1] for p in projected]
-        return list(F.silu(out).split_with_sizes(sizes, -1)), after
+        found, filters = FilterInputs(x, None, None), None
+        if self.conv_size > 1:
+            kept = self.conv_size - 1 + (0 if since is None else 2 * self.chunk_size)
+            found = continued_inputs(x, past, kept, bounds, cu_seqlens)
+            filters = torch.cat([getattr(self, f"{name}_conv").weight for name in names])
+        units = self.num_heads * sum(name != "v" for name in names)  # values come last
+        vectors = filtered_vectors(
+            *(found.inputs, filters, x.shape[1], found.positions),
+            num_unit=units,
+            head_dim=self.head_dim,
+            backend=self.backend,
+        )
+        return list(torch.split(vectors.transpose(1, 2), self.num_heads, 1)), found.after
 
     def extra_repr(self) -> str:
         depth, P = len(self.memory_weights), self.persistent_tokens
         sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}, depth={depth}"
         return f"{sizes}, chunk_size={self.chunk_size}, persistent={0 if P is None else len(P)}"
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Vectors normalised to length 1, in float32 or wider; zero vectors stay zero."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.normalize(wide, dim=-1).to(x.dtype)

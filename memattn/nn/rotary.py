@@ -101,7 +101,8 @@ class RotaryEmbedding(nn.Module):
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``states [B, H, T, D]`` by ``cos`` and ``sin``; rounded once, to its dtype."""
     first, second = states.chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    # the same numbers as a difference, whose backward negates the states on one slow pass more
+    rotated = torch.cat([first * cos + second * -sin, second * cos + first * sin], dim=-1)
     return rotated.to(states.dtype)
 
 

@@ -205,6 +205,8 @@ class TrainingConfig:
         eval_batch_size: Rows in held-out evaluations; None means ``batch_size``.
         gradient_accumulation_steps: Forward passes per optimizer step.
         base_model_lr: Peak learning rate.
+        embedding_lr: Peak learning rate of the embedding and the output layer; None means
+            ``base_model_lr``.
         memory_lr: Peak learning rate of memory parameters, such as persistent tokens; None means
             ``base_model_lr``.
         lora_lr: Peak learning rate of LoRA's parameters; None means ``base_model_lr``.
@@ -245,6 +247,7 @@ class TrainingConfig:
     eval_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     base_model_lr: float = 1e-3
+    embedding_lr: float | None = None
     memory_lr: float | None = None
     lora_lr: float | None = None
     gate_rows: int = 0
@@ -281,7 +284,7 @@ class TrainingConfig:
                 check_int(f"training.{name}", getattr(self, name), 1)
         for name in ("warmup_steps", "gate_rows", "seed"):
             check_int(f"training.{name}", getattr(self, name), 0)
-        for name in ("base_model_lr", "memory_lr", "lora_lr", "max_grad_norm"):
+        for name in ("base_model_lr", "embedding_lr", "memory_lr", "lora_lr", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < float("inf"):
                 must(f"training.{name}", "be positive and finite", value)

@@ -29,7 +29,8 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
     """Trainable parameters by learning rate and weight decay.
 
     Both follow from a parameter's role: only weights decay, memories have ``memory_lr``, LoRA's
-    parameters ``lora_lr``, and a part may set its own rate. Parameters without a role from a part
+    parameters ``lora_lr``, embedding and output layer ``embedding_lr``, and a part may set its own
+    rate. Parameters without a role from a part
     are memories by name, tables if they are an embedding of any class, weights if they have at
     least two axes (such as stacked matrices of experts), and else norms. Empty groups are left out.
 
@@ -58,8 +59,10 @@ def _by_rate(
     parameter_roles: Any = getattr(model, "parameter_roles", dict)
     roles = parameter_roles()
     tables = table_parameters(model)
+    ends = _end_parameters(model)
     rates = {
         "base": config.base_model_lr,
+        "embedding": config.embedding_lr or config.base_model_lr,
         "memory": config.memory_lr or config.base_model_lr,
         "lora": config.lora_lr or config.base_model_lr,
     }
@@ -74,6 +77,8 @@ def _by_rate(
                 whose = "lora"
             elif role.kind == "memory" or is_memory_parameter(name):
                 whose = "memory"
+            elif parameter in ends:
+                whose = "embedding"
             rate = rates[whose]
             if role.learning_rate is not None:
                 whose, rate = "own", role.learning_rate
@@ -95,6 +100,15 @@ def table_parameters(model: nn.Module) -> set[nn.Parameter]:
     kinds = (nn.Embedding, nn.EmbeddingBag)
     tables = (module for module in model.modules() if isinstance(module, kinds))
     return {parameter for table in tables for parameter in table.parameters(recurse=False)}
+
+
+def _end_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters of a language model's embedding and output layer, where it says which they are."""
+    found: set[nn.Parameter] = set()
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        layer: nn.Module | None = getattr(model, name, lambda: None)()
+        found |= set() if layer is None else set(layer.parameters())
+    return found
 
 
 class MuonAdamW(Optimizer):
@@ -161,12 +175,10 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
         return AdamW(parameter_groups(model, config), lr=lr, betas=betas)
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         must("training.optimizer", "be adamw with fsdp", "muon", NotImplementedError)
-    output_layer: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    outputs = set() if output_layer is None else set(output_layer.parameters())
     muon_groups, adamw_groups = [], []
     for (whose, rate, decays), parameters in _by_rate(model, config).items():
         inner = whose == "base" and decays
-        matrices = [x for x in parameters if inner and x.dim() == 2 and x not in outputs]
+        matrices = [x for x in parameters if inner and x.dim() == 2]
         others = [x for x in parameters if x not in set(matrices)]
         for members, groups in ((matrices, muon_groups), (others, adamw_groups)):
             if members:
