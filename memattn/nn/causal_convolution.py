@@ -161,10 +161,10 @@ def filtered_vectors(
         args = TokenFilterArgs(
             inputs.contiguous(), taps, positions, T, num_unit * head_dim, head_dim
         )
-        return token_filter(args).unflatten(-1, (-1, head_dim))
+        return torch.unflatten(token_filter(args), -1, (-1, head_dim))
     if weight is not None:
         inputs = causal_convolution(inputs, weight, T, positions)
-    out = F.silu(inputs).unflatten(-1, (-1, head_dim))
+    out = torch.unflatten(F.silu(inputs), -1, (-1, head_dim))
     return torch.cat([unit_vectors(out[:, :, :num_unit]), out[:, :, num_unit:]], 2)
 
 
