@@ -10,6 +10,7 @@ from hf_attention_factories import make_model
 from model_factories import make_tokens
 from transformers import StaticCache
 
+from memattn.models import hf_attention
 from memattn.models.hf_attention import hf_segmented_attention, hf_sequence_bounds
 
 WINDOW_LOSSES = Path(__file__).parent.parent / "examples" / "window_losses.py"
@@ -44,6 +45,16 @@ def call_with_hole(**options):
 def run_chunks_with_hole():
     kinds = dict(attention_chunk_size=2, layer_types=["chunked_attention"])
     call_with_hole(config=SimpleNamespace(**kinds))
+
+
+def test_holes_beside_a_window_at_the_largest_head_dimension(monkeypatch):
+    states, hole = torch.zeros(1, 2, 3, 256), torch.tensor([[1, 0, 1]])
+    seen = hf_sequence_bounds(1, 3, 3, attention_mask=hole, local_size=2)
+    inputs = torch.nn.Module(), states, states, states, seen
+    assert hf_segmented_attention(*inputs, sliding_window=2)[0].shape == (1, 3, 2, 256)
+    monkeypatch.setattr(hf_attention, "resolve_backend", lambda *_: "triton")
+    with pytest.raises(NotImplementedError, match="window, at a head dimension of 256 on a GPU"):
+        hf_segmented_attention(*inputs, sliding_window=2)
 
 
 def run_other_bounds():

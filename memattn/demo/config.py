@@ -59,7 +59,7 @@ class DemoConfig:
     seed: int = 0
     seq_len: int = 256
     batch_size: int = 4
-    vocab_size: int = 2048
+    vocab_size: int = 4096
     sizes: dict[str, Any] = field(default_factory=lambda: dict(SIZES))
     cache_dir: str = "~/.cache/memattn"
     processes: int | None = None
@@ -110,8 +110,10 @@ class DemoConfig:
             max_steps=stage.steps,
             batch_size=self.batch_size,
             optimizer="muon",
-            base_model_lr=1.5e-2,
-            memory_lr=8e-3,
+            base_model_lr=5e-3,
+            embedding_lr=4e-2,
+            memory_lr=2e-3,
+            adam_beta2=0.99,
             weight_decay=0.01,
             lr_scheduler="linear",
             warmup_steps=WARMUP_STEPS,

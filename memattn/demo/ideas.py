@@ -167,6 +167,7 @@ def _recall(config: DemoConfig, preset: str, options: dict[str, Any]) -> float:
             config.training(f"recall/{preset}", Stage(RECALL_STEPS, RECALL_STEPS, evaluate=False)),
             batch_size=RECALL_BATCH,
             base_model_lr=6e-3,
+            embedding_lr=None,
             memory_lr=None,
             weight_decay=0.0,
         ),

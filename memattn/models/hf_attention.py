@@ -40,6 +40,7 @@ from memattn.checks import check_int
 from memattn.models.hf_choice import FIELDS, NAME, register_choice
 from memattn.models.hf_packing import documents_of_call, guard_continuous_batching
 from memattn.ops import segmented_attention
+from memattn.ops._dispatch import resolve_backend
 from memattn.parts.padding import check_mask, read_mask
 from memattn.parts.token_order import TokenOrder, take_columns
 
@@ -180,6 +181,9 @@ def hf_segmented_attention(
                 "without a window but with keys dropped" if softcap is None else "of capped scores"
             )
             _lacks("attention_mask", f"have one block of ones in each row for a layer {what}")
+        if query.shape[-1] > 255 and resolve_backend("auto", query) == "triton":
+            what = "beside a window, at a head dimension of 256 on a GPU"  # the kernels' most
+            _lacks("attention_mask", f"have one block of ones in each row {what}")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         there = attention_mask[:, -key.shape[2] :] != 0
         query, key = _hide(query, key, there)

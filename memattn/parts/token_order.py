@@ -31,17 +31,22 @@ class TokenOrder:
         leading = ~present.cumsum(1).bool()
         if begun is not None:
             leading = leading & ~begun[:, None]
-        return cls._sorted(torch.where(present, 1, torch.where(leading, 0, 2)), present)
+        return cls._sorted((leading & ~present, present, ~leading & ~present), present)
 
     @classmethod
     def at_end(cls, present: Tensor) -> "TokenOrder":
         """The order in which each row's tokens come last, from bool ``[B, T]``."""
-        return cls._sorted(present.long(), present)
+        return cls._sorted((~present, present), present)
 
     @classmethod
-    def _sorted(cls, kind: Tensor, present: Tensor) -> "TokenOrder":
-        index = kind.argsort(dim=1, stable=True)
-        return cls(index, index.argsort(dim=1), present)
+    def _sorted(cls, kinds: tuple[Tensor, ...], present: Tensor) -> "TokenOrder":
+        """Columns of the first kind first; each is of one, bool ``[B, T]``."""
+        column = torch.arange(present.shape[1], device=present.device).expand_as(present)
+        place, before = torch.zeros_like(column), column[:, :1] * 0
+        for kind in kinds:  # ONNX has no stable sort
+            place = torch.where(kind, before + kind.long().cumsum(1) - 1, place)
+            before = before + kind.long().sum(1, keepdim=True)
+        return cls(torch.zeros_like(column).scatter(1, place, column), place, present)
 
     def put(self, x: Tensor) -> Tensor:
         """``[B or 1, T, ...]`` in this order, ``[B, T, ...]``."""
@@ -85,9 +90,10 @@ def repeat_last(x: Tensor, present: Tensor) -> Tensor:
 
     So the last column is each row's last token. Columns before the first token are 0.
     """
-    column = torch.arange(present.shape[1], device=present.device)
-    newest = torch.where(present, column, -1).cummax(1).values
-    return torch.where((newest >= 0)[..., None], _take(x, newest.clamp(min=0)), 0)
+    count = present.long().cumsum(1)
+    newest = present.shape[1] - count[:, -1:] + count - 1  # of those at the end
+    column = TokenOrder.at_end(present).index.gather(1, newest.clamp(min=0))
+    return torch.where((count > 0)[..., None], _take(x, column), 0)
 
 
 def take_columns(x: Tensor, index: Tensor) -> Tensor:

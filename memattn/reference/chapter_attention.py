@@ -71,9 +71,11 @@ def count_chapters(args: ChapterAttentionArgs) -> tuple[Tensor, Tensor]:
 def by_token(args: ChapterAttentionArgs, counted: Tensor) -> Tensor:
     """``[B, T, C]`` of the routing rows of tokens, from that of rows; 0 for tokens without one."""
     T = args.query.shape[2]
-    tokens = torch.arange(T, device=counted.device).expand(len(counted), T).contiguous()
-    # rows rise, so the row of a token is the last that has begun
-    row = torch.searchsorted(args.row_end.contiguous(), tokens.int(), right=True)
+    tokens = torch.arange(T, device=counted.device).expand(len(counted), T)
+    # rows rise, so the row of a token is the first that has not ended
+    ends = args.row_end.long()
+    ended = ends.new_zeros(len(ends), T + 1).scatter_add(1, ends, torch.ones_like(ends))
+    row = ended.cumsum(1)[:, :T]
     inside = row < counted.shape[1]
     row = row.clamp(max=max(counted.shape[1] - 1, 0))
     inside = inside & (args.row_start.gather(1, row) <= tokens)

@@ -24,8 +24,7 @@ def chapter_router(args: ChapterRouterArgs) -> tuple[Tensor, ...]:
 
     order = logits.detach()
     order = order.masked_fill(order.isnan(), -torch.inf)
-    # topk promises nothing about ties; a stable sort puts the lowest index first
-    chosen = order.sort(dim=-1, descending=True, stable=True).indices[..., : args.top_k]
+    chosen = _first_largest(order, args.top_k)
     weights = args.routed_scale * logits.gather(-1, chosen).softmax(-1)
     shared = torch.arange(args.num_shared, device=chosen.device).expand(B, N, -1)
     indices = torch.cat([shared, chosen + args.num_shared], -1)
@@ -50,3 +49,10 @@ def chapter_router(args: ChapterRouterArgs) -> tuple[Tensor, ...]:
     entropy = mean(lse - expected).detach()
     z_loss = mean(lse.square())
     return indices, weights, load_balance_loss, auxiliary_loss, z_loss, count, load, entropy
+
+
+def _first_largest(x: Tensor, k: int) -> Tensor:
+    """Indices of the ``k`` largest entries, of equal ones the first."""
+    if torch.onnx.is_in_onnx_export():  # has no stable sort; its TopK takes the first of equals
+        return x.topk(k).indices
+    return x.sort(dim=-1, descending=True, stable=True).indices[..., :k]  # topk takes any of them

@@ -222,7 +222,7 @@ def _neural_memory(args: NeuralMemoryArgs) -> tuple[Tensor, ...]:
             h, delta = ([torch.where(ok, x, 0.0) for x in layers] for layers in (h, delta))
         factor = (lr[:, :, g] * clamp_factor(args, norm))[..., None]
         h, delta, lost = without_lost(h, [factor * x for x in delta])
-        poison = torch.where(lost.cummax(-1).values, torch.nan, 0.0).to(wide)
+        poison = torch.where(lost.long().cumsum(-1) > 0, torch.nan, 0.0).to(wide)
         if g == 0:
             h = old.into_layers(h, old.h)
             delta = old.into_layers(delta, old.delta)
