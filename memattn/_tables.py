@@ -26,6 +26,11 @@ class Spread:
         """The spread of at least one value."""
         return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
+    def text(self, form: str) -> str:
+        """``mean ± standard deviation``, each in this format; a sign is for the mean alone."""
+        text = f"{self.mean:{form}}"
+        return text if self.sd is None else f"{text} ± {self.sd:{form.removeprefix('+')}}"
+
     @property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % t interval of the mean; None for one value.

@@ -176,14 +176,19 @@ def check_string(name: str, value: object, known: Collection[str]) -> None:
         must(name, f"be one of {', '.join(known)}", type(value).__name__, TypeError)
 
 
-def check_type(name: str, value: object, kind: type[Any], wanted: str) -> None:
-    """Raise TypeError unless ``value`` is of a kind; ``wanted`` says in words what it must be."""
+def check_type(
+    name: str, value: object, kind: type[Any] | tuple[type[Any], ...], wanted: str
+) -> None:
+    """Raise TypeError unless ``value`` is of a kind, or of one of several.
+
+    ``wanted`` says in words what it must be.
+    """
     if not isinstance(value, kind):
         must(name, wanted, type(value).__name__, TypeError)
 
 
 def plain_values(tensor: Tensor) -> list[Any]:
-    """The values of a tensor of one axis as Python numbers."""
+    """The values of a tensor as Python numbers; nested lists where it has several axes."""
     return tensor.tolist()
 
 

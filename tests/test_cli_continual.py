@@ -33,7 +33,7 @@ def test_other_settings_need_another_folder(tmp_path, capsys):
     command = ["continual", *QUICK, "--tasks=2", f"--out={tmp_path}", "--strategies", "joint"]
     assert main(command) == 0
     assert main([*command, "--lr=0.1"]) == 2
-    assert "folder must be a new one for budget.lr 0.1, got" in capsys.readouterr().err
+    assert "folder must be a new folder for budget.lr 0.1, got" in capsys.readouterr().err
 
 
 def test_no_graph_of_an_earlier_command_stays(tmp_path):

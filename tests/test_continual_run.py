@@ -80,7 +80,7 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
 )
 def test_refuses_a_folder_of_other_settings(tmp_path, change, message):
     bench(tmp_path, strategies=("finetuning", "ewc"), seeds=(0,))
-    with pytest.raises(ValueError, match=f"folder must be a new one for {message}"):
+    with pytest.raises(ValueError, match=f"folder must be a new folder for {message}"):
         bench(tmp_path, **dict(strategies=("finetuning",), seeds=(0,)) | change)
 
 

@@ -26,6 +26,7 @@ LAYERS = [
     {"testing"},
     {"ops"},
     {"reference", "cpp"},
+    {"_settings"},
     {"checks", "files", "yaml_text", "_tables", "_auto_classes"},
     {"_when_imported"},
 ]

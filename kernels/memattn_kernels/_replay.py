@@ -1,4 +1,4 @@
-"""What a call of an operator came down to: allocations, operators of PyTorch and launches."""
+"""The steps of a recorded call: allocations, operators of PyTorch and launches."""
 
 import threading
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ from torch.utils._pytree import tree_flatten, tree_map
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
-ALIGNMENT = 16  # bytes; Triton compiles kernels for pointers that are multiples of it, and others
+ALIGNMENT = 16  # bytes; Triton compiles a kernel anew for pointers that are not multiples of it
 _aten = torch.ops.aten
 ALLOCATIONS = (
     *(_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default),
     *(_aten.new_empty.default, _aten.new_empty_strided.default),
 )
-# what depends on values, or makes other shapes for other values
+# operators whose results depend on values, or whose shapes do
 UNKNOWN_BEFORE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 _of_thread = threading.local()
 
 
 class Place:
-    """Stands for a tensor of the call, by the number it has there; no container to PyTorch."""
+    """Stands for a tensor of the call by its number; PyTorch does not take it for a container."""
 
     __slots__ = ("number",)
 
@@ -75,18 +75,18 @@ def on_launch(kernel: Any, grid: tuple[int, ...], compiled: Any, values: Sequenc
 
 
 class Recorder(TorchDispatchMode):
-    """Records what happens to the tensors of a call while it is entered."""
+    """Context that records what happens to the tensors of a call."""
 
     def __init__(self, values: Sequence[Any]) -> None:
         """``values``: the arguments, whose tensors are all different objects."""
         super().__init__()
         self.steps: list[Step] = []
         self.problem: str | None = None
-        self.device: int | None = None  # that of the launches
+        self.device: int | None = None  # of the launches
         self._tensors: list[Tensor] = []  # by number; kept alive, and so their ids
         self._numbers: dict[int, int] = {}  # by id
         self.n_tensors = 0
-        # of a view: the number of what it looks at, and bytes from that one's pointer
+        # of a view: the number of its base, and bytes from the base's pointer
         self._views: dict[int, tuple[int, int]] = {}
         self.inputs = tuple(
             (index, self._number(value))
@@ -134,7 +134,7 @@ class Recorder(TorchDispatchMode):
         for index, value in enumerate(values):
             if isinstance(value, Tensor):
                 if not value.numel():
-                    kept[index] = 0  # PyTorch's pointer of nothing
+                    kept[index] = 0  # the pointer of an empty tensor
                     continue
                 number = self._numbers.get(id(value))
                 if number is None:
@@ -151,7 +151,7 @@ class Recorder(TorchDispatchMode):
         self.steps.append(_Launch(kernel, compiled, whole, kept, tuple(pointers), tuple(new)))
 
     def replay(self, results: Sequence[Tensor]) -> "Replay | None":
-        """What computes these results again, or None if that cannot be known."""
+        """The steps that compute these results again, or None if they are not known."""
         numbers = [self._numbers.get(id(result)) for result in results]
         if self.problem is not None or None in numbers:
             return None
@@ -187,7 +187,7 @@ class Recorder(TorchDispatchMode):
 
 
 class Replay:
-    """The steps of a call, without views that nothing but launches asked for."""
+    """The steps of a call, without views that only launches use."""
 
     def __init__(self, recorder: Recorder, results: tuple[int, ...]) -> None:
         self.inputs, self.results, self.device = recorder.inputs, results, recorder.device
@@ -208,7 +208,7 @@ class Replay:
         self.n_tensors = recorder.n_tensors
 
     def __call__(self, values: Sequence[Any]) -> tuple[Tensor, ...] | None:
-        """The results for other values of the same signature; None if they cannot be had so."""
+        """The results for other values of the same signature; None if the steps do not apply."""
         if self.device is None:  # without a launch
             return self._run(values, 0)
         active = driver.active
@@ -237,7 +237,7 @@ class Replay:
 
 
 def _depends_on_values(func: Any, args: Any) -> bool:
-    """Whether another result may follow, or another shape of it, where values are others."""
+    """Whether the result of an operator, or its shape, depends on values."""
     if func is _aten.index.Tensor:  # has the tag because of masks
         masks = (torch.bool, torch.uint8)
         return any(index is not None and index.dtype in masks for index in args[1])
@@ -245,7 +245,7 @@ def _depends_on_values(func: Any, args: Any) -> bool:
 
 
 def _launch(step: _Launch, tensors: list[Any], stream: int) -> bool:
-    """Launch the kernel unless it was compiled for pointers that are aligned in another way."""
+    """Launch the kernel; False if it has hooks, or was compiled for other pointer alignment."""
     kernel, compiled, grid, values, pointers, new = step
     if kernel.pre_run_hooks:
         return False

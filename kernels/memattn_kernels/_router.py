@@ -1,4 +1,4 @@
-"""What the router of chapters is registered with, in Triton and in C++; only torch is needed."""
+"""Registration of the chapter router, the same for Triton and C++; needs torch only."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the ahead-of-time gate asks of a compiled kernel, and the counts that it compares with."""
+"""Checks of the ahead-of-time gate on a compiled kernel, and the counts that it compares with."""
 
 import json
 from pathlib import Path
@@ -21,14 +21,14 @@ TOLERANCE = 0.02
 
 
 def promised_programs(config: dict[str, int]) -> int:
-    """How many programs a multiprocessor holds by the configuration: a cap on registers says it."""
+    """Programs that a multiprocessor holds according to the configuration's cap on registers."""
     if "maxnreg" not in config:
         return 1
     return 65536 // (32 * config["num_warps"] * config["maxnreg"])
 
 
 def faults(variant: Variant, report: Report) -> list[str]:
-    """What keeps a compiled kernel from being shipped; each names what was found."""
+    """Reasons why a compiled kernel must not be shipped."""
     if report.error is not None:
         return [report.error]
     found = []
@@ -55,7 +55,7 @@ def faults(variant: Variant, report: Report) -> list[str]:
 
 
 def counts(reports: dict[str, Report]) -> dict[str, list]:
-    """What is committed of the reports: registers, spilled bytes, programs, and hot loops."""
+    """The committed part of the reports: registers, spilled bytes, programs, and hot loops."""
     return {
         name: [r.registers, r.spilled, r.programs, [loop.instructions for loop in r.loops]]
         for name, r in reports.items()
@@ -64,7 +64,7 @@ def counts(reports: dict[str, Report]) -> dict[str, list]:
 
 
 def write_counts(path: Path, reports: dict[str, Report]) -> None:
-    """Renew the entries of these kernels; those of another version of Triton go."""
+    """Renew the entries of these kernels; those of another version of Triton are dropped."""
     old = read_counts(path) if path.exists() else {}
     lines = [
         f"  {json.dumps(name)}: {json.dumps(entry)}"
@@ -81,7 +81,7 @@ def read_counts(path: Path) -> dict[str, list]:
 
 
 def worse(old: dict[str, list], reports: dict[str, Report]) -> list[str]:
-    """What became worse than the committed counts: longer loops, spills, and fewer programs."""
+    """Changes for the worse against the committed counts: longer loops, spills, fewer programs."""
     found = []
     for name, (_, spilled, programs, loops) in counts(reports).items():
         if name not in old:

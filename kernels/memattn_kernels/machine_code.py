@@ -1,7 +1,7 @@
-"""What the machine code of a kernel says: its hot loops, and how many programs a core holds.
+"""Measures of a kernel's machine code: its hot loops, and how many programs a core holds.
 
-A *hot loop* is an innermost loop that holds a matrix product. Its instructions are what one warp
-issues for each tile, whichever tile the loop walks: those of masked tiles come first, as written.
+A *hot loop* is an innermost loop that holds a matrix product. Its instructions are those that one
+warp issues for each tile. The loops are in the order of the source: those of masked tiles first.
 """
 
 import re
@@ -18,7 +18,7 @@ TENSOR_PRODUCT = re.compile(r"^(HGMMA|HMMA|UTC\w*MMA|v_mfma)")
 SCALAR_PRODUCT = re.compile(r"^(FFMA|v_(pk_)?fma)")
 SPILL = re.compile(r"^(LDL|STL|scratch_)")
 WAIT = re.compile(r"^WARPGROUP\.DEPBAR")
-# after the end of the program stand waits that were moved out of its way
+# waits that were moved out of the way stand after the end of the program
 END = re.compile(r"^(EXIT|s_endpgm)")
 SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]+?)\s*;")
 SASS_BRANCH = re.compile(r"^BRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)")
@@ -28,7 +28,7 @@ GCN_BRANCH = re.compile(r"^s_c?branch\w*\s+(\.L\w+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Core:
-    """What the programs on one multiprocessor or compute unit share."""
+    """Resources that the programs on one multiprocessor or compute unit share."""
 
     registers: int  # of 32 bits
     shared: int  # bytes
@@ -64,7 +64,7 @@ class HotLoop:
 def programs_per_core(
     arch: str, threads: int, registers: int, shared: int, tensor_memory: int = 0
 ) -> int:
-    """How many programs one core holds at a time: what hides the latency of each."""
+    """How many programs one core holds at a time; more of them hide latency better."""
     core = CORES[arch]
     registers = -(-max(registers, 1) // core.register_step) * core.register_step
     limits = [
@@ -134,7 +134,7 @@ def _amd_code(text: str) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:
-    """What the tool in Triton's wheel prints."""
+    """The output of the tool in Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

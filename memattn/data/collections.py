@@ -17,7 +17,7 @@ class Share(NamedTuple):
     """What a collection takes of a corpus."""
 
     corpus: str
-    every: int = 1  # every so many-th document, in the corpus's order
+    every: int = 1  # only each n-th document, in the corpus's order
     pages: bool = False  # whether short entries are joined into pages, which are then documents
 
 
@@ -26,7 +26,7 @@ class Collection:
     """Corpora that are read together.
 
     Attributes:
-        name: Its name, which stands wherever that of a corpus does.
+        name: Its name, for use wherever a corpus is named.
         description: One line on what it is.
         shares: What it takes of which corpora.
     """
@@ -44,7 +44,7 @@ COLLECTIONS: dict[str, Collection] = _registry(
     Collection(
         name="general",
         description="dictionary, thesauri and encyclopedia, about 6 MB of each",
-        # parts of the large ones, else Wikipedia would be a twelfth of the text
+        # only parts of the large ones; with all of them Wikipedia would be a twelfth of the text
         shares=(
             Share("gcide", every=3, pages=True),
             Share("wordnet", every=2, pages=True),

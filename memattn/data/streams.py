@@ -19,7 +19,7 @@ class Task:
     """One task of a stream.
 
     Attributes:
-        name: What it is called in tables.
+        name: Its name in tables.
         train_x: Inputs, ``[n, ...]``, floating dtype.
         train_y: Labels, ``[n]``, int64, each the index of one of ``classes``.
         test_x: Inputs to test on, ``[m, ...]`` with the shape and dtype of ``train_x`` but for m.
@@ -69,7 +69,7 @@ class Stream:
     """Tasks that come one after another.
 
     Attributes:
-        name: What it is called in tables.
+        name: Its name in tables.
         scenario: What a learner is told. ``"task"``: the task of every sample, in testing too.
             ``"domain"``: never, all tasks have the same classes. ``"class"``: never in testing, and
             it must tell the classes of all tasks apart.
@@ -157,7 +157,7 @@ class Stream:
     def validation(self, fraction: float = 0.2, seed: int = 0) -> "Stream":
         """The same tasks, tested on a part of their train data that is held out of training.
 
-        What is chosen on it, such as a learning rate, has not seen the test data.
+        Options such as a learning rate can be chosen on it without reading test data.
 
         Args:
             fraction: Part of each class of each task that is held out.
@@ -179,7 +179,7 @@ class Stream:
         return Stream(f"{self.name}, validation", self.scenario, tuple(tasks))
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that a learner gets to see, as hexadecimal."""
+        """SHA-256 of all data of the stream, as hexadecimal."""
         digest = hashlib.sha256(f"{self.scenario}".encode())
         for task in self.tasks:
             digest.update(repr((task.name, task.classes)).encode())

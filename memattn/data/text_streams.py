@@ -33,8 +33,8 @@ def text_stream(
         encoder: A name that ``find_encoder`` knows, or what it returned.
         name: The stream's name.
         scenario: ``"task"``, ``"domain"`` or ``"class"``, see ``Stream``.
-        normalize: Whether each embedding is scaled to root mean square 1, as networks like it;
-            otherwise it is the plain mean of hidden states.
+        normalize: Whether each embedding is scaled to root mean square 1; otherwise it is the mean
+            of hidden states.
         max_length: Tokens of a text that are read, at most.
         batch_size: Texts to encode at a time.
         device: Where to encode. The stream's tensors are on the CPU.
@@ -108,7 +108,7 @@ def text_domains_stream(
         encoder: ``"auto"``, ``"minilm"``, a local folder or a name on the hub; see
             ``find_encoder``.
         cache_dir: Folder that keeps archives and embeddings; ``~`` is expanded.
-        seed: Draws another split.
+        seed: Seed of the split.
         device: Where to encode.
         domains: Names in ``memattn.data.LABELLED`` in order; None means ``TEXT_DOMAINS``.
         scenario: ``"task"``, ``"domain"`` (the sentiment domains share their classes) or

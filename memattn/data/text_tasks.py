@@ -24,7 +24,7 @@ class TextTask:
     """A classification task on texts.
 
     Attributes:
-        name: What it is called in tables.
+        name: Its name in tables.
         classes: Names of its classes, as the texts' labels have them.
         split: Texts to train on and texts to test on.
     """
@@ -52,7 +52,7 @@ def text_domains(
         domains: Names in ``memattn.data.LABELLED`` in order; None means ``TEXT_DOMAINS``.
         train_per_class: Texts of each class to train on, at most.
         test_per_class: Texts of each class to test on, at most.
-        seed: Draws another split, see ``split_labelled``.
+        seed: Seed of the split, see ``split_labelled``.
         cache_dir: Folder that keeps archives; ``~`` is expanded.
 
     Returns:

@@ -18,8 +18,8 @@ class Tokens(NamedTuple):
     bounds: Tensor  # int64 [n_documents + 1], 0 ... N
     num_bytes: int  # UTF-8 bytes of the texts, for bits per byte
     trained: Tensor | None = None  # bool [N], the tokens to learn; None means all
-    domains: Tensor | None = None  # int64 [n_documents], whose text each is; None: nobody knows
-    domain_weights: Tensor | None = None  # float32 [n_domains], what a token of each counts
+    domains: Tensor | None = None  # int64 [n_documents], domain of each; None: unknown
+    domain_weights: Tensor | None = None  # float32 [n_domains], weight of a token of each
 
     @property
     def num_documents(self) -> int:
@@ -27,7 +27,7 @@ class Tokens(NamedTuple):
 
 
 def write_tokens(file: Path, tokens: Tokens, note: str = "") -> None:
-    """Keep tokens in a file in a folder of its own, in one step.
+    """Write tokens to a file in a folder of its own; it appears once it is whole.
 
     Raises:
         OSError: If they cannot be kept.
@@ -43,7 +43,7 @@ def write_tokens(file: Path, tokens: Tokens, note: str = "") -> None:
 
 
 def read_tokens(file: Path) -> tuple[Tokens, str] | None:
-    """Tokens kept in a file, and the note beside them; None where it is missing or damaged."""
+    """Tokens and note of a file that ``write_tokens`` wrote; None if it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     if not file.exists():
@@ -59,7 +59,7 @@ def read_tokens(file: Path) -> tuple[Tokens, str] | None:
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
-    """Everything that a tokenizer makes of a text, as text."""
+    """All settings of a tokenizer that decide its tokens, as text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     description = (
         str(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()

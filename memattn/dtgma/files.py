@@ -1,4 +1,4 @@
-"""Tasks and models in files: safetensors, with all that it takes to build them again."""
+"""Files of tasks and models: safetensors, with the options to build them again."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ _MODEL = "memattn.DTGMAModel/1"
 
 @dataclass(frozen=True)
 class TaskFile:
-    """What a file holds of a task.
+    """The content of a task's file.
 
     Attributes:
         about: Name, classes, tasks that it reads with their hashes, and the configuration of the
@@ -63,7 +63,7 @@ class TaskFile:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """What a file holds of a model.
+    """The content of a model's file.
 
     Attributes:
         about: Its options, and its tasks in order: name, classes, tasks that it reads, and whether
@@ -120,7 +120,7 @@ def _load(
 
 @contextmanager
 def refused(path: str | PathLike[str]) -> Iterator[None]:
-    """Name the file where what it holds is refused."""
+    """Context that names the file in errors about its content."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -153,9 +153,9 @@ def check_tensors(
     """Raise unless a file holds tensors of the names, shapes and dtypes that are wanted.
 
     Args:
-        tensors: What it holds.
-        wanted: What it must hold; only names, shapes and dtypes are read.
-        optional: Names that it may hold beside these.
+        tensors: Its tensors.
+        wanted: The required tensors; only names, shapes and dtypes are read.
+        optional: Names of further tensors that it may hold.
     """
     missing = sorted(wanted.keys() - tensors.keys())
     if missing:

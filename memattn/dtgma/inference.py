@@ -1,4 +1,4 @@
-"""Which task a sample belongs to, where nobody says so."""
+"""Inference of the task of a sample, by class means or by entropy."""
 
 import math
 from collections.abc import Mapping, Sequence

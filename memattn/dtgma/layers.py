@@ -1,11 +1,10 @@
 """The layers of DTG-MA: task-graph attention, and the feed-forward network of each task."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memattn.nn._modules import modules_of
 from memattn.nn.task_attention import ColumnLayout, TaskGraphAttention
 from memattn.nn.task_linear import TaskGroups, TaskLinear
 
@@ -82,29 +81,24 @@ class DTGMALayers(nn.ModuleList):
 
     def add_task(self, number: int, init_from: int | None) -> None:
         """Give a task its parameters: new ones, or a copy of those of the task ``init_from``."""
-        for _, linear in self._linears():
+        for linear in modules_of(self, TaskLinear).values():
             linear.add_task(number, init_from=init_from)
 
     def remove_task(self, number: int) -> None:
         """Drop the parameters of a task."""
-        for _, linear in self._linears():
+        for linear in modules_of(self, TaskLinear).values():
             linear.remove_task(number)
 
     def task_parameters(self, number: int) -> dict[str, nn.Parameter]:
         """The parameters of a task by name."""
         own: dict[str, nn.Parameter] = {}
-        for name, linear in self._linears():
+        for name, linear in modules_of(self, TaskLinear).items():
             own |= {f"{name}.{k}": p for k, p in linear.task_parameters(number).items()}
         return own
 
     def norm_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the norms, which tasks share, by name."""
         own: dict[str, nn.Parameter] = {}
-        for name, module in self.named_modules():
-            if isinstance(module, nn.LayerNorm):
-                own |= {f"{name}.{k}": p for k, p in module.named_parameters()}
+        for name, norm in modules_of(self, nn.LayerNorm).items():
+            own |= {f"{name}.{k}": p for k, p in norm.named_parameters()}
         return own
-
-    def _linears(self) -> Iterator[tuple[str, TaskLinear]]:
-        modules = self.named_modules()
-        return ((name, module) for name, module in modules if isinstance(module, TaskLinear))

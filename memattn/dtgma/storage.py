@@ -1,4 +1,4 @@
-"""What files hold of a DTG-MA model or one of its tasks, taken from a model and put into one."""
+"""Saving and loading of DTG-MA models and of single tasks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -19,7 +19,7 @@ _Model = TypeVar("_Model", bound="Model")
 
 
 class Model(Protocol):
-    """What files ask of a ``DTGMAModel``."""
+    """The members of ``DTGMAModel`` that saving and loading use."""
 
     tokens: TokenProjection
     layers: DTGMALayers

@@ -45,9 +45,9 @@ def train_continual(
 ) -> dict[str, Any]:
     """Learn tasks in order, each with Adam over its own parameters, and test on all so far.
 
-    A task that the model does not have yet is registered when its turn comes. The learning rate
-    falls to 0 along a half cosine within each task. Once trained, a task's prototypes are gathered
-    from its training data.
+    A task that the model does not have yet is registered before it is trained. Within each task the
+    learning rate falls to 0 along a half cosine. After training, the class means of the task's
+    training data are stored as its prototypes.
 
     Args:
         model: The model; trained in place, and left in evaluation mode.
@@ -58,8 +58,8 @@ def train_continual(
             - a sequence that ``tensor_stream`` takes, of four tensors for each task or of pairs
               such as Avalanche's experiences. Tasks are called 0, 1 and so on, and have the classes
               that occur in their training data, whatever their labels are;
-            - a ``Stream``. In one whose scenario is not ``"task"`` the model must infer the task of
-              a test sample, and needs an ``inference``.
+            - a ``Stream``. If its scenario is not ``"task"``, the model infers the task of each
+              test sample, and needs an ``inference``.
 
         epochs: Passes over the training data of each task.
         batch_size: Samples of a step.
@@ -68,13 +68,13 @@ def train_continual(
         verbose: Whether to show progress.
         freeze_after_training: Whether to freeze each task once it is trained.
         reads: Which columns a new task reads: ``"none"``, ``"previous"`` (the task before it) or
-            ``"all"``; of all tasks that are frozen in the model, those of an earlier call too.
-            Without effect for tasks that are registered already.
+            ``"all"``. Frozen tasks of earlier calls count too. It has no effect on tasks that are
+            registered already.
         input_noise: Standard deviation of the Gaussian noise that is added to inputs in training.
         seed: Seed of new columns, of the order of samples, of noise and of dropout, below 2**40.
 
     Returns:
-        What ``continual_metrics`` gives (``avg_accuracy``, ``avg_forgetting``,
+        The results of ``continual_metrics`` (``avg_accuracy``, ``avg_forgetting``,
         ``avg_forgetting_from_first``, ``backward_transfer``, ``forward_transfer``, ...), and
 
         - ``accuracy_matrix``: float64 ``[n, n]``, entry ``[i, j]`` on task ``j`` after training on
@@ -82,7 +82,7 @@ def train_continual(
           not trained; the others are NaN.
         - ``task_accuracy``: the last row, by name.
         - ``untrained_accuracy``: float64 ``[n]``, of the model before any training, with the same
-          initial columns. Where no task reads another, it equals what is above the diagonal.
+          initial columns. If no task reads another, it equals the entries above the diagonal.
         - ``parameters``: parameters at the end, all tasks included.
         - ``parameter_report``: the same by part, a ``ParameterReport``.
         - ``time``: seconds, tests included.
@@ -93,8 +93,8 @@ def train_continual(
         TypeError: If an argument has the wrong Python type.
         ValueError: If there is no task, a task is frozen already, its data or labels do not fit, or
             an option is out of range.
-        FloatingPointError: If the loss of a task is not finite. Earlier tasks are as they were; the
-            task itself is registered and not frozen, and its parameters are of no use.
+        FloatingPointError: If the loss of a task is not finite. Earlier tasks do not change; the
+            task itself is registered and not frozen, and its parameters must not be used.
         RuntimeError: If it is called under ``torch.inference_mode``.
     """
     _check_mode()
@@ -182,7 +182,7 @@ def train_task(
     Raises:
         ValueError: If the task is unknown or frozen.
         FloatingPointError: If the loss is not finite at the end of an epoch, or after the last
-            step. Parameters of the task are then of no use.
+            step. Parameters of the task must not be used then.
         RuntimeError: If it is called under ``torch.inference_mode``.
     """
     _check_mode()
@@ -211,7 +211,7 @@ def train_task(
             check_loss(f"loss of task {task!r}", mean, epoch, lr)
             on_epoch()
     model.eval()
-    with torch.no_grad():  # no epoch has seen the last step
+    with torch.no_grad():  # the loss after the last step is not in any epoch's mean
         last = F.cross_entropy(model(x[:batch_size], task), y[:batch_size]).item()
     check_loss(f"loss of task {task!r}", last, epochs - 1, lr)
     model.gather_prototypes(task, x, y)
@@ -334,7 +334,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _progress(verbose: bool, total: int) -> Iterator[Callable[..., None]]:
-    """Yield what is called after each epoch, or with a line to print."""
+    """Yield a function to call after each epoch, or with a line to print."""
     if not verbose:
         yield lambda line=None: None
         return

@@ -1,6 +1,6 @@
-"""Inference on the CPU: what spans the layers of a decoder, where all of them are plain.
+"""Inference on the CPU: one call for all layers of a decoder, where all are plain.
 
-``memattn.models.plain_step`` says which layers are, and has one layer alone.
+``memattn.models.plain_step`` says which layers are plain, and has the calls for one layer.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from memattn.parts.base import is_bare
 def decoder_step(
     layers: nn.ModuleList, hidden_states: Tensor, context: PartContext, cache: MemAttnCache | None
 ) -> Tensor | None:
-    """Hidden states of one more token ``[B, 1, E]`` behind all layers, by one call, or None.
+    """Run one new token ``[B, 1, E]`` through all layers in one call; None if that is not possible.
 
     The angles of ``context.rotary`` are not needed.
     """
@@ -61,7 +61,7 @@ def decoder_step(
 def newest_of(n: int, block: Any, norm: Any, context: PartContext) -> int | None:
     """``PartContext.newest`` for the last block of a model with a norm behind it.
 
-    It is ``n`` where nothing but these would see that there are fewer hidden states, and else None.
+    It is ``n`` if only this block and the norm read the hidden states, else None.
     """
     if context.measure_losses or context.library is not None or context.cu_seqlens is not None:
         return None

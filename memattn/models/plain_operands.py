@@ -1,8 +1,8 @@
-"""What one call of all layers reads of the modules of a decoder, collected once for a cache.
+"""The tensors that one call of all layers reads, collected once for a cache.
 
-``memattn.models.plain_step`` says of one layer what may be read. Whatever decided that is kept
-beside it and compared at every token, which takes a tenth of the time: with a hook, another weight
-or another setting, operands are collected anew.
+``memattn.models.plain_step`` says which tensors of a layer may be read. The facts that this depends
+on (weights, hooks, settings) are kept too. They are compared at every token, which takes a tenth of
+the time of collecting; after a change the tensors are collected again.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class DecoderOperands:
     spans: list[int]  # segment, window and rows ahead, -1 for none
     eps: list[float]
     heads: tuple[int, int]  # number of key heads and their size
-    # of dictionaries of the modules: key and value, None where there is none
+    # dictionary of a module, key and value; None where the key is missing
     entries: tuple[tuple[dict, ...], tuple[str, ...], tuple[Any, ...]]
     modules: list[nn.Module]
     kinds: list[type]
@@ -53,7 +53,7 @@ class DecoderOperands:
         )
 
     def __reduce__(self) -> tuple:
-        """A copy of a cache has none: they are of the model."""
+        """Copies and files of a cache have no operands, since these belong to the model."""
         return type(None), ()
 
 
@@ -97,7 +97,7 @@ def collect_operands(layers: nn.ModuleList, context: PartContext) -> DecoderOper
 
 
 def is_plain_block(block: Any) -> bool:
-    """Whether it is a block of attention and an MLP alone, which nobody watches."""
+    """Whether a block has attention and an MLP only, and no hooks."""
     return type(block) is MemAttnBlock and is_bare(block) and len(block.part_configs) == 1
 
 

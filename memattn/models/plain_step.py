@@ -1,9 +1,8 @@
-"""Inference on the CPU: what a layer does to new tokens, as few calls of an operator.
+"""Inference on the CPU: the sublayers of a decoder layer, each in one or two calls.
 
-Everything here computes what the modules of a layer compute, with the same weights and the same
-state. It is taken where these modules are plain: float32 weights in layers of the package and of
-torch, without hooks, adapters or quantisation, and without gradients. Else None is returned, and
-the modules run.
+These functions compute the same as the modules of a layer, with the same weights and state. They
+apply if the modules are plain: float32 weights in layers of the package and of torch, without
+hooks, adapters, quantisation or gradients. Otherwise they return None, and the modules run.
 """
 
 from dataclasses import replace
@@ -19,7 +18,7 @@ from memattn.parts import PartConfig, PartContext
 from memattn.parts.base import StepSources, is_bare
 from memattn.parts.state import PartState
 
-MAX_ROWS = 8  # sequences; with more of them, products of whole matrices win
+MAX_ROWS = 8  # sequences; for more, products of whole matrices are faster
 AVAILABLE = has_cpp_kernel("project_rows")
 ATTENTION_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_WEIGHTS = ("gate_proj", "up_proj", "down_proj")
@@ -33,9 +32,9 @@ def attention_step(
     context: PartContext,
     cache: MemAttnCacheLayer | None,
 ) -> Tensor | None:
-    """Hidden states of ``[B, T, E]`` behind attention and its residual, or None.
+    """Hidden states of ``[B, T, E]`` after attention and its residual, or None.
 
-    They are those of the newest tokens alone where ``context.newest`` says so.
+    If ``context.newest`` is set, only those of the newest tokens.
     """
     found = None
     if may_step(hidden_states, context):
@@ -46,7 +45,7 @@ def attention_step(
     B, T, _ = hidden_states.shape
     steps = T == 1 and B <= MAX_ROWS and cache is not None
     if not (steps or context.newest_only):
-        return None  # logits of all tokens have the bits of the modules
+        return None  # logits of all tokens must equal those of the modules bit for bit
     state = None if cache is None else cache.parts["attention"]
     empty = hidden_states.new_empty(B, attention.num_kv_heads, 0, attention.head_dim)
     if state is not None and not fits(state, empty):
@@ -91,7 +90,7 @@ def attention_step(
 def attention_operands(
     norm: Any, attention: Any, part: PartConfig, context: PartContext
 ) -> tuple[list[Tensor], StepSources, tuple[Tensor | None, ...]] | None:
-    """The norm and the weights of an attention, what its queries see, and the tensors of that."""
+    """Weights of the norm and the attention; what queries see beside tokens; tensors of that."""
     sources = part.step_sources(attention)
     if sources is None or context.library is not None:
         return None
@@ -115,9 +114,9 @@ def attention_operands(
 
 
 def mlp_step(hidden_states: Tensor, norm: Any, mlp: Any, context: PartContext) -> Tensor | None:
-    """Hidden states of ``[B, T, E]`` behind the MLP and its residual, or None.
+    """Hidden states of ``[B, T, E]`` after the MLP and its residual, or None.
 
-    They are those of the newest tokens alone where ``context.newest`` says so.
+    If ``context.newest`` is set, only those of the newest tokens.
     """
     weights = mlp_operands(norm, mlp) if may_step(hidden_states, context) else None
     if weights is None:
@@ -157,7 +156,7 @@ def linear_step(layer: nn.Module, hidden_states: Tensor) -> Tensor | None:
 
 
 def _is_small(hidden_states: Tensor) -> bool:
-    # first, since a program that is compiled or exported must not depend on the number of rows
+    # before the rows: a compiled or exported program must not depend on their number
     return (
         not torch.compiler.is_compiling()
         and hidden_states.shape[1] == 1
@@ -168,7 +167,7 @@ def _is_small(hidden_states: Tensor) -> bool:
 
 
 def nothing_watches() -> bool:
-    """Whether nothing watches single operations: gradients, autocast, compilation, hooks."""
+    """Whether nothing needs single operations: gradients, autocast, compilation, hooks."""
     return (
         AVAILABLE
         and not torch.is_grad_enabled()
@@ -195,7 +194,7 @@ def may_step(hidden_states: Tensor, context: PartContext) -> bool:
 
 
 def fits(state: PartState, empty: Tensor) -> bool:
-    """Whether keys and values can be written behind those that the state has."""
+    """Whether keys and values can be written after those in the state."""
     if state.restart is not None:
         return False
     B, Hkv, _, D = empty.shape
@@ -234,7 +233,7 @@ def _plain_weight(layer: nn.Module) -> Tensor | None:
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Whether it is a contiguous float32 tensor on the CPU, and of no class of its own."""
+    """Whether it is a contiguous float32 tensor on the CPU, and not of a subclass."""
     if type(tensor) not in (Tensor, nn.Parameter):
         return False
     return tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous()

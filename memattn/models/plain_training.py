@@ -1,8 +1,8 @@
-"""Training on the CPU: sublayers of a layer as few operators, which save little for the backward.
+"""Training on the CPU: sublayers as few operators, which save little for the backward.
 
-Everything here computes what the modules of a layer compute, with the same weights. It is taken
-where these modules are plain: float32 weights in layers of the package and of torch, without hooks,
-adapters or quantisation. Else None is returned, and the modules run.
+These functions compute the same as the modules of a layer, with the same weights. They apply if the
+modules are plain: float32 weights in layers of the package and of torch, without hooks, adapters or
+quantisation. Otherwise they return None, and the modules run.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ def attention_sublayer(
     context: PartContext,
     cache: MemAttnCacheLayer | None,
 ) -> Tensor | None:
-    """Hidden states ``[B, T, E]`` behind attention and its residual, or None."""
+    """Hidden states ``[B, T, E]`` after attention and its residual, or None."""
     if not may_fuse(hidden_states, context) or cache is not None or context.library is not None:
         return None
     if type(attention) is not SegmentedAttention or part.step_sources(attention) is None:
@@ -59,10 +59,10 @@ def attention_sublayer(
 def mlp_sublayer(
     hidden_states: Tensor, norm: Any, mlp: Any, attention: Any, context: PartContext
 ) -> Tensor | None:
-    """Hidden states ``[B, T, E]`` behind the MLP and its residual, or None.
+    """Hidden states ``[B, T, E]`` after the MLP and its residual, or None.
 
-    ``attention`` is that of the layer: with a backend that is differentiable more than once, so is
-    the MLP.
+    ``attention`` is the layer's attention. If its backend supports second derivatives, the MLP's
+    modules run, which support them too.
     """
     if not may_fuse(hidden_states, context) or type(mlp) is not SwiGLU:
         return None
@@ -77,7 +77,7 @@ def mlp_sublayer(
 
 
 def may_fuse(hidden_states: Tensor, context: PartContext) -> bool:
-    """Whether hidden states are plain float32 on the CPU, and nothing watches operations."""
+    """Whether hidden states are plain float32 on the CPU, and nothing needs single operations."""
     if torch.compiler.is_compiling():
         return False
     if not hidden_states.is_cpu or hidden_states.dtype != torch.float32:

@@ -59,8 +59,9 @@ def take_apart(
     bias = query.new_zeros(1, 1, 1, 1)
     if attn_mask is not None:
         mask = attn_mask if attn_mask.dim() == 3 else attn_mask[None]
-        mask = mask.unflatten(0, (-1, mask.shape[0] // B if mask.shape[0] > 1 else 1))
-        bias = bias + _as_bias(mask, query)
+        heads = mask.shape[0] // B if mask.shape[0] > 1 else 1
+        by_head = torch.unflatten(mask, 0, (-1, heads))
+        bias = bias + _as_bias(by_head, query)
     if key_padding_mask is not None:
         mask = key_padding_mask.expand(B, S)
         bias = bias + _as_bias(mask, query)[:, None, None]

@@ -27,15 +27,20 @@ class AttentionWeights(NamedTuple):
 
 def weights_of(attention: nn.MultiheadAttention) -> AttentionWeights:
     """The weights of PyTorch's attention, packed or not, as views."""
-    if attention._qkv_same_embed_dim:
-        assert attention.in_proj_weight is not None
-        q, k, v = attention.in_proj_weight.chunk(3)
-    else:
+    q, k, v = _thirds(attention.in_proj_weight)
+    if q is None or k is None or v is None:
         q, k, v = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
-    packed = attention.in_proj_bias
-    q_bias, k_bias, v_bias = (None,) * 3 if packed is None else packed.chunk(3)
+    q_bias, k_bias, v_bias = _thirds(attention.in_proj_bias)
     out = attention.out_proj
     return AttentionWeights(q, k, v, out.weight, q_bias, k_bias, v_bias, out.bias)
+
+
+def _thirds(packed: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The part of the query, of the key and of the value."""
+    if packed is None:
+        return None, None, None
+    query, key, value = packed.chunk(3)
+    return query, key, value
 
 
 def beside_each_other(
@@ -125,8 +130,8 @@ class AttentionSpecialist(nn.Module):
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, n_branches: int, heads: int) -> Tensor:
     """Map ``[B, T, E]`` to heads of every branch, ``[B, F, H, T, D]``, in one product."""
-    x = F.linear(x, weight, bias).unflatten(-1, (n_branches, heads, -1))
-    return x.permute(0, 2, 3, 1, 4)
+    states = torch.unflatten(F.linear(x, weight, bias), -1, (n_branches, heads, -1))
+    return states.permute(0, 2, 3, 1, 4)
 
 
 def reduce_branches(out: Tensor, gates: Tensor, weights: AttentionWeights) -> Tensor:

@@ -73,7 +73,7 @@ class ContinuousAxialPositions(nn.Module):
         wide = torch.promote_types(self.in_weight.dtype, torch.float32)
         segment = torch.div(positions, self.segment_len, rounding_mode="floor").to(wide)
         place = (positions % self.segment_len).to(wide) / self.segment_len
-        found = []
+        found: list[Tensor] = []
         # coordinates stay float32: in half types neighbouring positions would be equal
         for i, coordinate in enumerate((segment.log1p(), place)):
             hidden = coordinate[..., None] * self.in_weight[i].to(wide) + self.in_bias[i].to(wide)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memattn.checks import plain_values
+from memattn.nn._autograd import apply
 from memattn.nn.attention_specialist import AttentionWeights
 from memattn.ops._attention import autocast
 
@@ -122,12 +124,14 @@ def plan_branches(shares: Tensor, slots: int | None = None) -> BranchPlan:
     present.scatter_(1, (branches + 1).flatten(1), True)
     places = (present[:, 1:].cumsum(1) - 1).gather(1, branches.clamp(min=0).flatten(1))
     places = torch.where(branches < 0, -1, places.view_as(branches))
-    used = [row.nonzero()[:, 0].tolist() for row in present[:, 1:].cpu()]
+    used = [plain_values(row.nonzero()[:, 0]) for row in present[:, 1:].cpu()]
 
     flat = branches.flatten()
     order = flat.argsort(stable=True)
-    counts = (flat + 1).bincount(minlength=1 + F).tolist()
-    spans, pieces, begin, row = [], [], counts[0], 0
+    counts: list[int] = plain_values((flat + 1).bincount(minlength=1 + F))
+    spans: list[Span] = []
+    pieces: list[Tensor] = []
+    begin, row = counts[0], 0
     for branch, count in enumerate(counts[1:]):
         if count == 0:
             continue
@@ -150,7 +154,7 @@ def move_rows(x: Tensor, source: Tensor, targets: Tensor) -> Tensor:
         source: int64 ``[n]``.
         targets: int64 ``[R, A]``, the rows of the result that row r goes to, or -1.
     """
-    return _MoveRows.apply(x, source, targets)
+    return apply(_MoveRows, x, source, targets)
 
 
 def sum_rows(x: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
@@ -161,7 +165,7 @@ def sum_rows(x: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
         sources: int64 ``[n]``, the sum that row i goes to, or -1.
         targets: int64 ``[R, A]``.
     """
-    return _SumRows.apply(x, sources, targets)
+    return apply(_SumRows, x, sources, targets)
 
 
 def _take(x: Tensor, source: Tensor) -> Tensor:
@@ -180,7 +184,7 @@ class _MoveRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _SumRows.apply(grads[0], *ctx.saved_tensors), None, None
+        return apply(_SumRows, grads[0], *ctx.saved_tensors), None, None
 
 
 class _SumRows(torch.autograd.Function):
@@ -194,7 +198,7 @@ class _SumRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _MoveRows.apply(grads[0], *ctx.saved_tensors), None, None
+        return apply(_MoveRows, grads[0], *ctx.saved_tensors), None, None
 
 
 def _products(
@@ -224,7 +228,7 @@ def _products(
     weight = [autocast(getattr(w, name)) for w in own]
     bias = [autocast(getattr(w, f"{name}_bias")) for w in own]
     bias = [] if bias[0] is None else bias
-    return _Products.apply(autocast(rows), factors, spans, n, *weight, *bias)
+    return apply(_Products, autocast(rows), factors, spans, n, *weight, *bias)
 
 
 class _Products(torch.autograd.Function):

@@ -114,7 +114,10 @@ def continued_inputs(
         # earlier inputs come right before the first token of each row
         x = F.pad(torch.where(bounds.present[..., None], x, 0.0), (0, 0, kept, 0))
         column = torch.arange(kept, device=x.device)[:, None]
-        at = lambda first: (first[:, None, None] + column).expand(-1, -1, width)
+
+        def at(first: Tensor) -> Tensor:
+            return (first[:, None, None] + column).expand(-1, -1, width)
+
         inputs = x.scatter(1, at(bounds.start), past)
         after = inputs.gather(1, at(bounds.start + bounds.length))
     if cu_seqlens is not None:
@@ -158,10 +161,10 @@ def filtered_vectors(
         args = TokenFilterArgs(
             inputs.contiguous(), taps, positions, T, num_unit * head_dim, head_dim
         )
-        return token_filter(args).unflatten(-1, (-1, head_dim))
+        return torch.unflatten(token_filter(args), -1, (-1, head_dim))
     if weight is not None:
         inputs = causal_convolution(inputs, weight, T, positions)
-    out = F.silu(inputs).unflatten(-1, (-1, head_dim))
+    out = torch.unflatten(F.silu(inputs), -1, (-1, head_dim))
     return torch.cat([unit_vectors(out[:, :, :num_unit]), out[:, :, num_unit:]], 2)
 
 

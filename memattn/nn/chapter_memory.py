@@ -209,9 +209,10 @@ class MemoryCrossAttention(nn.Module):
         )
         if not torch.is_grad_enabled():
             return ProjectedChapters(key_codes, value_codes, key_scale, value_scale)
-        seen = lambda states, codes, scale: (
-            states + (dequantize_rows(codes, scale, states.dtype) - states).detach()
-        )
+
+        def seen(states: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+            return states + (dequantize_rows(codes, scale, states.dtype) - states).detach()
+
         return ProjectedChapters(
             seen(key, key_codes, key_scale), seen(value, value_codes, value_scale)
         )
@@ -284,7 +285,7 @@ class MemoryCrossAttention(nn.Module):
         out = bank_output.out
         if open_chapters:
             every = indices.new_zeros(query.shape[0], 1)
-            others = []
+            others: list[tuple[AttentionOutput, float]] = []
             for chapter, weight in open_chapters:
                 output = self._attend(query, chapter, every, None, **open_bounds or {})
                 # a chapter weighs as much as one of the bank, whatever its length

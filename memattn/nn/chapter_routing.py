@@ -66,10 +66,9 @@ def document_blocks(cu_seqlens: Tensor, num_tokens: int, routing_block: int) -> 
     R, T = routing_block, num_tokens
     cu = cu_seqlens.long()
     blocks = (cu.diff() + R - 1) // R
-    if torch.compiler.is_compiling():
-        N = -(-T // R) + cu.numel() - 2 if T else 0  # upper bound; superfluous blocks are empty
-    else:
-        N = int(blocks.sum())
+    # while a graph is traced, an upper bound; superfluous blocks are empty
+    most = -(-T // R) + cu.numel() - 2 if T else 0
+    N = most if torch.compiler.is_compiling() else int(blocks.sum())
     first = F.pad(blocks.cumsum(0), (1, 0))
     number = torch.arange(N, device=cu.device)
     document = torch.searchsorted(first[1:].contiguous(), number, right=True)
@@ -145,7 +144,7 @@ def _gather_blocks(inputs: Tensor, start: Tensor, exists: Tensor, R: int, aligne
     """Tokens ``[B, N, R, E]`` of blocks that start at columns ``[B, N]``, 0 outside."""
     S, N = inputs.shape[1], start.shape[1]
     if aligned:
-        return F.pad(inputs, (0, 0, 0, N * R - S)).unflatten(1, (N, R))
+        return torch.unflatten(F.pad(inputs, (0, 0, 0, N * R - S)), 1, (N, R))
     column = start[..., None] + torch.arange(R, device=start.device)  # [B, N, R]
     inside = (column >= 0) & (column < S) & exists[..., None]
     row = torch.arange(inputs.shape[0], device=start.device)[:, None, None]

@@ -1,6 +1,7 @@
 """The gate of specialists: weights of base and specialists for each token."""
 
 import re
+from collections.abc import Container
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -8,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.checks import check_int, check_rank, check_shape, check_tensor, is_readable, must
+from memattn.checks import (
+    check_int,
+    check_rank,
+    check_shape,
+    check_tensor,
+    check_type,
+    is_readable,
+    must,
+    plain_values,
+)
 from memattn.nn._running_sums import running_sum
 from memattn.nn.gate_losses import check_labels, check_weights, domain_loss, entropy, sparsity
 from memattn.nn.gate_row import GateRow, check_prior
@@ -313,7 +323,7 @@ class DomainGate(nn.Module):
         else:
             prior = _check_row(self.names["prior"], prior, B, 1 + N).detach().to(x)
             if is_readable(prior) and not bool((prior >= 0).all()):
-                must(self.names["prior"], "be at least 0", prior.tolist())
+                must(self.names["prior"], "be at least 0", plain_values(prior))
         prior = prior.expand(B, 1 + N)[:, None]
         if mask is not None:
             allowed = _check_row(self.names["mask"], mask, B, N).bool().expand(B, N)
@@ -340,13 +350,12 @@ class DomainGate(nn.Module):
         return scores.softmax(-1), scores
 
 
-def check_new_name(name: str, taken: object) -> None:
+def check_new_name(name: str, taken: Container[str]) -> None:
     """Raise unless ``name`` is a string that can name a new specialist."""
-    if not isinstance(name, str):
-        must("name", "be a string", type(name).__name__, TypeError)
+    check_type("name", name, str, "be a string")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
         must("name", "be letters, digits, _ and -, and no method of a dict", repr(name))
-    if name in taken:  # type: ignore[operator]
+    if name in taken:
         must("name", "be a new one", repr(name))
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from memattn.checks import check_tensor, is_readable, must
+from memattn.checks import check_tensor, is_readable, must, plain_values
 
 BASE, SPECIALIST, UNKNOWN = 0, 1, -1  # labels of a token's domain
 
@@ -80,7 +80,7 @@ def check_labels(name: str, labels: Tensor, B: int, T: int) -> Tensor:
     _check_shape(name, labels, B, T)
     if is_readable(labels) and not bool(((labels >= UNKNOWN) & (labels <= SPECIALIST)).all()):
         allowed = "be 0 for text of the base, 1 for that of specialists or -1 for unknown"
-        must(name, allowed, sorted({*labels.flatten().tolist()} - {UNKNOWN, BASE, SPECIALIST}))
+        must(name, allowed, sorted({*plain_values(labels.flatten())} - {UNKNOWN, BASE, SPECIALIST}))
     return labels.expand(B, T)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.checks import must
+from memattn.checks import check_type, must
 
 
 class GateRow(nn.Module):
@@ -58,8 +58,9 @@ class GateRow(nn.Module):
 
 def check_prior(prior: float) -> float:
     """Check a prior and return it."""
-    if isinstance(prior, bool) or not isinstance(prior, int | float):
-        must("prior", "be a number", type(prior).__name__, TypeError)
+    if isinstance(prior, bool):
+        must("prior", "be a number", "bool", TypeError)
+    check_type("prior", prior, (int, float), "be a number")
     if not 0.0 <= prior < float("inf"):
         must("prior", "be at least 0 and finite", prior)
     return float(prior)

@@ -12,7 +12,8 @@ class ZeroLinear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+        # torch does not type device and dtype of a linear layer
+        super().__init__(in_features, out_features, bias=False)  # pyright: ignore[reportUnknownMemberType]
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)

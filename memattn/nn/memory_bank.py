@@ -62,8 +62,8 @@ class MemoryBank(nn.Module):
 
     def take(self, rows: Tensor, chapters: Tensor | None) -> Tensor:
         """Chapters ``[U, M, ...]`` of a tensor with one entry for each memory token."""
-        rows = rows.unflatten(0, (self.num_chapters, self.tokens_per_chapter))
-        return rows if chapters is None else rows.index_select(0, chapters)
+        by_chapter = torch.unflatten(rows, 0, (self.num_chapters, self.tokens_per_chapter))
+        return by_chapter if chapters is None else by_chapter.index_select(0, chapters)
 
     def expand_rows(self, rows: Tensor) -> Tensor:
         """Memory tokens ``[..., width]`` of stored rows ``[..., F]``."""

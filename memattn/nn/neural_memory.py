@@ -77,6 +77,8 @@ class NeuralMemory(nn.Module):
         Differs: rates belong to a token, not to a chunk; see ``memattn.neural_memory``.
     """
 
+    persistent_tokens: nn.Parameter | None  # [P, E]
+
     def __init__(
         self,
         hidden_size: int,
@@ -382,7 +384,7 @@ class NeuralMemory(nn.Module):
             head_dim=self.head_dim,
             backend=self.backend,
         )
-        return list(vectors.transpose(1, 2).split(self.num_heads, 1)), found.after
+        return list(torch.split(vectors.transpose(1, 2), self.num_heads, 1)), found.after
 
     def extra_repr(self) -> str:
         depth, P = len(self.memory_weights), self.persistent_tokens

@@ -40,7 +40,8 @@ class MemoryRates(nn.Linear):
     def __init__(self, hidden_size: int, num_heads: int, rates: Mapping[str, float]) -> None:
         # set first: the constructor of Linear initialises the parameters
         self.num_heads, self.rates = num_heads, dict(rates)
-        super().__init__(hidden_size, len(rates) * num_heads)
+        # torch does not type device and dtype of a linear layer
+        super().__init__(hidden_size, len(rates) * num_heads)  # pyright: ignore[reportUnknownMemberType]
 
     def reset_parameters(self) -> None:
         """Reset to the initial rates."""

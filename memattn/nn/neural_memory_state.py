@@ -28,24 +28,24 @@ class NeuralMemoryLayerState:
 
     def detach(self) -> "NeuralMemoryLayerState":
         """The state detached from the autograd graph."""
-        return self._map(self.memory.detach(), lambda x: x.detach())
+        return self.mapped(self.memory.detach(), lambda x: x.detach())
 
     def to(self, device: torch.device | str) -> "NeuralMemoryLayerState":
         """The state on another device."""
-        return self._map(self.memory.to(device), lambda x: x.to(device))
+        return self.mapped(self.memory.to(device), lambda x: x.to(device))
 
     def select(self, rows: Tensor) -> "NeuralMemoryLayerState":
         """The state of these rows, int64, in this order; a row may come several times."""
-        return self._map(self.memory.select(rows), lambda x: x.index_select(0, rows))
+        return self.mapped(self.memory.select(rows), lambda x: x.index_select(0, rows))
 
     def expand(self, R: int) -> "NeuralMemoryLayerState":
         """The state of one row for ``R`` rows that begin alike."""
-        return self._map(self.memory.expand(R), lambda x: x.expand(R, *x.shape[1:]))
+        return self.mapped(self.memory.expand(R), lambda x: x.expand(R, *x.shape[1:]))
 
     @classmethod
     def merge(cls, states: "Sequence[NeuralMemoryLayerState]") -> "NeuralMemoryLayerState":
         """Concatenate the rows of several states of one layer."""
-        named = {}
+        named: dict[str, Tensor | None] = {}
         for name in OWN:
             parts = [getattr(state, name) for state in states]
             named[name] = None if any(x is None for x in parts) else torch.cat(parts)
@@ -108,7 +108,9 @@ class NeuralMemoryLayerState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state, as a flat dictionary to save."""
-        found = {f"memory.{name}": x for name, x in self.memory.tensors().items()}
+        found: dict[str, Tensor | None] = {
+            f"memory.{name}": x for name, x in self.memory.tensors().items()
+        }
         found |= {name: getattr(self, name) for name in ("inputs", "read_inputs")}
         return {name: x for name, x in found.items() if x is not None}
 
@@ -125,7 +127,7 @@ class NeuralMemoryLayerState:
         own = {name: tensors.get(name) for name in ("inputs", "read_inputs")}
         return NeuralMemoryLayerState(self.memory.with_tensors(memory), **own)
 
-    def _map(
+    def mapped(
         self, memory: NeuralMemoryState, change: Callable[[Tensor], Tensor]
     ) -> "NeuralMemoryLayerState":
         """The state with ``change`` of its own tensors."""

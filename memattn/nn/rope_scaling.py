@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from memattn.checks import check_bool, must
+from memattn.checks import check_bool, must, plain_values
 from memattn.nn.rotary import RotaryEmbedding
 
 # required and optional parameters of each type, besides rope_type and rope_theta
@@ -114,4 +114,4 @@ def make_rotary(head_dim: int, rope: Mapping[str, Any], max_positions: int) -> R
     )
     with torch.device("cpu"):  # models are loaded on the meta device, which has no values
         frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    return RotaryEmbedding(head_dim, theta, frequencies=frequencies.tolist(), scale=scale)
+    return RotaryEmbedding(head_dim, theta, frequencies=plain_values(frequencies), scale=scale)

@@ -1,11 +1,20 @@
 """Rotary position embedding, with positions counted from the start of a sequence."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from memattn.checks import check_int, must
+
+
+class _Table(NamedTuple):
+    """Cosines and sines of positions, and what they were computed from."""
+
+    made_of: tuple[float, tuple[float, ...] | None, float]
+    cos: Tensor
+    sin: Tensor
 
 
 class RotaryEmbedding(nn.Module):
@@ -53,7 +62,7 @@ class RotaryEmbedding(nn.Module):
         self.theta = theta
         self.frequencies = None if frequencies is None else tuple(frequencies)
         self.scale = scale
-        self._table: tuple[tuple, Tensor, Tensor] | None = None  # cache key, cosines, sines
+        self._table: _Table | None = None
 
     def forward(
         self, positions: Tensor, dtype: torch.dtype = torch.float32
@@ -78,11 +87,11 @@ class RotaryEmbedding(nn.Module):
         They are cached between calls: computing them takes longer than one token's attention.
         """
         table, made_of = self._table, (self.theta, self.frequencies, self.scale)
-        if table is None or table[0] != made_of or len(table[1]) < length:
+        if table is None or table.made_of != made_of or len(table.cos) < length:
             positions = torch.arange(max(256, 2 * length), device="cpu")
             cos, sin = self.forward(positions[None])
-            self._table = table = made_of, cos[0, 0], sin[0, 0]
-        return table[1:]
+            self._table = table = _Table(made_of, cos[0, 0], sin[0, 0])
+        return table.cos, table.sin
 
     def extra_repr(self) -> str:
         scaled = "" if self.frequencies is None else f", scaled frequencies, scale={self.scale}"

@@ -300,8 +300,8 @@ class ShiftableMultiheadAttention(SpecialistHolder):
             bias = bias.repeat(1, n, 1, 1)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
         gate = shares.transpose(1, 2)[:, :, None, :, None]  # [B, F, 1, T, 1]
-        out = out.unflatten(1, (n, self.num_heads))
-        gated = torch.where(gate == 0, 0.0, gate * out).to(out.dtype)
+        by_branch = torch.unflatten(out, 1, (n, self.num_heads))
+        gated = torch.where(gate == 0, 0.0, gate * by_branch).to(out.dtype)
         return reduce_branches(gated, shares, weights)
 
 
@@ -309,9 +309,12 @@ def check_base(name: str, base: object, d_model: int, num_heads: int) -> None:
     """Raise unless ``base`` is an attention of this width with as many heads."""
     if not isinstance(base, nn.MultiheadAttention):
         must(name, "be an nn.MultiheadAttention", type(base).__name__, TypeError)
-    if base.embed_dim != d_model:
-        must(name, f"have embed_dim=d_model={d_model}", base.embed_dim)
-    if base.num_heads != num_heads:
-        must(name, f"have num_heads={num_heads}", base.num_heads)
+    width = base.out_proj.out_features
+    if width != d_model:
+        must(name, f"have embed_dim=d_model={d_model}", width)
+    # torch does not type the number of heads
+    heads: int = base.num_heads  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    if heads != num_heads:
+        must(name, f"have num_heads={num_heads}", heads)
     if base.bias_k is not None or base.add_zero_attn:
         must(name, "have no add_bias_kv and no add_zero_attn", "one of them", NotImplementedError)

@@ -9,6 +9,9 @@ from memattn.checks import check_bool, check_int, must
 from memattn.nn.domain_gate import DomainGate, GateOutput
 from memattn.nn.shiftable_attention import ShiftableMultiheadAttention, check_base
 
+# the attribute of nn.MultiheadAttention that says whether query, key and value are equally wide
+_SAME_WIDTHS = "_qkv_same_embed_dim"
+
 
 class ShiftableTransformerBlock(nn.TransformerEncoderLayer):
     """An encoder layer around a frozen attention, or a whole frozen layer, with N specialists.
@@ -100,7 +103,7 @@ class ShiftableTransformerBlock(nn.TransformerEncoderLayer):
         )
         # nn.TransformerEncoder asks whether its fast path may be used; the block decides that
         # itself
-        self.self_attn._qkv_same_embed_dim = attention._qkv_same_embed_dim
+        setattr(self.self_attn, _SAME_WIDTHS, getattr(attention, _SAME_WIDTHS))
         for name, module in layer.named_children():
             if name != "self_attn":
                 setattr(self, name, module)

@@ -5,7 +5,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from memattn.checks import check_int, check_tensor, is_readable, must
+from memattn.checks import check_int, check_tensor, is_readable, must, plain_values
 from memattn.nn.attention_specialist import AttentionSpecialist, AttentionWeights
 from memattn.nn.domain_gate import DomainGate
 
@@ -128,7 +128,7 @@ class SpecialistHolder(nn.Module):
         check_tensor("domain_prior" if weights is None else "domain_weights", given)
         if not is_readable(given) or list(given.shape[-1:]) != [1 + N]:
             return list(range(N))
-        return (given[..., 1:] != 0).reshape(-1, N).any(0).nonzero()[:, 0].tolist()
+        return plain_values((given[..., 1:] != 0).reshape(-1, N).any(0).nonzero()[:, 0])
 
     def most_slots(self, weights: Tensor | None) -> int | None:
         """Largest number of specialists that a token uses with these weights; None if unknown."""

@@ -1,5 +1,6 @@
 """Linear layers with a weight for each task, applied to a batch that mixes tasks."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import NamedTuple
@@ -15,7 +16,9 @@ from memattn.checks import (
     check_rank,
     check_shape,
     check_tensor,
+    check_type,
     must,
+    plain_values,
 )
 from memattn.ops._attention import autocast
 
@@ -55,8 +58,9 @@ def group_by_task(task_id: int | Tensor, n_rows: int) -> TaskGroups:
         ValueError: If its dtype or its shape does not fit.
     """
     if not isinstance(task_id, Tensor):
-        if isinstance(task_id, bool) or not isinstance(task_id, int | Integral):
-            must("task_id", "be an integer or a tensor", type(task_id).__name__, TypeError)
+        if isinstance(task_id, bool):
+            must("task_id", "be an integer or a tensor", "bool", TypeError)
+        check_type("task_id", task_id, Integral, "be an integer or a tensor")
         return TaskGroups((int(task_id),), (n_rows,), None)
     if task_id.dtype not in (torch.int32, torch.int64):
         must("task_id", "have dtype torch.int32 or torch.int64", task_id.dtype)
@@ -64,10 +68,10 @@ def group_by_task(task_id: int | Tensor, n_rows: int) -> TaskGroups:
         return TaskGroups((int(task_id),), (n_rows,), None)
     if list(task_id.shape) != [n_rows]:
         must("task_id", f"be an integer or have shape [B={n_rows}]", list(task_id.shape))
-    tasks, sizes = task_id.cpu().unique(return_counts=True)
+    sizes = sorted(Counter(plain_values(task_id)).items())
     in_order = bool((task_id.diff() >= 0).all())
     order = None if in_order else task_id.argsort(stable=True)
-    return TaskGroups(tuple(tasks.tolist()), tuple(sizes.tolist()), order)
+    return TaskGroups(tuple(task for task, _ in sizes), tuple(size for _, size in sizes), order)
 
 
 class TaskLinear(nn.Module):
@@ -306,12 +310,13 @@ def grouped_linear(
     rows, stackable = autocast(rows), [autocast(weight) for weight in weights]
     if not _takes_grouped_mm(rows, stackable[0]):
         biases = [None] * len(weights) if bias is None else bias
-        parts = zip(rows.split(list(sizes)), weights, biases, strict=True)
+        parts = zip(rows.split_with_sizes(list(sizes)), weights, biases, strict=True)
         return torch.cat([F.linear(*part) for part in parts])
     ends = torch.tensor(sizes).cumsum(0).to(rows.device, torch.int32)
     out = F.grouped_mm(rows.contiguous(), torch.stack(stackable).mT, offs=ends)
     if out.requires_grad:
-        out.register_hook(Tensor.contiguous)  # its backward does not support expanded gradients
+        # its backward does not support expanded gradients
+        out.register_hook(Tensor.contiguous)  # pyright: ignore[reportUnknownMemberType]
     if bias is None:
         return out
     each = torch.tensor(sizes, device=rows.device)

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memattn.checks import check_int, check_like, check_tensor, must
+from memattn.checks import check_int, check_like, check_tensor, check_type, must
 
 
 class TokenProjection(nn.Module):
@@ -63,8 +63,7 @@ class TokenProjection(nn.Module):
     ) -> None:
         super().__init__()
         wanted = "be an integer, (H, W) or (C, H, W)"
-        if not isinstance(input_dim, int | Sequence):
-            must("input_dim", wanted, type(input_dim).__name__, TypeError)
+        check_type("input_dim", input_dim, (int, Sequence), wanted)
         axes = (input_dim,) if isinstance(input_dim, int) else tuple(input_dim)
         if len(axes) not in (1, 2, 3):
             must("input_dim", wanted, input_dim)

@@ -21,7 +21,7 @@ OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 
 
 def autocast(tensor: OptionalTensor) -> OptionalTensor:
-    """The tensor in the dtype of the autocast that is on; float64, integers and None stay."""
+    """The tensor in the dtype of active autocast; float64, integers and None stay."""
     if tensor is None or tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return tensor
     device = tensor.device.type
@@ -73,9 +73,9 @@ def sequence_lengths(
     """Check the bounds of sequences or documents, and return how long each of them is.
 
     A sequence counts up to the last query, a document in full; sequences that are all alike are one
-    entry. Values on a CUDA device are read
-    once for everything that the caller wants to check by them (``wanted_for``, None for nothing),
-    or where they depend on each other; what is not read is None.
+    entry. Values on a CUDA device are read once, if the caller needs them for a check
+    (``wanted_for``, None for no check) or they depend on each other; lengths that are not read are
+    None.
     """
     B, _, T, _ = query.shape
     if cu_seqlens is not None:

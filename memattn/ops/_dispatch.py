@@ -92,12 +92,13 @@ def resolve_backend(
     Args:
         backend: What the caller asked for.
         query: The tensor whose dtype and device decide.
-        name: What messages call it.
-        operator: One that an extension built from earlier sources may lack: then it is not built.
+        name: Its name in messages.
+        operator: An operator that an extension built from older sources may lack; it then counts as
+            not built.
 
     Raises:
-        NotImplementedError: If kernels do not take the input, or a function is transformed around
-            the call in a way that they do not follow.
+        NotImplementedError: If kernels do not support the input, or the call is inside a
+            transformation, such as ``torch.func.jvp``, that they do not support.
     """
     check_string("backend", backend, BACKENDS)
     chosen = _choose(backend, query, name, operator)
@@ -117,7 +118,7 @@ _is_for_onnx._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMem
 
 
 def untaken_transform() -> str | None:
-    """A transform around the call that custom operators do not follow; tangents would be zeros."""
+    """The active transformation that custom operators do not support, or None."""
     if forward_ad._current_level >= 0:  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
         return "forward-mode differentiation, as by torch.func.jvp"
     if torch.compiler.is_compiling():  # which cannot look at the other levels, nor trace through

@@ -1,4 +1,4 @@
-"""Segmented attention by PyTorch's FlexAttention, to compare with and to run where it runs.
+"""Segmented attention by PyTorch's FlexAttention, for comparisons and for devices that have it.
 
 Keys stand in the order persistent, memory, tokens, and one mask function says what a query sees.
 Unlike the other backends it lets NaN in a key or value that no query sees reach the output, where
@@ -21,7 +21,7 @@ ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any]
 
 
 class MaskShape(NamedTuple):
-    """Everything that a mask without bounds depends on."""
+    """All that a mask depends on, except bounds."""
 
     T: int
     S: int
@@ -66,7 +66,7 @@ def flex_segmented_attention(args: SegmentedAttentionArgs) -> tuple[Tensor, Tens
 
 @lru_cache(maxsize=32)
 def _capped(softcap: float) -> ScoreFunction:
-    """What becomes of a score."""
+    """The function that caps a score."""
     return lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)
 
 
@@ -84,7 +84,7 @@ def joined_keys(args: SegmentedAttentionArgs) -> tuple[Tensor, Tensor]:
 
 
 def mask_shape(args: SegmentedAttentionArgs) -> MaskShape:
-    """What the mask of a call depends on beside bounds."""
+    """All that the mask of a call depends on, except bounds."""
     memory = None if args.memory_key is None else args.memory_key.shape
     return MaskShape(
         T=args.query.shape[2],

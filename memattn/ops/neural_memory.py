@@ -46,7 +46,7 @@ CHOICES = {
 
 
 class NeuralMemoryOutput(NamedTuple):
-    """What the memory reads, what it has become, and how much each token surprised it."""
+    """Outputs of the memory, its new state, and the surprise of each token."""
 
     out: Tensor  # [B, H, T, Dv]
     state: NeuralMemoryState | None  # None with return_state=False

@@ -119,22 +119,22 @@ class NeuralMemoryState:
 
     def detach(self) -> "NeuralMemoryState":
         """The state detached from the graph of autograd."""
-        return self._map(lambda _, x: x.detach())
+        return self.mapped(lambda _, x: x.detach())
 
     def to(self, device: torch.device | str) -> "NeuralMemoryState":
         """The state on another device."""
-        return self._map(lambda _, x: x.to(device))
+        return self.mapped(lambda _, x: x.to(device))
 
     def select(self, rows: Tensor) -> "NeuralMemoryState":
         """The state of these rows, int64, in this order; a row may come several times."""
         check_tensor("rows", rows)
-        return self._map(lambda name, x: x if name == "initial" else x.index_select(0, rows))
+        return self.mapped(lambda name, x: x if name == "initial" else x.index_select(0, rows))
 
     def expand(self, R: int) -> "NeuralMemoryState":
         """The state of one row for ``R`` rows that begin alike, as views."""
         if self.count.shape[0] != 1:
             must("state", "have one row to be expanded", self.count.shape[0])
-        return self._map(lambda name, x: x if name == "initial" else x.expand(R, *x.shape[1:]))
+        return self.mapped(lambda name, x: x if name == "initial" else x.expand(R, *x.shape[1:]))
 
     @classmethod
     def merge(cls, states: "Sequence[NeuralMemoryState]") -> "NeuralMemoryState":
@@ -270,7 +270,7 @@ class NeuralMemoryState:
         return cls._checked(tensors, tuple(plain_values(tensors["sizes"])))
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> "NeuralMemoryState":
-        """The state of what ``tensors`` gave of another state of the same memory."""
+        """This state with the tensors of another state of the same memory, from ``tensors``."""
         return self._checked({"initial": self.initial} | dict(tensors), self.sizes)
 
     @classmethod
@@ -314,11 +314,11 @@ class NeuralMemoryState:
                 device = self.packed_weights.device
                 must(f"state.{name}", f"be on the device of its weights, {device}", tensor.device)
 
-    def _map(self, change: Callable[[str, Tensor], Tensor]) -> "NeuralMemoryState":
+    def mapped(self, change: Callable[[str, Tensor], Tensor]) -> "NeuralMemoryState":
         """The state with ``change(name, tensor)`` of every tensor, of the past too."""
         named = {name: getattr(self, name) for name in TENSORS}
         changed = {n: x if x is None else change(n, x) for n, x in named.items()}
-        past = None if self.past is None else self.past._map(change)
+        past = None if self.past is None else self.past.mapped(change)
         return dataclasses.replace(self, **changed, past=past, writer=None)
 
 
@@ -330,7 +330,7 @@ class Writer:
         self.plan = plan  # of the step that wrote
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or a file has pending rows of its own."""
+        """Copies and files have pending rows of their own."""
         return Writer, ()
 
     def wrote(self, state: NeuralMemoryState) -> None:

@@ -170,7 +170,7 @@ class AttentionLayerConfig(AddedPart):
 
     def to_dict(self) -> dict[str, Any]:
         layers = None if self.layers is None else list(self.layers)
-        fields = {"at": self.at, "rope_theta": self.rope_theta, "layers": layers}
+        fields: dict[str, Any] = {"at": self.at, "rope_theta": self.rope_theta, "layers": layers}
         if self.rope_parameters is not None:
             fields["rope_parameters"] = dict(self.rope_parameters)
         return {"kind": self.kind, "attention": self.part.to_dict(), **fields}

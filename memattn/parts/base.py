@@ -7,7 +7,7 @@ configuration then names it by ``kind``. ``docs/architecture.md`` shows a whole 
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -280,7 +280,7 @@ class PartConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Kind and fields as values that JSON can hold."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        values = {k: list(v) if _is_tuple(v) else v for k, v in asdict(self).items()}
         return {"kind": self.kind, **values}
 
 
@@ -345,6 +345,15 @@ def part_type(kind: Any, name: str, *, attention: bool | None = None) -> type[Pa
     return PARTS[kind]
 
 
+def is_record(value: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a value is a mapping, as JSON's objects are."""
+    return isinstance(value, Mapping)
+
+
+def _is_tuple(value: object) -> TypeGuard[tuple[Any, ...]]:
+    return isinstance(value, tuple)
+
+
 def make_part(value: Any, name: str, *, attention: bool) -> PartConfig:
     """A part from its configuration, or from the values of ``PartConfig.to_dict``.
 
@@ -355,7 +364,7 @@ def make_part(value: Any, name: str, *, attention: bool) -> PartConfig:
     if isinstance(value, PartConfig):
         part_type(value.kind, f"{name}.kind", attention=attention)
         return value
-    if not isinstance(value, Mapping):
+    if not is_record(value):
         what = "an AttentionConfig" if attention else "a PartConfig"
         must(name, f"be {what} or a dict", type(value).__name__, TypeError)
     values = dict(value)

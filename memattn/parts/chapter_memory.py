@@ -208,7 +208,10 @@ class ChapterMemoryConfig(MemoryFields):
         with torch.device("meta"):
             module = self.build(sizes, layer)
         attention, M = module.attention, self.num_memory_tokens
-        count = lambda part: sum(p.numel() for p in part.parameters())
+
+        def count(part: nn.Module) -> int:
+            return sum(p.numel() for p in part.parameters())
+
         flops = 2 * length * (count(attention.q_proj) + count(attention.o_proj))
         tokens = seen = M  # memory tokens projected, and seen by a token
         if module.router is not None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from memattn.checks import check_rank, must
 from memattn.nn import ChapterRouter
+from memattn.nn._modules import modules_of
 from memattn.ops.chapter_router import RouterOutput
 from memattn.parts.views import short_name, visit_layers
 
@@ -46,7 +47,7 @@ def measure_usage(model: nn.Module, input_ids: Tensor) -> ChapterUsage:
         TypeError: If the model has no router.
     """
     check_rank("input_ids", input_ids, "B T")
-    routers = {n: m for n, m in model.named_modules() if isinstance(m, ChapterRouter)}
+    routers = modules_of(model, ChapterRouter)
     if not routers:
         must("model", "have layers of kind ChapterRouter", type(model).__name__, TypeError)
     found: dict[nn.Module, RouterOutput] = {}

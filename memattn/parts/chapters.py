@@ -8,7 +8,7 @@ collected while the model reads a text in ``Chapters.recording``. As long as the
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -172,7 +172,7 @@ class Chapters:
         self._update()
 
     @contextmanager
-    def only(self, *names: str, weight: float | None = None) -> Iterator[None]:
+    def only(self, *names: str, weight: float | None = None) -> Generator[None, None, None]:
         """Context in which only these chapters are open."""
         before = dict(self._chapters)
         self.close()
@@ -221,7 +221,7 @@ class Chapters:
         return self._recorded is not None
 
     @contextmanager
-    def recording(self) -> Iterator[dict[str, list[Tensor]]]:
+    def recording(self) -> Generator[dict[str, list[Tensor]], None, None]:
         """Record the tensors of one sequence in each call; all chapters are closed meanwhile."""
         self._recorded = {}
         try:
@@ -323,9 +323,12 @@ def _described(
         must("path", f"be a file of format {FORMAT}", f"{path} of {metadata.get('format')}")
     try:
         about = json.loads(metadata["about"])
-        chapters = [
-            Chapter(**{**values, "prefix": tuple(values["prefix"])}) for values in about["chapters"]
-        ]
-        return dict(about["model"]), chapters
+        return dict(about["model"]), [_chapter(values) for values in about["chapters"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"path must describe its chapters, got {path} ({error})") from error
+
+
+def _chapter(values: Any) -> Chapter:
+    """A chapter from the values that a file holds of it."""
+    named: dict[str, Any] = {**values, "prefix": tuple(values["prefix"])}
+    return Chapter(**named)

@@ -16,6 +16,10 @@ from memattn.parts.token_order import TokenOrder
 Angles = tuple[Tensor, Tensor]
 
 
+def _no_tensors() -> dict[str, Tensor]:
+    return {}
+
+
 @dataclass
 class PartContext:
     """One call of the model, as one part in one layer needs to know it.
@@ -60,14 +64,14 @@ class PartContext:
     residual: Tensor | None = None
     shared_module: nn.Module | None = None
     state: PartState | None = None
-    carry: Mapping[str, Tensor] = field(default_factory=dict)
+    carry: Mapping[str, Tensor] = field(default_factory=_no_tensors)
     library: Chapters | None = None
     chapters: tuple[OpenChapter, ...] = ()
     shared: dict[Any, Any] = field(default_factory=dict)
     handed: dict[str, Tensor] = field(default_factory=dict)
     attended: Tensor | None = None
     base: nn.Module | None = None
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=_no_tensors)
     order: TokenOrder | PackedRows | None = None
     newest_only: bool = False
     newest: int | None = None

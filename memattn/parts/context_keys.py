@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memattn.checks import plain_values
 from memattn.parts.context import PartContext
 
 
@@ -52,7 +53,7 @@ def by_segments(keys: ContextKeys, L: int, index: Tensor | None = None) -> Conte
             x = F.pad(x, (0, 0, 0, -x.shape[2] % L))
         else:
             x = x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-        return x.unflatten(2, (x.shape[2] // L, L))
+        return torch.unflatten(x, 2, (x.shape[2] // L, L))
 
     return keys._replace(memory_key=cut(keys.memory_key), memory_value=cut(keys.memory_value))
 
@@ -68,7 +69,8 @@ def segment_columns(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Where ``B`` sequences start in ``S`` columns, and the columns of their segments."""
     if context.cu_seqlens is not None:
-        bounds, device = context.cu_seqlens.tolist(), context.cu_seqlens.device
+        device = context.cu_seqlens.device
+        bounds: list[int] = plain_values(context.cu_seqlens)
         columns = [
             torch.arange(a, a + (b - a + L - 1) // L * L, device=device)
             for a, b in zip(bounds, bounds[1:], strict=False)

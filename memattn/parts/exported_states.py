@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import (
+    _disable_current_modes,  # pyright: ignore[reportPrivateUsage]
+)
 
 from memattn.checks import is_traced, must
 from memattn.parts.base import part_type
@@ -107,9 +109,9 @@ def flatten_states(states: Any) -> FlatStates:
 
 def _flatten(states: Any, columns: Tensor | None) -> FlatStates:
     tensors: list[Any] = [] if columns is None else [columns]
-    layers = []
+    layers: list[dict[str, Any]] = []
     for layer in states.layers:
-        facts = {}
+        facts: dict[str, Any] = {}
         for name, state in layer.parts.items():
             tokens = dict(state.tokens)
             if not states.in_program:

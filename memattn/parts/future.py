@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memattn.checks import check_bool, check_int, check_rank, must
+from memattn.checks import check_bool, check_int, check_rank, must, plain_values
 from memattn.nn import FutureAttention, FutureTable
 from memattn.nn.future_attention import KEY_SOURCES
 from memattn.ops import future_attention, segmented_attention
@@ -93,13 +93,13 @@ def draw_future(figure: "Figure", measures: FutureMeasures) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     image = draw_attention_mass(left, "share of attention on future keys", mass)
     left.set_yticks(range(len(layers)), map(str, layers))
-    figure.colorbar(image, ax=left, shrink=0.85)
+    figure.colorbar(image, ax=left, shrink=0.85)  # pyright: ignore[reportUnknownMemberType]
     image = right.imshow(
         cosine.numpy(), vmin=-1.0, vmax=1.0, cmap="RdBu", aspect="auto", interpolation="nearest"
     )
-    figure.colorbar(image, ax=right, shrink=0.85)
+    figure.colorbar(image, ax=right, shrink=0.85)  # pyright: ignore[reportUnknownMemberType]
     right.set(title="cosine of predicted and true future output", xlabel="position")
-    means = zip(layers, cosine.nanmean(1).tolist(), strict=True)
+    means = zip(layers, plain_values(cosine.nanmean(1)), strict=True)
     right.set_yticks(range(len(layers)), [f"{i}: {mean:+.2f}" for i, mean in means])
     right.set_ylabel("layer: mean")
 
@@ -293,7 +293,7 @@ def _cosine(
     query, key, value = inputs[:3]
     T = query.shape[2]
     predicted = future_attention(*inputs, **options).out_future
-    real = {
+    real: dict[str, Any] = {
         **options,
         "future_dim": min(layer.future_dim, T - 1),
         "future_index": "position",

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memattn.checks import must
+from memattn.checks import must, plain_values
+from memattn.nn._modules import modules_of
 from memattn.nn.causal_specialists import CausalSpecialists
 from memattn.parts.specialist_set import mean_gates, recording_gates
 
@@ -42,8 +43,7 @@ def measure_gates(model: nn.Module, input_ids: Tensor, **inputs: Any) -> list[La
     """
     layers = [
         (_number(name), (BASE, *module.gate.specialists))
-        for name, module in model.named_modules()
-        if isinstance(module, CausalSpecialists)
+        for name, module in modules_of(model, CausalSpecialists).items()
     ]
     if not any(len(names) > 1 for _, names in layers):
         must("model", "have specialists", "one without")
@@ -61,9 +61,9 @@ def measure_gates(model: nn.Module, input_ids: Tensor, **inputs: Any) -> list[La
 
 def gate_lines(layers: Sequence[LayerGates]) -> list[str]:
     """``Layer 0: [0.91 base, 0.09 specialist_0]`` for each layer, means over rows."""
-    lines = []
+    lines: list[str] = []
     for layer in layers:
-        means = layer.means().mean(0).tolist()
+        means = plain_values(layer.means().mean(0))
         shares = (f"{mean:.2f} {name}" for mean, name in zip(means, layer.names, strict=True))
         lines.append(f"Layer {layer.layer}: [{', '.join(shares)}]")
     return lines
@@ -99,7 +99,8 @@ def draw_gates(figure: "Figure", layers: Sequence[LayerGates]) -> None:
         axes.set_ylabel("layer")
         axes.set_yticks(range(len(layers)), [str(layer.layer) for layer in layers])
     panels[-1].set_xlabel("token")
-    figure.colorbar(panels[0].images[0], ax=list(panels), label="gate")
+    image = panels[0].images[0]
+    figure.colorbar(image, ax=list(panels), label="gate")  # pyright: ignore[reportUnknownMemberType]
 
 
 def _number(name: str) -> int:

@@ -11,8 +11,8 @@ from memattn.parts.base import PARTS, PartConfig, PartOutput
 
 def check_output(part: PartConfig, output: PartOutput, *, measured: bool) -> None:
     """Raise ValueError unless a part returned exactly the losses and the carry that it declares."""
-    wanted = part.losses.keys() if measured else set()
-    if output.losses.keys() != wanted or output.carry.keys() - set(part.carries):
+    wanted: set[str] = set(part.losses) if measured else set()
+    if set(output.losses) != wanted or output.carry.keys() - set(part.carries):
         raise ValueError(
             f"{part.path} must return losses {sorted(wanted)} and carry of "
             f"{list(part.carries)}, got {sorted(output.losses)} and {sorted(output.carry)}"
@@ -51,7 +51,7 @@ class NamedLosses:
     losses: dict[str, Tensor] | None
 
     def __getattr__(self, name: str) -> Any:
-        losses = self.__dict__.get("losses") or {}
+        losses: dict[str, Tensor] = self.__dict__.get("losses") or {}
         if name in losses or any(name in part.reports for part in PARTS.values()):
             return losses.get(name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -3,14 +3,16 @@
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from memattn.checks import check_rank, must
 from memattn.nn import NeuralMemory, NeuralMemoryLayerState
+from memattn.nn._modules import modules_of
 from memattn.parts.state import PartState
 from memattn.parts.titans_layers import MemoryLayer
 from memattn.parts.views import MASSES_BY_SOURCE
@@ -80,11 +82,10 @@ class MemoryWatch:
             return
         options = dict(options)
         hidden_states, kv_states = args[0], options.pop("kv_states", None)
-        state: NeuralMemoryLayerState = options.pop("state", None)
+        given: NeuralMemoryLayerState | None = options.pop("state", None)
         if any(bound is not None for bound in options.values()):
             must("input_ids", "be without padding and not packed", ", ".join(options))
-        if state is None:
-            state = memory.start().expand(len(hidden_states))
+        state = memory.start().expand(len(hidden_states)) if given is None else given
         if self.start is None:
             self.start = _double(state.memory.current()[0])
         T, at = hidden_states.shape[1], 0
@@ -119,7 +120,7 @@ class MemoryWatch:
     def see_attention(self, attention: Any, args: Any, output: Any) -> None:
         """Record the norms of the attention's outputs."""
         if not self.paused and isinstance(output, Tensor):
-            self._norms = (self._norms[0], output.detach().double().norm(dim=-1).cpu())
+            self._norms = (self._norms[0], output.detach().double().square().sum(-1).sqrt().cpu())
 
     def see_layer(self, layer: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Attention mass on the memory's outputs, for layers that attend to them."""
@@ -155,14 +156,16 @@ def memory_layers(model: nn.Module) -> dict[str, MemoryLayer]:
     Raises:
         TypeError: If the model has none.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, MemoryLayer)}
+    layers = modules_of(model, MemoryLayer)
     if not layers:
         must("model", "have layers with a neural memory", type(model).__name__, TypeError)
     return layers
 
 
 @contextlib.contextmanager
-def watch_memory(model: nn.Module, *, keep_pairs: bool = False) -> Iterator[list[MemoryWatch]]:
+def watch_memory(
+    model: nn.Module, *, keep_pairs: bool = False
+) -> Generator[list[MemoryWatch], None, None]:
     """Context that measures every neural memory of a model; its outputs do not change.
 
     Each memory writes every token twice: for the model, and chunk by chunk for the measures.
@@ -175,7 +178,8 @@ def watch_memory(model: nn.Module, *, keep_pairs: bool = False) -> Iterator[list
     Raises:
         TypeError: If the model has no neural memory.
     """
-    watches, hooks = [], []
+    watches: list[MemoryWatch] = []
+    hooks: list[RemovableHandle] = []
     for name, layer in memory_layers(model).items():
         watch = MemoryWatch(name, layer, keep_pairs)
         watches.append(watch)
@@ -251,7 +255,8 @@ def _retrieval(watch: MemoryWatch, key: Tensor, value: Tensor) -> list[Retrieval
         (watch.layer.memory.recall(weights, key) - value).square().sum((0, 1, 3))
         for weights in (watch.end, watch.start)
     )
-    T, buckets = key.shape[2], []
+    T = key.shape[2]
+    buckets: list[RetrievalBucket] = []
     for first in (2**i for i in range(T.bit_length())):
         last = min(2 * first - 1, T)
         tokens = slice(T - last, T - first + 1)
@@ -263,20 +268,28 @@ def _retrieval(watch: MemoryWatch, key: Tensor, value: Tensor) -> list[Retrieval
 
 def update_magnitude(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """Norm ``[B, H]`` of the change of layers ``[B, H, d_n, d_{n-1}]``, relative to their norm."""
-    norm = lambda layers: torch.stack([x.square().sum((-1, -2)) for x in layers]).sum(0).sqrt()
+
+    def norm(layers: Sequence[Tensor]) -> Tensor:
+        return torch.stack([x.square().sum((-1, -2)) for x in layers]).sum(0).sqrt()
+
     size = norm(before)
     change = [y - x for x, y in zip(before, after, strict=True)]
     return norm(change) / torch.where(size > 0, size, 1.0)
 
 
+def _singular_values(x: Tensor) -> Tensor:
+    # torch does not type its linear algebra
+    return torch.linalg.svdvals(x)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
 def utilisation(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """Effective rank ``[B, H, N]`` of the change of each layer, relative to its smaller side."""
-    found = []
+    found: list[Tensor] = []
     for x, y in zip(before, after, strict=True):
-        square = torch.linalg.svdvals(y - x).square()
+        square = _singular_values(y - x).square()
         total = square.sum(-1, keepdim=True)
         share = square / torch.where(total > 0, total, 1.0)
-        entropy = -torch.special.xlogy(share, share).sum(-1)
+        entropy = -torch.xlogy(share, share).sum(-1)
         found.append(torch.where(total[..., 0] > 0, entropy.exp() / square.shape[-1], 0.0))
     return torch.stack(found, -1)
 

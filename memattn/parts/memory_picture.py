@@ -1,5 +1,8 @@
 """Picture of the measures of neural memories."""
 
+# matplotlib's own types are partly unknown
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -25,16 +28,21 @@ def by_chunk(use: MemoryUse) -> dict[str, dict[str, Tensor]]:
 
     ``tokens`` counts the tokens up to the chunk's end; the other names are keys of ``LABELS``.
     """
-    found = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for name, layer in zip(*use, strict=True):
-        cut = lambda x, sizes=layer.chunk_tokens: torch.stack([p.mean() for p in x.split(sizes)])
+        sizes = layer.chunk_tokens
         found[name] = {
             "tokens": torch.tensor(layer.chunk_tokens).cumsum(0),
             "update": layer.update.mean((0, 1)),
-            "surprise": cut(layer.surprise.mean((0, 1))),
-            "relevance": cut(layer.relevance.mean(0)),
+            "surprise": _means(layer.surprise.mean((0, 1)), sizes),
+            "relevance": _means(layer.relevance.mean(0), sizes),
         }
     return found
+
+
+def _means(x: Tensor, sizes: list[int]) -> Tensor:
+    """The mean of each piece of ``x``."""
+    return torch.stack([piece.mean() for piece in x.split_with_sizes(sizes)])
 
 
 def draw_measure(axes: "Axes", metrics: Mapping[str, Mapping[str, Tensor]], name: str) -> None:

@@ -5,12 +5,11 @@ kind were under its name: ``{"kind": "a", "window_size": None, "a": {...}}``. Ol
 files have this format, and everything that reads them calls this module.
 """
 
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from memattn.checks import must
-from memattn.parts.base import PARTS, PartConfig, make_part, part_type
+from memattn.parts.base import PARTS, PartConfig, is_record, make_part, part_type
 
 AT_REST = {"segment_len": None, "window_size": None, "num_persistent_tokens": 0}
 
@@ -28,15 +27,15 @@ def AttentionConfig(kind: str = "causal", **record: Any) -> PartConfig:  # noqa:
 
 def upgrade_attention(record: Any) -> Any:
     """The fields of one kind, from a record that may have those of all kinds."""
-    if not isinstance(record, Mapping):
+    if not is_record(record):
         return record
-    values = {"kind": "causal", **record}
+    values: dict[str, Any] = {"kind": "causal", **record}
     kind = values["kind"]
     part = part_type(kind, "attention.kind", attention=True)
     inner = values.pop(kind, None)
     if isinstance(inner, PartConfig):
         inner = {name: value for name, value in inner.to_dict().items() if name not in values}
-    elif inner is not None and not isinstance(inner, Mapping):
+    elif inner is not None and not is_record(inner):
         wanted = f"be a {part.__name__} or a dict"
         must(f"attention.{kind}", wanted, type(inner).__name__, TypeError)
     own = {part_field.name for part_field in fields(part)}

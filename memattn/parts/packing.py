@@ -40,7 +40,7 @@ class PackedRows:
         x = x[0]
         if self.index is not None:
             x = x.new_zeros(self.present.numel(), *x.shape[1:]).index_copy(0, self.index, x)
-        return x.unflatten(0, self.present.shape)
+        return torch.unflatten(x, 0, self.present.shape)
 
     def put_keys(self, x: Tensor) -> Tensor:
         """``put`` for ``[B or 1, H, T, D]``."""
@@ -273,7 +273,7 @@ def columns_that_change(table: Tensor, by: int = 0) -> Tensor:
 def _agree(name: str, requirement: str, same: Tensor, traced: bool) -> None:
     """Raise unless all of ``same`` are True; a traced graph raises when it runs."""
     if traced:
-        check = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
+        check = torch._assert_async  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
         check(same.all(), f"{name} must {requirement} in a compiled program")
     elif not same.all():
         row = int((~same).any(1).nonzero()[0, 0])

@@ -1,11 +1,11 @@
 """Convert attention masks to the bounds of sequences."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from memattn.checks import check_tensor, must
+from memattn.checks import check_tensor, must, plain_values
 from memattn.parts.state import SequenceBounds
 from memattn.parts.token_order import TokenOrder
 
@@ -47,7 +47,7 @@ def read_mask(
             order = TokenOrder.of(ones, begun)
     elif not order_traced:
         whole = (ones.sum(1) == end - start).all()
-        check = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
+        check = torch._assert_async  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
         check(whole, "attention_mask must have no holes in a compiled program")
     elif ones.shape[1] > 1:
         order = TokenOrder.of(ones, begun)
@@ -73,7 +73,7 @@ def _check_values(attention_mask: Tensor) -> None:
     wrong = ((attention_mask != 0) & (attention_mask != 1)).any(1)
     if wrong.any():
         row = int(wrong.nonzero()[0, 0])
-        got = f"{_shorten(attention_mask[row].tolist())} in row {row}"
+        got = f"{_shorten(plain_values(attention_mask[row]))} in row {row}"
         must("attention_mask", "be 1 for tokens and 0 for padding", got)
 
 
@@ -139,6 +139,6 @@ def check_longest(lengths: Tensor, max_length: int) -> None:
         must("input_ids", f"have at most {limit} tokens a row", longest)
 
 
-def _shorten(values: list) -> str:
+def _shorten(values: list[Any]) -> str:
     """The values as text, at most 16 of them."""
     return str(values) if len(values) <= 16 else f"{str(values[:16])[:-1]}, ...]"

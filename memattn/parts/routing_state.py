@@ -120,7 +120,7 @@ class RoutingState(PartState):
     @classmethod
     def merge(cls, states: "list[PartState]") -> "RoutingState":
         widest = max((s.rows["total"].shape[1] for s in states if s.rows), default=0)
-        widened = []
+        widened: list[PartState] = []
         for state in states:
             other = state.apply(lambda tensor: tensor)
             for name in ("total", "indices", "weights"):
@@ -139,8 +139,8 @@ class RoutingState(PartState):
         R, length = self.routing_block, self.rows["length"]
         assert R is not None
         after = (length - removed).clamp(min=0)
-        block = lambda n: torch.div(n - 1, R, rounding_mode="floor")
-        away = block(length) - block(after)
+        last, newest = (torch.div(n - 1, R, rounding_mode="floor") for n in (length, after))
+        away = last - newest
         return after, away, (self.rows["known"] - away).clamp(min=0)
 
     def check_crop(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memattn.checks import must
+from memattn.checks import must, plain_values
 from memattn.parts.context import Angles, PartContext
 
 
@@ -74,12 +74,17 @@ class SegmentPieces:
         """The pieces of ``[..., G, F]``, each ``[rows, ..., width, F]``."""
         # one split, not slices: the gradient of each slice would have the size of the whole
         if self.index is None:
-            return list(x.split([piece.width for piece in self.pieces], -2))
-        parts = x[0].split([piece.rows * piece.width for piece in self.pieces], -2)
+            return list(x.split_with_sizes([piece.width for piece in self.pieces], -2))
+        sizes = [piece.rows * piece.width for piece in self.pieces]
+        parts = x[0].split_with_sizes(sizes, -2)
         return [
-            part.unflatten(-2, (piece.rows, piece.width)).movedim(-3, 0)
+            torch.unflatten(part, -2, (piece.rows, piece.width)).movedim(-3, 0)
             for part, piece in zip(parts, self.pieces, strict=True)
         ]
+
+    def split_or_none(self, x: Tensor | None) -> list[Tensor] | list[None]:
+        """The pieces of ``x``; without it, None for each piece."""
+        return [None] * len(self.pieces) if x is None else self.split(x)
 
     def split_angles(self, angles: Angles | None) -> list[Angles | None]:
         """The pieces of cosines and sines."""
@@ -98,7 +103,7 @@ class SegmentPieces:
         if self.index is None:
             return x
         x = x[0].index_select(-2, self.back)
-        x = x.unflatten(-2, tuple(self.present.shape)).movedim(-3, 0)
+        x = torch.unflatten(x, -2, self.present.shape).movedim(-3, 0)
         shape = (self.present.shape[0], *[1] * (x.dim() - 3), self.present.shape[1], 1)
         return torch.where(self.present.view(shape), x, 0.0)
 
@@ -143,7 +148,7 @@ def segment_pieces(context: PartContext, shape: tuple[int, int], L: int) -> Segm
 
 def _documents(cu_seqlens: Tensor, T: int, L: int) -> SegmentPieces:
     """Documents as rows, the longest first, so that each piece covers the first rows."""
-    bounds = cu_seqlens.tolist()
+    bounds: list[int] = plain_values(cu_seqlens)
     lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
     order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
     longest = lengths[order[0]]
@@ -170,7 +175,10 @@ def _gathered(
 ) -> SegmentPieces:
     """Pieces with the given rows and tokens, left-aligned in every row."""
     device, n = present.device, present.numel()
-    pieces, index, exists, positions = [], [], [], []
+    pieces: list[Piece] = []
+    index: list[Tensor] = []
+    exists: list[Tensor] = []
+    positions: list[Tensor] = []
     begin, done = 0, torch.zeros_like(rows.length)
     for R, width in steps:
         start, length, place = (x[:R] for x in rows)

@@ -234,7 +234,7 @@ class SequenceStates:
         start = self.seq_start
         assert start is not None
         alike = int(start[0]) if len(start) and bool((start == start[0]).all()) else None
-        known: dict[tuple, SequenceBounds] = {}  # most layers have the same bounds
+        known: dict[tuple[int | None, ...], SequenceBounds] = {}  # most layers have the same bounds
         for state in self._states():
             state.place(start, self.position - T)
             kind = (state.kept, state.segment_len, state.window_size, state.lead)
@@ -259,7 +259,7 @@ class SequenceStates:
     def _mark_visible(self) -> None:
         """Set in each state how many of its newest tokens later ones can see."""
         assert self.seq_start is not None and self.seq_end is not None
-        first: dict[tuple, int] = {}
+        first: dict[tuple[int | None, ...], int] = {}
         for state in self._states():
             kind = (state.segment_len, state.window_size)
             if kind not in first:

@@ -1,7 +1,7 @@
 """The specialists of all layers of a model: add, train, save or remove one by name."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -233,7 +233,7 @@ class GateRecord:
 
 
 @contextmanager
-def recording_gates(model: nn.Module) -> Iterator[GateRecord]:
+def recording_gates(model: nn.Module) -> Generator[GateRecord, None, None]:
     """Context that records the gates of all layers of a model (a decoder, or with attached parts).
 
     Each call of the model in the context adds its layers. Recomputation by checkpointing is not

@@ -32,7 +32,7 @@ class SpecialistsState(PartState):
         super().__init__(kind, segment_len, window_size)
 
     def place(self, seq_start: Tensor, position: int) -> None:
-        self._has_past = not (isinstance(position, int) and position == 0)
+        self._has_past = not (type(position) is int and position == 0)  # a traced one is unknown
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "names": list(self.names)}

@@ -1,7 +1,7 @@
 """Memory as context: attention over the tokens of a segment and the memory's outputs for them."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -166,16 +166,19 @@ class MemoryAsContext(ContextLayer):
             hidden_states, state, cu_seqlens=context.cu_seqlens, **call_bounds(context)
         )
         # computed for all segments at once, as it does not depend on the memory
-        split = lambda x: [None] * len(cut.pieces) if x is None else cut.split(x)
         before = self.remembered_before(context)
         tensors = zip(
-            *map(split, (query, key, value, cut.flat(queries), self.memory.gates(x))),
-            split(None if before is None else cut.flat(before)),
+            *map(cut.split_or_none, (query, key, value, cut.flat(queries), self.memory.gates(x))),
+            cut.split_or_none(None if before is None else cut.flat(before)),
             cut.split_angles(angles),
             strict=True,
         )
         starts = SegmentStarts(cache, cut.phase) if self.memory.chunk_size < L else None
-        attended, remembered, memory_keys, memory_values, fronts = [], [], [], [], []
+        attended: list[Tensor] = []
+        remembered: list[Tensor] = []
+        memory_keys: list[Tensor] = []
+        memory_values: list[Tensor] = []
+        fronts: list[ContextKeys] = []
         left = hidden_states.shape[1]  # tokens of the call after a piece
         for piece, (q, k, v, asked, gates, taught, turned) in zip(cut.pieces, tensors, strict=True):
             if piece.rows < rows:  # some documents have ended
@@ -365,9 +368,11 @@ def _sources(layer: ContextLayer, hidden_states: Tensor, context: PartContext) -
         assert isinstance(layer, MemoryInParallel)
         remembered = layer.remember(hidden_states, context)
         query, keys = layer.heads(hidden_states, remembered, context)
-    lse = lambda *keys, **options: segmented_attention(
-        query, *keys, backend=attention.backend, **options
-    ).lse.double()
+
+    def lse(key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        found = segmented_attention(query, key, value, backend=attention.backend, **options)
+        return found.lse.double()
+
     parts = {
         "tokens": lse(keys.key, keys.value, segment_len=attention.segment_len),
         "memory": lse(keys.memory_key, keys.memory_value, segment_len=attention.segment_len),

@@ -47,7 +47,7 @@ class MemoryLayer(nn.Module):
 
     def remember(self, hidden_states: Tensor, context: PartContext) -> Tensor:
         """Write the tokens into the memory and read it at each, starting from the layer's state."""
-        B, T, _ = hidden_states.shape
+        B = hidden_states.shape[0]
         options: dict[str, Any] = dict(cu_seqlens=context.cu_seqlens, **call_bounds(context))
         before = self.remembered_before(context)
         if before is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memattn.checks import check_bool, check_int, must
-from memattn.parts.base import Sizes
+from memattn.parts.base import PartConfig, Sizes
 from memattn.parts.causal import AttentionPart
 
 VALUES = "value_residual"  # [B, T, Hkv D], values of the first layer
@@ -105,7 +105,7 @@ class TitansOptions(AttentionPart):
         names = ("value_residual", "neural_mem_weight_residual", "num_longterm_mem_tokens")
         return {name: value for name in names if (value := getattr(self, name))}
 
-    def check(self, sizes: Sizes, others: list) -> None:
+    def check(self, sizes: Sizes, others: list[PartConfig]) -> None:
         self.memory_sizes(sizes)
 
     def memory_sizes(self, sizes: Sizes) -> tuple[int, int]:

@@ -116,10 +116,12 @@ class TitansState(PartState):
         state = self._memory
         if state is not None:
             memory = state.memory
-            changed = memory._map(lambda name, x: x.detach() if name == "initial" else function(x))
+            changed = memory.mapped(
+                lambda name, x: x.detach() if name == "initial" else function(x)
+            )
             device = changed.packed_weights.device
             changed = dataclasses.replace(changed, initial=changed.initial.to(device))
-            other._keep(state._map(changed, function))
+            other._keep(state.mapped(changed, function))
         return other
 
     @classmethod
@@ -130,7 +132,7 @@ class TitansState(PartState):
             for name in names:
                 if name in state.rows:
                     widest[name] = max(widest.get(name, 0), state.rows[name].shape[1])
-        widened = []
+        widened: list[PartState] = []
         for state in states:
             other = state.apply(lambda tensor: tensor)
             for name in widest:

@@ -1,11 +1,15 @@
 """Shared by the pictures of parts: visiting the layers of a model, and heat maps."""
 
+# matplotlib's own types are partly unknown
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from memattn.checks import plain_values
 from memattn.parts.base import PARTS, View
 
 if TYPE_CHECKING:
@@ -50,7 +54,7 @@ def draw_attention_mass(axes: "Axes", source: str, mass: Tensor) -> "AxesImage":
     """
     image = axes.imshow(mass.numpy(), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
     if mass.numel() <= 128:  # more numbers could not be read
-        for layer, heads in enumerate(mass.tolist()):
+        for layer, heads in enumerate(plain_values(mass)):
             for head, share in enumerate(heads):
                 ink = "white" if share < 0.6 else "black"
                 axes.text(head, layer, f"{share:.2f}", ha="center", va="center", color=ink)

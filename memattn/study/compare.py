@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from memattn._tables import Spread, Table
+from memattn._tables import Table
 from memattn.checks import check_bool, check_int, must
 from memattn.files import write_json
 from memattn.parts.base import Sizes
@@ -277,9 +277,9 @@ class CompareStudy(Study):
             (
                 row.cell.name,
                 f"{row.cell.counts['parameters']:,}",
-                _number(row.losses["val_loss"], ".4f"),
+                row.losses["val_loss"].text(".4f"),
                 *(
-                    _number(row.losses[measure.name], measure_format)
+                    row.losses[measure.name].text(measure_format)
                     if measure.name in row.losses
                     else "-"
                     for measure, measure_format in zip(self.measures, _FORMATS, strict=True)
@@ -306,8 +306,3 @@ class CompareStudy(Study):
 
 
 _FORMATS = (",.2f", ",.2f", ",.0f", ",.0f", ".3f", ".3f", ".3f")
-
-
-def _number(spread: Spread, form: str) -> str:
-    text = f"{spread.mean:{form}}"
-    return text if spread.sd is None else f"{text} ± {spread.sd:{form}}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from memattn._settings import check_same_settings
 from memattn.checks import must
 from memattn.files import write_json, write_text
 from memattn.study.base import Study
@@ -191,12 +192,7 @@ def _check_same(run: StudyRun, option: str) -> None:
     file = run.folder / "config.yaml"
     if not file.is_file():
         return
-    before, now = load_config(file).to_dict(), run.config.to_dict()
-    for section, values in now.items():
-        for name, value in values.items():
-            was = before[section][name]
-            if name not in _FREE and was != value:
-                must(option, f"be a new folder for {section}.{name} {value}", f"{file} with {was}")
+    check_same_settings(option, file, load_config(file).to_dict(), run.config.to_dict(), _FREE)
 
 
 def _train(study: Study, run: StudyRun, seconds: float | None, console: Console) -> bool:

@@ -59,12 +59,12 @@ def loss_heads(measures: Sequence[Measure] = ()) -> tuple[str, ...]:
 def loss_cells(row: CellSummary, measures: Sequence[Measure] = ()) -> list[str]:
     """Each loss of a cell over its seeds."""
     names = [measure.name for measure in (*COMMON, *measures)]
-    return [_spread(row.losses[name]) if name in row.losses else "-" for name in names]
+    return [row.losses[name].text(".4f") if name in row.losses else "-" for name in names]
 
 
 def difference(spread: Spread) -> str:
     """A difference over seeds, with the interval of its mean."""
-    text = _spread(spread, "+")
+    text = spread.text("+.4f")
     if spread.interval is not None:
         low, high = spread.interval
         text += f" [{low:+.4f}, {high:+.4f}]"
@@ -78,8 +78,3 @@ def _against(row: CellSummary, baseline: str, measures: Sequence[Measure]) -> li
     texts = [difference(spreads[name]) if name in spreads else "-" for name in compared]
     lower = f"{row.lower[baseline]} of {spreads['val_loss'].n}" if spreads else "-"
     return [texts[0], lower, *texts[1:]]
-
-
-def _spread(spread: Spread, sign: str = "") -> str:
-    text = f"{spread.mean:{sign}.4f}"
-    return text if spread.sd is None else f"{text} ± {spread.sd:.4f}"

@@ -11,6 +11,7 @@ from torch.optim import AdamW
 
 from memattn.checks import must
 from memattn.data.tokens import Tokens
+from memattn.nn._modules import modules_of
 from memattn.nn.domain_gate import DomainGate
 from memattn.nn.gate_losses import BASE, SPECIALIST
 from memattn.nn.gate_row import GateRow
@@ -47,7 +48,7 @@ def teach_gates(model: Any, config: TrainConfig, corpus: Corpus) -> dict[str, fl
     Raises:
         ValueError: If the model has no specialists.
     """
-    gates = {n: _Gate(m, {}) for n, m in model.named_modules() if isinstance(m, DomainGate)}
+    gates = {n: _Gate(m, {}) for n, m in modules_of(model, DomainGate).items()}
     if not gates:
         allowed = "be 0 for a model without specialists"
         must("training.gate_rows", allowed, config.training.gate_rows)

@@ -39,7 +39,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 
 def default_options(strategy: type[Strategy]) -> dict[str, Any]:
-    """Options of a strategy with their defaults, which may be others in a later version."""
+    """Options of a strategy with their defaults, which may change between versions."""
     options = inspect.signature(strategy).parameters.values()
     return {o.name: o.default for o in options if o.kind is o.KEYWORD_ONLY}
 
@@ -51,16 +51,16 @@ def make_strategy(
 
     Args:
         name: A key of ``STRATEGIES``.
-        stream: The tasks to come.
-        budget: What may be spent.
-        seed: Seed of the weights and of every choice.
+        stream: The tasks.
+        budget: The training budget.
+        seed: Seed of the weights and of all random choices.
         options: Further arguments of the strategy, such as ``{"ewc_lambda": 100.0}``.
 
     Returns:
         The strategy, which has learned nothing yet.
 
     Raises:
-        ValueError: If there is no such strategy, it has no meaning for the stream, it has no such
+        ValueError: If there is no such strategy, it does not support the stream, it has no such
             option, or the option is out of range.
     """
     if name not in STRATEGIES:

@@ -1,4 +1,4 @@
-"""What every strategy has: a budget, and tasks that it learns and predicts."""
+"""The base class of continual-learning strategies, and their training budget."""
 
 import math
 from abc import ABC, abstractmethod
@@ -21,20 +21,20 @@ _EVAL_ROWS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What every strategy may spend.
+    """The training budget, the same for every strategy.
 
     Every strategy takes ``steps(n)`` gradient steps of Adam on a task with ``n`` train samples, on
-    ``batch_size`` samples each, and has a backbone of the same sizes. What it keeps beside the
-    backbone is by nature its own, and counted. Adam restarts at each task, and its learning rate
-    falls to 0 along a cosine.
+    ``batch_size`` samples each, and has a backbone of the same sizes. What a strategy keeps beside
+    the backbone differs between strategies; it is counted. Adam restarts at each task, and its
+    learning rate falls to 0 along a cosine.
 
     Attributes:
         epochs: Passes over the train data of a task.
         batch_size: Samples in a gradient step, replayed ones included.
-        lr: First learning rate of Adam.
+        lr: Initial learning rate of Adam.
         hidden_dim: Width of the backbone.
         n_layers: Layers of the backbone.
-        backbone: ``"mlp"``, or ``"transformer"`` over the tokens that DTG-MA has.
+        backbone: ``"mlp"``, or ``"transformer"``, which splits inputs into tokens as DTG-MA does.
         n_heads: Attention heads of the transformer; divides ``hidden_dim``.
         buffer_size: Samples that a replay buffer holds.
         input_noise: Standard deviation of the Gaussian noise that is added to inputs in training.
@@ -74,16 +74,16 @@ class Budget:
 
 
 class Strategy(ABC):
-    """A way to learn tasks one after another; ``fit`` each in turn, ``predict`` any learned one.
+    """A way to learn tasks one after another: ``fit`` each in order, ``predict`` any learned one.
 
     Args:
-        stream: The tasks to come, of which only shapes and classes are read before their turn.
-        budget: What may be spent.
-        seed: Seed of the weights and of every choice.
+        stream: The tasks. Of tasks that are not learned yet, only shapes and classes are read.
+        budget: The training budget.
+        seed: Seed of the weights and of all random choices.
 
     Raises:
-        ValueError: If the strategy has no meaning in the scenario of the stream, or for the
-            backbone, or the budget's device is not here.
+        ValueError: If the strategy does not support the stream's scenario or the backbone, or the
+            budget's device is missing.
     """
 
     name: ClassVar[str]
@@ -108,10 +108,10 @@ class Strategy(ABC):
 
         Args:
             index: Its index, the number of tasks learned before.
-            task: The task, or one with other samples of its name, classes and shape.
+            task: The task, or one with the same name, classes and shape and other samples.
 
         Raises:
-            ValueError: If it is not this task's turn, or the task is none of the stream.
+            ValueError: If it is not the next task of the stream.
             FloatingPointError: If the loss is not finite.
         """
         self.stream.check_index(index)
@@ -131,12 +131,12 @@ class Strategy(ABC):
         """Logits of samples of a task.
 
         Args:
-            index: Index of the task. In scenarios ``"domain"`` and ``"class"`` it changes nothing.
+            index: Index of the task. It has no effect in scenarios ``"domain"`` and ``"class"``.
             x: Samples, ``[n, ...]``.
 
         Returns:
             ``[n, n_classes]`` of the task in scenario ``"task"``, else ``[n, stream.n_outputs]``,
-            with -inf for classes that have not come yet.
+            with -inf for classes of tasks that are not learned yet.
 
         Raises:
             ValueError: If in scenario ``"task"`` the task is not learned yet.
@@ -151,38 +151,38 @@ class Strategy(ABC):
         return logits
 
     def parameters_stored(self) -> int:
-        """Numbers that are kept to predict and to go on learning, without stored samples."""
+        """Count of values kept for prediction and further training, without stored samples."""
         return self.parameters_to_predict()
 
     @abstractmethod
     def parameters_to_predict(self) -> int:
-        """Numbers that are needed to predict every task."""
+        """Count of values needed to predict all tasks."""
 
     def buffer_numbers(self) -> int:
-        """Numbers in stored samples."""
+        """Count of values in stored samples."""
         return 0
 
     @abstractmethod
     def learn_task(self, index: int, task: Task) -> None:
-        """Learn a task whose turn it is."""
+        """Learn the next task."""
 
     @abstractmethod
     def forward(self, x: Tensor, index: int) -> Tensor:
         """Logits of samples of a task."""
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Samples as the network reads them."""
+        """Samples in the shape and on the device that the network takes."""
         return x.to(self.budget.device, torch.float32)
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Numbers in all parameters of a module."""
+    """Count of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Let random weights depend on the seed alone, and leave the global generators as they were."""
+    """Context with seeded generators; afterwards they are as before."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

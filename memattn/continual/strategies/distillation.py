@@ -21,9 +21,9 @@ class LwF(NetworkStrategy):
     ``"domain"`` the one head is distilled, in ``"class"`` its outputs for earlier classes.
 
     Args:
-        stream: The tasks to come.
-        budget: What may be spent.
-        seed: Seed of the weights and of every choice.
+        stream: The tasks.
+        budget: The training budget.
+        seed: Seed of the weights and of all random choices.
         lwf_lambda: Strength of distillation.
         temperature: What logits are divided by.
 

@@ -18,9 +18,9 @@ class DTGMA(Strategy):
     not told, it is inferred.
 
     Args:
-        stream: The tasks to come.
-        budget: What may be spent.
-        seed: Seed of the weights and of every choice.
+        stream: The tasks.
+        budget: The training budget.
+        seed: Seed of the weights and of all random choices.
         reads: Earlier tasks whose columns a new one reads: ``"none"``, ``"previous"`` or ``"all"``.
         rank: Rank of the projections of each task; None for full ones.
         inference: How a task is inferred in scenarios ``"domain"`` and ``"class"``:

@@ -26,9 +26,9 @@ class HAT(NetworkStrategy):
     ``hat_lambda * sum gate (1 - used) / sum (1 - used)`` added.
 
     Args:
-        stream: The tasks to come.
-        budget: What may be spent; the backbone is the MLP.
-        seed: Seed of the weights and of every choice.
+        stream: The tasks.
+        budget: The training budget; the backbone is the MLP.
+        seed: Seed of the weights and of all random choices.
         hat_lambda: Strength of the pull towards few units.
         s_max: Slope of the gates in testing.
         embedding_lr: Learning rate of the embeddings.
@@ -96,7 +96,7 @@ class HAT(NetworkStrategy):
         self.embeddings[index].clamp_(-_MAX_EMBEDDING, _MAX_EMBEDDING)
         backbone = self.network.backbone.parameters()
         for p, before, part in zip(backbone, self._before, self._mobile, strict=True):
-            # where the part is 0, exactly what it was
+            # where the share is 0, exactly the value before
             p.copy_(torch.lerp(before, p, part))
 
     def finish(self, index: int, data: Batch) -> None:
@@ -129,7 +129,7 @@ def capacity(gates: Tensor, used: Tensor) -> Tensor:
         used: Largest gates of earlier tasks, of the same shape.
     """
     left = 1.0 - used
-    # where nothing is left there is nothing to take
+    # where no unit is free the share is 0
     return (gates * left).sum() / left.sum().clamp_min(torch.finfo(left.dtype).tiny)
 
 
@@ -140,7 +140,7 @@ def compensation(embedding: Tensor, s: float, s_max: float) -> Tensor:
 
 
 def mobile_parts(used: Tensor) -> list[Tensor]:
-    """How much of its step each parameter of the MLP takes: weight, bias, weight, bias, ...
+    """Share of its step that each parameter of the MLP takes: weight, bias, weight, bias, ...
 
     Args:
         used: Largest gates of earlier tasks, ``[n_layers, hidden_dim]``.

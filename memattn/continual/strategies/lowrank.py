@@ -1,4 +1,4 @@
-"""Small parts for each task beside frozen weights: LoRA and adapters."""
+"""Small modules for each task beside frozen weights: LoRA and adapters."""
 
 from abc import ABC, abstractmethod
 
@@ -60,9 +60,9 @@ class LoRA(FrozenBase):
     """Low-rank adaptation: adds ``up @ down`` of ``rank`` to every weight matrix, for each task.
 
     Args:
-        stream: The tasks to come.
-        budget: What may be spent.
-        seed: Seed of the weights and of every choice.
+        stream: The tasks.
+        budget: The training budget.
+        seed: Seed of the weights and of all random choices.
         rank: Rank of the addition.
 
     Raises:
@@ -115,9 +115,9 @@ class Adapter(FrozenBase):
     """Adapters: after every layer ``h + up(relu(down(h)))`` through a bottleneck, for each task.
 
     Args:
-        stream: The tasks to come.
-        budget: What may be spent.
-        seed: Seed of the weights and of every choice.
+        stream: The tasks.
+        budget: The training budget.
+        seed: Seed of the weights and of all random choices.
         bottleneck: Width of the bottleneck.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Strategies that train a backbone under task heads: the network, and the one training loop."""
+"""Strategies that train a backbone with task heads: the network and its training loop."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 class Network(nn.Module):
-    """A backbone with a head for each task, or with one head where tasks are not told apart."""
+    """A backbone with a head for each task, or with one head where the task is not given."""
 
     def __init__(self, stream: Stream, budget: Budget) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class NetworkStrategy(Strategy):
 
     def __init__(self, stream: Stream, budget: Budget, seed: int) -> None:
         super().__init__(stream, budget, seed)
-        # apart, so that strategies which draw more see their samples in the same order
+        # separate generators: samples come in the same order, whatever else a strategy draws
         self.order = torch.Generator().manual_seed(seed)
         self.generator = torch.Generator().manual_seed(seed + 1)
         self.noise = torch.Generator().manual_seed(seed + 2)
@@ -82,7 +82,7 @@ class NetworkStrategy(Strategy):
     def parameters_stored(self) -> int:
         return self.parameters_to_predict() + sum(tensor.numel() for tensor in self.kept())
 
-    # -- what a strategy changes
+    # methods that strategies override
 
     def build(self) -> Network:
         """The network, with random weights."""
@@ -112,10 +112,10 @@ class NetworkStrategy(Strategy):
         """Change gradients before the optimiser reads them."""
 
     def after_step(self, index: int) -> None:
-        """Change or watch parameters after they moved."""
+        """Change or record parameters after the optimiser's step."""
 
     def finish(self, index: int, data: Batch) -> None:
-        """Keep what later tasks need."""
+        """Store what later tasks need."""
 
     def forward(self, x: Tensor, index: int) -> Tensor:
         """Logits of a learned task."""
@@ -125,7 +125,7 @@ class NetworkStrategy(Strategy):
         """Tensors that only further learning needs."""
         return ()
 
-    # -- what strategies use
+    # methods that strategies call
 
     def train(
         self,
@@ -134,7 +134,7 @@ class NetworkStrategy(Strategy):
         batches: Iterator[Batch],
         n_steps: int,
     ) -> None:
-        """Take steps with a fresh optimiser; all other parameters are left alone.
+        """Train these parameters with a new optimiser; others do not change.
 
         Raises:
             FloatingPointError: If the loss is not finite at the end of an epoch.
@@ -196,7 +196,7 @@ class NetworkStrategy(Strategy):
         return Batch(self.inputs(task.train_x), y, torch.full_like(y, index))
 
     def shared(self) -> dict[str, nn.Parameter]:
-        """Parameters that later tasks go on training, by name."""
+        """Parameters that later tasks train too, by name."""
         named = self.network.named_parameters()
         own_heads = len(self.network.heads) > 1
         return {n: p for n, p in named if not (own_heads and n.startswith("heads."))}

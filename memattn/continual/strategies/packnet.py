@@ -21,9 +21,9 @@ class PackNet(NetworkStrategy):
     is pruned by magnitude, and the last third trains what is kept.
 
     Args:
-        stream: The tasks to come.
-        budget: What may be spent.
-        seed: Seed of the weights and of every choice.
+        stream: The tasks.
+        budget: The training budget.
+        seed: Seed of the weights and of all random choices.
         keep: Part of the free weights that a task keeps. None gives every task of the stream the
             same number of weights.
 

@@ -17,8 +17,8 @@ Named = dict[str, Tensor]
 class QuadraticPenalty(NetworkStrategy):
     """Adds ``strength / 2 * sum importance * (weight - anchor)^2`` to the loss.
 
-    The weights are those that later tasks go on training: the backbone, and a head that tasks
-    share. The penalty's gradient is added by its formula.
+    It applies to the weights that later tasks train too: the backbone, and a shared head. The
+    gradient of the penalty is computed by formula, without autograd.
     """
 
     def __init__(self, stream: Stream, budget: Budget, seed: int, strength: float) -> None:
@@ -45,15 +45,15 @@ class EWC(QuadraticPenalty):
     the empirical Fisher, which takes the true labels).
 
     Args:
-        stream: The tasks to come.
-        budget: What may be spent.
-        seed: Seed of the weights and of every choice.
+        stream: The tasks.
+        budget: The training budget.
+        seed: Seed of the weights and of all random choices.
         ewc_lambda: Strength of the penalty.
         online: Keep one decaying Fisher around the latest weights instead of the sum of the
             penalties of all tasks. That sum is one quadratic too, so both store two numbers for
             each weight.
         gamma: Decay of the earlier Fisher at each task; online only.
-        fisher_samples: Samples that the Fisher is taken over at most.
+        fisher_samples: Largest number of samples for the Fisher.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -118,16 +118,16 @@ class EWC(QuadraticPenalty):
 
 
 class SI(QuadraticPenalty):
-    """Synaptic intelligence: importance is how much of the loss a weight's path has taken away.
+    """Synaptic intelligence: importance is how much a weight's updates have reduced the loss.
 
     ``importance += max(path, 0) / (change^2 + damping)`` at the end of a task, where ``path`` sums
     ``-gradient * step`` over its steps and ``change`` is from its first to its last weights. The
     penalty is ``si_c * importance * (weight - anchor)^2``.
 
     Args:
-        stream: The tasks to come.
-        budget: What may be spent.
-        seed: Seed of the weights and of every choice.
+        stream: The tasks.
+        budget: The training budget.
+        seed: Seed of the weights and of all random choices.
         si_c: Strength of the penalty.
         damping: Keeps the importance of weights that hardly moved finite.
 
@@ -177,7 +177,7 @@ class SI(QuadraticPenalty):
 
 
 class PathIntegral:
-    """Sums ``-gradient * step`` of each weight: what of the loss its path has taken away.
+    """Sums ``-gradient * step`` of each weight: how much its updates have reduced the loss.
 
     Args:
         parameters: The weights by name, whose ``grad`` is read.
@@ -190,13 +190,13 @@ class PathIntegral:
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
 
     def before_step(self) -> None:
-        """Note gradients and weights."""
+        """Record gradients and weights before a step."""
         for name, p in self.parameters.items():
             assert p.grad is not None
             self._before[name] = p.grad.clone(), p.detach().clone()
 
     def after_step(self) -> None:
-        """Add the step that was taken."""
+        """Add the product of gradient and step."""
         for name, (gradient, weight) in self._before.items():
             self.total[name] -= gradient * (self.parameters[name].detach() - weight)
 

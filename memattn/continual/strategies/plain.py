@@ -1,4 +1,4 @@
-"""The bounds that every strategy stands between: fine-tuning, joint, separate networks."""
+"""Baselines: fine-tuning, joint training, and separate networks."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from memattn.data.streams import Stream
 
 
 class FineTuning(NetworkStrategy):
-    """One network, trained on one task after another with nothing against forgetting.
+    """One network, trained on one task after another without protection against forgetting.
 
     In scenario ``"task"`` with a head for each task, of which only the current one is trained.
     """
@@ -21,9 +21,9 @@ class FineTuning(NetworkStrategy):
 class Joint(NetworkStrategy):
     """One network trained on the data of all tasks so far: an upper bound that keeps all data.
 
-    At each task it restarts and takes as many steps, on as many samples each, as the others
-    have taken up to there. So its last network has their budget, and its computation for the whole
-    stream is more.
+    At each task it starts from new weights and takes as many steps as the other strategies have
+    taken for all tasks so far. So its last network has had the same budget; over the whole stream
+    it computes more.
     """
 
     name = "joint"

@@ -13,7 +13,7 @@ from memattn.data.streams import Stream
 
 
 class Reservoir:
-    """A uniform random sample of all rows that were offered, of at most ``size`` rows.
+    """A uniform random sample of at most ``size`` of all rows offered so far.
 
     Args:
         size: Rows that are kept.
@@ -63,14 +63,14 @@ class Replay(NetworkStrategy):
     The samples of a task are offered to the reservoir once, after it was learned.
 
     Args:
-        stream: The tasks to come.
-        budget: What may be spent; ``buffer_size`` samples are kept.
-        seed: Seed of the weights and of every choice.
+        stream: The tasks.
+        budget: The training budget; ``buffer_size`` samples are kept.
+        seed: Seed of the weights and of all random choices.
 
     Note:
         Source: Chaudhry et al. (2019), https://arxiv.org/abs/1902.10486, with reservoir sampling.
-        Differs: stored samples take half of the batch instead of coming on top, so that a step
-        costs as much as it does without them; the new task is then seen for half as many epochs.
+        Differs: stored samples are half of the batch instead of being added to it, so that a step
+        costs the same. The new task is then seen for half as many epochs.
     """
 
     name = "replay"
@@ -97,18 +97,18 @@ class Replay(NetworkStrategy):
 
 
 class DERPlusPlus(NetworkStrategy):
-    """DER++: replays stored samples with the logits that the network gave them when it was stored.
+    """DER++: replays stored samples with the logits that they had when they were stored.
 
-    From the second task on, half of every batch is new. On a quarter of it from the reservoir the
-    squared distance of the logits to the stored ones is added to the loss, ``der_alpha`` times its
-    mean, and on another quarter the cross-entropy with the stored labels, ``der_beta`` times. Every
-    batch of new samples is offered to the reservoir, with the logits of that moment and with the
-    noise that its inputs then had, if the budget has any.
+    From the second task on, half of every batch is new samples. A quarter comes from the reservoir
+    and adds ``der_alpha`` times the mean squared distance to the stored logits. The last quarter,
+    also from the reservoir, adds ``der_beta`` times the cross-entropy with the stored labels. Every
+    batch of new samples is offered to the reservoir, with its current logits and with the noise on
+    its inputs, if the budget has any.
 
     Args:
-        stream: The tasks to come.
-        budget: What may be spent; ``buffer_size`` samples are kept.
-        seed: Seed of the weights and of every choice.
+        stream: The tasks.
+        budget: The training budget; ``buffer_size`` samples are kept.
+        seed: Seed of the weights and of all random choices.
         der_alpha: Strength of the logits.
         der_beta: Strength of the labels.
 

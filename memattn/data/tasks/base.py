@@ -15,12 +15,12 @@ class Sample(NamedTuple):
 
     Attributes:
         ids: Tokens of the text, the answers included.
-        answers: Bounds ``(first, stop)`` of each answer in ``ids``. A model has answered where it
-            predicts these tokens from those before them; greedy decoding gives the same verdict.
+        answers: Bounds ``(first, stop)`` of each answer in ``ids``. An answer is right if the model
+            predicts each of its tokens from those before; greedy decoding gives the same result.
         distance: Tokens from the end of the earliest fact that the answers need to the first
             answer.
-        chance: Share of answers that are right for one who knows their form and the candidates in
-            the text, and guesses.
+        chance: Accuracy of guessing among the candidates in the text, or among all answers of the
+            right form if there is only one.
     """
 
     ids: list[int]
@@ -33,7 +33,7 @@ class Task(Protocol):
     """A source of samples.
 
     Attributes:
-        name: What it is called in tables.
+        name: Its name in tables.
         has_depth: Whether the place of the fact that is asked for can be chosen.
     """
 
@@ -49,7 +49,7 @@ class Task(Protocol):
             length: Tokens of the sample, the answers included.
             depth: Where the fact stands that is asked for, from 0, the start, to 1, the end; None
                 draws it.
-            generator: Where all that is random comes from.
+            generator: Source of random numbers.
 
         Raises:
             ValueError: If the length is too short for the task, or the depth out of range.
@@ -78,7 +78,7 @@ def task_tokens(task: Task, lengths: Sequence[int], samples: int, seed: int = 0)
 
     Args:
         task: The task.
-        lengths: Tokens of a sample; the samples take them in turn.
+        lengths: Tokens of a sample; the samples use them one after another.
         samples: Number of samples.
         seed: Seed of the samples. Evaluation with another seed draws other ones.
 

@@ -24,7 +24,7 @@ class Haystack:
 
     Args:
         tokenizer: A transformers tokenizer.
-        texts: Texts; none of them means short sentences that say nothing, again and again.
+        texts: Texts; without any, a few short sentences without content are repeated.
 
     Attributes:
         tokenizer: The tokenizer.
@@ -81,9 +81,9 @@ class Haystack:
             needed: Index of the earliest fact that the answers need.
             question: Text before the first answer.
             answers: Answers in the order in which they are asked for, separated by commas.
-            chance: Share of right answers of one who guesses.
-            generator: Where all that is random comes from.
-            task: What messages call the task.
+            chance: Accuracy of guessing.
+            generator: Source of random numbers.
+            task: Name of the task in messages.
 
         Raises:
             ValueError: If the length is too short for the facts and the question.

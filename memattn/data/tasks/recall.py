@@ -13,15 +13,15 @@ class MultiQueryRecall:
     """Recall the value of each of several keys, in plain tokens.
 
     The task of Arora et al. 2023 (HazyResearch/zoology): the sequence begins with pairs of a key
-    and its value; every key comes once more, and the token after it is to be its value. The
-    vocabulary is cut into thirds, keys, values and the filler between, so that filler is never
-    taken for a key; there, filler may be any token.
+    and its value; every key comes once more, and the token after it is to be its value. Keys,
+    values and filler each have a third of the vocabulary, so that filler is never a key; in the
+    original filler may be any token.
 
     Args:
         vocab_size: Tokens to draw from, from ``first_token`` on.
         num_pairs: Pairs, each asked for once.
-        power: Where the keys come again: the density of a distance falls as ``distance^(power -
-            1)``, as there with 0.01; 1 spreads them evenly.
+        power: How far away keys come again: the density of a distance is proportional to
+            ``distance^(power - 1)``. The original has 0.01; 1 spreads them evenly.
         first_token: The lowest token, so that special ones can be left out.
 
     Raises:
