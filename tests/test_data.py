@@ -312,7 +312,7 @@ def test_batches_resume_anywhere_and_on_other_ranks(kind):
     for _ in range(7):
         next(half)
     state = half.state_dict()
-    assert state == {"position": 28}
+    assert state == {"position": 28} | ({"rows_drawn": True} if kind == "packed" else {})
     again = make_batches(kind, batch_size=4)
     again.load_state_dict(state)
     assert [rows_of(kind, next(again)) for _ in range(5)] == stream[7:]
@@ -343,6 +343,16 @@ def test_rows_of_a_batch_are_of_unlike_documents():
     batch = next(PackedBatches(tokens, batch_size=8, seq_len=10))
     documents = set((batch["input_ids"][0, ::10] // 40).tolist())
     assert len(documents) > 4  # two, if the rows of a document came one after another
+
+
+def test_a_position_without_an_order_is_of_rows_one_after_another():
+    tokens = make_tokens(*[40] * 20)
+    older = PackedBatches(tokens, batch_size=8, seq_len=10)
+    older.load_state_dict({"position": 8})
+    documents = (next(older)["input_ids"][0] // 40).unique_consecutive()
+    assert len(documents) == 2
+    older.load_state_dict(older.state_dict())
+    assert older.state_dict() == {"position": 16, "rows_drawn": False}
 
 
 @pytest.mark.parametrize("kind", ["packed", "whole", "padded"])

@@ -172,7 +172,19 @@ class PackedBatches(Batches):
 
     def __init__(self, tokens: Tokens, **options: Any):
         super().__init__(tokens, **options)
+        self._rows_are_drawn = True
         self._row_orders = lru_cache(maxsize=2)(self._draw_rows)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, and whether rows are drawn."""
+        return super().state_dict() | {"rows_drawn": self._rows_are_drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a position; where nothing says that rows are drawn, they are not, as they
+        were not before 0.2.
+        """
+        super().load_state_dict(state)
+        self._rows_are_drawn = bool(state.get("rows_drawn", False))
 
     @property
     def num_rows(self) -> int:
@@ -202,6 +214,8 @@ class PackedBatches(Batches):
 
     def _drawn(self, row: int) -> int:
         """The row of documents in a row that is read as the ``row``-th."""
+        if not self._rows_are_drawn:
+            return row
         first, order = self._row_orders(row * self.seq_len // len(self.tokens.ids))
         place = row - first
         return first + int(order[place]) if 0 <= place < len(order) else row

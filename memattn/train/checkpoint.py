@@ -41,6 +41,7 @@ class TrainState:
         tokens: Tokens seen by all processes, without padding.
         seconds: Time spent.
         position: Rows of the training stream that were read.
+        rows_drawn: Whether packed rows are drawn one by one; before 0.2 they were not.
         loss: Loss of the last step.
         eval_loss: Held-out loss when last measured.
     """
@@ -49,6 +50,7 @@ class TrainState:
     tokens: int = 0
     seconds: float = 0.0
     position: int = 0
+    rows_drawn: bool = True
     loss: float | None = None
     eval_loss: float | None = None
 
@@ -161,7 +163,7 @@ class Checkpointer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         _restore_rng(self.accelerator, rng)
-        return TrainState(**facts["state"])
+        return TrainState(**{"rows_drawn": False} | facts["state"])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

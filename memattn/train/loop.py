@@ -189,7 +189,7 @@ def train(
     state = TrainState()
     if start is not None:
         state = checkpoints.load(start)
-        batches.load_state_dict({"position": state.position})
+        batches.load_state_dict({"position": state.position, "rows_drawn": state.rows_drawn})
     saved = start if start is not None and start.parent == checkpoints.folder else None
     on_main_process(accelerator, lambda: _open_run(folder, config, saved, state.step))
 

@@ -59,7 +59,8 @@ def _by_rate(
     parameter_roles: Any = getattr(model, "parameter_roles", dict)
     roles = parameter_roles()
     tables = table_parameters(model)
-    ends = _end_parameters(model)
+    # without a rate of their own they stay in the groups that earlier checkpoints have
+    ends = set() if config.embedding_lr is None else _end_parameters(model)
     rates = {
         "base": config.base_model_lr,
         "embedding": config.embedding_lr or config.base_model_lr,
@@ -175,10 +176,11 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
         return AdamW(parameter_groups(model, config), lr=lr, betas=betas)
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         must("training.optimizer", "be adamw with fsdp", "muon", NotImplementedError)
+    outputs = _end_parameters(model)
     muon_groups, adamw_groups = [], []
     for (whose, rate, decays), parameters in _by_rate(model, config).items():
         inner = whose == "base" and decays
-        matrices = [x for x in parameters if inner and x.dim() == 2]
+        matrices = [x for x in parameters if inner and x.dim() == 2 and x not in outputs]
         others = [x for x in parameters if x not in set(matrices)]
         for members, groups in ((matrices, muon_groups), (others, adamw_groups)):
             if members:
