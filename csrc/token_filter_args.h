@@ -8,11 +8,11 @@ namespace memattn {
 // One token of F features, float32 without padding; see token_filter.cpp.
 struct FilteredToken {
   int64_t F = 0;
-  int64_t taps = 0;        // tokens that the filter sees: this one and those before it
-  const float* x = nullptr;  // its inputs, with those of the token before F floats before them
+  int64_t taps = 0;               // tokens that the filter sees: this one and those before it
+  const float* x = nullptr;       // its inputs; those of the token before it are F floats before
   const float* weight = nullptr;  // [taps or more, F], the filter of this token first
-  int64_t unit = 0;      // features that are vectors of length 1
-  int64_t head_dim = 1;  // features of such a vector
+  int64_t unit = 0;               // the first features, vectors of length 1
+  int64_t head_dim = 1;           // features of such a vector
 };
 
 struct FilterKernels {

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from memattn.ops._dispatch import has_cpp_kernel, untaken_transform
@@ -174,7 +173,6 @@ def _is_taken(inputs: Tensor, backend: str) -> bool:
         backend in ("auto", "cpp")
         and inputs.is_cpu
         and inputs.dtype == torch.float32
-        and not isinstance(inputs, DTensor)
         and has_cpp_kernel("token_filter")
         and untaken_transform() is None
     )

@@ -101,7 +101,7 @@ class RotaryEmbedding(nn.Module):
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``states [B, H, T, D]`` by ``cos`` and ``sin``; rounded once, to its dtype."""
     first, second = states.chunk(2, dim=-1)
-    # the same numbers as a difference, whose backward negates the states on one slow pass more
+    # not a difference, which rounds alike: its backward would negate a whole gradient
     rotated = torch.cat([first * cos + second * -sin, second * cos + first * sin], dim=-1)
     return rotated.to(states.dtype)
 

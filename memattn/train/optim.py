@@ -30,9 +30,9 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
 
     Both follow from a parameter's role: only weights decay, memories have ``memory_lr``, LoRA's
     parameters ``lora_lr``, embedding and output layer ``embedding_lr``, and a part may set its own
-    rate. Parameters without a role from a part
-    are memories by name, tables if they are an embedding of any class, weights if they have at
-    least two axes (such as stacked matrices of experts), and else norms. Empty groups are left out.
+    rate. Parameters without a role from a part are memories by name, tables if they are an
+    embedding of any class, weights if they have at least two axes (such as stacked matrices of
+    experts), and else norms. Empty groups are left out.
 
     Args:
         model: Its parameters with ``requires_grad``.
