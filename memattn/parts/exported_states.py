@@ -74,6 +74,7 @@ def append_in_program(
         end = torch.where(last < T, p + last, OPEN_END)
         end = torch.where(first == last, torch.where(begun, p, OPEN_END), end)
     states.columns = present if before is None else torch.cat([before, present], 1)
+    states.in_front = [states.columns]
     states.seq_start, states.seq_end, states.position = start, end, p + T
     states.order, states.in_program = order, True
     states.has_padding = states.ends_early = attention_mask is not None
@@ -158,8 +159,9 @@ def unflatten_states(states: Any, tensors: Sequence[Any], facts: str) -> None:
         layer.position = states.position
     if torch.compiler.is_exporting() or is_traced(columns):
         states.columns, states.in_program = columns, True
+        states.in_front = [columns]
         return
-    columns = columns.cpu()
+    given, columns = columns, columns.cpu()
     start, end = states.position - columns.sum(1), torch.full((len(columns),), OPEN_END)
     states.seq_start, states.seq_end = start, end
     if not torch.equal(columns, states.present):
@@ -168,6 +170,14 @@ def unflatten_states(states: Any, tensors: Sequence[Any], facts: str) -> None:
     for state in states._states():
         # in front of what is seen may be zeros, or what was moved
         state.floor = state.visible_from(states.position, start, end)
+    # until something is read, all is as the next program takes it
+    states.in_front, states.untrimmed = [given], True
+
+
+def trim_after_program(states: Any) -> None:
+    """Leave out what only programs take, before states that one returned are read."""
+    states.in_front, states.untrimmed = [], False
+    for state in states._states():
         state.trim()
 
 

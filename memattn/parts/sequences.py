@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from memattn.checks import check_shape, check_tensor, must
-from memattn.parts.exported_states import FlatStates, append_in_program
+from memattn.parts.exported_states import FlatStates, append_in_program, trim_after_program
 from memattn.parts.layer_states import LayerStates, same_parts
 from memattn.parts.padding import check_longest, check_mask, read_mask
 from memattn.parts.state import OPEN_END, PartState, SequenceBounds
@@ -27,7 +27,6 @@ class SequenceStates:
         layers: For each layer, the empty states of its parts by name.
 
     Attributes:
-        layers: The layers, each with its ``parts``.
         position: Columns seen so far, including padding; the column of the next token.
         seq_start: int64 ``[B]`` on the CPU, the column where each row's sequence begins, or None
             before the first call.
@@ -40,17 +39,32 @@ class SequenceStates:
     """
 
     # not in ``__dict__``, as in ``PartState``
-    ASIDE = ("seq_start", "seq_end", "columns", "order", "flat")
+    ASIDE = ("seq_start", "seq_end", "columns", "order", "flat", "untrimmed")
     __slots__ = ("__dict__", "__weakref__", *ASIDE)
-
-    layers: Any  # list of LayerStates, or of objects with the same attributes
 
     def __init__(self, layers: Sequence[Mapping[str, PartState]]) -> None:
         self._setup(layers)
 
     def _setup(self, layers: Sequence[Mapping[str, PartState]]) -> None:
+        self._begin_walk()
         self.layers = [LayerStates(parts) for parts in layers]
         self._empty()
+
+    def _begin_walk(self) -> None:
+        """Put first in ``__dict__`` what comes first in programs: ``ProgramStates.columns``."""
+        self.in_front: list[Tensor] = []
+        self.untrimmed = False
+
+    @property
+    def layers(self) -> Any:
+        """A list of LayerStates, or of objects with the same attributes."""
+        if self.untrimmed:
+            trim_after_program(self)
+        return self._layers
+
+    @layers.setter
+    def layers(self, layers: Any) -> None:
+        self._layers = layers
 
     def _empty(self) -> None:
         self.position = 0

@@ -192,13 +192,13 @@ def _neural_memory(args: NeuralMemoryArgs) -> tuple[Tensor, ...]:
     momentum = torch.zeros_like(lr) if args.momentum is None else slots.take(args.momentum)
 
     old = _pending_before(args, slots, sizes)
-    if slots.n_chunks and args.count is not None:
-        is_pending = slots.is_pending[:, :b]
-        first = _with_pending(is_pending, decay[:, :, 0], old.decay)
-        decay = torch.cat([first[:, :, None], decay[:, :, 1:]], 2)
-        if args.momentum is not None:
-            first = _with_pending(is_pending, momentum[:, :, 0], old.momentum)
-            momentum = torch.cat([first[:, :, None], momentum[:, :, 1:]], 2)
+    if args.count is not None:
+        where = slots.is_pending.unflatten(1, slots.shape)[:, None]
+        pending = (F.pad(x, (0, 1))[:, :, None] for x in (old.decay, old.momentum))
+        decay, with_pending = (
+            torch.where(where, *pair) for pair in zip(pending, (decay, momentum), strict=True)
+        )
+        momentum = momentum if args.momentum is None else with_pending
     present = slots.present.unflatten(1, slots.shape)[:, None].expand_as(lr)
     coefficient = coefficients(decay, momentum, present)
 
@@ -289,10 +289,8 @@ def _pending_before(args: NeuralMemoryArgs, slots: Slots, sizes: list[int]) -> _
 
 
 def _with_pending(is_pending: Tensor, chunk: Tensor, pending: Tensor) -> Tensor:
-    """The first chunk ``[R, H, b, ...]`` with the pending tokens in their slots."""
-    where = is_pending[:, None] if chunk.dim() == 3 else is_pending[:, None, :, None]
-    padding = (0, 1) if chunk.dim() == 3 else (0, 0, 0, 1)
-    return torch.where(where, F.pad(pending, padding), chunk)
+    """A chunk ``[R, H, b, F]`` with the pending tokens in their slots."""
+    return torch.where(is_pending[:, None, :, None], F.pad(pending, (0, 0, 0, 1)), chunk)
 
 
 def _read_and_write(
