@@ -67,7 +67,7 @@ static MEMATTN_INLINE bool any(const vi* lanes) {
   return all != 0;
 }
 
-// weight() of lanes whose log-sum-exp is saved; large ones are asked for only where there are any.
+// weight() of lanes whose log-sum-exp is saved; large lanes are looked for only where there are any.
 template <bool SOME_LARGE>
 static MEMATTN_INLINE vf saved_weight(vf s, Split scale2, vf high, vf low) {
   const vf w = weight(s, scale2, high, low);
@@ -229,7 +229,7 @@ static MEMATTN_INLINE void softmax_step(float* scores, int64_t n, Split scale2,
   }
 }
 
-// The log-sum-exp of a row: in natural units, and in units of log 2 as the backward wants it.
+// The log-sum-exp of a row: in natural units, and in units of log 2 as the backward uses it.
 struct RowLse {
   float natural = -__builtin_inff(), high = -__builtin_inff(), low = 0.0f;
 
@@ -261,8 +261,8 @@ static void clear(SoftmaxState<NV>* states, int64_t n) {
       states[i].high[v] = broadcast(NO_SCORE), states[i].low[v] = states[i].sum[v] = vf{};
 }
 
-// One panel of dot products of `n` keys or values of a block. Where they come from memory, later ones
-// are asked for meanwhile, a few at a time: many at once would be waited for.
+// One panel of dot products of `n` keys or values of a block. Where they come from memory, the next ones
+// are prefetched meanwhile, a few at a time: with many at once the processor would wait.
 template <int NV, class AnyBlock>
 static MEMATTN_INLINE void block_products(const AnyBlock& block, int64_t n, int64_t width, int64_t run,
                                           Rows rows, const float* panel, float* to, int64_t ld) {

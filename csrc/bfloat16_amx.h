@@ -1,9 +1,9 @@
 // Products of pairs in the tiles of AMX: 16 rows of 16 units of 32 bits.
 //
-// Included after bfloat16_tile.h. A panel of B, with a row of lanes for each pair, is what a tile wants
-// of the second factor; rows of A along k are what it wants of the first. Rows of A along m are
-// transposed on their way, and what does not fill a tile is copied to one with zeros around it: so that
-// a sum has the same order wherever it is computed. A sum goes on from C, 16 units of k at a time.
+// Included after bfloat16_tile.h. A panel of B has a row of lanes for each pair: that is how a tile holds
+// the second factor. Rows of A along k are how it holds the first; rows of A along m are transposed
+// before. Parts smaller than a tile are copied into a tile of zeros, so that every sum is added in the
+// same order. The sum begins with C and takes 16 units of k at a time.
 
 constexpr int64_t SIDE = 16;       // rows of a tile, and units of a row
 constexpr int64_t TILE_STEPS = 4;  // tiles of k that are transposed at a time

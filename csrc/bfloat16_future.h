@@ -31,7 +31,8 @@ struct PairFutureSteps {
            pair_scratch(a.D, a.Dv);
   }
 
-  // Rounds rows [lanes][ld] of floats to bfloat16, in place, and gives what meets keys of them.
+  // Rounds rows [lanes][ld] of floats to bfloat16, in place; gives both layouts of them that products
+  // with keys need.
   Sides sides(float* rows, int64_t ld, int64_t width, Pieces& pieces) const {
     const int64_t terms = pairs_in(width), ldp = round_up(terms, VL), lanes = panels * PANEL;
     const Sides made{pieces.take(TILE_ROWS * terms), pieces.take(TILE_ROWS / 2 * ld)};

@@ -6,7 +6,7 @@
 // pairs of keys for which sums by row choose their lanes once; lanes left out of a tile save no time
 constexpr int64_t PAIRS_RUN = Pairs::HAS_TILES ? BLOCK_KEYS : 12;
 
-// What the cotangents of the results `out` are made to, see take_cotangents(); rows are `ld` pairs apart.
+// The cotangents of `out` as take_cotangents() changes them; rows are `ld` pairs apart.
 template <class Args, class QueryRows>
 static MEMATTN_INLINE void take_pair_cotangents(const Args&, const Tile&, const QueryRows&,
                                                 const bfloat16_bits*, bfloat16_bits*, int64_t) {}

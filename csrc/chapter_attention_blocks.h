@@ -76,7 +76,7 @@ struct ChapterFloats : InFloats {
                        const float* panel, float* to) {
     dot_products<NV>(n, width, runs.dims, keys.data, keys.stride, panel, NV * VL, to, NV * VL);
   }
-  // takes scores into the state; returns their weights as a weighted sum wants them
+  // takes scores into the state; returns their weights in the layout of a weighted sum
   template <int NV>
   static const float* weigh(float* scores, int64_t n, Split scale2, SoftmaxState<NV>* state,
                             vf* alpha) {

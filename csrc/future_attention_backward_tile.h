@@ -1,6 +1,6 @@
 // Backward of future attention and its loss, one tile of queries at a time.
 //
-// Included once per instruction set after future_attention_tile.h. What meets keys is in a class of
+// Included once per instruction set after future_attention_tile.h. Products with keys are in a class of
 // steps: FloatFutureSteps here, and bfloat16_future.h for pairs.
 
 // Rows of queries or gradients: panels [panel][D or Dv][PANEL], and rows [lanes][D or Dv rounded up],
@@ -9,7 +9,7 @@ struct Sides {
   float *panels, *rows;
 };
 
-// What meets one kind of keys on the side of the queries.
+// Queries, their gradients and their sums, for one kind of keys.
 struct QuerySide {
   Sides q;
   Sides g;                           // gradient of what the weighted values add up to
@@ -41,7 +41,7 @@ struct FloatFutureSteps {
     return 2 * TILE_ROWS * BLOCK_KEYS + (BLOCK_KEYS + 4 * TILE_ROWS) * wide;
   }
 
-  // What meets keys of rows [lanes][ld], in place where they are so already.
+  // Rows [lanes][ld] in both layouts that products with keys need.
   Sides sides(float* rows, int64_t ld, int64_t width, Pieces& pieces) const {
     float* to = pieces.take(TILE_ROWS * width);
     to_panels(rows, ld, panels * PANEL, width, PANEL, to);

@@ -54,12 +54,12 @@ struct KeyBlock {
   float *d_key, *d_value;
 };
 
-// A block of which each lane sees an interval.
+// A block of keys; each lane sees an interval of them.
 struct Block : KeyBlock {
   const Interval* seen;
 };
 
-// A block of which every key tells the lanes that see it; its keys are counted from 0.
+// A block of keys with a mask for each key: the lanes that see it. Its keys are counted from 0.
 struct LaneBlock : KeyBlock {
   const uint64_t* lanes;  // [n], bit i for lane i; null where all rows see all keys
   uint64_t rows;          // the lanes that hold a row

@@ -165,7 +165,7 @@ static int64_t layer_begin(const MemoryArgs& a, int64_t l, int64_t outputs) {
   return at;
 }
 
-// The weights behind a chunk of a.chunk tokens, the last of which is the present one.
+// The weights after a chunk of a.chunk tokens, whose last token is this one.
 static void step_end(const MemoryArgs& a, int64_t row, int64_t h, const MemoryStep& s, float beta,
                      float sigma, float mu) {
   const int64_t pending = a.chunk - 1, head = row * a.H + h;
@@ -219,7 +219,7 @@ static void memory_step(const MemoryArgs& a, int64_t row, int64_t h, float* scra
   for (int64_t l = 0, from = 0; l < N; from += a.width[l] * a.width[l + 1], ++l)
     layer[l] = W + from, speed[l] = S ? S + from : nullptr;
 
-  // the gradient; the first layer meets the query at the same time
+  // the gradient; the first layer multiplies the query in the same pass
   load_token(a.key, row, h, a.width[0], s.key[0]);
   load_token(a.query, row, h, a.width[0], s.query[0]);
   load_token(a.value, row, h, Dv, s.value);

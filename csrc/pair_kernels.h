@@ -1,4 +1,4 @@
-// And those with products of pairs of bfloat16.
+// The kernels of one instruction set in products of pairs of bfloat16, included inside its namespace.
 
 #include "tile_engine.h"
 #include "key_blocks.h"

@@ -9,7 +9,7 @@ struct Lanes {
   int64_t first, last;
 };
 
-// Those of the lanes from the first to the last that sees one of the keys [begin, end).
+// The first and the last of the given lanes that sees one of the keys [begin, end), and those between.
 static MEMATTN_INLINE Lanes lanes_that_see(const Interval& seen, Lanes lanes, int64_t begin,
                                            int64_t end) {
   auto sees = [&](int64_t i) { return seen.hi[i] > begin && seen.lo[i] < end; };

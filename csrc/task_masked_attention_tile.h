@@ -68,7 +68,7 @@ struct TaskRows {
     }
   };
 
-  // The queries of the tile that see keys of each node, found when first asked for.
+  // The queries of the tile that see keys of each node, found when they are first needed.
   struct NodeQueries {
     uint64_t* queries;  // [nodes]
     bool* known;        // [nodes]

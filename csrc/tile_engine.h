@@ -58,7 +58,7 @@ struct Floats {
 // C[MR][NV vectors] (=, +=, or alpha * C +) sum over ko, k of A[m, ko, k] * B[ko, k, :]. alpha is that of
 // a column, or with scale_rows that of a row.
 // A is contiguous along k (a_stride steps m) or along m (a_stride steps k). The sum starts from 0 and
-// meets C at the end: long sums are made of short ones, which keeps their rounding small.
+// is added to C at the end: long sums are made of short ones, which keeps their rounding small.
 template <int MR, int NV, Store STORE, bool A_ALONG_K, class Unit>
 static MEMATTN_INLINE void micro(int64_t KO, int64_t K, const float* A, int64_t a_stride,
                                  int64_t a_ko, const float* B, int64_t ldb, int64_t b_ko, float* C,
@@ -130,7 +130,7 @@ static void product(int64_t M, int64_t KO, int64_t K, const float* A, int64_t a_
       MEMATTN_MICRO(8);
     }
   }
-  // the rest in one go: two thin groups wait twice for the latency of a sum
+  // the remaining rows in one group: two small groups would wait twice for the latency of a sum
 #define MEMATTN_REST(R)                             \
   case R:                                           \
     if constexpr (R < MR) {                         \

@@ -14,6 +14,7 @@ def check_same_settings(
     before: Mapping[str, Any],
     now: Mapping[str, Any],
     free: Collection[str] = (),
+    hint: str = "",
 ) -> None:
     """Raise unless a run in a folder had the settings that are wanted now.
 
@@ -23,6 +24,7 @@ def check_same_settings(
         before: These settings; those of a section are a dictionary in it.
         now: The settings that are wanted.
         free: Names of settings that may differ, without their section.
+        hint: What else the caller may do than name a new folder.
 
     Raises:
         ValueError: If others differ; names all of them with both values.
@@ -40,7 +42,8 @@ def check_same_settings(
             ", ".join(f"{name} {values.get(name, missing)}" for name in different)
             for values in (wanted, had)
         )
-        must(argument, f"be a new folder for {new}", f"{file} with {old}")
+        also = f" ({hint})" if hint else ""
+        must(argument, f"be a new folder for {new}{also}", f"{file} with {old}")
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

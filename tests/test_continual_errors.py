@@ -51,11 +51,30 @@ def test_names_what_is_wrong_in_a_budget(options, message):
         ("hat", {"embedding_lr": 0.0}, "embedding_lr must be positive and finite, got 0.0"),
         ("lora", {"rank": 0}, "rank must be at least 1, got 0"),
         ("adapter", {"bottleneck": 0}, "bottleneck must be at least 1, got 0"),
+        ("fcd", {"rank": 0}, "rank must be at least 1, got 0"),
+        ("fcd", {"vector_size": 0}, "vector_size must be at least 1, got 0"),
+        ("fcd", {"vector_lr": 0.0}, "vector_lr must be positive and finite, got 0.0"),
+        ("fcd", {"separation": -1.0}, "separation must be at least 0 and finite, got -1.0"),
+        ("dtgma", {"shared": "all"}, "shared must be one of frozen, first_task, got 'all'"),
         ("dtgma", {"reads": "some"}, "reads must be one of none, previous, all, got 'some'"),
     ],
 )
 def test_names_what_is_wrong_in_an_option(name, options, message):
     with pytest.raises(ValueError, match=message):
+        make_strategy(name, blobs(), SMALL, 0, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ewc", {"ewc_lambda": "strong"}, "ewc_lambda must be a number, got 'strong'"),
+        ("lora", {"rank": True}, "rank must be a number, got True"),
+        ("ewc", {"online": 1}, "online must be True or False"),
+        ("packnet", {"keep": "half"}, "keep must be a number, got 'half'"),
+    ],
+)
+def test_names_an_option_of_another_kind(name, options, message):
+    with pytest.raises(TypeError, match=message):
         make_strategy(name, blobs(), SMALL, 0, options)
 
 

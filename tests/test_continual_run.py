@@ -61,6 +61,17 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert again == results and len(done) == 16
 
 
+def test_compares_variants_of_a_strategy(tmp_path):
+    names = ("lora", "lora,rank=2", "packnet,keep=null")
+    results = bench(tmp_path, names, seeds=(0,))
+    assert [run.strategy for run in results.runs] == list(names)
+    assert sorted(path.parent.name for path in tmp_path.rglob("*.json")) == sorted(names)
+    (plain,) = bench(None, ("lora",), seeds=(0,), options={"lora": {"rank": 2}}).runs
+    assert results.runs[1].accuracy == plain.accuracy
+    assert results.runs[1].parameters == plain.parameters < results.runs[0].parameters
+    assert bench(tmp_path, names, seeds=(0,)) == results
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -211,6 +222,8 @@ def test_a_strategy_learns_a_stream_once():
     [
         (dict(stream="digit"), "stream must be one of digits, mnist, got 'digit'"),
         (dict(strategies=("sgd",)), "strategy must be one of joint"),
+        (dict(strategies=("ewc,gamma",)), "strategy must read NAME or NAME,option=value,"),
+        (dict(strategies=("ewc,gamma=1,gamma=0",)), "each option once, got 'ewc,gamma=1,gamma=0'"),
         (dict(strategies=()), "strategies must have at least one name and none twice"),
         (dict(strategies=("ewc", "ewc")), "strategies must have at least one name and none twice"),
         (dict(seeds=()), "seeds must have at least one seed and none twice"),

@@ -17,7 +17,7 @@ from memattn.continual.strategies.replay import Reservoir
 from memattn.data.streams import SCENARIOS
 
 KNOWN = [(name, s) for name, kind in STRATEGIES.items() for s in kind.scenarios]
-ISOLATED = ("separate", "packnet", "lora", "adapter", "dtgma")
+ISOLATED = ("separate", "packnet", "lora", "adapter", "fcd", "dtgma")
 
 
 def learn(name, stream, n=None, budget=SMALL, seed=0, **options):
@@ -298,6 +298,7 @@ def test_parameters_are_counted():
     weights = 6 * 12 + 12 * 12
     adapter = 2 * (12 * 32 + 32 + 32 * 12 + 12)
     plain = backbone + 3 * head
+    tucker = 32 * (12 + 6) + 32 * (12 + 12) + 2 * 32 * 32 * 16
     expected = {
         "finetuning": (plain, plain),
         "joint": (plain, plain),
@@ -311,10 +312,23 @@ def test_parameters_are_counted():
         "hat": (plain + 3 * 2 * 12, plain + 4 * 2 * 12),
         "lora": (plain + 2 * 16 * (6 + 12 + 12 + 12),) * 2,
         "adapter": (plain + 2 * adapter,) * 2,
+        "fcd": (plain - weights + tucker + 3 * 2 * 16,) * 2,
     }
     for name, numbers in expected.items():
         strategy = learn(name, stream)
         assert (strategy.parameters_to_predict(), strategy.parameters_stored()) == numbers, name
+
+
+def test_dtgma_trains_shared_parameters_with_the_first_task_if_asked():
+    stream = blobs()
+    shared = lambda strategy: [p.clone() for p in strategy.model.tokens.parameters()]
+    random = shared(learn("dtgma", stream, 0))
+    assert same(random, shared(learn("dtgma", stream, 1)))
+    strategy = learn("dtgma", stream, 1, shared="first_task")
+    trained = shared(strategy)
+    assert not same(random, trained)
+    strategy.fit(1, stream.tasks[1])
+    assert same(trained, shared(strategy))
 
 
 def test_packnet_shares_the_weights():

@@ -176,7 +176,10 @@ def test_goes_on_after_an_interruption_and_trains_nothing_twice(config, console,
     assert max(rate for rate in rates[0] if rate) == rates[0][WARMUP_STEPS]
 
     other = DemoConfig(**{**demo_run.asdict(config), "seed": 1})
-    with pytest.raises(ValueError, match="out must be a new folder for another seed"):
+    with pytest.raises(
+        ValueError,
+        match=r"out must be a new folder for seed 1 \(or use --fresh\), got .* with seed 0",
+    ):
         run_demo(other, console=console)
     (page.parent / "plan.json").write_text('{"steps": 5}')
     with pytest.raises(ValueError, match=r"plan must be of this version \(or use --fresh\), got"):

@@ -128,6 +128,14 @@ def test_plain_forms_compile_without_a_fault(plain: list[dict]):
     check_counts(plain)
 
 
+def test_float32_runs_on_tensor_cores_where_a_table_asks_for_tf32(tmp_path: Path):
+    kernels = ("segmented_attention_fwd", "segmented_attention_fwd_causal-plain-tf32-1")
+    filters = ("--arch", "sm_90", "--dtype", "float32", "--head-dim", "64")
+    reports = compile_ahead(tmp_path, *filters, "--kernel", *kernels)
+    assert [report["kernel"] for report in reports] == list(kernels)
+    assert not reports[0]["tensor_cores"] and reports[1]["tensor_cores"] == {"wgmma.mma_async": 72}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_configuration_compiles(whole: list[dict], arch: str):
@@ -141,7 +149,7 @@ def test_every_configuration_compiles(whole: list[dict], arch: str):
     assert len(chosen) == n_forms + n_pinned + sum(map(len, candidates))
     for report in chosen:
         check(report)
-        if report["dtype"] != "float32":
+        if report["dtype"] != "float32" or "tf32_products" in report["config"]:
             check_tensor_cores(report)
     check_counts(chosen)
 

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from memattn_kernels._products import dot
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # log2(e)
 NO_END: tl.constexpr = tl.constexpr(2**31 - 1)  # the end of a sequence that is not cut short
 
@@ -202,7 +204,7 @@ def online_softmax_step(acc, l_i, m_i, scores, v, scale, HIDE_UNSEEN: tl.constex
     l_i = l_i * alpha + tl.sum(p, 1)
     if HIDE_UNSEEN:
         v = tl.where((tl.max(p, 0) > 0.0)[:, None], v, 0.0)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
     return acc, l_i, m_new
 
 

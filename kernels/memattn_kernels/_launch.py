@@ -19,10 +19,10 @@ from memattn_kernels._common import (
     rows,
 )
 from memattn_kernels._operator import Named, register
+from memattn_kernels._products import launch_precision
 from memattn_kernels._replay import on_launch
 
 ROWS = ("query", "key", "value", "future_query")  # whose gradients keep their order in memory
-LAUNCH_OPTIONS = ("num_warps", "num_stages", *configs.OPTIONAL)
 # a part of the queries has at least this many, and there are parts for about this many programs
 MIN_PART = 1024
 N_PROGRAMS = 512
@@ -135,7 +135,8 @@ def run(kernel: triton.JITFunction, grid: tuple[int, ...], given: dict) -> None:
     """
     # by place, as binding some sixty names costs Triton a third of its time
     values = [given[name] for name in kernel.arg_names]
-    options = {name: given[name] for name in LAUNCH_OPTIONS if name in given}
+    options = {name: given[name] for name in configs.LAUNCH_OPTIONS if name in given}
+    options |= launch_precision(given)
     on_launch(kernel, grid, kernel[grid](*values, **options), values)
 
 

@@ -18,6 +18,7 @@ from memattn_kernels._common import (
     power,
     tile_ranges,
 )
+from memattn_kernels._products import dot
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def attend_tile(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n, lo, hi, l
                 MASKED: tl.constexpr, cap_scale=None):  # fmt: skip
     """One tile of keys from column ``n``."""
     k = load_tile(k_ptr, n, stride_k, last, D, BLOCK_N, BLOCK_D, MASKED)
-    products = tl.dot(q, tl.trans(k), input_precision="ieee")
+    products = dot(q, tl.trans(k))
     scores = cap_products(products, cap_scale, q.dtype)
     if MASKED:
         mask = columns_between(lo, hi, n, BLOCK_N, IS_RELATIVE)
@@ -95,7 +96,7 @@ def dq_tile(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_targ
     """One tile of keys from column ``n``."""
     k = load_tile(k_ptr, n, stride_k, last, D, BLOCK_N, BLOCK_D, MASKED)
     v = load_tile(v_ptr, n, stride_v, last, DV, BLOCK_N, BLOCK_DV, MASKED)
-    products = tl.dot(q, tl.trans(k), input_precision="ieee")
+    products = dot(q, tl.trans(k))
     scores = cap_products(products, cap_scale, q.dtype)
     x = scores * scale - lse[:, None]
     if q.dtype == tl.float32:
@@ -103,7 +104,7 @@ def dq_tile(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_targ
     p = power(x, q.dtype)
     if cap_scale is not None and not IS_CORRECTED:
         p *= 1.0 - scores * scores
-    ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+    ds = p * (dot(do, tl.trans(v)) - delta[:, None])
     mask = columns_between(lo, hi, n, BLOCK_N, False)
     if IS_CORRECTED:
         if MASKED:
@@ -117,7 +118,7 @@ def dq_tile(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_targ
             p *= slope
             ds *= slope
         # transposed, as then the two products read k apart, when they need it
-        pk = tl.dot(tl.trans(k), tl.trans(p), pk, input_precision="ieee")
+        pk = dot(tl.trans(k), tl.trans(p), pk)
     if HAS_TARGET:
         x = scores * scale - lse_target[:, None]
         if q.dtype == tl.float32:
@@ -125,7 +126,7 @@ def dq_tile(dq, pk, rest, q, do, lse, residual, delta, lse_target, residual_targ
         ds -= power(x, q.dtype) * delta_target[:, None]
     if MASKED:
         ds = tl.where(mask, ds, 0.0)
-    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    dq = dot(ds.to(k.dtype), k, dq)
     return dq, pk, rest
 
 
@@ -179,7 +180,7 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
     lse = tl.load(lse_ptr + row + columns)
     delta = tl.load(delta_ptr + row + columns)
 
-    scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+    scores = dot(k, tl.trans(q))
     x = scores * scale - lse[None, :]
     if q.dtype == tl.float32:
         x -= tl.load(residual_ptr + row + columns, mask=mask_m, other=0.0)[None, :]
@@ -187,8 +188,8 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
     mask = columns_between(lo, hi, t, BLOCK_M, False)
     if MASKED:
         p = tl.where(mask, p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    ds = tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :]
+    dv = dot(p.to(do.dtype), do, dv)
+    ds = dot(v, tl.trans(do)) - delta[None, :]
     if q.dtype == tl.float32 and dlse_ptr is not None:
         ds += tl.load(dlse_ptr + row + columns, mask=mask_m, other=0.0)[None, :]
     ds *= p
@@ -199,7 +200,7 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
         ds -= power(x, q.dtype) * tl.load(delta_target_ptr + row + columns)[None, :]
     if MASKED:  # delta may be NaN where p is 0
         ds = tl.where(mask, ds, 0.0)
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dk = dot(ds.to(q.dtype), q, dk)
     return dk, dv
 
 

@@ -34,6 +34,7 @@ from triton.compiler import ASTSource
 import memattn_kernels
 from memattn_kernels import configs, machine_code
 from memattn_kernels._common import IS_INTERPRETED
+from memattn_kernels._products import launch_precision
 from memattn_kernels.aot_checks import faults, write_counts
 from memattn_kernels.aot_kernel import TRITON_TYPES, AotKernel, Report, Variant
 from memattn_kernels.machine_code import HotLoop
@@ -98,8 +99,8 @@ def compile_variant(variant: Variant) -> tuple[triton.compiler.CompiledKernel, s
         for index, (name, kind) in enumerate(types.items())
         if kind != "constexpr" and (name.endswith("_ptr") or name.startswith("stride"))
     }
-    of_kernel = ("BLOCK", *configs.DESCRIPTOR_OPTIONS, *configs.DECODE_OPTIONS)
-    options = {name: n for name, n in variant.config.items() if not name.startswith(of_kernel)}
+    options = {n: variant.config[n] for n in configs.LAUNCH_OPTIONS if n in variant.config}
+    options |= launch_precision(variant.config)
     source = ASTSource(variant.kernel.function, types, constants, attributes)
     log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):

@@ -49,12 +49,13 @@ class AotKernel:
         function: The kernel.
         constants: Gives the compile-time arguments, and those that are None, by name, from the head
             dimension, the dtype's name and the configuration.
-        in_float32: Whether float32, which runs without tensor cores, is compiled too.
+        in_float32: Whether float32 is compiled too.
         widths: Head dimensions at which it is compiled.
         pinned: Configurations by dtype class, ``"half"`` or ``"float"``, of a kernel that is not in
             the tables: compiled at head dimension 128 only, and for these classes.
         candidates: Configurations by architecture and head dimension that the tables do not ship
-            yet, for half precision only; None for all else.
+            yet; None for all else.
+        candidates_kind: The dtype class that candidates are for.
         tiles: Of arguments that are tensor descriptors, by name, the compile-time arguments that
             say the lengths of a tile.
         types: Triton's types, by name, of the run-time arguments that are not as usual. As usual
@@ -69,15 +70,16 @@ class AotKernel:
     widths: tuple[int, ...] = configs.WIDTHS
     pinned: Mapping[str, dict[str, int]] | None = None
     candidates: Mapping[str, Mapping[int, dict[str, int]]] | None = None
+    candidates_kind: str = "half"
     tiles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
 
     def config(self, arch: str, head_dim: int, dtype: str) -> dict[str, int] | None:
         """The shipped configuration, or the candidate; None where this is not compiled."""
-        if self.candidates is not None:
-            by_width = {} if dtype == "float32" else self.candidates.get(arch, {})
-            return by_width.get(head_dim)
         kind = "float" if dtype == "float32" else "half"
+        if self.candidates is not None:
+            by_width = self.candidates.get(arch, {}) if kind == self.candidates_kind else {}
+            return by_width.get(head_dim)
         if self.pinned is not None:
             return self.pinned.get(kind) if head_dim == PINNED_WIDTH else None
         if head_dim not in self.widths or dtype == "float32" and not self.in_float32:

@@ -250,12 +250,12 @@ def trials(kernel: str, head_dim: int, kind: str, present: Config) -> Iterator[T
 
 
 def _more_candidates(kernel: str, head_dim: int, kind: str) -> Sequence[Config]:
-    """Candidates with tensor descriptors (GPUs with a copy engine) and with key splits."""
-    from memattn_kernels import configs
+    """Candidates with tensor descriptors, with key splits, and with TF32 products of float32."""
+    from memattn_kernels import configs, tf32_candidates
     from memattn_kernels.segmented_attention import decode_parts, plain
 
     if kind != "half":
-        return ()
+        return tf32_candidates.candidates(table_name(), kernel, head_dim)
     if kernel == configs.WITH_PARTS:
         return decode_parts.CANDIDATES
     return plain.CANDIDATES.get(table_name(), {}).get(kernel, {}).get(head_dim, ())

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 TEXT_TASKS, IMAGE_TASKS = 4, 5
 TEXT_NOISE = 0.5  # of embeddings with root mean square 1; found on held-out training texts
-TABLE_WIDTH = 130
+TABLE_WIDTH = 120  # without the names of strategies
 
 
 def continual(
@@ -52,7 +52,8 @@ def continual(
         tasks: Number of tasks; by default 5, for text_domains 4.
         scenario: Known at test time: task: the sample's task; domain: nothing, all tasks have the
             same classes; class: nothing, each task has new classes.
-        strategies: Names, such as dtgma finetuning joint; by default all that support the scenario.
+        strategies: Names, such as dtgma finetuning joint, also with options, such as
+            dtgma,reads=all; by default all that support the scenario.
         seeds: Number of seeds, counted from 0.
         permuted: Tasks are permutations of the inputs instead of groups of classes.
         epochs: Passes over the data of a task.
@@ -122,7 +123,8 @@ def continual(
         progress=True,
     )
     # a narrow terminal breaks lines, which is better than cells cut short
-    console = Console(width=max(Console().width, TABLE_WIDTH))
+    needed = TABLE_WIDTH + max(len(run.strategy) for run in results.runs)
+    console = Console(width=max(Console().width, needed))
     console.print(results.table().to_rich())
     options = (strategy_options or {}).get("dtgma", {})
     for path in _write(results, Path(out), options.get("reads", "none")):

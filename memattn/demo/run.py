@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from memattn._settings import check_same_settings
 from memattn.demo.config import ADDED_STEPS, STARTS, DemoConfig
 from memattn.demo.continual import CONTINUAL, continual_table, has_digits, measure_continual
 from memattn.demo.ideas import idea_table, measure_ideas
@@ -112,12 +113,7 @@ def _plan(config: DemoConfig, out: Path, console: Console) -> Plan:
     settings.pop("out")
     if file.is_file():
         plan = Plan.load(file)
-        changed = [name for name, value in settings.items() if plan.settings.get(name) != value]
-        if changed:
-            raise ValueError(
-                f"out must be a new folder for another {', '.join(changed)} (or use --fresh), "
-                f"got {out}"
-            )
+        check_same_settings("out", file, plan.settings, settings, hint="or use --fresh")
         console.print(f"going on with the demo in {out}", highlight=False, soft_wrap=True)
         return plan
     with console.status(f"fetching and tokenizing {config.corpus}"):

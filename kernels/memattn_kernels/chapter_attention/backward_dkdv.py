@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from memattn_kernels._common import exponent_factor, load_rows, power, store_tile
+from memattn_kernels._products import dot
 from memattn_kernels.chapter_attention.forward import RUNTIME_SIZES
 from memattn_kernels.chapter_attention.tiles import entries_of, exp_lse, load_bank_tile
 
@@ -101,8 +102,8 @@ def chapter_attention_bwd_dkdv_kernel(
             w = tl.load(weight_ptr + place)
         offs = tl.multiple_of(head * n_list + at, BLOCK_M)  # lists begin with a tile
 
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # keys by rows
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        scores = dot(k, tl.trans(q))  # keys by rows
+        dp = dot(v, tl.trans(do))
         if IS_JOINT or LIST_ENTRIES:
             shift = tl.load(shift_ptr + offs + offs_m)
             number = tl.load(list_ptr + offs + offs_m)
@@ -141,8 +142,8 @@ def chapter_attention_bwd_dkdv_kernel(
                 d_lse = tl.load(list_ptr + offs + offs_m)
                 ds += (d_lse * exp_lse(m, l, lse, rest, dtype))[None, :]
             weighted, ds = p * factor[None, :], p * ds
-        dv = tl.dot(weighted.to(do.dtype), do, dv, input_precision="ieee")
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dv = dot(weighted.to(do.dtype), do, dv)
+        dk = dot(ds.to(q.dtype), q, dk)
 
     is_part = part_dk_ptr is not None and n_tiles > most
     if is_part:

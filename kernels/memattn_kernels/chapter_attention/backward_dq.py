@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from memattn_kernels._common import exponent_factor, power, scatter_rows
+from memattn_kernels._products import dot
 from memattn_kernels.chapter_attention.forward import RUNTIME_SIZES
 from memattn_kernels.chapter_attention.tiles import (
     chapter_pointers,
@@ -36,7 +37,7 @@ def _scores_and_dp(q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head, n, strid
     return (
         k,
         chapter_scores(q, k, n, M, BLOCK_N),
-        tl.dot(do, tl.trans(v), input_precision="ieee"),
+        dot(do, tl.trans(v)),
     )
 
 
@@ -76,7 +77,7 @@ def _independent_chapter(dq, q, do, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, head
         )  # fmt: skip
         p = power(scores * scale - m[:, None], q.dtype) / l[:, None]
         ds = p * (weight[:, None] * (dp - delta[:, None]) + of_lse[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = dot(ds.to(k.dtype), k, dq)
     return dq, m, l, delta
 
 
@@ -221,7 +222,7 @@ def chapter_attention_bwd_dq_kernel(
                 parts = tl.sum(tl.reshape(of_weight, [N_PARTS, PART]), 1)
                 tl.store(dw_ptr + offs + tl.arange(0, N_PARTS), parts)
         if IS_JOINT or IN_TILE:
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            dq = dot(ds.to(k.dtype), k, dq)
 
     if BY_CHAPTER:
         is_last = tl.load(n_slots_ptr + entry // K, mask=valid, other=0) == slot + 1

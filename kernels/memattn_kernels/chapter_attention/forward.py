@@ -27,6 +27,7 @@ from memattn_kernels._common import (
     scatter_rows,
 )
 from memattn_kernels._launch import launch, lookup, residual_ptr
+from memattn_kernels._products import dot
 from memattn_kernels.chapter_attention.index import (
     ChapterIndex,
     fill_index,
@@ -72,7 +73,7 @@ def _joint_step(acc, l_i, m_i, scores, v, weight, scale, HAS_WEIGHTS: tl.constex
     alpha = power(m_i - m_new, v.dtype)
     p = power(scores * scale - shift[:, None], v.dtype)
     l_i = l_i * alpha + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
     return acc, l_i, m_new
 
 
@@ -95,7 +96,7 @@ def _independent_chapter(acc, l_i, m_i, q, k_ptr, v_ptr, k_scale_ptr, v_scale_pt
         v = load_bank_tile(v_ptr, v_scale_ptr, head, n, stride_v, q.dtype, M, DV, BLOCK_N, BLOCK_DV)
         p = power(chapter_scores(q, k, n, M, BLOCK_N) * scale - m[:, None], q.dtype)
         p *= (weight / l)[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        acc = dot(p.to(v.dtype), v, acc)
     m_i, l_i = _add_softmax(m_i, l_i, m, l, q.dtype)
     return acc, l_i, m_i
 
@@ -179,7 +180,7 @@ def chapter_attention_fwd_kernel(
                 p = power(scores * scale - m[:, None], q.dtype)
                 l = tl.sum(p, 1)
                 p *= (w / l)[:, None]
-                acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+                acc = dot(p.to(v.dtype), v, acc)
                 m_i, l_i = _add_softmax(m_i, l_i, m, l, q.dtype)
         else:
             acc, l_i, m_i = _independent_chapter(

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from memattn_kernels._common import power
+from memattn_kernels._products import dot
 
 
 @triton.jit
@@ -129,7 +130,7 @@ def load_bank_tile(ptr, scale_ptr, head, n, stride, dtype: tl.constexpr, M: tl.c
 @triton.jit
 def chapter_scores(q, k, n, M: tl.constexpr, BLOCK_N: tl.constexpr):
     """``q k^T``, with ``-inf`` past the last key of the chapter."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = dot(q, tl.trans(k))
     if M % BLOCK_N != 0:
         scores = tl.where((n + tl.arange(0, BLOCK_N) < M)[None, :], scores, -float("inf"))
     return scores

@@ -7,6 +7,8 @@ there are, so that a row has the same logits in decode and in prefill. No atomic
 import triton
 import triton.language as tl
 
+from memattn_kernels._products import dot
+
 
 @triton.jit(do_not_specialize=("first", "n_rows"))
 def chapter_router_logits_kernel(
@@ -38,7 +40,7 @@ def chapter_router_logits_kernel(
         if x.dtype != w.dtype:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
-        z = tl.dot(x, tl.trans(w), z, input_precision="ieee")
+        z = dot(x, tl.trans(w), z)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     z *= scale

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memattn_kernels import recording
 from memattn_kernels._common import IS_INTERPRETED
+from memattn_kernels._products import TF32_PRODUCTS
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (64, 128, 256)
@@ -24,6 +25,9 @@ PRODUCT_OPTIONS: tuple[str, ...] = (*OPTIONS, "BLOCK_K")
 WITH_PRODUCTS = ("chapter_router", "neural_memory")
 # a cap on the registers of one thread, so that more programs fit a multiprocessor; NVIDIA only
 OPTIONAL: tuple[str, ...] = ("maxnreg",)
+LAUNCH_OPTIONS: tuple[str, ...] = ("num_warps", "num_stages", *OPTIONAL)
+# float32 products by as many TF32 products on the tensor cores; NVIDIA only
+FLOAT_OPTIONS: tuple[str, ...] = (TF32_PRODUCTS,)
 # plain attention, whose rows may come by tensor descriptors, from warps of their own if specialized
 PLAIN_FORMS = ("_dense", "_causal")
 DESCRIPTOR_OPTIONS: tuple[str, ...] = ("descriptors", "specialized")
@@ -33,7 +37,8 @@ WITH_PARTS = "segmented_attention_decode"
 MAX_BLOCK = 256
 # smallest and largest value; for tile lengths these are 16 and MAX_BLOCK
 LIMITS = {"num_stages": (1, 16), "num_warps": (1, 16), "maxnreg": (32, 255),
-          "descriptors": (1, 1), "specialized": (1, 1), "part": (64, 2**20)}  # fmt: skip
+          "descriptors": (1, 1), "specialized": (1, 1), "part": (64, 2**20),
+          TF32_PRODUCTS: (3, 3)}  # fmt: skip
 # at most this many queries run as "decode", on tiles of 16 queries
 DECODE_LENGTH = 16
 # small tiles, so that small tests cross their borders
@@ -56,9 +61,9 @@ def lookup(kernel: str, tensor: Tensor, width: int) -> dict[str, int]:
 
     Returns:
         Tile lengths ``BLOCK_M`` and ``BLOCK_N``, of products also ``BLOCK_K``, and options of the
-        launch: ``num_warps``, ``num_stages`` and perhaps ``maxnreg``; of plain attention perhaps
-        ``descriptors`` and ``specialized``, which are 1 where they are there; of few queries
-        perhaps ``part``.
+        launch: ``num_warps``, ``num_stages`` and perhaps ``maxnreg``; of float32 perhaps
+        ``tf32_products``; of plain attention perhaps ``descriptors`` and ``specialized``, which are
+        1 where they are there; of few queries perhaps ``part``.
     """
     if IS_INTERPRETED:
         if kernel.startswith(WITH_PRODUCTS):
@@ -74,7 +79,7 @@ def options_of(kernel: str) -> tuple[str, ...]:
 
 
 def dtype_class(dtype: torch.dtype) -> str:
-    """``"float"`` for float32, which runs without tensor cores, or ``"half"``."""
+    """``"float"`` for float32, which runs with small tiles, or ``"half"``."""
     return "float" if dtype == torch.float32 else "half"
 
 
@@ -129,6 +134,8 @@ def read(path: str | Path) -> dict:
             for kind in DTYPE_CLASSES:
                 entry = f"{path}: {kernel}, {width}, {kind}"
                 optional = () if is_amd else OPTIONAL
+                if not is_amd and kind == "float" and not kernel.startswith(WITH_PRODUCTS):
+                    optional += FLOAT_OPTIONS
                 if kernel == WITH_PARTS:
                     optional += DECODE_OPTIONS
                 if not is_amd and kernel.endswith(PLAIN_FORMS):

@@ -16,7 +16,7 @@ import triton
 
 from memattn_kernels._common import block_length
 from memattn_kernels.aot_kernel import AotKernel, taken, usual_constants
-from memattn_kernels.configs import ARCHITECTURES, WITH_PARTS
+from memattn_kernels.configs import ARCHITECTURES, WIDTHS, WITH_PARTS
 from memattn_kernels.segmented_attention.backward_dkdv import segmented_attention_bwd_dkdv_kernel
 from memattn_kernels.segmented_attention.backward_dkdv_plain import (
     segmented_attention_bwd_dkdv_plain_kernel,
@@ -31,6 +31,7 @@ from memattn_kernels.segmented_attention.decode_parts import (
 from memattn_kernels.segmented_attention.forward import segmented_attention_fwd_kernel
 from memattn_kernels.segmented_attention.forward_plain import segmented_attention_fwd_plain_kernel
 from memattn_kernels.segmented_attention.plain import CANDIDATES
+from memattn_kernels.tf32_candidates import candidates as tf32_candidates
 
 # persistent and memory keys: the smallest tile
 N_EXTRA = 16
@@ -135,6 +136,36 @@ def _candidates(name: str) -> Iterator[AotKernel]:
             )
 
 
+def _tf32() -> Iterator[AotKernel]:
+    """Plain causal attention in float32 by TF32 products, one for each candidate of a table."""
+    rows = segmented_attention_fwd_kernel, segmented_attention_bwd_dq_kernel
+    kernels = [(function, partial(_row_constants, function, "plain")) for function in rows]
+    keys = partial(_key_constants, "token", "plain", False)
+    kernels.append((segmented_attention_bwd_dkdv_kernel, keys))
+    names = ("fwd_causal", "bwd_dq", "bwd_dkdv_causal")
+    for name, (function, constants) in zip(names, kernels, strict=True):
+        name = f"segmented_attention_{name}"
+        found = {
+            (arch, width): tf32_candidates(arch, name, width)
+            for arch in ARCHITECTURES
+            for width in WIDTHS
+        }
+        for index in range(max(map(len, found.values()))):
+            chosen: dict[str, dict[int, dict[str, int]]] = {}
+            for (arch, width), configs in found.items():
+                if index < len(configs):
+                    chosen.setdefault(arch, {})[width] = configs[index]
+            yield AotKernel(
+                name=name,
+                part=f"plain-tf32-{index}",
+                function=function,
+                constants=constants,
+                candidates=chosen,
+                candidates_kind="float",
+                types=TYPES,
+            )
+
+
 def _decode_parts() -> Iterator[AotKernel]:
     """Few queries whose keys are shared, largest and plain, and what adds up the parts."""
     function = segmented_attention_decode_parts_kernel
@@ -201,5 +232,6 @@ KERNELS = (
         for form in forms
     ),
     *_decode_parts(),
+    *_tf32(),
     *chain.from_iterable(map(_candidates, CANDIDATES["sm_90"])),
 )

@@ -20,6 +20,7 @@ from memattn_kernels._common import (
     store_tile,
     tile_ranges,
 )
+from memattn_kernels._products import dot
 from memattn_kernels._tiles import columns_between
 from memattn_kernels.segmented_attention.intervals import queries_of_token
 
@@ -71,7 +72,7 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
     lse = tl.load(lse_ptr + t + columns)
     delta = tl.load(delta_ptr + t + columns)
 
-    products = tl.dot(k, tl.trans(q), input_precision="ieee")
+    products = dot(k, tl.trans(q))
     scores = cap_products(products, cap_scale, q.dtype)
     x = scores * scale - lse[None, :]
     if q.dtype == tl.float32:
@@ -87,8 +88,8 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
     if MASKED:
         p = tl.where(mask, p, 0.0)
         weights = tl.where(mask, weights, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    ds = tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :]
+    dv = dot(p.to(do.dtype), do, dv)
+    ds = dot(v, tl.trans(do)) - delta[None, :]
     if q.dtype == tl.float32 and dlse_ptr is not None:
         ds += tl.load(dlse_ptr + t + columns, mask=offs_m < last, other=0.0)[None, :]
     # delta may be NaN where p is 0
@@ -97,7 +98,7 @@ def _dkdv_tile(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
     ds *= weights
     if MASKED and not IS_WIDE:
         ds = tl.where(mask, ds, 0.0)
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dk = dot(ds.to(q.dtype), q, dk)
     return dk, dv
 
 

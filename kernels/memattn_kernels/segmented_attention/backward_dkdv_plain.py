@@ -8,6 +8,7 @@ import triton.language as tl
 
 from memattn_kernels._common import cdiv, exponent_factor, power, store_tile
 from memattn_kernels._launch import launch
+from memattn_kernels._products import dot
 from memattn_kernels.segmented_attention.plain import number_descriptor, tile_descriptor
 
 
@@ -48,17 +49,17 @@ def segmented_attention_bwd_dkdv_plain_kernel(
         do = do_desc.load([b, h, t, 0]).reshape(BLOCK_M, BLOCK_DV)
         lse = scaled_lse_desc.load([row + t])
         delta = delta_desc.load([row + t])
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        scores = dot(k, tl.trans(q))
         p = power(scores * exponent_scale - lse[None, :], k.dtype)
         if IS_CAUSAL:
             mask = tl.arange(0, BLOCK_M)[None, :] >= (lo - t)[:, None]
             p = tl.where(mask, p, 0.0)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        ds = tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :]
+        dv = dot(p.to(do.dtype), do, dv)
+        ds = dot(v, tl.trans(do)) - delta[None, :]
         if IS_CAUSAL:  # delta may be NaN where p is 0
             ds = tl.where(p != 0.0, ds, 0.0)
         ds *= p
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dk = dot(ds.to(q.dtype), q, dk)
 
     dk *= scale
     if IS_CAUSAL:  # a key that no query may see, and its NaN, ends here

@@ -15,6 +15,7 @@ from memattn_kernels._common import (
     store_tile,
 )
 from memattn_kernels._launch import launch, n_query_programs
+from memattn_kernels._products import dot
 from memattn_kernels._tiles import columns_between
 from memattn_kernels.segmented_attention.plain import tile_descriptor
 
@@ -61,7 +62,7 @@ def segmented_attention_fwd_plain_kernel(
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     for n in tl.range(0, last, BLOCK_N, warp_specialize=IS_SPECIALIZED):
         k = k_desc.load([b, h_kv, n, 0]).reshape(BLOCK_N, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = dot(q, tl.trans(k))
         if IS_CAUSAL:
             mask = columns_between(None, hi, n, BLOCK_N, True)
             scores = tl.where(mask, scores, -float("inf"))

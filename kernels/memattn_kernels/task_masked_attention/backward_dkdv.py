@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from memattn_kernels._common import NO_END, exponent_factor, load_tile, power, store_tile
+from memattn_kernels._products import dot
 from memattn_kernels.task_masked_attention.forward import RUNTIME_SIZES
 from memattn_kernels.task_masked_attention.tiles import (
     TILE,
@@ -47,7 +48,7 @@ def _dkdv_step(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
         q = load_tile(q_ptr, t, stride_q, n_queries, D, BLOCK_M, BLOCK_D, False)
     do = load_tile(do_ptr, t, stride_do, n_queries, DV, BLOCK_M, BLOCK_DV, MASKED)
 
-    scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+    scores = dot(k, tl.trans(q))
     x = scores * scale - lse[None, :]
     if q.dtype == tl.float32:
         x -= tl.load(residual_ptr + t + columns, mask=i < n_queries, other=0.0)[None, :]
@@ -62,14 +63,14 @@ def _dkdv_step(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, residual_ptr, delta_ptr, dl
         )  # fmt: skip
         allowed &= (i[None, :] >= lo[:, None]) & (i < n_queries)[None, :]
         p = tl.where(allowed, p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    ds = tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :]
+    dv = dot(p.to(do.dtype), do, dv)
+    ds = dot(v, tl.trans(do)) - delta[None, :]
     if q.dtype == tl.float32 and dlse_ptr is not None:
         ds += tl.load(dlse_ptr + t + columns, mask=i < n_queries, other=0.0)[None, :]
     if MASKED:
         ds = tl.where(p != 0.0, ds, 0.0)  # values and delta that nobody sees may be NaN
     ds *= p
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dk = dot(ds.to(q.dtype), q, dk)
     return dk, dv
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from memattn_kernels._common import exponent_factor, load_tile, power, store_tile
+from memattn_kernels._products import dot
 from memattn_kernels.task_masked_attention.forward import (
     RUNTIME_SIZES,
     allowed_to_queries,
@@ -35,12 +36,12 @@ def _dq_step(dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, 
         D, BLOCK_N, BLOCK_D, dq.shape[0], IS_CAUSAL, MASKED,
     )  # fmt: skip
     v = load_tile(v_ptr, n, stride_v, n_keys, DV, BLOCK_N, BLOCK_DV, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = dot(q, tl.trans(k))
     x = scores * scale - lse[:, None]
     if q.dtype == tl.float32:
         x -= residual[:, None]
     p = power(x, q.dtype)
-    ds = tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None]
+    ds = dot(do, tl.trans(v)) - delta[:, None]
     if MASKED:
         allowed = allowed_to_queries(n, tile, is_partial, hi, bits, mask, BLOCK_N)
         p = tl.where(allowed, p, 0.0)
@@ -48,10 +49,10 @@ def _dq_step(dq, pk, rest, q, do, lse, residual, delta, k_ptr, v_ptr, stride_k, 
     ds *= p
     if MASKED and not HAS_SLOTS:
         k = tl.where((tl.max(p, 0) > 0.0)[:, None], k, 0.0)
-    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    dq = dot(ds.to(k.dtype), k, dq)
     if q.dtype == tl.float32:
         rest += tl.sum(ds, 1)
-        pk = tl.dot(p, k, pk, input_precision="ieee")
+        pk = dot(p, k, pk)
     return dq, pk, rest
 
 

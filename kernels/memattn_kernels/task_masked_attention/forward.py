@@ -18,6 +18,7 @@ from memattn_kernels._common import (
 )
 from memattn_kernels._launch import common_inputs, forward_outputs, launch_queries
 from memattn_kernels._operator import Named
+from memattn_kernels._products import dot
 from memattn_kernels.signatures import TaskMaskedAttentionArgs
 from memattn_kernels.task_masked_attention.tiles import (
     TILE,
@@ -101,7 +102,7 @@ def _attend_step(acc, l_i, m_i, q, k_ptr, v_ptr, stride_k, stride_v, n_keys, til
     """Add the keys of one step to the running softmax."""
     tile, n = step_tile(tiles_ptr, step, BLOCK_N)
     k = load_tile(k_ptr, n, stride_k, n_keys, D, BLOCK_N, BLOCK_D, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = dot(q, tl.trans(k))
     if MASKED:
         allowed = allowed_to_queries(n, tile, is_partial, hi, bits, mask, BLOCK_N)
         scores = tl.where(allowed, scores, -float("inf"))

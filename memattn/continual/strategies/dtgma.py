@@ -22,6 +22,8 @@ class DTGMA(Strategy):
         budget: The training budget.
         seed: Seed of the weights and of all random choices.
         reads: Earlier tasks whose columns a new one reads: ``"none"``, ``"previous"`` or ``"all"``.
+        shared: ``"frozen"``: token projection and norms keep their random values.
+            ``"first_task"``: the first task trains them.
         rank: Rank of the projections of each task; None for full ones.
         inference: How a task is inferred in scenarios ``"domain"`` and ``"class"``:
             ``"prototype"`` or ``"entropy"``.
@@ -39,6 +41,7 @@ class DTGMA(Strategy):
         seed: int,
         *,
         reads: str = "none",
+        shared: str = "frozen",
         rank: int | None = None,
         inference: str = "prototype",
     ) -> None:
@@ -59,6 +62,7 @@ class DTGMA(Strategy):
                 budget.n_layers,
                 budget.n_heads,
                 rank=rank,
+                shared=shared,
                 inference=None if stream.scenario == "task" else inference,
             ).to(budget.device)
 
