@@ -49,6 +49,36 @@ class FlatStates(NamedTuple):
         return len(own) == len(self.source) and all(same)
 
 
+class WalkedLayers:
+    """The layers of states. Exporters of transformers read ``__dict__``, in its order, for inputs.
+
+    So what a program returned stays as the next one takes it until something else reads ``layers``.
+    """
+
+    __slots__ = ()
+
+    untrimmed: bool  # what a program returned
+
+    def _begin_walk(self) -> None:
+        """Put first in ``__dict__`` what is first in programs: columns, where one returned them."""
+        self.in_front: list[Tensor] = []
+        self.untrimmed = False
+
+    @property
+    def layers(self) -> Any:
+        """A list of LayerStates, or of objects with the same attributes."""
+        if self.untrimmed:
+            self.in_front, self.untrimmed = [], False
+            for layer in self._layers:
+                for state in layer.parts.values():
+                    state.trim()
+        return self._layers
+
+    @layers.setter
+    def layers(self, layers: Any) -> None:
+        self._layers = layers
+
+
 def append_in_program(
     states: Any, B: int, T: int, attention_mask: Tensor | None, device: torch.device
 ) -> None:
@@ -172,13 +202,6 @@ def unflatten_states(states: Any, tensors: Sequence[Any], facts: str) -> None:
         state.floor = state.visible_from(states.position, start, end)
     # until something is read, all is as the next program takes it
     states.in_front, states.untrimmed = [given], True
-
-
-def trim_after_program(states: Any) -> None:
-    """Leave out what only programs take, before states that one returned are read."""
-    states.in_front, states.untrimmed = [], False
-    for state in states._states():
-        state.trim()
 
 
 def layers_of(facts: str) -> list[dict[str, PartState]]:

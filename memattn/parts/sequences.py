@@ -1,13 +1,13 @@
 """Cached state of a batch between calls: the states of all parts, and positions."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from memattn.checks import check_shape, check_tensor, must
-from memattn.parts.exported_states import FlatStates, append_in_program, trim_after_program
+from memattn.parts.exported_states import FlatStates, WalkedLayers, append_in_program
 from memattn.parts.layer_states import LayerStates, same_parts
 from memattn.parts.padding import check_longest, check_mask, read_mask
 from memattn.parts.state import OPEN_END, PartState, SequenceBounds
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class SequenceStates:
+class SequenceStates(WalkedLayers):
     """The states of all parts of all layers, and the first and last column of each row's sequence.
 
     A row may lack a token in any column, but its kept tokens are contiguous: a row that continues
@@ -49,22 +49,6 @@ class SequenceStates:
         self._begin_walk()
         self.layers = [LayerStates(parts) for parts in layers]
         self._empty()
-
-    def _begin_walk(self) -> None:
-        """Put first in ``__dict__`` what comes first in programs: ``ProgramStates.columns``."""
-        self.in_front: list[Tensor] = []
-        self.untrimmed = False
-
-    @property
-    def layers(self) -> Any:
-        """A list of LayerStates, or of objects with the same attributes."""
-        if self.untrimmed:
-            trim_after_program(self)
-        return self._layers
-
-    @layers.setter
-    def layers(self, layers: Any) -> None:
-        self._layers = layers
 
     def _empty(self) -> None:
         self.position = 0
