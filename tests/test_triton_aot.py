@@ -80,14 +80,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return compile_ahead(tmp_path_factory.mktemp("aot"), *filters)
 
 
-@pytest.fixture(scope="module")
-def whole(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """Every kernel with every shipped configuration, on every architecture."""
-    if pytestconfig.getoption("markexpr") != "slow":
-        pytest.skip("compiles for many minutes, so it runs with -m slow only")
-    return compile_ahead(tmp_path_factory.mktemp("aot"))
-
-
 def check(report: dict) -> None:
     """Compiled without a fault: see ``aot_checks``."""
     assert not report["faults"], f"{report['name']}: {'; '.join(report['faults'])}"
@@ -138,8 +130,12 @@ def test_float32_runs_on_tensor_cores_where_a_table_asks_for_tf32(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", TARGETS)
-def test_every_configuration_compiles(whole: list[dict], arch: str):
-    chosen = [report for report in whole if report["arch"] == arch]
+def test_every_configuration_compiles(pytestconfig: pytest.Config, tmp_path: Path, arch: str):
+    if pytestconfig.getoption("markexpr") != "slow":
+        pytest.skip("compiles for many minutes, so it runs with -m slow only")
+    # a worker of pytest-xdist has one architecture at a time
+    n_jobs = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+    chosen = compile_ahead(tmp_path, "--arch", arch, "--jobs", n_jobs)
     here = [k for k in DECLARED if k.candidates is None or k.candidates.get(arch)]
     assert {report["kernel"] for report in chosen} == {kernel.title for kernel in here}
     in_tables = [k for k in DECLARED if k.pinned is None and k.candidates is None]
