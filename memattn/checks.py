@@ -142,6 +142,13 @@ def is_traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor)
 
 
+def is_static(size: int) -> bool:
+    """Whether a size is the same at each call of a graph that is being traced."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # not above: it loads sympy
+
+    return has_static_value(size)
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether the values can be read without waiting for a device."""
     return not (is_traced(tensor) or tensor.is_cuda)

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from model_factories import SIZES, make_model, make_tokens, perturb
+from neural_memory_factories import make_inputs
 from torch import Tensor, nn
+from torch.fx.experimental import _config
+from torch.utils import _pytree
 
-from memattn import segmented_attention
+from memattn import neural_memory, segmented_attention
 from memattn.models import MemAttnConfig, MemAttnForCausalLM
 from memattn.testing import assert_within_budget
 
@@ -77,11 +80,40 @@ def test_programs_take_any_batch_and_length(system, masked):
 @torch.no_grad()
 def test_segments_that_follow_from_each_other_have_a_fixed_length():
     model, ids = make_logits("titans-mac", num_hidden_layers=1), make_tokens(3, 19)
-    with pytest.raises(NotImplementedError, match='input_ids must have a fixed length.*"mac"'):
+    refused = 'input_ids must have a fixed length.*"mac".*"mac_parallel" takes any'
+    with pytest.raises(NotImplementedError, match=refused):
         export(model, ids)
+    shapes = ({1: torch.export.Dim("T", min=2, max=99)},)
+    with pytest.raises(Exception, match=refused):  # as ONNX tries it the second time
+        torch.export.export(model, (ids,), dynamic_shapes=shapes, strict=True)
     program = torch.export.export(model, (ids,)).module()
     other = make_tokens(3, 19, seed=1)
     torch.testing.assert_close(program(other), model(other))
+
+
+class Remember(nn.Module):
+    """A neural memory's definition, of a token and then of the others."""
+
+    def forward(self, tokens: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        options = dict(chunk_size=2, skip_nonfinite=True, backend="reference")
+        state = neural_memory(*(x[:, :, :1] for x in tokens), weights, **options).state
+        found = neural_memory(*(x[:, :, 1:] for x in tokens), weights, state=state, **options)
+        return [found.out, *_pytree.tree_leaves(found.state)]
+
+
+@torch.no_grad()
+def test_the_definition_of_the_memory_takes_any_number_of_chunks():
+    def inputs(B: int, T: int) -> tuple[list[Tensor], list[Tensor]]:
+        tensors = list(make_inputs(B=B, T=T, seed=B, hidden=()).values())
+        return tensors[:6], tensors[6:]
+
+    axes, given = {0: ROWS, 2: torch.export.Dim("T", min=3, max=99)}, inputs(3, 6)
+    shapes = ([axes] * len(given[0]), [{}] * len(given[1]))
+    with _config.patch(backed_size_oblivious=True):  # as torch.onnx.export does
+        program = torch.export.export(Remember(), given, dynamic_shapes=shapes).module()
+    for B, T in ((2, 3), (3, 12)):
+        other = inputs(B, T)
+        torch.testing.assert_close(program(*other), Remember()(*other))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from model_factories import make_model, make_tokens
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers.exporters.base import ExportedModel
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from transformers.exporters.utils import cast_leaf_tensors, get_leaf_tensors
@@ -57,3 +58,19 @@ def test_caches_hold_for_them_the_tensors_of_sequences_alone(system):
     new = make_tokens(3, 1, seed=1)
     expected = model(new, past_key_values=other).logits
     torch.testing.assert_close(model(new, past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("system", ["both", "titans-mac"])
+@torch.no_grad()
+def test_caches_of_programs_hold_for_them_what_programs_take(system):
+    model, ids = make_model(system, torch.float32), make_tokens(3, 4)
+    cache = model(ids, use_cache=True).past_key_values
+    made = tree_map(lambda tensor: tensor, cache)  # as a program returns it
+    leaves = list(get_leaf_tensors(made).values())
+    assert [id(x) for x in leaves] == [id(x) for x in tree_leaves(cache)]
+    new = make_tokens(3, 3, seed=1)
+    expected = model(new, past_key_values=cache).logits
+    torch.testing.assert_close(model(new, past_key_values=made).logits, expected)
+    assert made.nbytes <= cache.nbytes and len(get_leaf_tensors(made)) == len(
+        [tensor for layer in made.layers for tensor in layer.state.values()]
+    )

@@ -48,13 +48,12 @@ class MemAttnCache(SequenceStates, Cache):
 
     __slots__ = ("_config", "operands")
 
-    layers: Any  # list of MemAttnCacheLayer
-
     def __init__(self, config: MemAttnConfig) -> None:
         self._setup(_empty_states(config))
         self._config = config
 
     def _setup(self, layers: Sequence[Mapping[str, PartState]]) -> None:
+        self._begin_walk()
         Cache.__init__(self, layers=[MemAttnCacheLayer(parts) for parts in layers])
         self._empty()
         self._config: MemAttnConfig | None = None  # of a model that this cache is known to fit

@@ -49,6 +49,36 @@ class FlatStates(NamedTuple):
         return len(own) == len(self.source) and all(same)
 
 
+class WalkedLayers:
+    """The layers of states. Exporters of transformers read ``__dict__``, in its order, for inputs.
+
+    So what a program returned stays as the next one takes it until something else reads ``layers``.
+    """
+
+    __slots__ = ()
+
+    untrimmed: bool  # what a program returned
+
+    def _begin_walk(self) -> None:
+        """Put first in ``__dict__`` what is first in programs: columns, where one returned them."""
+        self.in_front: list[Tensor] = []
+        self.untrimmed = False
+
+    @property
+    def layers(self) -> Any:
+        """A list of LayerStates, or of objects with the same attributes."""
+        if self.untrimmed:
+            self.in_front, self.untrimmed = [], False
+            for layer in self._layers:
+                for state in layer.parts.values():
+                    state.trim()
+        return self._layers
+
+    @layers.setter
+    def layers(self, layers: Any) -> None:
+        self._layers = layers
+
+
 def append_in_program(
     states: Any, B: int, T: int, attention_mask: Tensor | None, device: torch.device
 ) -> None:
@@ -74,6 +104,7 @@ def append_in_program(
         end = torch.where(last < T, p + last, OPEN_END)
         end = torch.where(first == last, torch.where(begun, p, OPEN_END), end)
     states.columns = present if before is None else torch.cat([before, present], 1)
+    states.in_front = [states.columns]
     states.seq_start, states.seq_end, states.position = start, end, p + T
     states.order, states.in_program = order, True
     states.has_padding = states.ends_early = attention_mask is not None
@@ -158,8 +189,9 @@ def unflatten_states(states: Any, tensors: Sequence[Any], facts: str) -> None:
         layer.position = states.position
     if torch.compiler.is_exporting() or is_traced(columns):
         states.columns, states.in_program = columns, True
+        states.in_front = [columns]
         return
-    columns = columns.cpu()
+    given, columns = columns, columns.cpu()
     start, end = states.position - columns.sum(1), torch.full((len(columns),), OPEN_END)
     states.seq_start, states.seq_end = start, end
     if not torch.equal(columns, states.present):
@@ -168,7 +200,8 @@ def unflatten_states(states: Any, tensors: Sequence[Any], facts: str) -> None:
     for state in states._states():
         # in front of what is seen may be zeros, or what was moved
         state.floor = state.visible_from(states.position, start, end)
-        state.trim()
+    # until something is read, all is as the next program takes it
+    states.in_front, states.untrimmed = [given], True
 
 
 def layers_of(facts: str) -> list[dict[str, PartState]]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memattn.checks import must, plain_values
+from memattn.checks import is_static, must, plain_values
 from memattn.parts.context import Angles, PartContext
 
 
@@ -111,8 +111,8 @@ class SegmentPieces:
 def segment_pieces(context: PartContext, shape: tuple[int, int], L: int) -> SegmentPieces:
     """Cut the call ``[B, T]`` of a context at the ends of segments of ``L`` tokens."""
     B, T = shape
-    if torch.compiler.is_exporting() and isinstance(T, torch.SymInt):
-        where = 'an exported program with the variant "mac", which computes segment by segment'
+    if torch.compiler.is_exporting() and not is_static(T):
+        where = 'an exported program with the variant "mac" ("mac_parallel" takes any)'
         must("input_ids", f"have a fixed length in {where}", "a dynamic one", NotImplementedError)
     if context.cu_seqlens is not None:
         return _documents(context.cu_seqlens, T, L)

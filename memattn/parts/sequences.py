@@ -1,13 +1,13 @@
 """Cached state of a batch between calls: the states of all parts, and positions."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from memattn.checks import check_shape, check_tensor, must
-from memattn.parts.exported_states import FlatStates, append_in_program
+from memattn.parts.exported_states import FlatStates, WalkedLayers, append_in_program
 from memattn.parts.layer_states import LayerStates, same_parts
 from memattn.parts.padding import check_longest, check_mask, read_mask
 from memattn.parts.state import OPEN_END, PartState, SequenceBounds
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class SequenceStates:
+class SequenceStates(WalkedLayers):
     """The states of all parts of all layers, and the first and last column of each row's sequence.
 
     A row may lack a token in any column, but its kept tokens are contiguous: a row that continues
@@ -27,7 +27,6 @@ class SequenceStates:
         layers: For each layer, the empty states of its parts by name.
 
     Attributes:
-        layers: The layers, each with its ``parts``.
         position: Columns seen so far, including padding; the column of the next token.
         seq_start: int64 ``[B]`` on the CPU, the column where each row's sequence begins, or None
             before the first call.
@@ -40,15 +39,14 @@ class SequenceStates:
     """
 
     # not in ``__dict__``, as in ``PartState``
-    ASIDE = ("seq_start", "seq_end", "columns", "order", "flat")
+    ASIDE = ("seq_start", "seq_end", "columns", "order", "flat", "untrimmed")
     __slots__ = ("__dict__", "__weakref__", *ASIDE)
-
-    layers: Any  # list of LayerStates, or of objects with the same attributes
 
     def __init__(self, layers: Sequence[Mapping[str, PartState]]) -> None:
         self._setup(layers)
 
     def _setup(self, layers: Sequence[Mapping[str, PartState]]) -> None:
+        self._begin_walk()
         self.layers = [LayerStates(parts) for parts in layers]
         self._empty()
 

@@ -6,12 +6,15 @@ slots are the pending tokens of its open chunk, then its own tokens, so that chu
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memattn.checks import is_static
 from memattn_kernels.signatures import NeuralMemoryArgs, NeuralMemoryStepArgs
 
 Arguments = NeuralMemoryArgs | NeuralMemoryStepArgs
@@ -188,145 +191,206 @@ def _neural_memory(args: NeuralMemoryArgs) -> tuple[Tensor, ...]:
     decay = torch.zeros_like(lr) if args.decay is None else slots.take(args.decay)
     momentum = torch.zeros_like(lr) if args.momentum is None else slots.take(args.momentum)
 
-    old = _Pending(args, slots, sizes)
-    if slots.n_chunks:
-        decay = torch.cat([old.into(decay[:, :, 0], old.decay)[:, :, None], decay[:, :, 1:]], 2)
-        if args.momentum is not None:
-            first = old.into(momentum[:, :, 0], old.momentum)
-            momentum = torch.cat([first[:, :, None], momentum[:, :, 1:]], 2)
+    old = _pending_before(args, slots, sizes)
+    if args.count is not None:
+        where = slots.is_pending.unflatten(1, slots.shape)[:, None]
+        pending = (F.pad(x, (0, 1))[:, :, None] for x in (old.decay, old.momentum))
+        decay, with_pending = (
+            torch.where(where, *pair) for pair in zip(pending, (decay, momentum), strict=True)
+        )
+        momentum = momentum if args.momentum is None else with_pending
     present = slots.present.unflatten(1, slots.shape)[:, None].expand_as(lr)
-    beta, sigma, mu, c, m = coefficients(decay, momentum, present)
+    coefficient = coefficients(decay, momentum, present)
 
     every = lambda x: x.expand(slots.R, -1, -1)
-    weights = unpack(every(args.start_weights), sizes)
-    if args.momentum is None:
-        surprise = None
-    elif args.start_momentum is None:
+    weights, surprise = unpack(every(args.start_weights), sizes), []
+    if args.momentum is not None and args.start_momentum is None:
         surprise = [torch.zeros_like(layer) for layer in weights]
-    else:
+    elif args.momentum is not None:
         surprise = unpack(every(args.start_momentum), sizes)
-    new = old.emptied()
     skipped = torch.zeros_like(slots.pending) if args.skipped is None else args.skipped
-    outs, norms = [], []
-    for g in range(slots.n_chunks):
-        k, v, q = key[:, :, g], value[:, :, g], query[:, :, g]
-        h, delta, norm = inner_gradient(args, weights, k, v)
-        norms.append(norm.detach())
-        if args.skip_nonfinite:
-            ok = norm.detach().isfinite()[..., None]
-            own = slots.token.unflatten(1, slots.shape)[:, g] < slots.T
-            skipped = skipped + (own[:, None] & ~ok[..., 0]).sum((1, 2))
-            # again from zeros: what is not finite would reach gradients as 0 * NaN
-            k, v = (torch.where(ok, x, 0.0) for x in (k, v))
-            h, delta, norm = inner_gradient(args, weights, k, v)
-            h, delta = ([torch.where(ok, x, 0.0) for x in layers] for layers in (h, delta))
-        factor = (lr[:, :, g] * clamp_factor(args, norm))[..., None]
-        h, delta, lost = without_lost(h, [factor * x for x in delta])
-        poison = torch.where(lost.long().cumsum(-1) > 0, torch.nan, 0.0).to(wide)
-        if g == 0:
-            h = old.into_layers(h, old.h)
-            delta = old.into_layers(delta, old.delta)
+    state = _State(weights, surprise, _Pending(*map(torch.zeros_like, old)), skipped)
+    tokens = (query, key, value, lr, decay, momentum, *coefficient)
+    masks = (slots.is_pending, slots.token < slots.T)
+    chunks = _Chunk(
+        *(x.movedim(2, 0) for x in tokens),
+        *(x.unflatten(1, slots.shape).movedim(1, 0) for x in masks),
+        begin=b * torch.arange(slots.n_chunks, device=query.device),
+    )
+    read = partial(_read_and_write, args, slots.total)
+    old = None if args.count is None else old
+    if torch.compiler.is_exporting() and not is_static(slots.n_chunks):
+        state, out, norm = _scan(partial(read, old), state, chunks)
+    else:
+        found: list[tuple[Tensor, Tensor]] = []
+        for each in zip(*(x.unbind() for x in chunks), strict=True):
+            state, outputs = read(None if found else old, state, _Chunk(*each))
+            found.append(outputs)
+        none = value.new_zeros(*value.shape[:2], 0, b, value.shape[-1])
+        out, norm = none, none[..., 0]
+        if found:
+            out, norm = (torch.stack(x, 2) for x in zip(*found, strict=True))
 
-        if args.read_chunk:
-            outs.append(memory_forward(weights, q, args.is_silu, args.residual)[0])
-        else:
-            x = q
-            for n, layer in enumerate(weights):
-                z = beta[:, :, g, :, None] * (x @ layer.mT)
-                if surprise is not None:
-                    z = z + sigma[:, :, g, :, None] * (x @ surprise[n].mT)
-                z = z - ((x @ h[n].mT) * c[:, :, g]) @ delta[n]
-                z = z + poison[..., None]
-                x = activate(z, args.is_silu)[0] if n < args.depth - 1 else z
-            outs.append(x + q if args.residual else x)
-
-        # rows whose chunk ends here
-        full = slots.total >= (g + 1) * b
-        row = full[:, None, None, None]
-        end_c, end_m = c[:, :, g, -1, :, None], m[:, :, g, -1, :, None]
-        end_poison = poison[..., -1, None, None]
-        last = lambda x, g=g: x[:, :, g, -1, None, None]
-        ended, moved = [], []
-        for n, layer in enumerate(weights):
-            end = last(beta) * layer - (end_c * delta[n]).mT @ h[n] + end_poison
-            if surprise is not None:
-                end = end + last(sigma) * surprise[n]
-                end_s = end_poison + last(mu) * surprise[n] - (end_m * delta[n]).mT @ h[n]
-                moved.append(torch.where(row, end_s, surprise[n]))
-            ended.append(torch.where(row, end, layer))
-        weights, surprise = ended, surprise if surprise is None else moved
-        # rows whose open chunk this is
-        if args.return_state:
-            is_open = ~full & (slots.total >= g * b)
-            rates = [decay[:, :, g], momentum[:, :, g]]
-            for n in range(1 if surprise is None else 2):
-                rates[n] = torch.where(lost, torch.nan, rates[n])
-            new.fill(is_open, slots.total - g * b, h, delta, *rates)
-
-    none = args.lr.new_zeros(B, H, args.query.shape[2])
-    out = slots.put(torch.stack(outs, 2), B) if outs else none[..., None] * args.value.to(wide)
-    norm = slots.put(torch.stack(norms, 2), B) if norms else none
+    out, norm = slots.put(out, B), slots.put(norm, B)
     end_count = (slots.total % b).int()
     if args.return_state:
         no_s = args.lr.new_zeros(0)
-        state = [pack(weights), no_s if surprise is None else pack(surprise)]
-        state += [new.h, new.delta, new.decay, new.momentum]
+        end = [pack(state.weights), pack(state.surprise) if state.surprise else no_s]
+        end += state.pending
     else:
-        state = [args.lr.new_zeros(0) for _ in range(6)]
-    return out.to(args.query.dtype), norm, *state, end_count, skipped
+        end = [args.lr.new_zeros(0) for _ in range(6)]
+    return out.to(args.query.dtype), norm, *end, end_count, state.skipped
 
 
-class _Pending:
-    """The tokens of the open chunk of each row, in the initial or the final state."""
+class _Pending(NamedTuple):
+    """The tokens of the open chunk of each row; layers beside each other."""
 
-    def __init__(self, args: NeuralMemoryArgs, slots: Slots, sizes: list[int]):
-        self.args, self.sizes, b = args, sizes, args.chunk_size
-        like, (R, H) = args.lr, (slots.R, args.query.shape[1])
-        widths = (sum(sizes[:-1]), sum(sizes[1:]))
-        self.is_pending = slots.is_pending[:, None, :b]  # [R, 1, b]
-        given = (args.pending_h, args.pending_delta, args.pending_decay, args.pending_momentum)
-        shapes = ([R, H, b - 1, widths[0]], [R, H, b - 1, widths[1]], [R, H, b - 1], [R, H, b - 1])
-        self.h, self.delta, self.decay, self.momentum = (
-            like.new_zeros(shape) if x is None else x
-            for x, shape in zip(given, shapes, strict=True)
+    h: Tensor  # [R, H, b - 1, PH]
+    delta: Tensor  # [R, H, b - 1, PD]
+    decay: Tensor  # [R, H, b - 1]
+    momentum: Tensor
+
+
+class _State(NamedTuple):
+    """What goes from chunk to chunk."""
+
+    weights: list[Tensor]  # of each layer, [R, H, d_n, d_{n-1}]
+    surprise: list[Tensor]  # the momentum of each layer; empty where none is kept
+    pending: _Pending  # of rows whose last chunk is open
+    skipped: Tensor  # [R]
+
+
+class _Chunk(NamedTuple):
+    """The slots of one chunk, or of all chunks, whose axis is then in front."""
+
+    query: Tensor  # [R, H, b, D]
+    key: Tensor
+    value: Tensor
+    lr: Tensor  # [R, H, b]
+    decay: Tensor
+    momentum: Tensor
+    beta: Tensor
+    sigma: Tensor
+    mu: Tensor
+    c: Tensor  # [R, H, b, b]
+    m: Tensor
+    is_pending: Tensor  # bool [R, b]
+    is_own: Tensor  # bool [R, b], a token of this call
+    begin: Tensor  # int64 [], slots before it
+
+
+def _pending_before(args: NeuralMemoryArgs, slots: Slots, sizes: list[int]) -> _Pending:
+    """The open chunk at the start, zeros where there is none."""
+    given = (args.pending_h, args.pending_delta, args.pending_decay, args.pending_momentum)
+    shape = (slots.R, args.query.shape[1], args.chunk_size - 1)
+    shapes = ((*shape, sum(sizes[:-1])), (*shape, sum(sizes[1:])), shape, shape)
+    pairs = zip(given, shapes, strict=True)
+    return _Pending(*(args.lr.new_zeros(size) if x is None else x for x, size in pairs))
+
+
+def _with_pending(is_pending: Tensor, chunk: Tensor, pending: Tensor) -> Tensor:
+    """A chunk ``[R, H, b, F]`` with the pending tokens in their slots."""
+    return torch.where(is_pending[:, None, :, None], F.pad(pending, (0, 0, 0, 1)), chunk)
+
+
+def _read_and_write(
+    args: NeuralMemoryArgs, total: Tensor, old: _Pending | None, state: _State, chunk: _Chunk
+) -> tuple[_State, tuple[Tensor, Tensor]]:
+    """The state after a chunk, its outputs ``[R, H, b, Dv]`` and its norms ``[R, H, b]``.
+
+    Args:
+        total: int64 ``[R]``, tokens of each row from its first chunk on.
+        old: The open chunk at the start, which is in the slots of the first chunk, or None.
+    """
+    weights, surprise, pending, skipped = state
+    h, delta, norm = inner_gradient(args, weights, chunk.key, chunk.value)
+    norms = norm.detach()
+    if args.skip_nonfinite:
+        ok = norms.isfinite()[..., None]
+        skipped = skipped + (chunk.is_own[:, None] & ~ok[..., 0]).sum((1, 2))
+        # again from zeros: what is not finite would reach gradients as 0 * NaN
+        k, v = (torch.where(ok, x, 0.0) for x in (chunk.key, chunk.value))
+        h, delta, norm = inner_gradient(args, weights, k, v)
+        h, delta = ([torch.where(ok, x, 0.0) for x in layers] for layers in (h, delta))
+    factor = (chunk.lr * clamp_factor(args, norm))[..., None]
+    h, delta, lost = without_lost(h, [factor * x for x in delta])
+    poison = torch.where(lost.long().cumsum(-1) > 0, torch.nan, 0.0).to(chunk.lr.dtype)
+    if old is not None:
+        h, delta = (
+            [
+                _with_pending(chunk.is_pending, x, part)
+                for x, part in zip(new, had.split([x.shape[-1] for x in new], -1), strict=True)
+            ]
+            for new, had in ((h, old.h), (delta, old.delta))
         )
 
-    def emptied(self) -> "_Pending":
-        """The same without a token."""
-        new = object.__new__(_Pending)
-        new.args, new.sizes, new.is_pending = self.args, self.sizes, self.is_pending
-        new.h, new.delta, new.decay, new.momentum = (
-            torch.zeros_like(x) for x in (self.h, self.delta, self.decay, self.momentum)
+    if args.read_chunk:
+        out = memory_forward(weights, chunk.query, args.is_silu, args.residual)[0]
+    else:
+        out = chunk.query
+        for n, layer in enumerate(weights):
+            z = chunk.beta[..., None] * (out @ layer.mT)
+            if surprise:
+                z = z + chunk.sigma[..., None] * (out @ surprise[n].mT)
+            z = z - ((out @ h[n].mT) * chunk.c) @ delta[n]
+            z = z + poison[..., None]
+            out = activate(z, args.is_silu)[0] if n < args.depth - 1 else z
+        out = out + chunk.query if args.residual else out
+
+    # rows whose chunk ends here
+    full = total >= chunk.begin + args.chunk_size
+    row = full[:, None, None, None]
+    end_c, end_m = chunk.c[:, :, -1, :, None], chunk.m[:, :, -1, :, None]
+    end_poison = poison[..., -1, None, None]
+    last = lambda x: x[:, :, -1, None, None]
+    ended, moved = [], []
+    for n, layer in enumerate(weights):
+        end = last(chunk.beta) * layer - (end_c * delta[n]).mT @ h[n] + end_poison
+        if surprise:
+            end = end + last(chunk.sigma) * surprise[n]
+            end_s = end_poison + last(chunk.mu) * surprise[n] - (end_m * delta[n]).mT @ h[n]
+            moved.append(torch.where(row, end_s, surprise[n]))
+        ended.append(torch.where(row, end, layer))
+    # rows whose open chunk this is
+    if args.return_state:
+        rates = [chunk.decay, chunk.momentum]
+        for n in range(2 if surprise else 1):
+            rates[n] = torch.where(lost, torch.nan, rates[n])
+        slot = torch.arange(args.chunk_size - 1, device=total.device)
+        is_open = ~full & (total >= chunk.begin)
+        where = (is_open[:, None] & (slot < (total - chunk.begin)[:, None]))[:, None]
+        new = (torch.cat(h, -1), torch.cat(delta, -1), *rates)
+        pending = _Pending(
+            *(
+                torch.where(where[..., None] if x.dim() == 4 else where, x[:, :, :-1], had)
+                for x, had in zip(new, pending, strict=True)
+            )
         )
-        return new
+    return _State(ended, moved, pending, skipped), (out, norms)
 
-    def into(self, chunk: Tensor, pending: Tensor) -> Tensor:
-        """The first chunk ``[R, H, b, ...]`` with the pending tokens in their slots."""
-        if self.args.count is None:
-            return chunk
-        where = self.is_pending if chunk.dim() == 3 else self.is_pending[..., None]
-        padding = (0, 1) if chunk.dim() == 3 else (0, 0, 0, 1)
-        return torch.where(where, F.pad(pending, padding), chunk)
 
-    def into_layers(self, layers: list[Tensor], pending: Tensor) -> list[Tensor]:
-        """The same for each layer."""
-        parts = pending.split([x.shape[-1] for x in layers], -1)
-        return [self.into(x, part) for x, part in zip(layers, parts, strict=True)]
+def _scan(
+    read: Callable[[_State, _Chunk], tuple[_State, tuple[Tensor, Tensor]]],
+    state: _State,
+    chunks: _Chunk,
+) -> tuple[_State, Tensor, Tensor]:
+    """``read`` chunk by chunk in a program of ``torch.export`` for any number of chunks."""
+    from torch._higher_order_ops.scan import scan  # not above: it loads the compiler
 
-    def fill(
-        self,
-        rows: Tensor,
-        count: Tensor,
-        h: list[Tensor],
-        delta: list[Tensor],
-        decay: Tensor,
-        momentum: Tensor,
-    ) -> None:
-        """Take the first ``count [R]`` tokens of a chunk for some of the rows."""
-        slot = torch.arange(self.args.chunk_size - 1, device=count.device)
-        where = (rows[:, None] & (slot < count[:, None]))[:, None]  # [R, 1, b - 1]
-        wide = where[..., None]
-        self.h = torch.where(wide, torch.cat(h, -1)[:, :, :-1], self.h)
-        self.delta = torch.where(wide, torch.cat(delta, -1)[:, :, :-1], self.delta)
-        self.decay = torch.where(where, decay[:, :, :-1], self.decay)
-        self.momentum = torch.where(where, momentum[:, :, :-1], self.momentum)
+    depth, kept = len(state.weights), len(state.surprise)
+    # scan wants tensors of the same strides each time, none of which is one that it gave
+    own = lambda tensors: [x.clone(memory_format=torch.contiguous_format) for x in tensors]
+
+    def flat(state: _State) -> list[Tensor]:
+        return [*state.weights, *state.surprise, *state.pending, state.skipped]
+
+    def step(carry: list[Tensor], slots: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        weights, surprise, rest = carry[:depth], carry[depth : depth + kept], carry[depth + kept :]
+        state = _State(weights, surprise, _Pending(*rest[:-1]), rest[-1])
+        state, outputs = read(state, _Chunk(*slots))
+        return own(flat(state)), list(outputs)
+
+    end, (out, norm) = scan(step, own(flat(state)), list(chunks))
+    pending = _Pending(*end[depth + kept : -1])
+    state = _State(end[:depth], end[depth : depth + kept], pending, end[-1])
+    return state, out.movedim(0, 2), norm.movedim(0, 2)
