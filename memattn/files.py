@@ -174,7 +174,8 @@ def _opened_tensors(path: str | os.PathLike[str], writer: str, device: Any) -> I
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"path must be a file that {writer} wrote, got {path}")
+        lacks = "" if Path(path).exists() else ", which does not exist"
+        raise FileNotFoundError(f"path must be a file that {writer} wrote, got {path}{lacks}")
     try:
         with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
             yield file

@@ -1,8 +1,11 @@
 """Pictures: what is drawn, and files that are whole or absent."""
 
+from pathlib import Path
+
 import pytest
 from matplotlib.figure import Figure
 
+from memattn.cli._models import read_text
 from memattn.viz import draw_curves, draw_influence, draw_state, plot_curves, to_svg
 
 
@@ -35,7 +38,7 @@ def test_curves_have_raw_smooth_and_held_out_losses():
     assert raw.get_ydata().min() < smooth.get_ydata().min()
     assert held_out.get_xdata().tolist() == [40] and held_out.get_ydata().tolist() == [1.0]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["a", "a, held out", "b", "b, held out"]
+    assert labels == ["a", "b", "held out"]
 
 
 def test_curves_leave_out_what_a_model_adds_to_the_cross_entropy():
@@ -80,3 +83,16 @@ def test_svg_takes_the_colour_of_the_page_and_is_reproducible():
     head = svg[: svg.index(">")]
     assert "viewBox" in head and "width=" not in head
     assert "state of one sequence (MiB)" in svg  # text stays text
+
+
+def test_a_text_is_not_the_name_of_a_file(tmp_path: Path):
+    file = tmp_path / "text.txt"
+    file.write_text("a text")
+    with pytest.raises(ValueError, match=r"text must be the text itself, or - .*--text - < "):
+        read_text(None, None, str(file))
+
+
+def test_pictures_say_what_a_cell_is():
+    axes = Figure().add_subplot()
+    draw_influence(axes, [0, 4, 8], [[None] * 3] * 3)
+    assert axes.get_xlabel() == "token that is changed; a cell is 4 tokens"

@@ -125,12 +125,15 @@ def read_text(model: Any, tokenizer: Any, text: str) -> Any:
     """Tokens ``[1, T]`` of a text, cut to the model's maximum; - is the standard input.
 
     Raises:
-        ValueError: If it has no token.
+        ValueError: If it has no token, or is the name of a file.
     """
     import sys
+    from pathlib import Path
 
     import torch
 
+    if len(text) < 256 and Path(text).expanduser().is_file():
+        must("text", f"be the text itself, or - and a file behind it: --text - < {text}", text)
     text = sys.stdin.read() if text == "-" else text
     ids = tokenizer(text)["input_ids"]
     if not ids:

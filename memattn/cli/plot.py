@@ -130,7 +130,8 @@ def _read_metrics(runs: list[str]) -> "dict[str, list[dict[str, Any]]]":
     for run in runs:
         file = Path(run).expanduser() / "metrics.csv"
         if not file.is_file():
-            raise FileNotFoundError(f"run must be a folder with metrics.csv, got {run}")
+            lacks = "" if file.parent.is_dir() else ", which does not exist"
+            raise FileNotFoundError(f"run must be a folder with metrics.csv, got {run}{lacks}")
         metrics[run if len(runs) > 1 else Path(run).name] = read_metrics(file)
     return metrics
 

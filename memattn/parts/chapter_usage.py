@@ -71,7 +71,7 @@ def draw_usage(figure: "Figure", usage: ChapterUsage) -> None:
     chapters = usage.load.shape[1]
     for axes, name, load, entropy, dead in zip(rows[:, 0], *usage, strict=True):
         axes.bar(range(chapters), load.sort(descending=True).values.numpy(), width=0.8)
-        axes.set_ylabel("load")
-        measured = f"entropy {float(entropy):.2f} nats, {int(dead)} of {chapters} dead"
+        axes.set_ylabel("share of rows")
+        measured = f"entropy {float(entropy):.2f} nats, {int(dead)} of {chapters} never chosen"
         axes.set_title(f"{short_name(name)}: {measured}", fontsize=8)
-    rows[-1, 0].set_xlabel("routed chapters, by falling load")
+    rows[-1, 0].set_xlabel("routed chapters, the most chosen first; each row chooses several")

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from memattn.files import replacing_file
 from memattn.viz.pages import write_figures
@@ -71,7 +72,7 @@ def draw_curves(axes: Axes, runs: Mapping[str, Rows], *, x: str = "tokens") -> N
     """Draw the loss of runs into a pair of axes; see ``plot_curves``."""
     if x not in AXES:
         raise ValueError(f"x must be one of {', '.join(AXES)}, got {x!r}")
-    drawn = 0
+    drawn, has_both = 0, False
     for i, (name, rows) in enumerate(runs.items()):
         colour = COLOURS[i % len(COLOURS)]
         # without what a model adds to the cross-entropy, where it says so
@@ -83,7 +84,8 @@ def draw_curves(axes: Axes, runs: Mapping[str, Rows], *, x: str = "tokens") -> N
                 *zip(*smooth_curve(train), strict=True), color=colour, linewidth=1.8, label=name
             )
         if held_out:
-            label = f"{name}, held out" if train else name
+            has_both |= bool(train)
+            label = None if train else name
             axes.plot(
                 *zip(*held_out, strict=True), color=colour, label=label, linestyle="--", marker="o"
             )
@@ -98,7 +100,12 @@ def draw_curves(axes: Axes, runs: Mapping[str, Rows], *, x: str = "tokens") -> N
         axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    handles, _ = axes.get_legend_handles_labels()
+    if has_both:  # one entry for all
+        handles.append(
+            Line2D([], [], color="#555555", label="held out", linestyle="--", marker="o")
+        )
+    axes.legend(handles=handles, frameon=False)
 
 
 def _points(rows: Rows, x: str, y: str) -> list[tuple[float, float]]:

@@ -56,7 +56,8 @@ def draw_influence(
         extent=(0.0, changed[-1] + stride, length, 0.0),
         interpolation="nearest",
     )
-    axes.set_xlabel("token that is changed")
+    cells = f"; a cell is {stride} tokens" if stride > 1 else ""
+    axes.set_xlabel(f"token that is changed{cells}")
     axes.set_ylabel("position whose logits move")
     return image
 
@@ -75,6 +76,6 @@ def plot_influence(found: Mapping[str, Any], path: str | Path, *, title: str = "
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")
     axes = figure.add_subplot()
     image = draw_influence(axes, found["changed"], found["log10"])
-    figure.colorbar(image, ax=axes, label="change of the logits (log10); blank: none at all")
+    figure.colorbar(image, ax=axes, label="mean change of the logits (log10); blank: none at all")
     axes.set_title(title)
     save_figure(figure, path)

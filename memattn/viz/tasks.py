@@ -23,7 +23,8 @@ def plot_tasks(
 
     A row of the picture is a task. In each panel queries run down, the tokens of the task's own
     column, and keys run right: the own column, then those of the tasks that it reads. Attention is
-    the mean over heads and inputs, as a share of the highest of the task.
+    the mean over heads and inputs, as a share of the largest of the task; masked pairs are blank.
+    Dotted lines stand before node tokens.
 
     Args:
         model: The model.
@@ -60,26 +61,34 @@ def tasks_figure(model: DTGMAModel, *, x: Tensor | None = None, title: str = "")
         if attention.weights is not None:
             layers = attention.weights.mean(1).cpu().numpy()
         for number, (axes, weights) in enumerate(zip(row[1:], layers, strict=False), 1):
-            image = axes.imshow(weights / layers.max(), vmin=0.0, vmax=1.0, interpolation="nearest")
+            seen = np.where(shares > 0.0, weights / layers.max(), np.nan)
+            image = axes.imshow(seen, vmin=0.0, vmax=1.0, interpolation="nearest")
             axes.set_title(f"{task}: attention, layer {number}", fontsize=9)
         for axes in row[1 + len(layers) :]:
             axes.set_axis_off()
         for axes in row[: 1 + len(layers)]:
             _mark_columns(axes, attention)
     if image is not None:
-        figure.colorbar(image, ax=grid, label="attention, of the task's highest", shrink=0.6)
+        figure.colorbar(
+            image,
+            ax=grid,
+            label="attention, as a share of the task's largest; blank: masked",
+            shrink=0.6,
+        )
     figure.suptitle(title)
     return figure
 
 
 def _mark_columns(axes: Axes, attention: TaskAttention) -> None:
-    """Name the columns below, and draw lines between them and before their node tokens."""
+    """Name axes and columns, and draw lines between columns and before their node tokens."""
     length = attention.mask.shape[1]
     starts = np.arange(len(attention.columns)) * length
     names = [str(name) for name in attention.columns]
     axes.set_xticks(starts + (length - 1) / 2, names, fontsize=8)
     axes.set_yticks([(length - 1) / 2], [names[0]], rotation=90, va="center", fontsize=8)
     axes.tick_params(length=0)
+    axes.set_xlabel("tokens that are seen, by task", fontsize=8)
+    axes.set_ylabel("tokens that look", fontsize=8)
     for start in starts[1:]:
         axes.axvline(start - 0.5, color="white", linewidth=2.0)
     if attention.n_nodes:
