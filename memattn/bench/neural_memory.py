@@ -177,6 +177,11 @@ def _cut(inputs: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
     return {n: x if n.startswith("weights_") else x[:, :, first:last] for n, x in inputs.items()}
 
 
+MORE_THAN_THE_STATE = (
+    "a step also pays for its call, checks and results, and reads the rows of the open chunk."
+)
+
+
 def _cpu_bars() -> list[Bar]:
     case = MemoryCase(kind="token", T=2048)
     steps = MemoryCase(kind="step", T=4 * case.chunk_size)
@@ -190,7 +195,13 @@ def _cpu_bars() -> list[Bar]:
         peak(against=TITANS),
         peak(against=PER_SAMPLE),
         LinearMemoryBar(case=case, direction=TRAINING, target=1.1, lengths=(1024, 4096, 16384)),
-        CostBar(case=steps, direction="forward", target=2.0, against=STATE_READ),
+        CostBar(
+            case=steps,
+            direction="forward",
+            target=2.0,
+            against=STATE_READ,
+            limited_by=MORE_THAN_THE_STATE,
+        ),
     ]
 
 
