@@ -9,23 +9,10 @@ import torch
 
 from memattn.bench.case import Case
 from memattn.bench.engine import OURS, Measurement, roof_key
+from memattn.bench.limits import LITTLE_IN_BFLOAT16, PEER_ON_THE_SAME_TILES
 from memattn.bench.roofline import Roofs, work_of
 from memattn.bench.timing import Timing
 from memattn.ops._dispatch import multiplies_bfloat16
-
-NEAR_THE_ROOF = (
-    "most of its work is matrix products, which already run near the measured roof of the "
-    "machine (see the share in the table below), and exponentials are much of the rest; the goal "
-    "would need products above the roof."
-)
-LITTLE_IN_BFLOAT16 = (
-    "matrix products are less than half of its time in bfloat16; exponentials, gathered rows and "
-    "sums in float32 take as long as in float32."
-)
-PEER_ON_THE_SAME_TILES = (
-    "PyTorch's attention uses the same matrix tiles of the processor, at about half of the roof "
-    "(see the share in the table below), so the goal would be at the roof itself."
-)
 
 Sweep = tuple[tuple[Case, ...], str]  # cases to compare with each other, and the direction
 
@@ -387,10 +374,12 @@ def bfloat16_bars(
         against: A peer that computes the same; adds a bar on the speed over it.
         directions: Directions in which the kernels use bfloat16 products.
     """
+    if not multiplies_bfloat16():
+        return []
     case = replace(base, dtype=torch.bfloat16)
     bars: list[Bar] = []
     over_peers = {"forward": 2.0, "backward": 1.6}
-    for direction in directions if multiplies_bfloat16() else ():
+    for direction in directions:
         on: Any = dict(case=case, direction=direction)
         bars.append(FasterBar(**on, base=base, target=1.6, limited_by=LITTLE_IN_BFLOAT16))
         if against is not None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from memattn.bench.bars import Bar, CostBar, PeakBar, SpeedBar, bfloat16_bars
 from memattn.bench.case import Forward, Peer, TokenCase
+from memattn.bench.limits import FEW_ROWS_OF_A_BRANCH
 from memattn.bench.roofline import Work
 from memattn.nn import ShiftableMultiheadAttention
 from memattn.ops import branch_attention
@@ -251,12 +252,6 @@ class BranchCase(TokenCase):
     @classmethod
     def bars(cls, suite: str) -> Sequence[Bar]:
         return _cpu_bars() if suite == "cpu-bars" else _gpu_bars()
-
-
-FEW_ROWS_OF_A_BRANCH = (
-    "a branch has few rows: they fill its last vectors only in part, and all its keys and values "
-    "are read for them."
-)
 
 
 def _cpu_bars() -> list[Bar]:

@@ -22,6 +22,7 @@ from memattn.bench.bars import (
     bfloat16_bars,
 )
 from memattn.bench.case import Case, Forward, Peer
+from memattn.bench.limits import GATHERED_ROWS
 from memattn.bench.peers import flex, sdpa, sdpa_backends
 from memattn.bench.roofline import Work, attention_work
 from memattn.ops import chapter_attention, segmented_attention
@@ -299,12 +300,6 @@ class ChapterCase(Case):
     @classmethod
     def bars(cls, suite: str) -> Sequence[Bar]:
         return _cpu_bars() if suite == "cpu-bars" else _gpu_bars()
-
-
-GATHERED_ROWS = (
-    "the rows of a chapter are gathered, and the softmax of a row is merged from its chapters; "
-    "attention to the whole bank needs neither."
-)
 
 
 def _cpu_bars() -> list[Bar]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from memattn.bench.bars import (
-    NEAR_THE_ROOF,
     Bar,
     PeerPeakBar,
     RoofBar,
@@ -16,6 +15,7 @@ from memattn.bench.bars import (
     bfloat16_bars,
 )
 from memattn.bench.case import Case, Forward, Peer
+from memattn.bench.limits import NEAR_THE_ROOF
 from memattn.bench.roofline import Work
 from memattn.ops import chapter_router
 

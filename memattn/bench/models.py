@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from memattn.bench.bars import Bar, PeerPeakBar, SpeedBar
 from memattn.bench.case import Case, Forward, Peer
+from memattn.bench.limits import SAME_LOOP, SAME_PRODUCTS, SAME_PROMPT
 from memattn.bench.roofline import Work
 
 LLAMA = "llama, sdpa"
@@ -18,15 +19,6 @@ COMPILED = "memattn, compiled"
 TRAINING = "forward+backward"
 WINDOW = 128  # the segment of the segmented model too
 FUTURE_DIM = 64
-SAME_PRODUCTS = (
-    "nine tenths of our step are matrix products and attention, which run at nearly the rate of "
-    "the machine's float32 products; Llama has the same products with the weights."
-)
-SAME_LOOP = (
-    "about half of the time of a token is one read of all weights, which both models need; the "
-    "loop of transformers' generate() is the same for both as well."
-)
-SAME_PROMPT = f"both models read the prompt by the same matrix products; {SAME_LOOP}"
 
 
 @dataclass(frozen=True, kw_only=True)

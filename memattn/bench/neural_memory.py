@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from memattn.bench.bars import Bar, CostBar, LinearMemoryBar, PeerPeakBar, RoofBar, SpeedBar
 from memattn.bench.case import Case, Forward, Peer
+from memattn.bench.limits import MORE_THAN_THE_STATE
 from memattn.bench.neural_memory_peers import by_chunks, by_tokens, titans_pytorch
 from memattn.bench.roofline import Work
 from memattn.ops import neural_memory
@@ -175,11 +176,6 @@ def _call(inputs: dict[str, Tensor], **options: Any) -> Any:
 def _cut(inputs: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
     """The inputs of tokens ``first`` to ``last - 1``."""
     return {n: x if n.startswith("weights_") else x[:, :, first:last] for n, x in inputs.items()}
-
-
-MORE_THAN_THE_STATE = (
-    "a step also pays for its call, checks and results, and reads the rows of the open chunk."
-)
 
 
 def _cpu_bars() -> list[Bar]:

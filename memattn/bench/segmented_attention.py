@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from memattn.bench.bars import (
-    NEAR_THE_ROOF,
     BackwardBar,
     Bar,
     FlatTimeBar,
@@ -20,6 +19,7 @@ from memattn.bench.bars import (
 )
 from memattn.bench.case import Forward, Peer, TokenCase
 from memattn.bench.inputs import make_segmented_inputs
+from memattn.bench.limits import NEAR_THE_ROOF
 from memattn.bench.peers import Attention, MaskMod, flex, sdpa, sdpa_backends
 from memattn.bench.roofline import Work
 from memattn.ops import segmented_attention

@@ -185,7 +185,7 @@ def _plot_view(view: str, name: str, out: str, text: str | None, tokens: int) ->
         return
     model, ids = _read(name, text)
     ids = ids[:, :tokens] if view == "influence" else ids
-    title = f"{name}, {ids.numel():,} tokens"
+    title = f"{view} of {name}, {ids.numel():,} tokens"
     if view == "attention":
         plot_attention_mass(attention_mass(model, ids), out, title=title)
     elif view == "influence":
